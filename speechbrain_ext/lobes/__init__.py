@@ -1,0 +1,1 @@
+"""The parts that encoders are made of, one idea per file; they know nothing of encoders."""

@@ -1,0 +1,302 @@
+"""Self-attention on ``scaled_dot_product_attention``, with relative (Transformer-XL) or rotary positions.
+
+Both stream with cached projected keys and values: a chunk of C frames with M cached ones costs 4 C d^2 + 2 C (C + M) d
+multiply-accumulates (plus the position projection of the relative form), and the state is 2 M d numbers per utterance and layer.
+With an unlimited left context M grows with the audio.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import nn
+
+from speechbrain_ext.lobes.masks import chunk_mask
+from speechbrain_ext.lobes.positions import sinusoids
+
+
+@dataclass
+class AttentionState:
+    """What one layer remembers between chunks."""
+
+    left_frames: int | None
+    """How many frames to keep; None = all."""
+    keys: torch.Tensor | None = None
+    """(B, heads, M, head size), before any rotation."""
+    values: torch.Tensor | None = None
+    """(B, heads, M, head size)."""
+
+
+class SelfAttention(nn.Module):
+    """What the attentions share: projections, masks, cache.
+
+    Arguments
+    ---------
+    d_model : int
+        Width.
+    nhead : int
+        Number of heads.
+    dropout : float
+        Dropout on the attention probabilities.
+    speechbrain_scores : bool
+        Reproduce SpeechBrain's scores, for its published checkpoints: scaled by the model width, where scaling by the head size
+        is right, and (relative form) blind to the sign of the distance.
+
+    Raises
+    ------
+    ValueError
+        If the width does not divide by the number of heads.
+    """
+
+    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
+        super().__init__()
+        if d_model % nhead:
+            raise ValueError(f"d_model {d_model} must divide by nhead {nhead}.")
+        self.nhead = nhead
+        self.dropout = dropout
+        self.speechbrain_scores = speechbrain_scores
+        self.scale = (d_model if speechbrain_scores else d_model // nhead) ** -0.5
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model)
+        for projection in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(projection)
+
+    def prepare(self, x, mask, config):
+        """What all layers of an encoder share in one forward: (position table, blocked keys).
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, T, D), for its shape and device.
+        mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+        config : DynChunkTrainConfig, optional
+            The chunk setting.
+
+        Returns
+        -------
+        tuple
+            The mask is bool, broadcasts to (B, heads, T, T), and is None where nothing is blocked.
+        """
+        frames = x.shape[1]
+        blocked = None if mask is None else mask[:, None, None, :]
+        if config is not None:
+            chunks = chunk_mask(frames, config, x.device)[None, None]
+            blocked = chunks if blocked is None else blocked | chunks
+        return self._table(frames, frames, x), blocked
+
+    def mix(self, x, shared):
+        """Attend over a whole utterance.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, T, D).
+        shared : tuple
+            From :meth:`prepare`.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D).
+        """
+        return self._attend(*self._project(x), *shared)
+
+    def initial_state(self, config: DynChunkTrainConfig) -> AttentionState:
+        """The state before the first chunk.
+
+        Arguments
+        ---------
+        config : DynChunkTrainConfig
+            The chunk setting.
+
+        Returns
+        -------
+        AttentionState
+        """
+        return AttentionState(None if config.is_infinite_left_context() else config.left_context_size_frames())
+
+    def prepare_stream(self, x, state: AttentionState):
+        """What all layers share for one chunk: the position table over cache and chunk.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, C, D), for its shape and device.
+        state : AttentionState
+            The state of any layer.
+
+        Returns
+        -------
+        torch.Tensor
+        """
+        cached = 0 if state.keys is None else state.keys.shape[2]
+        return self._table(x.shape[1], cached + x.shape[1], x)
+
+    def stream(self, x, state: AttentionState, shared):
+        """Attend from one chunk over the cache and itself, and update the cache.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, C, D).
+        state : AttentionState
+            Updated in place.
+        shared : torch.Tensor
+            From :meth:`prepare_stream`.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, C, D).
+        """
+        query, key, value = self._project(x)
+        if state.keys is not None:
+            key, value = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
+        drop = 0 if state.left_frames is None else max(0, key.shape[2] - state.left_frames)
+        # Cloned where cut, or the view would keep the dropped frames in memory.
+        state.keys, state.values = (t[:, :, drop:].clone() if drop else t for t in (key, value))
+        return self._attend(query, key, value, shared, None)
+
+    def _project(self, x):
+        """(B, T, D) to query, key and value, each (B, heads, T, head size)."""
+        return self.qkv(x).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _sdpa(self, query, key, value, bias):
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=self.scale)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _table(self, queries: int, keys: int, x):
+        raise NotImplementedError
+
+    def _attend(self, query, key, value, table, blocked):
+        raise NotImplementedError
+
+
+def _lowest(dtype):
+    # Finite: a query whose keys are all blocked (padding under a limited left context) averages instead of giving NaN.
+    return torch.finfo(dtype).min
+
+
+class RelativeSelfAttention(SelfAttention):
+    """Self-attention with Transformer-XL relative positions: signed, so that past and future differ.
+
+    The score of query i and key j is ``((q_i + u) k_j + (q_i + v) W p(i - j)) / sqrt(head size)``, with the sinusoid p of the
+    signed distance. Source: Dai et al. 2019, https://arxiv.org/abs/1901.02860, section 3.3.
+
+    Arguments
+    ---------
+    d_model : int
+        Width, even.
+    nhead : int
+        Number of heads.
+    dropout : float
+        Dropout on the attention probabilities.
+    speechbrain_scores : bool
+        Reproduce SpeechBrain's ``RelPosMHAXL``, see :class:`SelfAttention`.
+
+    Raises
+    ------
+    ValueError
+        If the width is odd or does not divide by the number of heads.
+
+    Example
+    -------
+    >>> attention = RelativeSelfAttention(32, 4)
+    >>> x = torch.rand(2, 10, 32)
+    >>> attention.mix(x, attention.prepare(x, None, None)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
+        super().__init__(d_model, nhead, dropout, speechbrain_scores)
+        if d_model % 2:
+            raise ValueError(f"Relative positions need an even d_model for their sinusoids, not {d_model}.")
+        self.position = nn.Linear(d_model, d_model, bias=False)
+        self.bias_u = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
+        self.bias_v = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
+
+    def _table(self, queries, keys, x):
+        """Sinusoids of the distances keys-1, ..., -queries; the last one only fills a row, see :func:`_relative_shift`."""
+        distances = torch.arange(keys - 1, -queries - 1, -1, device=x.device)
+        if self.speechbrain_scores:
+            distances = distances.abs()
+        return sinusoids(distances, x.shape[2]).to(x.dtype)
+
+    def _attend(self, query, key, value, table, blocked):
+        positions = self.position(table).unflatten(-1, (self.nhead, -1)).permute(1, 2, 0)  # (heads, head size, queries+keys)
+        bias = _relative_shift(((query + self.bias_v) * self.scale) @ positions, key.shape[2])
+        if blocked is not None:
+            bias = bias.masked_fill(blocked, _lowest(bias.dtype))
+        return self._sdpa(query + self.bias_u, key, value, bias)
+
+
+def _relative_shift(scores, keys: int):
+    """From scores per distance (..., Q, Q+K), distances K-1 .. -Q, to scores per key (..., Q, K).
+
+    Row i has to start Q-1-i further right, which reading the scores flat, in rows one shorter, gives: a view, nothing is copied.
+    """
+    queries, width = scores.shape[-2:]
+    flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (width - 1)]
+    return flat.unflatten(-1, (queries, width - 1))[..., :keys]
+
+
+class RotarySelfAttention(SelfAttention):
+    """Self-attention with rotary positions (RoPE): no T x T tensor of our own, hence the faster choice for long audio.
+
+    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34.
+
+    Arguments
+    ---------
+    d_model : int
+        Width.
+    nhead : int
+        Number of heads; the head size must be even.
+    dropout : float
+        Dropout on the attention probabilities.
+    speechbrain_scores : bool
+        Reproduce SpeechBrain's ``RoPEMHA``, see :class:`SelfAttention`.
+
+    Raises
+    ------
+    ValueError
+        If the width does not divide by the number of heads, or the head size is odd.
+
+    Example
+    -------
+    >>> attention = RotarySelfAttention(32, 4)
+    >>> x = torch.rand(2, 10, 32)
+    >>> attention.mix(x, attention.prepare(x, None, None)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
+        super().__init__(d_model, nhead, dropout, speechbrain_scores)
+        if (d_model // nhead) % 2:
+            raise ValueError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
+
+    def _table(self, queries, keys, x):
+        """(keys, head size) sinusoids; only distances matter, so that counting may start at the cache's first frame."""
+        return sinusoids(torch.arange(keys, device=x.device), x.shape[2] // self.nhead)
+
+    def _attend(self, query, key, value, table, blocked):
+        sine, cosine = table.to(query.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        queries = query.shape[2]
+        query = _rotate(query, sine[-queries:], cosine[-queries:])
+        key = _rotate(key, sine, cosine)
+        bias = None
+        if blocked is not None:
+            bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill(blocked, _lowest(query.dtype))
+        return self._sdpa(query, key, value, bias)
+
+
+def _rotate(x, sine, cosine):
+    """Turn neighbouring channels (even, odd) of (..., T, head size) by their position's angles, (T, head size / 2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1).flatten(-2)
+
+
+ATTENTIONS = {"RelPosMHAXL": RelativeSelfAttention, "RoPEMHA": RotarySelfAttention}
+"""SpeechBrain's names, as its hparams files use them."""

@@ -1,0 +1,35 @@
+"""The position-wise feed-forward module."""
+
+from torch import nn
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, Linear, Swish, dropout, Linear, dropout; without the residual.
+
+    Arguments
+    ---------
+    d_model : int
+        Width of input and output.
+    d_ffn : int
+        Width of the hidden layer.
+    dropout : float
+        Dropout after both layers.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> import torch
+    >>> FeedForward(16, 64)(torch.rand(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float = 0.0, activation: type = nn.SiLU):
+        super().__init__(
+            nn.LayerNorm(d_model),
+            nn.Linear(d_model, d_ffn),
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(d_ffn, d_model),
+            nn.Dropout(dropout),
+        )

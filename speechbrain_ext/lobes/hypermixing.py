@@ -1,0 +1,345 @@
+r"""Multi-head HyperMixing, linear in time and memory, of any length, and streaming.
+
+What is computed, per head with inputs x_t of width e = d / heads, over the frames t of an utterance:
+
+    u_t = x_t + PE(t)                              the weight generators see positions, the mixed values do not
+    g_t = GELU(A1 u_t + a1),  w1_t = B1 g_t + b1   first generator; w1_t has k numbers
+    h_t = GELU(A2 u_t + a2),  w2_t = B2 h_t + b2   second generator (the first one again when tied)
+    Z   = sum_t x_t w1_t'                          (e, k) hidden layer of the token-mixing MLP: a *sum over frames*
+    y_t = GELU(Z) w2_t                             and LayerNorm over the concatenated heads
+
+**Linear, with small constants.** Written as above, T x k weights are generated and multiplied twice. Sums commute with the
+generators' second layers, so neither has to be built:
+
+    Z   = (sum_t x_t g_t') B1' + (sum_t x_t) b1'   = S [B1 b1]',   S = sum_t x_t [g_t 1]' of shape (e, e + 1)
+    y_t = (GELU(Z) B2) h_t + GELU(Z) b2
+
+Per frame this costs 4 d^2/heads multiply-accumulates (tied: 3) instead of 2 d^2/heads + 4 d k, and 2 d^2 k/heads once per
+utterance; the result is the same up to rounding. Nothing of size T x T or T x k is ever allocated.
+
+**Streaming.** S is a sum over frames, so chunk c, with its left context of L chunks, uses
+
+    S_c = sum over the frames of chunks c-L .. c   = P_c - P_{c-L-1},   P_c = running sum up to chunk c
+
+and mixes its own frames with Z_c = S_c [B1 b1]'. No frame after the chunk enters. In :meth:`HyperMixing.stream` the state is
+
+* unlimited left context: P_c, d (d/heads + 1) float64 numbers per utterance, whatever the length of the audio so far
+  (22 kB per layer for d = 144, 8 heads);
+* L chunks of left context: the last L chunk sums, L times half of that (float32).
+
+A chunk of C frames costs C 4 d^2/heads + 2 d^2 k/heads multiply-accumulates, and L sums of the state, however much
+audio went before. Running sums are kept in float64: a float32 sum over hours of audio would lose the newest frames.
+
+Sources: Mai et al. 2022 (HyperMixer, https://arxiv.org/abs/2203.03691), Mai et al. 2023 (HyperConformer,
+https://arxiv.org/abs/2305.18281); parameter names and layout as in ``speechbrain.nnet.hypermixing``.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import nn
+
+from speechbrain_ext.lobes.masks import zero_padding
+from speechbrain_ext.lobes.positions import sinusoids
+
+
+class _Generator(nn.Module):
+    """One two-layer MLP per head, from a frame to k weights; only the parameters live here, see :class:`HyperMixing`."""
+
+    def __init__(self, heads: int, head_dim: int, hidden: int):
+        super().__init__()
+        self.fc1_weights = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.fc1_biases = nn.Parameter(torch.empty(heads, head_dim))
+        self.fc2_weights = nn.Parameter(torch.empty(heads, hidden, head_dim))
+        self.fc2_biases = nn.Parameter(torch.empty(heads, hidden))
+        for parameter in self.parameters():
+            nn.init.xavier_uniform_(parameter, gain=math.sqrt(2.0))
+
+    def second_layer(self) -> torch.Tensor:
+        """[B b], (heads, k, e + 1)."""
+        return torch.cat((self.fc2_weights, self.fc2_biases.unsqueeze(-1)), dim=-1)
+
+
+class _Generators(nn.Module):
+    def __init__(self, heads: int, head_dim: int, hidden: int, tied: bool):
+        super().__init__()
+        self.w1_gen = _Generator(heads, head_dim, hidden)
+        self.w2_gen = self.w1_gen if tied else _Generator(heads, head_dim, hidden)
+
+
+@dataclass
+class HyperMixingState:
+    """What one layer remembers between chunks."""
+
+    left_chunks: int | None
+    frames: int = 0
+    sums: torch.Tensor | None = None
+    """Unlimited left context: (1, heads, B, e, e + 1) float64 running sum; limited: (<= L, ...) sums of the last chunks."""
+
+
+class HyperMixing(nn.Module):
+    """Multi-head HyperMixing: a token-mixing MLP whose weights are generated from the tokens, in place of self-attention.
+
+    A drop-in for ``speechbrain.nnet.hypermixing.HyperMixing``: same constructor, call, parameters and result, without its
+    length limit, its (B, T, T) tensor of zeros and its blindness to chunks. Equations, cost and streaming state: see the module.
+
+    Arguments
+    ---------
+    input_output_dim : int
+        Width d of the input and output.
+    hypernet_size : int
+        Size k of the token-mixing MLP's hidden layer, over all heads.
+    tied : bool
+        Whether both layers of the token-mixing MLP use the same generated weights.
+    num_heads : int
+        Number of parallel token-mixing MLPs.
+    fix_tm_hidden_size : bool
+        Whether each head has ``hypernet_size`` hidden units, not ``hypernet_size / num_heads``.
+    max_length : int
+        Accepted for compatibility and not needed: any length works.
+
+    Raises
+    ------
+    ValueError
+        If a size does not divide by the number of heads, or the width is odd.
+
+    Example
+    -------
+    >>> inputs = torch.rand(8, 60, 512)
+    >>> net = HyperMixing(512, 2048, num_heads=8)
+    >>> outputs, _ = net(inputs, inputs, inputs)
+    >>> outputs.shape
+    torch.Size([8, 60, 512])
+    """
+
+    def __init__(
+        self,
+        input_output_dim: int,
+        hypernet_size: int,
+        tied: bool = False,
+        num_heads: int = 1,
+        fix_tm_hidden_size: bool = False,
+        max_length: int = 3000,
+    ):
+        super().__init__()
+        if input_output_dim % 2:
+            raise ValueError(f"HyperMixing needs an even width for its sinusoids, not {input_output_dim}.")
+        for what, size in (("width", input_output_dim), ("hypernet_size", hypernet_size)):
+            if size % num_heads:
+                raise ValueError(f"HyperMixing's {what} {size} must divide by its number of heads {num_heads}.")
+        self.heads = num_heads
+        self.head_dim = input_output_dim // num_heads
+        self.tied = tied
+        hidden = hypernet_size if fix_tm_hidden_size else hypernet_size // num_heads
+        self.hyper = _Generators(num_heads, self.head_dim, hidden, tied)
+        self.layer_norm = nn.LayerNorm(input_output_dim)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # SpeechBrain stores the sinusoid table of every layer (17 MB of an 8M checkpoint); it carries no information.
+        state_dict.pop(prefix + "positional_encoding.pe", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        attn_mask=None,
+        key_padding_mask=None,
+        return_attn_weights=True,
+        pos_embs=None,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+    ):
+        """Mix tokens; the call of SpeechBrain's attentions.
+
+        Arguments
+        ---------
+        query : torch.Tensor
+            (B, T, D).
+        key, value, attn_mask, return_attn_weights, pos_embs
+            Accepted so that the module can stand where an attention stood; without effect, as in SpeechBrain.
+        key_padding_mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+        dynchunktrain_config : DynChunkTrainConfig, optional
+            Each chunk mixes itself and its left context only.
+
+        Returns
+        -------
+        tuple
+            Output (B, T, D), and None in place of attention weights.
+        """
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.bool()
+        shared = self.prepare(query, key_padding_mask, dynchunktrain_config)
+        return self.mix(query, shared), None
+
+    # The encoders' side of the module: prepare once per forward, mix in each layer.
+
+    def prepare(self, x, mask, config):
+        """What all layers of an encoder share in one forward: (sinusoids (T, D), padding mask, chunk setting).
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, T, D), for its shape and device.
+        mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+        config : DynChunkTrainConfig, optional
+            The chunk setting.
+
+        Returns
+        -------
+        tuple
+        """
+        return sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2]), mask, config
+
+    def mix(self, x, shared):
+        """Mix a whole utterance.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, T, D).
+        shared : tuple
+            From :meth:`prepare`.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D).
+        """
+        table, mask, config = shared
+        batch, frames, width = x.shape
+        x = zero_padding(x, mask)
+        if config is None:
+            values, first, second = self._generate(x, table)
+            with _float32(x):
+                y = self._apply(_chunk_sum(values, first), second)
+            y = y.permute(1, 2, 0, 3).reshape(batch, frames, width)
+        else:
+            # Chunks become an axis of their own; the frames that fill the last one are zeros and add nothing.
+            size = config.chunk_size
+            fill = -frames % size
+            x, table = F.pad(x, (0, 0, 0, fill)), F.pad(table, (0, 0, 0, fill))
+            values, first, second = (
+                tensor.unflatten(2, (-1, size)) for tensor in self._generate(x, table)
+            )  # (heads, B, chunks, size, e)
+            with _float32(x):
+                y = self._apply(_window_sum(_chunk_sum(values, first), config.left_context_size), second)
+            y = y.flatten(2, 3).permute(1, 2, 0, 3).reshape(batch, frames + fill, width)[:, :frames]
+        return self._norm(zero_padding(y, mask)).to(x.dtype)
+
+    def initial_state(self, config: DynChunkTrainConfig) -> HyperMixingState:
+        """The state before the first chunk.
+
+        Arguments
+        ---------
+        config : DynChunkTrainConfig
+            The chunk setting.
+
+        Returns
+        -------
+        HyperMixingState
+        """
+        return HyperMixingState(left_chunks=config.left_context_size)
+
+    def prepare_stream(self, x, state: HyperMixingState):
+        """What all layers share for one chunk: the sinusoids of its absolute positions.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, C, D), for its shape and device.
+        state : HyperMixingState
+            The state of any layer.
+
+        Returns
+        -------
+        torch.Tensor
+            (C, D).
+        """
+        return sinusoids(torch.arange(state.frames, state.frames + x.shape[1], device=x.device), x.shape[2])
+
+    def stream(self, x, state: HyperMixingState, shared):
+        """Mix one chunk and update the state.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, C, D).
+        state : HyperMixingState
+            Updated in place.
+        shared : torch.Tensor
+            From :meth:`prepare_stream`.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, C, D).
+        """
+        values, first, second = self._generate(x, shared)
+        with _float32(x):
+            now = _chunk_sum(values, first).unsqueeze(0)  # (1, heads, B, e, e+1)
+            if state.left_chunks is None:
+                state.sums = now.double() if state.sums is None else state.sums + now
+                total = state.sums[0].to(now.dtype)
+            else:
+                window = now if state.sums is None else torch.cat((state.sums, now))
+                total = window.sum(0)
+                state.sums = window[max(0, len(window) - state.left_chunks) :]
+            y = self._apply(total, second)
+        state.frames += x.shape[1]
+        return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
+
+    def _generate(self, x, table):
+        """Values and both generators' hidden layers, head by head: three (heads, B, T, e) tensors."""
+        batch, frames, width = x.shape
+        heads, size = self.heads, width // self.heads
+        # One copy lays the heads out as a batch, so that everything below is a batched matmul on contiguous rows.
+        values = x.reshape(batch, frames, heads, size).permute(2, 0, 1, 3).contiguous()  # (heads, B, T, e)
+        table = table.to(x.dtype).reshape(1, frames, heads, size).permute(2, 0, 1, 3)  # (heads, 1, T, e)
+        generators = [self.hyper.w1_gen] if self.tied else [self.hyper.w1_gen, self.hyper.w2_gen]
+        weights = torch.cat([g.fc1_weights for g in generators], dim=1)  # (heads, e or 2e, e)
+        biases = torch.cat([g.fc1_biases for g in generators], dim=1).unsqueeze(1)
+        hidden = F.gelu(torch.baddbmm(biases, (values + table).flatten(1, 2), weights.transpose(1, 2)))
+        hidden = hidden.reshape(heads, batch, frames, len(generators) * size)
+        first, second = (hidden, hidden) if self.tied else hidden.chunk(2, dim=-1)
+        return values, first, second
+
+    def _apply(self, sums, second):
+        """Sums S (heads, B, ..., e, e+1) and the second hidden layer (heads, B, ..., T, e) to outputs (heads, B, ..., T, e)."""
+        extra = [1] * (sums.dim() - 3)  # batch, and chunks where there are any
+        first_layer = self.hyper.w1_gen.second_layer().to(sums.dtype)
+        second_layer = self.hyper.w2_gen.second_layer().to(sums.dtype)
+        hidden = F.gelu(sums @ first_layer.transpose(1, 2).unflatten(0, (-1, *extra)))  # (heads, B, ..., e, k)
+        mixing = hidden @ second_layer.unflatten(0, (-1, *extra))  # (heads, B, ..., e, e+1)
+        return second.to(sums.dtype) @ mixing[..., :-1].transpose(-1, -2) + mixing[..., -1].unsqueeze(-2)
+
+    def _norm(self, y):
+        norm = self.layer_norm
+        return F.layer_norm(y, norm.normalized_shape, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
+
+
+def _float32(x):
+    """Sums over time leave the range and the precision of half types; under autocast they are kept out of it."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _chunk_sum(values, first):
+    """S = sum over frames of x_t [g_t 1]', (..., T, e) twice to (..., e, e+1), in float32 or better."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    values, first = values.to(dtype), first.to(dtype)
+    return torch.cat((values.transpose(-1, -2) @ first, values.sum(-2).unsqueeze(-1)), dim=-1)
+
+
+def _window_sum(sums, left_chunks):
+    """For every chunk the sum over itself and its left context, (heads, B, chunks, e, e+1) to the same."""
+    running = sums.double().cumsum(2)
+    if left_chunks is not None:
+        running = running - F.pad(running, (0, 0, 0, 0, left_chunks + 1, 0))[:, :, : sums.shape[2]]
+    return running.to(sums.dtype)

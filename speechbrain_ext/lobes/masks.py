@@ -1,0 +1,139 @@
+"""Lengths, padding and chunks.
+
+Two conventions hold everywhere: masks are boolean and True means *blocked* (padding, or not to be attended), and lengths
+travel as SpeechBrain's relative lengths, chosen so that ``round(relative * frames)`` is exact.
+"""
+
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+
+def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
+    """Relative lengths as numbers of frames.
+
+    Arguments
+    ---------
+    relative : torch.Tensor
+        (B,) lengths in (0, 1].
+    frames : int
+        The padded length T that they refer to.
+
+    Returns
+    -------
+    torch.Tensor
+        (B,) int64.
+
+    Example
+    -------
+    >>> absolute_lengths(torch.tensor([1.0, 0.5]), 9)
+    tensor([9, 4])
+    """
+    return torch.round(relative * frames).long()
+
+
+def padding_mask(lengths: torch.Tensor, frames: int) -> torch.Tensor:
+    """Mask of the padded frames.
+
+    Arguments
+    ---------
+    lengths : torch.Tensor
+        (B,) numbers of valid frames.
+    frames : int
+        The padded length T.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T) bool, True = padding.
+
+    Example
+    -------
+    >>> padding_mask(torch.tensor([3, 1]), 3)
+    tensor([[False, False, False],
+            [False,  True,  True]])
+    """
+    return torch.arange(frames, device=lengths.device) >= lengths.unsqueeze(1)
+
+
+def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Set padded frames to zero, as must be done before anything that mixes time.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        (B, T, D).
+    mask : torch.Tensor, optional
+        (B, T) bool, True = padding.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T, D).
+
+    Example
+    -------
+    >>> zero_padding(torch.ones(1, 2, 1), torch.tensor([[False, True]])).flatten()
+    tensor([1., 0.])
+    """
+    return x if mask is None else x.masked_fill(mask.unsqueeze(-1), 0.0)
+
+
+def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None) -> torch.Tensor:
+    """Attention mask of chunked processing: a frame sees its own chunk and the left context, nothing to the right.
+
+    Arguments
+    ---------
+    frames : int
+        T.
+    config : DynChunkTrainConfig
+        Chunk size in frames; left context in chunks, None = all.
+    device : torch.device, optional
+        Where to build the mask.
+
+    Returns
+    -------
+    torch.Tensor
+        (T, T) bool, True = blocked; rows are queries.
+
+    Example
+    -------
+    >>> chunk_mask(4, DynChunkTrainConfig(2, 0)).int()
+    tensor([[0, 0, 1, 1],
+            [0, 0, 1, 1],
+            [1, 1, 0, 0],
+            [1, 1, 0, 0]], dtype=torch.int32)
+    """
+    chunk = torch.arange(frames, device=device) // config.chunk_size
+    query, key = chunk.unsqueeze(1), chunk.unsqueeze(0)
+    blocked = key > query
+    if not config.is_infinite_left_context():
+        blocked = blocked | (key < query - config.left_context_size)
+    return blocked
+
+
+def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
+    """Refuse impossible chunk settings.
+
+    Arguments
+    ---------
+    config : DynChunkTrainConfig
+        The setting.
+    multiple : int
+        What the chunk size must divide by (an encoder's ``chunk_multiple``).
+
+    Raises
+    ------
+    ValueError
+        If the chunk size is not a positive multiple, or the left context is negative.
+
+    Example
+    -------
+    >>> check_chunks(DynChunkTrainConfig(3), multiple=2)
+    Traceback (most recent call last):
+    ValueError: The chunk size is 3 frames, but this encoder needs a positive multiple of 2.
+    """
+    if config.chunk_size < 1 or config.chunk_size % multiple:
+        needs = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
+        raise ValueError(f"The chunk size is {config.chunk_size} frames, but this encoder needs {needs}.")
+    if config.left_context_size is not None and config.left_context_size < 0:
+        raise ValueError(f"The left context is {config.left_context_size} chunks; give 0 or more, or None for all.")
