@@ -15,6 +15,9 @@ from torch import nn
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids
 
+QUERY_BLOCK = 256
+"""Queries that the relative form handles at once: its scores take heads x QUERY_BLOCK x 2 T numbers, not heads x T x 2 T."""
+
 
 @dataclass
 class AttentionState:
@@ -166,7 +169,7 @@ class SelfAttention(nn.Module):
     def _sdpa(self, query, key, value, bias):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=self.scale)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     def _table(self, queries: int, keys: int, x):
         raise NotImplementedError
@@ -227,10 +230,21 @@ class RelativeSelfAttention(SelfAttention):
 
     def _attend(self, query, key, value, table, blocked):
         positions = self.position(table).unflatten(-1, (self.nhead, -1)).permute(1, 2, 0)  # (heads, head size, queries+keys)
-        bias = _relative_shift(((query + self.bias_v) * self.scale) @ positions, key.shape[2])
-        if blocked is not None:
-            bias = bias.masked_fill(blocked, _lowest(bias.dtype))
-        return self._sdpa(query + self.bias_u, key, value, bias)
+        queries, keys = query.shape[2], key.shape[2]
+        query_v, query_u = (query + self.bias_v) * self.scale, query + self.bias_u
+
+        def attend(start, end):
+            bias = _relative_shift(query_v[:, :, start:end] @ positions[..., queries - end : queries - start + keys], keys)
+            if blocked is not None:
+                rows = blocked if blocked.shape[2] == 1 else blocked[:, :, start:end]
+                bias = bias.masked_fill(rows, _lowest(bias.dtype))
+            return self._sdpa(query_u[:, :, start:end], key, value, bias)
+
+        # A traced graph has one shape of loop, so that in export and compilation all queries are one block.
+        if torch.compiler.is_compiling():
+            return self.out(attend(0, queries))
+        starts = range(0, queries, QUERY_BLOCK)
+        return self.out(torch.cat([attend(start, min(start + QUERY_BLOCK, queries)) for start in starts], dim=1))
 
 
 def _relative_shift(scores, keys: int):
@@ -289,7 +303,7 @@ class RotarySelfAttention(SelfAttention):
         bias = None
         if blocked is not None:
             bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill(blocked, _lowest(query.dtype))
-        return self._sdpa(query, key, value, bias)
+        return self.out(self._sdpa(query, key, value, bias))
 
 
 def _rotate(x, sine, cosine):

@@ -6,6 +6,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.lobes.masks import zero_padding
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
 
 def depthwise_conv(x, weight, bias=None):
@@ -30,12 +31,17 @@ def depthwise_conv(x, weight, bias=None):
     >>> depthwise_conv(torch.ones(1, 5, 2), torch.ones(2, 1, 3)).shape
     torch.Size([1, 3, 2])
     """
+    dtype = x.dtype
     x = x.transpose(1, 2)  # (B, D, T)
     if x.device.type != "cpu":
         return F.conv1d(x, weight, bias, groups=weight.shape[0]).transpose(1, 2)
     # A contiguous (B, T, D) read as (B, D, 1, T) *is* channels-last, for which the CPU library has a fast depthwise kernel;
     # the same convolution as Conv1d takes 12 to 15 times as long for K = 31.
-    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+    # In float32 only: in bfloat16 that kernel never returns for some shapes (32 channels, K = 31, batch 3; oneDNN of torch 2.11).
+    with full_precision(x):
+        weight, bias = at_least_float32(weight), None if bias is None else at_least_float32(bias)
+        y = F.conv2d(at_least_float32(x).unsqueeze(2), weight.unsqueeze(2), bias, groups=weight.shape[0])
+    return y.squeeze(2).transpose(1, 2).to(dtype)
 
 
 class ConvolutionModule(nn.Module):

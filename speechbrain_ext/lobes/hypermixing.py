@@ -35,7 +35,6 @@ https://arxiv.org/abs/2305.18281); parameter names and layout as in ``speechbrai
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +44,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.positions import sinusoids
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
 
 class _Generator(nn.Module):
@@ -217,8 +217,8 @@ class HyperMixing(nn.Module):
         x = zero_padding(x, mask)
         if config is None:
             values, first, second = self._generate(x, table)
-            with _float32(x):
-                y = self._apply(_chunk_sum(values, first), second)
+            with full_precision(x):  # sums over time leave the range and the resolution of half types
+                y = self._mix_tokens(_chunk_sum(values, first), second)
             y = y.permute(1, 2, 0, 3).reshape(batch, frames, width)
         else:
             # Chunks become an axis of their own; the frames that fill the last one are zeros and add nothing.
@@ -228,8 +228,8 @@ class HyperMixing(nn.Module):
             values, first, second = (
                 tensor.unflatten(2, (-1, size)) for tensor in self._generate(x, table)
             )  # (heads, B, chunks, size, e)
-            with _float32(x):
-                y = self._apply(_window_sum(_chunk_sum(values, first), config.left_context_size), second)
+            with full_precision(x):  # sums over time leave the range and the resolution of half types
+                y = self._mix_tokens(_window_sum(_chunk_sum(values, first), config.left_context_size), second)
             y = y.flatten(2, 3).permute(1, 2, 0, 3).reshape(batch, frames + fill, width)[:, :frames]
         return self._norm(zero_padding(y, mask)).to(x.dtype)
 
@@ -282,7 +282,7 @@ class HyperMixing(nn.Module):
             (B, C, D).
         """
         values, first, second = self._generate(x, shared)
-        with _float32(x):
+        with full_precision(x):  # sums over time leave the range and the resolution of half types
             now = _chunk_sum(values, first).unsqueeze(0)  # (1, heads, B, e, e+1)
             if state.left_chunks is None:
                 state.sums = now.double() if state.sums is None else state.sums + now
@@ -291,7 +291,7 @@ class HyperMixing(nn.Module):
                 window = now if state.sums is None else torch.cat((state.sums, now))
                 total = window.sum(0)
                 state.sums = window[max(0, len(window) - state.left_chunks) :]
-            y = self._apply(total, second)
+            y = self._mix_tokens(total, second)
         state.frames += x.shape[1]
         return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
 
@@ -310,7 +310,7 @@ class HyperMixing(nn.Module):
         first, second = (hidden, hidden) if self.tied else hidden.chunk(2, dim=-1)
         return values, first, second
 
-    def _apply(self, sums, second):
+    def _mix_tokens(self, sums, second):
         """Sums S (heads, B, ..., e, e+1) and the second hidden layer (heads, B, ..., T, e) to outputs (heads, B, ..., T, e)."""
         extra = [1] * (sums.dim() - 3)  # batch, and chunks where there are any
         first_layer = self.hyper.w1_gen.second_layer().to(sums.dtype)
@@ -324,16 +324,9 @@ class HyperMixing(nn.Module):
         return F.layer_norm(y, norm.normalized_shape, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
 
 
-def _float32(x):
-    """Sums over time leave the range and the precision of half types; under autocast they are kept out of it."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def _chunk_sum(values, first):
     """S = sum over frames of x_t [g_t 1]', (..., T, e) twice to (..., e, e+1), in float32 or better."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    values, first = values.to(dtype), first.to(dtype)
+    values, first = at_least_float32(values), at_least_float32(first)
     return torch.cat((values.transpose(-1, -2) @ first, values.sum(-2).unsqueeze(-1)), dim=-1)
 
 

@@ -1,0 +1,48 @@
+"""Where half precision must not go."""
+
+from contextlib import nullcontext
+
+import torch
+
+
+def full_precision(x: torch.Tensor):
+    """Context in which autocast leaves float32 alone; without autocast it does nothing, and leaves no trace in a graph.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Any tensor on the device in question.
+
+    Returns
+    -------
+    context manager
+
+    Example
+    -------
+    >>> x = torch.rand(2, 2)
+    >>> with torch.autocast("cpu", torch.bfloat16), full_precision(x):
+    ...     (x @ x).dtype
+    torch.float32
+    """
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half types as float32, others as they are.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Any floating tensor.
+
+    Returns
+    -------
+    torch.Tensor
+
+    Example
+    -------
+    >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,49 @@
+"""What the tests share: the registry's encoders at a small size, and real speech where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
+
+SMALL = {"d_model": 32, "nhead": 4, "num_layers": 4, "d_ffn": 64, "dropout": 0.1}
+# Keys that change what an encoder computes; an encoder that is not listed is tested with its defaults.
+VARIANTS = {"conformer": [{"attention_type": "RoPEMHA"}], "hyperconformer": [{"tied": True}]}
+CASES = [(name, keys) for name in list_encoders() for keys in ({}, *VARIANTS.get(name, []))]
+
+
+def pytest_generate_tests(metafunc):
+    if "encoder_case" in metafunc.fixturenames:
+        ids = ["-".join([name, *map(str, keys.values())]) for name, keys in CASES]
+        metafunc.parametrize("encoder_case", CASES, ids=ids)
+
+
+@pytest.fixture
+def encoder(encoder_case):
+    """Every registered encoder in turn, small, in evaluation mode, with weights that are not special."""
+    name, keys = encoder_case
+    torch.manual_seed(0)
+    encoder = build_encoder(name, **SMALL, **keys).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return encoder
+
+
+@pytest.fixture
+def streaming_encoder(encoder_case, encoder):
+    if not get_encoder(encoder_case[0]).streamable:
+        pytest.skip(f"{encoder_case[0]} says that it does not stream")
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def real_english() -> Path:
+    """Real speech in LibriSpeech layout; its tests skip where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "corpora" / "real-english"
+    folder = Path(os.environ.get("REAL_ENGLISH", default))
+    if not folder.is_dir():
+        pytest.skip(f"real speech is not at {folder}; set REAL_ENGLISH to a folder in LibriSpeech layout")
+    return folder

@@ -1,0 +1,260 @@
+"""The encoder contract, over the registry: a new encoder is tested here without a new line."""
+
+import copy
+import io
+
+import pytest
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext.registry import build_encoder, list_encoders
+
+CHUNKS = [(16, 2), (16, None), (4, 0), (2, 5), (6, 1)]
+
+
+def padding(lengths, frames):
+    return torch.arange(frames) >= torch.tensor(lengths).unsqueeze(1)
+
+
+def config(encoder, size, left):
+    return DynChunkTrainConfig(size * encoder.chunk_multiple, left)
+
+
+def stream(encoder, x, setting):
+    context = encoder.make_streaming_context(setting)
+    chunks = [encoder.forward_streaming(chunk, context)[0] for chunk in x.split(setting.chunk_size, dim=1)]
+    return torch.cat(chunks, dim=1), context
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (1, 60), (37, 101), (99, 100), (50, 51, 400), (64, 3, 1, 200)])
+@pytest.mark.parametrize("chunks", [None, (8, 1), (5, None)])
+@torch.no_grad()
+def test_padding_never_reaches_a_valid_frame(encoder, lengths, chunks):
+    setting = None if chunks is None else config(encoder, *chunks)
+    x = 3 * torch.randn(len(lengths), max(lengths), encoder.d_model)
+    mask = padding(lengths, max(lengths))
+    batched, maps = encoder(x.masked_fill(mask.unsqueeze(-1), 1e3), src_key_padding_mask=mask, dynchunktrain_config=setting)
+    assert maps == []
+    for i, length in enumerate(lengths):
+        alone, _ = encoder(x[i : i + 1, :length], dynchunktrain_config=setting)
+        torch.testing.assert_close(batched[i, :length], alone[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_mask_without_padding_changes_nothing(encoder):
+    x = torch.randn(2, 33, encoder.d_model)
+    with_mask, _ = encoder(x, src_key_padding_mask=torch.zeros(2, 33, dtype=torch.bool))
+    torch.testing.assert_close(with_mask, encoder(x)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("frames", [1, 16, 33, 150])
+@torch.no_grad()
+def test_chunked_equals_masked(streaming_encoder, chunks, frames):
+    encoder, setting = streaming_encoder, config(streaming_encoder, *chunks)
+    x = torch.randn(2, frames, encoder.d_model)
+    streamed, _ = stream(encoder, x, setting)
+    torch.testing.assert_close(streamed, encoder(x, dynchunktrain_config=setting)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@torch.no_grad()
+def test_no_look_ahead_past_the_chunk(streaming_encoder, chunks):
+    encoder, setting = streaming_encoder, config(streaming_encoder, *chunks)
+    x = torch.randn(1, 100, encoder.d_model)
+    before, _ = encoder(x, dynchunktrain_config=setting)
+    for end in range(setting.chunk_size, 100, 3 * setting.chunk_size):
+        changed = x.clone()
+        changed[:, end:] = 10 * torch.randn_like(changed[:, end:])
+        after, _ = encoder(changed, dynchunktrain_config=setting)
+        torch.testing.assert_close(after[:, :end], before[:, :end], atol=1e-6, rtol=0)
+        assert not torch.allclose(after[:, end:], before[:, end:])
+
+
+@torch.no_grad()
+def test_left_context_is_limited(streaming_encoder):
+    """Each layer reaches the left context further back, and the convolution a little: beyond that nothing has influence."""
+    encoder = streaming_encoder
+    size = 32 * encoder.chunk_multiple  # longer than any kernel's reach
+    x = torch.randn(1, 12 * size, 32)
+    changed = x.clone()
+    changed[:, :size] = torch.randn_like(changed[:, :size])
+    setting = DynChunkTrainConfig(size, 1)
+    difference = (encoder(x, dynchunktrain_config=setting)[0] - encoder(changed, dynchunktrain_config=setting)[0]).abs()
+    assert difference[:, size : 2 * size].amax() > 1e-3
+    # Four layers, each one chunk of mixing and at most one of convolution.
+    assert difference[:, 9 * size :].amax() < 1e-5
+
+
+@torch.no_grad()
+def test_streaming_state_is_bounded_and_reported(streaming_encoder):
+    encoder = streaming_encoder
+    setting = config(encoder, 4, 3)
+    sizes = []
+    context = encoder.make_streaming_context(setting)
+    for _ in range(40):
+        encoder.forward_streaming(torch.randn(1, setting.chunk_size, encoder.d_model), context)
+        sizes.append(context.state_bytes())
+    assert sizes[0] > 0 and len(set(sizes[10:])) == 1
+
+
+@torch.no_grad()
+def test_streaming_refuses_wrong_chunks(streaming_encoder):
+    encoder, setting = streaming_encoder, config(streaming_encoder, 4, 1)
+    size = setting.chunk_size
+    context = encoder.make_streaming_context(setting)
+    with pytest.raises(ValueError, match=f"{size + 1} frames"):
+        encoder.forward_streaming(torch.randn(1, size + 1, encoder.d_model), context)
+    encoder.forward_streaming(torch.randn(1, 1, encoder.d_model), context)
+    with pytest.raises(ValueError, match="ended this stream"):
+        encoder.forward_streaming(torch.randn(1, size, encoder.d_model), context)
+    for bad in (DynChunkTrainConfig(0, 1), DynChunkTrainConfig(size, -1)):
+        with pytest.raises(ValueError, match="0 frames|-1 chunks"):
+            encoder.make_streaming_context(bad)
+        with pytest.raises(ValueError, match="0 frames|-1 chunks"):
+            encoder(torch.randn(1, 9, encoder.d_model), dynchunktrain_config=bad)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 15_000])  # 15,000 frames of 40 ms: ten minutes
+@torch.no_grad()
+def test_any_length(encoder_case, frames):
+    encoder = build_encoder(encoder_case[0], d_model=8, nhead=2, num_layers=2, d_ffn=16, **encoder_case[1]).eval()
+    out, _ = encoder(torch.randn(1, frames, 8))
+    assert out.shape == (1, frames, 8) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks", [None, (4, 1)])
+def test_every_parameter_gets_a_finite_gradient(encoder, dtype, chunks):
+    encoder.train()
+    setting = None if chunks is None else config(encoder, *chunks)
+    x = torch.randn(3, 50, encoder.d_model)
+    # The last utterance is so short that, in chunks, some padded queries see nothing but padding.
+    mask = padding((50, 31, 2), 50)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        out, _ = encoder(x, src_key_padding_mask=mask, dynchunktrain_config=setting)
+    assert out.isfinite().all()
+    out.float().square().mean().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
+
+
+@torch.no_grad()
+def test_bfloat16_weights(encoder):
+    x = torch.randn(1, 40, encoder.d_model)
+    reference, _ = encoder(x)
+    low, _ = copy.deepcopy(encoder).bfloat16()(x.bfloat16(), src_key_padding_mask=torch.zeros(1, 40, dtype=torch.bool))
+    assert low.dtype is torch.bfloat16
+    assert (low.float() - reference).abs().mean() < 0.1 * reference.std()
+
+
+@torch.no_grad()
+def test_state_dict_round_trip(encoder_case, encoder):
+    buffer = io.BytesIO()
+    torch.save(encoder.state_dict(), buffer)
+    buffer.seek(0)
+    name, keys = encoder_case
+    other = build_encoder(name, d_model=32, nhead=4, num_layers=4, d_ffn=64, **keys).eval()
+    other.load_state_dict(torch.load(buffer), strict=True)
+    x = torch.randn(2, 30, 32)
+    assert torch.equal(encoder(x)[0], other(x)[0])
+    assert torch.equal(encoder(x)[0], copy.deepcopy(encoder)(x)[0])
+
+
+@torch.no_grad()
+def test_fuse_is_exact_and_idempotent(encoder):
+    x = torch.randn(2, 30, encoder.d_model)
+    before, _ = encoder(x)
+    assert encoder.fuse_() is encoder
+    once, _ = encoder(x)
+    torch.testing.assert_close(once, before, atol=1e-4, rtol=0)
+    encoder.fuse_()
+    assert torch.equal(encoder(x)[0], once)
+
+
+@torch.no_grad()
+def test_positions_matter(encoder):
+    """Frames in another order give another answer for the utterance, not the same one reordered."""
+    x = torch.randn(1, 64, encoder.d_model)
+    out, _ = encoder(x)
+    assert (encoder(x.flip(1))[0].flip(1) - out).abs().max() > 1e-3
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, mask):
+        return self.encoder(x, src_key_padding_mask=mask)[0]
+
+
+@torch.no_grad()
+def test_compiles_without_graph_break(encoder):
+    torch._dynamo.reset()
+    x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
+    for setting in (None, config(encoder, 4, 1)):
+        explained = torch._dynamo.explain(encoder)(x, src_key_padding_mask=mask, dynchunktrain_config=setting)
+        assert explained.graph_count == 1 and explained.graph_break_count == 0, explained.break_reasons
+
+
+@torch.no_grad()
+def test_compiled_gives_the_same(encoder):
+    torch._dynamo.reset()
+    x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, src_key_padding_mask=mask)[0], encoder(x, src_key_padding_mask=mask)[0], atol=1e-5, rtol=0
+    )
+
+
+def _dynamic():
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    return ({0: batch, 1: time}, {0: batch, 1: time})
+
+
+@torch.no_grad()
+def test_exports_with_dynamic_batch_and_time(encoder):
+    x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
+    exported = torch.export.export(Masked(encoder).eval(), (x, mask), dynamic_shapes=_dynamic()).module()
+    for lengths in ((1,), (7,), (3, 100, 50), (200, 3200)):
+        x, mask = torch.randn(len(lengths), max(lengths), encoder.d_model), padding(lengths, max(lengths))
+        torch.testing.assert_close(exported(x, mask), encoder(x, src_key_padding_mask=mask)[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_onnx_parity(encoder, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e .[dev]")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e .[dev]")
+    x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
+    path = str(tmp_path / "encoder.onnx")
+    torch.onnx.export(
+        Masked(encoder).eval(),
+        (x, mask),
+        path,
+        input_names=["x", "mask"],
+        output_names=["out"],
+        dynamic_shapes=_dynamic(),
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for lengths in ((2,), (40, 21), (64, 3, 150)):
+        x, mask = torch.randn(len(lengths), max(lengths), encoder.d_model), padding(lengths, max(lengths))
+        (out,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), encoder(x, src_key_padding_mask=mask)[0], atol=1e-4, rtol=0)
+
+
+def test_unknown_names_and_keys_fail_at_once():
+    with pytest.raises(ValueError, match="'squeezformer'.*" + ", ".join(list_encoders())):
+        build_encoder("squeezformer")
+    for name in list_encoders():
+        with pytest.raises(TypeError, match=f"'{name}' has no key 'n_layers'.*num_layers"):
+            build_encoder(name, n_layers=3)
+        with pytest.raises(ValueError, match="30"):
+            build_encoder(name, d_model=30, nhead=4, num_layers=1)
+
+
+def test_sensible_defaults(encoder_case):
+    assert sum(p.numel() for p in build_encoder(encoder_case[0]).parameters()) > 1_000_000
