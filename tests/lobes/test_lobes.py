@@ -1,0 +1,115 @@
+"""Attention, convolution and subsampling on their own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speechbrain_ext.lobes import attention
+from speechbrain_ext.lobes.attention import RelativeSelfAttention, RotarySelfAttention
+from speechbrain_ext.lobes.convolution import ConvolutionModule, depthwise_conv
+from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
+
+
+def textbook_attention(net, x):
+    """Transformer-XL attention, score by score."""
+    frames, heads = x.shape[1], net.nhead
+    q, k, v = (t.transpose(0, 1) for t in net._project(x)[0:3])
+    q, k, v = q[:, 0], k[:, 0], v[:, 0]  # (heads, T, head size)
+    size = q.shape[-1]
+    scores = torch.empty(heads, frames, frames)
+    for i in range(frames):
+        for j in range(frames):
+            angle = (i - j) / 10000 ** (torch.arange(0, x.shape[2], 2) / x.shape[2])
+            position = net.position(torch.stack((angle.sin(), angle.cos()), -1).flatten()).view(heads, size)
+            content = (q[:, i] + net.bias_u[:, 0]) * k[:, j]
+            scores[:, i, j] = (content + (q[:, i] + net.bias_v[:, 0]) * position).sum(-1) / size**0.5
+    return net.out((scores.softmax(-1) @ v).transpose(0, 1).reshape(1, frames, -1))
+
+
+@torch.no_grad()
+def test_relative_attention_is_transformer_xl():
+    torch.manual_seed(0)
+    net = RelativeSelfAttention(24, 3).eval()
+    for bias in (net.bias_u, net.bias_v):
+        bias.normal_()
+    x = torch.randn(1, 17, 24)
+    torch.testing.assert_close(net.mix(x, net.prepare(x, None, None)), textbook_attention(net, x), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_relative_attention_is_the_same_in_any_blocks(monkeypatch):
+    net = RelativeSelfAttention(16, 2).eval()
+    x = torch.randn(2, 50, 16)
+    mask = torch.arange(50) >= torch.tensor([[50], [20]])
+    expected = net.mix(x, net.prepare(x, mask, None))
+    for block in (1, 7, 49, 64):
+        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+        torch.testing.assert_close(net.mix(x, net.prepare(x, mask, None)), expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_past_and_future_differ_only_with_signed_positions():
+    x = torch.randn(1, 9, 16).expand(2, -1, -1).clone()
+    x[1] = x[1].flip(0)
+    for compatible in (False, True):
+        net = RelativeSelfAttention(16, 2, speechbrain_scores=compatible).eval()
+        out = net.mix(x, net.prepare(x, None, None))
+        assert torch.allclose(out[1].flip(0), out[0], atol=1e-6) == compatible
+
+
+@pytest.mark.parametrize("net", [RelativeSelfAttention(16, 2), RotarySelfAttention(16, 2)])
+def test_attention_scales_by_the_head_size(net):
+    assert net.scale == 8**-0.5
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 31])
+def test_depthwise_layout_changes_nothing(kernel):
+    x = torch.randn(3, 60, 20, requires_grad=True)
+    weight, bias = torch.randn(20, 1, kernel, requires_grad=True), torch.randn(20, requires_grad=True)
+    expected = F.conv1d(x.transpose(1, 2), weight, bias, groups=20).transpose(1, 2)
+    out = depthwise_conv(x, weight, bias)
+    torch.testing.assert_close(out, expected)
+    inputs = (x, weight, bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_convolution_needs_an_odd_kernel():
+    with pytest.raises(ValueError, match="odd, not 4"):
+        ConvolutionModule(8, 4)
+
+
+@pytest.mark.parametrize("net", [ConvolutionSubsampling(80), DepthwiseSubsampling(80, 12), ConvolutionSubsampling(23, (4, 3))])
+@torch.no_grad()
+def test_subsampling_is_padding_exact(net):
+    net.eval()
+    bins = 23 if net.output_size == 18 else 80
+    lengths = [101, 100, 99, 98, 97, 5, 4, 3, 2, 1]
+    x = torch.full((len(lengths), 101, bins), 1e3)
+    for i, length in enumerate(lengths):
+        x[i, :length] = torch.randn(length, bins)
+    out, relative = net(x, torch.tensor(lengths) / 101)
+    assert out.shape == (len(lengths), 26, net.output_size)
+    for i, length in enumerate(lengths):
+        alone, one = net(x[i : i + 1, :length], torch.ones(1))
+        frames = -(-length // 4)
+        assert alone.shape[1] == frames == absolute_lengths(relative, 26)[i] and one == 1
+        torch.testing.assert_close(out[i, :frames], alone[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(net(x[i : i + 1, :length])[0], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("net", [ConvolutionSubsampling(80), DepthwiseSubsampling(80, 12)])
+@torch.no_grad()
+def test_subsampling_never_looks_past_a_multiple_of_four(net):
+    net.eval()
+    x = torch.randn(1, 80, 80)
+    changed = x.clone()
+    changed[:, 40:] = torch.randn(1, 40, 80)
+    assert torch.equal(net(x)[0][:, :10], net(changed)[0][:, :10])
+
+
+def test_front_end_of_the_published_recipes():
+    assert sum(p.numel() for p in ConvolutionSubsampling().parameters()) == 25_504

@@ -1,0 +1,182 @@
+"""TransformerASR as a drop-in: SpeechBrain's searchers, wrapper and streaming context on top of every registered encoder."""
+
+import pytest
+import torch
+from speechbrain.decoders import CTCScorer, S2STransformerBeamSearcher, ScorerBuilder
+from speechbrain.lobes.features import Fbank
+from speechbrain.lobes.models.transformer.TransformerASR import EncoderWrapper
+from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
+from speechbrain.nnet.linear import Linear
+from speechbrain.processing.features import InputNormalization
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext.asr import SpeechEncoder, TransformerASR, extract_features
+from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+
+
+def small(encoder_case, decoder_layers=1, **keys):
+    name, encoder_kwargs = encoder_case
+    torch.manual_seed(0)
+    return TransformerASR(
+        tgt_vocab=20,
+        input_size=640,
+        d_model=32,
+        nhead=4,
+        num_encoder_layers=4,
+        num_decoder_layers=decoder_layers,
+        d_ffn=64,
+        normalize_before=True,
+        encoder_module=name,
+        encoder_kwargs=encoder_kwargs,
+        **keys,
+    ).eval()
+
+
+@torch.no_grad()
+def test_forward_in_a_batch_and_alone(encoder_case):
+    net = small(encoder_case)
+    src, tgt = torch.randn(3, 60, 640), torch.randint(1, 20, (3, 9))
+    lengths = [60, 23, 1]
+    enc, dec = net(src, tgt, torch.tensor(lengths) / 60)
+    assert torch.equal(net.encode(src, torch.tensor(lengths) / 60), enc)
+    assert torch.equal(net.encode(src.unflatten(2, (20, 32)), torch.tensor(lengths) / 60), enc)
+    for i, length in enumerate(lengths):
+        alone, decoded = net(src[i : i + 1, :length], tgt[i : i + 1], torch.ones(1))
+        torch.testing.assert_close(enc[i, :length], alone[0], atol=2e-5, rtol=0)  # the linear in front rounds, too
+        torch.testing.assert_close(dec[i], decoded[0], atol=1e-4, rtol=0)
+    assert net(src, None)[1] is None
+
+
+@torch.no_grad()
+def test_encoder_only(encoder_case):
+    net = small(encoder_case, decoder_layers=0)
+    enc, dec = net(torch.randn(2, 40, 640), torch.randint(1, 20, (2, 5)), torch.tensor([1.0, 0.5]))
+    assert enc.shape == (2, 40, 32) and dec is None
+    assert not any("decoder" in key for key in net.state_dict())
+
+
+@torch.no_grad()
+def test_joint_beam_search(encoder_case):
+    net = small(encoder_case)
+    seq_lin, ctc_lin = Linear(input_size=32, n_neurons=20), Linear(input_size=32, n_neurons=20)
+    searcher = S2STransformerBeamSearcher(
+        modules=[net, seq_lin],
+        bos_index=1,
+        eos_index=2,
+        min_decode_ratio=0.0,
+        max_decode_ratio=0.3,
+        beam_size=3,
+        using_eos_threshold=False,
+        length_normalization=True,
+        scorer=ScorerBuilder(full_scorers=[CTCScorer(eos_index=2, blank_index=0, ctc_fc=ctc_lin)], weights={"ctc": 0.4}),
+    )
+    src = torch.randn(2, 30, 640)
+    lengths = torch.tensor([30, 10]) / 30
+    together = searcher(net.encode(src, lengths), lengths)[0]
+    assert together[0] == searcher(net.encode(src[:1]), torch.ones(1))[0][0]
+    # No utterance fills the padded length: SpeechBrain's decode raises a size mismatch there.
+    out, attention = net.decode(torch.ones(2, 3).long(), torch.randn(2, 30, 32), torch.tensor([20, 10]))
+    assert out.shape == (2, 3, 32) and attention.shape == (2, 3, 20)
+
+
+@torch.no_grad()
+def test_streaming_behind_the_wrapper(encoder_case):
+    net = small(encoder_case)
+    setting = DynChunkTrainConfig(8, 2)
+    wrapper = EncoderWrapper(net)
+    src = torch.randn(2, 30, 640)
+    context = wrapper.make_streaming_context(setting)
+    streamed = torch.cat([wrapper.forward_streaming(chunk, context) for chunk in src.split(8, dim=1)], dim=1)
+    masked = wrapper(src, torch.ones(2), dynchunktrain_config=setting)
+    torch.testing.assert_close(streamed, masked, atol=1e-4, rtol=0)
+    assert torch.equal(net(src, None, dynchunktrain_config=setting)[0], net.encode(src, dynchunktrain_config=setting))
+
+
+@torch.no_grad()
+def test_causal_means_no_future(encoder_case):
+    net = small(encoder_case, causal=True)
+    src = torch.randn(1, 32, 640)
+    changed = src.clone()
+    changed[:, 16:] = 0
+    torch.testing.assert_close(net.encode(src)[:, :16], net.encode(changed)[:, :16], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["RelPosMHAXL", "RoPEMHA", "hypermixing"])
+@torch.no_grad()
+def test_speechbrain_weights_convert(attention):
+    """The same keys in a recipe's YAML, the same weights, the same answer: what published checkpoints need."""
+    torch.manual_seed(0)
+    keys = {
+        "tgt_vocab": 30,
+        "input_size": 40,
+        "d_model": 64,
+        "nhead": 4,
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 2,
+        "d_ffn": 128,
+        "activation": torch.nn.GELU,
+        "encoder_module": "conformer",
+        "attention_type": attention,
+        "normalize_before": True,
+        "causal": False,
+    }
+    theirs = SpeechBrainTransformerASR(**keys).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = TransformerASR(**keys, encoder_kwargs={} if attention == "hypermixing" else {"speechbrain_scores": True}).eval()
+    ours.load_state_dict(convert_speechbrain(theirs.state_dict(), nhead=4), strict=True)
+    for frames in (1, 50, 301):
+        src, tgt = torch.randn(1, frames, 40), torch.randint(1, 30, (1, 12))
+        for mine, expected in zip(ours(src, tgt, torch.ones(1)), theirs(src, tgt, torch.ones(1)), strict=True):
+            torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)
+    # As recipes save it: a list of modules with the model somewhere inside; and the encoder alone.
+    saved = torch.nn.ModuleList([torch.nn.Linear(2, 2), theirs]).state_dict()
+    torch.nn.ModuleList([torch.nn.Linear(2, 2), ours]).load_state_dict(convert_speechbrain(saved, nhead=4), strict=True)
+    ours.encoder.load_state_dict(convert_speechbrain(theirs.encoder.state_dict(), nhead=4), strict=True)
+    with pytest.raises(ValueError, match="no SpeechBrain Conformer"):
+        convert_speechbrain(ours.state_dict(), nhead=4)
+
+
+@pytest.mark.parametrize(
+    "keys, error, message",
+    [
+        ({"encoder_module": "hyperconfomer"}, ValueError, "'hyperconfomer'.*conformer, hyperconformer"),
+        ({"attention_type": "RelPos"}, ValueError, "'RelPos'.*RelPosMHAXL"),
+        ({"attention_type": "regularMHA"}, ValueError, "'regularMHA'.*RelPosMHAXL"),
+        ({"layerdrop_prob": 0.1}, ValueError, "layerdrop_prob"),
+        ({"encoder_kwargs": {"kernel": 3}}, TypeError, "no key 'kernel'"),
+        ({"d_model": 30}, ValueError, "30"),
+    ],
+)
+def test_mistakes_fail_at_construction(keys, error, message):
+    with pytest.raises(error, match=message):
+        TransformerASR(20, 640, **{"d_model": 32, "nhead": 4, "d_ffn": 64, "num_encoder_layers": 1, **keys})
+
+
+@torch.no_grad()
+def test_waveforms_to_frames_in_a_batch_and_alone(encoder_case):
+    """From samples on, each utterance has the same frames alone and in any batch, whatever its number of samples."""
+    net = small(encoder_case, decoder_layers=0)
+    normalize = InputNormalization(norm_type="global", update_until_epoch=1)
+    normalize.glob_mean, normalize.glob_std = torch.zeros(80), torch.ones(80)
+    encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net).eval()
+    lengths = [16000, 15999, 8000, 8037, 7840, 4961, 641, 400, 160, 3]
+    wavs = torch.zeros(len(lengths), 16000)
+    for i, length in enumerate(lengths):
+        wavs[i, :length] = 0.1 * torch.randn(length)
+    out, relative = encoder.encode(wavs, torch.tensor(lengths) / 16000)
+    for i, (length, frames) in enumerate(zip(lengths, absolute_lengths(relative, out.shape[1]).tolist(), strict=True)):
+        alone, _ = encoder.encode(wavs[i : i + 1, :length])
+        assert alone.shape[1] == frames
+        torch.testing.assert_close(out[i, :frames], alone[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_features_ignore_what_lies_behind_an_utterance():
+    wavs = torch.randn(2, 4000)
+    lengths = torch.tensor([1.0, 0.5])
+    expected, _ = extract_features(Fbank(), wavs, lengths)
+    wavs[1, 2000:] = 1e4
+    assert torch.equal(extract_features(Fbank(), wavs, lengths)[0], expected)

@@ -1,0 +1,41 @@
+"""Three ways into the registry, and no silent way past it."""
+
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+
+from speechbrain_ext import registry
+
+
+class Passing(torch.nn.Module):
+    def __init__(self, d_model=8):
+        super().__init__()
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    registry.list_encoders()
+    monkeypatch.setattr(registry, "_ENCODERS", dict(registry._ENCODERS))
+
+
+def test_decorator(clean_registry):
+    assert registry.register_encoder("passing")(Passing) is Passing
+    assert isinstance(registry.build_encoder("passing", d_model=4), Passing)
+    assert "passing" in registry.list_encoders()
+    registry.register_encoder("passing")(Passing)  # importing a module twice is no conflict
+    with pytest.raises(ValueError, match="'passing' is taken by .*Passing"):
+        registry.register_encoder("passing")(torch.nn.Linear)
+
+
+def test_entry_point(clean_registry, monkeypatch):
+    point = EntryPoint("elsewhere", f"{__name__}:Passing", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.ENTRY_POINT_GROUP else [])
+    assert "elsewhere" in registry.list_encoders()
+    assert isinstance(registry.build_encoder("elsewhere"), Passing)
+
+
+def test_shipped():
+    assert {"conformer", "hyperconformer"} <= set(registry.list_encoders())
