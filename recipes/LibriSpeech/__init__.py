@@ -1,0 +1,1 @@
+"""LibriSpeech, corpora in its layout, and the embedded mini corpus."""

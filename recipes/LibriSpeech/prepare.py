@@ -1,0 +1,497 @@
+"""A corpus in LibriSpeech layout -> validated manifests.
+
+``<data_folder>/<split>/<speaker>/<chapter>/`` holds ``<speaker>-<chapter>-<utterance>.flac`` (or .wav, .opus, .ogg,
+.mp3) and ``<speaker>-<chapter>.trans.txt`` with a line ``<utterance id> <TEXT>`` for each. The splits are whatever
+folders the caller names. What cannot be trained on or scored is left out, named in ``skipped.csv`` and counted; too
+much of it stops the run.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from speechbrain.utils.parallel import parallel_map
+
+from speechbrain_ext.inference.audio import SAMPLE_RATE, AudioError, check_audio
+
+logger = logging.getLogger(__name__)
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3")
+TRANSCRIPT_SUFFIX = ".trans.txt"
+ID = re.compile(r"\w+-\w+-\w+")
+PLACEHOLDER = re.compile(r"\$[\w.]")  # SpeechBrain substitutes $name in every field of a manifest, and fails on others
+MIN_SECONDS = 0.1  # nobody says a word in less; such a file is a slip of segmentation
+
+MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
+SKIPPED_FILE = "skipped.csv"
+MARKER_FILE = "prepared.json"
+VERSION = 1  # of the manifests; another one is prepared anew
+
+
+class File(NamedTuple):
+    """A file of the corpus and what tells whether it has changed."""
+
+    path: str
+    size: int
+    modified: int
+
+
+class Transcript(NamedTuple):
+    """A line of a transcript file; ``flaw`` says why it cannot be used, if so."""
+
+    text: str
+    file: str
+    flaw: str
+
+
+class Skipped(NamedTuple):
+    """Something that was left out, and why: ``reason`` is one of a few kinds, ``detail`` the particulars."""
+
+    split: str
+    ID: str
+    file: str
+    reason: str
+    detail: str = ""
+
+
+class Row(NamedTuple):
+    """A line of a manifest, and what is worth a note about its audio."""
+
+    ID: str
+    duration: float
+    wav: str
+    spk_id: str
+    wrd: str
+    sample_rate: int
+    channels: int
+
+
+def prepare_librispeech(
+    data_folder,
+    save_folder,
+    tr_splits=(),
+    dev_splits=(),
+    te_splits=(),
+    select_n_sentences=None,
+    merge_lst=(),
+    merge_name=None,
+    create_lexicon=False,
+    skip_prep=False,
+    max_skipped=0.05,
+):
+    """Write the manifest ``<split>.csv`` of every split, ready for SpeechBrain's ``DynamicItemDataset.from_csv``.
+
+    The columns are ``ID, duration, wav, spk_id, wrd``: seconds, absolute path, ``<speaker>-<chapter>`` as in
+    SpeechBrain's recipe, and the transcript in upper case. The audio may have any sample rate and number of channels:
+    read it with :func:`speechbrain_ext.inference.audio.load_audio`, which gives 16 kHz mono.
+
+    All audio is checked to its end, in parallel. What is left out is listed in ``skipped.csv`` (``split, ID, file,
+    reason, detail``). An id that two splits share stays in the test split rather than in the development split, and in
+    either rather than in the training split.
+
+    Manifests appear whole or not at all, and ``prepared.json`` is written last: a later call with the same arguments,
+    the same corpus files (names, sizes, times) and untouched manifests returns at once; any other starts over. Under
+    DDP, call it through ``speechbrain.utils.distributed.run_on_main``.
+
+    Arguments
+    ---------
+    data_folder : str
+        The folder that holds the split folders. Its parent is understood too if it holds them in exactly one
+        subfolder, and so is one of the split folders.
+    save_folder : str
+        Where the manifests go; created if need be.
+    tr_splits, dev_splits, te_splits : list of str
+        Names of the split folders to train on, to validate on and to test on.
+    select_n_sentences : list of int, optional
+        How many utterances to take of each split, in the order of the splits above; one number means the same of each.
+        They are the first in the order of their paths.
+    merge_lst : list of str
+        Splits to merge into one more manifest.
+    merge_name : str, optional
+        File name of the merged manifest; ``.csv`` is added where it is missing.
+    create_lexicon : bool
+        Only ``False``: the lexicon that SpeechBrain's recipe writes serves grapheme-to-phoneme models.
+    skip_prep : bool
+        If True, do nothing: the manifests are there already.
+    max_skipped : float
+        The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the data folder, a split, its audio or its transcripts are not there.
+    ValueError
+        If the arguments contradict each other.
+    RuntimeError
+        If too much of a split would be left out.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from recipes.LibriSpeech.mini_corpus import build_mini_corpus
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     corpus = build_mini_corpus(folder, utterances={"test-mini": 2})
+    ...     prepare_librispeech(corpus, f"{folder}/save", te_splits=["test-mini"])
+    ...     manifest = Path(folder, "save", "test-mini.csv").read_text()
+    >>> manifest.splitlines()[0]
+    'ID,duration,wav,spk_id,wrd'
+    """
+    if skip_prep:
+        return
+    if create_lexicon:
+        raise ValueError(
+            "create_lexicon=True is not supported, as the lexicon serves grapheme-to-phoneme models only; "
+            "leave it out, or run SpeechBrain's own LibriSpeech recipe."
+        )
+    tr_splits, dev_splits, te_splits, merge_lst = map(_as_names, (tr_splits, dev_splits, te_splits, merge_lst))
+    splits = list(dict.fromkeys(tr_splits + dev_splits + te_splits))
+    merge_name = _check_merge(merge_lst, merge_name, splits)
+    wanted = _wanted_of_each(select_n_sentences, tr_splits + dev_splits + te_splits)
+    if not 0 <= max_skipped <= 1:
+        raise ValueError(f"max_skipped is a part of a split, from 0 to 1, and it is {max_skipped}.")
+    root = find_corpus(data_folder, splits)
+    save_folder = Path(save_folder).expanduser().absolute()
+    save_folder.mkdir(parents=True, exist_ok=True)
+
+    files = {split: list_files(root / split) for split in splits}
+    state = {
+        "version": VERSION,
+        "data_folder": str(root),
+        "splits": [tr_splits, dev_splits, te_splits],
+        "select_n_sentences": [wanted[split] for split in splits],
+        "merge": [merge_lst, merge_name],
+        "max_skipped": max_skipped,
+        "corpus": {split: _digest(files[split]) for split in splits},
+    }
+    if _is_prepared(save_folder, state):
+        logger.info("The manifests in %s are complete and up to date: nothing to prepare.", save_folder)
+        return
+    (save_folder / MARKER_FILE).unlink(missing_ok=True)
+
+    taken, rows, skipped = {}, {}, []
+    for split in reversed(splits):  # test splits first: they keep an id that several splits claim
+        rows[split], skips, total = prepare_split(split, root / split, files[split], taken, wanted[split])
+        skipped += skips
+        _write_csv(save_folder / SKIPPED_FILE, Skipped._fields, sorted(skipped))
+        _report(split, rows[split], skips, total, save_folder / SKIPPED_FILE, max_skipped)
+
+    manifests = {f"{split}.csv": rows[split] for split in splits}
+    if merge_name:
+        manifests[merge_name] = [row for split in dict.fromkeys(merge_lst) for row in rows[split]]
+    for name, lines in manifests.items():
+        _write_csv(save_folder / name, MANIFEST_FIELDS, (row[: len(MANIFEST_FIELDS)] for row in lines))
+    state["manifests"] = {name: _file_digest(save_folder / name) for name in [*manifests, SKIPPED_FILE]}
+    with _replacing(save_folder / MARKER_FILE) as file:
+        json.dump(state, file, indent=2)
+
+
+def find_corpus(data_folder, splits):
+    """The folder that holds all splits: the one given, or where exactly one reading makes sense, a neighbour of it."""
+    if not splits:
+        raise ValueError("No split is named: give at least one of tr_splits, dev_splits and te_splits.")
+    folder = Path(data_folder or "").expanduser().absolute()
+    if not data_folder or not folder.is_dir():
+        raise FileNotFoundError(f"The data folder '{data_folder}' is no folder; give the one that holds {splits[0]}.")
+
+    def holds_all(place):
+        return all(os.path.isdir(place / split) for split in splits)
+
+    if holds_all(folder):
+        return folder
+    inside = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    fitting = [folder / name for name in inside if holds_all(folder / name)]
+    if folder.name in splits and holds_all(folder.parent):
+        fitting.append(folder.parent)
+    if len(fitting) == 1:
+        logger.info("%s does not hold the splits itself; they are in %s.", folder, fitting[0])
+        return fitting[0]
+    missing = [split for split in splits if split not in inside]
+    raise FileNotFoundError(
+        f"{folder} should hold a folder for each split, but has none named {_listing(missing)}; "
+        f"the folders in it are: {_listing(inside)}."
+    )
+
+
+def list_files(folder):
+    """All files under a folder in the order of their paths, without hidden ones; links are followed, each folder once.
+
+    Returns
+    -------
+    list of File
+    """
+    files, seen = [], set()
+
+    def visit(place):
+        stat = os.stat(place)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link that leads back
+            return
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(place) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.startswith("."):  # .DS_Store, and ._1-2-3.flac that macOS puts beside 1-2-3.flac
+                continue
+            if entry.is_dir():
+                visit(entry.path)
+                continue
+            try:
+                stat = entry.stat()
+                files.append(File(entry.path, stat.st_size, stat.st_mtime_ns))
+            except OSError:  # a link to nowhere, which the check of its audio will name
+                files.append(File(entry.path, 0, 0))
+
+    visit(folder)
+    return files
+
+
+def prepare_split(split, folder, files, taken, wanted):
+    """Match audio with transcripts and check both.
+
+    Arguments
+    ---------
+    split : str
+        The name of the split.
+    folder : pathlib.Path
+        Its folder, for messages.
+    files : list of File
+        The files of the split.
+    taken : dict
+        Path of each id in the splits before; the ids of this split are added.
+    wanted : int or None
+        How many utterances to take, all if None.
+
+    Returns
+    -------
+    rows : list of Row
+        In the order of the paths.
+    skipped : list of Skipped
+    total : int
+        How many utterances there are, those that are not wanted included.
+    """
+    audio = [file.path for file in files if os.path.splitext(file.path)[1].lower() in AUDIO_SUFFIXES]
+    texts = [file.path for file in files if file.path.lower().endswith(TRANSCRIPT_SUFFIX)]
+    if not audio or not texts:
+        what = f"transcript (*{TRANSCRIPT_SUFFIX})" if audio else f"audio file ({', '.join(AUDIO_SUFFIXES)})"
+        kinds = Counter(os.path.splitext(file.path)[1] or "no suffix" for file in files)
+        held = _listing([f"{count} x {kind}" for kind, count in kinds.most_common()])
+        raise FileNotFoundError(f"There is no {what} anywhere in {folder}; the files in it are: {held}.")
+
+    transcripts = read_transcripts(texts)
+    skipped, candidates, heard = [], [], set()
+    for path in audio:
+        name = os.path.splitext(os.path.basename(path))[0]
+        transcript = transcripts.get(name)
+        heard.add(name)
+        if not _is_utf8(path):
+            skipped.append(Skipped(split, name, path, "file name not UTF-8"))
+        elif not ID.fullmatch(name):
+            skipped.append(Skipped(split, name, path, "file name not <speaker>-<chapter>-<utterance>"))
+        elif name in taken:
+            skipped.append(Skipped(split, name, path, "duplicate id", f"same as {taken[name]}"))
+        elif transcript is None:
+            skipped.append(Skipped(split, name, path, "no transcript"))
+        elif transcript.flaw:
+            skipped.append(Skipped(split, name, path, transcript.flaw, transcript.file))
+        elif PLACEHOLDER.search(path + " " + transcript.text):
+            skipped.append(Skipped(split, name, path, "$ in path or transcript", "SpeechBrain would substitute it"))
+        else:
+            taken[name] = path
+            candidates.append(name)
+    for name in transcripts.keys() - heard:
+        skipped.append(Skipped(split, name, transcripts[name].file, "transcript without audio"))
+    total = len(skipped) + len(candidates)
+
+    rows, position = [], 0
+    wanted = len(candidates) if wanted is None else wanted
+    while len(rows) < wanted and position < len(candidates):  # again only where some of the first n were no good
+        batch = candidates[position : position + wanted - len(rows)]
+        position += len(batch)
+        bar = {"desc": f"Checking {split}", "unit": " files", "smoothing": 0.02}
+        results = parallel_map(_check, [taken[name] for name in batch], progress_bar_kwargs=bar)
+        for name, result in zip(batch, results, strict=True):
+            if isinstance(result, tuple):
+                skipped.append(Skipped(split, name, taken[name], *result))
+            else:
+                speaker = name.rsplit("-", 1)[0]
+                text = transcripts[name].text
+                rows.append(Row(name, result.duration, taken[name], speaker, text, result.sample_rate, result.channels))
+    return rows, skipped, total
+
+
+def read_transcripts(paths):
+    """Read transcript files.
+
+    Arguments
+    ---------
+    paths : list of str
+        Files with a line ``<id> <text>`` for each utterance; any line ends, with or without a byte order mark.
+
+    Returns
+    -------
+    dict
+        From id to Transcript, its text in upper case with single blanks.
+    """
+    transcripts = {}
+    for path in paths:
+        for line in Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines():
+            name, *rest = line.split(None, 1) or [b""]
+            # a file in UTF-16 has a zero byte in every character: what is left without them is the id
+            name = name.replace(b"\0", b"").decode(errors="ignore")
+            if not name:
+                continue
+            try:
+                text = normalise(b"".join(rest).decode())
+                flaw = "transcript not UTF-8" if b"\0" in line else "" if text else "empty transcript"
+            except UnicodeDecodeError:
+                text, flaw = "", "transcript not UTF-8"
+            known = transcripts.get(name)
+            if known is not None:  # the same line twice does no harm
+                flaw = known.flaw if known.text == text else "two different transcripts"
+            transcripts[name] = Transcript(text, path, flaw)
+    return transcripts
+
+
+def normalise(text):
+    """LibriSpeech's spelling: upper case, the plain apostrophe, single blanks.
+
+    Example
+    -------
+    >>> normalise("  don’t \\t stop\\r\\n")
+    "DON'T STOP"
+    """
+    return " ".join(unicodedata.normalize("NFC", text).replace("’", "'").upper().split())
+
+
+def _check(path):
+    """In a worker process: what is worth knowing about an audio file, or the reason and detail why it is no good."""
+    try:
+        info = check_audio(path)
+    except AudioError as error:
+        return error.reason, str(error)
+    if info.duration < MIN_SECONDS:
+        return f"shorter than {MIN_SECONDS} s", f"{info.duration:.4f} s"
+    return info
+
+
+def _report(split, rows, skipped, total, listed_in, max_skipped):
+    """Log what a split holds and what it lost; stop where that is too much."""
+    hours = sum(row.duration for row in rows) / 3600
+    logger.info("%s: %d utterances, %.2f hours", split, len(rows), hours)
+    for value, count in Counter(row.sample_rate for row in rows if row.sample_rate != SAMPLE_RATE).items():
+        logger.info("%s: %d files have %d Hz; they are resampled to %d Hz when read.", split, count, value, SAMPLE_RATE)
+    if several := sum(row.channels > 1 for row in rows):
+        logger.info("%s: %d files have several channels; these are averaged when read.", split, several)
+    odd = Counter(character for row in rows for character in set(row.wrd) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZ' "))
+    if odd:
+        shown = _listing([f"{character} ({count})" for character, count in odd.most_common()])
+        logger.warning("%s: transcripts hold characters other than A-Z and ' (in how many): %s", split, shown)
+    if not skipped:
+        return
+    reasons = Counter(skip.reason for skip in skipped).most_common()
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    logger.warning("%s: %d of %d utterances skipped: %s; listed in %s", split, len(skipped), total, counts, listed_in)
+    if not rows or len(skipped) > math.ceil(max_skipped * total):
+        raise RuntimeError(
+            f"{len(skipped)} of {total} utterances in {split} cannot be used, more than the allowed {max_skipped:.0%}, "
+            f"most often because of '{reasons[0][0]}' ({reasons[0][1]}); they are listed in {listed_in}: "
+            "mend the corpus, or raise max_skipped."
+        )
+
+
+def _as_names(names):
+    """A list of plain folder names; one name alone may come as a string, as from the command line."""
+    names = [names] if isinstance(names, str) else [str(name) for name in names or ()]
+    for name in names:
+        if not name or name != os.path.basename(name) or name.startswith("."):
+            raise ValueError(f"'{name}' is not the name of a split; give the name of a folder in the data folder.")
+    return names
+
+
+def _check_merge(merge_lst, merge_name, splits):
+    """The file name of the merged manifest, None if nothing is merged."""
+    if not merge_lst:
+        return None
+    if unknown := [split for split in merge_lst if split not in splits]:
+        raise ValueError(f"merge_lst names {_listing(unknown)}, not prepared here; the splits are: {_listing(splits)}.")
+    if not merge_name or merge_name != os.path.basename(merge_name):
+        raise ValueError(f"merge_lst needs merge_name, a file name such as train.csv, and it is {merge_name!r}.")
+    stem = merge_name.removesuffix(".csv")
+    if f"{stem}.csv" == SKIPPED_FILE or (stem in splits and merge_lst != [stem]):
+        raise ValueError(f"merge_name '{merge_name}' is the name of another file that is written; choose another.")
+    return f"{stem}.csv"
+
+
+def _wanted_of_each(select_n_sentences, splits):
+    """How many utterances to take of each split: a number, or None for all."""
+    if select_n_sentences is None or isinstance(select_n_sentences, int):
+        select_n_sentences = [select_n_sentences] * len(splits)
+    if len(select_n_sentences) != len(splits) or any(n is not None and n < 1 for n in select_n_sentences):
+        raise ValueError(
+            f"select_n_sentences should be one number above 0 for each of the {len(splits)} splits, "
+            f"and it is {list(select_n_sentences)}."
+        )
+    return dict(zip(splits, select_n_sentences, strict=True))
+
+
+def _is_prepared(save_folder, state):
+    """Whether an earlier call with this state came to its end and its manifests are as it left them."""
+    try:
+        earlier = json.loads((save_folder / MARKER_FILE).read_text(encoding="utf-8"))
+        manifests = earlier.pop("manifests")
+        intact = all(_file_digest(save_folder / name) == digest for name, digest in manifests.items())
+        return earlier == state and intact
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no marker, not ours, or a manifest is gone
+        return False
+
+
+def _digest(files):
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(f"{file.path}\0{file.size}\0{file.modified}\n"))
+    return digest.hexdigest()
+
+
+def _file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path):
+    """A file to write that takes its place under its name only when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # a name that is no UTF-8 is shown with escapes in the list of what was skipped; a manifest never holds one
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_csv(path, fields, lines):
+    with _replacing(path) as file:
+        csv.writer(file, lineterminator="\n").writerows([fields, *lines])
+
+
+def _is_utf8(text):
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _listing(names, most=10):
+    """Names in one line, not too many."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more

@@ -1,0 +1,1 @@
+"""Recipes: what belongs to one corpus, a package each."""
