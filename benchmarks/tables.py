@@ -1,0 +1,60 @@
+"""Write the README's tables from the CSV files that hold the results.
+
+    python benchmarks/tables.py
+
+A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing in it is typed by hand.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
+HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
+
+
+def read(path):
+    """Rows of a CSV file as dictionaries."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header, rows):
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def results():
+    """Word error rates of the runs at mini size, a row per run and training set."""
+    runs = {}
+    for row in read(RESULTS):
+        key = (row["train_set"], row["architecture"], row["parameters"], row["steps"], row["audio_seconds_per_second"])
+        runs.setdefault((*key, row["peak_memory_mib"]), []).append(f"{row['test_set']} {float(row['WER']):.1f}")
+    header = ["trained on", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
+    rows = [
+        [train, encoder, f"{int(parameters):,}", steps, f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
+        for (train, encoder, parameters, steps, speed, memory), wers in runs.items()
+    ]
+    return table(header, rows)
+
+
+def hypermixing():
+    """Time and memory of HyperMixing here and in SpeechBrain."""
+    header = ["frames", "ours, ms", "SpeechBrain, ms", "time ratio", "ours, MiB", "SpeechBrain, MiB", "memory ratio"]
+    fields = ["frames", "ours_ms", "speechbrain_ms", "time_ratio", "ours_mib", "speechbrain_mib", "memory_ratio"]
+    return table(header, [[row[field] for field in fields] for row in read(HYPERMIXING)])
+
+
+def fill(text):
+    """The README's text with its tables made anew."""
+    for name, make in (("results", results), ("hypermixing", hypermixing)):
+        block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,47 @@
+"""What the README says: its code runs, its files exist, its tables are those of the result files."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from speechbrain_ext.hparams import load_hparams
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_tables_are_generated_from_the_results():
+    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    assert tables.fill(README) == README, "run python benchmarks/tables.py"
+
+
+def test_the_streaming_example_runs(capsys):
+    (example,) = [block for block in blocks("python") if "make_streaming_context" in block]
+    exec(example, {})
+    assert int(capsys.readouterr().out) > 0
+
+
+def test_the_yaml_example_loads(tmp_path):
+    (example,) = [block for block in blocks("yaml") if "TransformerASR" in block]
+    (tmp_path / "example.yaml").write_text(example)
+    assert load_hparams(tmp_path / "example.yaml")["Transformer"].encoder.d_model == 144
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:hparams|recipes|speechbrain_ext|benchmarks)/[\w./]+)`", README))))
+def test_files_exist(path):
+    if not path.endswith(("mine.py", "mine.yaml")):
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("file, count", re.findall(r"\| `(hparams/\w+\.yaml)` \| ([\d,]+) \|", README))
+def test_parameters_are_as_stated(file, count):
+    hparams = load_hparams(ROOT / file)
+    assert sum(parameter.numel() for parameter in hparams["model"].parameters()) == int(count.replace(",", ""))
