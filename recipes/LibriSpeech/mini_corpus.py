@@ -1,8 +1,9 @@
 """The embedded mini corpus: synthetic read English in LibriSpeech layout, built on the spot without any download.
 
-It lets every recipe run end to end on a fresh machine in minutes. Sentences come from a small grammar, speech from eSpeak NG (the PyPI package
-``espeakng-loader`` carries the library and its voices). A voice is a timbre, an accent, a pitch, a rate and a recording condition (noise colour and
-signal-to-noise ratio, level). The splits share neither a timbre nor a sentence, so that the error rate is one on unseen speakers.
+It lets every recipe run end to end on a fresh machine in minutes. Sentences come from a small grammar, speech from
+eSpeak NG (the PyPI package ``espeakng-loader`` carries the library and its voices). A voice is a timbre, an accent, a
+pitch, a rate and a recording condition (noise colour, signal-to-noise ratio, level). The splits share neither a timbre
+nor a sentence, so that the error rate is one on unseen speakers.
 """
 
 import ctypes
@@ -45,18 +46,18 @@ GRAMMAR = {
     "whose": ("the", "my", "every"),
     "number": ("two", "three", "seven"),
     "trait": ("young", "happy", "clever", "famous", "quiet"),
-    "person": ("sailor", "teacher", "farmer", "doctor", "sister", "brother", "captain", "painter", "neighbour", "woman"),
+    "person": tuple("sailor teacher farmer doctor sister brother captain painter neighbour woman".split()),
     "did": ("carried", "found", "painted", "bought", "washed", "opened", "borrowed", "forgot", "repaired"),
     "moved": ("danced", "waited", "walked slowly", "laughed", "slept", "sang loudly"),
     "look": ("yellow", "green", "heavy", "wooden", "small", "black"),
     "thing": ("basket", "letter", "guitar", "umbrella", "lantern", "bicycle", "mirror", "boat", "clock"),
     "things": ("baskets", "letters", "lanterns", "mirrors", "boats", "clocks"),
-    "place": ("garden", "river", "market", "bridge", "forest", "village", "harbour", "mountain", "kitchen", "station"),
+    "place": tuple("garden river market bridge forest village harbour mountain kitchen station".split()),
     "season": ("winter", "summer", "night", "week"),
 }
 
-# Timbres are eSpeak variants that stay intelligible: no whisper, no robot, no strongly moved formants, and none of the breathy Klatt ones, whose
-# noise comes from the C library's unseeded generator.
+# Timbres are eSpeak variants that stay intelligible: no whisper, no robot, no strongly moved formants, and none of the
+# breathy Klatt ones, whose noise comes from the C library's unseeded generator.
 TIMBRES = {
     "train-mini": (
         "m1 m2 m4 m5 m6 m8 f1 f3 f4 f5 klatt2 klatt3 Alex Andrea Gene Henrique Mario Mike Nguyen adam anika belinda "
@@ -65,6 +66,8 @@ TIMBRES = {
     "dev-mini": "m7 Hugo Annie klatt robert steph".split(),
     "test-mini": "m3 f2 Michael benjamin linda miguel pablo pedro Denis steph3".split(),
 }
+# Voices that share a timbre differ in all else: variety in training is what unseen voices are recognised by.
+VOICES_PER_TIMBRE = {"train-mini": 4, "dev-mini": 1, "test-mini": 1}
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-us-nyc")
 UTTERANCES = {"train-mini": 1520, "dev-mini": 120, "test-mini": 240}
 
@@ -97,23 +100,26 @@ class Speaker:
 def build_mini_corpus(folder=None, seed=1986, utterances=None):
     """Builds the mini corpus, or finds it where an earlier call built it.
 
-    A build goes to a temporary folder that is renamed when it is complete, so an interrupted one leaves nothing that looks finished. The name of the
-    corpus folder carries a hash of this file, the arguments and the synthesiser's version: data of other settings are never taken for these.
+    A build goes to a temporary folder that is renamed when it is complete, so an interrupted one leaves nothing that
+    looks finished. The name of the corpus folder carries a hash of this file, the arguments and the synthesiser's
+    version: data of other settings are never taken for these.
 
     Arguments
     ---------
     folder : str, optional
-        Cache folder that holds the corpus folder. By default ``$SPEECHBRAIN_EXT_CACHE``, else ``speechbrain_ext`` in the user's cache folder
-        (``$XDG_CACHE_HOME`` or ``~/.cache``).
+        Cache folder that holds the corpus folder. By default ``$SPEECHBRAIN_EXT_CACHE``, else ``speechbrain_ext`` in
+        the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
     seed : int
         Seed of all choices; the same seed gives the same bytes.
     utterances : dict, optional
-        Number of utterances of each split ``train-mini``, ``dev-mini`` and ``test-mini``, spread evenly over its voices.
+        Number of utterances of each split ``train-mini``, ``dev-mini`` and ``test-mini``, spread evenly over its
+        voices; a split that is left out has none. By default ``UTTERANCES``.
 
     Returns
     -------
     path : pathlib.Path
-        The corpus folder: ``<split>/<speaker>/<chapter>/<speaker>-<chapter>-<utterance>.flac`` and ``<speaker>-<chapter>.trans.txt``.
+        The corpus folder: ``<split>/<speaker>/<chapter>/`` with ``<speaker>-<chapter>-<utterance>.flac`` and
+        ``<speaker>-<chapter>.trans.txt``.
 
     Raises
     ------
@@ -133,12 +139,14 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
     utterances = UTTERANCES if utterances is None else dict(utterances)
     for split, count in utterances.items():
         if split not in TIMBRES or count < 0:
-            raise ValueError(f"The mini corpus cannot have {count} utterances in '{split}': use counts >= 0 for {', '.join(TIMBRES)}.")
+            raise ValueError(
+                f"The mini corpus cannot have {count} utterances in '{split}': give counts for {', '.join(TIMBRES)}."
+            )
     try:
         version = metadata.version("espeakng-loader")
     except metadata.PackageNotFoundError:
         raise ModuleNotFoundError(
-            "The mini corpus needs the package espeakng-loader, which is not installed: run 'pip install espeakng-loader'."
+            "The mini corpus needs the package espeakng-loader, which is missing: run 'pip install espeakng-loader'."
         ) from None
 
     settings = json.dumps([seed, sorted(utterances.items()), version]).encode()
@@ -148,6 +156,7 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
     if (corpus / ".completed").exists():
         return corpus
 
+    shutil.rmtree(corpus, ignore_errors=True)  # a folder without the marker is no corpus
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{corpus.name}.", suffix=".tmp", dir=cache) as temporary:
         build = Path(temporary) / corpus.name
@@ -192,7 +201,7 @@ def generate_sentences(rng):
     Example
     -------
     >>> next(generate_sentences(np.random.default_rng(3)))
-    'the sailor waited'
+    'the farmer and every neighbour laughed'
     """
     seen = set()
     while True:
@@ -224,8 +233,9 @@ def draw_speakers(seed, utterances):
     speakers = []
     for s, split in enumerate(TIMBRES):
         texts = list(islice(sentences, utterances.get(split, 0)))
-        voices = len(TIMBRES[split])
-        for v, timbre in enumerate(TIMBRES[split]):
+        timbres = TIMBRES[split] * VOICES_PER_TIMBRE[split]
+        voices = len(timbres)
+        for v, timbre in enumerate(timbres):
             if texts[v::voices]:
                 speakers.append(Speaker(split, 1000 * s + v + 1, timbre, seed, tuple(texts[v::voices])))
     return speakers
@@ -249,7 +259,7 @@ def synthesise_speaker(job):
     rng = np.random.default_rng([speaker.seed, speaker.id])
     voice = f"{rng.choice(ACCENTS)}+{speaker.timbre}"
     rate, pitch, pitch_range = rng.integers(140, 200), rng.integers(30, 70), rng.integers(35, 65)
-    noise_slope, snr_db, level_db = rng.uniform(0, 1), rng.uniform(15, 35), rng.uniform(-32, -18)
+    noise_slope, snr_db, level_db = rng.uniform(0, 1), rng.uniform(15, 35), rng.uniform(-36, -23)
 
     chapter = corpus / speaker.split / str(speaker.id) / "1"
     chapter.mkdir(parents=True)
@@ -317,7 +327,7 @@ class Synthesiser:
     Raises
     ------
     RuntimeError
-        If eSpeak does not know the voice.
+        If eSpeak does not know the language. (It takes an unknown variant for none.)
 
     Example
     -------
@@ -335,7 +345,8 @@ class Synthesiser:
     def __init__(self, voice, rate, pitch, pitch_range, seed):
         import espeakng_loader  # here, so that build_mini_corpus can say what to install
 
-        # eSpeak keeps state from one utterance to the next (flutter, noise) that none of its functions resets: a private copy of the library starts afresh.
+        # eSpeak keeps state from one utterance to the next (flutter, noise) that none of its functions resets: a
+        # private copy of the library starts afresh.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
         self.chunks = []
@@ -346,7 +357,7 @@ class Synthesiser:
         self.library.espeak_SetSynthCallback(self.callback)
         self.library.espeak_ng_SetRandSeed(seed)
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise RuntimeError(f"eSpeak has no voice '{voice}': use one of the voices and variants that espeakng-loader holds.")
+            raise RuntimeError(f"eSpeak has no voice '{voice}': use a language that espeakng-loader holds.")
         for parameter, value in ((self.RATE, rate), (self.PITCH, pitch), (self.PITCH_RANGE, pitch_range)):
             self.library.espeak_SetParameter(parameter, int(value), 0)
 
@@ -377,6 +388,7 @@ class Synthesiser:
         """
         self.chunks = []
         data = text.encode() + b"\0"
-        self.library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
+        size = ctypes.c_size_t(len(data))
+        self.library.espeak_Synth(data, size, 0, self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
         self.library.espeak_Synchronize()
         return np.concatenate(self.chunks) / 32768
