@@ -1,0 +1,148 @@
+"""Reading hparams files: HyperPyYAML, with one addition that lets a file state only what differs from another one.
+
+A file whose first key is ``extends: other.yaml`` (a path relative to it) is an overrides text for that file, as HyperPyYAML's
+own ``overrides`` are: scalars and lists replace, mappings merge. Only a mapping with a tag of its own (``!new:...``) replaces
+what was there, as another class has other keys. Chains may have any depth. With ``extends: [a.yaml, b.yaml]``, ``b.yaml``
+overrides ``a.yaml``, and the file both.
+"""
+
+import difflib
+from io import StringIO
+from pathlib import Path
+
+import ruamel.yaml
+from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml.core import recursive_update
+
+EXTENDS = "extends"
+
+
+def merge_hparams(paths, overrides=""):
+    """Merge hparams files and overrides into one text, references still unresolved.
+
+    Arguments
+    ---------
+    paths : str, os.PathLike, or a sequence of them
+        An hparams file, or several of which each overrides those before it.
+    overrides : str or dict
+        What to replace, as YAML text (such as ``speechbrain.parse_arguments`` makes from the command line) or a mapping.
+
+    Returns
+    -------
+    str
+        A HyperPyYAML text.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If a file or the overrides are no YAML mapping, a file extends itself, or an override names a key that no file has.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "base.yaml").write_text("size: 1\\ndouble: !ref <size> * 2\\n")
+    >>> _ = (folder / "large.yaml").write_text("extends: base.yaml\\nsize: 10\\n")
+    >>> load_hparams(folder / "large.yaml")
+    {'size': 10, 'double': 20}
+    >>> load_hparams(folder / "large.yaml", "size: 4")
+    {'size': 4, 'double': 8}
+    >>> load_hparams(folder / "large.yaml", "sice: 4")
+    Traceback (most recent call last):
+    ValueError: Unknown key 'sice' for large.yaml; did you mean 'size'?
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    tree = None
+    for path in paths:
+        tree = _override(tree, _read(Path(path)))
+    if isinstance(overrides, str):
+        overrides = _parse(overrides, "The command line") if overrides.strip() else {}
+    for key in overrides:
+        if key not in tree:
+            near = difflib.get_close_matches(str(key), map(str, tree), n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"the keys are: {', '.join(map(str, tree))}."
+            raise ValueError(f"Unknown key '{key}' for {Path(paths[0]).name}; {hint}")
+    text = StringIO()
+    ruamel.yaml.YAML().dump(_override(tree, overrides), text)
+    return text.getvalue()
+
+
+def load_hparams(paths, overrides=""):
+    """Load hparams files: merge them and build the objects that they describe.
+
+    Arguments
+    ---------
+    paths : str, os.PathLike, or a sequence of them
+        As in :func:`merge_hparams`.
+    overrides : str or dict
+        As in :func:`merge_hparams`.
+
+    Returns
+    -------
+    dict
+        The values by key.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As in :func:`merge_hparams`, and where a value is missing.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "count.yaml"
+    >>> _ = path.write_text("letters: !new:collections.Counter\\n    a: 3\\n")
+    >>> load_hparams(path)["letters"]["a"]
+    3
+    """
+    return load_hyperpyyaml(merge_hparams(paths, overrides))
+
+
+def _read(path, extended_by=()):
+    """The tree of a file and of all that it extends."""
+    path = path.resolve()
+    if path in extended_by:
+        raise ValueError(f"The hparams file {path} extends itself; remove one of the '{EXTENDS}' keys.")
+    try:
+        own = _parse(path.read_text(encoding="utf-8"), path)
+    except (FileNotFoundError, IsADirectoryError):
+        origin = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise FileNotFoundError(f"There is no hparams file {path}{origin}; check the path.") from None
+    tree = None
+    if EXTENDS in own:
+        if next(iter(own)) != EXTENDS:
+            raise ValueError(f"In {path} the key '{EXTENDS}' must be the first one, as it is the ground for all others.")
+        bases = own.pop(EXTENDS)
+        for base in [bases] if isinstance(bases, str) else bases:
+            tree = _override(tree, _read(path.parent / base, (*extended_by, path)))
+    return _override(tree, own)
+
+
+def _parse(text, name):
+    try:
+        tree = ruamel.yaml.YAML().load(text)
+    except ruamel.yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{name}{where} is no valid YAML: {problem}.") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name} should hold 'key: value' lines, and it is: {text.strip()[:60]!r}.")
+    return tree
+
+
+def _override(tree, overrides):
+    if tree is None:
+        return overrides
+    for key, value in overrides.items():
+        if _is_tagged(value) or (isinstance(value, dict) and not isinstance(tree.get(key), dict)):
+            tree[key] = value  # where recursive_update would merge, or fail
+        else:
+            recursive_update(tree, {key: value})
+    return tree
+
+
+def _is_tagged(value):
+    return isinstance(value, ruamel.yaml.comments.CommentedMap) and value.tag.value is not None

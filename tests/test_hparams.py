@@ -1,0 +1,110 @@
+"""Hparams files: the ``extends`` key, and what every shipped file keeps."""
+
+import re
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from speechbrain.utils.run_opts import RunOptions
+
+from speechbrain_ext.hparams import load_hparams, merge_hparams
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT / "recipes" / "LibriSpeech" / "hparams"
+SHIPPED = sorted((ROOT / "hparams").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_variant_states_only_what_differs(write):
+    write("base.yaml", "a: 1\nb: !ref <a> + 1\nc: !new:collections.Counter\n    x: 1\n    y: !ref <a>\n")
+    write("middle.yaml", "extends: base.yaml\na: 10\nc:\n    x: 5\n")
+    top = write("top.yaml", "extends: middle.yaml\nd: !ref <b>\n")
+    assert load_hparams(top) == {"a": 10, "b": 11, "c": {"x": 5, "y": 10}, "d": 11}
+    assert load_hparams(top, "a: 2") == {"a": 2, "b": 3, "c": {"x": 5, "y": 2}, "d": 3}
+
+
+def test_a_tagged_mapping_replaces_and_a_plain_one_merges(write):
+    write("base.yaml", "a: !new:collections.Counter {x: 1}\nb: !new:collections.Counter {x: 1}\n")
+    top = write("top.yaml", "extends: base.yaml\na: !new:collections.OrderedDict {y: 2}\nb: {y: 2}\n")
+    assert load_hparams(top) == {"a": {"y": 2}, "b": {"x": 1, "y": 2}}
+
+
+def test_several_files_override_one_another(write):
+    base, more = write("base.yaml", "a: 1\nb: null\n"), write("more.yaml", "b: {c: !ref <a>}\n")
+    assert load_hparams([base, more]) == {"a": 1, "b": {"c": 1}}
+    assert load_hparams(write("both.yaml", "extends: [base.yaml, more.yaml]\na: 2\n")) == {"a": 2, "b": {"c": 2}}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("extends: gone.yaml\n", r"no hparams file .*gone\.yaml, which .*bad\.yaml extends"),
+        ("extends: bad.yaml\n", "extends itself"),
+        ("a: 1\nextends: base.yaml\n", "must be the first"),
+        ("a: [1\n", r"bad\.yaml, line \d+, is no valid YAML"),
+        ("a: 1\na: 2\n", "no valid YAML: found duplicate key"),
+        ("only words\n", "should hold 'key: value' lines"),
+        ("", "should hold 'key: value' lines"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_sentence(write, text, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        merge_hparams(write("bad.yaml", text))
+
+
+def test_an_unknown_override_is_refused_with_the_nearest_key():
+    with pytest.raises(ValueError, match="Unknown key 'number_of_epoch' for .*; did you mean 'number_of_epochs'?"):
+        merge_hparams(SHIPPED[0], "number_of_epoch: 3")
+    with pytest.raises(ValueError, match="Unknown key 'zzzz' .*; the keys are: seed"):
+        merge_hparams(SHIPPED[0], {"zzzz": 1})
+
+
+PARAMETERS = {
+    "hyperconformer": 7_924_832,  # as published by SpeechBrain for hyperconformer_8M
+    "hyperconformer_streaming": 7_924_832,
+    "hyperconformer_22m": 21_702_064,  # hyperconformer_22M
+    "conformer": 8_689_472,  # the sum of SpeechBrain's own modules of these sizes
+    "conformer_small": 13_327_296,  # conformer_small
+}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_model_has_the_published_size(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hparams = load_hparams(path)
+    count = sum(parameter.numel() for parameter in hparams["model"].parameters())
+    assert count == sum(parameter.numel() for module in hparams["modules"].values() for parameter in module.parameters())
+    if path.stem in PARAMETERS:
+        assert count == PARAMETERS[path.stem]
+    stated = re.search(rf"{path.name} .* ([\d,]+)$", path.read_text(), re.MULTILINE)
+    if stated:
+        assert count == int(stated[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_key_is_read(path):
+    text = merge_hparams([path, SHARED / "mini.yaml"])
+    places = [ROOT / "train.py", ROOT / "speechbrain_ext" / "inference" / "pretrained.py"]
+    code = "\n".join(place.read_text() for place in (*places, *(ROOT / "recipes" / "LibriSpeech").glob("*.py")))
+    for key in YAML().load(text):
+        patterns = (rf"!ref <{key}\b", rf"!ref .*<{key}\b")
+        is_read = any(re.search(pattern, text) for pattern in patterns)
+        is_read |= re.search(rf"""["']{key}["']|hparams\.{key}\b|modules\.{key}\b""", code) is not None
+        assert is_read or key in RunOptions().as_dict() or key.startswith("__"), f"nothing reads the key '{key}'"
+
+
+def test_the_mini_overrides_name_keys_that_exist():
+    known = YAML().load(merge_hparams(SHIPPED[0]))
+    for key, value in YAML().load((SHARED / "mini.yaml").read_text()).items():
+        assert key in known
+        if isinstance(value, dict) and isinstance(known[key], dict) and known[key].tag.value is None:
+            assert value.keys() <= known[key].keys()

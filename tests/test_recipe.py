@@ -1,0 +1,138 @@
+"""Whole training runs at toy size, as a user starts them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import SMALL, arguments, make_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / "hparams").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def train(folder, *argv, launcher=()):
+    """Start train.py in a folder."""
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, argv)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def rows(folder):
+    with open(folder / "results" / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_trains_and_tests(path, corpus, tmp_path):
+    run = train(tmp_path, path, "--data_folder", corpus, "--device", "cpu", *arguments(**SMALL))
+    assert run.returncode == 0, run.stdout + run.stderr
+    greedy, joint = rows(tmp_path)
+    assert (greedy["search"], joint["search"]) == ("ctc_greedy", "joint_beam")
+    for row in (greedy, joint):
+        assert row["hparams"] == path.name and row["test_set"] == "test-tiny" and row["epochs"] == "1"
+        assert int(row["steps"]) >= 1 and float(row["audio_seconds_per_second"]) > 0 and int(row["peak_memory_mib"]) > 100
+        errors = sum(int(row[kind]) for kind in ("insertions", "deletions", "substitutions"))
+        assert float(row["WER"]) == pytest.approx(100 * errors / int(row["words"]), abs=0.01)
+    (output,) = (tmp_path / "results").glob("*/7775")
+    alignments = (output / "wer_test-tiny_joint_beam.txt").read_text()
+    assert alignments.startswith(f"%WER {float(joint['WER']):.2f} [") and "3-1-0001" in alignments
+    assert (output / "pretrained" / "README.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def ctc_run(corpus, tmp_path_factory):
+    """A CTC-only run in bfloat16 with two transcripts' worth of tokens fewer than asked for."""
+    folder = tmp_path_factory.mktemp("ctc")
+    keys = {**SMALL, "num_decoder_layers": 0, "vocab_size": 1000, "precision": "bf16"}
+    run = train(folder, SHIPPED[0], "--data_folder", corpus, "--device=cpu", *arguments(**keys))
+    return folder, run
+
+
+def test_ctc_only(ctc_run):
+    folder, run = ctc_run
+    assert run.returncode == 0, run.stdout + run.stderr
+    (row,) = rows(folder)
+    assert row["search"] == "ctc_greedy" and row["precision"] == "bf16"
+    (config,) = folder.glob("results/*/7775/pretrained/config.json")
+    assert json.loads(config.read_text())["speechbrain_interface"] == "EncoderASR"
+
+
+def test_a_small_corpus_reduces_the_vocabulary_with_a_warning(ctc_run):
+    assert "not 1000; the model has as many" in ctc_run[1].stdout
+
+
+def test_the_last_lines_say_where_all_is(ctc_run):
+    folder, run = ctc_run
+    *_, rate, files, command = run.stdout.strip().splitlines()
+    assert rate.startswith("test-tiny ctc_greedy: WER ")
+    assert command.endswith("pretrained FILE...") and (folder / command.split()[-2]).is_dir()
+
+
+def test_without_a_data_folder_it_says_first_that_it_runs_on_the_mini_corpus(tmp_path):
+    run = train(tmp_path, SHIPPED[0], "--test_only", "--device", "cpu")
+    assert run.stdout.startswith("No data_folder: this runs on the embedded mini corpus")
+    assert run.returncode == 1 and "train first" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_two_processes(corpus, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29537"]
+    keys = {**SMALL, "train_batch_sampler": "{max_batch_length: 4}", "number_of_epochs": 2}
+    run = train(
+        tmp_path, ROOT / "hparams" / "hyperconformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys),
+        launcher=launcher,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "argv, status, message",
+    [
+        (["gone.yaml"], 2, "There is no hparams file"),
+        ([SHIPPED[0], "--data_folder", "/no/such"], 1, "The data folder '/no/such' is no folder"),
+        ([SHIPPED[0], "--data_folder", "/no/such", "--numer_of_epochs", "3"], 2, "did you mean 'number_of_epochs'?"),
+        ([SHIPPED[0], "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
+        ([SHIPPED[0], "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
+        ([ROOT / "recipes/LibriSpeech/hparams/ctc_attention.yaml", "--data_folder", "x"], 2, "PLACEHOLDER"),
+        ([], 2, "usage"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_sentence(argv, status, message, tmp_path):
+    run = train(tmp_path, *argv)
+    assert run.returncode == status
+    assert message in run.stderr and "Traceback" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("argv, message", [(["--precision", "fp16"], "not yet supported on CPU"), (["--device", "cuda:9"], "")])
+def test_what_the_machine_cannot_do_ends_in_one_sentence(argv, message, corpus, tmp_path):
+    keys = {"device": "cpu", **SMALL, **{argv[0][2:]: argv[1]}}
+    run = train(tmp_path, SHIPPED[0], "--data_folder", corpus, *arguments(**keys))
+    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stdout + run.stderr
+
+
+def test_a_loss_that_is_not_finite_names_the_utterances(corpus, tmp_path):
+    keys = {**SMALL, "nonfinite_patience": 0, "ctc_weight": ".nan"}
+    run = train(tmp_path, SHIPPED[0], "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "The loss is nan" in run.stderr and "1-1-0003" in run.stderr
+
+
+def test_debug_mode_leaves_results_alone(corpus, tmp_path):
+    run = train(tmp_path, SHIPPED[0], "--data_folder", corpus, "--device", "cpu", "--debug", *arguments(**SMALL))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert not (tmp_path / "results" / "results.csv").exists()
+    assert list((tmp_path / "results").glob("*/7775_debug/pretrained"))

@@ -1,0 +1,182 @@
+"""An interrupted run that is started again ends in the same weights, bit for bit on CPU, as one that was never interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import SMALL, arguments, make_corpus
+
+from recipes.LibriSpeech.checkpoints import AtomicCheckpointer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs train.py, and kills itself at a moment that it is told. With an empty moment it runs to its end.
+DRIVER = """
+import os, shutil, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from recipes.LibriSpeech.brain import AsrBrain
+from recipes.LibriSpeech.checkpoints import RandomStates
+moment, count, sent, *argv = sys.argv[1:]
+seen = 0
+def bomb():
+    global seen
+    seen += 1
+    if seen == int(count):
+        os.kill(os.getpid(), getattr(signal, sent))
+def before(owner, name):
+    original = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        bomb()
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapped)
+if moment == "step":
+    before(AsrBrain, "fit_batch")
+elif moment == "validation":
+    before(AsrBrain, "evaluate_batch")
+elif moment == "saving":  # after some files of a checkpoint, before the others
+    from speechbrain.utils import checkpoints
+    original = checkpoints.DEFAULT_SAVE_HOOKS[RandomStates]
+    def save(*args):
+        bomb()
+        return original(*args)
+    checkpoints.DEFAULT_SAVE_HOOKS[RandomStates] = save
+elif moment == "deleting":
+    def rmtree(path, *args, **kwargs):
+        os.remove(sorted(os.scandir(path), key=lambda entry: entry.name)[0].path)
+        bomb()
+        return original(path, *args, **kwargs)
+    original, shutil.rmtree = shutil.rmtree, rmtree
+sys.exit(train.main(argv))
+"""
+
+# All that draws or counts: dropout, speed perturbation, SpecAugment, random chunks, worker processes, gradient accumulation
+EVERYTHING = {
+    **SMALL,
+    "train_batch_sampler": "{max_batch_length: 2.5, num_buckets: 10, sorted_epochs: 1}",
+    "number_of_epochs": 3,
+    "average_checkpoints": 2,
+    "augment_warmup": 1,
+    "num_workers": 1,
+    "grad_accumulation_factor": 2,
+    "ckpt_interval_minutes": 0,
+    "ckpt_interval_steps": 2,
+}
+INTERRUPTIONS = [
+    ("step", 2, "SIGKILL"),  # before the first checkpoint
+    ("step", 6, "SIGKILL"),  # between two checkpoints of the first epoch
+    ("saving", 1, "SIGKILL"),
+    ("validation", 1, "SIGTERM"),
+    ("deleting", 1, "SIGKILL"),
+    ("step", 4, "SIGINT"),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def run(folder, corpus, keys, hparams="hyperconformer_streaming", moment="", count=0, sent="SIGKILL"):
+    folder.mkdir(exist_ok=True)
+    argv = [moment, str(count), sent, str(ROOT / "hparams" / f"{hparams}.yaml"), "--data_folder", str(corpus), "--device", "cpu"]
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER.format(root=str(ROOT)), *argv, *arguments(**keys)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def last_checkpoint(folder):
+    (save,) = folder.glob("results/*/7775/save")
+    return max(save.glob("CKPT*"), key=lambda path: yaml.safe_load((path / "CKPT.yaml").read_text())["unixtime"])
+
+
+def tensors(value, name=""):
+    """All tensors and numbers of a nested structure, by their place."""
+    if isinstance(value, dict):
+        return {place: item for key in value for place, item in tensors(value[key], f"{name}.{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {place: item for key, child in enumerate(value) for place, item in tensors(child, f"{name}.{key}").items()}
+    return {name: value}
+
+
+def assert_same(left, right):
+    left, right = tensors(left), tensors(right)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]) if torch.is_tensor(value) else value == right[name], name
+
+
+def assert_same_runs(straight, interrupted):
+    here, there = last_checkpoint(straight), last_checkpoint(interrupted)
+    for name in ("model", "optimizer", "normalizer", "lr_annealing", "random_states"):
+        assert_same(torch.load(here / f"{name}.ckpt"), torch.load(there / f"{name}.ckpt"))
+    for name in ("counter", "dataloader-TRAIN"):
+        assert (here / f"{name}.ckpt").read_text() == (there / f"{name}.ckpt").read_text()
+    progress = [yaml.safe_load((path / "brain.ckpt").read_text()) for path in (here, there)]
+    for name in ("step", "optimizer_step", "audio_seconds"):
+        assert progress[0][name] == progress[1][name], name
+    # What is averaged, and hence selected, is the same too
+    averages = [next(folder.glob("results/*/7775/pretrained/asr.ckpt")) for folder in (straight, interrupted)]
+    assert_same(*map(torch.load, averages))
+
+
+def test_resumed_training_is_exact(corpus, tmp_path):
+    straight = run(tmp_path / "straight", corpus, EVERYTHING)
+    assert straight.returncode == 0, straight.stdout + straight.stderr
+    for moment, count, sent in INTERRUPTIONS:
+        stopped = run(tmp_path / "interrupted", corpus, EVERYTHING, moment=moment, count=count, sent=sent)
+        expected = 130 if sent == "SIGINT" else -getattr(signal, sent)
+        assert stopped.returncode == expected, (moment, stopped.stdout + stopped.stderr)
+    assert "start the same command again" in stopped.stderr  # after SIGINT; a killed run can say nothing
+    finished = run(tmp_path / "interrupted", corpus, EVERYTHING)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
+    again = run(tmp_path / "interrupted", corpus, EVERYTHING)  # nothing left to train: it tests once more
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
+
+
+def test_resumed_training_is_exact_with_cached_features(corpus, tmp_path):
+    keys = {**EVERYTHING, "num_workers": 0, "grad_accumulation_factor": 1, "wav_augment": "null", "cache_features": "True"}
+    keys |= {"number_of_epochs": 2, "num_decoder_layers": 0}
+    assert run(tmp_path / "straight", corpus, keys, "conformer").returncode == 0
+    assert run(tmp_path / "interrupted", corpus, keys, "conformer", "step", 4).returncode == -signal.SIGKILL
+    assert run(tmp_path / "interrupted", corpus, keys, "conformer").returncode == 0
+    assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
+
+
+def test_a_half_written_or_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": model})
+    first = checkpointer.save_checkpoint(meta={"WER": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save_checkpoint(meta={"WER": 2.0})
+    assert [checkpoint.path for checkpoint in checkpointer.list_checkpoints()] == [first.path]
+    second = checkpointer.save_checkpoint(meta={"WER": 3.0})  # which also clears away what was left
+    assert sorted(tmp_path.iterdir()) == sorted([first.path, second.path])
+    checkpointer.delete_checkpoints(min_keys=["WER"], importance_keys=[], num_to_keep=1)
+    assert sorted(tmp_path.iterdir()) == sorted([first.path, second.path])  # the best one and the latest one
+    third = checkpointer.save_checkpoint(meta={"WER": 4.0})
+    checkpointer.delete_checkpoints(min_keys=["WER"], importance_keys=[], num_to_keep=1)
+    assert sorted(tmp_path.iterdir()) == sorted([first.path, third.path])
+
+
+def test_meta_values_are_plain(corpus, tmp_path):
+    keys = {**SMALL, "number_of_epochs": 1}
+    assert run(tmp_path / "run", corpus, keys).returncode == 0
+    meta = yaml.safe_load((last_checkpoint(tmp_path / "run") / "CKPT.yaml").read_text())
+    assert {key: type(value) for key, value in meta.items()} == {
+        "WER": float, "epoch": int, "end-of-epoch": bool, "unixtime": float
+    }  # fmt: skip

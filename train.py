@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Train and test a speech recogniser: the one entry of all recipes.
+
+    python train.py hparams/hyperconformer.yaml --data_folder /path/to/LibriSpeech
+    python train.py hparams/hyperconformer.yaml                                      embedded mini corpus, minutes
+    python train.py hparams/hyperconformer.yaml --data_folder ... --precision bf16 --number_of_epochs 50
+    torchrun --nproc_per_node 4 train.py hparams/hyperconformer.yaml --data_folder ...
+
+Corpus -> manifests -> tokenizer -> datasets -> Brain -> training -> average of the best checkpoints -> error rates -> a folder
+with the trained model. Start the same command again after an interruption, and it goes on where it was.
+"""
+
+import dataclasses
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # the hparams files name classes in recipes/, from any working directory
+
+import ruamel.yaml  # noqa: E402
+import sentencepiece  # noqa: E402
+import speechbrain as sb  # noqa: E402
+import torch  # noqa: E402
+from hyperpyyaml import resolve_references  # noqa: E402
+from speechbrain.utils.distributed import ddp_init_group, get_rank, if_main_process, run_on_main  # noqa: E402
+from speechbrain.utils.logger import get_logger  # noqa: E402
+from speechbrain.utils.seed import seed_everything  # noqa: E402
+
+from recipes.LibriSpeech.data import loader_options, make_datasets, train_tokenizer  # noqa: E402
+from recipes.LibriSpeech.mini_corpus import build_mini_corpus  # noqa: E402
+from recipes.LibriSpeech.prepare import prepare_librispeech  # noqa: E402
+from recipes.LibriSpeech.results import append_rows, describe_machine  # noqa: E402
+from speechbrain_ext.hparams import load_hparams, merge_hparams  # noqa: E402
+from speechbrain_ext.inference.pretrained import write_pretrained  # noqa: E402
+
+logger = get_logger("train")
+
+MINI = ROOT / "recipes" / "LibriSpeech" / "hparams" / "mini.yaml"
+
+
+def main(argv=None):
+    """Run; returns the exit status: 0 when all went well, 2 for wrong arguments, 130 when interrupted, 1 otherwise."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:] if argv is None else argv)
+    if run_opts.device == "cpu" or not torch.cuda.is_available():  # where SpeechBrain's default, nccl, cannot run
+        run_opts = dataclasses.replace(
+            run_opts, distributed_backend="gloo", overridden_args={*run_opts.overridden_args, "distributed_backend"}
+        )
+    try:
+        ddp_init_group(run_opts)
+        run(hparams_file, run_opts, overrides)
+    except Failure as failure:
+        print(f"train.py: {failure}", file=sys.stderr)
+        return failure.status
+    except KeyboardInterrupt:
+        print("train.py: interrupted; start the same command again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # without it, gloo sometimes aborts at exit
+    return 0
+
+
+def run(hparams_file, run_opts, overrides):
+    """All steps of a run, one after the other."""
+    with explained(2, OSError, ValueError, TypeError, ImportError, ruamel.yaml.YAMLError):
+        files, overrides = choose_hparams(hparams_file, run_opts, overrides)
+        hparams = load_hparams(files, overrides)
+    sb.create_experiment_directory(hparams["output_folder"])
+    with explained(1, OSError, ValueError, RuntimeError, ImportError):
+        manifests = prepare_corpus(hparams)
+        tokenizer_file, tokens = prepare_tokenizer(hparams, manifests["train"])
+        if tokens < hparams["vocab_size"]:
+            logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+            overrides["vocab_size"] = tokens
+            hparams = load_hparams(files, overrides)
+        hparams["tokenizer"].load(str(tokenizer_file))
+        datasets = make_datasets(hparams, manifests)
+    text = merge_hparams(files, overrides)
+    run_on_main(write_hparams, [hparams, text])
+
+    # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
+    seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
+    with explained(2, ValueError, RuntimeError, AssertionError):  # a device or a precision that is not to be had
+        brain = hparams["brain"](hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"])
+    train_options = loader_options(datasets["train"], hparams["train_batch_sampler"], hparams["num_workers"])
+    valid_options = loader_options(datasets["valid"], hparams["eval_batch_sampler"], hparams["num_workers"])
+    brain.train_sampler = train_options["batch_sampler"]  # so that fit() tells it the epoch
+    with explained(1, FloatingPointError):
+        brain.fit(
+            hparams["epoch_counter"],
+            datasets["train"],
+            datasets["valid"],
+            train_loader_kwargs=train_options,
+            valid_loader_kwargs=valid_options,
+        )
+    rows = []
+    for split in hparams["test_splits"]:
+        options = loader_options(datasets[split], hparams["eval_batch_sampler"], hparams["num_workers"])
+        with explained(1, FileNotFoundError):
+            brain.evaluate(datasets[split], test_loader_kwargs=options)
+        rows += make_rows(brain, split, hparams_file)
+    run_on_main(finish, [brain, text, tokenizer_file, rows])
+
+
+class Failure(Exception):
+    """The end of a run for a reason that the user can do something about; the message says what."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def explained(status, *errors):
+    """Take errors of these types for the user's: the run ends with their message and this exit status, without a traceback."""
+    try:
+        yield
+    except errors as error:
+        message = str(error) if isinstance(error, OSError) else " ".join(map(str, error.args))
+        raise Failure(status, " ".join(message.split())) from error
+
+
+def choose_hparams(hparams_file, run_opts, overrides):
+    """The files and the overrides that make the run: without a data folder, the mini corpus's overrides are among them."""
+    files, overrides = [hparams_file], ruamel.yaml.YAML().load(overrides) or {}
+    if not plain_values(files, overrides)["data_folder"]:
+        if if_main_process():
+            print(
+                f"No data_folder: this runs on the embedded mini corpus with the overrides in {os.path.relpath(MINI)}. "
+                f"The real thing: python train.py {hparams_file} --data_folder /path/to/LibriSpeech",
+                flush=True,
+            )
+        files.append(MINI)
+    if run_opts.debug:  # a few batches should not pass for a result
+        folder = plain_values(files, overrides)["output_folder"] + "_debug"
+        overrides |= {"output_folder": folder, "results_file": f"{folder}/results.csv"}
+    return files, overrides
+
+
+def plain_values(files, overrides):
+    """The hparams with references resolved, before any object is built."""
+    return ruamel.yaml.YAML().load(resolve_references(merge_hparams(files, overrides)))
+
+
+def write_hparams(hparams, text):
+    """Keep the hparams of the run with its results."""
+    path = Path(hparams["output_folder"]) / "hyperparams.yaml"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def prepare_corpus(hparams):
+    """Check the corpus and write its manifests; returns their paths by ``train``, ``valid`` and the names of the test splits."""
+    data_folder = hparams["data_folder"]
+    if not data_folder:
+        run_on_main(build_mini_corpus)
+        data_folder = build_mini_corpus()  # which finds it
+    output = Path(hparams["output_folder"])
+    run_on_main(
+        prepare_librispeech,
+        kwargs={
+            "data_folder": data_folder,
+            "save_folder": output,
+            "tr_splits": hparams["train_splits"],
+            "dev_splits": [hparams["dev_split"]],
+            "te_splits": hparams["test_splits"],
+            "merge_lst": hparams["train_splits"],
+            "merge_name": "train.csv",
+        },
+    )
+    names = {"train": "train", "valid": hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
+    return {key: output / f"{name}.csv" for key, name in names.items()}
+
+
+def prepare_tokenizer(hparams, manifest):
+    """Train the tokenizer where it is missing; returns its file, and how many tokens it has."""
+    path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
+    special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
+    run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
+    return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+
+
+def make_rows(brain, split, hparams_file):
+    """Rows of the results table for a test set, one for each search; the alignments go to files."""
+    hparams = brain.hparams
+    rows = []
+    for search, error_rate in brain.error_rates.items():
+        result = error_rate.summarize()
+        if if_main_process():
+            with open(Path(hparams.output_folder) / f"wer_{split}_{search}.txt", "w", encoding="utf-8") as file:
+                error_rate.write_stats(file)
+        rows.append(
+            {
+                "architecture": hparams.encoder,
+                "hparams": Path(hparams_file).name,
+                "train_set": " ".join(hparams.train_splits),
+                "test_set": split,
+                "search": search,
+                "WER": round(result["WER"], 2),
+                "insertions": result["insertions"],
+                "deletions": result["deletions"],
+                "substitutions": result["substitutions"],
+                "words": result["num_scored_tokens"],
+                "parameters": sum(parameter.numel() for parameter in hparams.model.parameters()),
+                "audio_seconds_per_second": round(brain.audio_seconds / max(brain.train_seconds, 1e-9), 1),
+                "peak_memory_mib": round(brain.peak_memory_mib),
+                "steps": brain.optimizer_step,
+                "epochs": hparams.epoch_counter.current,
+                "precision": brain.precision,
+                **describe_machine(str(brain.device)),
+            }
+        )
+    return rows
+
+
+def finish(brain, text, tokenizer_file, rows):
+    """Write the results table and the pretrained folder, and say where all is."""
+    hparams = brain.hparams
+    output = Path(hparams.output_folder)
+    append_rows(hparams.results_file, rows)
+    write_pretrained(output / "pretrained", text, hparams.model, hparams.normalize, tokenizer_file, rows)
+    for row in rows:
+        print(
+            f"{row['test_set']} {row['search']}: WER {row['WER']:.2f} % of {row['words']} words "
+            f"({row['insertions']} insertions, {row['deletions']} deletions, {row['substitutions']} substitutions)"
+        )
+    print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}.")
+    print(f"Transcribe: python -m speechbrain_ext transcribe {output}/pretrained FILE...")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
