@@ -1,0 +1,248 @@
+"""Trained models as folders: written at the end of training, loaded by SpeechBrain's inference classes or in one line here.
+
+Such a folder holds ``hyperparams.yaml`` (how to build the model, and nothing of its training), ``asr.ckpt`` (weights),
+``normalizer.ckpt``, ``tokenizer.ckpt``, ``config.json`` (which class of SpeechBrain loads it) and ``README.md``.
+"""
+
+import json
+import os
+import re
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import ruamel.yaml
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from ruamel.yaml.comments import CommentedMap
+from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
+from speechbrain.utils.fetching import fetch
+
+from speechbrain_ext.inference.audio import load_audio
+
+# Both refer to keys of the recipes' hparams.
+_PRETRAINER = """
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        asr: !ref <asr_model>
+        normalizer: !ref <normalize>
+        tokenizer: !ref <tokenizer>
+    custom_hooks:                     # strict: SpeechBrain's default only warns of weights that do not fit
+        asr: !name:speechbrain.utils.checkpoints.torch_recovery
+            end_of_epoch: True
+"""
+_WITH_DECODER = """
+speech_encoder: !new:speechbrain_ext.asr.SpeechEncoder
+    compute_features: !ref <compute_features>
+    normalize: !ref <normalize>
+    subsampling: !ref <subsampling>
+    transformer: !ref <Transformer>
+modules:
+    encoder: !ref <speech_encoder>
+    decoder: !ref <test_search>
+asr_model: !new:torch.nn.ModuleList
+    - [!ref <subsampling>, !ref <Transformer>, !ref <seq_lin>, !ref <ctc_lin>]
+"""
+_CTC_ONLY = """
+speech_encoder: !new:speechbrain_ext.asr.SpeechEncoder
+    compute_features: !ref <compute_features>
+    normalize: !ref <normalize>
+    subsampling: !ref <subsampling>
+    transformer: !ref <Transformer>
+    head: !ref <ctc_lin>
+modules:
+    encoder: !ref <speech_encoder>
+decoding_function: !name:speechbrain.decoders.ctc.ctc_greedy_decode
+    blank_id: !ref <blank_index>
+asr_model: !new:torch.nn.ModuleList
+    - [!ref <subsampling>, !ref <Transformer>, !ref <ctc_lin>]
+"""
+
+
+def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, rows=()):
+    """Write a trained model as a folder; the folder is there completely or not at all.
+
+    Arguments
+    ---------
+    folder : str
+        The folder; one that is there is replaced.
+    hparams_text : str
+        The merged hparams of the training run, see :func:`speechbrain_ext.hparams.merge_hparams`.
+    model : torch.nn.ModuleList
+        The weights: subsampling, Transformer, seq_lin (with a decoder only), ctc_lin.
+    normalize : speechbrain.processing.features.InputNormalization
+        The normaliser with its statistics.
+    tokenizer_file : str
+        The SentencePiece model.
+    rows : list of dict
+        Results for the model card.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tree = ruamel.yaml.YAML().load(hparams_text)
+    interface = "EncoderDecoderASR" if tree["num_decoder_layers"] else "EncoderASR"
+    (partial / "hyperparams.yaml").write_text(_inference_hparams(tree), encoding="utf-8")
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, partial / "asr.ckpt")
+    normalize._save(partial / "normalizer.ckpt")
+    shutil.copyfile(tokenizer_file, partial / "tokenizer.ckpt")
+    config = {"speechbrain_interface": interface, "library_name": "speechbrain_ext"}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(_model_card(tree["encoder"], interface, rows), encoding="utf-8")
+
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+class _ExactLengths:
+    """What both classes below change of SpeechBrain's: lengths are those of the encoder frames, and so exact in any batch."""
+
+    def load_audio(self, path, savedir=None):
+        """Read an audio file as 16 kHz mono samples (T,)."""
+        del savedir  # nothing is fetched
+        return load_audio(path).to(self.device)
+
+    def transcribe_batch(self, wavs, wav_lens):
+        """Transcribe waveforms (B, N) with relative lengths (B,); returns texts and token ids."""
+        with torch.no_grad():
+            enc, lens = self.mods.encoder.encode(wavs.float().to(self.device), wav_lens.to(self.device))
+            tokens = self._search(enc, lens)
+        # A word boundary is a token of its own, and may come twice
+        return [" ".join(self.tokenizer.decode_ids(ids).split()) for ids in tokens], tokens
+
+
+class JointModel(_ExactLengths, EncoderDecoderASR):
+    """A model with a decoder, searched jointly by CTC and attention."""
+
+    def _search(self, enc, lens):
+        return self.mods.decoder(enc, lens)[0]
+
+
+class CtcModel(_ExactLengths, EncoderASR):
+    """A model without a decoder."""
+
+    def _search(self, logits, lens):
+        return self.decoding_function(logits, lens)
+
+
+_CLASSES = {"EncoderDecoderASR": JointModel, "EncoderASR": CtcModel}
+
+
+def load_model(source, device=None):
+    """Load a trained model.
+
+    Loading runs what ``hyperparams.yaml`` names: load only models whose origin you trust.
+
+    Arguments
+    ---------
+    source : str
+        A folder that training left behind, or the name of a Hugging Face repository with the same files.
+    device : str, optional
+        Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
+
+    Returns
+    -------
+    JointModel or CtcModel
+        With SpeechBrain's methods, such as ``transcribe_file(path)`` and ``transcribe_batch(wavs, wav_lens)``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such model.
+    ValueError
+        If it is not a speech recogniser.
+
+    Example
+    -------
+    >>> load_model("/no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    """
+    source = os.fspath(source)
+    local = Path(source).expanduser()
+    if local.is_dir():
+        source = str(local)
+        for name in ("hyperparams.yaml", "config.json"):
+            if not (local / name).is_file():
+                raise FileNotFoundError(f"{source} is no model folder, as it has no {name}; give a folder that training wrote.")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+    try:
+        config = json.loads(Path(fetch("config.json", source)).read_text(encoding="utf-8"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise FileNotFoundError(f"{source} is neither a folder nor a model that can be had from Hugging Face.") from error
+    interface = config.get("speechbrain_interface")
+    if interface not in _CLASSES:
+        raise ValueError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(_CLASSES)}.")
+    return _CLASSES[interface].from_hparams(source=source, run_opts={"device": device} if device else None)
+
+
+def _inference_hparams(tree):
+    """The part of training hparams that inference needs, with the classes around it, as text."""
+    own = ruamel.yaml.YAML().load((_WITH_DECODER if tree["num_decoder_layers"] else _CTC_ONLY) + _PRETRAINER)
+    needed, unseen = set(), _references(own) - own.keys()
+    while unseen:
+        needed |= unseen
+        unseen = set().union(*(_references(tree[key]) for key in unseen)) - needed
+    picked = CommentedMap((key, value) for key, value in tree.items() if key in needed)
+    _drop_comments(picked)
+    text = StringIO()
+    ruamel.yaml.YAML().dump(picked, text)
+    ruamel.yaml.YAML().dump(own, text)
+    return "# Written at the end of training: the trained model, for inference.\n" + text.getvalue()
+
+
+def _references(node):
+    """The top-level keys that a node refers to."""
+    if isinstance(node, dict):
+        return set().union(*map(_references, node.values()))
+    if isinstance(node, list):
+        return set().union(*map(_references, node))
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    return set(re.findall(r"<([^>.\[]+)", node.value)) if tag in ("!ref", "!copy") else set()
+
+
+def _drop_comments(node):
+    """Comments of training hparams explain training, and ruamel ties those of the next section to the value before it."""
+    if isinstance(node, (dict, list)):
+        node.ca.items.clear()
+        node.ca.comment = None
+        for child in node.values() if isinstance(node, dict) else node:
+            _drop_comments(child)
+
+
+def _model_card(encoder, interface, rows):
+    columns = list(rows[0]) if rows else []
+    table = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)] if rows else []
+    results = "\n".join(f"| {' | '.join(map(str, line))} |" for line in table)
+    return f"""---
+language: en
+library_name: speechbrain
+tags: [automatic-speech-recognition, speechbrain, {encoder}]
+metrics: [wer]
+---
+# Speech recognition with {encoder}
+
+Transcribes 16 kHz English speech; written at the end of training by `speechbrain_ext`.
+
+## Results
+
+{results or "Not tested."}
+
+## Use
+
+    python -m speechbrain_ext transcribe FOLDER FILE...
+
+    from speechbrain_ext.inference import load_model
+    print(load_model("FOLDER").transcribe_file("speech.wav"))
+
+or, with `speechbrain_ext` installed, with SpeechBrain's own class:
+
+    from speechbrain.inference.ASR import {interface}
+    print({interface}.from_hparams(source="FOLDER").transcribe_file("speech.wav"))
+"""

@@ -1,0 +1,89 @@
+"""The command line: what goes to which stream, and the exit status."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import torch
+from test_pretrained import make_model
+
+from speechbrain_ext import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    make_model(folder, decoder_layers=0)
+    (folder / "noise.wav").write_text("no audio")
+    soundfile.write(folder / "tiny.wav", torch.zeros(1).numpy(), 16000)
+    return folder
+
+
+def transcribe(capsys, folder, *files):
+    """Exit status, lines on standard output split at the tab, standard error."""
+    status = cli.main(["transcribe", str(folder / "model"), *(str(folder / file) for file in files), "--device", "cpu"])
+    out, err = capsys.readouterr()
+    return status, [line.split("\t") for line in out.splitlines()], err
+
+
+def test_lines_come_in_the_order_of_the_files(capsys, folder, monkeypatch):
+    monkeypatch.setattr(cli, "WINDOW", 2)
+    names = ["middle.flac", "short.flac", "long.flac", "short.flac", "tiny.wav"]
+    status, lines, err = transcribe(capsys, folder, *names)
+    assert status == 0 and "Traceback" not in err
+    assert [file for file, _ in lines] == [str(folder / name) for name in names]
+    texts = dict(lines)
+    for name in names:
+        assert transcribe(capsys, folder, name)[1] == [[str(folder / name), texts[str(folder / name)]]]
+
+
+def test_a_bad_file_does_not_stop_the_rest(capsys, folder):
+    status, lines, err = transcribe(capsys, folder, "short.flac", "noise.wav", "gone.wav", ".", "long.flac")
+    assert status == 1
+    assert [file for file, _ in lines] == [str(folder / "short.flac"), str(folder / "long.flac")]
+    assert "noise.wav is not audio" in err and "no audio file" in err and "is a folder" in err
+
+
+def test_a_file_that_fails_in_the_model_does_not_stop_the_rest(capsys, folder, monkeypatch):
+    texts = cli._texts
+
+    def too_large(model, wavs):
+        if max(map(len, wavs)) > 20000:
+            raise RuntimeError("not enough\nmemory")
+        return texts(model, wavs)
+
+    monkeypatch.setattr(cli, "_texts", too_large)
+    status, lines, err = transcribe(capsys, folder, "long.flac", "short.flac", "middle.flac")
+    assert status == 1 and len(lines) == 2
+    assert "long.flac cannot be transcribed: not enough memory" in err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "usage"),
+        (["listen"], "invalid choice: 'listen'"),
+        (["transcribe"], "MODEL"),
+        (["transcribe", "/no/such", "a.wav"], "There is no model folder /no/such"),
+        (["transcribe", "/no/such", "a.wav", "--beam"], "unrecognized"),
+    ],
+)
+def test_wrong_usage(capsys, argv, message):
+    try:
+        status = cli.main(argv)
+    except SystemExit as end:  # argparse
+        status = end.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "" and message in err and "Traceback" not in err
+
+
+def test_standard_output_holds_nothing_but_results(folder):
+    command = [sys.executable, "-m", "speechbrain_ext", "transcribe", folder / "model", folder / "short.flac"]
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    (line,) = run.stdout.splitlines()
+    assert line.split("\t")[0] == str(folder / "short.flac")
