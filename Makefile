@@ -38,4 +38,4 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) results build *.egg-info
+	rm -rf $(VENV) $(DEMO) build *.egg-info

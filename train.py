@@ -28,15 +28,17 @@ from speechbrain.utils.distributed import ddp_init_group, get_rank, if_main_proc
 from speechbrain.utils.logger import get_logger  # noqa: E402
 from speechbrain.utils.seed import seed_everything  # noqa: E402
 
+from recipes.LibriSpeech.checkpoints import DamagedCheckpoint  # noqa: E402
 from recipes.LibriSpeech.data import loader_options, make_datasets, train_tokenizer  # noqa: E402
 from recipes.LibriSpeech.mini_corpus import build_mini_corpus  # noqa: E402
 from recipes.LibriSpeech.prepare import prepare_librispeech  # noqa: E402
 from recipes.LibriSpeech.results import append_rows, describe_machine  # noqa: E402
-from speechbrain_ext.hparams import load_hparams, merge_hparams  # noqa: E402
+from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides  # noqa: E402
 from speechbrain_ext.inference.pretrained import write_pretrained  # noqa: E402
 
 logger = get_logger("train")
 
+TRAIN, VALID = object(), object()  # keys beside the names of test splits, which may be any
 MINI = ROOT / "recipes" / "LibriSpeech" / "hparams" / "mini.yaml"
 
 
@@ -67,10 +69,13 @@ def run(hparams_file, run_opts, overrides):
     with explained(2, OSError, ValueError, TypeError, ImportError, ruamel.yaml.YAMLError):
         files, overrides = choose_hparams(hparams_file, run_opts, overrides)
         hparams = load_hparams(files, overrides)
+    asked = merge_hparams(files, overrides)
+    check_folder(Path(hparams["output_folder"]), asked)
     sb.create_experiment_directory(hparams["output_folder"])
+    run_on_main(write_hparams, [hparams, asked])
     with explained(1, OSError, ValueError, RuntimeError, ImportError):
         manifests = prepare_corpus(hparams)
-        tokenizer_file, tokens = prepare_tokenizer(hparams, manifests["train"])
+        tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
         if tokens < hparams["vocab_size"]:
             logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
             overrides["vocab_size"] = tokens
@@ -78,27 +83,27 @@ def run(hparams_file, run_opts, overrides):
         hparams["tokenizer"].load(str(tokenizer_file))
         datasets = make_datasets(hparams, manifests)
     text = merge_hparams(files, overrides)
-    run_on_main(write_hparams, [hparams, text])
 
     # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
     with explained(2, ValueError, RuntimeError, AssertionError):  # a device or a precision that is not to be had
         brain = hparams["brain"](hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"])
-    train_options = loader_options(datasets["train"], hparams["train_batch_sampler"], hparams["num_workers"])
-    valid_options = loader_options(datasets["valid"], hparams["eval_batch_sampler"], hparams["num_workers"])
+    with explained(2, TypeError, ValueError):
+        train_options = loader_options(datasets[TRAIN], hparams["train_batch_sampler"], hparams["num_workers"])
+        valid_options = loader_options(datasets[VALID], hparams["eval_batch_sampler"], hparams["num_workers"])
     brain.train_sampler = train_options["batch_sampler"]  # so that fit() tells it the epoch
-    with explained(1, FloatingPointError):
+    with explained(1, FloatingPointError, DamagedCheckpoint):
         brain.fit(
             hparams["epoch_counter"],
-            datasets["train"],
-            datasets["valid"],
+            datasets[TRAIN],
+            datasets[VALID],
             train_loader_kwargs=train_options,
             valid_loader_kwargs=valid_options,
         )
     rows = []
     for split in hparams["test_splits"]:
         options = loader_options(datasets[split], hparams["eval_batch_sampler"], hparams["num_workers"])
-        with explained(1, FileNotFoundError):
+        with explained(1, FileNotFoundError, DamagedCheckpoint):
             brain.evaluate(datasets[split], test_loader_kwargs=options)
         rows += make_rows(brain, split, hparams_file)
     run_on_main(finish, [brain, text, tokenizer_file, rows])
@@ -124,7 +129,15 @@ def explained(status, *errors):
 
 def choose_hparams(hparams_file, run_opts, overrides):
     """The files and the overrides that make the run: without a data folder, the mini corpus's overrides are among them."""
-    files, overrides = [hparams_file], ruamel.yaml.YAML().load(overrides) or {}
+    files, overrides = [hparams_file], parse_overrides(overrides)
+    for key in ("train_splits", "test_splits"):
+        if isinstance(overrides.get(key), str):
+            overrides[key] = [overrides[key]]
+    if "data_folder" in overrides and not overrides["data_folder"]:
+        raise ValueError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
+    for key in ("number_of_epochs", "average_checkpoints", "vocab_size"):
+        if key in overrides and not (isinstance(overrides[key], int) and overrides[key] > 0):
+            raise ValueError(f"--{key} is {overrides[key]!r}; give a whole number above 0.")
     if not plain_values(files, overrides)["data_folder"]:
         if if_main_process():
             print(
@@ -142,6 +155,31 @@ def choose_hparams(hparams_file, run_opts, overrides):
 def plain_values(files, overrides):
     """The hparams with references resolved, before any object is built."""
     return ruamel.yaml.YAML().load(resolve_references(merge_hparams(files, overrides)))
+
+
+def check_folder(output, asked):
+    """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
+    path = output / "hyperparams.yaml"
+    if not path.exists():
+        return
+    yaml = ruamel.yaml.YAML()
+    before, now = yaml.load(path.read_text(encoding="utf-8")), yaml.load(asked)
+    fixed = {"data_folder", "train_splits", "token_type", "model", "normalize", "compute_features"}
+    fixed |= needed_keys(now, [now[key] for key in ("model", "normalize", "compute_features")])
+    for key in sorted(fixed, key=list(now).index):
+        old, new = (_plain(tree.get(key)) for tree in (before, now))
+        if old != new:
+            raise Failure(2, f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder.")
+
+
+def _plain(node):
+    """A part of parsed hparams as text that says what it is, comments aside."""
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    return f"{tag} {node.value}" if tag else node
 
 
 def write_hparams(hparams, text):
@@ -168,10 +206,11 @@ def prepare_corpus(hparams):
             "dev_splits": [hparams["dev_split"]],
             "te_splits": hparams["test_splits"],
             "merge_lst": hparams["train_splits"],
-            "merge_name": "train.csv",
+            "merge_name": "train+merged.csv",  # which no split is called
+            "max_skipped": hparams["max_skipped"],
         },
     )
-    names = {"train": "train", "valid": hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
+    names = {TRAIN: "train+merged", VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
     return {key: output / f"{name}.csv" for key, name in names.items()}
 
 
@@ -220,8 +259,9 @@ def finish(brain, text, tokenizer_file, rows):
     """Write the results table and the pretrained folder, and say where all is."""
     hparams = brain.hparams
     output = Path(hparams.output_folder)
-    append_rows(hparams.results_file, rows)
     write_pretrained(output / "pretrained", text, hparams.model, hparams.normalize, tokenizer_file, rows)
+    with explained(1, OSError, ValueError):
+        append_rows(hparams.results_file, rows)
     for row in rows:
         print(
             f"{row['test_set']} {row['search']}: WER {row['WER']:.2f} % of {row['words']} words "

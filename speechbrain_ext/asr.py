@@ -6,10 +6,11 @@ from speechbrain.lobes.models.transformer.TransformerASR import get_key_padding_
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.lobes.attention import ATTENTIONS
+from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys
 
-_SPEECHBRAIN_ATTENTIONS = ("regularMHA", "RelPosMHAXL", "RoPEMHA", "hypermixing")
+_SPEECHBRAIN_ATTENTIONS = (*ATTENTIONS, "hypermixing")
 
 
 class TransformerASR(SpeechBrainTransformerASR):
@@ -130,6 +131,8 @@ class TransformerASR(SpeechBrainTransformerASR):
                 **(encoder_kwargs or {}),
             },
         )
+        if encoder.d_model != d_model:
+            raise ValueError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; give it once.")
         # SpeechBrain's constructor builds front linear and decoder. "RoPEMHA" is its value for encoders that need no positions;
         # it refuses to build nothing, so that without a decoder it builds a small encoder, which ours replaces.
         super().__init__(
@@ -178,14 +181,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         encoder_out = self.encode(src, wav_len, pad_idx, dynchunktrain_config)
         if tgt is None or not hasattr(self, "decoder"):
             return encoder_out, None
-        memory_mask = None if wav_len is None else _mask(wav_len, encoder_out)
-        decoder_out, _, _ = self.decoder(
-            tgt=self._embed(tgt),
-            memory=encoder_out,
-            tgt_mask=get_lookahead_mask(tgt).bool(),  # -inf = blocked = True, the type of the padding mask
-            tgt_key_padding_mask=get_key_padding_mask(tgt, pad_idx=pad_idx),
-            memory_key_padding_mask=memory_mask,
-        )
+        lengths = None if wav_len is None else absolute_lengths(wav_len, encoder_out.shape[1])
+        decoder_out, _ = self._decode(tgt, encoder_out, lengths, get_key_padding_mask(tgt, pad_idx=pad_idx))
         return encoder_out, decoder_out
 
     def encode(self, src, wav_len=None, pad_idx=0, dynchunktrain_config: DynChunkTrainConfig | None = None):
@@ -210,16 +207,17 @@ class TransformerASR(SpeechBrainTransformerASR):
         if dynchunktrain_config is None and self.causal:
             dynchunktrain_config = DynChunkTrainConfig(self.encoder.chunk_multiple)
         src = self._flat(src)
+        mask = None if wav_len is None else _mask(wav_len, src)
         encoder_out, _ = self.encoder(
-            self.custom_src_module(src),
-            src_key_padding_mask=None if wav_len is None else _mask(wav_len, src),
+            self.custom_src_module(zero_padding(src, mask)),
+            src_key_padding_mask=mask,
             dynchunktrain_config=dynchunktrain_config,
         )
         return encoder_out
 
     @torch.no_grad()
     def decode(self, tgt, encoder_out, enc_len=None):
-        """One step of a search; as in SpeechBrain, but for batches in which no utterance fills the encoder output, too.
+        """One step of a search; as in SpeechBrain, but for any precision, and where no utterance fills the encoder output.
 
         Arguments
         ---------
@@ -235,9 +233,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         tuple
             Decoder output (B, U, D), and the last layer's attention on the encoder frames.
         """
-        if enc_len is not None:
-            encoder_out = encoder_out[:, : int(enc_len.max())]
-        return super().decode(tgt, encoder_out, enc_len)
+        return self._decode(tgt, encoder_out, enc_len)
 
     def encode_streaming(self, src, context):
         """Encode one chunk.
@@ -268,9 +264,21 @@ class TransformerASR(SpeechBrainTransformerASR):
     def _flat(src):
         return src.flatten(2) if src.dim() == 4 else src
 
-    def _embed(self, tgt):
-        tgt = self.custom_tgt_module(tgt)
-        return tgt + self.positional_encoding_decoder(tgt)
+    def _decode(self, tgt, encoder_out, lengths, tgt_padding=None):
+        """Decoder output, and the last layer's attention on the encoder frames."""
+        memory_mask = None
+        if lengths is not None:
+            memory_mask = padding_mask(lengths, encoder_out.shape[1])
+            memory_mask[:, 0] = False  # an utterance of no frames attends to a zero, not to nothing, which would be NaN
+        embedded = self.custom_tgt_module(tgt)
+        out, _, attention = self.decoder(
+            tgt=embedded + self.positional_encoding_decoder(embedded).to(embedded.dtype),
+            memory=encoder_out,
+            tgt_mask=get_lookahead_mask(tgt).bool(),  # -inf = blocked = True, the type of the padding masks
+            tgt_key_padding_mask=tgt_padding,
+            memory_key_padding_mask=memory_mask,
+        )
+        return out, attention[-1]
 
 
 def _mask(relative, x):
@@ -307,7 +315,10 @@ def extract_features(compute_features, wavs, wav_lens):
     wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
     feats = compute_features(wavs)
     frames = 1 + samples // compute_features.compute_STFT.hop_length  # the STFT is centred: one frame per hop, and one more
-    return feats, frames / feats.shape[1]
+    relative = frames / feats.shape[1]
+    # SpeechBrain's normalisation counts the frames below relative * T without rounding: rounding must never push that up.
+    above = relative * feats.shape[1] > frames
+    return feats, torch.where(above, torch.nextafter(relative, torch.zeros_like(relative)), relative)
 
 
 class SpeechEncoder(nn.Module):

@@ -33,7 +33,8 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
     """SpeechBrain's Conformer or HyperConformer weights for the encoders here.
 
     The encoder that takes them is ``hyperconformer`` for ``attention_type: hypermixing``, and otherwise ``conformer`` with the
-    same ``attention_type`` and ``speechbrain_scores=True``. Non-causal models only: a causal one pads its convolutions otherwise.
+    same ``attention_type`` and ``speechbrain_scores=True``. For models with ``causal: False``, as published: the weights do
+    not tell, and a causal one would convert and answer otherwise.
 
     Arguments
     ---------
@@ -75,7 +76,7 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
             old = next((old for old in _SPEECHBRAIN_BLOCK if block[2].startswith(old)), None)
             if old is None:
                 raise ValueError(
-                    f"The encoder weight '{key}' has no counterpart here; only non-causal (Hyper)Conformers convert."
+                    f"The encoder weight '{key}' has no counterpart here; only RelPosMHAXL, RoPEMHA and hypermixing convert."
                 )
             key = prefix + block[1] + _SPEECHBRAIN_BLOCK[old] + block[2][len(old) :]
             if old.endswith("bottleneck.0."):

@@ -7,6 +7,7 @@ overrides ``a.yaml``, and the file both.
 """
 
 import difflib
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def merge_hparams(paths, overrides=""):
     for path in paths:
         tree = _override(tree, _read(Path(path)))
     if isinstance(overrides, str):
-        overrides = _parse(overrides, "The command line") if overrides.strip() else {}
+        overrides = parse_overrides(overrides)
     for key in overrides:
         if key not in tree:
             near = difflib.get_close_matches(str(key), map(str, tree), n=1, cutoff=0.5)
@@ -98,6 +99,68 @@ def load_hparams(paths, overrides=""):
     3
     """
     return load_hyperpyyaml(merge_hparams(paths, overrides))
+
+
+def parse_overrides(text):
+    """Overrides as a mapping.
+
+    Arguments
+    ---------
+    text : str
+        YAML text, such as ``speechbrain.parse_arguments`` makes from the command line.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        If the text is no YAML mapping.
+
+    Example
+    -------
+    >>> parse_overrides("lr: 0.1")["lr"]
+    0.1
+    """
+    return _parse(text, "The command line") if text.strip() else {}
+
+
+def needed_keys(tree, node):
+    """The top-level keys that a node refers to, and that these refer to, and so on.
+
+    Arguments
+    ---------
+    tree : dict
+        Parsed hparams with references unresolved.
+    node : object
+        Any part of parsed hparams.
+
+    Returns
+    -------
+    set of str
+
+    Example
+    -------
+    >>> tree = ruamel.yaml.YAML().load("{a: 1, b: !ref <a> * 2, c: [!ref <b>], d: 4}")
+    >>> sorted(needed_keys(tree, tree["c"]))
+    ['a', 'b']
+    """
+    needed, unseen = set(), _references(node)
+    while unseen:
+        needed |= unseen
+        unseen = set().union(*(_references(tree[key]) for key in unseen if key in tree)) - needed
+    return needed
+
+
+def _references(node):
+    """The top-level keys that a node refers to."""
+    if isinstance(node, dict):
+        return set().union(*map(_references, node.values()))
+    if isinstance(node, list):
+        return set().union(*map(_references, node))
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    return set(re.findall(r"<([^>.\[]+)", node.value)) if tag in ("!ref", "!copy") else set()
 
 
 def _read(path, extended_by=()):

@@ -135,7 +135,15 @@ def encoder_keys(name: str) -> list[str]:
     >>> encoder_keys("hyperconformer")[:5]
     ['d_model', 'nhead', 'num_layers', 'd_ffn', 'dropout']
     """
-    return list(inspect.signature(get_encoder(name)).parameters)
+    keys = []
+    for base in get_encoder(name).__mro__:  # a constructor with **kwargs hands on to the next one
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        keys += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in keys]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return keys
 
 
 def build_encoder(name: str, **kwargs):

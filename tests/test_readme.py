@@ -42,6 +42,7 @@ def test_files_exist(path):
 
 
 @pytest.mark.parametrize("file, count", re.findall(r"\| `(hparams/\w+\.yaml)` \| ([\d,]+) \|", README))
-def test_parameters_are_as_stated(file, count):
+def test_parameters_are_as_stated(file, count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
     hparams = load_hparams(ROOT / file)
     assert sum(parameter.numel() for parameter in hparams["model"].parameters()) == int(count.replace(",", ""))

@@ -29,6 +29,18 @@ def test_decorator(clean_registry):
         registry.register_encoder("passing")(torch.nn.Linear)
 
 
+def test_constructor_that_hands_on_its_keys(clean_registry):
+    @registry.register_encoder("child")
+    class Child(Passing):
+        def __init__(self, extra=1, **kwargs):
+            super().__init__(**kwargs)
+
+    assert registry.encoder_keys("child") == ["extra", "d_model"]
+    registry.build_encoder("child", d_model=4)
+    with pytest.raises(TypeError, match="no key 'dmodel'"):
+        registry.build_encoder("child", dmodel=4)
+
+
 def test_entry_point(clean_registry, monkeypatch):
     point = EntryPoint("elsewhere", f"{__name__}:Passing", registry.ENTRY_POINT_GROUP)
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])

@@ -23,6 +23,10 @@ logger = get_logger(__name__)
 PARTIAL_PREFIX = "partial-"  # SpeechBrain takes only folders for checkpoints whose name begins with CKPT
 
 
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint that cannot be loaded; the message names it."""
+
+
 class AtomicCheckpointer(Checkpointer):
     """SpeechBrain's Checkpointer, but a checkpoint is there completely or not at all.
 
@@ -63,6 +67,16 @@ class AtomicCheckpointer(Checkpointer):
             saved = Checkpoint(path, partial.meta, {name: path / file.name for name, file in partial.paramfiles.items()})
         ddp_barrier()
         return saved
+
+    def load_checkpoint(self, checkpoint):
+        """As in SpeechBrain, with one sentence where a file is missing or broken."""
+        try:
+            super().load_checkpoint(checkpoint)
+        except Exception as error:  # whatever unpickling a broken file comes to
+            cause = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DamagedCheckpoint(
+                f"The checkpoint {checkpoint.path} cannot be loaded; delete it to go on from the one before ({cause})."
+            ) from error
 
     def _new_checkpoint_dirpath(self):
         return self._partial(super()._new_checkpoint_dirpath())

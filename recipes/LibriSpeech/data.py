@@ -67,7 +67,7 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
             max_sentence_length=100_000,  # bytes; longer transcripts would be left out
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SyntaxError) as error:  # the last one for an unknown token_type
         characters = len(set("".join(transcripts)))
         raise ValueError(
             f"No {token_type} tokenizer of {vocab_size} tokens can be made from transcripts with {characters} different "

@@ -201,8 +201,8 @@ class ConformerEncoder(nn.Module):
         """
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self.chunk_multiple)
-        shared = self.layers[0].mixer.prepare(src, src_key_padding_mask, dynchunktrain_config)
-        x = src
+        x = zero_padding(src, src_key_padding_mask)  # whatever lies there, NaN included
+        shared = self.layers[0].mixer.prepare(x, src_key_padding_mask, dynchunktrain_config)
         for layer in self.layers:
             x = layer(x, shared, src_key_padding_mask, dynchunktrain_config)
         return zero_padding(self.norm(x), src_key_padding_mask), []

@@ -10,6 +10,7 @@ here (preparation, the recipe's pipeline, the command line) checks that the file
   none; there a missing end cannot be seen.)
 """
 
+import math
 import os
 import struct
 import zlib
@@ -17,7 +18,7 @@ import zlib
 import numpy as np
 import soundfile
 import torch
-import torchaudio
+from scipy.signal import resample_poly
 from speechbrain.dataio.audio_io import AudioInfo
 
 SAMPLE_RATE = 16000
@@ -78,7 +79,9 @@ def load_audio(path):
     with _open(path) as file:
         wav = torch.from_numpy(_decode(file)).mean(dim=1)
         if file.samplerate != SAMPLE_RATE:
-            wav = torchaudio.functional.resample(wav, file.samplerate, SAMPLE_RATE)
+            # Not torchaudio's, whose kernel takes gigabytes for rates such as 11,127 Hz
+            common = math.gcd(file.samplerate, SAMPLE_RATE)
+            wav = torch.from_numpy(resample_poly(wav.numpy(), SAMPLE_RATE // common, file.samplerate // common))
     return wav
 
 

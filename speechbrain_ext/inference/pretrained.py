@@ -18,6 +18,7 @@ from ruamel.yaml.comments import CommentedMap
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain.utils.fetching import fetch
 
+from speechbrain_ext.hparams import needed_keys
 from speechbrain_ext.inference.audio import load_audio
 
 # Both refer to keys of the recipes' hparams.
@@ -156,6 +157,8 @@ def load_model(source, device=None):
         If there is no such model.
     ValueError
         If it is not a speech recogniser.
+    RuntimeError
+        If it is damaged, or names what is not installed.
 
     Example
     -------
@@ -167,44 +170,39 @@ def load_model(source, device=None):
     local = Path(source).expanduser()
     if local.is_dir():
         source = str(local)
-        for name in ("hyperparams.yaml", "config.json"):
+        for name in ("hyperparams.yaml", "config.json", "asr.ckpt", "normalizer.ckpt", "tokenizer.ckpt"):
             if not (local / name).is_file():
                 raise FileNotFoundError(f"{source} is no model folder, as it has no {name}; give a folder that training wrote.")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
     try:
-        config = json.loads(Path(fetch("config.json", source)).read_text(encoding="utf-8"))
+        config_file = fetch("config.json", source)
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise FileNotFoundError(f"{source} is neither a folder nor a model that can be had from Hugging Face.") from error
-    interface = config.get("speechbrain_interface")
+    try:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The config.json of {source} is no JSON: {error}.") from error
+    interface = config.get("speechbrain_interface") if isinstance(config, dict) else None
     if interface not in _CLASSES:
         raise ValueError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(_CLASSES)}.")
-    return _CLASSES[interface].from_hparams(source=source, run_opts={"device": device} if device else None)
+    try:
+        return _CLASSES[interface].from_hparams(source=source, run_opts={"device": device} if device else None)
+    except Exception as error:  # pickle, YAML, sentencepiece and what the YAML names each raise their own
+        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}") from error
 
 
 def _inference_hparams(tree):
     """The part of training hparams that inference needs, with the classes around it, as text."""
     own = ruamel.yaml.YAML().load((_WITH_DECODER if tree["num_decoder_layers"] else _CTC_ONLY) + _PRETRAINER)
-    needed, unseen = set(), _references(own) - own.keys()
-    while unseen:
-        needed |= unseen
-        unseen = set().union(*(_references(tree[key]) for key in unseen)) - needed
+    needed = needed_keys(tree, own)
     picked = CommentedMap((key, value) for key, value in tree.items() if key in needed)
     _drop_comments(picked)
     text = StringIO()
     ruamel.yaml.YAML().dump(picked, text)
     ruamel.yaml.YAML().dump(own, text)
     return "# Written at the end of training: the trained model, for inference.\n" + text.getvalue()
-
-
-def _references(node):
-    """The top-level keys that a node refers to."""
-    if isinstance(node, dict):
-        return set().union(*map(_references, node.values()))
-    if isinstance(node, list):
-        return set().union(*map(_references, node))
-    tag = getattr(getattr(node, "tag", None), "value", None)
-    return set(re.findall(r"<([^>.\[]+)", node.value)) if tag in ("!ref", "!copy") else set()
 
 
 def _drop_comments(node):

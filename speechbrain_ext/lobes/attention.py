@@ -54,8 +54,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
         super().__init__()
-        if d_model % nhead:
-            raise ValueError(f"d_model {d_model} must divide by nhead {nhead}.")
+        if d_model < 1 or nhead < 1 or d_model % nhead:
+            raise ValueError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
         self.nhead = nhead
         self.dropout = dropout
         self.speechbrain_scores = speechbrain_scores
@@ -258,7 +258,7 @@ def _relative_shift(scores, keys: int):
 
 
 class RotarySelfAttention(SelfAttention):
-    """Self-attention with rotary positions (RoPE): no T x T tensor of our own, hence the faster choice for long audio.
+    """Self-attention with rotary positions (RoPE): no T x T tensor without a chunk setting, hence the choice for long audio.
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34.
 

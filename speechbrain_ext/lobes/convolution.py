@@ -70,7 +70,7 @@ class ConvolutionModule(nn.Module):
     Raises
     ------
     ValueError
-        If the kernel size is even.
+        If the kernel size is not positive and odd.
 
     Example
     -------
@@ -80,8 +80,8 @@ class ConvolutionModule(nn.Module):
 
     def __init__(self, d_model: int, kernel_size: int = 31, dropout: float = 0.0, activation: type = nn.SiLU, bias: bool = True):
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"The kernel size of the depthwise convolution must be odd, not {kernel_size}.")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size}.")
         self.context = kernel_size // 2
         self.norm = nn.LayerNorm(d_model)
         self.pointwise1 = nn.Linear(d_model, 2 * d_model, bias=bias)
@@ -112,7 +112,7 @@ class ConvolutionModule(nn.Module):
         if config is None:
             return self._after(F.pad(x, (0, 0, self.context, self.context)))
         batch, frames, width = x.shape
-        size = config.chunk_size
+        size = min(config.chunk_size, frames)
         fill = -frames % size
         # For chunks a, b, c of 4 frames and 2 frames of context: 00aaaa00, aabbbb00, bbcccc00.
         x = F.pad(x, (0, 0, self.context, fill)).unfold(1, size + self.context, size)  # (B, chunks, D, context + size)

@@ -15,7 +15,8 @@ generators' second layers, so neither has to be built:
     y_t = (GELU(Z) B2) h_t + GELU(Z) b2
 
 Per frame this costs 4 d^2/heads multiply-accumulates (tied: 3) instead of 2 d^2/heads + 4 d k, and 2 d^2 k/heads once per
-utterance; the result is the same up to rounding. Nothing of size T x T or T x k is ever allocated.
+utterance (k per head); the result is the same up to rounding. Nothing of size T x T or T x k is allocated; with chunks of C
+frames, Z takes T/C times d k numbers.
 
 **Streaming.** S is a sum over frames, so chunk c, with its left context of L chunks, uses
 
@@ -92,7 +93,7 @@ class HyperMixing(nn.Module):
     input_output_dim : int
         Width d of the input and output.
     hypernet_size : int
-        Size k of the token-mixing MLP's hidden layer, over all heads.
+        Size of the token-mixing MLPs' hidden layers, over all heads: k = hypernet_size / num_heads.
     tied : bool
         Whether both layers of the token-mixing MLP use the same generated weights.
     num_heads : int
@@ -128,10 +129,11 @@ class HyperMixing(nn.Module):
         super().__init__()
         if input_output_dim % 2:
             raise ValueError(f"HyperMixing needs an even width for its sinusoids, not {input_output_dim}.")
-        for what, size in (("width", input_output_dim), ("hypernet_size", hypernet_size)):
-            if size % num_heads:
-                raise ValueError(f"HyperMixing's {what} {size} must divide by its number of heads {num_heads}.")
-        self.heads = num_heads
+        for what, size in (("width (d_model)", input_output_dim), ("hidden size (d_ffn)", hypernet_size)):
+            if num_heads < 1 or size < 1 or size % num_heads:
+                raise ValueError(f"HyperMixing's {what} {size} must be positive and divide by its number of heads {num_heads}.")
+        self.input_output_dim = input_output_dim
+        self.num_heads = num_heads
         self.head_dim = input_output_dim // num_heads
         self.tied = tied
         hidden = hypernet_size if fix_tm_hidden_size else hypernet_size // num_heads
@@ -222,7 +224,7 @@ class HyperMixing(nn.Module):
             y = y.permute(1, 2, 0, 3).reshape(batch, frames, width)
         else:
             # Chunks become an axis of their own; the frames that fill the last one are zeros and add nothing.
-            size = config.chunk_size
+            size = min(config.chunk_size, frames)
             fill = -frames % size
             x, table = F.pad(x, (0, 0, 0, fill)), F.pad(table, (0, 0, 0, fill))
             values, first, second = (
@@ -290,7 +292,7 @@ class HyperMixing(nn.Module):
             else:
                 window = now if state.sums is None else torch.cat((state.sums, now))
                 total = window.sum(0)
-                state.sums = window[max(0, len(window) - state.left_chunks) :]
+                state.sums = window[max(0, len(window) - state.left_chunks) :].clone()  # a view would keep them all
             y = self._mix_tokens(total, second)
         state.frames += x.shape[1]
         return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
@@ -298,7 +300,7 @@ class HyperMixing(nn.Module):
     def _generate(self, x, table):
         """Values and both generators' hidden layers, head by head: three (heads, B, T, e) tensors."""
         batch, frames, width = x.shape
-        heads, size = self.heads, width // self.heads
+        heads, size = self.num_heads, width // self.num_heads
         # One copy lays the heads out as a batch, so that everything below is a batched matmul on contiguous rows.
         values = x.reshape(batch, frames, heads, size).permute(2, 0, 1, 3).contiguous()  # (heads, B, T, e)
         table = table.to(x.dtype).reshape(1, frames, heads, size).permute(2, 0, 1, 3)  # (heads, 1, T, e)
@@ -312,11 +314,11 @@ class HyperMixing(nn.Module):
 
     def _mix_tokens(self, sums, second):
         """Sums S (heads, B, ..., e, e+1) and the second hidden layer (heads, B, ..., T, e) to outputs (heads, B, ..., T, e)."""
-        extra = [1] * (sums.dim() - 3)  # batch, and chunks where there are any
         first_layer = self.hyper.w1_gen.second_layer().to(sums.dtype)
         second_layer = self.hyper.w2_gen.second_layer().to(sums.dtype)
-        hidden = F.gelu(sums @ first_layer.transpose(1, 2).unflatten(0, (-1, *extra)))  # (heads, B, ..., e, k)
-        mixing = hidden @ second_layer.unflatten(0, (-1, *extra))  # (heads, B, ..., e, e+1)
+        # One matmul per head over all rows: broadcasting would copy the layers for every utterance and chunk.
+        hidden = F.gelu(torch.bmm(sums.flatten(1, -2), first_layer.transpose(1, 2)))  # (heads, B ... e, k)
+        mixing = torch.bmm(hidden, second_layer).reshape(sums.shape)
         return second.to(sums.dtype) @ mixing[..., :-1].transpose(-1, -2) + mixing[..., -1].unsqueeze(-2)
 
     def _norm(self, y):
@@ -334,5 +336,6 @@ def _window_sum(sums, left_chunks):
     """For every chunk the sum over itself and its left context, (heads, B, chunks, e, e+1) to the same."""
     running = sums.double().cumsum(2)
     if left_chunks is not None:
-        running = running - F.pad(running, (0, 0, 0, 0, left_chunks + 1, 0))[:, :, : sums.shape[2]]
+        before = min(left_chunks + 1, sums.shape[2])
+        running = running - F.pad(running, (0, 0, 0, 0, before, 0))[:, :, : sums.shape[2]]
     return running.to(sums.dtype)

@@ -33,7 +33,9 @@ def test_padding_never_reaches_a_valid_frame(encoder, lengths, chunks):
     setting = None if chunks is None else config(encoder, *chunks)
     x = 3 * torch.randn(len(lengths), max(lengths), encoder.d_model)
     mask = padding(lengths, max(lengths))
-    batched, maps = encoder(x.masked_fill(mask.unsqueeze(-1), 1e3), src_key_padding_mask=mask, dynchunktrain_config=setting)
+    batched, maps = encoder(
+        x.masked_fill(mask.unsqueeze(-1), float("nan")), src_key_padding_mask=mask, dynchunktrain_config=setting
+    )
     assert maps == []
     for i, length in enumerate(lengths):
         alone, _ = encoder(x[i : i + 1, :length], dynchunktrain_config=setting)
@@ -131,6 +133,7 @@ def test_every_parameter_gets_a_finite_gradient(encoder, dtype, chunks):
     x = torch.randn(3, 50, encoder.d_model)
     # The last utterance is so short that, in chunks, some padded queries see nothing but padding.
     mask = padding((50, 31, 2), 50)
+    x = x.masked_fill(mask.unsqueeze(-1), float("nan"))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         out, _ = encoder(x, src_key_padding_mask=mask, dynchunktrain_config=setting)
     assert out.isfinite().all()

@@ -130,7 +130,11 @@ def test_autocast_keeps_long_sums_finite():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [((15, 30), "even width"), ((16, 32, False, 3), "16 must divide"), ((16, 34, False, 4), "34 must divide")],
+    [
+        ((15, 30), "even width"),
+        ((16, 32, False, 3), "16 must be positive and divide"),
+        ((16, 34, False, 4), "34 must be positive and divide"),
+    ],
 )
 def test_impossible_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
