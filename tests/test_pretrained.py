@@ -106,6 +106,15 @@ def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
         load_model(folder, "cpu")
 
 
+@pytest.mark.parametrize("name", ["asr.ckpt", "normalizer.ckpt", "tokenizer.ckpt", "hyperparams.yaml", "config.json"])
+@pytest.mark.parametrize("content", ["", "no such thing", "d_model: [16"])
+def test_a_damaged_folder_is_named(name, content, trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises((RuntimeError, ValueError, FileNotFoundError), match=str(folder)):
+        load_model(folder, "cpu")
+
+
 def test_what_is_no_model_is_refused_in_one_sentence(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder .*gone"):
         load_model(tmp_path / "gone")

@@ -75,6 +75,17 @@ def test_a_small_corpus_reduces_the_vocabulary_with_a_warning(ctc_run):
     assert "not 1000; the model has as many" in ctc_run[1].stdout
 
 
+@pytest.mark.parametrize(
+    "changed", [{"d_model": 32}, {"vocab_size": 20}, {"train_splits": "[dev-tiny]"}, {"normalize": "{norm_type: sentence}"}]
+)
+def test_a_folder_of_another_run_is_refused(changed, ctc_run, corpus):
+    keys = {**SMALL, "num_decoder_layers": 0, "vocab_size": 1000, "precision": "bf16", **changed}
+    run = train(ctc_run[0], SHIPPED[0], "--data_folder", corpus, "--device=cpu", *arguments(**keys))
+    (key,) = changed
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert f"holds a run with {key} " in run.stderr
+
+
 def test_the_last_lines_say_where_all_is(ctc_run):
     folder, run = ctc_run
     *_, rate, files, command = run.stdout.strip().splitlines()
@@ -89,7 +100,7 @@ def test_without_a_data_folder_it_says_first_that_it_runs_on_the_mini_corpus(tmp
 
 
 def test_two_processes(corpus, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29537"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     keys = {**SMALL, "train_batch_sampler": "{max_batch_length: 4}", "number_of_epochs": 2}
     run = train(
         tmp_path, ROOT / "hparams" / "hyperconformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys),

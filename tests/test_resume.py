@@ -11,7 +11,7 @@ import torch
 import yaml
 from tiny import SMALL, arguments, make_corpus
 
-from recipes.LibriSpeech.checkpoints import AtomicCheckpointer
+from recipes.LibriSpeech.checkpoints import AtomicCheckpointer, DamagedCheckpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,6 +171,15 @@ def test_a_half_written_or_half_deleted_checkpoint_is_none(tmp_path, monkeypatch
     third = checkpointer.save_checkpoint(meta={"WER": 4.0})
     checkpointer.delete_checkpoints(min_keys=["WER"], importance_keys=[], num_to_keep=1)
     assert sorted(tmp_path.iterdir()) == sorted([first.path, third.path])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    saved = checkpointer.save_checkpoint()
+    for content in (b"", b"no such thing"):
+        (saved.path / "model.ckpt").write_bytes(content)
+        with pytest.raises(DamagedCheckpoint, match=str(saved.path).replace("+", ".")):
+            checkpointer.recover_if_possible()
 
 
 def test_meta_values_are_plain(corpus, tmp_path):
