@@ -11,6 +11,7 @@ with the trained model. Start the same command again after an interruption, and 
 """
 
 import dataclasses
+import logging
 import os
 import sys
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ def run(hparams_file, run_opts, overrides):
     asked = merge_hparams(files, overrides)
     check_folder(Path(hparams["output_folder"]), asked)
     sb.create_experiment_directory(hparams["output_folder"])
+    logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
     run_on_main(write_hparams, [hparams, asked])
     with explained(1, OSError, ValueError, RuntimeError, ImportError):
         manifests = prepare_corpus(hparams)
