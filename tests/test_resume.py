@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DRIVER = """
 import os, shutil, signal, sys
 sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 import train
 from recipes.LibriSpeech.brain import AsrBrain
 from recipes.LibriSpeech.checkpoints import RandomStates
