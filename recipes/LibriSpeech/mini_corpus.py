@@ -348,18 +348,18 @@ class Synthesiser:
         # eSpeak keeps state from one utterance to the next (flutter, noise) that none of its functions resets: a
         # private copy of the library starts afresh.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            self.library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
+            self.espeak = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
         self.chunks = []
         self.callback = self.CALLBACK(self._collect)  # kept: the library holds only the address
         data = espeakng_loader.get_data_path().encode()
-        if self.library.espeak_Initialize(self.AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0) != ESPEAK_SAMPLE_RATE:
+        if self.espeak.espeak_Initialize(self.AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0) != ESPEAK_SAMPLE_RATE:
             raise RuntimeError(f"eSpeak did not start with the data in '{data.decode()}': reinstall espeakng-loader.")
-        self.library.espeak_SetSynthCallback(self.callback)
-        self.library.espeak_ng_SetRandSeed(seed)
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+        self.espeak.espeak_SetSynthCallback(self.callback)
+        self.espeak.espeak_ng_SetRandSeed(seed)
+        if self.espeak.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"eSpeak has no voice '{voice}': use a language that espeakng-loader holds.")
         for parameter, value in ((self.RATE, rate), (self.PITCH, pitch), (self.PITCH_RANGE, pitch_range)):
-            self.library.espeak_SetParameter(parameter, int(value), 0)
+            self.espeak.espeak_SetParameter(parameter, int(value), 0)
 
     def _collect(self, samples, count, _events):
         """Takes a piece of audio from eSpeak; it comes with a null pointer when the utterance ends."""
@@ -371,7 +371,7 @@ class Synthesiser:
         return self
 
     def __exit__(self, *_exception):
-        self.library.espeak_Terminate()
+        self.espeak.espeak_Terminate()
 
     def __call__(self, text):
         """Speaks a text.
@@ -389,6 +389,6 @@ class Synthesiser:
         self.chunks = []
         data = text.encode() + b"\0"
         size = ctypes.c_size_t(len(data))
-        self.library.espeak_Synth(data, size, 0, self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
-        self.library.espeak_Synchronize()
+        self.espeak.espeak_Synth(data, size, 0, self.POS_CHARACTER, 0, self.CHARS_UTF8, None, None)
+        self.espeak.espeak_Synchronize()
         return np.concatenate(self.chunks) / 32768
