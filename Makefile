@@ -27,7 +27,7 @@ $(VENV)/dev: $(VENV)/runtime
 demo: $(VENV)/runtime
 	$(BIN)/python train.py hparams/hyperconformer.yaml --output_folder $(DEMO)
 	@echo
-	@echo "Transcripts of a voice that training has not heard:"
+	@echo "Transcripts of three voices that training has not heard:"
 	$(BIN)/python -m speechbrain_ext transcribe $(DEMO)/pretrained $$(cut -d, -f3 $(DEMO)/test-mini.csv | sed -n '2p;90p;200p')
 
 test: $(VENV)/dev

@@ -74,9 +74,9 @@ def run(hparams_file, run_opts, overrides):
     check_folder(Path(hparams["output_folder"]), asked)
     sb.create_experiment_directory(hparams["output_folder"])
     logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
-    run_on_main(write_hparams, [hparams, asked])
     with explained(1, OSError, ValueError, RuntimeError, ImportError):
         manifests = prepare_corpus(hparams)
+        run_on_main(write_hparams, [hparams, asked])  # not before: a mistyped data_folder is no run to hold later ones to
         tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
         if tokens < hparams["vocab_size"]:
             logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
@@ -193,7 +193,7 @@ def write_hparams(hparams, text):
 
 
 def prepare_corpus(hparams):
-    """Check the corpus and write its manifests; returns their paths by ``train``, ``valid`` and the names of the test splits."""
+    """Check the corpus and write its manifests; returns their paths by TRAIN, VALID and the names of the test splits."""
     data_folder = hparams["data_folder"]
     if not data_folder:
         run_on_main(build_mini_corpus)

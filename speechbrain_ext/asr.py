@@ -207,7 +207,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         if dynchunktrain_config is None and self.causal:
             dynchunktrain_config = DynChunkTrainConfig(self.encoder.chunk_multiple)
         src = self._flat(src)
-        mask = None if wav_len is None else _mask(wav_len, src)
+        frames = src.shape[1]
+        mask = None if wav_len is None else padding_mask(absolute_lengths(wav_len, frames), frames)
         encoder_out, _ = self.encoder(
             self.custom_src_module(zero_padding(src, mask)),
             src_key_padding_mask=mask,
@@ -279,10 +280,6 @@ class TransformerASR(SpeechBrainTransformerASR):
             memory_key_padding_mask=memory_mask,
         )
         return out, attention[-1]
-
-
-def _mask(relative, x):
-    return padding_mask(absolute_lengths(relative, x.shape[1]), x.shape[1])
 
 
 def extract_features(compute_features, wavs, wav_lens):

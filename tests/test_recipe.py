@@ -86,6 +86,13 @@ def test_a_folder_of_another_run_is_refused(changed, ctc_run, corpus):
     assert f"holds a run with {key} " in run.stderr
 
 
+def test_a_mistyped_data_folder_leaves_no_run_behind(corpus, tmp_path):
+    keys = {**SMALL, "num_decoder_layers": 0}
+    for folder, status in (("/no/such", 1), (corpus, 0)):
+        run = train(tmp_path, SHIPPED[0], "--data_folder", folder, "--device=cpu", *arguments(**keys))
+        assert run.returncode == status, run.stdout + run.stderr
+
+
 def test_the_last_lines_say_where_all_is(ctc_run):
     folder, run = ctc_run
     *_, rate, files, command = run.stdout.strip().splitlines()

@@ -21,7 +21,7 @@ from speechbrain.utils.fetching import fetch
 from speechbrain_ext.hparams import needed_keys
 from speechbrain_ext.inference.audio import load_audio
 
-# Both refer to keys of the recipes' hparams.
+# All refer to keys of the recipes' hparams.
 _PRETRAINER = """
 pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
     loadables:
@@ -32,24 +32,21 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
         asr: !name:speechbrain.utils.checkpoints.torch_recovery
             end_of_epoch: True
 """
-_WITH_DECODER = """
+_ENCODER = """
 speech_encoder: !new:speechbrain_ext.asr.SpeechEncoder
     compute_features: !ref <compute_features>
     normalize: !ref <normalize>
     subsampling: !ref <subsampling>
     transformer: !ref <Transformer>
+"""
+_WITH_DECODER = f"""{_ENCODER}
 modules:
     encoder: !ref <speech_encoder>
     decoder: !ref <test_search>
 asr_model: !new:torch.nn.ModuleList
     - [!ref <subsampling>, !ref <Transformer>, !ref <seq_lin>, !ref <ctc_lin>]
 """
-_CTC_ONLY = """
-speech_encoder: !new:speechbrain_ext.asr.SpeechEncoder
-    compute_features: !ref <compute_features>
-    normalize: !ref <normalize>
-    subsampling: !ref <subsampling>
-    transformer: !ref <Transformer>
+_CTC_ONLY = f"""{_ENCODER}
     head: !ref <ctc_lin>
 modules:
     encoder: !ref <speech_encoder>
