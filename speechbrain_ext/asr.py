@@ -377,6 +377,25 @@ class SpeechEncoder(nn.Module):
         if wav_lens is None:
             wav_lens = torch.ones(len(wavs), device=wavs.device)
         feats, lens = extract_features(self.compute_features, wavs, wav_lens)
-        x, lens = self.subsampling(self.normalize(feats, lens), lens)
+        return self.encode_features(self.normalize(feats, lens), lens, dynchunktrain_config)
+
+    def encode_features(self, feats, lens=None, dynchunktrain_config: DynChunkTrainConfig | None = None):
+        """Encode what the features and their normalisation gave.
+
+        Arguments
+        ---------
+        feats : torch.Tensor
+            (B, T, F) normalised features.
+        lens : torch.Tensor, optional
+            (B,) relative lengths; without them all frames are valid.
+        dynchunktrain_config : DynChunkTrainConfig, optional
+            The chunk setting.
+
+        Returns
+        -------
+        tuple
+            (B, T', D), and the exact relative lengths (B,) of these frames or None.
+        """
+        x, lens = self.subsampling(feats, lens)
         x = self.transformer.encode(x, lens, dynchunktrain_config=dynchunktrain_config)
         return x if self.head is None else self.head(x), lens

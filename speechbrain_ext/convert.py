@@ -4,6 +4,8 @@ import re
 
 import torch
 
+from speechbrain_ext.lobes.temporal_unet import block_names
+
 # SpeechBrain's name inside an encoder block -> ours; the rest of the key stays.
 _SPEECHBRAIN_BLOCK = {
     "ffn_module1.0.": "ffn1.0.",
@@ -91,3 +93,119 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
             key = prefix + key[len(prefix) + len("norm.") :]
         converted[key] = tensor
     return converted
+
+
+# NeMo's name inside a Squeezeformer block -> ours; the rest of the key stays.
+_NEMO_BLOCK = {
+    "self_attn_scale.scale": "mixer.qkv.scale",
+    "self_attn_scale.bias": "mixer.qkv.shift",
+    "self_attn.linear_out.": "mixer.out.",
+    "self_attn.linear_pos.": "mixer.position.",
+    "self_attn.pos_bias_u": "mixer.bias_u",
+    "self_attn.pos_bias_v": "mixer.bias_v",
+    "norm_self_att.": "mixer_norm.",
+    "feed_forward1.linear1.": "ffn1.0.",
+    "feed_forward1.linear2.": "ffn1.3.",
+    "feed_forward1_scale.scale": "ffn1.0.scale",
+    "feed_forward1_scale.bias": "ffn1.0.shift",
+    "norm_feed_forward1.": "ffn1_norm.",
+    "conv.pointwise_conv1.": "convolution.pointwise1.",
+    "conv.depthwise_conv.": "convolution.depthwise.",
+    "conv.batch_norm.": "convolution.depthwise_norm.",
+    "conv.pointwise_conv2.": "convolution.pointwise2.",
+    "conv_scale.scale": "convolution.pointwise1.scale",
+    "conv_scale.bias": "convolution.pointwise1.shift",
+    "norm_conv.": "convolution_norm.",
+    "feed_forward2.linear1.": "ffn2.0.",
+    "feed_forward2.linear2.": "ffn2.3.",
+    "feed_forward2_scale.scale": "ffn2.0.scale",
+    "feed_forward2_scale.bias": "ffn2.0.shift",
+    "norm_feed_forward2.": "ffn2_norm.",
+}
+_NEMO_OUTSIDE = {
+    "pre_encode.conv.0.": "subsampling.stages.0.0.",
+    "pre_encode.conv.2.": "subsampling.stages.1.0.",
+    "pre_encode.conv.3.": "subsampling.stages.1.1.",
+    "pre_encode.out.": "transformer.custom_src_module.layers.0.w.",
+    "pre_ln.": "transformer.encoder.norm.",
+}
+_NEMO_UNET = {
+    "time_reduce_layer.dw_conv.": "reduction.",
+    "time_reduce_layer.pw_conv.": "reduction_linear.",
+    "time_recovery_layer.": "recovery.",
+}
+
+
+def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None = None, recover_before: int | None = None):
+    """NeMo's Squeezeformer weights for the one here.
+
+    What takes them is a :class:`speechbrain_ext.asr.SpeechEncoder` of
+    ``DepthwiseSubsampling(80, d_model)`` and ``TransformerASR(..., num_decoder_layers=0, encoder_module="squeezeformer")`` of
+    the same sizes, with a ``speechbrain.nnet.linear.Linear`` as head where the weights have one. NeMo's CTC blank is the last
+    output. The features must be NeMo's: this converts weights only.
+
+    Arguments
+    ---------
+    state_dict : dict
+        Of NeMo's ``SqueezeformerEncoder``, or of a whole model (``model_weights.ckpt`` in the archive that a ``.nemo`` file is).
+    reduce_before, recover_before : int, optional
+        NeMo's ``time_reduce_idx`` and ``time_recovery_idx``; by default as published, L/2 - 1 and L - 1 of L blocks.
+
+    Returns
+    -------
+    dict
+        For ``load_state_dict`` of the SpeechEncoder; without a head, where there is none.
+
+    Raises
+    ------
+    ValueError
+        If the weights are no Squeezeformer's, or some have no counterpart here.
+
+    Example
+    -------
+    >>> convert_nemo({"encoder.layers.0.self_attn.linear_q.weight": torch.ones(4, 4)})
+    Traceback (most recent call last):
+    ValueError: These weights hold no Squeezeformer of NeMo: there is no key pre_ln.weight.
+    """
+    prefix = next((key[: -len("pre_ln.weight")] for key in state_dict if key.endswith("pre_ln.weight")), None)
+    if prefix is None:
+        raise ValueError("These weights hold no Squeezeformer of NeMo: there is no key pre_ln.weight.")
+    weights = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    blocks = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("layers.")), default=-1)
+    unet = "time_recovery_layer.weight" in weights
+    reduce_before = (blocks // 2 - 1 if reduce_before is None else reduce_before) if unet else None
+    recover_before = (blocks - 1 if recover_before is None else recover_before) if unet else None
+    names = block_names(blocks, [reduce_before] if unet else [], [recover_before] if unet else [])
+    converted = {}
+    for key, tensor in weights.items():
+        if key.endswith("num_batches_tracked") or re.search(r"self_attn\.linear_[kv]\.", key):
+            continue  # the latter go with the query's
+        block = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
+        if block and block[2].startswith("self_attn.linear_q."):
+            tensor = torch.cat([weights[key.replace("linear_q", f"linear_{letter}")] for letter in "qkv"])
+            name = f"transformer.encoder.layers.{names[int(block[1])]}.mixer.qkv.{block[2].rsplit('.', 1)[1]}"
+        elif block:
+            name = f"transformer.encoder.layers.{names[int(block[1])]}.{_renamed(block[2], _NEMO_BLOCK, key)}"
+        elif key.startswith("time_"):
+            name = f"transformer.encoder.layers.{reduce_before}.{_renamed(key, _NEMO_UNET, key)}"
+        else:
+            name = _renamed(key, _NEMO_OUTSIDE, key)
+        if "pointwise" in name or "reduction_linear." in name or "stages.1.1." in name:
+            tensor = tensor.flatten(1) if tensor.dim() > 1 else tensor  # a pointwise convolution's weight is a matrix
+        elif "bias_u" in name or "bias_v" in name:
+            tensor = tensor.unsqueeze(1)
+        elif key == "pre_encode.out.weight":  # channel by channel there, bin by bin here
+            tensor = tensor.unflatten(1, (len(tensor), -1)).transpose(1, 2).flatten(1)
+        converted[name] = tensor
+    for name in ("weight", "bias"):
+        head = state_dict.get(f"decoder.decoder_layers.0.{name}")
+        if head is not None:
+            converted[f"head.w.{name}"] = head.flatten(1) if head.dim() > 1 else head
+    return converted
+
+
+def _renamed(name, table, key):
+    old = next((old for old in table if name.startswith(old)), None)
+    if old is None:
+        raise ValueError(f"The weight '{key}' has no counterpart in a Squeezeformer here.")
+    return table[old] + name[len(old) :]

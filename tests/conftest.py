@@ -10,7 +10,11 @@ from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
 
 SMALL = {"d_model": 32, "nhead": 4, "num_layers": 4, "d_ffn": 64, "dropout": 0.1}
 # Keys that change what an encoder computes; an encoder that is not listed is tested with its defaults.
-VARIANTS = {"conformer": [{"attention_type": "RoPEMHA"}], "hyperconformer": [{"tied": True}]}
+VARIANTS = {
+    "conformer": [{"attention_type": "RoPEMHA"}],
+    "hyperconformer": [{"tied": True}],
+    "squeezeformer": [{"reduce_before": [0, 1], "recover_before": [2, 2]}],
+}
 CASES = [(name, keys) for name in list_encoders() for keys in ({}, *VARIANTS.get(name, []))]
 
 

@@ -5,27 +5,15 @@ with LayerNorm in front, and a LayerNorm behind. LayerNorm stands in the convolu
 SpeechBrain.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders.streaming import StreamingContext
+from speechbrain_ext.encoders.base import Encoder, LayerState
 from speechbrain_ext.lobes.attention import ATTENTIONS
 from speechbrain_ext.lobes.convolution import ConvolutionModule
 from speechbrain_ext.lobes.feedforward import FeedForward
-from speechbrain_ext.lobes.masks import check_chunks, zero_padding
+from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
-
-
-@dataclass
-class ConformerLayerState:
-    """What one layer remembers between chunks."""
-
-    mixer: Any
-    convolution: torch.Tensor | None = None
 
 
 class ConformerLayer(nn.Module):
@@ -53,7 +41,7 @@ class ConformerLayer(nn.Module):
     >>> from speechbrain_ext.lobes.attention import RotarySelfAttention
     >>> layer = ConformerLayer(RotarySelfAttention(16, 2), d_model=16, d_ffn=32)
     >>> x = torch.rand(2, 10, 16)
-    >>> layer(x, layer.mixer.prepare(x, None, None)).shape
+    >>> layer(x, layer.prepare(x, None, None)).shape
     torch.Size([2, 10, 16])
     """
 
@@ -75,14 +63,26 @@ class ConformerLayer(nn.Module):
         self.ffn2 = FeedForward(d_model, d_ffn, dropout, activation)
         self.norm = nn.LayerNorm(d_model)
 
+    def prepare(self, x, mask, config):
+        """What the mixers of all layers share in one forward."""
+        return self.mixer.prepare(x, mask, config)
+
     def forward(self, x, shared, mask=None, config: DynChunkTrainConfig | None = None):
-        """(B, T, D) to (B, T, D); ``shared`` is what the mixer prepared, the rest as in :class:`ConformerEncoder`."""
+        """(B, T, D) to (B, T, D), as :mod:`speechbrain_ext.lobes.stack` describes it."""
         x = x + 0.5 * self.ffn1(x)
         x = x + self.mixer.mix(self.mixer_norm(x), shared)
         x = x + self.convolution(x, mask, config)
         return self.norm(x + 0.5 * self.ffn2(x))
 
-    def stream(self, x, state: ConformerLayerState, shared):
+    def initial_state(self, config: DynChunkTrainConfig) -> LayerState:
+        """The state before the first chunk."""
+        return LayerState(self.mixer.initial_state(config))
+
+    def prepare_stream(self, x, state: LayerState):
+        """What the mixers of all layers share for one chunk."""
+        return self.mixer.prepare_stream(x, state.mixer)
+
+    def stream(self, x, state: LayerState, shared):
         """One chunk (B, C, D) to (B, C, D); updates the state."""
         x = x + 0.5 * self.ffn1(x)
         x = x + self.mixer.stream(self.mixer_norm(x), state.mixer, shared)
@@ -92,7 +92,7 @@ class ConformerLayer(nn.Module):
 
 
 @register_encoder("conformer")
-class ConformerEncoder(nn.Module):
+class ConformerEncoder(Encoder):
     """Conformer encoder with self-attention.
 
     Its streaming state per layer is the attention's cache (2 M d numbers for M cached frames) and (K - 1) / 2 frames of the
@@ -136,9 +136,6 @@ class ConformerEncoder(nn.Module):
     torch.Size([2, 50, 32])
     """
 
-    chunk_multiple = 1
-    streamable = True
-
     def __init__(
         self,
         d_model: int = 144,
@@ -161,108 +158,9 @@ class ConformerEncoder(nn.Module):
         self._build(mixers, d_model, d_ffn, dropout, kernel_size, activation, bias)
 
     def _build(self, mixers, d_model, *layer_args):
-        super().__init__()
-        if not mixers:
-            raise ValueError("An encoder needs num_layers of at least 1.")
-        self.d_model = d_model
-        self.layers = nn.ModuleList(ConformerLayer(mixer, d_model, *layer_args) for mixer in mixers)
+        super().__init__(d_model, Stack(ConformerLayer(mixer, d_model, *layer_args) for mixer in mixers))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
 
-    def forward(
-        self,
-        src,
-        src_mask=None,
-        src_key_padding_mask=None,
-        pos_embs=None,
-        dynchunktrain_config: DynChunkTrainConfig | None = None,
-    ):
-        """Encode whole utterances.
-
-        Arguments
-        ---------
-        src : torch.Tensor
-            (B, T, D).
-        src_mask, pos_embs
-            Not needed: the encoder makes its own positions and, from ``dynchunktrain_config``, its own chunk mask.
-        src_key_padding_mask : torch.Tensor, optional
-            (B, T) bool, True = padding.
-        dynchunktrain_config : DynChunkTrainConfig, optional
-            Restricts every frame to its chunk and the left context.
-
-        Returns
-        -------
-        tuple
-            (B, T, D), zero in padded frames; and an empty list, where SpeechBrain returns attention weights.
-
-        Raises
-        ------
-        ValueError
-            If the chunk setting is impossible.
-        """
-        if dynchunktrain_config is not None:
-            check_chunks(dynchunktrain_config, self.chunk_multiple)
-        x = zero_padding(src, src_key_padding_mask)  # whatever lies there, NaN included
-        shared = self.layers[0].mixer.prepare(x, src_key_padding_mask, dynchunktrain_config)
-        for layer in self.layers:
-            x = layer(x, shared, src_key_padding_mask, dynchunktrain_config)
-        return zero_padding(self.norm(x), src_key_padding_mask), []
-
-    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig) -> StreamingContext:
-        """The context of a new stream.
-
-        Arguments
-        ---------
-        dynchunktrain_config : DynChunkTrainConfig
-            Chunk size in frames and left context in chunks (None = all).
-
-        Returns
-        -------
-        StreamingContext
-
-        Raises
-        ------
-        ValueError
-            If the chunk setting is impossible.
-        """
-        check_chunks(dynchunktrain_config, self.chunk_multiple)
-        layers = [ConformerLayerState(layer.mixer.initial_state(dynchunktrain_config)) for layer in self.layers]
-        return StreamingContext(dynchunktrain_config, layers)
-
-    def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
-        """Encode one chunk.
-
-        Arguments
-        ---------
-        src : torch.Tensor
-            (B, C, D); C is the configured chunk size, less only in the last chunk.
-        context : StreamingContext
-            Updated in place.
-        pos_embs
-            Not needed.
-
-        Returns
-        -------
-        tuple
-            (B, C, D) and an empty list.
-
-        Raises
-        ------
-        ValueError
-            If the chunk is too long, or follows a shorter one.
-        """
-        context.accept(src)
-        shared = self.layers[0].mixer.prepare_stream(src, context.layers[0].mixer)
-        x = src
-        for layer, state in zip(self.layers, context.layers, strict=True):
-            x = layer.stream(x, state, shared)
-        return self.norm(x), []
-
-    def fuse_(self):
-        """Nothing to fold: LayerNorm depends on its input.
-
-        Returns
-        -------
-        ConformerEncoder
-            Itself.
-        """
-        return self
+    def after_layers(self, x):
+        """LayerNorm."""
+        return self.norm(x)

@@ -1,15 +1,16 @@
-"""The Conformer's convolution module, padding-exact, chunked and streaming."""
+"""Convolution modules of the Conformer and of the Squeezeformer, padding-exact, chunked and streaming."""
 
 import torch
 import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
 
-def depthwise_conv(x, weight, bias=None):
+def depthwise_conv(x, weight, bias=None, stride: int = 1):
     """Depthwise convolution over time, "valid" (no padding).
 
     Arguments
@@ -20,11 +21,13 @@ def depthwise_conv(x, weight, bias=None):
         (D, 1, K), as of ``nn.Conv1d(D, D, K, groups=D)``.
     bias : torch.Tensor, optional
         (D,).
+    stride : int
+        Frames from one output to the next.
 
     Returns
     -------
     torch.Tensor
-        (B, T - K + 1, D).
+        (B, floor((T - K) / stride) + 1, D).
 
     Example
     -------
@@ -34,13 +37,13 @@ def depthwise_conv(x, weight, bias=None):
     dtype = x.dtype
     x = x.transpose(1, 2)  # (B, D, T)
     if x.device.type != "cpu":
-        return F.conv1d(x, weight, bias, groups=weight.shape[0]).transpose(1, 2)
+        return F.conv1d(x, weight, bias, stride, groups=weight.shape[0]).transpose(1, 2)
     # A contiguous (B, T, D) read as (B, D, 1, T) *is* channels-last, for which the CPU library has a fast depthwise kernel;
     # the same convolution as Conv1d takes 12 to 15 times as long for K = 31.
     # In float32 only: in bfloat16 that kernel never returns for some shapes (32 channels, K = 31, batch 3; oneDNN of torch 2.11).
     with full_precision(x):
         weight, bias = at_least_float32(weight), None if bias is None else at_least_float32(bias)
-        y = F.conv2d(at_least_float32(x).unsqueeze(2), weight.unsqueeze(2), bias, groups=weight.shape[0])
+        y = F.conv2d(at_least_float32(x).unsqueeze(2), weight.unsqueeze(2), bias, (1, stride), groups=weight.shape[0])
     return y.squeeze(2).transpose(1, 2).to(dtype)
 
 
@@ -110,14 +113,14 @@ class ConvolutionModule(nn.Module):
         """
         x = zero_padding(self._before(x), mask)
         if config is None:
-            return self._after(F.pad(x, (0, 0, self.context, self.context)))
+            return self._after(self._convolve(F.pad(x, (0, 0, self.context, self.context))), mask)
         batch, frames, width = x.shape
         size = min(config.chunk_size, frames)
         fill = -frames % size
         # For chunks a, b, c of 4 frames and 2 frames of context: 00aaaa00, aabbbb00, bbcccc00.
         x = F.pad(x, (0, 0, self.context, fill)).unfold(1, size + self.context, size)  # (B, chunks, D, context + size)
         x = F.pad(x.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.context))
-        return self._after(x).reshape(batch, frames + fill, width)[:, :frames]
+        return self._after(self._convolve(x).reshape(batch, frames + fill, width)[:, :frames], mask)
 
     def stream(self, x, state):
         """Convolve one chunk.
@@ -127,7 +130,7 @@ class ConvolutionModule(nn.Module):
         x : torch.Tensor
             (B, C, D).
         state : torch.Tensor, optional
-            (B, (K - 1) / 2, D) from the last call, None before the first chunk.
+            (B, (K - 1) / 2, width of the depthwise convolution) from the last call, None before the first chunk.
 
         Returns
         -------
@@ -136,11 +139,68 @@ class ConvolutionModule(nn.Module):
         """
         x = self._before(x)
         x = F.pad(x, (0, 0, self.context, 0)) if state is None else torch.cat((state, x), dim=1)
-        return self._after(F.pad(x, (0, 0, 0, self.context))), x[:, x.shape[1] - self.context :].clone()
+        y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.context))), None)
+        return y, x[:, x.shape[1] - self.context :].clone()
 
     def _before(self, x):
         return F.glu(self.pointwise1(self.norm(x)), dim=-1)
 
-    def _after(self, x):
-        x = self.depthwise_norm(depthwise_conv(x, self.depthwise.weight, self.depthwise.bias))
+    def _convolve(self, x):
+        return depthwise_conv(x, self.depthwise.weight, self.depthwise.bias)
+
+    def _after(self, x, mask):
+        return self.dropout(self.pointwise2(self.activation(self.depthwise_norm(x))))
+
+
+class SwishConvolutionModule(ConvolutionModule):
+    """The Squeezeformer's: scale, pointwise, Swish, depthwise, BatchNorm, Swish, pointwise, dropout; without the residual.
+
+    Swish stands where the Conformer has a GLU, so that the depthwise convolution has width 2 D. Padding never enters the
+    statistics of the BatchNorm.
+
+    Source: Kim et al. 2022, https://arxiv.org/abs/2206.00888, section 3.2.1, and the authors' code for what it leaves open.
+
+    Arguments
+    ---------
+    d_model : int
+        Width D.
+    kernel_size : int
+        Odd kernel size of the depthwise convolution, in frames.
+    dropout : float
+        Dropout on the output.
+    eps : float
+        Of the BatchNorm.
+
+    Raises
+    ------
+    ValueError
+        If the kernel size is not positive and odd.
+
+    Example
+    -------
+    >>> SwishConvolutionModule(16, 7)(torch.rand(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, d_model: int, kernel_size: int = 31, dropout: float = 0.0, eps: float = 1e-5):
+        super().__init__(d_model, kernel_size, dropout)
+        del self.norm
+        self.pointwise1 = ScaledLinear(d_model, 2 * d_model)
+        self.depthwise = nn.Conv1d(2 * d_model, 2 * d_model, kernel_size, groups=2 * d_model)
+        self.depthwise_norm = MaskedBatchNorm(2 * d_model, momentum=0.015, eps=eps)  # the authors' momentum
+        self.pointwise2 = nn.Linear(2 * d_model, d_model)
+        nn.init.uniform_(self.pointwise2.weight, -(d_model**-0.5), d_model**-0.5)  # the authors' range
+        nn.init.uniform_(self.pointwise2.bias, -(d_model**-0.5), d_model**-0.5)
+
+    def _before(self, x):
+        return self.activation(self.pointwise1(x))
+
+    def _after(self, x, mask):
+        x = x if self.depthwise_norm is None else self.depthwise_norm(x, mask)
         return self.dropout(self.pointwise2(self.activation(x)))
+
+    def fuse_(self):
+        """Fold the BatchNorm into the depthwise convolution, in place, for inference."""
+        if self.depthwise_norm is not None:
+            self.depthwise_norm.fold_into_(self.depthwise)
+            self.depthwise_norm = None

@@ -1,6 +1,8 @@
-"""The position-wise feed-forward module."""
+"""The position-wise feed-forward modules."""
 
 from torch import nn
+
+from speechbrain_ext.lobes.fusible import ScaledLinear
 
 
 class FeedForward(nn.Sequential):
@@ -32,4 +34,29 @@ class FeedForward(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(d_ffn, d_model),
             nn.Dropout(dropout),
+        )
+
+
+class ScaledFeedForward(nn.Sequential):
+    """The Squeezeformer's: learned scale and Linear, Swish, dropout, Linear, dropout; without the residual.
+
+    Arguments
+    ---------
+    d_model : int
+        Width of input and output.
+    d_ffn : int
+        Width of the hidden layer.
+    dropout : float
+        Dropout after both layers.
+
+    Example
+    -------
+    >>> import torch
+    >>> ScaledFeedForward(16, 64)(torch.rand(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float = 0.0):
+        super().__init__(
+            ScaledLinear(d_model, d_ffn), nn.SiLU(), nn.Dropout(dropout), nn.Linear(d_ffn, d_model), nn.Dropout(dropout)
         )

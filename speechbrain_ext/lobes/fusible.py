@@ -1,0 +1,199 @@
+"""What training needs and inference folds into a neighbouring layer's weights, exactly: learned scales and BatchNorm."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from speechbrain_ext.lobes.masks import zero_padding
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+
+
+def fuse_(module: nn.Module) -> None:
+    """Fold all that can be folded inside a module, in place, for inference; a second call changes nothing.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Any.
+
+    Example
+    -------
+    >>> net = nn.Sequential(ScaledLinear(4, 8), nn.ReLU())
+    >>> fuse_(net)
+    >>> sorted(name for name, _ in net.named_parameters())
+    ['0.bias', '0.weight']
+    """
+    for child in module.children():
+        fuse_(child)
+        if hasattr(child, "fuse_"):
+            child.fuse_()
+
+
+class ScaledLinear(nn.Linear):
+    """Linear layer on ``scale * x + shift`` with a learned scale and shift per channel, which begin as 1 and 0.
+
+    The Squeezeformer has it where the Conformer has a LayerNorm in front of a module. It is computed as one linear layer with
+    the weight ``weight * scale`` and the bias ``bias + weight @ shift``: nothing the size of x is made or kept for the
+    gradient. For inference :meth:`fuse_` does that once and for all.
+
+    Source: Kim et al. 2022, https://arxiv.org/abs/2206.00888, section 3.2.1.
+
+    Arguments
+    ---------
+    in_features : int
+        Width of the input.
+    out_features : int
+        Width of the output.
+
+    Example
+    -------
+    >>> layer = ScaledLinear(4, 8)
+    >>> layer(torch.rand(2, 5, 4)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.ones(in_features))
+        self.shift = nn.Parameter(torch.zeros(in_features))
+
+    def forward(self, x):
+        """(..., in_features) to (..., out_features)."""
+        if self.scale is None:
+            return super().forward(x)
+        return F.linear(x, self.weight * self.scale, torch.addmv(self.bias, self.weight, self.shift))
+
+    @torch.no_grad()
+    def fuse_(self):
+        """Fold scale and shift into weight and bias, in place."""
+        if self.scale is None:
+            return
+        weight = self.weight.double()
+        self.bias.copy_(self.bias.double() + weight @ self.shift.double())
+        self.weight.copy_(weight * self.scale.double())
+        self.scale = self.shift = None
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm of frames (B, T, D) whose statistics are those of the valid frames: padding never enters them.
+
+    In training, statistics are taken in float32 whatever the precision, and over the batches of all processes where there are
+    several (with any backend); one frame is enough. In evaluation it is a multiplication and an addition.
+
+    Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
+
+    Arguments
+    ---------
+    size : int
+        Width D.
+    momentum : float
+        Weight of a batch in the running statistics.
+    eps : float
+        Added to the variance.
+
+    Example
+    -------
+    >>> norm = MaskedBatchNorm(4)
+    >>> mask = torch.tensor([[False, False], [False, True]])  # True = padding
+    >>> norm(torch.rand(2, 2, 4), mask).shape
+    torch.Size([2, 2, 4])
+    """
+
+    def __init__(self, size: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.register_buffer("running_mean", torch.zeros(size))
+        self.register_buffer("running_var", torch.ones(size))
+
+    def forward(self, x, mask=None):
+        """Normalise.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, T, D).
+        mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D); what stands in padded frames has no meaning.
+        """
+        if not self.training:
+            scale, shift = self._affine(x.dtype)
+            return torch.addcmul(shift, x, scale)
+        with full_precision(x):
+            x, mean, variance, count = _Normalize.apply(zero_padding(x, mask), mask, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return x
+
+    @torch.no_grad()
+    def fold_into_(self, layer: nn.Module) -> None:
+        """Put the evaluation-time normalisation into the weights of the layer before it.
+
+        Arguments
+        ---------
+        layer : torch.nn.Linear or a convolution
+            With a bias, and the outputs on the first axis of its weight.
+        """
+        scale, shift = self._affine(torch.float64)
+        layer.weight.copy_(layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.copy_(torch.addcmul(shift, layer.bias.double(), scale))
+
+    def _affine(self, dtype):
+        """The (D,) scale and shift that evaluation amounts to."""
+        wide = torch.promote_types(dtype, torch.float32)
+        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
+        return scale.to(dtype), torch.addcmul(self.bias.to(wide), self.running_mean.to(wide), scale, value=-1).to(dtype)
+
+
+class _Normalize(torch.autograd.Function):
+    """Training-time normalisation: keeps its input for the gradient, and nothing else of that size."""
+
+    @staticmethod
+    def forward(ctx, x, mask, weight, bias, eps):
+        wide = at_least_float32(x)
+        if mask is None:
+            valid, count = None, wide.new_full((1,), x.shape[0] * x.shape[1])
+        else:
+            valid = (~mask).to(wide.dtype)
+            count = valid.sum().view(1)
+        total, count = _over_processes(wide.sum((0, 1)), count)
+        count = count.clamp(min=1)
+        mean = total / count
+        squares = (wide - mean).square()
+        (squares,) = _over_processes(squares.sum((0, 1)) if valid is None else valid.flatten() @ squares.flatten(0, 1))
+        variance = squares / count
+        inverse = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, valid, weight, mean, inverse, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return torch.addcmul(bias, wide - mean, inverse * weight).to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, valid, weight, mean, inverse, count = ctx.saved_tensors
+        grad = at_least_float32(grad)
+        normalized = (at_least_float32(x) - mean) * inverse
+        grad_bias, grad_weight = grad.sum((0, 1)), (grad * normalized).sum((0, 1))
+        shared_bias, shared_weight = _over_processes(grad_bias, grad_weight)
+        correction = torch.addcmul(shared_bias / count, normalized, shared_weight / count)
+        if valid is not None:
+            correction = correction * valid.unsqueeze(-1)
+        grad_x = (grad - correction) * (inverse * weight)
+        return grad_x.to(x.dtype), None, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+
+
+def _over_processes(*tensors):
+    """Vectors summed over the processes of distributed training, in one message."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensors
+    message = torch.cat(tensors)
+    torch.distributed.all_reduce(message)
+    return message.split([tensor.numel() for tensor in tensors])

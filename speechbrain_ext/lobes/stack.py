@@ -1,0 +1,69 @@
+"""A stack of blocks that run at one frame rate, and the protocol of the blocks.
+
+``prepare(x, mask, config)``
+    What all blocks of a kind share in one forward, such as position tables and masks; None where there is nothing to share.
+``forward(x, shared, mask, config)``
+    (B, T, D) to (B, T, D); ``mask`` is (B, T) bool or None, True = padding; ``config`` is the chunk setting or None.
+``initial_state(config)``, ``prepare_stream(x, state)``, ``stream(x, state, shared)``
+    The same chunk by chunk; the state is updated in place.
+``chunk_multiple`` (optional attribute)
+    What a chunk length must divide by.
+"""
+
+from torch import nn
+
+
+class Stack(nn.ModuleList):
+    """Blocks one after the other; what they share is prepared once.
+
+    Arguments
+    ---------
+    layers : iterable of torch.nn.Module
+        The blocks, at least one. Those that share anything share all of it: one kind of mixer in one stack.
+
+    Raises
+    ------
+    ValueError
+        If there are no blocks.
+
+    Example
+    -------
+    >>> import torch
+    >>> from speechbrain_ext.encoders.conformer import ConformerLayer
+    >>> from speechbrain_ext.lobes.attention import RotarySelfAttention
+    >>> stack = Stack(ConformerLayer(RotarySelfAttention(16, 2), d_model=16, d_ffn=32) for _ in range(2))
+    >>> stack(torch.rand(2, 10, 16)).shape
+    torch.Size([2, 10, 16])
+    """
+
+    def __init__(self, layers):
+        super().__init__(layers)
+        if not len(self):
+            raise ValueError("An encoder needs num_layers of at least 1.")
+
+    @property
+    def chunk_multiple(self) -> int:
+        """What a chunk length must divide by, in frames."""
+        return max(getattr(layer, "chunk_multiple", 1) for layer in self)
+
+    def forward(self, x, mask=None, config=None):
+        """(B, T, D) to (B, T, D)."""
+        shared = None
+        for layer in self:
+            if shared is None:
+                shared = layer.prepare(x, mask, config)
+            x = layer(x, shared, mask, config)
+        return x
+
+    def initial_state(self, config) -> list:
+        """The states of the blocks before the first chunk."""
+        return [layer.initial_state(config) for layer in self]
+
+    def stream(self, x, states: list):
+        """One chunk (B, C, D) to (B, C, D); updates the states."""
+        shared = None
+        for layer, state in zip(self, states, strict=True):
+            if shared is None:
+                shared = layer.prepare_stream(x, state)
+            x = layer.stream(x, state, shared)
+        return x
