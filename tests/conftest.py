@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
+from speechbrain_ext.encoders.conformer import ConformerEncoder
+from speechbrain_ext.lobes.temporal_unet import nest
+from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders, register_encoder
+
+
+@register_encoder("test_unet_conformer")
+class UNetConformer(ConformerEncoder):
+    """A user's own encoder, made of the lobes: a Conformer whose upper half runs at half rate."""
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.layers = nest(self.layers, self.d_model, reduce_before=[len(self.layers) // 2], recover_before=[len(self.layers)])
+
 
 SMALL = {"d_model": 32, "nhead": 4, "num_layers": 4, "d_ffn": 64, "dropout": 0.1}
 # Keys that change what an encoder computes; an encoder that is not listed is tested with its defaults.

@@ -12,6 +12,7 @@ SMALL = {
     "dev_split": "dev-tiny",
     "test_splits": "[test-tiny]",
     "number_of_epochs": "1",
+    "grad_accumulation_factor": "1",
     "num_workers": "0",
     "vocab_size": "30",
     "d_model": "16",

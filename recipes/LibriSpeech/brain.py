@@ -15,7 +15,7 @@ from speechbrain_ext.asr import extract_features
 
 logger = get_logger(__name__)
 
-GREEDY, JOINT = "ctc_greedy", "joint_beam"
+GREEDY, BEAM, JOINT = "ctc_greedy", "ctc_beam", "joint_beam"
 
 
 @register_checkpoint_hooks
@@ -95,14 +95,20 @@ class AsrBrain(Brain):
                 seq_loss = hparams.seq_cost(seq_log_probs, batch.tokens_eos.data, length=batch.tokens_eos.lengths)
                 loss = hparams.ctc_weight * loss + (1 - hparams.ctc_weight) * seq_loss
         if stage != Stage.TRAIN:
-            hypotheses = {GREEDY: ctc_greedy_decode(ctc_log_probs, lens, hparams.blank_index)}
+            texts = {GREEDY: self.decode(ctc_greedy_decode(ctc_log_probs, lens, hparams.blank_index))}
+            if stage == Stage.TEST and hparams.ctc_search:
+                texts[BEAM] = hparams.ctc_search(ctc_log_probs, lens)
             if stage == Stage.TEST and seq_logits is not None:
-                hypotheses[JOINT] = hparams.test_search(enc.float(), lens)[0]
+                texts[JOINT] = self.decode(hparams.test_search(enc.float(), lens)[0])
             references = [text.split() for text in batch.wrd]
-            for search, tokens in hypotheses.items():
-                words = [hparams.tokenizer.decode_ids(ids).split() for ids in tokens]
+            for search, hypotheses in texts.items():
+                words = [text.split() for text in hypotheses]
                 self.error_rates.setdefault(search, ErrorRateStats()).append(batch.id, words, references)
         return loss
+
+    def decode(self, hypotheses):
+        """Texts of lists of token ids."""
+        return [self.hparams.tokenizer.decode_ids(ids) for ids in hypotheses]
 
     # ------------------------------------------------------------------ training
 

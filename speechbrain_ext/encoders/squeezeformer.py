@@ -31,6 +31,11 @@ class Size:
     time_masks: int
     """Of SpecAugment, from the authors' configuration files."""
 
+    @property
+    def d_ffn(self) -> int:
+        """Width of the feed-forward modules' hidden layer."""
+        return 4 * self.d_model
+
 
 SIZES = {
     "xs": Size(16, 144, 4, 2e-3, 5),

@@ -1,0 +1,158 @@
+"""Masked BatchNorm and learned scales on their own."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, fuse_
+
+LENGTHS = (9, 4, 1)
+
+
+def batch(dtype=torch.float32):
+    """(3, 9, 6) frames far from mean 0 and variance 1, and their mask."""
+    torch.manual_seed(0)
+    x = 3 * torch.randn(3, 9, 6, dtype=dtype) + torch.arange(6) * 10
+    return x, torch.arange(9) >= torch.tensor(LENGTHS).unsqueeze(1)
+
+
+def pair(size=6, momentum=0.2):
+    """Ours and PyTorch's with the same weights."""
+    ours, theirs = MaskedBatchNorm(size, momentum), torch.nn.BatchNorm1d(size, momentum=momentum)
+    with torch.no_grad():
+        theirs.weight.uniform_(0.5, 2)
+        theirs.bias.normal_()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if "num" not in name})
+    return ours, theirs
+
+
+def test_it_is_batch_norm_of_the_valid_frames():
+    x, mask = batch()
+    ours, theirs = pair()
+    garbage = x.masked_fill(mask.unsqueeze(-1), float("nan")).requires_grad_()
+    packed = x[~mask].requires_grad_()
+    weights = torch.randn(len(packed), 6)
+    for _ in range(2):
+        out, expected = ours(garbage, mask), theirs(packed)
+        torch.testing.assert_close(out[~mask], expected, atol=1e-5, rtol=1e-5)
+    (out[~mask] * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(garbage.grad[~mask], packed.grad, atol=1e-5, rtol=1e-4)
+    assert not garbage.grad[mask].any()
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(ours, name).grad, getattr(theirs, name).grad, atol=1e-4, rtol=1e-4)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-4, rtol=1e-5)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x, mask)[~mask], theirs(packed), atol=1e-4, rtol=1e-5)
+
+
+def test_without_a_mask_all_frames_count():
+    x, _ = batch()
+    ours, theirs = pair()
+    torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2)).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_function():
+    x, mask = batch(torch.float64)
+    norm = pair()[0].double()
+    for given in (None, mask):
+        assert torch.autograd.gradcheck(
+            lambda x, weight, bias, given=given: torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, given)),
+            (x.requires_grad_(), norm.weight, norm.bias),
+        )
+
+
+def test_one_frame_and_no_frame_at_all():
+    norm = MaskedBatchNorm(4)
+    assert torch.equal(norm(torch.randn(1, 1, 4)), torch.zeros(1, 1, 4))
+    assert norm.running_var.isfinite().all()
+    assert norm(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)).isfinite().all()
+    assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+
+
+def test_statistics_are_float32_under_bfloat16():
+    """Of values that bfloat16 sums would get wrong by percents: 4,096 numbers of about 100."""
+    x = 100 + torch.randn(8, 512, 2)
+    norm = MaskedBatchNorm(2, momentum=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x.bfloat16(), torch.zeros(8, 512, dtype=torch.bool))
+    assert out.dtype is torch.bfloat16
+    expected = x.bfloat16().float().flatten(0, 1)
+    torch.testing.assert_close(norm.running_mean, expected.mean(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(norm.running_var, expected.var(0), atol=1e-3, rtol=0)
+
+
+def _process(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x, mask = batch()
+    norm, _ = pair()
+    rows = slice(0, 1) if rank == 0 else slice(1, 3)
+    mine = x[rows].clone().requires_grad_()
+    out = norm(mine, mask[rows])
+    out.masked_fill(mask[rows].unsqueeze(-1), 0.0).sin().sum().backward()
+    torch.save((out, mine.grad, norm.running_mean, norm.running_var), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_statistics_of_one(tmp_path):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    x, mask = batch()
+    norm, _ = pair()
+    x.requires_grad_()
+    out = norm(x, mask)
+    out.masked_fill(mask.unsqueeze(-1), 0.0).sin().sum().backward()
+    torch.set_rng_state(state)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    expected = (out.detach(), x.grad)
+    for i, whole in enumerate(expected):
+        torch.testing.assert_close(torch.cat([part[i].detach() for part in parts]), whole, atol=1e-5, rtol=1e-4)
+    for part in parts:
+        torch.testing.assert_close(part[2], norm.running_mean)
+        torch.testing.assert_close(part[3], norm.running_var)
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Linear(5, 6), torch.nn.Conv1d(6, 6, 3, groups=6, padding=1), torch.nn.Conv1d(5, 6, 3, padding=1)]
+)
+@torch.no_grad()
+def test_it_folds_into_the_layer_before(layer):
+    norm = pair()[0].eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 3)
+    linear = isinstance(layer, torch.nn.Linear)
+    x = torch.randn(2, 7, layer.in_features if linear else layer.in_channels)
+
+    def run(layer):
+        return layer(x) if linear else layer(x.transpose(1, 2)).transpose(1, 2)
+
+    expected = norm(run(layer))
+    folded = copy.deepcopy(layer)
+    norm.fold_into_(folded)
+    torch.testing.assert_close(run(folded), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_scaled_linear_is_scale_then_linear():
+    layer = ScaledLinear(5, 7)
+    with torch.no_grad():
+        layer.scale.uniform_(0.5, 2)
+        layer.shift.normal_()
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    inputs = (x, layer.scale, layer.shift, layer.weight, layer.bias)
+    out, expected = layer(x), F.linear(layer.scale * x + layer.shift, layer.weight, layer.bias)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (out, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    net = torch.nn.Sequential(layer)
+    for _ in range(2):
+        fuse_(net)
+        assert [name for name, _ in net.named_parameters()] == ["0.weight", "0.bias"]
+        torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
