@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
+SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
 
 
 def read(path):
@@ -31,6 +32,8 @@ def results():
     """Word error rates of the runs at mini size, a row per run and training set."""
     runs = {}
     for row in read(RESULTS):
+        if row["search"] != "ctc_greedy":
+            continue
         key = (row["train_set"], row["architecture"], row["parameters"], row["steps"], row["audio_seconds_per_second"])
         runs.setdefault((*key, row["peak_memory_mib"]), []).append(f"{row['test_set']} {float(row['WER']):.1f}")
     header = ["trained on", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
@@ -48,9 +51,20 @@ def hypermixing():
     return table(header, [[row[field] for field in fields] for row in read(HYPERMIXING)])
 
 
+def squeezeformer():
+    """Time of the Squeezeformer and of the Conformer."""
+    header = ["size", "task", "audio, s", "Conformer, ms", "Squeezeformer, ms", "ratio", "fused, ms", "ratio", "MAC ratio"]
+    rows = []
+    for row in read(SQUEEZEFORMER):
+        task = f"{row['task']}, {'encoder alone' if row['part'] == 'encoder' else 'with front end'}"
+        fields = ("conformer_ms", "squeezeformer_ms", "ratio", "fused_ms", "fused_ratio", "mac_ratio")
+        rows.append([row["size"].upper(), task, row["seconds"], *(row[field] for field in fields)])
+    return table(header, rows)
+
+
 def fill(text):
     """The README's text with its tables made anew."""
-    for name, make in (("results", results), ("hypermixing", hypermixing)):
+    for name, make in (("results", results), ("hypermixing", hypermixing), ("squeezeformer", squeezeformer)):
         block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
     return text

@@ -33,9 +33,7 @@ class SpecAugment(torchaudio.transforms.SpecAugment):
     torch.Size([2, 100, 80])
     """
 
-    def __init__(
-        self, time_masks: int, time_mask_ratio: float = 0.05, frequency_masks: int = 2, frequency_mask_width: int = 27
-    ):
+    def __init__(self, time_masks: int, time_mask_ratio: float = 0.05, frequency_masks: int = 2, frequency_mask_width: int = 27):
         unlimited = 10**6  # frames: the ratio is the limit
         super().__init__(time_masks, unlimited, frequency_masks, frequency_mask_width, p=time_mask_ratio, zero_masking=True)
 

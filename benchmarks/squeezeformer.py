@@ -1,0 +1,142 @@
+"""The Squeezeformer against the Conformer of the same width, depth and number of heads: inference and training time.
+
+    python benchmarks/squeezeformer.py [--threads N] [--sizes xs sm] [--output benchmarks/results/squeezeformer.csv]
+
+Times are medians of alternating runs in one process on random features; a ratio below 1 means that the Squeezeformer takes less.
+``encoder`` is the encoder alone. ``front end`` adds the subsampling and the input layer: for the Squeezeformer its depthwise
+one, for the Conformer the paper's, two regular convolutions of as many channels as the model is wide. Inference is batch 1 in
+float32, the Squeezeformer as trained and fused; training is forward and backward on 8 utterances of 10 seconds. ``mac_ratio`` is
+counted on what runs, attention included.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.encoders.squeezeformer import SIZES
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
+
+FIELDS = ("size", "task", "part", "seconds", "conformer_ms", "squeezeformer_ms", "ratio", "fused_ms", "fused_ratio", "mac_ratio")
+
+
+def build(name, size):
+    """Front end and encoder, from features on."""
+    size = SIZES[size]
+    width = size.d_model
+    front_end = ConvolutionSubsampling(80, (width, width)) if name == "conformer" else DepthwiseSubsampling(80, width)
+    transformer = TransformerASR(
+        128, front_end.output_size, width, size.nhead, size.num_layers, 0, size.d_ffn, encoder_module=name
+    )
+    return SpeechEncoder(None, None, front_end, transformer).eval()
+
+
+def forward(net, part, x):
+    """One call: of everything, or of the encoder alone."""
+    if part == "encoder":
+        return net.transformer.encoder(x)[0]
+    return net.encode_features(x)[0]
+
+
+def inputs(net, part, batch, seconds):
+    """Features of 10 ms, or encoder frames of 40 ms."""
+    if part == "encoder":
+        return torch.randn(batch, 25 * seconds, net.transformer.encoder.d_model)
+    return torch.randn(batch, 100 * seconds, 80)
+
+
+def macs(net, part, seconds):
+    """Multiply-accumulates of a forward pass."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(net, part, inputs(net, part, 1, seconds))
+    return counter.get_total_flops() / 2
+
+
+def medians(calls, rounds):
+    """Median time of each call in ms, taken alternately."""
+    times = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:  # the first one warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def train(net, part, x, dtype):
+    """Forward and backward."""
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = forward(net, part, x).float().square().mean()
+    loss.backward()
+
+
+def compare(size, rounds):
+    """Rows of the table for one size."""
+    nets = {name: build(name, size) for name in ("conformer", "squeezeformer")}
+    fused = build("squeezeformer", size)
+    fused.transformer.encoder.fuse_()
+    for part in ("encoder", "front end"):
+        for seconds in (10, 30, 60):
+            calls = {name: (net, part, inputs(net, part, 1, seconds)) for name, net in {**nets, "fused": fused}.items()}
+            with torch.no_grad():
+                ms = medians({name: lambda call=call: forward(*call) for name, call in calls.items()}, rounds)
+            ratio = macs(nets["squeezeformer"], part, seconds) / macs(nets["conformer"], part, seconds)
+            yield row(size, "inference", part, seconds, ms, ratio)
+    for net in nets.values():
+        net.train()
+    for dtype in ("float32", "bfloat16"):
+        calls = {name: (net, "front end", inputs(net, "front end", 8, 10), dtype) for name, net in nets.items()}
+        ms = medians({name: lambda call=call: train(*call) for name, call in calls.items()}, max(3, rounds // 3))
+        yield row(size, f"training, {dtype}", "front end", 10, ms, "")
+
+
+def row(size, task, part, seconds, ms, macs):
+    fused = ms.get("fused")
+    return {
+        "size": size,
+        "task": task,
+        "part": part,
+        "seconds": seconds,
+        "conformer_ms": round(ms["conformer"], 1),
+        "squeezeformer_ms": round(ms["squeezeformer"], 1),
+        "ratio": round(ms["squeezeformer"] / ms["conformer"], 3),
+        "fused_ms": round(fused, 1) if fused else "",
+        "fused_ratio": round(fused / ms["conformer"], 3) if fused else "",
+        "mac_ratio": round(macs, 3) if macs else "",
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sizes", nargs="+", default=["xs", "sm"], choices=list(SIZES))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "squeezeformer.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    print(("{:>18}" * len(FIELDS)).format(*FIELDS))
+    for size in arguments.sizes:
+        for values in compare(size, arguments.rounds):
+            print(("{:>18}" * len(FIELDS)).format(*map(str, values.values())), flush=True)
+            rows.append(values)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = arguments.output.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

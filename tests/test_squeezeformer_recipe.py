@@ -1,0 +1,60 @@
+"""The Squeezeformer's recipe: sizes by one key, the published schedule, SpecAugment in proportion to the length."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.LibriSpeech.squeezeformer import SpecAugment
+from speechbrain_ext.hparams import load_hparams
+
+FILE = Path(__file__).resolve().parents[1] / "hparams" / "squeezeformer.yaml"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
+
+
+@pytest.mark.parametrize("size, parameters, lr, masks", [("s", 18_565_640, 2e-3, 5), ("m", 55_621_856, 1.5e-3, 7)])
+def test_the_size_selects_all_that_was_published(size, parameters, lr, masks):
+    hparams = load_hparams(FILE, {"size": size})
+    assert sum(p.numel() for p in hparams["model"].parameters()) - sum(p.numel() for p in hparams["seq_lin"].parameters()) == (
+        parameters
+    )
+    assert hparams["lr"] == hparams["lr_annealing"].lr_initial == lr
+    assert hparams["fea_augment"].n_time_masks == masks
+    assert hparams["output_folder"].startswith(f"results/squeezeformer_{size}/")
+
+
+def test_an_unknown_size_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match="no Squeezeformer of size 'xxl'; the published sizes are: xs, s, sm, m, ml, l"):
+        load_hparams(FILE, {"size": "xxl"})
+
+
+def test_the_schedule_has_a_plateau_of_eight_warm_ups():
+    hparams = load_hparams(FILE)
+    schedule = hparams["lr_annealing"]
+    optimizer = hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))])
+    warm_up = schedule.n_warmup_steps
+    for step, share in ((1, 1 / warm_up), (warm_up, 1), (9 * warm_up - 1, 1), (18 * warm_up, 0.1), (25 * warm_up, 1 / 17)):
+        schedule.n_steps = step - 1
+        schedule(optimizer)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * share)
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.98)
+
+
+def test_time_masks_grow_with_the_length():
+    torch.manual_seed(0)
+    augment = SpecAugment(time_masks=5)
+    widest = {}
+    for frames in (100, 2000):
+        feats, lens = augment(torch.ones(200, frames, 80), torch.ones(200))
+        assert torch.equal(lens, torch.ones(200))
+        masked = (feats == 0).all(2).sum(1)  # frames in time masks
+        bins = (feats == 0).all(1).sum(1)
+        widest[frames] = masked.max().item()
+        assert masked.max() <= 5 * 0.05 * frames and 0.4 < masked.float().mean() / (5 * 0.025 * frames) < 1.1
+        assert 0 < bins.max() <= 2 * 26
+        assert len({tuple(row) for row in feats[..., 0].tolist()}) > 150  # each utterance has its own
+    assert widest[2000] > 10 * widest[100]
