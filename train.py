@@ -102,6 +102,7 @@ def run(hparams_file, run_opts, overrides):
             train_loader_kwargs=train_options,
             valid_loader_kwargs=valid_options,
         )
+    brain.train_batches = lambda: brain.make_dataloader(datasets[TRAIN], sb.Stage.VALID, **train_options)
     rows = []
     for split in hparams["test_splits"]:
         options = loader_options(datasets[split], hparams["eval_batch_sampler"], hparams["num_workers"])
@@ -261,7 +262,9 @@ def finish(brain, text, tokenizer_file, rows):
     """Write the results table and the pretrained folder, and say where all is."""
     hparams = brain.hparams
     output = Path(hparams.output_folder)
-    write_pretrained(output / "pretrained", text, hparams.model, hparams.normalize, tokenizer_file, rows)
+    write_pretrained(output / "pretrained", text, hparams.model, hparams.normalize, tokenizer_file, rows, brain.fused)
+    if brain.fused:
+        write_pretrained(output / "pretrained_unfused", text, brain.unfused, hparams.normalize, tokenizer_file, rows)
     with explained(1, OSError, ValueError):
         append_rows(hparams.results_file, rows)
     for row in rows:

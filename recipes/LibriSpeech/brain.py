@@ -1,5 +1,6 @@
 """What the Brains of all architectures share: joint CTC/attention training, search, error rates and checkpoints."""
 
+import itertools
 import time
 
 import torch
@@ -12,6 +13,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 
 from recipes.LibriSpeech.results import peak_memory_mib
 from speechbrain_ext.asr import extract_features
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics
 
 logger = get_logger(__name__)
 
@@ -26,7 +28,15 @@ class AsrBrain(Brain):
     ---------
     modules, opt_class, hparams, run_opts, checkpointer
         As in SpeechBrain; the keys of ``hparams`` are those of ``recipes/LibriSpeech/hparams/ctc_attention.yaml``.
+
+    Attributes
+    ----------
+    train_batches : callable
+        Iterates over the training batches, for BatchNorm statistics; set before testing.
     """
+
+    fused = False
+    """Whether the final model is fused for inference."""
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         if not hparams["num_decoder_layers"]:  # nothing would feed seq_lin
@@ -35,6 +45,7 @@ class AsrBrain(Brain):
             hparams["model"] = torch.nn.ModuleList(module for module in hparams["model"] if module is not unused)
             checkpointer.add_recoverable("model", hparams["model"])
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        self.is_final = False
         # Of training, over all starts of the run
         self.audio_seconds = 0.0
         self.train_seconds = 0.0
@@ -59,16 +70,20 @@ class AsrBrain(Brain):
             (B, U, V) or None.
         """
         batch = batch.to(self.device)
-        feats, lens = self.features(batch, stage)  # (B, T, F)
-        feats = self.modules.normalize(feats, lens, epoch=self.hparams.epoch_counter.current)
-        if self.hparams.fea_augment and self.augments(stage):
-            feats, lens = self.hparams.fea_augment(feats, lens)
-        x, lens = self.modules.subsampling(feats, lens)
+        x, lens = self.modules.subsampling(*self.normalized_features(batch, stage))
         chunks = self.hparams.chunk_sampler(stage) if self.hparams.chunk_sampler else None
         enc, dec = self.modules.Transformer(
             x, batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index, dynchunktrain_config=chunks
         )
         return enc, lens, self.modules.ctc_lin(enc), None if dec is None else self.modules.seq_lin(dec)
+
+    def normalized_features(self, batch, stage):
+        """Normalised features (B, T, F), augmented in training, and their exact relative lengths (B,)."""
+        feats, lens = self.features(batch, stage)
+        feats = self.modules.normalize(feats, lens, epoch=self.hparams.epoch_counter.current)
+        if self.hparams.fea_augment and self.augments(stage):
+            feats, lens = self.hparams.fea_augment(feats, lens)
+        return feats, lens
 
     def augments(self, stage):
         """Whether it is time to augment."""
@@ -180,7 +195,17 @@ class AsrBrain(Brain):
             self.hparams.train_logger.log_stats({"epoch": self.hparams.epoch_counter.current}, test_stats=stats)
 
     def on_evaluate_start(self, max_key=None, min_key=None):
+        """Before the first test set, make the model that is tested and kept."""
+        if not self.is_final:
+            self.load_average()
+            self.finalize()
+            self.is_final = True
+
+    def load_average(self):
         """Load the average of the best checkpoints, with all else of the last epoch. The checkpoints stay as they are.
+
+        The average of BatchNorm statistics is not that of the averaged weights: they are taken again, over training batches
+        without augmentation.
 
         Raises
         ------
@@ -194,6 +219,12 @@ class AsrBrain(Brain):
             )
         self.checkpointer.recover_if_possible(ckpt_predicate=lambda checkpoint: checkpoint.meta["end-of-epoch"])
         self.hparams.model.load_state_dict(average_checkpoints(best, "model"))
+        if any(isinstance(part, MaskedBatchNorm) for part in self.hparams.model.modules()):
+            batches = itertools.islice(self.train_batches(), self.hparams.statistics_batches)
+            reestimate_statistics(self.modules, batches, lambda batch: self.compute_forward(batch, Stage.VALID))
+
+    def finalize(self):
+        """Change the averaged model for inference; nothing by default."""
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -9,7 +9,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.encoders.base import Encoder, LayerState
-from speechbrain_ext.lobes.attention import ATTENTIONS
+from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import ConvolutionModule
 from speechbrain_ext.lobes.feedforward import FeedForward
 from speechbrain_ext.lobes.stack import Stack
@@ -149,12 +149,7 @@ class ConformerEncoder(Encoder):
         activation: type = nn.SiLU,
         bias: bool = True,
     ):
-        if attention_type not in ATTENTIONS:
-            raise ValueError(
-                f"Unknown attention_type '{attention_type}' for a conformer; the known ones are: {', '.join(ATTENTIONS)}."
-            )
-        attention = ATTENTIONS[attention_type]
-        mixers = [attention(d_model, nhead, dropout, speechbrain_scores) for _ in range(num_layers)]
+        mixers = [build_attention(attention_type, d_model, nhead, dropout, speechbrain_scores) for _ in range(num_layers)]
         self._build(mixers, d_model, d_ffn, dropout, kernel_size, activation, bias)
 
     def _build(self, mixers, d_model, *layer_args):

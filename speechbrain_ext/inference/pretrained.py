@@ -57,7 +57,7 @@ asr_model: !new:torch.nn.ModuleList
 """
 
 
-def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, rows=()):
+def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, rows=(), fused=False):
     """Write a trained model as a folder; the folder is there completely or not at all.
 
     Arguments
@@ -74,6 +74,8 @@ def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, row
         The SentencePiece model.
     rows : list of dict
         Results for the model card.
+    fused : bool
+        Whether the weights are as ``fuse_()`` leaves them; subsampling and encoder are then built with their key ``fused``.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -81,6 +83,8 @@ def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, row
     partial.mkdir(parents=True)
     tree = ruamel.yaml.YAML().load(hparams_text)
     interface = "EncoderDecoderASR" if tree["num_decoder_layers"] else "EncoderASR"
+    if fused:
+        tree["subsampling"]["fused"] = tree["encoder_kwargs"]["fused"] = True
     (partial / "hyperparams.yaml").write_text(_inference_hparams(tree), encoding="utf-8")
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, partial / "asr.ckpt")
     normalize._save(partial / "normalizer.ckpt")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids
 
@@ -60,13 +61,13 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.speechbrain_scores = speechbrain_scores
         self.scale = (d_model if speechbrain_scores else d_model // nhead) ** -0.5
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model)
+        self.qkv = PlainLinear(d_model, 3 * d_model, bias=False)
+        self.out = PlainLinear(d_model, d_model)
         for projection in self.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(projection)
 
     def prepare(self, x, mask, config):
-        """What all layers of an encoder share in one forward: (position table, blocked keys).
+        """What all layers of an encoder share in one forward: (position table, blocked keys, padding mask).
 
         Arguments
         ---------
@@ -80,14 +81,14 @@ class SelfAttention(nn.Module):
         Returns
         -------
         tuple
-            The mask is bool, broadcasts to (B, heads, T, T), and is None where nothing is blocked.
+            The second one is bool, broadcasts to (B, heads, T, T), and is None where nothing is blocked.
         """
         frames = x.shape[1]
         blocked = None if mask is None else mask[:, None, None, :]
         if config is not None:
             chunks = chunk_mask(frames, config, x.device)[None, None]
             blocked = chunks if blocked is None else blocked | chunks
-        return self._table(frames, frames, x), blocked
+        return self._table(frames, frames, x), blocked, mask
 
     def mix(self, x, shared):
         """Attend over a whole utterance.
@@ -104,7 +105,8 @@ class SelfAttention(nn.Module):
         torch.Tensor
             (B, T, D).
         """
-        return self._attend(*self._project(x), *shared)
+        table, blocked, mask = shared
+        return self.out(self._attend(*self._project(x, mask), table, blocked), mask)
 
     def initial_state(self, config: DynChunkTrainConfig) -> AttentionState:
         """The state before the first chunk.
@@ -160,11 +162,11 @@ class SelfAttention(nn.Module):
         drop = 0 if state.left_frames is None else max(0, key.shape[2] - state.left_frames)
         # Cloned where cut, or the view would keep the dropped frames in memory.
         state.keys, state.values = (t[:, :, drop:].clone() if drop else t for t in (key, value))
-        return self._attend(query, key, value, shared, None)
+        return self.out(self._attend(query, key, value, shared, None))
 
-    def _project(self, x):
+    def _project(self, x, mask=None):
         """(B, T, D) to query, key and value, each (B, heads, T, head size)."""
-        return self.qkv(x).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _sdpa(self, query, key, value, bias):
         dropout = self.dropout if self.training else 0.0
@@ -242,9 +244,9 @@ class RelativeSelfAttention(SelfAttention):
 
         # A traced graph has one shape of loop, so that in export and compilation all queries are one block.
         if torch.compiler.is_compiling():
-            return self.out(attend(0, queries))
+            return attend(0, queries)
         starts = range(0, queries, QUERY_BLOCK)
-        return self.out(torch.cat([attend(start, min(start + QUERY_BLOCK, queries)) for start in starts], dim=1))
+        return torch.cat([attend(start, min(start + QUERY_BLOCK, queries)) for start in starts], dim=1)
 
 
 def _relative_shift(scores, keys: int):
@@ -303,7 +305,7 @@ class RotarySelfAttention(SelfAttention):
         bias = None
         if blocked is not None:
             bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill(blocked, _lowest(query.dtype))
-        return self.out(self._sdpa(query, key, value, bias))
+        return self._sdpa(query, key, value, bias)
 
 
 def _rotate(x, sine, cosine):
@@ -314,3 +316,33 @@ def _rotate(x, sine, cosine):
 
 ATTENTIONS = {"RelPosMHAXL": RelativeSelfAttention, "RoPEMHA": RotarySelfAttention}
 """SpeechBrain's names, as its hparams files use them."""
+
+
+def build_attention(attention_type: str, *args) -> SelfAttention:
+    """An attention by SpeechBrain's name.
+
+    Arguments
+    ---------
+    attention_type : str
+        "RelPosMHAXL" or "RoPEMHA".
+    *args
+        Of :class:`SelfAttention`.
+
+    Returns
+    -------
+    SelfAttention
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or a size is impossible.
+
+    Example
+    -------
+    >>> build_attention("relative", 32, 4)
+    Traceback (most recent call last):
+    ValueError: Unknown attention_type 'relative'; the known ones are: RelPosMHAXL, RoPEMHA.
+    """
+    if attention_type not in ATTENTIONS:
+        raise ValueError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(ATTENTIONS)}.")
+    return ATTENTIONS[attention_type](*args)

@@ -111,7 +111,7 @@ class ConvolutionModule(nn.Module):
         torch.Tensor
             (B, T, D).
         """
-        x = zero_padding(self._before(x), mask)
+        x = zero_padding(self._before(x, mask), mask)
         if config is None:
             return self._after(self._convolve(F.pad(x, (0, 0, self.context, self.context))), mask)
         batch, frames, width = x.shape
@@ -137,12 +137,12 @@ class ConvolutionModule(nn.Module):
         tuple
             Output (B, C, D) and the new state.
         """
-        x = self._before(x)
+        x = self._before(x, None)
         x = F.pad(x, (0, 0, self.context, 0)) if state is None else torch.cat((state, x), dim=1)
         y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.context))), None)
         return y, x[:, x.shape[1] - self.context :].clone()
 
-    def _before(self, x):
+    def _before(self, x, mask):
         return F.glu(self.pointwise1(self.norm(x)), dim=-1)
 
     def _convolve(self, x):
@@ -192,7 +192,7 @@ class SwishConvolutionModule(ConvolutionModule):
         nn.init.uniform_(self.pointwise2.weight, -(d_model**-0.5), d_model**-0.5)  # the authors' range
         nn.init.uniform_(self.pointwise2.bias, -(d_model**-0.5), d_model**-0.5)
 
-    def _before(self, x):
+    def _before(self, x, mask):
         return self.activation(self.pointwise1(x))
 
     def _after(self, x, mask):

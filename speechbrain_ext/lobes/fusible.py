@@ -1,4 +1,7 @@
-"""What training needs and inference folds into a neighbouring layer's weights, exactly: learned scales and BatchNorm."""
+"""What training needs and inference folds into a neighbouring layer's weights, exactly: learned scales and BatchNorm.
+
+Layers here are called with ``(x, mask)``, the mask (B, T) bool, True = padding, or None.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,71 @@ def fuse_(module: nn.Module) -> None:
             child.fuse_()
 
 
+@torch.no_grad()
+def reestimate_statistics(module: nn.Module, batches, forward) -> None:
+    """Replace the running statistics of all :class:`MaskedBatchNorm` inside by those of a pass over data.
+
+    For averaged weights, which no statistics belong to yet, and for data that differ from the training's, such as without
+    augmentation. All batches have the same weight.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Left in evaluation mode.
+    batches : iterable
+        What ``forward`` takes, at least one.
+    forward : callable
+        Runs the module on one batch.
+
+    Example
+    -------
+    >>> norm = MaskedBatchNorm(2)
+    >>> reestimate_statistics(norm, [torch.zeros(1, 2, 2), torch.ones(1, 2, 2)], norm)
+    >>> norm.running_mean, norm.training
+    (tensor([0.5000, 0.5000]), False)
+    """
+    module.eval()
+    norms = {part: part.momentum for part in module.modules() if isinstance(part, MaskedBatchNorm)}
+    try:
+        for index, batch in enumerate(batches):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1 / (index + 1)
+            forward(batch)
+    finally:
+        for norm, momentum in norms.items():
+            norm.eval()
+            norm.momentum = momentum
+
+
+class PlainLinear(nn.Linear):
+    """Linear layer that stands where another encoder has one with a normalisation: it is called with a mask and needs none.
+
+    Example
+    -------
+    >>> PlainLinear(4, 8)(torch.rand(2, 5, 4), None).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def forward(self, x, mask=None):
+        """(..., in_features) to (..., out_features)."""
+        return super().forward(x)
+
+
+class ReLU(nn.Module):
+    """ReLU, in place where no gradient is wanted; with one, that would cost two copies, as linear layers give views.
+
+    Example
+    -------
+    >>> ReLU()(torch.tensor([-1.0, 1.0]))
+    tensor([0., 1.])
+    """
+
+    def forward(self, x):
+        """Any shape."""
+        return x.relu() if torch.is_grad_enabled() else x.relu_()
+
+
 class ScaledLinear(nn.Linear):
     """Linear layer on ``scale * x + shift`` with a learned scale and shift per channel, which begin as 1 and 0.
 
@@ -57,7 +125,7 @@ class ScaledLinear(nn.Linear):
         self.scale = nn.Parameter(torch.ones(in_features))
         self.shift = nn.Parameter(torch.zeros(in_features))
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         """(..., in_features) to (..., out_features)."""
         if self.scale is None:
             return super().forward(x)
@@ -141,8 +209,10 @@ class MaskedBatchNorm(nn.Module):
         Arguments
         ---------
         layer : torch.nn.Linear or a convolution
-            With a bias, and the outputs on the first axis of its weight.
+            With the outputs on the first axis of its weight; it gets a bias if it has none.
         """
+        if layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(self.bias))
         scale, shift = self._affine(torch.float64)
         layer.weight.copy_(layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1)))
         layer.bias.copy_(torch.addcmul(shift, layer.bias.double(), scale))
@@ -152,6 +222,46 @@ class MaskedBatchNorm(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
         return scale.to(dtype), torch.addcmul(self.bias.to(wide), self.running_mean.to(wide), scale, value=-1).to(dtype)
+
+
+class NormLinear(nn.Module):
+    """Linear layer without bias and a :class:`MaskedBatchNorm` behind it; after :meth:`fuse_` a linear layer with a bias.
+
+    Arguments
+    ---------
+    in_features : int
+        Width of the input.
+    out_features : int
+        Width of the output.
+    momentum, eps : float
+        Of the BatchNorm.
+    zero_init : bool
+        Whether the BatchNorm's gain begins as zero, so that a residual branch that ends here begins as nothing.
+
+    Example
+    -------
+    >>> layer = NormLinear(4, 8)
+    >>> layer(torch.rand(2, 5, 4)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, in_features, out_features, momentum: float = 0.1, eps: float = 1e-5, zero_init: bool = False):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.norm = MaskedBatchNorm(out_features, momentum, eps)
+        if zero_init:
+            nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x, mask=None):
+        """(B, T, in_features) to (B, T, out_features)."""
+        x = self.linear(x)
+        return x if self.norm is None else self.norm(x, mask)
+
+    def fuse_(self):
+        """Fold the BatchNorm into the linear layer, in place."""
+        if self.norm is not None:
+            self.norm.fold_into_(self.linear)
+            self.norm = None
 
 
 class _Normalize(torch.autograd.Function):

@@ -7,10 +7,10 @@ All tensors lie (B, T, F, C), channels last: the layout in which convolutions of
 and bfloat16 ones above all, and in which the next linear layer finds its input without a copy.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ReLU
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
@@ -18,8 +18,8 @@ from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 class _Halving(nn.Conv2d):
     """Convolution 3 x 3 of stride 2 on (B, T, F, C), padded by one on both sides, or by one on the right."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, padding: str = "symmetric"):
-        super().__init__(in_channels, out_channels, 3, stride=2, padding=int(padding == "symmetric"), groups=groups)
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, padding: str = "symmetric", bias: bool = True):
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=int(padding == "symmetric"), groups=groups, bias=bias)
 
     def forward(self, x):
         before = self.padding[0]
@@ -32,17 +32,11 @@ class _Halving(nn.Conv2d):
         x = x.permute(0, 3, 1, 2)
         if self.groups > 1 and x.device.type == "cpu":  # never in bfloat16, see depthwise_conv
             with full_precision(x):
-                y = F.conv2d(*map(at_least_float32, (x, self.weight, self.bias)), 2, before, groups=self.groups).to(x.dtype)
+                bias = None if self.bias is None else at_least_float32(self.bias)
+                y = F.conv2d(at_least_float32(x), at_least_float32(self.weight), bias, 2, before, groups=self.groups).to(x.dtype)
         else:
             y = F.conv2d(x, self.weight, self.bias, 2, before, groups=self.groups)
         return y.permute(0, 2, 3, 1)
-
-
-class _ReLU(nn.Module):
-    """In place where no gradient is wanted; with one, that would cost two copies, as the outputs of linear layers are views."""
-
-    def forward(self, x):
-        return x.relu() if torch.is_grad_enabled() else x.relu_()
 
 
 class _Subsampling(nn.Module):
@@ -72,8 +66,11 @@ class _Subsampling(nn.Module):
                 # Zeros before each convolution, where a lone utterance meets the convolution's own zero padding.
                 x = x.masked_fill(padding_mask(frames, x.shape[1])[:, :, None, None], 0.0)
                 frames = (frames + 1) // 2
-            x = stage(x)
+            x = self._run(stage, x, frames)
         return x.flatten(2), None if frames is None else frames / x.shape[1]
+
+    def _run(self, stage, x, frames):
+        return stage(x)
 
 
 class ConvolutionSubsampling(_Subsampling):
@@ -111,6 +108,73 @@ class ConvolutionSubsampling(_Subsampling):
         self.output_size = size * previous
 
 
+class FusibleSubsampling(_Subsampling):
+    """Regular 4x convolution: twice Conv2d 3 x 3 of stride 2, BatchNorm, ReLU; the BatchNorm folds into the convolution.
+
+    :class:`ConvolutionSubsampling` as the FusionFormer has it.
+
+    Arguments
+    ---------
+    input_size : int
+        Number of feature bins F.
+    channels : tuple of int
+        Channels of both convolutions.
+    momentum, eps : float
+        Of the BatchNorm.
+    fused : bool
+        Whether to build it as :meth:`fuse_` leaves it, for weights that were saved so.
+
+    Example
+    -------
+    >>> features = torch.rand(2, 101, 80)
+    >>> out, lengths = FusibleSubsampling()(features, torch.tensor([1.0, 0.5]))
+    >>> out.shape
+    torch.Size([2, 26, 640])
+    """
+
+    def __init__(
+        self, input_size: int = 80, channels: tuple = (64, 32), momentum: float = 0.01, eps: float = 1e-3, fused: bool = False
+    ):
+        super().__init__()
+        stages, size, previous = [], input_size, 1
+        for width in channels:
+            size = (size + 1) // 2
+            stages.append(
+                nn.ModuleDict(
+                    {
+                        "convolution": _Halving(previous, width, bias=False),
+                        "norm": MaskedBatchNorm(width, momentum, eps),
+                        "activation": ReLU(),
+                    }
+                )
+            )
+            previous = width
+        self.stages = nn.ModuleList(stages)
+        self.output_size = size * previous
+        if fused:
+            self.fuse_()
+
+    def _run(self, stage, x, frames):
+        x = stage["convolution"](x)  # (B, T', F', C)
+        if "norm" in stage:
+            mask = None if frames is None else padding_mask(frames, x.shape[1]).repeat_interleave(x.shape[2], dim=1)
+            x = stage["norm"](x.flatten(1, 2), mask).view_as(x)
+        return stage["activation"](x)
+
+    def fuse_(self):
+        """Fold the BatchNorms into the convolutions, in place; a second call changes nothing.
+
+        Returns
+        -------
+        FusibleSubsampling
+            Itself.
+        """
+        for stage in self.stages:
+            if "norm" in stage:
+                stage.pop("norm").fold_into_(stage["convolution"])
+        return self
+
+
 class DepthwiseSubsampling(_Subsampling):
     """Depthwise-separable 4x convolution: Conv2d 3 x 3 of stride 2, ReLU, depthwise 3 x 3 of stride 2, pointwise, ReLU.
 
@@ -145,11 +209,11 @@ class DepthwiseSubsampling(_Subsampling):
         self.padding = padding
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(_Halving(1, channels, padding=padding), _ReLU()),
+                nn.Sequential(_Halving(1, channels, padding=padding), ReLU()),
                 nn.Sequential(
                     _Halving(channels, channels, groups=channels, padding=padding),
                     nn.Linear(channels, channels),
-                    _ReLU(),
+                    ReLU(),
                 ),
             ]
         )

@@ -1,0 +1,60 @@
+"""Training of the FusionFormer."""
+
+import copy
+
+import torch
+from speechbrain import Stage
+from speechbrain.decoders.ctc import ctc_greedy_decode
+from speechbrain.utils.logger import get_logger
+from speechbrain.utils.metric_stats import ErrorRateStats
+
+from recipes.LibriSpeech.brain import GREEDY, AsrBrain
+
+logger = get_logger(__name__)
+
+
+class FusionFormerBrain(AsrBrain):
+    """Trains a FusionFormer; tests it fused, and holds the unfused model against it."""
+
+    fused = True
+
+    def finalize(self):
+        """Fold the BatchNorms into the weights, and keep the model as it was beside it."""
+        self.unfused = copy.deepcopy(self.hparams.model).eval()
+        self.hparams.subsampling.fuse_()
+        self.hparams.Transformer.encoder.fuse_()
+
+    def compute_forward(self, batch, stage):
+        """As for all architectures; in the test also greedy search with the unfused model."""
+        if stage == Stage.TEST:
+            batch = batch.to(self.device)
+            subsampling, transformer, *_, ctc_lin = self.unfused
+            with torch.no_grad():
+                x, lens = subsampling(*self.normalized_features(batch, stage))
+                log_probs = ctc_lin(transformer.encode(x, lens)).float().log_softmax(-1)
+            texts = self.decode(ctc_greedy_decode(log_probs, lens, self.hparams.blank_index))
+            references = [text.split() for text in batch.wrd]
+            self.unfused_errors.append(batch.id, [text.split() for text in texts], references)
+        return super().compute_forward(batch, stage)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Start new error rates."""
+        super().on_stage_start(stage, epoch)
+        self.unfused_errors = ErrorRateStats()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """After a test, the fused model's error rate must be the unfused one's.
+
+        Raises
+        ------
+        RuntimeError
+            If it is not, to 0.1 % absolute: rounding may turn a word in a thousand, an error in fusing turns many.
+        """
+        super().on_stage_end(stage, stage_loss, epoch)
+        if stage != Stage.TEST:
+            return
+        fused = self.error_rates[GREEDY].summarize("error_rate")
+        unfused = self.unfused_errors.summarize("error_rate")
+        logger.info("Greedy search, fused and unfused: WER %.2f and %.2f %%", fused, unfused)
+        if abs(fused - unfused) > 0.1:
+            raise RuntimeError(f"The fused model has {fused:.2f} % WER and the unfused one {unfused:.2f} %: fusing went wrong.")
