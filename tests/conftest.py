@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from speechbrain_ext.encoders.conformer import ConformerEncoder
+from speechbrain_ext.lobes.fusible import reestimate_statistics
 from speechbrain_ext.lobes.temporal_unet import nest
 from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders, register_encoder
 
@@ -25,6 +26,13 @@ SMALL = {"d_model": 32, "nhead": 4, "num_layers": 4, "d_ffn": 64, "dropout": 0.1
 VARIANTS = {
     "conformer": [{"attention_type": "RoPEMHA"}],
     "hyperconformer": [{"tied": True}],
+    "fusionformer": [
+        {"attention_type": "RelPosMHAXL"},
+        {"variant": "batch_norm_behind_each"},
+        {"variant": "batch_norm_in_place"},
+        {"variant": "layer_norm"},
+        {"fused": True},
+    ],
     "squeezeformer": [{"reduce_before": [0, 1], "recover_before": [2, 2]}],
 }
 CASES = [(name, keys) for name in list_encoders() for keys in ({}, *VARIANTS.get(name, []))]
@@ -45,6 +53,7 @@ def encoder(encoder_case):
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    reestimate_statistics(encoder, [torch.randn(4, 60, encoder.d_model)], encoder)
     return encoder
 
 
