@@ -377,7 +377,9 @@ class SpeechEncoder(nn.Module):
         if wav_lens is None:
             wav_lens = torch.ones(len(wavs), device=wavs.device)
         feats, lens = extract_features(self.compute_features, wavs, wav_lens)
-        return self.encode_features(self.normalize(feats, lens), lens, dynchunktrain_config)
+        feats = self.normalize(feats, lens)
+        feats = zero_padding(feats, padding_mask(absolute_lengths(lens, feats.shape[1]), feats.shape[1]))
+        return self.encode_features(feats, lens, dynchunktrain_config)
 
     def encode_features(self, feats, lens=None, dynchunktrain_config: DynChunkTrainConfig | None = None):
         """Encode what the features and their normalisation gave.

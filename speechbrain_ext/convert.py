@@ -182,7 +182,11 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
             continue  # the latter go with the query's
         block = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
         if block and block[2].startswith("self_attn.linear_q."):
-            tensor = torch.cat([weights[key.replace("linear_q", f"linear_{letter}")] for letter in "qkv"])
+            keys = [key.replace("linear_q", f"linear_{letter}") for letter in "qkv"]
+            missing = [key for key in keys if key not in weights]
+            if missing:
+                raise ValueError(f"These weights are incomplete: there is no key '{prefix}{missing[0]}'.")
+            tensor = torch.cat([weights[key] for key in keys])
             name = f"transformer.encoder.layers.{names[int(block[1])]}.mixer.qkv.{block[2].rsplit('.', 1)[1]}"
         elif block:
             name = f"transformer.encoder.layers.{names[int(block[1])]}.{_renamed(block[2], _NEMO_BLOCK, key)}"
@@ -197,10 +201,10 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
         elif key == "pre_encode.out.weight":  # channel by channel there, bin by bin here
             tensor = tensor.unflatten(1, (len(tensor), -1)).transpose(1, 2).flatten(1)
         converted[name] = tensor
-    for name in ("weight", "bias"):
-        head = state_dict.get(f"decoder.decoder_layers.0.{name}")
-        if head is not None:
-            converted[f"head.w.{name}"] = head.flatten(1) if head.dim() > 1 else head
+    for key, tensor in state_dict.items():
+        head = re.search(r"(?:^|\.)decoder\.decoder_layers\.0\.(weight|bias)$", key)
+        if head:
+            converted[f"head.w.{head[1]}"] = tensor.flatten(1) if tensor.dim() > 1 else tensor
     return converted
 
 

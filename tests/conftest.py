@@ -29,7 +29,6 @@ VARIANTS = {
     "fusionformer": [
         {"attention_type": "RelPosMHAXL"},
         {"variant": "batch_norm_behind_each"},
-        {"variant": "batch_norm_in_place"},
         {"variant": "layer_norm"},
         {"fused": True},
     ],

@@ -271,7 +271,7 @@ def test_a_missing_package_is_named(letters, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"beam_size": 0}, "beam_size is 0; give 1 or more."),
+        ({"beam_size": 0}, "beam_size is 0; give a whole number of 1 or more."),
         ({"beam_threshold": 0.0}, "beam_threshold is 0.0; give a positive number."),
         ({"backend": "kaldi"}, "There is no backend kaldi; the known ones are: flashlight, speechbrain."),
     ],

@@ -111,6 +111,18 @@ def test_without_a_data_folder_it_says_first_that_it_runs_on_the_mini_corpus(tmp
     assert run.returncode == 1 and "train first" in run.stderr and "Traceback" not in run.stderr
 
 
+def test_dynamic_chunks_have_a_size_that_the_encoder_takes(corpus, tmp_path):
+    (tmp_path / "chunks.yaml").write_text(
+        f"extends: {ROOT}/hparams/squeezeformer.yaml\n"
+        "chunk_sampler: !new:speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfigRandomSampler\n"
+        "    {chunkwise_prob: 1.0, chunk_size_min: 3, chunk_size_max: 3, limited_left_context_prob: 0.5,\n"
+        "     left_context_chunks_min: 1, left_context_chunks_max: 2}\n"
+    )
+    keys = {**SMALL, "num_decoder_layers": 0}
+    run = train(tmp_path, "chunks.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_two_processes(corpus, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     keys = {**SMALL, "train_batch_sampler": "{max_batch_length: 4}", "number_of_epochs": 2}

@@ -23,7 +23,7 @@ def test_the_size_selects_all_that_was_published(size, parameters, lr, masks):
         parameters
     )
     assert hparams["lr"] == hparams["lr_annealing"].lr_initial == lr
-    assert hparams["fea_augment"].n_time_masks == masks
+    assert hparams["fea_augment"].time_masks == masks
     assert hparams["output_folder"].startswith(f"results/squeezeformer_{size}/")
 
 
@@ -44,17 +44,17 @@ def test_the_schedule_has_a_plateau_of_eight_warm_ups():
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.98)
 
 
-def test_time_masks_grow_with_the_length():
+def test_time_masks_grow_with_the_length_of_each_utterance():
     torch.manual_seed(0)
-    augment = SpecAugment(time_masks=5)
-    widest = {}
-    for frames in (100, 2000):
-        feats, lens = augment(torch.ones(200, frames, 80), torch.ones(200))
-        assert torch.equal(lens, torch.ones(200))
-        masked = (feats == 0).all(2).sum(1)  # frames in time masks
-        bins = (feats == 0).all(1).sum(1)
-        widest[frames] = masked.max().item()
-        assert masked.max() <= 5 * 0.05 * frames and 0.4 < masked.float().mean() / (5 * 0.025 * frames) < 1.1
-        assert 0 < bins.max() <= 2 * 26
-        assert len({tuple(row) for row in feats[..., 0].tolist()}) > 150  # each utterance has its own
-    assert widest[2000] > 10 * widest[100]
+    lengths = torch.tensor([2000, 100]).repeat(200)
+    feats, lens = SpecAugment(time_masks=5)(torch.ones(400, 2000, 80), lengths / 2000)
+    assert torch.equal(lens, lengths / 2000)
+    masked = (feats == 0).all(2)  # frames in time masks
+    assert not (masked & (torch.arange(2000) >= lengths.unsqueeze(1))).any()
+    for length, rows in ((2000, masked[0::2]), (100, masked[1::2, :100])):
+        counts = rows.sum(1)
+        assert counts.max() <= 5 * 0.05 * length and 0.75 < counts.float().mean() / (5 * 0.025 * length) < 1.02
+        assert 0.8 < rows[:, : length // 2].sum() / rows[:, length // 2 :].sum() < 1.25  # anywhere
+        assert len({tuple(row) for row in rows.tolist()}) > 150  # each utterance has its own
+    bins = (feats[0::2] == 0).all(1).sum(1)
+    assert 0 < bins.max() <= 2 * 26 and 20 < bins.float().mean() < 26

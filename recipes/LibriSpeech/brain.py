@@ -1,6 +1,7 @@
 """What the Brains of all architectures share: joint CTC/attention training, search, error rates and checkpoints."""
 
 import itertools
+import math
 import time
 
 import torch
@@ -8,6 +9,7 @@ import yaml
 from speechbrain import Brain, Stage
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
@@ -72,6 +74,9 @@ class AsrBrain(Brain):
         batch = batch.to(self.device)
         x, lens = self.modules.subsampling(*self.normalized_features(batch, stage))
         chunks = self.hparams.chunk_sampler(stage) if self.hparams.chunk_sampler else None
+        if chunks is not None:  # samplers draw any size
+            multiple = self.hparams.Transformer.encoder.chunk_multiple
+            chunks = DynChunkTrainConfig(multiple * math.ceil(chunks.chunk_size / multiple), chunks.left_context_size)
         enc, dec = self.modules.Transformer(
             x, batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index, dynchunktrain_config=chunks
         )

@@ -17,7 +17,7 @@ from torch import nn
 
 from speechbrain_ext.encoders.base import Encoder, LayerState
 from speechbrain_ext.lobes.attention import build_attention
-from speechbrain_ext.lobes.convolution import ConvolutionModule
+from speechbrain_ext.lobes.convolution import DepthwiseModule
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, ReLU
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
@@ -94,20 +94,21 @@ class FusionFeedForward(nn.Module):
         return self.dropout(self.linear2(x, mask))
 
 
-class FusionConvolution(ConvolutionModule):
+class FusionConvolution(DepthwiseModule):
     """Pointwise, activation or GLU, depthwise, activation, pointwise, dropout, with what the variant has around each."""
 
     def __init__(self, parts: _Parts, d_model: int, kernel_size: int, dropout: float):
-        super().__init__(d_model, kernel_size, dropout)
+        super().__init__(kernel_size)
+        relu, behind = parts.variant.relu, parts.variant.behind
         self.norm = parts.before(d_model)
-        self.pointwise1 = parts.linear(d_model, d_model if parts.variant.relu else 2 * d_model)
-        self.gate = parts.activation() if parts.variant.relu else nn.GLU(dim=-1)
-        if parts.variant.behind:
-            self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model, bias=False)
-        self.depthwise_norm = parts.batch_norm(d_model) if parts.variant.behind else parts.before(d_model)
+        self.pointwise1 = parts.linear(d_model, d_model if relu else 2 * d_model)
+        self.gate = parts.activation() if relu else nn.GLU(dim=-1)
+        self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model, bias=not behind)
+        self.depthwise_norm = parts.batch_norm(d_model) if behind else parts.before(d_model)
         self.activation = parts.activation()
         self.pointwise2 = parts.linear(d_model, d_model, last=True)
-        self.folds = parts.variant.behind
+        self.dropout = nn.Dropout(dropout)
+        self.folds = behind
 
     def _before(self, x, mask):
         return self.gate(self.pointwise1(self.norm(x, mask), mask))

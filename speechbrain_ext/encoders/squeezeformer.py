@@ -5,6 +5,7 @@ learned scale in front of it; the middle blocks run at half the frame rate, in a
 subsampling of the paper is :class:`speechbrain_ext.lobes.subsampling.DepthwiseSubsampling`.
 """
 
+import operator
 from dataclasses import dataclass
 
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
@@ -202,16 +203,19 @@ class SqueezeformerEncoder(Encoder):
         padding: str = "symmetric",
         eps: float = 1e-5,
     ):
-        published = published_size(size or "xs")
-        given = {"d_model": d_model, "nhead": nhead, "num_layers": num_layers}
+        published = published_size("xs" if size is None else size)
+        given = {"d_model": d_model, "nhead": nhead, "num_layers": num_layers, "d_ffn": d_ffn}
         for key, value in given.items():
             usual = getattr(published, key)
-            if size and value not in (None, usual):
+            if size is not None and value not in (None, usual):
                 raise ValueError(f"The Squeezeformer of size '{size}' has {key} {usual}, not {value}; leave out one of the two.")
-        d_model, nhead, num_layers = (getattr(published, key) if value is None else value for key, value in given.items())
+        d_model, nhead, num_layers = (getattr(published, key) if given[key] is None else given[key] for key in list(given)[:3])
+        d_ffn = 4 * d_model if d_ffn is None else d_ffn
+        if d_ffn < 1:
+            raise ValueError(f"d_ffn is {d_ffn}; give at least 1.")
         if reduce_before is None and recover_before is None and num_layers > 1:
             reduce_before, recover_before = max(0, num_layers // 2 - 1), num_layers - 1
-        layers = [SqueezeformerLayer(d_model, nhead, d_ffn or 4 * d_model, dropout, kernel_size, eps) for _ in range(num_layers)]
+        layers = [SqueezeformerLayer(d_model, nhead, d_ffn, dropout, kernel_size, eps) for _ in range(num_layers)]
         super().__init__(d_model, nest(layers, d_model, _indices(reduce_before), _indices(recover_before), padding))
         self.norm = nn.LayerNorm(d_model, eps)
         self.streamable = padding == "symmetric"
@@ -222,4 +226,4 @@ class SqueezeformerEncoder(Encoder):
 
 
 def _indices(value):
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    return [] if value is None else [operator.index(value)] if hasattr(value, "__index__") else list(map(operator.index, value))

@@ -13,18 +13,22 @@ where every word ends with a boundary token, and SentencePiece puts the boundary
 every word boundary of the search without a word list instead, which also leaves room for words that the model has not seen.
 """
 
-import bisect
-import gzip
 import importlib
 import math
 import os
 
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
-FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
+from speechbrain_ext.inference.word_lm import (
+    UNKNOWN_WORD,
+    arpa_words,
+    check_arpa,
+    check_spelling,
+    flashlight_lm,
+    without_empty_words,
+)
 
-# SpeechBrain's default, for both searches: log10, on top of what the language model says of <unk>.
-UNKNOWN_WORD = -10.0
+FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
 
 # Which tokens of a frame are tried: SpeechBrain's search takes those above a log probability (its default), flashlight's a
 # number of them. Time grows with it, and on peaked posteriors over 128 tokens 16 find the same best path as all 128.
@@ -103,15 +107,17 @@ class CtcBeamSearch:
         word_score=1.5,
         backend=None,
     ):
-        if beam_size < 1:
-            raise ValueError(f"beam_size is {beam_size}; give 1 or more.")
+        if not isinstance(beam_size, int) or beam_size < 1:
+            raise ValueError(f"beam_size is {beam_size!r}; give a whole number of 1 or more.")
+        if not isinstance(blank_index, int) or blank_index < 0:
+            raise ValueError(f"blank_index is {blank_index!r}; give the index of a token.")
         if not beam_threshold > 0:
             raise ValueError(f"beam_threshold is {beam_threshold}; give a positive number.")
         if backend not in (None, FLASHLIGHT, SPEECHBRAIN):
             raise ValueError(f"There is no backend {backend}; the known ones are: {FLASHLIGHT}, {SPEECHBRAIN}.")
         if lm_file is not None:
             lm_file = os.fspath(lm_file)
-            _check_arpa(lm_file)
+            check_arpa(lm_file)
         self.backend = _choose_backend(backend, lm_file)
         self.tokenizer = tokenizer
         self.blank_index = blank_index
@@ -156,6 +162,8 @@ class CtcBeamSearch:
                 f"There are log probabilities of {log_probs.shape[2]} tokens and the tokenizer has {tokens}; "
                 "load the one that the model was trained with."
             )
+        if self.blank_index >= tokens:
+            raise ValueError(f"blank_index is {self.blank_index} and there are {tokens} tokens; give the index of the blank.")
         if self._search is None:
             self._build()
         frames = (lengths * log_probs.shape[1]).round().long().clamp(max=log_probs.shape[1]).tolist()
@@ -168,7 +176,10 @@ class CtcBeamSearch:
         log_probs = log_probs.float().cpu()
         if not (log_probs < math.inf).all():
             raise ValueError("The log probabilities hold NaN or infinity; check the model, whose weights may have diverged.")
-        return self._search(log_probs[:, self._kept].clamp(min=LOG_ZERO).contiguous())
+        log_probs = log_probs[:, self._kept].clamp(min=LOG_ZERO).contiguous()
+        nothing = log_probs.amax(1) <= LOG_ZERO  # frames of tokens that no text has: unknown, begin, end
+        log_probs[nothing, self._kept.index(self.blank_index)] = 0.0
+        return self._search(log_probs)
 
     def _build(self):
         tokenizer = self.tokenizer
@@ -178,9 +189,9 @@ class CtcBeamSearch:
             if index == self.blank_index
             or not (tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index))
         ]
-        words = None if self.lm_file is None else _arpa_words(self.lm_file)
+        words = None if self.lm_file is None else arpa_words(self.lm_file)
         if words is not None:
-            _check_spelling(words, tokenizer, self.lm_file)
+            check_spelling(words, tokenizer, self.lm_file)
         build = self._flashlight if self.backend == FLASHLIGHT else self._speechbrain
         try:
             self._search = build(words)
@@ -195,7 +206,7 @@ class CtcBeamSearch:
 
         pieces = [self.tokenizer.id_to_piece(index) for index in self._kept]
         blank = pieces[self._kept.index(self.blank_index)]
-        lm = None if words is None else _word_lm(self.lm_file, words, pieces, self.lm_weight, self.word_score)
+        lm = None if words is None else flashlight_lm(self.lm_file, words, pieces, self.lm_weight, self.word_score)
         decoder = ctc_decoder(
             lexicon=None,
             tokens=pieces,
@@ -239,7 +250,7 @@ class CtcBeamSearch:
         )
 
         if words is not None:
-            searcher.lm.score = _without_empty_words(searcher.lm)
+            searcher.lm.score = without_empty_words(searcher.lm)
 
         def search(log_probs):  # (T, V)
             # In float32, numpy would lose digits of a long utterance's score
@@ -278,123 +289,6 @@ def _importable(name):
     except ImportError:
         return False
     return True
-
-
-def _open_arpa(path):
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    return (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", errors="replace")
-
-
-def _check_arpa(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no language model {path}; check lm_file.")
-    with _open_arpa(path) as file:
-        # Comments may precede it
-        if "\\data\\" not in file.read(1 << 16):
-            raise ValueError(
-                f"The language model {path} is not in ARPA format; give the ARPA file, also where there is a KenLM binary "
-                "of it, as that holds no list of words."
-            )
-
-
-def _arpa_words(path):
-    """The words of a language model, sorted."""
-    words = set()
-    with _open_arpa(path) as file:
-        for line in file:
-            if line.startswith("\\1-grams:"):
-                break
-        for line in file:
-            if line.startswith("\\"):
-                break
-            if line.strip():
-                words.add(line.split()[1])  # after its log10 probability
-    return sorted(words - {"<s>", "</s>", "<unk>", "<UNK>"})
-
-
-def _check_spelling(words, tokenizer, path):
-    """A language model in the other case would call every word unknown, and only make the error rate worse."""
-    sample = words[:: max(1, len(words) // 1000)]
-    foreign = [word for word in sample if tokenizer.unk_id() in tokenizer.encode_as_ids(word)]
-    if 2 * len(foreign) > len(sample) or not sample:
-        example = f", such as {foreign[0]}" if foreign else ""
-        raise ValueError(
-            f"The tokenizer cannot write most words of the language model {path}{example}; give one in the spelling, upper or "
-            "lower case, of the transcripts."
-        )
-
-
-def _word_lm(path, words, pieces, weight, word_score):
-    """A word language model, as flashlight asks for it: by tokens.
-
-    A word is scored when the token after it begins the next one, or at the end. What an unknown word costs is paid as soon
-    as no known word begins like it, so that the beam does not fill with such beginnings.
-    """
-    from flashlight.lib.text.decoder.kenlm import KenLM
-    from flashlight.lib.text.dictionary import Dictionary
-    from torchaudio.models.decoder import CTCDecoderLM, CTCDecoderLMState
-
-    weight = weight * math.log(10)  # KenLM's scores are log10
-    unknown = weight * UNKNOWN_WORD
-    kenlm = KenLM(path, Dictionary([*words, "<unk>"]))
-
-    class WordLm(CTCDecoderLM):
-        def forget(self):
-            """Free what is known of the states of an utterance."""
-            self.known = {}  # state -> the word so far, KenLM's state before it, paid for it, score of the last token
-
-        def start(self, start_with_nothing):
-            state = CTCDecoderLMState()
-            self.known = {state: ("", kenlm.start(False), 0.0, 0.0)}
-            return state
-
-        def score(self, state, token):
-            following = state.child(token)  # the same object each time
-            known = self.known.get(following)
-            if known is None:
-                word, history, paid, _ = self.known[state]
-                piece, score = pieces[token], 0.0
-                if piece[0] == "\u2581":
-                    history, score = self._finish_word(word, history, paid)
-                    word, paid, piece = "", 0.0, piece[1:]
-                word += piece
-                place = bisect.bisect_left(words, word)
-                due = 0.0 if place < len(words) and words[place].startswith(word) else unknown
-                known = self.known[following] = (word, history, due, score + due - paid)
-            return following, known[3]
-
-        def finish(self, state):
-            word, history, paid, _ = self.known[state]
-            history, score = self._finish_word(word, history, paid)
-            return state, score + weight * kenlm.finish(history)[1]
-
-        def _finish_word(self, word, history, paid):
-            if not word:  # several boundaries in a row
-                return history, 0.0
-            place = bisect.bisect_left(words, word)
-            if place == len(words) or words[place] != word:
-                history, score = kenlm.score(history, len(words))
-                return history, weight * score + word_score + unknown - paid
-            history, score = kenlm.score(history, place)
-            return history, weight * score + word_score - paid
-
-    return WordLm()
-
-
-def _without_empty_words(lm):
-    """How SpeechBrain's language model scores a word, but for an empty one, which it takes for an unknown word.
-
-    Such a word stands after a boundary at the end of an utterance, and is all that there is in silence.
-    """
-    score_word = lm.score
-
-    def score(state, word, is_last_word=False):
-        if word:
-            return score_word(state, word, is_last_word)
-        return (lm.alpha * math.log(10) * lm._get_raw_end_score(state.state) if is_last_word else 0.0), state
-
-    return score
 
 
 def _log_add(a, b):

@@ -47,52 +47,34 @@ def depthwise_conv(x, weight, bias=None, stride: int = 1):
     return y.squeeze(2).transpose(1, 2).to(dtype)
 
 
-class ConvolutionModule(nn.Module):
-    """LayerNorm, pointwise, GLU, depthwise, LayerNorm, Swish, pointwise, dropout; without the residual.
+class DepthwiseModule(nn.Module):
+    """What convolution modules share: a depthwise convolution over time, whole, in chunks and streaming.
 
-    Padded frames are zeroed after the GLU, just before the depthwise convolution: before the first pointwise layer its bias
-    would fill them again, and after the depthwise convolution they have already reached their neighbours.
+    Padded frames are zeroed just before the depthwise convolution: earlier, biases would fill them again, and after it they have
+    already reached their neighbours.
 
     With a chunk setting the convolution is a Dynamic Chunk Convolution (Li et al. 2023,
     https://arxiv.org/abs/2304.09325): it sees (K - 1) / 2 frames to the left across chunks and nothing to the right of its chunk.
     The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution.
 
+    Subclasses have ``_before(x, mask)``, ``_after(x, mask)`` and the convolution ``depthwise`` between the two.
+
     Arguments
     ---------
-    d_model : int
-        Width D.
     kernel_size : int
         Odd kernel size K of the depthwise convolution, in frames.
-    dropout : float
-        Dropout on the output.
-    activation : type
-        Class of the activation after the depthwise convolution.
-    bias : bool
-        Whether the linear and convolution layers have a bias.
 
     Raises
     ------
     ValueError
         If the kernel size is not positive and odd.
-
-    Example
-    -------
-    >>> ConvolutionModule(16, 7)(torch.rand(2, 5, 16)).shape
-    torch.Size([2, 5, 16])
     """
 
-    def __init__(self, d_model: int, kernel_size: int = 31, dropout: float = 0.0, activation: type = nn.SiLU, bias: bool = True):
+    def __init__(self, kernel_size: int):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size}.")
         self.context = kernel_size // 2
-        self.norm = nn.LayerNorm(d_model)
-        self.pointwise1 = nn.Linear(d_model, 2 * d_model, bias=bias)
-        self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model, bias=bias)
-        self.depthwise_norm = nn.LayerNorm(d_model)
-        self.activation = activation()
-        self.pointwise2 = nn.Linear(d_model, d_model, bias=bias)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask=None, config: DynChunkTrainConfig | None = None):
         """Convolve a whole utterance.
@@ -142,17 +124,57 @@ class ConvolutionModule(nn.Module):
         y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.context))), None)
         return y, x[:, x.shape[1] - self.context :].clone()
 
-    def _before(self, x, mask):
-        return F.glu(self.pointwise1(self.norm(x)), dim=-1)
-
     def _convolve(self, x):
         return depthwise_conv(x, self.depthwise.weight, self.depthwise.bias)
+
+
+class ConvolutionModule(DepthwiseModule):
+    """LayerNorm, pointwise, GLU, depthwise, LayerNorm, Swish, pointwise, dropout; without the residual.
+
+    See :class:`DepthwiseModule` for padding, chunks and streaming.
+
+    Arguments
+    ---------
+    d_model : int
+        Width D.
+    kernel_size : int
+        Odd kernel size K of the depthwise convolution, in frames.
+    dropout : float
+        Dropout on the output.
+    activation : type
+        Class of the activation after the depthwise convolution.
+    bias : bool
+        Whether the linear and convolution layers have a bias.
+
+    Raises
+    ------
+    ValueError
+        If the kernel size is not positive and odd.
+
+    Example
+    -------
+    >>> ConvolutionModule(16, 7)(torch.rand(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, d_model: int, kernel_size: int = 31, dropout: float = 0.0, activation: type = nn.SiLU, bias: bool = True):
+        super().__init__(kernel_size)
+        self.norm = nn.LayerNorm(d_model)
+        self.pointwise1 = nn.Linear(d_model, 2 * d_model, bias=bias)
+        self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model, bias=bias)
+        self.depthwise_norm = nn.LayerNorm(d_model)
+        self.activation = activation()
+        self.pointwise2 = nn.Linear(d_model, d_model, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def _before(self, x, mask):
+        return F.glu(self.pointwise1(self.norm(x)), dim=-1)
 
     def _after(self, x, mask):
         return self.dropout(self.pointwise2(self.activation(self.depthwise_norm(x))))
 
 
-class SwishConvolutionModule(ConvolutionModule):
+class SwishConvolutionModule(DepthwiseModule):
     """The Squeezeformer's: scale, pointwise, Swish, depthwise, BatchNorm, Swish, pointwise, dropout; without the residual.
 
     Swish stands where the Conformer has a GLU, so that the depthwise convolution has width 2 D. Padding never enters the
@@ -183,12 +205,13 @@ class SwishConvolutionModule(ConvolutionModule):
     """
 
     def __init__(self, d_model: int, kernel_size: int = 31, dropout: float = 0.0, eps: float = 1e-5):
-        super().__init__(d_model, kernel_size, dropout)
-        del self.norm
+        super().__init__(kernel_size)
         self.pointwise1 = ScaledLinear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(2 * d_model, 2 * d_model, kernel_size, groups=2 * d_model)
         self.depthwise_norm = MaskedBatchNorm(2 * d_model, momentum=0.015, eps=eps)  # the authors' momentum
+        self.activation = nn.SiLU()
         self.pointwise2 = nn.Linear(2 * d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
         nn.init.uniform_(self.pointwise2.weight, -(d_model**-0.5), d_model**-0.5)  # the authors' range
         nn.init.uniform_(self.pointwise2.bias, -(d_model**-0.5), d_model**-0.5)
 

@@ -145,7 +145,7 @@ class ScaledLinear(nn.Linear):
 class MaskedBatchNorm(nn.Module):
     """BatchNorm of frames (B, T, D) whose statistics are those of the valid frames: padding never enters them.
 
-    In training, statistics are taken in float32 whatever the precision, and over the batches of all processes where there are
+    In training, statistics are taken in float32 under autocast too, and over the batches of all processes where there are
     several (with any backend); one frame is enough. In evaluation it is a multiplication and an addition.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
@@ -284,7 +284,9 @@ class _Normalize(torch.autograd.Function):
         inverse = (variance + eps).rsqrt()
         ctx.save_for_backward(x, valid, weight, mean, inverse, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return torch.addcmul(bias, centred, inverse * weight).to(x.dtype), mean, variance, count
+        y = torch.addcmul(bias, centred, inverse * weight)
+        # Without a condition, torch.compile (2.11) would silently lose the gradient of this function where the types are equal.
+        return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance, count
 
     @staticmethod
     def backward(ctx, grad, *_):

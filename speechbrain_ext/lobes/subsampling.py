@@ -187,8 +187,8 @@ class DepthwiseSubsampling(_Subsampling):
     channels : int
         Channels of all layers.
     padding : str
-        ``symmetric``; or ``right``, for models of the authors' code and only for these: it gives floor(T / 4) frames, and the
-        last ones of an utterance depend on whether longer ones are in the batch.
+        ``symmetric``; or ``right``, for models of the authors' code and only for these: it gives floor(T / 4) frames, wants
+        zeros behind an utterance's end, and its last frames depend on whether longer ones are in the batch.
 
     Raises
     ------
@@ -226,10 +226,8 @@ class DepthwiseSubsampling(_Subsampling):
         if x.shape[1] < 4:
             raise ValueError(f"Padding 'right' gives no frame for {x.shape[1]} feature frames; give at least 4.")
         frames = None if lengths is None else absolute_lengths(lengths, x.shape[1])
-        if frames is not None:
-            x = x.masked_fill(padding_mask(frames, x.shape[1]).unsqueeze(-1), 0.0)
         x = x.unsqueeze(-1)
-        for stage in self.stages:  # what biases leave in the padding stays, as in the authors' code
+        for stage in self.stages:  # no masks, as in the authors' code
             x = stage(x)
             frames = None if frames is None else (frames // 2 + 1).clamp(max=x.shape[1])
         return x.flatten(2), None if frames is None else frames / x.shape[1]

@@ -120,13 +120,15 @@ def test_nemo_weights_give_nemo_s_answer(golden):
         torch.testing.assert_close(out[i, :length], nemo["y"][i, :length], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
 @torch.no_grad()
-def test_a_whole_nemo_model_converts(golden):
-    weights = {f"encoder.{name}": tensor for name, tensor in tensors(golden, "common/w/").items()}
+def test_a_whole_nemo_model_converts(golden, prefix):
+    weight, bias = torch.randn(9, 16, 1), torch.randn(9)
+    weights = {f"{prefix}encoder.{name}": tensor for name, tensor in tensors(golden, "common/w/").items()}
     weights |= {
-        "decoder.decoder_layers.0.weight": torch.randn(9, 16, 1),
-        "decoder.decoder_layers.0.bias": torch.randn(9),
-        "preprocessor.featurizer.fb": torch.zeros(1),
+        f"{prefix}decoder.decoder_layers.0.weight": weight,
+        f"{prefix}decoder.decoder_layers.0.bias": bias,
+        f"{prefix}preprocessor.featurizer.fb": torch.zeros(1),
     }
     head = torch.nn.Module()
     head.w = torch.nn.Linear(16, 9)
@@ -135,7 +137,7 @@ def test_a_whole_nemo_model_converts(golden):
     net.load_state_dict(convert_nemo(weights))  # 4 blocks: 1 and 3 are the published places
     x = torch.randn(1, 40, 80)
     frames, _ = tiny(golden, "symmetric", 1e-5).encode_features(x)
-    expected = frames @ weights["decoder.decoder_layers.0.weight"].squeeze(-1).T + weights["decoder.decoder_layers.0.bias"]
+    expected = frames @ weight.squeeze(-1).T + bias
     torch.testing.assert_close(net.encode_features(x)[0], expected, atol=1e-5, rtol=0)
 
 
@@ -145,6 +147,9 @@ def test_weights_without_a_counterpart_are_named(golden):
         convert_nemo({**weights, "layers.0.conv.wrong.weight": torch.ones(1)})
     with pytest.raises(ValueError, match="'elsewhere' has no counterpart"):
         convert_nemo({**weights, "elsewhere": torch.ones(1)})
+    del weights["layers.2.self_attn.linear_v.bias"]
+    with pytest.raises(ValueError, match="no key 'layers.2.self_attn.linear_v.bias'"):
+        convert_nemo(weights)
 
 
 @pytest.mark.parametrize("size", COUNTS)
@@ -175,6 +180,10 @@ def test_impossible_sizes_are_refused():
         build_encoder("squeezeformer", size="xl")
     with pytest.raises(ValueError, match="'xs' has d_model 144, not 256"):
         build_encoder("squeezeformer", size="xs", d_model=256)
+    with pytest.raises(ValueError, match="'xs' has d_ffn 576, not 2048"):
+        build_encoder("squeezeformer", size="xs", d_ffn=2048)
+    with pytest.raises(ValueError, match="d_ffn is 0"):
+        build_encoder("squeezeformer", d_ffn=0)
 
 
 def test_odd_chunks_are_refused():
