@@ -93,10 +93,11 @@ def compare(size, rounds):
             yield row(size, "inference", part, seconds, ms, ratio)
     for net in nets.values():
         net.train()
-    for dtype in ("float32", "bfloat16"):
-        calls = {name: (net, "front end", inputs(net, "front end", 8, 10), dtype) for name, net in nets.items()}
-        ms = medians({name: lambda call=call: train(*call) for name, call in calls.items()}, max(3, rounds // 3))
-        yield row(size, f"training, {dtype}", "front end", 10, ms, "")
+    for part in ("encoder", "front end"):
+        for dtype in ("float32", "bfloat16"):
+            calls = {name: (net, part, inputs(net, part, 8, 10), dtype) for name, net in nets.items()}
+            ms = medians({name: lambda call=call: train(*call) for name, call in calls.items()}, max(3, rounds // 3))
+            yield row(size, f"training in {dtype}", part, 10, ms, "")
 
 
 def row(size, task, part, seconds, ms, macs):
