@@ -1,0 +1,80 @@
+"""Training curves of the FusionFormer and of what the paper compares it with, at equal steps.
+
+    python benchmarks/fusionformer_ablation.py [-- options of train.py for all runs]
+
+Trains each variant on the embedded mini corpus (train.py resumes what was interrupted), then writes loss and error rate by epoch
+to benchmarks/results/fusionformer_ablation.csv and draws them. Only normalisation and activation differ between the runs.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from speechbrain_ext.encoders.fusionformer import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LOG = re.compile(r"epoch: (\d+), steps: (\d+), lr: \S+ - train loss: (\S+) - valid loss: ([^,\s]+), valid WER ctc_greedy: (\S+)")
+FIELDS = ("variant", "epoch", "steps", "train_loss", "valid_loss", "valid_wer")
+
+
+def curve(variant, options):
+    """Train a variant; rows by epoch."""
+    output = Path("results") / "fusionformer_ablation" / variant
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        str(ROOT / "hparams" / "fusionformer.yaml"),
+        "--output_folder",
+        str(output),
+    ]
+    run = subprocess.run([*command, "--encoder_kwargs", f"{{variant: {variant}}}", *options])
+    if run.returncode:
+        print(f"{variant} ended with status {run.returncode}; its curve ends where it did.", file=sys.stderr)
+    log = output / "train_log.txt"
+    return [(variant, *match) for match in LOG.findall(log.read_text() if log.exists() else "")]
+
+
+def draw(rows, path):
+    """One line per variant: training loss and validation error rate by epoch."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (loss, wer) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for variant in VARIANTS:
+        mine = [row for row in rows if row["variant"] == variant]
+        epochs = [int(row["epoch"]) for row in mine]
+        style = {"label": variant, "linewidth": 2 if variant == "fusionformer" else 1.2}
+        loss.plot(epochs, [float(row["train_loss"]) for row in mine], **style)
+        wer.plot(epochs, [float(row["valid_wer"]) for row in mine], **style)
+    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    wer.set(xlabel="epoch", ylabel="validation WER, %", ylim=(0, 105))
+    wer.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("options", nargs="*")
+    arguments = parser.parse_args()
+    rows = [row for variant in arguments.variants for row in curve(variant, arguments.options)]
+    path = RESULTS / "fusionformer_ablation.csv"
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        writer.writerows(rows)
+    os.replace(temporary, path)
+    draw([dict(zip(FIELDS, row, strict=True)) for row in rows], path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
