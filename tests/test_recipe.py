@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import ruamel.yaml
+import torch
 from tiny import SMALL, arguments, make_corpus
 
 from speechbrain_ext.hparams import merge_hparams
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "hparams").glob("*.yaml"))
@@ -123,11 +126,28 @@ def test_dynamic_chunks_have_a_size_that_the_encoder_takes(corpus, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_two_processes(corpus, tmp_path):
+@pytest.mark.parametrize("decoder_layers", [0, 1])
+def test_a_fusionformer_is_tested_and_kept_fused(decoder_layers, corpus, tmp_path):
+    keys = {**SMALL, "num_decoder_layers": decoder_layers, "number_of_epochs": 3, "average_checkpoints": 2}
+    run = train(tmp_path, ROOT / "hparams" / "fusionformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Greedy search, fused and unfused: WER" in run.stdout
+    folder = tmp_path / "results" / "fusionformer" / "7775"
+    fused, unfused = (load_model(folder / name, "cpu") for name in ("pretrained", "pretrained_unfused"))
+    wavs, lens = torch.randn(2, 16000), torch.tensor([1.0, 0.7])
+    for model, norms in ((fused, 0), (unfused, 2 * 9 + 2)):  # 9 in each of 2 blocks, 2 in the front end
+        assert sum(isinstance(part, MaskedBatchNorm) for part in model.modules()) == norms
+    with torch.no_grad():
+        outputs = [model.mods.encoder.encode(wavs, lens)[0] for model in (fused, unfused)]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hyperconformer", "fusionformer"])
+def test_two_processes(name, corpus, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     keys = {**SMALL, "train_batch_sampler": "{max_batch_length: 4}", "number_of_epochs": 2}
     run = train(
-        tmp_path, ROOT / "hparams" / "hyperconformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys),
+        tmp_path, ROOT / "hparams" / f"{name}.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys),
         launcher=launcher,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
