@@ -39,6 +39,7 @@ class ConformerLayer(nn.Module):
     Example
     -------
     >>> from speechbrain_ext.lobes.attention import RotarySelfAttention
+    >>> import torch
     >>> layer = ConformerLayer(RotarySelfAttention(16, 2), d_model=16, d_ffn=32)
     >>> x = torch.rand(2, 10, 16)
     >>> layer(x, layer.prepare(x, None, None)).shape
@@ -129,6 +130,7 @@ class ConformerEncoder(Encoder):
 
     Example
     -------
+    >>> import torch
     >>> encoder = ConformerEncoder(d_model=32, nhead=4, num_layers=2, d_ffn=64)
     >>> mask = torch.arange(50) >= torch.tensor([[50], [30]])  # True = padding
     >>> out, _ = encoder(torch.rand(2, 50, 32), src_key_padding_mask=mask)
