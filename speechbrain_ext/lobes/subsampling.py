@@ -90,6 +90,7 @@ class ConvolutionSubsampling(_Subsampling):
 
     Example
     -------
+    >>> import torch
     >>> features = torch.rand(2, 101, 80)
     >>> out, lengths = ConvolutionSubsampling()(features, torch.tensor([1.0, 0.5]))
     >>> out.shape
@@ -126,6 +127,7 @@ class FusibleSubsampling(_Subsampling):
 
     Example
     -------
+    >>> import torch
     >>> features = torch.rand(2, 101, 80)
     >>> out, lengths = FusibleSubsampling()(features, torch.tensor([1.0, 0.5]))
     >>> out.shape
@@ -197,6 +199,7 @@ class DepthwiseSubsampling(_Subsampling):
 
     Example
     -------
+    >>> import torch
     >>> out, _ = DepthwiseSubsampling(80, 16)(torch.rand(2, 101, 80))
     >>> out.shape
     torch.Size([2, 26, 320])
