@@ -3,9 +3,9 @@
     python benchmarks/fusionformer.py [--threads 1 2] [--compiled] [--output benchmarks/results/fusionformer.csv]
 
 Both have rotary attention on the same kernel and the same convolution layout: only normalisation and activation differ, and the
-width of the first pointwise layer, which has no GLU to halve it. Encoder alone, batch 1, float32, medians of alternating runs in
-one process; a ratio above 1 means that the Conformer takes longer. ``stream`` is the time per chunk of 640 ms with 10 chunks of left
-context, after a start of 20 chunks.
+width of the first pointwise layer, which has no GLU to halve it. Encoder alone, batch 1, float32, medians of alternating runs
+in one process; a ratio above 1 means that the Conformer takes longer. ``stream`` is the time per chunk of 640 ms with 10 chunks
+of left context, after a start of 20 chunks.
 """
 
 import argparse
