@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, fuse_
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, ScaledLinear, fuse_, reestimate_statistics
 
 LENGTHS = (9, 4, 1)
 
@@ -158,3 +158,54 @@ def test_scaled_linear_is_scale_then_linear():
         fuse_(net)
         assert [name for name, _ in net.named_parameters()] == ["0.weight", "0.bias"]
         torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_averaged_weights_need_statistics_of_their_own():
+    """The statistics behind a ReLU of averaged weights are not the average of the statistics: the known trap."""
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 200, 6) for _ in range(3)]
+
+    def build():
+        return torch.nn.ModuleList([NormLinear(6, 8, momentum=1.0), NormLinear(8, 8, momentum=1.0)])
+
+    def run(net, x):
+        return net[1](net[0](x).relu())
+
+    nets = [build() for _ in range(2)]
+    for net in nets:
+        reestimate_statistics(net, batches, lambda x, net=net: run(net, x))
+    average = build()
+    average.load_state_dict({name: (value + nets[1].state_dict()[name]) / 2 for name, value in nets[0].state_dict().items()})
+    average.eval()
+
+    def spread():
+        return torch.cat([run(average, x) for x in batches]).flatten(0, 1).var(0)
+
+    assert (spread() - 1).abs().max() > 0.2
+    reestimate_statistics(average, batches, lambda x: run(average, x))
+    torch.testing.assert_close(spread(), torch.ones(8), atol=0.03, rtol=0)
+    assert average[0].norm.momentum == 1.0 and not average.training
+
+
+def test_statistics_are_the_plain_mean_over_batches_of_valid_frames():
+    norm = MaskedBatchNorm(2)
+    mask = torch.tensor([[False, False, True]])
+    batches = [torch.tensor([[[1.0, 2.0], [3.0, 4.0], [99.0, 99.0]]]), torch.tensor([[[5.0, 6.0], [5.0, 6.0], [99.0, 99.0]]])]
+    reestimate_statistics(norm, batches, lambda x: norm(x, mask))
+    torch.testing.assert_close(norm.running_mean, torch.tensor([3.5, 4.5]))
+    torch.testing.assert_close(norm.running_var, torch.tensor([1.0, 1.0]))
+
+
+def test_a_linear_layer_with_its_norm_folds_and_begins_as_nothing():
+    torch.manual_seed(0)
+    layer = NormLinear(5, 7, zero_init=True)
+    x = torch.randn(2, 9, 5)
+    assert not layer(x).any()
+    torch.nn.init.normal_(layer.norm.weight)
+    layer.eval()
+    expected = layer(x)
+    for _ in range(2):
+        layer.fuse_()
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert not list(layer.buffers()) and layer.norm is None
