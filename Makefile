@@ -1,4 +1,4 @@
-# make demo   environment, embedded corpus, training, WER and a transcript: about eight minutes on two cores
+# make demo   environment, embedded corpus, training, WER and a transcript: six to eight minutes on two cores
 # make test   environment and all tests
 # make lint   style
 #
