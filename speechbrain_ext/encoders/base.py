@@ -56,8 +56,8 @@ class Encoder(nn.Module):
         """(B, T, D) to (B, T, D), frame by frame."""
         return x
 
-    def after_layers(self, x):
-        """(B, T, D) to (B, T, D), frame by frame."""
+    def after_layers(self, x, mask=None):
+        """(B, T, D) to (B, T, D), frame by frame; the mask is (B, T) bool, True = padding."""
         return x
 
     def forward(
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
             check_chunks(dynchunktrain_config, self.chunk_multiple)
         x = self.before_layers(zero_padding(src, src_key_padding_mask))  # whatever lies there, NaN included
         x = self.layers(x, src_key_padding_mask, dynchunktrain_config)
-        return zero_padding(self.after_layers(x), src_key_padding_mask), []
+        return zero_padding(self.after_layers(x, src_key_padding_mask), src_key_padding_mask), []
 
     def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig) -> StreamingContext:
         """The context of a new stream.

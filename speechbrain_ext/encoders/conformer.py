@@ -158,6 +158,6 @@ class ConformerEncoder(Encoder):
         super().__init__(d_model, Stack(ConformerLayer(mixer, d_model, *layer_args) for mixer in mixers))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
 
-    def after_layers(self, x):
+    def after_layers(self, x, mask=None):
         """LayerNorm."""
         return self.norm(x)

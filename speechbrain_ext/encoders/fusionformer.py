@@ -5,8 +5,9 @@ all BatchNorms fold into the weights. Its abstract is public and no code is: wha
 
 Ours are: the Conformer's order and half-weighted feed-forward modules; a first pointwise layer of width d (there is no GLU to
 halve it); one BatchNorm over queries, keys and values, which is the same as three; none behind the projection of relative
-positions, whose input is no data; none at the end; gains of zero at first for the last BatchNorm of every residual branch;
-eps 1e-3, and statistics with a momentum of 0.01.
+positions, whose input is no data; a last linear layer with its BatchNorm, which gives the output unit variance, as LayerNorm does
+in the Conformer; gains of zero at first for the last BatchNorm of every residual branch; eps 1e-3, and statistics with a
+momentum of 0.01.
 """
 
 from dataclasses import dataclass
@@ -249,5 +250,10 @@ class FusionFormerEncoder(Encoder):
         super().__init__(
             d_model, Stack(FusionFormerLayer(parts, attention, d_model, d_ffn, dropout, kernel_size) for attention in attentions)
         )
+        self.output = parts.linear(d_model, d_model) if parts.variant.behind else parts.before(d_model)
         if fused:
             self.fuse_()
+
+    def after_layers(self, x, mask=None):
+        """The last layer."""
+        return self.output(x, mask)

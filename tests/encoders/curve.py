@@ -35,7 +35,8 @@ def main(name, output):
     rank, world = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
     net = DistributedDataParallel(Net(name))
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    # Not Adam, which makes steps of full size out of the rounding errors of biases in front of a BatchNorm
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
     data = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(STEPS):
