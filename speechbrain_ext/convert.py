@@ -69,6 +69,7 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
     prefix = next((key[: -len(mark)] for key in state_dict if key.endswith(mark)), None)
     if prefix is None:
         raise ValueError("These weights hold no SpeechBrain Conformer encoder: no key ends in " + mark + ".")
+    rotary = not any(key.endswith("mha_layer.pos_bias_u") for key in state_dict)
     converted = {}
     for key, tensor in state_dict.items():
         if re.search(r"(^|\.)positional_encoding(_decoder)?\.", key):
@@ -86,7 +87,11 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
             elif old.endswith("in_proj_weight"):
                 # Rows lie head by head there (query, key, value of head 0, then of head 1), projection by projection here.
                 width = tensor.shape[1]
-                tensor = tensor.reshape(nhead, 3, width // nhead, width).transpose(0, 1).reshape(3 * width, width)
+                tensor = tensor.reshape(nhead, 3, width // nhead, width).transpose(0, 1)
+                if rotary:  # turned pairs of channels are neighbours there, half a head apart here
+                    pairs = tensor[:2].unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
+                    tensor = torch.cat((pairs, tensor[2:]))
+                tensor = tensor.reshape(3 * width, width)
             elif old.startswith("mha_layer.pos_bias"):
                 tensor = tensor.reshape(nhead, 1, -1)  # stored (head size, heads), but read as (heads, head size)
         elif key.startswith(prefix + "norm.norm."):

@@ -147,7 +147,7 @@ def test_speechbrain_weights_convert(attention):
 @pytest.mark.parametrize(
     "keys, error, message",
     [
-        ({"encoder_module": "hyperconfomer"}, ValueError, "'hyperconfomer'.*conformer, hyperconformer"),
+        ({"encoder_module": "hyperconfomer"}, ValueError, "'hyperconfomer'.*conformer, .*hyperconformer"),
         ({"attention_type": "RelPos"}, ValueError, "'RelPos'.*RelPosMHAXL"),
         ({"attention_type": "regularMHA"}, ValueError, "'regularMHA'.*RelPosMHAXL"),
         ({"encoder_kwargs": {"d_model": 64}}, ValueError, "d_model 64.*32"),
