@@ -71,6 +71,8 @@ def main():
         encoders = build()
         for threads in arguments.threads:
             torch.set_num_threads(threads)
+            torch._dynamo.reset()
+            nets = {name: torch.compile(net, dynamic=True) if mode == "compiled" else net for name, net in encoders.items()}
             for task, seconds in (*(("whole", seconds) for seconds in (5, 10, 30, 60)), ("stream", 0.64)):
                 if task == "stream":
                     if mode == "compiled":
@@ -78,8 +80,6 @@ def main():
                     calls, rounds = streams(encoders), 10 * arguments.rounds
                 else:
                     x, rounds = torch.randn(1, round(25 * seconds), SIZES["d_model"]), arguments.rounds
-                    torch._dynamo.reset()
-                    nets = {name: torch.compile(net) if mode == "compiled" else net for name, net in encoders.items()}
                     calls = {name: lambda net=net, x=x: net(x) for name, net in nets.items()}
                 ms = measure(calls, rounds)
                 ratios = [round(ms["conformer"] / ms[name], 3) for name in ("unfused", "fused")]

@@ -14,6 +14,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
 SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
+FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
 
 
 def read(path):
@@ -62,9 +63,21 @@ def squeezeformer():
     return table(header, rows)
 
 
+def fusionformer():
+    """Time of the FusionFormer, fused and not, and of the Conformer."""
+    header = ["audio, s", "threads", "mode", "Conformer, ms", "unfused, ms", "ratio", "fused, ms", "ratio"]
+    rows = []
+    for row in read(FUSIONFORMER):
+        task = f"chunk of {row['seconds']}" if row["task"] == "stream" else row["seconds"]
+        fields = ("threads", "mode", "conformer_ms", "unfused_ms", "unfused_ratio", "fused_ms", "fused_ratio")
+        rows.append([task, *(row[field] for field in fields)])
+    return table(header, rows)
+
+
 def fill(text):
     """The README's text with its tables made anew."""
-    for name, make in (("results", results), ("hypermixing", hypermixing), ("squeezeformer", squeezeformer)):
+    makers = {"results": results, "hypermixing": hypermixing, "squeezeformer": squeezeformer, "fusionformer": fusionformer}
+    for name, make in makers.items():
         block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
     return text
