@@ -102,11 +102,11 @@ def run(hparams_file, run_opts, overrides):
             train_loader_kwargs=train_options,
             valid_loader_kwargs=valid_options,
         )
-    brain.train_batches = lambda: brain.make_dataloader(datasets[TRAIN], sb.Stage.VALID, **train_options)
+    brain.train_batches = lambda: statistics_loader(brain, datasets[TRAIN], train_options)
     rows = []
     for split in hparams["test_splits"]:
         options = loader_options(datasets[split], hparams["eval_batch_sampler"], hparams["num_workers"])
-        with explained(1, FileNotFoundError, DamagedCheckpoint):
+        with explained(1, FileNotFoundError, ValueError, DamagedCheckpoint):
             brain.evaluate(datasets[split], test_loader_kwargs=options)
         rows += make_rows(brain, split, hparams_file)
     run_on_main(finish, [brain, text, tokenizer_file, rows])
@@ -223,6 +223,12 @@ def prepare_tokenizer(hparams, manifest):
     special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
     run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
     return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+
+
+def statistics_loader(brain, dataset, options):
+    """Training batches for BatchNorm statistics, the same ones whenever a run is tested."""
+    options["batch_sampler"].set_epoch(1_000_000)  # beyond those that begin with the shortest utterances
+    return brain.make_dataloader(dataset, sb.Stage.VALID, ckpt_prefix=None, **options)
 
 
 def make_rows(brain, split, hparams_file):

@@ -142,6 +142,19 @@ def test_a_fusionformer_is_tested_and_kept_fused(decoder_layers, corpus, tmp_pat
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
 
 
+def test_testing_again_gives_the_same_model(corpus, tmp_path):
+    keys = {**SMALL, "num_decoder_layers": 0, "number_of_epochs": 2, "statistics_batches": 1}
+    keys["train_batch_sampler"] = "{max_batch_length: 3, num_buckets: 4}"
+    command = [ROOT / "hparams" / "fusionformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys)]
+    weights = []
+    for again in ([], ["--test_only"]):
+        run = train(tmp_path, *command, *again)
+        assert run.returncode == 0, run.stdout + run.stderr
+        weights.append(torch.load(tmp_path / "results" / "fusionformer" / "7775" / "pretrained_unfused" / "asr.ckpt"))
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
 @pytest.mark.parametrize("name", ["hyperconformer", "fusionformer"])
 def test_two_processes(name, corpus, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -73,10 +73,7 @@ class AsrBrain(Brain):
         """
         batch = batch.to(self.device)
         x, lens = self.modules.subsampling(*self.normalized_features(batch, stage))
-        chunks = self.hparams.chunk_sampler(stage) if self.hparams.chunk_sampler else None
-        if chunks is not None:  # samplers draw any size
-            multiple = self.hparams.Transformer.encoder.chunk_multiple
-            chunks = DynChunkTrainConfig(multiple * math.ceil(chunks.chunk_size / multiple), chunks.left_context_size)
+        chunks = self.draw_chunks(stage)
         enc, dec = self.modules.Transformer(
             x, batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index, dynchunktrain_config=chunks
         )
@@ -89,6 +86,14 @@ class AsrBrain(Brain):
         if self.hparams.fea_augment and self.augments(stage):
             feats, lens = self.hparams.fea_augment(feats, lens)
         return feats, lens
+
+    def draw_chunks(self, stage):
+        """The chunk setting for a batch, None for full context."""
+        chunks = self.hparams.chunk_sampler(stage) if self.hparams.chunk_sampler else None
+        if chunks is None:
+            return None
+        multiple = self.hparams.Transformer.encoder.chunk_multiple  # samplers draw any size
+        return DynChunkTrainConfig(multiple * math.ceil(chunks.chunk_size / multiple), chunks.left_context_size)
 
     def augments(self, stage):
         """Whether it is time to augment."""

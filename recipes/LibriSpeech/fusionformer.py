@@ -31,7 +31,8 @@ class FusionFormerBrain(AsrBrain):
             subsampling, transformer, *_, ctc_lin = self.unfused
             with torch.no_grad():
                 x, lens = subsampling(*self.normalized_features(batch, stage))
-                log_probs = ctc_lin(transformer.encode(x, lens)).float().log_softmax(-1)
+                enc = transformer.encode(x, lens, dynchunktrain_config=self.draw_chunks(stage))
+                log_probs = ctc_lin(enc).float().log_softmax(-1)
             texts = self.decode(ctc_greedy_decode(log_probs, lens, self.hparams.blank_index))
             references = [text.split() for text in batch.wrd]
             self.unfused_errors.append(batch.id, [text.split() for text in texts], references)
@@ -48,13 +49,16 @@ class FusionFormerBrain(AsrBrain):
         Raises
         ------
         RuntimeError
-            If it is not, to 0.1 % absolute: rounding may turn a word in a thousand, an error in fusing turns many.
+            If it is not: rounding may turn a word in a thousand, an error in fusing turns many. In reduced precision, where
+            rounding turns more, a warning says so.
         """
         super().on_stage_end(stage, stage_loss, epoch)
         if stage != Stage.TEST:
             return
-        fused = self.error_rates[GREEDY].summarize("error_rate")
-        unfused = self.unfused_errors.summarize("error_rate")
-        logger.info("Greedy search, fused and unfused: WER %.2f and %.2f %%", fused, unfused)
-        if abs(fused - unfused) > 0.1:
-            raise RuntimeError(f"The fused model has {fused:.2f} % WER and the unfused one {unfused:.2f} %: fusing went wrong.")
+        fused, unfused = (errors.summarize() for errors in (self.error_rates[GREEDY], self.unfused_errors))
+        rates = f"fused and unfused: WER {fused['WER']:.2f} and {unfused['WER']:.2f} %"
+        logger.info("Greedy search, %s", rates)
+        if abs(fused["num_edits"] - unfused["num_edits"]) > max(3, fused["num_scored_tokens"] / 1000):
+            if self.eval_precision == "fp32":
+                raise RuntimeError(f"Greedy search, {rates}: fusing went wrong.")
+            logger.warning("Greedy search, %s; in fp32 (--eval_precision fp32) they should be the same.", rates)

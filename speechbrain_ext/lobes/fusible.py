@@ -37,7 +37,7 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     """Replace the running statistics of all :class:`MaskedBatchNorm` inside by those of a pass over data.
 
     For averaged weights, which no statistics belong to yet, and for data that differ from the training's, such as without
-    augmentation. All batches have the same weight.
+    augmentation. They are means over the batches, all of the same weight, without those that are not finite.
 
     Arguments
     ---------
@@ -48,6 +48,11 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     forward : callable
         Runs the module on one batch.
 
+    Raises
+    ------
+    ValueError
+        If there is no batch.
+
     Example
     -------
     >>> norm = MaskedBatchNorm(2)
@@ -56,17 +61,33 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     (tensor([0.5000, 0.5000]), False)
     """
     module.eval()
-    norms = {part: part.momentum for part in module.modules() if isinstance(part, MaskedBatchNorm)}
+    norms = [part for part in module.modules() if isinstance(part, MaskedBatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    sums = [[torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var), 0] for norm in norms]
+    seen = 0
     try:
-        for index, batch in enumerate(batches):
+        for batch in batches:
+            seen += 1
             for norm in norms:
                 norm.train()
-                norm.momentum = 1 / (index + 1)
+                norm.momentum = 1.0
+                norm.running_mean.zero_()
+                norm.running_var.fill_(-1)  # where it stays so, the batch could not be used
             forward(batch)
+            for norm, total in zip(norms, sums, strict=True):
+                used = norm.running_var.amin() >= 0
+                total[0] += norm.running_mean * used
+                total[1] += norm.running_var * used
+                total[2] += used
     finally:
-        for norm, momentum in norms.items():
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum
+    if not seen:
+        raise ValueError("There is no batch to take BatchNorm statistics from; give at least one (statistics_batches).")
+    for norm, (mean, variance, used) in zip(norms, sums, strict=True):
+        norm.running_mean.copy_(mean / used)
+        norm.running_var.copy_(variance / used)
 
 
 class PlainLinear(nn.Linear):
@@ -198,8 +219,10 @@ class MaskedBatchNorm(nn.Module):
             x, mean, variance, count = _Normalize.apply(x, mask, self.weight, self.bias, self.eps)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            # A batch that training leaves out, because its loss is not finite, has passed through here before that is known.
+            usable = (mean + variance).isfinite().all() & (count > 0)
+            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.copy_(torch.where(usable, running.lerp(now.to(running.dtype), self.momentum), running))
         return x
 
     @torch.no_grad()
@@ -273,8 +296,8 @@ class _Normalize(torch.autograd.Function):
         wide = at_least_float32(x)
         valid = None if mask is None else (~mask).to(wide.dtype)
         count = wide.new_full((1,), wide[..., 0].numel()) if mask is None else valid.sum().view(1)
-        total, count = _over_processes(wide.sum((0, 1)), count)
-        count = count.clamp(min=1)
+        total, frames = _over_processes(wide.sum((0, 1)), count)
+        count = frames.clamp(min=1)
         mean = total / count
         centred = wide - mean
         if mask is not None:
@@ -283,10 +306,10 @@ class _Normalize(torch.autograd.Function):
         variance = squares / count
         inverse = (variance + eps).rsqrt()
         ctx.save_for_backward(x, valid, weight, mean, inverse, count)
-        ctx.mark_non_differentiable(mean, variance, count)
+        ctx.mark_non_differentiable(mean, variance, frames)
         y = torch.addcmul(bias, centred, inverse * weight)
         # Without a condition, torch.compile (2.11) would silently lose the gradient of this function where the types are equal.
-        return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance, count
+        return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance, frames
 
     @staticmethod
     def backward(ctx, grad, *_):

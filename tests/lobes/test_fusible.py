@@ -209,3 +209,20 @@ def test_a_linear_layer_with_its_norm_folds_and_begins_as_nothing():
         layer.fuse_()
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     assert not list(layer.buffers()) and layer.norm is None
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace():
+    norm = MaskedBatchNorm(2)
+    batches = [torch.randn(1, 9, 2) for _ in range(2)]
+    bad = torch.full((1, 9, 2), float("inf"))
+    for x in (batches[0], bad, torch.full_like(bad, float("nan"))):
+        norm(x)
+    assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+    before = norm.running_mean.clone()
+    norm(bad, torch.ones(1, 9, dtype=torch.bool))  # no valid frame
+    assert torch.equal(norm.running_mean, before)
+    norm.running_mean.fill_(float("nan"))
+    reestimate_statistics(norm, [bad, *batches], norm)
+    torch.testing.assert_close(norm.running_mean, torch.cat(batches).mean((0, 1)))
+    with pytest.raises(ValueError, match="no batch"):
+        reestimate_statistics(norm, [], norm)
