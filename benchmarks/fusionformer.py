@@ -9,13 +9,10 @@ of left context, after a start of 20 chunks.
 """
 
 import argparse
-import csv
-import os
-import statistics
-import time
 from pathlib import Path
 
 import torch
+from measure import medians, write_csv
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.registry import build_encoder
@@ -31,18 +28,6 @@ def build():
     unfused = build_encoder("fusionformer", **SIZES).eval()
     fused = build_encoder("fusionformer", **SIZES, fused=True).eval()
     return {"conformer": build_encoder("conformer", **SIZES, attention_type="RoPEMHA").eval(), "unfused": unfused, "fused": fused}
-
-
-def measure(calls, rounds):
-    """Median time of each call in ms, taken alternately."""
-    times = {name: [] for name in calls}
-    for turn in range(rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn > 1:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def streams(encoders):
@@ -81,17 +66,11 @@ def main():
                 else:
                     x, rounds = torch.randn(1, round(25 * seconds), SIZES["d_model"]), arguments.rounds
                     calls = {name: lambda net=net, x=x: net(x) for name, net in nets.items()}
-                ms = measure(calls, rounds)
+                ms = medians(calls, rounds, warmup=2)
                 ratios = [round(ms["conformer"] / ms[name], 3) for name in ("unfused", "fused")]
                 rows.append((task, seconds, threads, mode, *(round(value, 2) for value in ms.values()), *ratios))
                 print(("{:>14}" * len(FIELDS)).format(*map(str, rows[-1])), flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        writer.writerows(rows)
-    os.replace(temporary, arguments.output)
+    write_csv(arguments.output, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
     python benchmarks/fusionformer_ablation.py [-- options of train.py for all runs]
 
+Needs matplotlib: ``pip install -e '.[plot]'``.
 Trains each variant on the embedded mini corpus (train.py resumes what was interrupted), then writes loss and error rate by epoch
 to benchmarks/results/fusionformer_ablation.csv and draws them. Only normalisation and activation differ between the runs.
 """
 
 import argparse
-import csv
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from matplotlib import pyplot  # without it, better an error now than after the training
+from measure import write_csv
 
 from speechbrain_ext.encoders.fusionformer import VARIANTS
 
@@ -41,11 +43,6 @@ def curve(variant, options):
 
 def draw(rows, path):
     """One line per variant: training loss and validation error rate by epoch."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     figure, (loss, wer) = pyplot.subplots(1, 2, figsize=(9, 3.5))
     for variant in VARIANTS:
         mine = [row for row in rows if row["variant"] == variant]
@@ -67,12 +64,7 @@ def main():
     arguments = parser.parse_args()
     rows = [row for variant in arguments.variants for row in curve(variant, arguments.options)]
     path = RESULTS / "fusionformer_ablation.csv"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    write_csv(path, FIELDS, rows)
     draw([dict(zip(FIELDS, row, strict=True)) for row in rows], path.with_suffix(".png"))
 
 

@@ -8,15 +8,12 @@ SpeechBrain's module is built with ``max_length`` as long as the input, past its
 """
 
 import argparse
-import csv
-import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from measure import medians, write_csv
 from speechbrain.nnet.hypermixing import HyperMixing as SpeechBrainHyperMixing
 
 from speechbrain_ext.lobes.hypermixing import HyperMixing
@@ -61,14 +58,9 @@ def compare(frames, rounds):
     nets = {name: build(name, frames) for name in ("ours", "speechbrain")}
     x = torch.randn(1, frames, WIDTH)
     answers = {name: net(x, x, x)[0] for name, net in nets.items()}
-    times = {name: [] for name in nets}
-    for _ in range(rounds):
-        for name, net in nets.items():
-            start = time.perf_counter()
-            net(x, x, x)
-            times[name].append(1e3 * (time.perf_counter() - start))
+    ms = medians({name: lambda net=net: net(x, x, x) for name, net in nets.items()}, rounds, warmup=0)
     difference = (answers["ours"] - answers["speechbrain"]).abs().max().item()
-    return statistics.median(times["ours"]), statistics.median(times["speechbrain"]), difference
+    return ms["ours"], ms["speechbrain"], difference
 
 
 def main():
@@ -95,13 +87,7 @@ def main():
         row += (*(round(value, 1) for value in memory), round(memory[1] / memory[0], 1), f"{difference:.1e}")
         print(("{:>16}" * len(FIELDS)).format(*row), flush=True)
         rows.append(row)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        writer.writerows(rows)
-    os.replace(temporary, arguments.output)
+    write_csv(arguments.output, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ counted on what runs, attention included.
 """
 
 import argparse
-import csv
-import os
-import statistics
-import time
 from pathlib import Path
 
 import torch
+from measure import medians, write_csv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,18 +54,6 @@ def macs(net, part, seconds):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(net, part, inputs(net, part, 1, seconds))
     return counter.get_total_flops() / 2
-
-
-def medians(calls, rounds):
-    """Median time of each call in ms, taken alternately."""
-    times = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:  # the first one warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def train(net, part, x, dtype):
@@ -130,13 +115,7 @@ def main():
         for values in compare(size, arguments.rounds):
             print(("{:>18}" * len(FIELDS)).format(*map(str, values.values())), flush=True)
             rows.append(values)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, arguments.output)
+    write_csv(arguments.output, FIELDS, [values.values() for values in rows])
 
 
 if __name__ == "__main__":

@@ -72,20 +72,20 @@ class AsrBrain(Brain):
             (B, U, V) or None.
         """
         batch = batch.to(self.device)
-        x, lens = self.modules.subsampling(*self.normalized_features(batch, stage))
+        feats, lens = self.features(batch, stage)  # (B, T, F)
+        feats = self.modules.normalize(feats, lens, epoch=self.hparams.epoch_counter.current)
+        if self.hparams.fea_augment and self.augments(stage):
+            feats, lens = self.hparams.fea_augment(feats, lens)
+        return self.forward_features(feats, lens, batch, stage)
+
+    def forward_features(self, feats, lens, batch, stage):
+        """From normalised features (B, T, F) with relative lengths (B,) to what :meth:`compute_forward` returns."""
+        x, lens = self.modules.subsampling(feats, lens)
         chunks = self.draw_chunks(stage)
         enc, dec = self.modules.Transformer(
             x, batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index, dynchunktrain_config=chunks
         )
         return enc, lens, self.modules.ctc_lin(enc), None if dec is None else self.modules.seq_lin(dec)
-
-    def normalized_features(self, batch, stage):
-        """Normalised features (B, T, F), augmented in training, and their exact relative lengths (B,)."""
-        feats, lens = self.features(batch, stage)
-        feats = self.modules.normalize(feats, lens, epoch=self.hparams.epoch_counter.current)
-        if self.hparams.fea_augment and self.augments(stage):
-            feats, lens = self.hparams.fea_augment(feats, lens)
-        return feats, lens
 
     def draw_chunks(self, stage):
         """The chunk setting for a batch, None for full context."""
@@ -125,11 +125,14 @@ class AsrBrain(Brain):
                 texts[BEAM] = hparams.ctc_search(ctc_log_probs, lens)
             if stage == Stage.TEST and seq_logits is not None:
                 texts[JOINT] = self.decode(hparams.test_search(enc.float(), lens)[0])
-            references = [text.split() for text in batch.wrd]
             for search, hypotheses in texts.items():
-                words = [text.split() for text in hypotheses]
-                self.error_rates.setdefault(search, ErrorRateStats()).append(batch.id, words, references)
+                self.score(self.error_rates.setdefault(search, ErrorRateStats()), batch, hypotheses)
         return loss
+
+    def score(self, error_rate, batch, hypotheses):
+        """Add the texts of a batch to an error rate."""
+        words, references = ([text.split() for text in texts] for texts in (hypotheses, batch.wrd))
+        error_rate.append(batch.id, words, references)
 
     def decode(self, hypotheses):
         """Texts of lists of token ids."""

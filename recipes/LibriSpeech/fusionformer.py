@@ -24,19 +24,17 @@ class FusionFormerBrain(AsrBrain):
         self.hparams.subsampling.fuse_()
         self.hparams.Transformer.encoder.fuse_()
 
-    def compute_forward(self, batch, stage):
+    def forward_features(self, feats, lens, batch, stage):
         """As for all architectures; in the test also greedy search with the unfused model."""
         if stage == Stage.TEST:
-            batch = batch.to(self.device)
             subsampling, transformer, *_, ctc_lin = self.unfused
             with torch.no_grad():
-                x, lens = subsampling(*self.normalized_features(batch, stage))
-                enc = transformer.encode(x, lens, dynchunktrain_config=self.draw_chunks(stage))
+                x, frame_lens = subsampling(feats, lens)
+                enc = transformer.encode(x, frame_lens, dynchunktrain_config=self.draw_chunks(stage))
                 log_probs = ctc_lin(enc).float().log_softmax(-1)
-            texts = self.decode(ctc_greedy_decode(log_probs, lens, self.hparams.blank_index))
-            references = [text.split() for text in batch.wrd]
-            self.unfused_errors.append(batch.id, [text.split() for text in texts], references)
-        return super().compute_forward(batch, stage)
+            texts = self.decode(ctc_greedy_decode(log_probs, frame_lens, self.hparams.blank_index))
+            self.score(self.unfused_errors, batch, texts)
+        return super().forward_features(feats, lens, batch, stage)
 
     def on_stage_start(self, stage, epoch=None):
         """Start new error rates."""

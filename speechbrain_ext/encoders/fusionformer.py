@@ -19,7 +19,7 @@ from torch import nn
 from speechbrain_ext.encoders.base import Encoder, LayerState
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, ReLU
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, ReLU, Unchanged
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
 
@@ -50,11 +50,6 @@ class _LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
-class _None(nn.Module):
-    def forward(self, x, mask=None):
-        return x
-
-
 class _Parts:
     """Builds the layers of a variant."""
 
@@ -65,7 +60,7 @@ class _Parts:
 
     def before(self, size):
         """What stands where a Conformer has a LayerNorm."""
-        return {"layer": _LayerNorm, "batch": self.batch_norm, None: lambda size: _None()}[self.variant.before](size)
+        return {"layer": _LayerNorm, "batch": self.batch_norm, None: lambda size: Unchanged()}[self.variant.before](size)
 
     def linear(self, inputs, outputs, last=False):
         """A linear layer with what stands behind it; ``last`` of its residual branch."""
@@ -109,7 +104,6 @@ class FusionConvolution(DepthwiseModule):
         self.activation = parts.activation()
         self.pointwise2 = parts.linear(d_model, d_model, last=True)
         self.dropout = nn.Dropout(dropout)
-        self.folds = behind
 
     def _before(self, x, mask):
         return self.gate(self.pointwise1(self.norm(x, mask), mask))
@@ -117,12 +111,6 @@ class FusionConvolution(DepthwiseModule):
     def _after(self, x, mask):
         x = self.activation(self.depthwise_norm(x, mask))
         return self.dropout(self.pointwise2(x, mask))
-
-    def fuse_(self):
-        """Fold the BatchNorm into the depthwise convolution, in place."""
-        if self.folds and isinstance(self.depthwise_norm, MaskedBatchNorm):
-            self.depthwise_norm.fold_into_(self.depthwise)
-            self.depthwise_norm = _None()
 
 
 class FusionFormerLayer(nn.Module):

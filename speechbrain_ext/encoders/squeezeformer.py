@@ -204,12 +204,12 @@ class SqueezeformerEncoder(Encoder):
         eps: float = 1e-5,
     ):
         published = published_size("xs" if size is None else size)
-        given = {"d_model": d_model, "nhead": nhead, "num_layers": num_layers, "d_ffn": d_ffn}
-        for key, value in given.items():
+        given = {"d_model": d_model, "nhead": nhead, "num_layers": num_layers}
+        for key, value in {**given, "d_ffn": d_ffn}.items():
             usual = getattr(published, key)
             if size is not None and value not in (None, usual):
                 raise ValueError(f"The Squeezeformer of size '{size}' has {key} {usual}, not {value}; leave out one of the two.")
-        d_model, nhead, num_layers = (getattr(published, key) if given[key] is None else given[key] for key in list(given)[:3])
+        d_model, nhead, num_layers = (getattr(published, key) if value is None else value for key, value in given.items())
         d_ffn = 4 * d_model if d_ffn is None else d_ffn
         if d_ffn < 1:
             raise ValueError(f"d_ffn is {d_ffn}; give at least 1.")

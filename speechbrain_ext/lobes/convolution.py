@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
@@ -57,7 +57,8 @@ class DepthwiseModule(nn.Module):
     https://arxiv.org/abs/2304.09325): it sees (K - 1) / 2 frames to the left across chunks and nothing to the right of its chunk.
     The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution.
 
-    Subclasses have ``_before(x, mask)``, ``_after(x, mask)`` and the convolution ``depthwise`` between the two.
+    Subclasses have ``_before(x, mask)``, ``_after(x, mask)``, the convolution ``depthwise`` between the two, and what normalises
+    its output, ``depthwise_norm``.
 
     Arguments
     ---------
@@ -123,6 +124,12 @@ class DepthwiseModule(nn.Module):
         x = F.pad(x, (0, 0, self.context, 0)) if state is None else torch.cat((state, x), dim=1)
         y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.context))), None)
         return y, x[:, x.shape[1] - self.context :].clone()
+
+    def fuse_(self):
+        """Fold a BatchNorm behind the depthwise convolution into it, in place."""
+        if isinstance(self.depthwise_norm, MaskedBatchNorm):
+            self.depthwise_norm.fold_into_(self.depthwise)
+            self.depthwise_norm = Unchanged()
 
     def _convolve(self, x):
         return depthwise_conv(x, self.depthwise.weight, self.depthwise.bias)
@@ -219,11 +226,4 @@ class SwishConvolutionModule(DepthwiseModule):
         return self.activation(self.pointwise1(x))
 
     def _after(self, x, mask):
-        x = x if self.depthwise_norm is None else self.depthwise_norm(x, mask)
-        return self.dropout(self.pointwise2(self.activation(x)))
-
-    def fuse_(self):
-        """Fold the BatchNorm into the depthwise convolution, in place, for inference."""
-        if self.depthwise_norm is not None:
-            self.depthwise_norm.fold_into_(self.depthwise)
-            self.depthwise_norm = None
+        return self.dropout(self.pointwise2(self.activation(self.depthwise_norm(x, mask))))

@@ -104,6 +104,20 @@ class PlainLinear(nn.Linear):
         return super().forward(x)
 
 
+class Unchanged(nn.Module):
+    """Stands where there is no normalisation, or none any more.
+
+    Example
+    -------
+    >>> Unchanged()(torch.ones(1), None)
+    tensor([1.])
+    """
+
+    def forward(self, x, mask=None):
+        """Any shape."""
+        return x
+
+
 class ReLU(nn.Module):
     """ReLU, in place where no gradient is wanted; with one, that would cost two copies, as linear layers give views.
 
