@@ -53,6 +53,7 @@ def _add_transcribe(commands):
     parser.add_argument("model", metavar="MODEL", help="a folder that training left behind, or a Hugging Face repository")
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
+    parser.add_argument("--pass", dest="answer", choices=("first", "second"), help="of a cascade, which pass answers")
     parser.set_defaults(run=transcribe)
 
 
@@ -64,7 +65,7 @@ def transcribe(arguments):
         from speechbrain_ext.inference import load_model
 
         try:
-            model = load_model(arguments.model, arguments.device)
+            model = load_model(arguments.model, arguments.device, arguments.answer)
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(_sentence(error)) from error
     files, failed = arguments.files, False

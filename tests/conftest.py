@@ -32,6 +32,8 @@ VARIANTS = {
         {"variant": "layer_norm"},
         {"fused": True},
     ],
+    "practical_conformer": [{"causal": False, "kernel": "softmax"}, {"attention_type": "RoPEMHA", "causal": False}],
+    "cascade": [{"first": "hyperconformer", "second": {"encoder": "squeezeformer", "d_model": 16, "num_layers": 2}}],
     "squeezeformer": [{"reduce_before": [0, 1], "recover_before": [2, 2]}],
 }
 CASES = [(name, keys) for name in list_encoders() for keys in ({}, *VARIANTS.get(name, []))]

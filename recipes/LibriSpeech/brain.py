@@ -39,6 +39,10 @@ class AsrBrain(Brain):
 
     fused = False
     """Whether the final model is fused for inference."""
+    answer = ""
+    """Goes before the names of searches, where a model gives several answers."""
+    selection = GREEDY
+    """The search whose error rate selects checkpoints."""
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         if not hparams["num_decoder_layers"]:  # nothing would feed seq_lin
@@ -126,7 +130,7 @@ class AsrBrain(Brain):
             if stage == Stage.TEST and seq_logits is not None:
                 texts[JOINT] = self.decode(hparams.test_search(enc.float(), lens)[0])
             for search, hypotheses in texts.items():
-                self.score(self.error_rates.setdefault(search, ErrorRateStats()), batch, hypotheses)
+                self.score(self.error_rates.setdefault(self.answer + search, ErrorRateStats()), batch, hypotheses)
         return loss
 
     def score(self, error_rate, batch, hypotheses):
@@ -199,7 +203,7 @@ class AsrBrain(Brain):
             meta = {"epoch": epoch, "steps": self.optimizer_step, "lr": self.optimizer.param_groups[0]["lr"]}
             self.hparams.train_logger.log_stats(meta, self.train_stats, stats)
             self.checkpointer.save_and_keep_only(
-                meta={"WER": stats[f"WER {GREEDY}"], "epoch": epoch},
+                meta={"WER": stats[f"WER {self.selection}"], "epoch": epoch},
                 min_keys=["WER"],
                 keep_recent=False,
                 num_to_keep=self.hparams.average_checkpoints,

@@ -13,6 +13,53 @@ from speechbrain_ext.lobes.masks import check_chunks, zero_padding
 from speechbrain_ext.lobes.stack import Stack
 
 
+def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, given: dict) -> list:
+    """The sizes to build an encoder with: those given, else those of the named row of a table.
+
+    Arguments
+    ---------
+    architecture : str
+        For messages.
+    sizes : dict
+        Rows by name.
+    size : str, optional
+        Name of the row.
+    usual : str
+        Name of the row that completes what is given where no name is.
+    given : dict
+        Values by attribute of a row; None = the row's.
+
+    Returns
+    -------
+    list
+        In the order of ``given``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such row, a given value contradicts the named row, or a value is not positive.
+
+    Example
+    -------
+    >>> from speechbrain_ext.encoders.squeezeformer import SIZES
+    >>> choose_size("Squeezeformer", SIZES, None, "xs", {"d_model": 32, "nhead": None})
+    [32, 4]
+    """
+    if size is not None and size not in sizes:
+        raise ValueError(f"There is no {architecture} of size '{size}'; the sizes are: {', '.join(sizes)}.")
+    row, chosen = sizes[usual if size is None else size], []
+    for key, value in given.items():
+        usual_value = getattr(row, key)
+        if size is not None and value not in (None, usual_value):
+            raise ValueError(
+                f"The {architecture} of size '{size}' has {key} {usual_value}, not {value}; leave out one of the two."
+            )
+        chosen.append(usual_value if value is None else value)
+        if chosen[-1] < 1:
+            raise ValueError(f"{key} is {value}; give at least 1.")
+    return chosen
+
+
 @dataclass
 class LayerState:
     """What a block remembers between chunks."""

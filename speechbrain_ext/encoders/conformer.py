@@ -21,8 +21,9 @@ class ConformerLayer(nn.Module):
 
     Arguments
     ---------
-    mixer : torch.nn.Module
-        Mixes frames: ``mix(x, shared)`` and ``stream(x, state, shared)`` as in :mod:`speechbrain_ext.lobes.attention`.
+    mixer : torch.nn.Module, optional
+        Mixes frames: ``mix(x, shared)`` and ``stream(x, state, shared)`` as in :mod:`speechbrain_ext.lobes.attention`. None = only
+        the convolution mixes.
     d_model : int
         Width.
     d_ffn : int
@@ -35,6 +36,8 @@ class ConformerLayer(nn.Module):
         Class of the activation in the feed-forward and convolution modules.
     bias : bool
         Whether the convolution module has biases.
+    causal : bool
+        Whether the convolution sees nothing to the right.
 
     Example
     -------
@@ -48,45 +51,48 @@ class ConformerLayer(nn.Module):
 
     def __init__(
         self,
-        mixer: nn.Module,
+        mixer: nn.Module | None,
         d_model: int,
         d_ffn: int,
         dropout: float = 0.0,
         kernel_size: int = 31,
         activation: type = nn.SiLU,
         bias: bool = True,
+        causal: bool = False,
     ):
         super().__init__()
         self.ffn1 = FeedForward(d_model, d_ffn, dropout, activation)
-        self.mixer_norm = nn.LayerNorm(d_model)
+        self.mixer_norm = nn.LayerNorm(d_model) if mixer else None
         self.mixer = mixer
-        self.convolution = ConvolutionModule(d_model, kernel_size, dropout, activation, bias)
+        self.convolution = ConvolutionModule(d_model, kernel_size, dropout, activation, bias, causal)
         self.ffn2 = FeedForward(d_model, d_ffn, dropout, activation)
         self.norm = nn.LayerNorm(d_model)
 
     def prepare(self, x, mask, config):
         """What the mixers of all layers share in one forward."""
-        return self.mixer.prepare(x, mask, config)
+        return self.mixer.prepare(x, mask, config) if self.mixer else None
 
     def forward(self, x, shared, mask=None, config: DynChunkTrainConfig | None = None):
         """(B, T, D) to (B, T, D), as :mod:`speechbrain_ext.lobes.stack` describes it."""
         x = x + 0.5 * self.ffn1(x)
-        x = x + self.mixer.mix(self.mixer_norm(x), shared)
+        if self.mixer:
+            x = x + self.mixer.mix(self.mixer_norm(x), shared)
         x = x + self.convolution(x, mask, config)
         return self.norm(x + 0.5 * self.ffn2(x))
 
     def initial_state(self, config: DynChunkTrainConfig) -> LayerState:
         """The state before the first chunk."""
-        return LayerState(self.mixer.initial_state(config))
+        return LayerState(self.mixer.initial_state(config) if self.mixer else None)
 
     def prepare_stream(self, x, state: LayerState):
         """What the mixers of all layers share for one chunk."""
-        return self.mixer.prepare_stream(x, state.mixer)
+        return self.mixer.prepare_stream(x, state.mixer) if self.mixer else None
 
     def stream(self, x, state: LayerState, shared):
         """One chunk (B, C, D) to (B, C, D); updates the state."""
         x = x + 0.5 * self.ffn1(x)
-        x = x + self.mixer.stream(self.mixer_norm(x), state.mixer, shared)
+        if self.mixer:
+            x = x + self.mixer.stream(self.mixer_norm(x), state.mixer, shared)
         y, state.convolution = self.convolution.stream(x, state.convolution)
         x = x + y
         return self.norm(x + 0.5 * self.ffn2(x))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders.base import Encoder, LayerState
+from speechbrain_ext.encoders.base import Encoder, LayerState, choose_size
 from speechbrain_ext.lobes.attention import RelativeSelfAttention
 from speechbrain_ext.lobes.convolution import SwishConvolutionModule
 from speechbrain_ext.lobes.feedforward import ScaledFeedForward
@@ -203,16 +203,9 @@ class SqueezeformerEncoder(Encoder):
         padding: str = "symmetric",
         eps: float = 1e-5,
     ):
-        published = published_size("xs" if size is None else size)
-        given = {"d_model": d_model, "nhead": nhead, "num_layers": num_layers}
-        for key, value in {**given, "d_ffn": d_ffn}.items():
-            usual = getattr(published, key)
-            if size is not None and value not in (None, usual):
-                raise ValueError(f"The Squeezeformer of size '{size}' has {key} {usual}, not {value}; leave out one of the two.")
-        d_model, nhead, num_layers = (getattr(published, key) if value is None else value for key, value in given.items())
+        given = {"d_model": d_model, "nhead": nhead, "num_layers": num_layers, "d_ffn": d_ffn}
+        d_model, nhead, num_layers, _ = choose_size("Squeezeformer", SIZES, size, "xs", given)
         d_ffn = 4 * d_model if d_ffn is None else d_ffn
-        if d_ffn < 1:
-            raise ValueError(f"d_ffn is {d_ffn}; give at least 1.")
         if reduce_before is None and recover_before is None and num_layers > 1:
             reduce_before, recover_before = max(0, num_layers // 2 - 1), num_layers - 1
         layers = [SqueezeformerLayer(d_model, nhead, d_ffn, dropout, kernel_size, eps) for _ in range(num_layers)]

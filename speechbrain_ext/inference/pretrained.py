@@ -135,7 +135,7 @@ class CtcModel(_ExactLengths, EncoderASR):
 _CLASSES = {"EncoderDecoderASR": JointModel, "EncoderASR": CtcModel}
 
 
-def load_model(source, device=None):
+def load_model(source, device=None, answer=None):
     """Load a trained model.
 
     Loading runs what ``hyperparams.yaml`` names: load only models whose origin you trust.
@@ -146,6 +146,8 @@ def load_model(source, device=None):
         A folder that training left behind, or the name of a Hugging Face repository with the same files.
     device : str, optional
         Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
+    answer : str, optional
+        Of a cascade, the pass that answers: "second", the default, or "first".
 
     Returns
     -------
@@ -157,7 +159,7 @@ def load_model(source, device=None):
     FileNotFoundError
         If there is no such model.
     ValueError
-        If it is not a speech recogniser.
+        If it is not a speech recogniser, or ``answer`` is given for one that is no cascade.
     RuntimeError
         If it is damaged, or names what is not installed.
 
@@ -188,10 +190,16 @@ def load_model(source, device=None):
     if interface not in _CLASSES:
         raise ValueError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(_CLASSES)}.")
     try:
-        return _CLASSES[interface].from_hparams(source=source, run_opts={"device": device} if device else None)
+        model = _CLASSES[interface].from_hparams(source=source, run_opts={"device": device} if device else None)
     except Exception as error:  # pickle, YAML, sentencepiece and what the YAML names each raise their own
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}") from error
+    if answer is not None:
+        encoder = model.mods.encoder.transformer.encoder
+        if not hasattr(encoder, "answer"):
+            raise ValueError(f"The model {source} is no cascade: it gives one answer; leave out the choice of a pass.")
+        encoder.answer = answer
+    return model
 
 
 def _inference_hparams(tree):

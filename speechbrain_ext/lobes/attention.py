@@ -46,6 +46,8 @@ class SelfAttention(nn.Module):
     speechbrain_scores : bool
         Reproduce SpeechBrain's scores, for its published checkpoints: scaled by the model width, where scaling by the head size
         is right, and (relative form) blind to the sign of the distance.
+    causal : bool
+        Whether a frame sees nothing after itself, in full context and inside its chunk.
 
     Raises
     ------
@@ -53,13 +55,16 @@ class SelfAttention(nn.Module):
         If the width does not divide by the number of heads.
     """
 
-    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
+    def __init__(
+        self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False
+    ):
         super().__init__()
         if d_model < 1 or nhead < 1 or d_model % nhead:
             raise ValueError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
         self.nhead = nhead
         self.dropout = dropout
         self.speechbrain_scores = speechbrain_scores
+        self.causal = causal
         self.scale = (d_model if speechbrain_scores else d_model // nhead) ** -0.5
         self.qkv = PlainLinear(d_model, 3 * d_model, bias=False)
         self.out = PlainLinear(d_model, d_model)
@@ -85,8 +90,8 @@ class SelfAttention(nn.Module):
         """
         frames = x.shape[1]
         blocked = None if mask is None else mask[:, None, None, :]
-        if config is not None:
-            chunks = chunk_mask(frames, config, x.device)[None, None]
+        if config is not None or self.causal:
+            chunks = chunk_mask(frames, config or DynChunkTrainConfig(1), x.device, self.causal)[None, None]
             blocked = chunks if blocked is None else blocked | chunks
         return self._table(frames, frames, x), blocked, mask
 
@@ -123,7 +128,7 @@ class SelfAttention(nn.Module):
         return AttentionState(None if config.is_infinite_left_context() else config.left_context_size_frames())
 
     def prepare_stream(self, x, state: AttentionState):
-        """What all layers share for one chunk: the position table over cache and chunk.
+        """What all layers share for one chunk: the position table over cache and chunk, and what is blocked or None.
 
         Arguments
         ---------
@@ -134,10 +139,13 @@ class SelfAttention(nn.Module):
 
         Returns
         -------
-        torch.Tensor
+        tuple
         """
-        cached = 0 if state.keys is None else state.keys.shape[2]
-        return self._table(x.shape[1], cached + x.shape[1], x)
+        cached, frames = 0 if state.keys is None else state.keys.shape[2], x.shape[1]
+        blocked = None
+        if self.causal:
+            blocked = x.new_ones(frames, cached + frames, dtype=torch.bool).triu(cached + 1)[None, None]
+        return self._table(frames, cached + frames, x), blocked
 
     def stream(self, x, state: AttentionState, shared):
         """Attend from one chunk over the cache and itself, and update the cache.
@@ -148,7 +156,7 @@ class SelfAttention(nn.Module):
             (B, C, D).
         state : AttentionState
             Updated in place.
-        shared : torch.Tensor
+        shared : tuple
             From :meth:`prepare_stream`.
 
         Returns
@@ -162,7 +170,7 @@ class SelfAttention(nn.Module):
         drop = 0 if state.left_frames is None else max(0, key.shape[2] - state.left_frames)
         # Cloned where cut, or the view would keep the dropped frames in memory.
         state.keys, state.values = (t[:, :, drop:].clone() if drop else t for t in (key, value))
-        return self.out(self._attend(query, key, value, shared, None))
+        return self.out(self._attend(query, key, value, *shared))
 
     def _project(self, x, mask=None):
         """(B, T, D) to query, key and value, each (B, heads, T, head size)."""
@@ -201,6 +209,8 @@ class RelativeSelfAttention(SelfAttention):
         Dropout on the attention probabilities.
     speechbrain_scores : bool
         Reproduce SpeechBrain's ``RelPosMHAXL``, see :class:`SelfAttention`.
+    causal : bool
+        Whether a frame sees nothing after itself.
 
     Raises
     ------
@@ -215,8 +225,10 @@ class RelativeSelfAttention(SelfAttention):
     torch.Size([2, 10, 32])
     """
 
-    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
-        super().__init__(d_model, nhead, dropout, speechbrain_scores)
+    def __init__(
+        self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False
+    ):
+        super().__init__(d_model, nhead, dropout, speechbrain_scores, causal)
         if d_model % 2:
             raise ValueError(f"Relative positions need an even d_model for their sinusoids, not {d_model}.")
         self.position = nn.Linear(d_model, d_model, bias=False)
@@ -274,6 +286,8 @@ class RotarySelfAttention(SelfAttention):
         Dropout on the attention probabilities.
     speechbrain_scores : bool
         Reproduce SpeechBrain's ``RoPEMHA``, see :class:`SelfAttention`.
+    causal : bool
+        Whether a frame sees nothing after itself.
 
     Raises
     ------
@@ -288,8 +302,10 @@ class RotarySelfAttention(SelfAttention):
     torch.Size([2, 10, 32])
     """
 
-    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False):
-        super().__init__(d_model, nhead, dropout, speechbrain_scores)
+    def __init__(
+        self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False
+    ):
+        super().__init__(d_model, nhead, dropout, speechbrain_scores, causal)
         if (d_model // nhead) % 2:
             raise ValueError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
 
@@ -321,14 +337,14 @@ ATTENTIONS = {"RelPosMHAXL": RelativeSelfAttention, "RoPEMHA": RotarySelfAttenti
 """SpeechBrain's names, as its hparams files use them."""
 
 
-def build_attention(attention_type: str, *args) -> SelfAttention:
+def build_attention(attention_type: str, *args, **kwargs) -> SelfAttention:
     """An attention by SpeechBrain's name.
 
     Arguments
     ---------
     attention_type : str
         "RelPosMHAXL" or "RoPEMHA".
-    *args
+    *args, **kwargs
         Of :class:`SelfAttention`.
 
     Returns
@@ -348,4 +364,4 @@ def build_attention(attention_type: str, *args) -> SelfAttention:
     """
     if attention_type not in ATTENTIONS:
         raise ValueError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(ATTENTIONS)}.")
-    return ATTENTIONS[attention_type](*args)
+    return ATTENTIONS[attention_type](*args, **kwargs)

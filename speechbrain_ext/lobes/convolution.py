@@ -55,7 +55,8 @@ class DepthwiseModule(nn.Module):
 
     With a chunk setting the convolution is a Dynamic Chunk Convolution (Li et al. 2023,
     https://arxiv.org/abs/2304.09325): it sees (K - 1) / 2 frames to the left across chunks and nothing to the right of its chunk.
-    The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution.
+    The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution. A causal one sees K - 1 frames to the left and
+    none to the right, whatever the chunks; its state is twice as long.
 
     Subclasses have ``_before(x, mask)``, ``_after(x, mask)``, the convolution ``depthwise`` between the two, and what normalises
     its output, ``depthwise_norm``.
@@ -64,6 +65,8 @@ class DepthwiseModule(nn.Module):
     ---------
     kernel_size : int
         Odd kernel size K of the depthwise convolution, in frames.
+    causal : bool
+        Whether it sees nothing to the right.
 
     Raises
     ------
@@ -71,11 +74,12 @@ class DepthwiseModule(nn.Module):
         If the kernel size is not positive and odd.
     """
 
-    def __init__(self, kernel_size: int):
+    def __init__(self, kernel_size: int, causal: bool = False):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size}.")
-        self.context = kernel_size // 2
+        self.look_ahead = 0 if causal else kernel_size // 2
+        self.context = kernel_size - 1 - self.look_ahead
 
     def forward(self, x, mask=None, config: DynChunkTrainConfig | None = None):
         """Convolve a whole utterance.
@@ -95,14 +99,14 @@ class DepthwiseModule(nn.Module):
             (B, T, D).
         """
         x = zero_padding(self._before(x, mask), mask)
-        if config is None:
-            return self._after(self._convolve(F.pad(x, (0, 0, self.context, self.context))), mask)
+        if config is None or not self.look_ahead:
+            return self._after(self._convolve(F.pad(x, (0, 0, self.context, self.look_ahead))), mask)
         batch, frames, width = x.shape
         size = min(config.chunk_size, frames)
         fill = -frames % size
         # For chunks a, b, c of 4 frames and 2 frames of context: 00aaaa00, aabbbb00, bbcccc00.
         x = F.pad(x, (0, 0, self.context, fill)).unfold(1, size + self.context, size)  # (B, chunks, D, context + size)
-        x = F.pad(x.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.context))
+        x = F.pad(x.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.look_ahead))
         return self._after(self._convolve(x).reshape(batch, frames + fill, width)[:, :frames], mask)
 
     def stream(self, x, state):
@@ -113,7 +117,7 @@ class DepthwiseModule(nn.Module):
         x : torch.Tensor
             (B, C, D).
         state : torch.Tensor, optional
-            (B, (K - 1) / 2, width of the depthwise convolution) from the last call, None before the first chunk.
+            (B, left context, width of the depthwise convolution) from the last call, None before the first chunk.
 
         Returns
         -------
@@ -122,7 +126,7 @@ class DepthwiseModule(nn.Module):
         """
         x = self._before(x, None)
         x = F.pad(x, (0, 0, self.context, 0)) if state is None else torch.cat((state, x), dim=1)
-        y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.context))), None)
+        y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.look_ahead))), None)
         return y, x[:, x.shape[1] - self.context :].clone()
 
     def fuse_(self):
@@ -152,6 +156,8 @@ class ConvolutionModule(DepthwiseModule):
         Class of the activation after the depthwise convolution.
     bias : bool
         Whether the linear and convolution layers have a bias.
+    causal : bool
+        Whether it sees nothing to the right.
 
     Raises
     ------
@@ -164,8 +170,16 @@ class ConvolutionModule(DepthwiseModule):
     torch.Size([2, 5, 16])
     """
 
-    def __init__(self, d_model: int, kernel_size: int = 31, dropout: float = 0.0, activation: type = nn.SiLU, bias: bool = True):
-        super().__init__(kernel_size)
+    def __init__(
+        self,
+        d_model: int,
+        kernel_size: int = 31,
+        dropout: float = 0.0,
+        activation: type = nn.SiLU,
+        bias: bool = True,
+        causal: bool = False,
+    ):
+        super().__init__(kernel_size, causal)
         self.norm = nn.LayerNorm(d_model)
         self.pointwise1 = nn.Linear(d_model, 2 * d_model, bias=bias)
         self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model, bias=bias)

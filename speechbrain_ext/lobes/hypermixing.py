@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from speechbrain_ext.lobes.chunk_sums import ChunkSums, window_sum
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.positions import sinusoids
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
@@ -76,10 +77,9 @@ class _Generators(nn.Module):
 class HyperMixingState:
     """What one layer remembers between chunks."""
 
-    left_chunks: int | None
+    sums: ChunkSums
+    """Of (heads, B, e, e + 1)."""
     frames: int = 0
-    sums: torch.Tensor | None = None
-    """Unlimited left context: (1, heads, B, e, e + 1) float64 running sum; limited: (<= L, ...) sums of the last chunks."""
 
 
 class HyperMixing(nn.Module):
@@ -231,7 +231,7 @@ class HyperMixing(nn.Module):
                 tensor.unflatten(2, (-1, size)) for tensor in self._generate(x, table)
             )  # (heads, B, chunks, size, e)
             with full_precision(x):  # sums over time leave the range and the resolution of half types
-                y = self._mix_tokens(_window_sum(_chunk_sum(values, first), config.left_context_size), second)
+                y = self._mix_tokens(window_sum(_chunk_sum(values, first), config.left_context_size), second)
             y = y.flatten(2, 3).permute(1, 2, 0, 3).reshape(batch, frames + fill, width)[:, :frames]
         return self._norm(zero_padding(y, mask)).to(x.dtype)
 
@@ -247,7 +247,7 @@ class HyperMixing(nn.Module):
         -------
         HyperMixingState
         """
-        return HyperMixingState(left_chunks=config.left_context_size)
+        return HyperMixingState(ChunkSums(config.left_context_size))
 
     def prepare_stream(self, x, state: HyperMixingState):
         """What all layers share for one chunk: the sinusoids of its absolute positions.
@@ -285,15 +285,7 @@ class HyperMixing(nn.Module):
         """
         values, first, second = self._generate(x, shared)
         with full_precision(x):  # sums over time leave the range and the resolution of half types
-            now = _chunk_sum(values, first).unsqueeze(0)  # (1, heads, B, e, e+1)
-            if state.left_chunks is None:
-                state.sums = now.double() if state.sums is None else state.sums + now
-                total = state.sums[0].to(now.dtype)
-            else:
-                window = now if state.sums is None else torch.cat((state.sums, now))
-                total = window.sum(0)
-                state.sums = window[max(0, len(window) - state.left_chunks) :].clone()  # a view would keep them all
-            y = self._mix_tokens(total, second)
+            y = self._mix_tokens(state.sums.add(_chunk_sum(values, first)), second)
         state.frames += x.shape[1]
         return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
 
@@ -330,12 +322,3 @@ def _chunk_sum(values, first):
     """S = sum over frames of x_t [g_t 1]', (..., T, e) twice to (..., e, e+1), in float32 or better."""
     values, first = at_least_float32(values), at_least_float32(first)
     return torch.cat((values.transpose(-1, -2) @ first, values.sum(-2).unsqueeze(-1)), dim=-1)
-
-
-def _window_sum(sums, left_chunks):
-    """For every chunk the sum over itself and its left context, (heads, B, chunks, e, e+1) to the same."""
-    running = sums.double().cumsum(2)
-    if left_chunks is not None:
-        before = min(left_chunks + 1, sums.shape[2])
-        running = running - F.pad(running, (0, 0, 0, 0, before, 0))[:, :, : sums.shape[2]]
-    return running.to(sums.dtype)

@@ -78,7 +78,7 @@ def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x.masked_fill(mask.unsqueeze(-1), 0.0)
 
 
-def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None) -> torch.Tensor:
+def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None, causal: bool = False) -> torch.Tensor:
     """Attention mask of chunked processing: a frame sees its own chunk and the left context, nothing to the right.
 
     Arguments
@@ -89,6 +89,8 @@ def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None) -> torch.T
         Chunk size in frames; left context in chunks, None = all.
     device : torch.device, optional
         Where to build the mask.
+    causal : bool
+        Whether a frame sees nothing after itself in its own chunk either.
 
     Returns
     -------
@@ -103,9 +105,10 @@ def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None) -> torch.T
             [1, 1, 0, 0],
             [1, 1, 0, 0]], dtype=torch.int32)
     """
-    chunk = torch.arange(frames, device=device) // config.chunk_size
+    frame = torch.arange(frames, device=device)
+    chunk = frame // config.chunk_size
     query, key = chunk.unsqueeze(1), chunk.unsqueeze(0)
-    blocked = key > query
+    blocked = frame > frame.unsqueeze(1) if causal else key > query
     if not config.is_infinite_left_context():
         blocked = blocked | (key < query - config.left_context_size)
     return blocked

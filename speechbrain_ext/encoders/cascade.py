@@ -1,0 +1,260 @@
+"""Cascaded encoders (Narayanan et al. 2020, https://arxiv.org/abs/2010.14606): a first pass that answers at once, and a second,
+non-causal one on top of it that sees more; one head or decoder serves both.
+
+Any registered encoder can be either stage. Ours are: the second stage's default (a Conformer with a third of the blocks), and that
+its right context comes in chunks, so that it does not add up over the blocks.
+"""
+
+import math
+
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import nn
+
+from speechbrain_ext.encoders.streaming import StreamingContext
+from speechbrain_ext.lobes.masks import check_chunks, zero_padding
+from speechbrain_ext.registry import build_encoder, encoder_keys, register_encoder
+
+PASSES = ("first", "second")
+
+
+@register_encoder("cascade")
+class CascadedEncoder(nn.Module):
+    """Two encoders, one on top of the other.
+
+    ``answer`` says whose frames :meth:`forward` and :meth:`forward_streaming` give, and may be set at any time: "second", or
+    "first", for which the second stage does not run at all. Where no chunk setting is given, the first stage runs as it will
+    when it streams (``first_chunk``), and the second one sees ``right_context``. A chunk setting that is given holds for both: the
+    whole cascade streams with the latency of one chunk. For a first pass that streams and a second one over the finished
+    utterance, stream with ``answer = "first"`` and give the frames to :meth:`second_pass`.
+
+    Arguments
+    ---------
+    d_model : int
+        Width of both stages, unless ``second`` has its own.
+    nhead : int
+        Number of heads of both, likewise.
+    num_layers : int
+        Number of blocks of both together; the second stage has a third, or as many as ``second`` says.
+    d_ffn : int
+        Width of the feed-forward modules' hidden layer of both, likewise.
+    dropout : float
+        Dropout of both, likewise.
+    kernel_size : int, optional
+        Kernel of the depthwise convolutions of both, likewise; by default their own.
+    first, second : str or dict
+        Name of the encoder, or a dictionary with its name as ``encoder`` and its own keys, which come before those above.
+    first_chunk : int, optional
+        Chunk size in frames of the first stage where the call gives none; None for encoders that are causal by themselves, and for
+        full context.
+    right_context : int, optional
+        Chunk size in frames of the second stage where the call gives none: what it sees to the right at most; None = the whole
+        utterance.
+    adapter : bool
+        Whether a linear layer with LayerNorm stands between the stages; between different widths it always does.
+    answer : str
+        "first" or "second".
+
+    Raises
+    ------
+    ValueError
+        If a name or ``answer`` is unknown, or a size is impossible.
+    TypeError
+        If a stage has no such key.
+
+    Example
+    -------
+    >>> import torch
+    >>> encoder = CascadedEncoder(32, 4, 4, 64, second={"encoder": "squeezeformer", "d_ffn": 128}).eval()
+    >>> x = torch.rand(2, 50, 32)
+    >>> second, _ = encoder(x)
+    >>> encoder.answer = "first"
+    >>> first, _ = encoder(x)
+    >>> torch.equal(encoder.second_pass(first), second)
+    True
+    """
+
+    streamable = True
+
+    def __init__(
+        self,
+        d_model: int = 144,
+        nhead: int = 4,
+        num_layers: int = 12,
+        d_ffn: int = 432,
+        dropout: float = 0.1,
+        kernel_size: int | None = None,
+        first: str | dict = "practical_conformer",
+        second: str | dict = "conformer",
+        first_chunk: int | None = None,
+        right_context: int | None = None,
+        adapter: bool = False,
+        answer: str = "second",
+    ):
+        super().__init__()
+        usual = {"d_model": d_model, "nhead": nhead, "d_ffn": d_ffn, "dropout": dropout, "kernel_size": kernel_size}
+        above = max(1, num_layers // 3)
+        self.second = _build("second", second, usual | {"num_layers": above})
+        above = second.get("num_layers", above) if isinstance(second, dict) else above
+        self.first = _build("first", first, usual | {"num_layers": max(1, num_layers - above)})
+        if self.first.d_model != d_model:
+            raise ValueError(f"The first stage has d_model {self.first.d_model}, and the cascade {d_model}; give it once.")
+        width = self.second.d_model
+        adapts = adapter or width != d_model
+        self.adapter = nn.Sequential(nn.Linear(d_model, width), nn.LayerNorm(width)) if adapts else nn.Identity()
+        self.output = nn.Linear(width, d_model) if width != d_model else nn.Identity()
+        self.d_model = d_model
+        self.chunk_multiple = math.lcm(self.first.chunk_multiple, self.second.chunk_multiple)
+        self.first_config, self.second_config = map(_chunks, (first_chunk, right_context))
+        for stage, config in ((self.first, self.first_config), (self.second, self.second_config)):
+            if config is not None:
+                check_chunks(config, stage.chunk_multiple)
+        self.answer = answer
+
+    @property
+    def answer(self) -> str:
+        """Whose frames forward and streaming give."""
+        return self._answer
+
+    @answer.setter
+    def answer(self, answer: str):
+        if answer not in PASSES:
+            raise ValueError(f"answer is '{answer}'; give first or second.")
+        self._answer = answer
+
+    def forward(
+        self,
+        src,
+        src_mask=None,
+        src_key_padding_mask=None,
+        pos_embs=None,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+    ):
+        """Encode whole utterances.
+
+        Arguments
+        ---------
+        src : torch.Tensor
+            (B, T, D).
+        src_mask, pos_embs
+            Not needed.
+        src_key_padding_mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+        dynchunktrain_config : DynChunkTrainConfig, optional
+            Restricts every frame of both stages to its chunk and the left context.
+
+        Returns
+        -------
+        tuple
+            (B, T, D) of the pass that ``answer`` names, zero in padded frames; and an empty list.
+
+        Raises
+        ------
+        ValueError
+            If the chunk setting is impossible.
+        """
+        if dynchunktrain_config is not None:
+            check_chunks(dynchunktrain_config, self.chunk_multiple)
+        config = dynchunktrain_config or self.first_config
+        x, _ = self.first(src, src_key_padding_mask=src_key_padding_mask, dynchunktrain_config=config)
+        if self.answer == "second":
+            x = self.second_pass(x, src_key_padding_mask, dynchunktrain_config)
+        return x, []
+
+    def second_pass(self, frames, mask=None, dynchunktrain_config: DynChunkTrainConfig | None = None):
+        """The second stage on the frames of the first one.
+
+        Arguments
+        ---------
+        frames : torch.Tensor
+            (B, T, D), from :meth:`forward` or :meth:`forward_streaming` with ``answer`` "first".
+        mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+        dynchunktrain_config : DynChunkTrainConfig, optional
+            In place of ``right_context``.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D), zero in padded frames.
+        """
+        config = dynchunktrain_config or self.second_config
+        x, _ = self.second(self.adapter(frames), src_key_padding_mask=mask, dynchunktrain_config=config)
+        return zero_padding(self.output(x), mask)
+
+    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig) -> StreamingContext:
+        """The context of a new stream, of the stages that ``answer`` needs.
+
+        Arguments
+        ---------
+        dynchunktrain_config : DynChunkTrainConfig
+            Chunk size in frames and left context in chunks (None = all).
+
+        Returns
+        -------
+        StreamingContext
+
+        Raises
+        ------
+        ValueError
+            If the chunk setting is impossible.
+        """
+        check_chunks(dynchunktrain_config, self.chunk_multiple)
+        stages = [self.first, self.second][: 1 + PASSES.index(self.answer)]
+        return StreamingContext(dynchunktrain_config, [stage.make_streaming_context(dynchunktrain_config) for stage in stages])
+
+    def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
+        """Encode one chunk.
+
+        Arguments
+        ---------
+        src : torch.Tensor
+            (B, C, D); C is the configured chunk size, less only in the last chunk.
+        context : StreamingContext
+            Updated in place; it decides which passes run.
+        pos_embs
+            Not needed.
+
+        Returns
+        -------
+        tuple
+            (B, C, D) and an empty list.
+
+        Raises
+        ------
+        ValueError
+            If the chunk is too long, or follows a shorter one.
+        """
+        context.accept(src)
+        first, *second = context.layers
+        x, _ = self.first.forward_streaming(src, first)
+        if second:
+            x, _ = self.second.forward_streaming(self.adapter(x), second[0])
+            x = self.output(x)
+        return x, []
+
+    def fuse_(self):
+        """Fold what both stages can, in place.
+
+        Returns
+        -------
+        CascadedEncoder
+            Itself.
+        """
+        self.first.fuse_()
+        self.second.fuse_()
+        return self
+
+
+def _build(stage, asked, usual):
+    """A stage from its name, or a dictionary with its name and keys; one with a ``size`` takes all from that."""
+    keys = {"encoder": asked} if isinstance(asked, str) else dict(asked)
+    if "encoder" not in keys:
+        raise ValueError(f"The {stage} stage of the cascade is {asked}; give a name, or a dictionary with the name as 'encoder'.")
+    name = keys.pop("encoder")
+    known = {"dropout", "kernel_size"} if "size" in keys else set(usual)
+    known &= set(encoder_keys(name))
+    return build_encoder(name, **{key: value for key, value in usual.items() if key in known and value is not None} | keys)
+
+
+def _chunks(size):
+    return None if size is None else DynChunkTrainConfig(size)

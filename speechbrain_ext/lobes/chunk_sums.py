@@ -1,0 +1,81 @@
+"""Sums over the frames that a chunk sees: what linear mixers are made of, for whole utterances and chunk by chunk.
+
+Sums over long audio are kept in float64: a float32 sum over hours would lose the newest frames.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def window_sum(sums: torch.Tensor, left_chunks: int | None) -> torch.Tensor:
+    """For every chunk the sum over itself and its left context.
+
+    Arguments
+    ---------
+    sums : torch.Tensor
+        (..., chunks, N, M), the sums of the chunks.
+    left_chunks : int, optional
+        The left context; None = all.
+
+    Returns
+    -------
+    torch.Tensor
+        (..., chunks, N, M).
+
+    Example
+    -------
+    >>> window_sum(torch.ones(4, 1, 1), 1).flatten()
+    tensor([1., 2., 2., 2.])
+    """
+    running = sums.double().cumsum(-3)
+    if left_chunks is not None:
+        before = min(left_chunks + 1, sums.shape[-3])
+        running = running - F.pad(running, (0, 0, 0, 0, before, 0))[..., : sums.shape[-3], :, :]
+    return running.to(sums.dtype)
+
+
+@dataclass
+class ChunkSums:
+    """The same for a stream: what it remembers are sums, of constant size however much audio went before.
+
+    Example
+    -------
+    >>> window = ChunkSums(left_chunks=1)
+    >>> [window.add(torch.ones(1)).item() for _ in range(4)]
+    [1.0, 2.0, 2.0, 2.0]
+    """
+
+    left_chunks: int | None
+    sums: torch.Tensor | None = None
+    """Unlimited left context: (1, ...) float64 running sum; limited: (<= L, ...) sums of the last chunks."""
+
+    def add(self, now: torch.Tensor) -> torch.Tensor:
+        """Take in the sum of a chunk, and give that over it and its left context.
+
+        Arguments
+        ---------
+        now : torch.Tensor
+            Of any shape.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the same shape.
+        """
+        return self.before(now) + now
+
+    def before(self, now: torch.Tensor) -> torch.Tensor:
+        """Take in the sum of a chunk, and give that over its left context alone."""
+        if self.sums is None:
+            before = torch.zeros_like(now)
+            self.sums = now.double().unsqueeze(0) if self.left_chunks is None else now.unsqueeze(0)[: self.left_chunks].clone()
+            return before
+        before = self.sums.sum(0).to(now.dtype)
+        if self.left_chunks is None:
+            self.sums = self.sums + now
+        else:
+            window = torch.cat((self.sums, now.unsqueeze(0)))
+            self.sums = window[max(0, len(window) - self.left_chunks) :].clone()  # a view would keep them all
+        return before

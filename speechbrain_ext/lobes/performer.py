@@ -1,0 +1,345 @@
+r"""Performer attention (FAVOR+): self-attention with cost linear in length and, chunk by chunk, a state of constant size.
+
+Softmax attention weighs key j for query i by exp(q_i k_j / sqrt(e)), e = head size. Here the weight is a product of features,
+
+    weight(i, j) = phi(q_i)' psi(k_j),      y_i = sum_j weight(i, j) v_j / sum_j weight(i, j)
+
+so that the sums over j are taken before the product with the query: with
+
+    S = sum_j psi(k_j) [v_j 1]'   of shape (m, e + 1),      [numerator denominator]_i = phi(q_i)' S
+
+**Features.** "softmax": positive orthogonal random features, unbiased for the softmax's exponential. With x^ = x / e^(1/4), and
+rows w_r of a random matrix that are Gaussian each and orthogonal in blocks of e,
+
+    phi_r(q) = exp(w_r q^ + |w_r|^2 / 2 - max over r),      psi_r(k) = exp(-|k^ - w_r|^2 / 2 + e / 2)
+
+The usual form, exp(w x^ - |x^|^2 / 2) for both, is the same up to factors that cancel: one per query, and one per feature that
+keys lose and queries get. Keys are then bounded without a maximum over time, which would look into the future.
+"relu": phi(x) = psi(x) = ReLU(w x / sqrt(e)) + 1e-3; without random features (``features`` 0) ReLU(x) + 1e-3, with m = e.
+
+**Causal, in training.** Frames are taken in blocks of at least 64. What lies before a block enters as one running sum; inside the
+block the weights are multiplied out, and those of later frames (or chunks) left out. No loop over time, T / 64 sums.
+
+**Recurrent.** Chunk by chunk, S is the state: heads m (e + 1) float64 numbers per utterance and layer for an unlimited left
+context (266 kB for 8 heads of 64 with 64 features), whatever the length of the audio so far; with L chunks of left context, L
+times half of that. This is an RNN's step, hence "RNN attention".
+
+Sources: Choromanski et al. 2020, https://arxiv.org/abs/2009.14794 (features, causal prefix sums); Katharopoulos et al. 2020,
+https://arxiv.org/abs/2006.16236 (the recurrence).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import nn
+
+from speechbrain_ext.lobes.chunk_sums import ChunkSums
+from speechbrain_ext.lobes.fusible import PlainLinear
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+
+BLOCK = 64
+"""Frames whose weights the causal form multiplies out at once."""
+RELU_FLOOR = 1e-3
+"""Added to ReLU features, so that no denominator is zero; the value of Lingvo's Performer."""
+KERNELS = ("softmax", "relu")
+
+
+def orthogonal_gaussian(rows: int, size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Rows that are each standard Gaussian, and orthogonal to one another in blocks of ``size``.
+
+    Arguments
+    ---------
+    rows : int
+        Number of rows.
+    size : int
+        Their length.
+    generator : torch.Generator, optional
+        Source of randomness.
+
+    Returns
+    -------
+    torch.Tensor
+        (rows, size) float32.
+
+    Example
+    -------
+    >>> w = orthogonal_gaussian(6, 4)
+    >>> torch.allclose(w[0] @ w[1], torch.tensor(0.0), atol=1e-5)
+    True
+    """
+    blocks = -(-rows // size)
+    directions, _ = torch.linalg.qr(torch.randn(blocks, size, size, generator=generator))
+    norms = torch.randn(blocks * size, size, generator=generator).norm(dim=1, keepdim=True)
+    return (directions.transpose(1, 2).flatten(0, 1) * norms)[:rows]
+
+
+@torch.no_grad()
+def redraw_features(module: nn.Module, draw: int) -> None:
+    """Give all :class:`RandomFeatures` inside new random features, for training; evaluation keeps those it was built with.
+
+    The same number gives the same features in every process and after every resumption. As evaluation's stay, averages of
+    checkpoints keep their meaning.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Any.
+    draw : int
+        Number of the draw.
+
+    Example
+    -------
+    >>> attention = PerformerAttention(16, 2, kernel="softmax")
+    >>> redraw_features(attention, 1)
+    >>> torch.equal(attention.features.training_projection, attention.features.projection)
+    False
+    """
+    generator = torch.Generator().manual_seed(draw)
+    for part in module.modules():
+        if isinstance(part, RandomFeatures) and part.projection is not None:
+            drawn = orthogonal_gaussian(*part.projection.shape, generator)
+            part.training_projection = drawn.to(part.projection)
+
+
+class RandomFeatures(nn.Module):
+    """The features of queries and keys.
+
+    Arguments
+    ---------
+    head_size : int
+        Width e of queries and keys.
+    kernel : str
+        "softmax" or "relu", see the module.
+    features : int
+        Number m of random features; 0 (relu only) = no random projection.
+
+    Raises
+    ------
+    ValueError
+        If the kernel is unknown, or has no such number of features.
+
+    Example
+    -------
+    >>> query, key = RandomFeatures(8, "softmax", 32)(torch.rand(2, 5, 8), torch.rand(2, 5, 8))
+    >>> query.shape, bool((key > 0).all())
+    (torch.Size([2, 5, 32]), True)
+    """
+
+    def __init__(self, head_size: int, kernel: str, features: int):
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"Unknown kernel '{kernel}' of Performer attention; the known ones are: {', '.join(KERNELS)}.")
+        if features < 0 or (kernel == "softmax" and not features):
+            raise ValueError(f"features is {features}; the {kernel} kernel needs at least {int(kernel == 'softmax')}.")
+        self.kernel = kernel
+        self.size = features or head_size
+        self.register_buffer("projection", orthogonal_gaussian(features, head_size) if features else None)
+        self.register_buffer("training_projection", None, persistent=False)
+
+    def forward(self, query, key):
+        """(..., e) each to (..., m) each, float32 or better."""
+        query, key = at_least_float32(query), at_least_float32(key)
+        projection = self.projection
+        if self.training and self.training_projection is not None:
+            projection = self.training_projection
+        if projection is not None:
+            projection = projection.to(query.dtype)
+            scale = query.shape[-1] ** (-0.25 if self.kernel == "softmax" else -0.5)
+            weight = projection * scale
+            query, projected = F.linear(query, weight), F.linear(key, weight)
+        if self.kernel == "relu":
+            key = key if projection is None else projected
+            return query.relu() + RELU_FLOOR, key.relu() + RELU_FLOOR
+        half_norms = 0.5 * projection.square().sum(1)
+        head_size = key.shape[-1]
+        query = query + half_norms
+        key_norms = key.square().sum(-1, keepdim=True) * (0.5 * head_size**-0.5)
+        # exp(40) summed over hours is far from float32's end
+        return (query - query.detach().amax(-1, keepdim=True)).exp(), (
+            projected - key_norms - (half_norms - min(0.5 * head_size, 40.0))
+        ).exp()
+
+
+class PerformerAttention(nn.Module):
+    """Multi-head Performer attention, with the calls of :class:`speechbrain_ext.lobes.attention.SelfAttention`.
+
+    Arguments
+    ---------
+    d_model : int
+        Width.
+    nhead : int
+        Number of heads.
+    dropout : float
+        Dropout on the output; attention probabilities, which softmax attention drops, are nowhere.
+    kernel : str
+        "softmax" or "relu", see the module.
+    features : int, optional
+        Number m of random features per head; 0 (relu only) = no random projection, m = head size. By default 0 for relu, and
+        twice the head size for softmax.
+    causal : bool
+        Whether a frame sees nothing after itself, in full context and inside its chunk.
+
+    Raises
+    ------
+    ValueError
+        If the width does not divide by the number of heads, or the kernel is unknown.
+
+    Example
+    -------
+    >>> attention = PerformerAttention(32, 4)
+    >>> x = torch.rand(2, 10, 32)
+    >>> attention.mix(x, attention.prepare(x, None, None)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dropout: float = 0.0,
+        kernel: str = "relu",
+        features: int | None = None,
+        causal: bool = False,
+    ):
+        super().__init__()
+        if d_model < 1 or nhead < 1 or d_model % nhead:
+            raise ValueError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
+        head_size = d_model // nhead
+        if features is None:
+            features = 2 * head_size if kernel == "softmax" else 0
+        self.nhead = nhead
+        self.causal = causal
+        self.qkv = PlainLinear(d_model, 3 * d_model)
+        self.features = RandomFeatures(head_size, kernel, features)
+        self.out = PlainLinear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        for projection in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(projection)
+        nn.init.zeros_(self.qkv.bias)
+
+    def prepare(self, x, mask, config: DynChunkTrainConfig | None):
+        """What all layers share in one forward: (padding mask, chunk setting)."""
+        return mask, config
+
+    def mix(self, x, shared):
+        """Attend over a whole utterance.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, T, D).
+        shared : tuple
+            From :meth:`prepare`.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D).
+        """
+        mask, config = shared
+        query, key, value = self._project(x, mask)
+        with full_precision(x):
+            query, key = self.features(query, key)
+            if mask is not None:
+                key = key.masked_fill(mask[:, None, :, None], 0.0)
+            if config is None and not self.causal:
+                y = query @ (key.transpose(-1, -2) @ value)
+            else:
+                y = _attend_in_blocks(query, key, value, config, self.causal)
+        return self._finish(y, x.dtype, mask)
+
+    def initial_state(self, config: DynChunkTrainConfig) -> ChunkSums:
+        """The state before the first chunk."""
+        return ChunkSums(config.left_context_size)
+
+    def prepare_stream(self, x, state):
+        """Nothing is shared."""
+
+    def stream(self, x, state: ChunkSums, shared):
+        """Attend from one chunk over what went before and itself, and update the state.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, C, D).
+        state : ChunkSums
+            Updated in place.
+        shared
+            Not needed.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, C, D).
+        """
+        query, key, value = self._project(x, None)
+        with full_precision(x):
+            query, key = self.features(query, key)
+            now = key.transpose(-1, -2) @ value
+            if self.causal:
+                y = query @ state.before(now) + (query @ key.transpose(-1, -2)).tril() @ value
+            else:
+                y = query @ state.add(now)
+        return self._finish(y, x.dtype, None)
+
+    def _project(self, x, mask):
+        """Query and key (B, heads, T, e), and value with a one behind it (B, heads, T, e + 1)."""
+        query, key, value = self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, F.pad(at_least_float32(value), (0, 1), value=1.0)
+
+    def _finish(self, y, dtype, mask):
+        """From numerators and denominators (B, heads, T, e + 1) to the output (B, T, D)."""
+        # A frame that sees nothing but padding has neither.
+        y = y[..., :-1] / y[..., -1:].clamp(min=torch.finfo(y.dtype).tiny)
+        return self.dropout(self.out(y.transpose(1, 2).flatten(2).to(dtype), mask))
+
+
+def _attend_in_blocks(query, key, value, config, causal):
+    """phi(q)' S for the frames that each query sees: (B, H, T, m) twice and (B, H, T, e + 1) to (B, H, T, e + 1).
+
+    Blocks are whole chunks: what a block's first chunk sees before the block is a sum; the rest lies in the block itself, and, with
+    a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left the
+    sight of the block's last chunk but not yet of the query's. All that is added is positive, so that nothing cancels.
+    """
+    size, left = (1, None) if config is None else (config.chunk_size, config.left_context_size)
+    if causal and left is None:
+        size = 1  # then chunks change nothing
+    frames = query.shape[2]
+    chunks = math.ceil(BLOCK / size)
+    if left is not None:
+        chunks = min(chunks, left + 1)
+    block = chunks * size
+    # A graph for any length must not see a single block: broadcasting is another operation. A block of zeros changes nothing.
+    count = frames // block + 2 if torch.compiler.is_compiling() else (frames + block - 1) // block
+    rest = count * block - frames
+
+    def cut(tensor, shift=0):
+        """(B, H, T, n) to (B H blocks, block, n)."""
+        shift = min(shift, frames + rest)
+        return F.pad(tensor, (0, 0, shift, rest))[:, :, : frames + rest].reshape(-1, block, tensor.shape[3])
+
+    def sums(keys, values):
+        """Over all frames of each block, (B, H, blocks, m, e + 1)."""
+        return torch.bmm(keys.transpose(1, 2), values).unflatten(0, (*query.shape[:2], -1)).double()
+
+    queries, keys, values = cut(query), cut(key), cut(value)
+    alone = not causal and chunks == 1  # a block is a chunk that sees all of itself
+    seen = sums(keys, values).cumsum(2)
+    if not alone:
+        seen = F.pad(seen, (0, 0, 0, 0, 1, -1))
+    if left is not None:
+        shift = (left + 1) * size
+        old_keys, old_values = cut(key, shift), cut(value, shift)
+        seen = seen - sums(old_keys, old_values).cumsum(2)
+    y = torch.bmm(queries, seen.to(query.dtype).flatten(0, 2))
+    if not alone:
+        position = torch.arange(block, device=query.device)
+        chunk = position // size
+        future = position > position.unsqueeze(1) if causal else chunk > chunk.unsqueeze(1)
+        y = torch.baddbmm(y, torch.bmm(queries, keys.transpose(1, 2)).masked_fill(future, 0.0), values)
+        if left is not None and chunks > 1:
+            gone = chunk <= chunk.unsqueeze(1)
+            y = torch.baddbmm(y, torch.bmm(queries, old_keys.transpose(1, 2)).masked_fill(gone, 0.0), old_values)
+    return F.pad(y.reshape(*query.shape[:2], -1, value.shape[3]), (0, 0, 0, -rest))
