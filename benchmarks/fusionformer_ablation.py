@@ -3,9 +3,9 @@
     python benchmarks/fusionformer_ablation.py [--lr 0.002 0.008] [-- options of train.py for all runs]
 
 Needs matplotlib: ``pip install -e '.[plot]'``.
-Trains each variant on the embedded mini corpus with the recipe's peak learning rate and with four times that (train.py resumes what
-was interrupted), then writes loss and error rate by epoch to benchmarks/results/fusionformer_ablation.csv and draws them. Only
-normalisation and activation differ between the runs of one learning rate.
+Trains each variant on the embedded mini corpus with the recipe's peak learning rate and with four times that (train.py resumes
+what was interrupted), then writes loss and error rate by epoch to benchmarks/results/fusionformer_ablation.csv and draws them.
+Only normalisation and activation differ between the runs of one learning rate.
 """
 
 import argparse
