@@ -1,10 +1,11 @@
 """Training curves of the FusionFormer and of what the paper compares it with, at equal steps.
 
-    python benchmarks/fusionformer_ablation.py [-- options of train.py for all runs]
+    python benchmarks/fusionformer_ablation.py [--lr 0.002 0.008] [-- options of train.py for all runs]
 
 Needs matplotlib: ``pip install -e '.[plot]'``.
-Trains each variant on the embedded mini corpus (train.py resumes what was interrupted), then writes loss and error rate by epoch
-to benchmarks/results/fusionformer_ablation.csv and draws them. Only normalisation and activation differ between the runs.
+Trains each variant on the embedded mini corpus with the recipe's peak learning rate and with four times that (train.py resumes
+what was interrupted), then writes loss and error rate by epoch to benchmarks/results/fusionformer_ablation.csv and draws them.
+Only normalisation and activation differ between the runs of one learning rate.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from speechbrain_ext.encoders.fusionformer import VARIANTS
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LOG = re.compile(r"epoch: (\d+), steps: (\d+), lr: \S+ - train loss: (\S+) - valid loss: ([^,\s]+), valid WER ctc_greedy: (\S+)")
-FIELDS = ("variant", "epoch", "steps", "train_loss", "valid_loss", "valid_wer")
+FIELDS = ("lr", "variant", "epoch", "steps", "train_loss", "valid_loss", "valid_wer")
 
 
-def curve(variant, options):
+def curve(lr, variant, options):
     """Train a variant; rows by epoch."""
-    output = Path("results") / "fusionformer_ablation" / variant
+    output = Path("results") / "fusionformer_ablation" / f"{variant}_{lr}"
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -34,25 +35,29 @@ def curve(variant, options):
         "--output_folder",
         str(output),
     ]
-    run = subprocess.run([*command, "--encoder_kwargs", f"{{variant: {variant}}}", *options])
+    run = subprocess.run([*command, "--encoder_kwargs", f"{{variant: {variant}}}", "--lr", str(lr), *options])
     if run.returncode:
-        print(f"{variant} ended with status {run.returncode}; its curve ends where it did.", file=sys.stderr)
+        print(f"{variant} at {lr} ended with status {run.returncode}; its curve ends where it did.", file=sys.stderr)
     log = output / "train_log.txt"
-    return [(variant, *match) for match in LOG.findall(log.read_text() if log.exists() else "")]
+    return [(lr, variant, *match) for match in LOG.findall(log.read_text() if log.exists() else "")]
 
 
 def draw(rows, path):
-    """One line per variant: training loss and validation error rate by epoch."""
-    figure, (loss, wer) = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    for variant in VARIANTS:
-        mine = [row for row in rows if row["variant"] == variant]
-        epochs = [int(row["epoch"]) for row in mine]
-        style = {"label": variant, "linewidth": 2 if variant == "fusionformer" else 1.2}
-        loss.plot(epochs, [float(row["train_loss"]) for row in mine], **style)
-        wer.plot(epochs, [float(row["valid_wer"]) for row in mine], **style)
-    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    wer.set(xlabel="epoch", ylabel="validation WER, %", ylim=(0, 105))
-    wer.legend(fontsize=8)
+    """A column for each learning rate, a line for each variant: training loss and validation error rate by epoch."""
+    rates = sorted({row["lr"] for row in rows})
+    figure, axes = pyplot.subplots(2, len(rates), figsize=(4.5 * len(rates), 6.5), squeeze=False, sharex=True, sharey="row")
+    for rate, (loss, wer) in zip(rates, axes.T, strict=True):
+        for variant in VARIANTS:
+            mine = [row for row in rows if (row["lr"], row["variant"]) == (rate, variant)]
+            epochs = [int(row["epoch"]) for row in mine]
+            style = {"label": variant, "linewidth": 2.5 if variant == "fusionformer" else 1.2}
+            loss.plot(epochs, [float(row["train_loss"]) for row in mine], **style)
+            wer.plot(epochs, [float(row["valid_wer"]) for row in mine], **style)
+        loss.set(title=f"peak learning rate {rate}", yscale="log")
+        wer.set(xlabel="epoch", ylim=(0, 105))
+    axes[0, 0].set(ylabel="training loss")
+    axes[1, 0].set(ylabel="validation WER, %")
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -60,9 +65,10 @@ def draw(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--lr", nargs="+", type=float, default=[0.002, 0.008])
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
-    rows = [row for variant in arguments.variants for row in curve(variant, arguments.options)]
+    rows = [row for lr in arguments.lr for variant in arguments.variants for row in curve(lr, variant, arguments.options)]
     path = RESULTS / "fusionformer_ablation.csv"
     write_csv(path, FIELDS, rows)
     draw([dict(zip(FIELDS, row, strict=True)) for row in rows], path.with_suffix(".png"))

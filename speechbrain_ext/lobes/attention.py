@@ -26,8 +26,10 @@ class AttentionState:
 
     left_frames: int | None
     """How many frames to keep; None = all."""
+    frames: int = 0
+    """How many there have been."""
     keys: torch.Tensor | None = None
-    """(B, heads, M, head size), before any rotation."""
+    """(B, heads, M, head size), rotated where positions are rotary."""
     values: torch.Tensor | None = None
     """(B, heads, M, head size)."""
 
@@ -93,7 +95,7 @@ class SelfAttention(nn.Module):
         if config is not None or self.causal:
             chunks = chunk_mask(frames, config or DynChunkTrainConfig(1), x.device, self.causal)[None, None]
             blocked = chunks if blocked is None else blocked | chunks
-        return self._table(frames, frames, x), blocked, mask
+        return self._table(frames, 0, 0, x), blocked, mask
 
     def mix(self, x, shared):
         """Attend over a whole utterance.
@@ -111,7 +113,7 @@ class SelfAttention(nn.Module):
             (B, T, D).
         """
         table, blocked, mask = shared
-        return self.out(self._attend(*self._project(x, mask), table, blocked), mask)
+        return self.out(self._attend(*self._project(x, table, mask), table, blocked), mask)
 
     def initial_state(self, config: DynChunkTrainConfig) -> AttentionState:
         """The state before the first chunk.
@@ -128,7 +130,7 @@ class SelfAttention(nn.Module):
         return AttentionState(None if config.is_infinite_left_context() else config.left_context_size_frames())
 
     def prepare_stream(self, x, state: AttentionState):
-        """What all layers share for one chunk: the position table over cache and chunk, and what is blocked or None.
+        """What all layers share for one chunk: the position table, and what is blocked or None.
 
         Arguments
         ---------
@@ -145,7 +147,7 @@ class SelfAttention(nn.Module):
         blocked = None
         if self.causal:
             blocked = x.new_ones(frames, cached + frames, dtype=torch.bool).triu(cached + 1)[None, None]
-        return self._table(frames, cached + frames, x), blocked
+        return self._table(frames, cached, state.frames, x), blocked
 
     def stream(self, x, state: AttentionState, shared):
         """Attend from one chunk over the cache and itself, and update the cache.
@@ -164,7 +166,8 @@ class SelfAttention(nn.Module):
         torch.Tensor
             (B, C, D).
         """
-        query, key, value = self._project(x)
+        query, key, value = self._project(x, shared[0])
+        state.frames += x.shape[1]
         if state.keys is not None:
             key, value = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
         drop = 0 if state.left_frames is None else max(0, key.shape[2] - state.left_frames)
@@ -172,7 +175,7 @@ class SelfAttention(nn.Module):
         state.keys, state.values = (t[:, :, drop:].clone() if drop else t for t in (key, value))
         return self.out(self._attend(query, key, value, *shared))
 
-    def _project(self, x, mask=None):
+    def _project(self, x, table, mask=None):
         """(B, T, D) to query, key and value, each (B, heads, T, head size)."""
         return self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -181,7 +184,8 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=self.scale)
         return y.transpose(1, 2).flatten(2)
 
-    def _table(self, queries: int, keys: int, x):
+    def _table(self, frames: int, cached: int, before: int, x):
+        """Positions of ``frames`` frames, with ``cached`` ones in the cache, and ``before`` ones in all, before them."""
         raise NotImplementedError
 
     def _attend(self, query, key, value, table, blocked):
@@ -235,9 +239,9 @@ class RelativeSelfAttention(SelfAttention):
         self.bias_u = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
         self.bias_v = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
 
-    def _table(self, queries, keys, x):
+    def _table(self, frames, cached, before, x):
         """Sinusoids of the distances keys-1, ..., -queries; the last one only fills a row, see :func:`_relative_shift`."""
-        distances = torch.arange(keys - 1, -queries - 1, -1, device=x.device)
+        distances = torch.arange(cached + frames - 1, -frames - 1, -1, device=x.device)
         if self.speechbrain_scores:
             distances = distances.abs()
         return sinusoids(distances, x.shape[2]).to(x.dtype)
@@ -309,15 +313,18 @@ class RotarySelfAttention(SelfAttention):
         if (d_model // nhead) % 2:
             raise ValueError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
 
-    def _table(self, queries, keys, x):
-        """Cosines and signed sines, (2, keys, head size); only distances matter, so that counting may start anywhere."""
-        sine, cosine = sinusoids(torch.arange(keys, device=x.device), x.shape[2] // self.nhead).unflatten(1, (-1, 2)).unbind(2)
+    def _table(self, frames, cached, before, x):
+        """Cosines and signed sines, (2, frames, head size)."""
+        positions = torch.arange(before, before + frames, dtype=torch.float64, device=x.device)
+        sine, cosine = sinusoids(positions, x.shape[2] // self.nhead).to(x.dtype).unflatten(1, (-1, 2)).unbind(2)
         return torch.stack((torch.cat((cosine, cosine), dim=1), torch.cat((-sine, sine), dim=1)))
 
-    def _attend(self, query, key, value, table, blocked):
+    def _project(self, x, table, mask=None):
+        query, key, value = super()._project(x, table, mask)
         table = table.to(query.dtype)
-        query = _rotate(query, table[:, -query.shape[2] :])
-        key = _rotate(key, table)
+        return _rotate(query, table), _rotate(key, table), value
+
+    def _attend(self, query, key, value, table, blocked):
         bias = None
         if blocked is not None:
             bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill(blocked, _lowest(query.dtype))

@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def inverse_frequencies(size: int, device=None) -> torch.Tensor:
+def inverse_frequencies(size: int, device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The size/2 angular frequencies of Vaswani et al. (2017), in radians per frame.
 
     Arguments
@@ -14,18 +14,20 @@ def inverse_frequencies(size: int, device=None) -> torch.Tensor:
         Number of channels, even.
     device : torch.device, optional
         Where to build them.
+    dtype : torch.dtype
+        Of the result.
 
     Returns
     -------
     torch.Tensor
-        (size / 2,) float32.
+        (size / 2,).
 
     Example
     -------
     >>> inverse_frequencies(4)
     tensor([1.0000, 0.0100])
     """
-    return torch.exp(torch.arange(0, size, 2, device=device).float() * -(math.log(10000.0) / size))
+    return torch.exp(torch.arange(0, size, 2, device=device).to(dtype) * -(math.log(10000.0) / size))
 
 
 def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
@@ -34,14 +36,14 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     Arguments
     ---------
     positions : torch.Tensor
-        (T,) positions in frames.
+        (T,) positions in frames; as float64 where they grow with a stream, whose angles float32 would blur.
     size : int
         Number of channels, even.
 
     Returns
     -------
     torch.Tensor
-        (T, size) float32.
+        (T, size) float32, float64 for float64 positions.
 
     Example
     -------
@@ -49,5 +51,6 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     tensor([[0.0000, 1.0000],
             [0.8415, 0.5403]])
     """
-    angles = positions.float().unsqueeze(1) * inverse_frequencies(size, positions.device)  # (T, size/2)
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    angles = positions.to(dtype).unsqueeze(1) * inverse_frequencies(size, positions.device, dtype)  # (T, size/2)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)

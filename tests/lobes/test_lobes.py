@@ -14,7 +14,7 @@ from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseS
 def textbook_attention(net, x):
     """Transformer-XL attention, score by score."""
     frames, heads = x.shape[1], net.nhead
-    q, k, v = (t.transpose(0, 1) for t in net._project(x)[0:3])
+    q, k, v = (t.transpose(0, 1) for t in net._project(x, None)[0:3])
     q, k, v = q[:, 0], k[:, 0], v[:, 0]  # (heads, T, head size)
     size = q.shape[-1]
     scores = torch.empty(heads, frames, frames)
