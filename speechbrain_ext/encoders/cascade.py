@@ -34,7 +34,7 @@ class CascadedEncoder(nn.Module):
     nhead : int
         Number of heads of both, likewise.
     num_layers : int
-        Number of blocks of both together; the second stage has a third, or as many as ``second`` says.
+        Number of blocks of both together, at least one each; the second stage has a third, or as many as ``second`` says.
     d_ffn : int
         Width of the feed-forward modules' hidden layer of both, likewise.
     dropout : float
@@ -103,12 +103,19 @@ class CascadedEncoder(nn.Module):
         self.adapter = nn.Sequential(nn.Linear(d_model, width), nn.LayerNorm(width)) if adapts else nn.Identity()
         self.output = nn.Linear(width, d_model) if width != d_model else nn.Identity()
         self.d_model = d_model
-        self.chunk_multiple = math.lcm(self.first.chunk_multiple, self.second.chunk_multiple)
         self.first_config, self.second_config = map(_chunks, (first_chunk, right_context))
         for stage, config in ((self.first, self.first_config), (self.second, self.second_config)):
             if config is not None:
                 check_chunks(config, stage.chunk_multiple)
         self.answer = answer
+
+    @property
+    def chunk_multiple(self) -> int:
+        """What a chunk length must divide by in the stages that ``answer`` needs, in frames."""
+        return math.lcm(*(stage.chunk_multiple for stage in self._stages()))
+
+    def _stages(self):
+        return [self.first, self.second][: 1 + PASSES.index(self.answer)]
 
     @property
     def answer(self) -> str:
@@ -199,8 +206,8 @@ class CascadedEncoder(nn.Module):
             If the chunk setting is impossible.
         """
         check_chunks(dynchunktrain_config, self.chunk_multiple)
-        stages = [self.first, self.second][: 1 + PASSES.index(self.answer)]
-        return StreamingContext(dynchunktrain_config, [stage.make_streaming_context(dynchunktrain_config) for stage in stages])
+        contexts = [stage.make_streaming_context(dynchunktrain_config) for stage in self._stages()]
+        return StreamingContext(dynchunktrain_config, contexts)
 
     def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
         """Encode one chunk.

@@ -70,7 +70,8 @@ def orthogonal_gaussian(rows: int, size: int, generator: torch.Generator | None 
     True
     """
     blocks = -(-rows // size)
-    directions, _ = torch.linalg.qr(torch.randn(blocks, size, size, generator=generator))
+    directions, triangle = torch.linalg.qr(torch.randn(blocks, size, size, generator=generator))
+    directions = directions * triangle.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)  # QR alone prefers some directions
     norms = torch.randn(blocks * size, size, generator=generator).norm(dim=1, keepdim=True)
     return (directions.transpose(1, 2).flatten(0, 1) * norms)[:rows]
 
@@ -118,7 +119,7 @@ class RandomFeatures(nn.Module):
     Raises
     ------
     ValueError
-        If the kernel is unknown, or has no such number of features.
+        If the kernel is unknown, or has no such number of features, or cannot have heads of this size.
 
     Example
     -------
@@ -131,6 +132,11 @@ class RandomFeatures(nn.Module):
         super().__init__()
         if kernel not in KERNELS:
             raise ValueError(f"Unknown kernel '{kernel}' of Performer attention; the known ones are: {', '.join(KERNELS)}.")
+        if kernel == "softmax" and head_size > 128:
+            raise ValueError(
+                f"The head size (d_model / nhead) is {head_size}; the softmax kernel's features leave float32's range above 128: "
+                "give more heads, or the relu kernel."
+            )
         if features < 0 or (kernel == "softmax" and not features):
             raise ValueError(f"features is {features}; the {kernel} kernel needs at least {int(kernel == 'softmax')}.")
         self.kernel = kernel
@@ -291,8 +297,9 @@ class PerformerAttention(nn.Module):
 
     def _finish(self, y, dtype, mask):
         """From numerators and denominators (B, heads, T, e + 1) to the output (B, T, D)."""
-        # A frame that sees nothing but padding has neither.
-        y = y[..., :-1] / y[..., -1:].clamp(min=torch.finfo(y.dtype).tiny)
+        # A frame that sees nothing but padding has neither; nor has one whose keys all lie beyond float32.
+        total = y[..., -1:]
+        y = y[..., :-1] / total.masked_fill(total < 1e-30, float("inf"))
         return self.dropout(self.out(y.transpose(1, 2).flatten(2).to(dtype), mask))
 
 
@@ -301,7 +308,7 @@ def _attend_in_blocks(query, key, value, config, causal):
 
     Blocks are whole chunks: what a block's first chunk sees before the block is a sum; the rest lies in the block itself, and, with
     a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left the
-    sight of the block's last chunk but not yet of the query's. All that is added is positive, so that nothing cancels.
+    sight of the block's last chunk but not yet of the query's. Only sums over blocks are subtracted, in float64.
     """
     size, left = (1, None) if config is None else (config.chunk_size, config.left_context_size)
     if causal and left is None:
@@ -326,20 +333,23 @@ def _attend_in_blocks(query, key, value, config, causal):
 
     queries, keys, values = cut(query), cut(key), cut(value)
     alone = not causal and chunks == 1  # a block is a chunk that sees all of itself
-    seen = sums(keys, values).cumsum(2)
-    if not alone:
-        seen = F.pad(seen, (0, 0, 0, 0, 1, -1))
-    if left is not None:
-        shift = (left + 1) * size
-        old_keys, old_values = cut(key, shift), cut(value, shift)
-        seen = seen - sums(old_keys, old_values).cumsum(2)
+    if left == 0:
+        seen = sums(keys, values) * alone
+    else:
+        # Differences need float64 from the start: what is subtracted may be far larger than what remains.
+        seen = (sums(keys, values) if left is None else sums(keys.double(), values.double())).cumsum(2)
+        if not alone:
+            seen = F.pad(seen, (0, 0, 0, 0, 1, -1))
+        if left is not None:
+            old_keys, old_values = (cut(tensor, (left + 1) * size) for tensor in (key, value))
+            seen = seen - sums(old_keys.double(), old_values.double()).cumsum(2)
     y = torch.bmm(queries, seen.to(query.dtype).flatten(0, 2))
     if not alone:
         position = torch.arange(block, device=query.device)
         chunk = position // size
         future = position > position.unsqueeze(1) if causal else chunk > chunk.unsqueeze(1)
         y = torch.baddbmm(y, torch.bmm(queries, keys.transpose(1, 2)).masked_fill(future, 0.0), values)
-        if left is not None and chunks > 1:
+        if left and chunks > 1:
             gone = chunk <= chunk.unsqueeze(1)
             y = torch.baddbmm(y, torch.bmm(queries, old_keys.transpose(1, 2)).masked_fill(gone, 0.0), old_values)
     return F.pad(y.reshape(*query.shape[:2], -1, value.shape[3]), (0, 0, 0, -rest))
