@@ -106,7 +106,7 @@ def run(hparams_file, run_opts, overrides):
     rows = []
     for split in hparams["test_splits"]:
         options = loader_options(datasets[split], hparams["eval_batch_sampler"], hparams["num_workers"])
-        with explained(1, FileNotFoundError, ValueError, DamagedCheckpoint):
+        with explained(1, FileNotFoundError, ValueError, RuntimeError, DamagedCheckpoint):
             brain.evaluate(datasets[split], test_loader_kwargs=options)
         rows += make_rows(brain, split, hparams_file)
     run_on_main(finish, [brain, text, tokenizer_file, rows])
@@ -138,7 +138,7 @@ def choose_hparams(hparams_file, run_opts, overrides):
             overrides[key] = [overrides[key]]
     if "data_folder" in overrides and not overrides["data_folder"]:
         raise ValueError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
-    for key in ("number_of_epochs", "average_checkpoints", "vocab_size"):
+    for key in ("number_of_epochs", "average_checkpoints", "statistics_batches", "vocab_size"):
         if key in overrides and not (isinstance(overrides[key], int) and overrides[key] > 0):
             raise ValueError(f"--{key} is {overrides[key]!r}; give a whole number above 0.")
     if not plain_values(files, overrides)["data_folder"]:

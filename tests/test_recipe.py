@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,29 @@ def test_a_fusionformer_is_tested_and_kept_fused(decoder_layers, corpus, tmp_pat
     with torch.no_grad():
         outputs = [model.mods.encoder.encode(wavs, lens)[0] for model in (fused, unfused)]
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("encoder_kwargs", "{fused: True}", "leave it out"),
+        ("encoder_kwargs", "{variant: [layer_norm]}", "Unknown variant"),
+        (
+            "subsampling",
+            "!new:speechbrain_ext.lobes.subsampling.ConvolutionSubsampling",
+            "ConvolutionSubsampling, which",
+        ),
+        ("statistics_batches", "-1", "--statistics_batches is -1; give a whole number above 0"),
+        ("norm_momentum", "5", "momentum 5"),
+    ],
+)
+def test_a_fusionformer_that_could_not_be_fused_is_refused_before_training(key, value, message, corpus, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: {ROOT}/hparams/fusionformer.yaml\n" + (f"{key}: {value}\n" if key == "subsampling" else ""))
+    keys = SMALL | ({} if key == "subsampling" else {key: value})
+    run = train(tmp_path, own, "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    assert re.search(message, run.stderr), run.stderr
 
 
 def test_testing_again_gives_the_same_model(corpus, tmp_path):

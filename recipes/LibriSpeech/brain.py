@@ -80,12 +80,11 @@ class AsrBrain(Brain):
         feats = self.modules.normalize(feats, lens, epoch=self.hparams.epoch_counter.current)
         if self.hparams.fea_augment and self.augments(stage):
             feats, lens = self.hparams.fea_augment(feats, lens)
-        return self.forward_features(feats, lens, batch, stage)
+        return self.forward_features(feats, lens, self.draw_chunks(stage), batch, stage)
 
-    def forward_features(self, feats, lens, batch, stage):
+    def forward_features(self, feats, lens, chunks, batch, stage):
         """From normalised features (B, T, F) with relative lengths (B,) to what :meth:`compute_forward` returns."""
         x, lens = self.modules.subsampling(feats, lens)
-        chunks = self.draw_chunks(stage)
         enc, dec = self.modules.Transformer(
             x, batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index, dynchunktrain_config=chunks
         )

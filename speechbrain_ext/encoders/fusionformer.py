@@ -5,9 +5,9 @@ all BatchNorms fold into the weights. Its abstract is public and no code is: wha
 
 Ours are: the Conformer's order and half-weighted feed-forward modules; a first pointwise layer of width d (there is no GLU to
 halve it); one BatchNorm over queries, keys and values, which is the same as three; none behind the projection of relative
-positions, whose input is no data; a last linear layer with its BatchNorm, which gives the output unit variance, as LayerNorm does
-in the Conformer; gains of zero at first for the last BatchNorm of every residual branch; eps 1e-3, and statistics with a
-momentum of 0.01.
+positions, whose input is no data, and none behind TransformerASR's input layer; a last linear layer with its BatchNorm, which
+gives the output unit variance, as LayerNorm does in the Conformer; gains of zero at first for the last BatchNorm of every
+residual branch; eps 1e-3, and statistics with a momentum of 0.01.
 """
 
 from dataclasses import dataclass
@@ -175,7 +175,8 @@ class FusionFormerLayer(nn.Module):
 class FusionFormerEncoder(Encoder):
     """FusionFormer encoder, and the variants that the paper compares it with.
 
-    After :meth:`fuse_` it holds no normalisation, and gives the same answers in fewer and cheaper steps. The streaming state per
+    After :meth:`fuse_` it holds no normalisation, and gives the same answers in fewer and cheaper steps; the variants with a
+    normalisation in front of the modules, "batch_norm_in_place" and "layer_norm", keep that. The streaming state per
     block is the attention's cache, 2 M d numbers for M cached frames, and (K - 1) / 2 frames of the convolution.
 
     Arguments
@@ -231,7 +232,7 @@ class FusionFormerEncoder(Encoder):
         eps: float = 1e-3,
         fused: bool = False,
     ):
-        if variant not in VARIANTS:
+        if not isinstance(variant, str) or variant not in VARIANTS:
             raise ValueError(f"Unknown variant '{variant}' of the fusionformer; the known ones are: {', '.join(VARIANTS)}.")
         parts = _Parts(VARIANTS[variant], momentum, eps)
         attentions = [build_attention(attention_type, d_model, nhead, dropout) for _ in range(num_layers)]

@@ -84,6 +84,8 @@ def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, row
     tree = ruamel.yaml.YAML().load(hparams_text)
     interface = "EncoderDecoderASR" if tree["num_decoder_layers"] else "EncoderASR"
     if fused:
+        if tree["encoder_kwargs"] is None:
+            tree["encoder_kwargs"] = CommentedMap()
         tree["subsampling"]["fused"] = tree["encoder_kwargs"]["fused"] = True
     (partial / "hyperparams.yaml").write_text(_inference_hparams(tree), encoding="utf-8")
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, partial / "asr.ckpt")

@@ -6,13 +6,14 @@ Layers here are called with ``(x, mask)``, the mask (B, T) bool, True = padding,
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
 
 def fuse_(module: nn.Module) -> None:
-    """Fold all that can be folded inside a module, in place, for inference; a second call changes nothing.
+    """Fold what the parts of a module can fold, in place, for inference; a second call changes nothing.
 
     Arguments
     ---------
@@ -51,7 +52,7 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     Raises
     ------
     ValueError
-        If there is no batch.
+        If there is no batch, or none gives some BatchNorm statistics that are finite. All statistics are then as they were.
 
     Example
     -------
@@ -62,7 +63,7 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     """
     module.eval()
     norms = [part for part in module.modules() if isinstance(part, MaskedBatchNorm)]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [[torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var), 0] for norm in norms]
     seen = 0
     try:
@@ -80,11 +81,17 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
                 total[1] += norm.running_var * used
                 total[2] += used
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, (momentum, mean, variance) in zip(norms, before, strict=True):
             norm.eval()
             norm.momentum = momentum
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
     if not seen:
         raise ValueError("There is no batch to take BatchNorm statistics from; give at least one (statistics_batches).")
+    if not all(used for *_, used in sums):
+        raise ValueError(
+            f"None of {seen} batches gives finite statistics to every BatchNorm: the weights or the data are not finite."
+        )
     for norm, (mean, variance, used) in zip(norms, sums, strict=True):
         norm.running_mean.copy_(mean / used)
         norm.running_var.copy_(variance / used)
@@ -194,6 +201,11 @@ class MaskedBatchNorm(nn.Module):
     eps : float
         Added to the variance.
 
+    Raises
+    ------
+    ValueError
+        If the momentum is not in (0, 1], or eps is not positive.
+
     Example
     -------
     >>> norm = MaskedBatchNorm(4)
@@ -204,6 +216,8 @@ class MaskedBatchNorm(nn.Module):
 
     def __init__(self, size: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
+        if not 0 < momentum <= 1 or eps <= 0:
+            raise ValueError(f"A BatchNorm has momentum {momentum} and eps {eps}; give one in (0, 1], and one above 0.")
         self.momentum = momentum
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
@@ -227,8 +241,9 @@ class MaskedBatchNorm(nn.Module):
             (B, T, D); what stands in padded frames has no meaning.
         """
         if not self.training:
-            scale, shift = self._affine(x.dtype)
-            return torch.addcmul(shift, x, scale)
+            # In float32 for half types, too: where the mean is far from zero, rounded products would leave little behind.
+            scale, shift = self._affine(torch.promote_types(x.dtype, torch.float32))
+            return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
         with full_precision(x):
             x, mean, variance, count = _Normalize.apply(x, mask, self.weight, self.bias, self.eps)
         with torch.no_grad():
@@ -249,16 +264,15 @@ class MaskedBatchNorm(nn.Module):
             With the outputs on the first axis of its weight; it gets a bias if it has none.
         """
         if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(self.bias))
+            layer.bias = nn.Parameter(torch.zeros_like(self.bias), requires_grad=layer.weight.requires_grad)
         scale, shift = self._affine(torch.float64)
         layer.weight.copy_(layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1)))
         layer.bias.copy_(torch.addcmul(shift, layer.bias.double(), scale))
 
     def _affine(self, dtype):
         """The (D,) scale and shift that evaluation amounts to."""
-        wide = torch.promote_types(dtype, torch.float32)
-        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
-        return scale.to(dtype), torch.addcmul(self.bias.to(wide), self.running_mean.to(wide), scale, value=-1).to(dtype)
+        scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
+        return scale, torch.addcmul(self.bias.to(dtype), self.running_mean.to(dtype), scale, value=-1)
 
 
 class NormLinear(nn.Module):
@@ -326,9 +340,14 @@ class _Normalize(torch.autograd.Function):
         return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance, frames
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
+        with full_precision(grad):
+            return _Normalize._gradients(ctx, at_least_float32(grad))
+
+    @staticmethod
+    def _gradients(ctx, grad):
         x, valid, weight, mean, inverse, count = ctx.saved_tensors
-        grad = at_least_float32(grad)
         centred = at_least_float32(x) - mean
         if valid is None:
             grad_bias = grad.sum((0, 1))

@@ -226,3 +226,34 @@ def test_a_batch_that_is_not_finite_leaves_no_trace():
     torch.testing.assert_close(norm.running_mean, torch.cat(batches).mean((0, 1)))
     with pytest.raises(ValueError, match="no batch"):
         reestimate_statistics(norm, [], norm)
+    before = norm.running_mean.clone()
+    with pytest.raises(ValueError, match="None of 2 batches .* finite"):
+        reestimate_statistics(norm, [bad, bad], norm)
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_evaluation_in_bfloat16_does_not_cancel():
+    torch.manual_seed(0)
+    norm = MaskedBatchNorm(8, momentum=1.0)
+    x = 50 + torch.randn(4, 500, 8)
+    norm(x)
+    norm.eval()
+    low = norm(x.bfloat16())
+    assert low.dtype is torch.bfloat16
+    torch.testing.assert_close(low.float(), norm(x.bfloat16().float()), atol=0.02, rtol=0)
+
+
+def test_statistics_survive_a_pass_that_fails():
+    norm = MaskedBatchNorm(2)
+    norm(torch.randn(1, 9, 2))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        reestimate_statistics(norm, [torch.randn(1, 9, 3)], norm)
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("keys", [{"momentum": 0}, {"momentum": 5}, {"eps": 0.0}])
+def test_impossible_settings_are_refused(keys):
+    with pytest.raises(ValueError, match="momentum .* eps"):
+        MaskedBatchNorm(2, **keys)
