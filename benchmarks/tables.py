@@ -15,6 +15,7 @@ RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
 SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
 FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
+PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
 def read(path):
@@ -33,10 +34,13 @@ def results():
     """Word error rates of the runs at mini size, a row per run and training set."""
     runs = {}
     for row in read(RESULTS):
-        if row["search"] != "ctc_greedy":
+        if not row["search"].endswith("ctc_greedy"):
             continue
+        answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
         key = (row["train_set"], row["architecture"], row["parameters"], row["steps"], row["audio_seconds_per_second"])
-        runs.setdefault((*key, row["peak_memory_mib"]), []).append(f"{row['test_set']} {float(row['WER']):.1f}")
+        runs.setdefault((*key, row["peak_memory_mib"]), []).append(
+            f"{row['test_set']} {float(row['WER']):.1f}" + f" ({answer})" * bool(answer)
+        )
     header = ["trained on", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
     rows = [
         [train, encoder, f"{int(parameters):,}", steps, f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
@@ -74,10 +78,32 @@ def fusionformer():
     return table(header, rows)
 
 
+def practical_conformer():
+    """Time and state per chunk of streams, a row for each encoder and chunk."""
+    streams = {}
+    for row in read(PRACTICAL_CONFORMER):
+        streams.setdefault((row["encoder"], row["left_context"], row["chunk_ms"]), []).append(row)
+    times = [f"{float(row['after_seconds']):g} s" for row in next(iter(streams.values()))]
+    header = ["encoder", "left context", "chunk, ms", *(f"ms after {time}" for time in times)]
+    header += [f"ratio after {time}" for time in times] + [f"state after {time}, kB" for time in (times[0], times[-1])]
+    return table(
+        header,
+        [
+            [
+                *key,
+                *(row["ms_per_chunk"] for row in rows),
+                *(row["ratio"] for row in rows),
+                *(f"{int(row['state_bytes']) / 1000:,.0f}" for row in (rows[0], rows[-1])),
+            ]
+            for key, rows in streams.items()
+        ],
+    )
+
+
 def fill(text):
     """The README's text with its tables made anew."""
-    makers = {"results": results, "hypermixing": hypermixing, "squeezeformer": squeezeformer, "fusionformer": fusionformer}
-    for name, make in makers.items():
+    for make in (results, hypermixing, squeezeformer, fusionformer, practical_conformer):
+        name = make.__name__
         block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
     return text

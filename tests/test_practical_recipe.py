@@ -152,14 +152,14 @@ def test_a_batch_of_the_first_pass_trains_the_first_stage_alone(tmp_path, monkey
     batch = SimpleNamespace(tokens_bos=SimpleNamespace(data=None))
     for brain.drawn in ("first", "second"):
         brain.modules.zero_grad(set_to_none=True)
-        predictions = brain.forward_features(feats, lens, batch, Stage.TRAIN)
+        predictions = brain.forward_features(feats, lens, None, batch, Stage.TRAIN)
         assert list(predictions) == [brain.drawn]
         predictions[brain.drawn][2].sum().backward()
         trained = {name.split(".")[0] for name, p in brain.encoder.named_parameters() if p.grad is not None}
         assert trained == ({"first"} if brain.drawn == "first" else {"first", "second"})
         assert all(p.grad is not None for p in brain.modules.ctc_lin.parameters())  # one head for both
     with torch.no_grad():
-        assert list(brain.forward_features(feats, lens, batch, Stage.VALID)) == ["first", "second"]
+        assert list(brain.forward_features(feats, lens, None, batch, Stage.VALID)) == ["first", "second"]
 
 
 def features(encoder):

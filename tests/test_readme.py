@@ -24,9 +24,12 @@ def test_tables_are_generated_from_the_results():
 
 
 def test_the_streaming_example_runs(capsys):
-    (example,) = [block for block in blocks("python") if "make_streaming_context" in block]
-    exec(example, {})
+    single, cascade = (block for block in blocks("python") if "make_streaming_context" in block)
+    names = {}
+    exec(single, names)
     assert int(capsys.readouterr().out) > 0
+    exec(cascade, names)
+    assert names["second"].shape == (1, 500, 144)
 
 
 def test_the_yaml_example_loads(tmp_path):

@@ -44,12 +44,12 @@ class PracticalConformerBrain(AsrBrain):
             self.draw = 1 + self.optimizer_step // self.hparams.redraw_interval
             redraw_features(self.encoder, self.draw)
 
-    def forward_features(self, feats, lens, batch, stage):
+    def forward_features(self, feats, lens, chunks, batch, stage):
         """What the base class gives, by the name of the pass."""
         predictions = {}
         for answer in (self.drawn,) if stage == Stage.TRAIN else PASSES:
             self.encoder.answer = answer
-            predictions[answer] = super().forward_features(feats, lens, batch, stage)
+            predictions[answer] = super().forward_features(feats, lens, chunks, batch, stage)
         return predictions
 
     def compute_objectives(self, predictions, batch, stage):

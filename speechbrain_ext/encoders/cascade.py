@@ -1,8 +1,8 @@
 """Cascaded encoders (Narayanan et al. 2020, https://arxiv.org/abs/2010.14606): a first pass that answers at once, and a second,
 non-causal one on top of it that sees more; one head or decoder serves both.
 
-Any registered encoder can be either stage. Ours are: the second stage's default (a Conformer with a third of the blocks), and that
-its right context comes in chunks, so that it does not add up over the blocks.
+Any registered encoder can be either stage. Ours are: the second stage's default (a Conformer with a third of the blocks), and
+that its right context comes in chunks, so that it does not add up over the blocks.
 """
 
 import math
@@ -23,8 +23,8 @@ class CascadedEncoder(nn.Module):
 
     ``answer`` says whose frames :meth:`forward` and :meth:`forward_streaming` give, and may be set at any time: "second", or
     "first", for which the second stage does not run at all. Where no chunk setting is given, the first stage runs as it will
-    when it streams (``first_chunk``), and the second one sees ``right_context``. A chunk setting that is given holds for both: the
-    whole cascade streams with the latency of one chunk. For a first pass that streams and a second one over the finished
+    when it streams (``first_chunk``), and the second one sees ``right_context``. A chunk setting that is given holds for both:
+    the whole cascade streams with the latency of one chunk. For a first pass that streams and a second one over the finished
     utterance, stream with ``answer = "first"`` and give the frames to :meth:`second_pass`.
 
     Arguments
@@ -44,8 +44,8 @@ class CascadedEncoder(nn.Module):
     first, second : str or dict
         Name of the encoder, or a dictionary with its name as ``encoder`` and its own keys, which come before those above.
     first_chunk : int, optional
-        Chunk size in frames of the first stage where the call gives none; None for encoders that are causal by themselves, and for
-        full context.
+        Chunk size in frames of the first stage where the call gives none; None for encoders that are causal by themselves, and
+        for full context.
     right_context : int, optional
         Chunk size in frames of the second stage where the call gives none: what it sees to the right at most; None = the whole
         utterance.

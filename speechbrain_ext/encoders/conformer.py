@@ -22,8 +22,8 @@ class ConformerLayer(nn.Module):
     Arguments
     ---------
     mixer : torch.nn.Module, optional
-        Mixes frames: ``mix(x, shared)`` and ``stream(x, state, shared)`` as in :mod:`speechbrain_ext.lobes.attention`. None = only
-        the convolution mixes.
+        Mixes frames: ``mix(x, shared)`` and ``stream(x, state, shared)`` as in :mod:`speechbrain_ext.lobes.attention`. None =
+        only the convolution mixes.
     d_model : int
         Width.
     d_ffn : int

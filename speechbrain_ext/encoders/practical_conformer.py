@@ -1,7 +1,8 @@
 """Practical Conformer (Botros et al. 2023, https://arxiv.org/abs/2304.00171): a small causal Conformer with little state.
 
-The paper's three levers are public, its sizes and figures are not (to us): the lower blocks mix by convolution alone; the model is
-made small; the upper blocks have Performer attention in recurrent form in place of softmax attention ("RNNAttention-Performer").
+The paper's three levers are public, its sizes and figures are not (to us): the lower blocks mix by convolution alone; the model
+is made small; the upper blocks have Performer attention in recurrent form in place of softmax attention
+("RNNAttention-Performer").
 
 Ours are: how many blocks are convolution only (a third); every number in :data:`SIZES`; a kernel of 15; the feature map (ReLU
 without random projection, trained from the start, where the paper may fine-tune a model trained with softmax attention); no

@@ -57,9 +57,7 @@ class SelfAttention(nn.Module):
         If the width does not divide by the number of heads.
     """
 
-    def __init__(
-        self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False
-    ):
+    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__()
         if d_model < 1 or nhead < 1 or d_model % nhead:
             raise ValueError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
@@ -229,9 +227,7 @@ class RelativeSelfAttention(SelfAttention):
     torch.Size([2, 10, 32])
     """
 
-    def __init__(
-        self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False
-    ):
+    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__(d_model, nhead, dropout, speechbrain_scores, causal)
         if d_model % 2:
             raise ValueError(f"Relative positions need an even d_model for their sinusoids, not {d_model}.")
@@ -306,9 +302,7 @@ class RotarySelfAttention(SelfAttention):
     torch.Size([2, 10, 32])
     """
 
-    def __init__(
-        self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False
-    ):
+    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__(d_model, nhead, dropout, speechbrain_scores, causal)
         if (d_model // nhead) % 2:
             raise ValueError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")

@@ -55,8 +55,8 @@ class DepthwiseModule(nn.Module):
 
     With a chunk setting the convolution is a Dynamic Chunk Convolution (Li et al. 2023,
     https://arxiv.org/abs/2304.09325): it sees (K - 1) / 2 frames to the left across chunks and nothing to the right of its chunk.
-    The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution. A causal one sees K - 1 frames to the left and
-    none to the right, whatever the chunks; its state is twice as long.
+    The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution. A causal one sees K - 1 frames to the left
+    and none to the right, whatever the chunks; its state is twice as long.
 
     Subclasses have ``_before(x, mask)``, ``_after(x, mask)``, the convolution ``depthwise`` between the two, and what normalises
     its output, ``depthwise_norm``.

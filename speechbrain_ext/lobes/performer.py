@@ -306,9 +306,9 @@ class PerformerAttention(nn.Module):
 def _attend_in_blocks(query, key, value, config, causal):
     """phi(q)' S for the frames that each query sees: (B, H, T, m) twice and (B, H, T, e + 1) to (B, H, T, e + 1).
 
-    Blocks are whole chunks: what a block's first chunk sees before the block is a sum; the rest lies in the block itself, and, with
-    a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left the
-    sight of the block's last chunk but not yet of the query's. Only sums over blocks are subtracted, in float64.
+    Blocks are whole chunks: what a block's last chunk sees before the block is a sum; the rest lies in the block itself, and,
+    with a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left
+    the sight of the block's last chunk but not yet of the query's. Only sums over blocks are subtracted, in float64.
     """
     size, left = (1, None) if config is None else (config.chunk_size, config.left_context_size)
     if causal and left is None:
