@@ -72,7 +72,7 @@ class ChunkSums:
             before = torch.zeros_like(now)
             self.sums = now.double().unsqueeze(0) if self.left_chunks is None else now.unsqueeze(0)[: self.left_chunks].clone()
             return before
-        before = self.sums.sum(0).to(now.dtype)
+        before = (self.sums[0] if self.left_chunks is None else self.sums.sum(0)).to(now.dtype)
         if self.left_chunks is None:
             self.sums = self.sums + now
         else:

@@ -9,6 +9,10 @@ from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchang
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
+SMALL = 2**16
+"""Products below which a depthwise convolution on a CPU is faster as one multiplication and one sum: half the time at a quarter
+of that (144 channels, kernel 15, 8 frames), the same at twice that (torch 2.11, AVX-512)."""
+
 
 def depthwise_conv(x, weight, bias=None, stride: int = 1):
     """Depthwise convolution over time, "valid" (no padding).
@@ -126,7 +130,7 @@ class DepthwiseModule(nn.Module):
         """
         x = self._before(x, None)
         x = F.pad(x, (0, 0, self.context, 0)) if state is None else torch.cat((state, x), dim=1)
-        y = self._after(self._convolve(F.pad(x, (0, 0, 0, self.look_ahead))), None)
+        y = self._after(self._convolve_few(F.pad(x, (0, 0, 0, self.look_ahead))), None)
         return y, x[:, x.shape[1] - self.context :].clone()
 
     def fuse_(self):
@@ -137,6 +141,15 @@ class DepthwiseModule(nn.Module):
 
     def _convolve(self, x):
         return depthwise_conv(x, self.depthwise.weight, self.depthwise.bias)
+
+    def _convolve_few(self, x):
+        """The same for the frames of a chunk, as a product and a sum where the call of a convolution costs more than its work."""
+        windows = x.unfold(1, self.depthwise.weight.shape[2], 1).transpose(2, 3)  # (B, C, K, D)
+        if x.device.type != "cpu" or windows.numel() > SMALL:
+            return self._convolve(x)
+        with full_precision(x):
+            y = (at_least_float32(windows) * at_least_float32(self.depthwise.weight)[:, 0].t()).sum(2)
+            return (y if self.depthwise.bias is None else y + at_least_float32(self.depthwise.bias)).to(x.dtype)
 
 
 class ConvolutionModule(DepthwiseModule):
