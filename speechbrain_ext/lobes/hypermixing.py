@@ -74,11 +74,9 @@ class _Generators(nn.Module):
 
 
 @dataclass
-class HyperMixingState:
-    """What one layer remembers between chunks."""
+class HyperMixingState(ChunkSums):
+    """What one layer remembers between chunks: sums of (heads, B, e, e + 1)."""
 
-    sums: ChunkSums
-    """Of (heads, B, e, e + 1)."""
     frames: int = 0
 
 
@@ -247,7 +245,7 @@ class HyperMixing(nn.Module):
         -------
         HyperMixingState
         """
-        return HyperMixingState(ChunkSums(config.left_context_size))
+        return HyperMixingState(config.left_context_size)
 
     def prepare_stream(self, x, state: HyperMixingState):
         """What all layers share for one chunk: the sinusoids of its absolute positions.
@@ -285,7 +283,7 @@ class HyperMixing(nn.Module):
         """
         values, first, second = self._generate(x, shared)
         with full_precision(x):  # sums over time leave the range and the resolution of half types
-            y = self._mix_tokens(state.sums.add(_chunk_sum(values, first)), second)
+            y = self._mix_tokens(state.add(_chunk_sum(values, first)), second)
         state.frames += x.shape[1]
         return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
 
