@@ -18,7 +18,7 @@ class PracticalConformerBrain(AsrBrain):
     Raises
     ------
     ValueError
-        If the encoder is no cascade, or ``first_pass_prob`` no probability.
+        If the encoder is no cascade, or ``first_pass_prob`` or ``redraw_interval`` is impossible.
     """
 
     selection = f"second_pass_{GREEDY}"
@@ -28,10 +28,13 @@ class PracticalConformerBrain(AsrBrain):
         self.encoder = self.hparams.Transformer.encoder
         if not isinstance(self.encoder, CascadedEncoder):
             raise ValueError(f"This recipe trains a cascade of two encoders; encoder is '{self.hparams.encoder}', not 'cascade'.")
-        if not 0 <= self.hparams.first_pass_prob <= 1:
-            raise ValueError(f"first_pass_prob is {self.hparams.first_pass_prob}; give a probability from 0 to 1.")
-        if self.hparams.first_pass_prob == 1:
-            self.selection = f"first_pass_{GREEDY}"
+        share, interval = self.hparams.first_pass_prob, self.hparams.redraw_interval
+        if not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise ValueError(
+                f"first_pass_prob is {share!r}; give 0 or more and less than 1, where the second pass would learn nothing."
+            )
+        if not isinstance(interval, int) or interval < 0:
+            raise ValueError(f"redraw_interval is {interval!r}; give a whole number of optimizer steps, or 0 for never.")
         self.find_unused_parameters = True  # batches of the first pass give the second stage no gradient
         self.draw = 0
 
@@ -43,6 +46,11 @@ class PracticalConformerBrain(AsrBrain):
         if self.hparams.redraw_interval and self.draw != 1 + self.optimizer_step // self.hparams.redraw_interval:
             self.draw = 1 + self.optimizer_step // self.hparams.redraw_interval
             redraw_features(self.encoder, self.draw)
+
+    def draw_chunks(self, stage):
+        """The chunk setting for a batch, one that both passes can take whichever is drawn."""
+        self.encoder.answer = "second"
+        return super().draw_chunks(stage)
 
     def forward_features(self, feats, lens, chunks, batch, stage):
         """What the base class gives, by the name of the pass."""

@@ -55,8 +55,8 @@ def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, gi
                 f"The {architecture} of size '{size}' has {key} {usual_value}, not {value}; leave out one of the two."
             )
         chosen.append(usual_value if value is None else value)
-        if chosen[-1] < 1:
-            raise ValueError(f"{key} is {value}; give at least 1.")
+        if not isinstance(chosen[-1], int) or chosen[-1] < 1:
+            raise ValueError(f"{key} is {value!r}; give a whole number of at least 1.")
     return chosen
 
 

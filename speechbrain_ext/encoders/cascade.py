@@ -91,6 +91,8 @@ class CascadedEncoder(nn.Module):
         answer: str = "second",
     ):
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}; give at least 1.")
         usual = {"d_model": d_model, "nhead": nhead, "d_ffn": d_ffn, "dropout": dropout, "kernel_size": kernel_size}
         above = max(1, num_layers // 3)
         self.second = _build("second", second, usual | {"num_layers": above})
@@ -103,7 +105,8 @@ class CascadedEncoder(nn.Module):
         self.adapter = nn.Sequential(nn.Linear(d_model, width), nn.LayerNorm(width)) if adapts else nn.Identity()
         self.output = nn.Linear(width, d_model) if width != d_model else nn.Identity()
         self.d_model = d_model
-        self.first_config, self.second_config = map(_chunks, (first_chunk, right_context))
+        self.first_config = _chunks("first_chunk", first_chunk)
+        self.second_config = _chunks("right_context", right_context)
         for stage, config in ((self.first, self.first_config), (self.second, self.second_config)):
             if config is not None:
                 check_chunks(config, stage.chunk_multiple)
@@ -254,7 +257,7 @@ class CascadedEncoder(nn.Module):
 
 def _build(stage, asked, usual):
     """A stage from its name, or a dictionary with its name and keys; one with a ``size`` takes all from that."""
-    keys = {"encoder": asked} if isinstance(asked, str) else dict(asked)
+    keys = {"encoder": asked} if isinstance(asked, str) else dict(asked) if isinstance(asked, dict) else {}
     if "encoder" not in keys:
         raise ValueError(f"The {stage} stage of the cascade is {asked}; give a name, or a dictionary with the name as 'encoder'.")
     name = keys.pop("encoder")
@@ -263,5 +266,9 @@ def _build(stage, asked, usual):
     return build_encoder(name, **{key: value for key, value in usual.items() if key in known and value is not None} | keys)
 
 
-def _chunks(size):
-    return None if size is None else DynChunkTrainConfig(size)
+def _chunks(key, size):
+    if size is None:
+        return None
+    if not isinstance(size, int):
+        raise ValueError(f"{key} is {size!r}; give a whole number of frames, or null.")
+    return DynChunkTrainConfig(size)

@@ -161,7 +161,7 @@ def load_model(source, device=None, answer=None):
     FileNotFoundError
         If there is no such model.
     ValueError
-        If it is not a speech recogniser, or ``answer`` is given for one that is no cascade.
+        If it is not a speech recogniser, or ``answer`` is unknown or given for one that is no cascade.
     RuntimeError
         If it is damaged, or names what is not installed.
 

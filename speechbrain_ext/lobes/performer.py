@@ -137,8 +137,10 @@ class RandomFeatures(nn.Module):
                 f"The head size (d_model / nhead) is {head_size}; the softmax kernel's features leave float32's range above 128: "
                 "give more heads, or the relu kernel."
             )
-        if features < 0 or (kernel == "softmax" and not features):
-            raise ValueError(f"features is {features}; the {kernel} kernel needs at least {int(kernel == 'softmax')}.")
+        if not isinstance(features, int) or features < 0 or (kernel == "softmax" and not features):
+            raise ValueError(
+                f"features is {features!r}; the {kernel} kernel needs a whole number of at least {int(kernel == 'softmax')}."
+            )
         self.kernel = kernel
         self.size = features or head_size
         self.register_buffer("projection", orthogonal_gaussian(features, head_size) if features else None)
@@ -285,7 +287,7 @@ class PerformerAttention(nn.Module):
             query, key = self.features(query, key)
             now = key.transpose(-1, -2) @ value
             if self.causal:
-                y = query @ state.before(now) + (query @ key.transpose(-1, -2)).tril() @ value
+                y = query @ state.before(now) + _attend_in_blocks(query, key, value, None, True)
             else:
                 y = query @ state.add(now)
         return self._finish(y, x.dtype, None)
@@ -308,12 +310,15 @@ def _attend_in_blocks(query, key, value, config, causal):
 
     Blocks are whole chunks: what a block's last chunk sees before the block is a sum; the rest lies in the block itself, and,
     with a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left
-    the sight of the block's last chunk but not yet of the query's. Only sums over blocks are subtracted, in float64.
+    the sight of the block's last chunk but not yet of the query's. Only sums over blocks are subtracted, in float64. With a
+    limited left context a causal block is at least as long as a chunk.
     """
     size, left = (1, None) if config is None else (config.chunk_size, config.left_context_size)
     if causal and left is None:
         size = 1  # then chunks change nothing
     frames = query.shape[2]
+    if not torch.compiler.is_compiling():
+        size = min(size, frames)
     chunks = math.ceil(BLOCK / size)
     if left is not None:
         chunks = min(chunks, left + 1)
