@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from speechbrain import Stage
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from test_resume import assert_same_runs, last_checkpoint
 from test_resume import run as run_with_bomb
 from tiny import SMALL, arguments, make_corpus
@@ -114,10 +115,20 @@ def test_another_encoder_ends_in_one_sentence(corpus, tmp_path):
     assert "This recipe trains a cascade of two encoders; encoder is 'conformer', not 'cascade'." in run.stderr
 
 
-@pytest.mark.parametrize("probability", [-0.1, 1.5])
-def test_a_probability_is_one(probability, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=f"first_pass_prob is {probability}; give a probability from 0 to 1"):
-        build(tmp_path, monkeypatch, first_pass_prob=probability)
+@pytest.mark.parametrize(
+    "key, value", [("first_pass_prob", -0.1), ("first_pass_prob", 1), ("first_pass_prob", "abc"), ("redraw_interval", 2.5)]
+)
+def test_impossible_draws_are_refused(key, value, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=f"{key} is {value!r}; give"):
+        build(tmp_path, monkeypatch, **{key: value})
+
+
+def test_chunks_suit_both_passes_whichever_was_drawn_before(tmp_path, monkeypatch):
+    stages = {"first": "hyperconformer", "second": {"encoder": "squeezeformer", "num_layers": 3}}
+    brain = build(tmp_path, monkeypatch, num_encoder_layers=4, encoder_kwargs=stages)
+    brain.hparams.chunk_sampler = lambda stage: DynChunkTrainConfig(7, 2)
+    for brain.encoder.answer in ("first", "second"):
+        assert brain.draw_chunks(Stage.TRAIN).chunk_size == 8
 
 
 def draws(brain, epoch, steps, optimizer_step=0):
@@ -140,10 +151,9 @@ def test_the_pass_depends_on_the_step_only(tmp_path, monkeypatch):
     assert draws(build(tmp_path, monkeypatch, seed=1), 1, range(1, 401)) != first
 
 
-@pytest.mark.parametrize("probability, drawn, selection", [(0, "second", PASSES[1]), (1, "first", PASSES[0])])
-def test_a_certain_pass(probability, drawn, selection, tmp_path, monkeypatch):
-    brain = build(tmp_path, monkeypatch, first_pass_prob=probability)
-    assert set(draws(brain, 1, range(1, 50))) == {drawn} and brain.selection == selection
+def test_the_second_pass_alone(tmp_path, monkeypatch):
+    brain = build(tmp_path, monkeypatch, first_pass_prob=0)
+    assert set(draws(brain, 1, range(1, 50))) == {"second"}
 
 
 def test_a_batch_of_the_first_pass_trains_the_first_stage_alone(tmp_path, monkeypatch):

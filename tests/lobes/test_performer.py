@@ -352,8 +352,8 @@ def test_features_survive_a_round_trip_and_the_average_of_checkpoints(tmp_path):
     "keys, message",
     [
         ({"kernel": "cosine"}, "Unknown kernel 'cosine'.*softmax, relu"),
-        ({"kernel": "softmax", "features": 0}, "features is 0; the softmax kernel needs at least 1"),
-        ({"features": -1}, "features is -1; the relu kernel needs at least 0"),
+        ({"kernel": "softmax", "features": 0}, "features is 0; the softmax kernel needs a whole number of at least 1"),
+        ({"features": -1}, "features is -1; the relu kernel needs a whole number of at least 0"),
         ({"nhead": 5}, "24 must be positive and divide by nhead 5"),
         ({"nhead": 0}, "divide by nhead 0"),
     ],
