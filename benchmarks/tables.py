@@ -39,7 +39,7 @@ def results():
         runs.setdefault((*key, row["peak_memory_mib"]), []).append(f"{row['test_set']} {float(row['WER']):.1f}")
     header = ["trained on", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
     rows = [
-        [train, encoder, f"{int(parameters):,}", steps, f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
+        [train, encoder, f"{int(parameters):,}", steps, speed and f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
         for (train, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
     return table(header, rows)
