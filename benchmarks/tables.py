@@ -43,7 +43,7 @@ def results():
         )
     header = ["trained on", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
     rows = [
-        [train, encoder, f"{int(parameters):,}", steps, f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
+        [train, encoder, f"{int(parameters):,}", steps, speed and f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
         for (train, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
     return table(header, rows)
