@@ -317,15 +317,28 @@ def _attend_in_blocks(query, key, value, config, causal):
     if causal and left is None:
         size = 1  # then chunks change nothing
     frames = query.shape[2]
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         size = min(size, frames)
     chunks = math.ceil(BLOCK / size)
     if left is not None:
         chunks = min(chunks, left + 1)
+    if not compiling:
+        chunks = min(chunks, math.ceil(frames / size))
     block = chunks * size
     # A graph for any length must not see a single block: broadcasting is another operation. A block of zeros changes nothing.
-    count = frames // block + 2 if torch.compiler.is_compiling() else (frames + block - 1) // block
+    count = frames // block + 2 if compiling else math.ceil(frames / block)
     rest = count * block - frames
+    alone = not causal and chunks == 1  # a block is a chunk that sees all of itself
+
+    def inside():
+        """(block, block) bool: what a block's frames do not see of it, and what they see of the block before it."""
+        position = torch.arange(block, device=query.device)
+        chunk = position // size
+        return position > position.unsqueeze(1) if causal else chunk > chunk.unsqueeze(1), chunk <= chunk.unsqueeze(1)
+
+    if count == 1 and not alone and not rest:  # all that is seen lies inside
+        return (query @ key.transpose(-1, -2)).masked_fill(inside()[0], 0.0) @ value
 
     def cut(tensor, shift=0):
         """(B, H, T, n) to (B H blocks, block, n)."""
@@ -337,7 +350,6 @@ def _attend_in_blocks(query, key, value, config, causal):
         return torch.bmm(keys.transpose(1, 2), values).unflatten(0, (*query.shape[:2], -1)).double()
 
     queries, keys, values = cut(query), cut(key), cut(value)
-    alone = not causal and chunks == 1  # a block is a chunk that sees all of itself
     if left == 0:
         seen = sums(keys, values) * alone
     else:
@@ -350,11 +362,8 @@ def _attend_in_blocks(query, key, value, config, causal):
             seen = seen - sums(old_keys.double(), old_values.double()).cumsum(2)
     y = torch.bmm(queries, seen.to(query.dtype).flatten(0, 2))
     if not alone:
-        position = torch.arange(block, device=query.device)
-        chunk = position // size
-        future = position > position.unsqueeze(1) if causal else chunk > chunk.unsqueeze(1)
+        future, gone = inside()
         y = torch.baddbmm(y, torch.bmm(queries, keys.transpose(1, 2)).masked_fill(future, 0.0), values)
         if left and chunks > 1:
-            gone = chunk <= chunk.unsqueeze(1)
             y = torch.baddbmm(y, torch.bmm(queries, old_keys.transpose(1, 2)).masked_fill(gone, 0.0), old_values)
     return F.pad(y.reshape(*query.shape[:2], -1, value.shape[3]), (0, 0, 0, -rest))
