@@ -53,7 +53,7 @@ def draw(rows, path):
             style = {"label": variant, "linewidth": 2.5 if variant == "fusionformer" else 1.2}
             loss.plot(epochs, [float(row["train_loss"]) for row in mine], **style)
             wer.plot(epochs, [float(row["valid_wer"]) for row in mine], **style)
-        loss.set(title=f"peak learning rate {rate}", yscale="log")
+        loss.set(title=f"peak learning rate {rate}", yscale="log", ylim=(1, 1e3))  # what diverges leaves the picture
         wer.set(xlabel="epoch", ylim=(0, 105))
     axes[0, 0].set(ylabel="training loss")
     axes[1, 0].set(ylabel="validation WER, %")
