@@ -1,5 +1,8 @@
 """TransformerASR with its encoder taken from the registry, and the way from waveforms to encoder frames."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
 from speechbrain.lobes.models.transformer.TransformerASR import get_key_padding_mask, get_lookahead_mask
@@ -7,6 +10,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.lobes.attention import ATTENTIONS
+from speechbrain_ext.lobes.features import FeatureStream, extract_features, normalize_features
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys
 
@@ -282,42 +286,6 @@ class TransformerASR(SpeechBrainTransformerASR):
         return out, attention[-1]
 
 
-def extract_features(compute_features, wavs, wav_lens):
-    """Features with exact lengths: an utterance has the same number of frames alone and in any batch.
-
-    SpeechBrain's pipelines hand on relative lengths and round them at each stage, so that the batch decides about the last frame.
-
-    Arguments
-    ---------
-    compute_features : speechbrain.lobes.features.Fbank
-        The feature extraction (or any with a centred ``compute_STFT``).
-    wavs : torch.Tensor
-        (B, N) samples.
-    wav_lens : torch.Tensor
-        (B,) relative lengths.
-
-    Returns
-    -------
-    tuple
-        Features (B, T, F), and the relative lengths (B,) of these frames.
-
-    Example
-    -------
-    >>> from speechbrain.lobes.features import Fbank
-    >>> feats, lens = extract_features(Fbank(), torch.rand(2, 1600), torch.tensor([1.0, 0.45]))
-    >>> feats.shape, torch.round(lens * 11)
-    (torch.Size([2, 11, 40]), tensor([11.,  5.]))
-    """
-    samples = absolute_lengths(wav_lens, wavs.shape[1])
-    wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
-    feats = compute_features(wavs)
-    frames = 1 + samples // compute_features.compute_STFT.hop_length  # the STFT is centred: one frame per hop, and one more
-    relative = frames / feats.shape[1]
-    # SpeechBrain's normalisation counts the frames below relative * T without rounding: rounding must never push that up.
-    above = relative * feats.shape[1] > frames
-    return feats, torch.where(above, torch.nextafter(relative, torch.zeros_like(relative)), relative)
-
-
 class SpeechEncoder(nn.Module):
     """From waveforms to encoder frames, with exact lengths all the way: the ``encoder`` of a pretrained model.
 
@@ -367,17 +335,23 @@ class SpeechEncoder(nn.Module):
         wav_lens : torch.Tensor, optional
             (B,) relative lengths.
         dynchunktrain_config : DynChunkTrainConfig, optional
-            The chunk setting.
+            The chunk setting, for features and encoder: no frame then depends on what follows its chunk.
 
         Returns
         -------
         tuple
             (B, T, D), and the exact relative lengths (B,) of these frames.
+
+        Raises
+        ------
+        ValueError
+            If the chunk setting is impossible, or the features cannot be had chunk by chunk.
         """
         if wav_lens is None:
             wav_lens = torch.ones(len(wavs), device=wavs.device)
-        feats, lens = extract_features(self.compute_features, wavs, wav_lens)
-        feats = self.normalize(feats, lens)
+        chunk = None if dynchunktrain_config is None else self._feature_chunk(dynchunktrain_config)
+        feats, lens = extract_features(self.compute_features, wavs, wav_lens, chunk)
+        feats = normalize_features(self.normalize, feats, lens, chunk)
         feats = zero_padding(feats, padding_mask(absolute_lengths(lens, feats.shape[1]), feats.shape[1]))
         return self.encode_features(feats, lens, dynchunktrain_config)
 
@@ -401,3 +375,77 @@ class SpeechEncoder(nn.Module):
         x, lens = self.subsampling(feats, lens)
         x = self.transformer.encode(x, lens, dynchunktrain_config=dynchunktrain_config)
         return x if self.head is None else self.head(x), lens
+
+    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig):
+        """The context of a new stream of waveforms.
+
+        Arguments
+        ---------
+        dynchunktrain_config : DynChunkTrainConfig
+            Chunk size in encoder frames and left context in chunks (None = all).
+
+        Returns
+        -------
+        SpeechStreamingContext
+
+        Raises
+        ------
+        ValueError
+            If the chunk setting is impossible, or the features cannot be had chunk by chunk.
+        """
+        encoder = self.transformer.make_streaming_context(dynchunktrain_config)
+        features = FeatureStream(self.compute_features, self.normalize, self._feature_chunk(dynchunktrain_config))
+        return SpeechStreamingContext(features, encoder)
+
+    def encode_streaming(self, wavs, context, last: bool = False):
+        """Encode the next samples: what :meth:`encode` gives under the same chunk setting, as soon as a chunk is complete.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (B, N) samples, any number of them.
+        context : SpeechStreamingContext
+            Updated in place.
+        last : bool
+            Whether the stream ends with these samples.
+
+        Returns
+        -------
+        tuple
+            What ``forward`` gives for the frames of the chunks that are complete now, (B, T, ...) with T >= 0; and these
+            frames without the head (B, T, D).
+
+        Example
+        -------
+        >>> from speechbrain.lobes.features import Fbank
+        >>> from speechbrain.processing.features import InputNormalization
+        >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+        >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="hyperconformer")
+        >>> encoder = SpeechEncoder(Fbank(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net).eval()
+        >>> context = encoder.make_streaming_context(DynChunkTrainConfig(4, None))
+        >>> [encoder.encode_streaming(torch.rand(1, 4000), context, last)[0].shape[1] for last in (False, False, True)]
+        [4, 8, 7]
+        """
+        frames = [self._stream(chunk, context) for chunk in context.features.accept(wavs)]
+        if last:
+            frames += [self._stream(chunk, context) for chunk in context.features.finish()]
+        x = torch.cat(frames, 1) if frames else wavs.new_zeros(len(wavs), 0, self.transformer.encoder.d_model)
+        return x if self.head is None else self.head(x), x
+
+    def _stream(self, feats, context):
+        x, context.tail = self.subsampling.stream(feats, context.tail)
+        return self.transformer.encode_streaming(x, context.encoder)
+
+    def _feature_chunk(self, config):
+        return self.subsampling.factor * config.chunk_size
+
+
+@dataclass
+class SpeechStreamingContext:
+    """All state of one stream of waveforms (or one batch of streams in step)."""
+
+    features: FeatureStream
+    encoder: Any
+    """Of ``TransformerASR.make_streaming_context``."""
+    tail: torch.Tensor | None = None
+    """The front end's left context."""

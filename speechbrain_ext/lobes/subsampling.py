@@ -7,6 +7,7 @@ All tensors lie (B, T, F, C), channels last: the layout in which convolutions of
 and bfloat16 ones above all, and in which the next linear layer finds its input without a copy.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -68,6 +69,25 @@ class _Subsampling(nn.Module):
                 frames = (frames + 1) // 2
             x = self._run(stage, x, frames)
         return x.flatten(2), None if frames is None else frames / x.shape[1]
+
+    def stream(self, x, before=None):
+        """Subsample one chunk.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            (B, C, F) features; C divides by 4, but for the last chunk.
+        before : torch.Tensor, optional
+            (B, 4, F) from the last call, None before the first chunk.
+
+        Returns
+        -------
+        tuple
+            (B, ceil(C / 4), ``output_size``), and what the next call needs.
+        """
+        # The first frame of four more is wrong, as it misses its left neighbours, and the only wrong one.
+        y, _ = self(x) if before is None else self(torch.cat((before, x), 1))
+        return y if before is None else y[:, 1:], x[:, -self.factor :]
 
     def _run(self, stage, x, frames):
         return stage(x)
@@ -221,6 +241,12 @@ class DepthwiseSubsampling(_Subsampling):
             ]
         )
         self.output_size = channels * (input_size // 2 // 2 if padding == "right" else (input_size + 3) // 4)
+
+    def stream(self, x, before=None):
+        """See :class:`ConvolutionSubsampling`; not with the padding ``right``, which looks into the next chunk."""
+        if self.padding != "symmetric":
+            raise ValueError(f"A front end with padding '{self.padding}' does not stream; train one with padding 'symmetric'.")
+        return super().stream(x, before)
 
     def forward(self, x, lengths=None):
         """See :class:`ConvolutionSubsampling`."""

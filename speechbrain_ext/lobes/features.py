@@ -1,0 +1,233 @@
+"""Features of whole utterances with exact lengths, and chunk by chunk exactly the same.
+
+Two steps of SpeechBrain's pipelines look at the whole utterance: filter banks are clipped 80 dB below its maximum, and "sentence"
+normalisation takes its statistics. With a chunk setting both look at what has been heard until the end of the chunk, in
+:func:`extract_features` and :func:`normalize_features` as in :class:`FeatureStream`.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from speechbrain.lobes.features import Fbank
+
+from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+
+
+def extract_features(compute_features, wavs, wav_lens, chunk: int | None = None):
+    """Features with exact lengths: an utterance has the same number of frames alone and in any batch.
+
+    SpeechBrain's pipelines hand on relative lengths and round them at each stage, so that the batch decides about the last frame.
+
+    Arguments
+    ---------
+    compute_features : speechbrain.lobes.features.Fbank
+        The feature extraction (without ``chunk`` any with a centred ``compute_STFT``).
+    wavs : torch.Tensor
+        (B, N) samples.
+    wav_lens : torch.Tensor
+        (B,) relative lengths.
+    chunk : int, optional
+        Feature frames per chunk: no feature then depends on what follows its chunk.
+
+    Returns
+    -------
+    tuple
+        Features (B, T, F), and the relative lengths (B,) of these frames.
+
+    Raises
+    ------
+    ValueError
+        If these features cannot be had chunk by chunk.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> feats, lens = extract_features(Fbank(), torch.rand(2, 1600), torch.tensor([1.0, 0.45]))
+    >>> feats.shape, torch.round(lens * 11)
+    (torch.Size([2, 11, 40]), tensor([11.,  5.]))
+    """
+    samples = absolute_lengths(wav_lens, wavs.shape[1])
+    wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
+    if chunk is None:
+        feats = compute_features(wavs)
+    else:
+        unclipped, top_db = _without_clipping(compute_features)
+        feats = unclipped(wavs)
+        peaks = _chunked(feats, chunk, -torch.inf).amax((2, 3)).cummax(1).values
+        feats = feats.maximum((peaks - top_db).repeat_interleave(chunk, 1)[:, : feats.shape[1], None])
+    frames = 1 + samples // compute_features.compute_STFT.hop_length  # the STFT is centred: one frame per hop, and one more
+    relative = frames / feats.shape[1]
+    # SpeechBrain's normalisation counts the frames below relative * T without rounding: rounding must never push that up.
+    above = relative * feats.shape[1] > frames
+    return feats, torch.where(above, torch.nextafter(relative, torch.zeros_like(relative)), relative)
+
+
+def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwargs):
+    """Normalise; with ``chunk``, "sentence" statistics are those of the utterance until the end of the frame's chunk.
+
+    Arguments
+    ---------
+    normalize : speechbrain.processing.features.InputNormalization
+        The normalisation.
+    feats : torch.Tensor
+        (B, T, F).
+    lens : torch.Tensor
+        (B,) relative lengths.
+    chunk : int, optional
+        Feature frames per chunk.
+    **kwargs
+        For ``normalize``.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T, F).
+
+    Raises
+    ------
+    ValueError
+        If the normalisation needs more than one utterance.
+
+    Example
+    -------
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> x = torch.rand(1, 9, 4)
+    >>> y = normalize_features(InputNormalization(norm_type="sentence"), x, torch.ones(1), chunk=3)
+    >>> torch.allclose(y[:, :3].mean(1), torch.zeros(4), atol=1e-5)
+    True
+    """
+    if chunk is None or not _grows(normalize):
+        return normalize(feats, lens, **kwargs)
+    frames = feats.shape[1]
+    valid = ~padding_mask(absolute_lengths(lens, frames), frames)
+    feats, valid = _chunked(feats, chunk), _chunked(valid.unsqueeze(-1), chunk)
+    moments = _moments(feats, valid, 2).cumsum(2)
+    return _standardized(normalize, feats, moments.unsqueeze(3)).flatten(1, 2)[:, :frames]
+
+
+class FeatureStream:
+    """Normalised features of waveforms that come in pieces of any size.
+
+    Arguments
+    ---------
+    compute_features : speechbrain.lobes.features.Fbank
+        The feature extraction.
+    normalize : speechbrain.processing.features.InputNormalization
+        The normalisation.
+    chunk : int
+        Feature frames per chunk.
+
+    Raises
+    ------
+    ValueError
+        If these features cannot be had chunk by chunk.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> stream = FeatureStream(Fbank(), InputNormalization(norm_type="sentence"), chunk=16)
+    >>> [chunk.shape[1] for chunk in stream.accept(torch.rand(1, 6000))]
+    [16, 16]
+    >>> [chunk.shape[1] for chunk in stream.finish()]
+    [6]
+    """
+
+    def __init__(self, compute_features, normalize, chunk: int):
+        self._compute, self._top_db = _without_clipping(compute_features)
+        stft = self._compute.compute_STFT
+        stft.center = False  # this class cuts what each frame needs out of the stream
+        self._hop, self._window, self._chunk = stft.hop_length, stft.n_fft, chunk
+        self._normalize, self._grows = normalize, _grows(normalize)
+        self._samples = None  # (B, n), from the beginning of the next frame's window on
+        self._heard = 0
+        self._frames = 0
+        self._peak = self._moments = None
+
+    def accept(self, wavs):
+        """Take samples in.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (B, N), the next samples.
+
+        Returns
+        -------
+        iterator
+            Of the chunks (B, chunk, F) that they complete.
+        """
+        self._heard += wavs.shape[1]
+        before = F.pad(wavs[:, :0], (self._window // 2, 0)) if self._samples is None else self._samples
+        self._samples = torch.cat((before, wavs), 1)
+        while self._samples.shape[1] >= self._needs(self._chunk):
+            yield self._take(self._chunk)
+
+    def finish(self):
+        """End the stream.
+
+        Returns
+        -------
+        iterator
+            Of the chunks (B, <= chunk, F) that were still to come.
+        """
+        if not self._heard:
+            return
+        frames = 1 + self._heard // self._hop
+        self._samples = F.pad(self._samples, (0, self._window // 2))
+        while self._frames < frames:
+            yield self._take(min(self._chunk, frames - self._frames))
+
+    def _needs(self, frames):
+        return (frames - 1) * self._hop + self._window
+
+    def _take(self, frames):
+        feats = self._compute(self._samples[:, : self._needs(frames)])
+        self._samples = self._samples[:, frames * self._hop :].clone()  # a view would keep what has been heard
+        self._frames += frames
+        peak = feats.amax((1, 2))
+        self._peak = peak if self._peak is None else peak.maximum(self._peak)
+        feats = feats.maximum((self._peak - self._top_db)[:, None, None])
+        if not self._grows:
+            return self._normalize(feats, torch.ones(len(feats), device=feats.device))
+        moments = _moments(feats, torch.ones_like(feats[..., :1], dtype=torch.bool), 1)
+        self._moments = moments if self._moments is None else self._moments + moments
+        return _standardized(self._normalize, feats, self._moments.unsqueeze(2))
+
+
+def _without_clipping(compute_features):
+    """A copy that clips nothing, and by how much the original does, in dB."""
+    if not isinstance(compute_features, Fbank) or compute_features.deltas or compute_features.context:
+        raise ValueError(f"{type(compute_features).__name__} features do not stream; give Fbank without deltas and context.")
+    if not compute_features.compute_STFT.center:
+        raise ValueError("Features whose STFT is not centred do not stream; leave center at True.")
+    unclipped = copy.deepcopy(compute_features)
+    unclipped.compute_fbanks.top_db = torch.inf
+    return unclipped, compute_features.compute_fbanks.top_db
+
+
+def _grows(normalize):
+    """Whether statistics grow with the utterance; others are known before it."""
+    if normalize.norm_type not in ("global", "sentence"):
+        raise ValueError(f"Normalisation by {normalize.norm_type} does not stream; give norm_type global or sentence.")
+    return normalize.norm_type == "sentence"
+
+
+def _chunked(x, chunk, fill=0):
+    """(B, T, F) to (B, chunks, chunk, F)."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % chunk), value=fill).unflatten(1, (-1, chunk))
+
+
+def _moments(feats, valid, dim):
+    """Number, sum and sum of squares of the valid frames (..., F), one behind the other: (3, ..., F), float64."""
+    feats = feats.double().masked_fill(~valid, 0.0)
+    return torch.stack((valid.sum(dim).expand_as(feats.select(dim, 0)), feats.sum(dim), feats.square().sum(dim)))
+
+
+def _standardized(normalize, feats, moments):
+    """As SpeechBrain normalises a sentence, with the given moments."""
+    count, total, squares = moments
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt() if normalize.std_norm else torch.ones_like(mean)
+    return ((feats - mean) / std.clamp(min=normalize.epsilon)).to(feats.dtype)
