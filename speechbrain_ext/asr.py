@@ -301,6 +301,10 @@ class SpeechEncoder(nn.Module):
         Encodes the subsampled features.
     head : torch.nn.Module, optional
         Applied to the encoder frames; with a CTC head ``speechbrain.inference.ASR.EncoderASR`` decodes the output.
+    chunk_size : int, optional
+        Chunk size in encoder frames that the model was trained to stream with; None = it was trained in full context only.
+    left_context : int, optional
+        Likewise, the left context in chunks; None = all.
 
     Example
     -------
@@ -313,13 +317,17 @@ class SpeechEncoder(nn.Module):
     torch.Size([2, 26, 32])
     """
 
-    def __init__(self, compute_features, normalize, subsampling, transformer, head=None):
+    def __init__(
+        self, compute_features, normalize, subsampling, transformer, head=None, chunk_size=None, left_context=None
+    ):
         super().__init__()
         self.compute_features = compute_features
         self.normalize = normalize
         self.subsampling = subsampling
         self.transformer = transformer
         self.head = head
+        self.chunk_size = chunk_size
+        self.left_context = left_context
 
     def forward(self, wavs, wav_lens=None):
         """Waveforms (B, N) with relative lengths to encoder frames (B, T, D); what SpeechBrain's inference classes call."""

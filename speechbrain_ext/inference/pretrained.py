@@ -38,6 +38,8 @@ speech_encoder: !new:speechbrain_ext.asr.SpeechEncoder
     normalize: !ref <normalize>
     subsampling: !ref <subsampling>
     transformer: !ref <Transformer>
+    chunk_size: !ref <streaming_chunk_size>
+    left_context: !ref <streaming_left_context>
 """
 _WITH_DECODER = f"""{_ENCODER}
 modules:
@@ -105,6 +107,16 @@ def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, row
 
 class _ExactLengths:
     """What both classes below change of SpeechBrain's: lengths are those of the encoder frames, and so exact in any batch."""
+
+    @property
+    def blank(self):
+        """The CTC head's blank token."""
+        return self.hparams.blank_index
+
+    @property
+    def ctc_head(self):
+        """From encoder frames (B, T, D) to CTC logits (B, T, V)."""
+        return self.hparams.asr_model[-1]
 
     def load_audio(self, path, savedir=None):
         """Read an audio file as 16 kHz mono samples (T,)."""
@@ -196,6 +208,7 @@ def load_model(source, device=None, answer=None):
     except Exception as error:  # pickle, YAML, sentencepiece and what the YAML names each raise their own
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}") from error
+    model.hparams.asr_model.to(model.device)  # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
     if answer is not None:
         encoder = model.mods.encoder.transformer.encoder
         if not hasattr(encoder, "answer"):

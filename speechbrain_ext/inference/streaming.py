@@ -1,0 +1,183 @@
+"""Speech recognition while somebody speaks, with bounded latency and memory."""
+
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext.inference.segments import FRAME_SECONDS, Segmenter, collapse
+
+CHUNK_SIZE = 16
+"""Encoder frames per chunk (640 ms) of models that say nothing of it."""
+LEFT_CONTEXT = 16
+"""Their left context in chunks, 10 s."""
+
+
+class StreamingRecognizer:
+    """Waveforms in, in pieces of any size; out, words as soon as they are heard.
+
+    Words come from greedy CTC search, which never takes them back. A pause ends a segment, and the encoder starts anew behind
+    it: neither its state nor its statistics grow with the stream. Until then, frames are those that ``forward`` gives for the
+    whole waveform under the same chunk setting. Of a cascade that answers with its second pass, the first pass streams, and the
+    second one has the last word about each segment when it has ended.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        From :func:`speechbrain_ext.inference.load_model`. Of a model with a decoder only the CTC head answers.
+    chunk_size : int, optional
+        Encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
+    left_context : int, optional
+        Left context in chunks; by default what the model was trained for, or 16; -1 = all, with which the state of attention
+        grows until the end of a segment.
+    endpoint : float
+        Seconds of silence that end a segment.
+    longest : float
+        Seconds after which a segment without such a pause ends at the longest one in it.
+
+    Raises
+    ------
+    ValueError
+        If a setting is impossible, or the model cannot stream.
+
+    Example
+    -------
+    >>> model = load_model("results/demo/pretrained")                   # doctest: +SKIP
+    >>> recognizer = StreamingRecognizer(model)                         # doctest: +SKIP
+    >>> for samples in microphone:                                      # doctest: +SKIP
+    ...     for segment in recognizer.accept(samples):
+    ...         print(segment.start, segment.end, segment.text)
+    ...     print(recognizer.text, end="\r")
+    >>> recognizer.finish()                                             # doctest: +SKIP
+    """
+
+    def __init__(self, model, chunk_size=None, left_context=None, endpoint=0.8, longest=30.0):
+        self._model, self._encoder = model, model.mods.encoder
+        size, left = chunk_setting(model)
+        if left_context is not None:
+            left = None if left_context == -1 else left_context
+        self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)
+        encoder = self._encoder.transformer.encoder
+        self._cascade = encoder if getattr(encoder, "answer", None) == "second" else None
+        search = None if self._cascade is None else self._second_pass
+        self._segmenter = Segmenter(model.tokenizer, model.blank, endpoint, longest, search)
+        self._patience = longest
+        self._context = self._new_context()
+
+    @property
+    def chunk_seconds(self):
+        """Audio per chunk, in seconds: what a word waits for at most, and what it is heard with."""
+        return FRAME_SECONDS * self._config.chunk_size
+
+    @property
+    def text(self):
+        """Of the segment that has not ended, all that has been heard."""
+        return self._segmenter.text
+
+    @property
+    def stable_text(self):
+        """The beginning of ``text`` that will be in the segment as it is: all words but the last, which may get longer."""
+        return self._segmenter.stable_text
+
+    @property
+    def segment_start(self):
+        """Seconds before the segment that has not ended; all that lies before them is settled."""
+        return FRAME_SECONDS * self._segmenter.start
+
+    def state_bytes(self):
+        """Size of the encoder's state held now."""
+        return self._context.encoder.encoder_context.state_bytes()
+
+    @torch.inference_mode()
+    def accept(self, wav):
+        """Take in the next samples.
+
+        Arguments
+        ---------
+        wav : torch.Tensor
+            (N,) samples at 16 kHz, N >= 0.
+
+        Returns
+        -------
+        list of Segment
+            Those that have ended.
+
+        Raises
+        ------
+        ValueError
+            If the samples are not a row of finite numbers.
+        """
+        if wav.dim() != 1:
+            raise ValueError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
+        if not torch.isfinite(wav).all():
+            raise ValueError("The samples hold NaN or infinite values; nothing was taken in.")
+        wav, segments = wav.float().to(self._model.device).unsqueeze(0), []
+        chunk = round(16000 * self.chunk_seconds)
+        # Chunk by chunk, so that a pause is seen where it is however large the pieces are.
+        for start in range(0, wav.shape[1], chunk):
+            piece = wav[:, start : start + chunk]
+            while piece is not None:
+                segments += self._step(piece, False)
+                piece = self._restart()
+        return segments
+
+    @torch.inference_mode()
+    def finish(self):
+        """End the stream.
+
+        Returns
+        -------
+        list of Segment
+            Those that were still to come.
+        """
+        segments = self._step(torch.zeros(1, 0, device=self._model.device), True)
+        return segments + self._segmenter.finish()
+
+    def _new_context(self):
+        self._frames, self._spoken = 0, False
+        if self._cascade is None:
+            return self._encoder.make_streaming_context(self._config)
+        self._cascade.answer = "first"
+        try:
+            return self._encoder.make_streaming_context(self._config)
+        finally:
+            self._cascade.answer = "second"
+
+    def _step(self, wav, last):
+        logits, frames = self._encoder.encode_streaming(wav, self._context, last)
+        if not frames.shape[1]:
+            return []
+        if self._encoder.head is None:
+            logits = self._model.ctc_head(frames)
+        segments = self._segmenter.accept(logits[0].float().log_softmax(-1), frames[0])
+        self._frames += frames.shape[1]
+        self._spoken = self._spoken or bool(segments or self._segmenter.tokens)
+        return segments
+
+    def _restart(self):
+        """Behind a pause, or if nothing is said for long, start anew: the samples to take in again, None without a new start."""
+        bored = not self._spoken and FRAME_SECONDS * self._frames >= self._patience
+        if not bored and not (self._spoken and self._segmenter.paused):
+            return None
+        leftover = self._context.features.pending()
+        self._context = self._new_context()
+        return leftover
+
+    def _second_pass(self, frames):
+        log_probs = self._model.ctc_head(self._cascade.second_pass(frames.unsqueeze(0)))[0].float().log_softmax(-1)
+        return [token for token, _ in collapse(log_probs.argmax(-1).tolist(), self._model.blank)], log_probs
+
+
+def chunk_setting(model):
+    """What a model streams with unless asked for something else.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        Any.
+
+    Returns
+    -------
+    tuple
+        Chunk size in frames and left context in chunks (None = all): those that it was trained for, or 16 and 16.
+    """
+    encoder = model.mods.encoder
+    return (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
