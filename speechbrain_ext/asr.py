@@ -317,9 +317,7 @@ class SpeechEncoder(nn.Module):
     torch.Size([2, 26, 32])
     """
 
-    def __init__(
-        self, compute_features, normalize, subsampling, transformer, head=None, chunk_size=None, left_context=None
-    ):
+    def __init__(self, compute_features, normalize, subsampling, transformer, head=None, chunk_size=None, left_context=None):
         super().__init__()
         self.compute_features = compute_features
         self.normalize = normalize
@@ -429,7 +427,8 @@ class SpeechEncoder(nn.Module):
         >>> from speechbrain.processing.features import InputNormalization
         >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
         >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="hyperconformer")
-        >>> encoder = SpeechEncoder(Fbank(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net).eval()
+        >>> normalize = InputNormalization(norm_type="sentence")
+        >>> encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net).eval()
         >>> context = encoder.make_streaming_context(DynChunkTrainConfig(4, None))
         >>> [encoder.encode_streaming(torch.rand(1, 4000), context, last)[0].shape[1] for last in (False, False, True)]
         [4, 8, 7]

@@ -8,9 +8,11 @@ import argparse
 import os
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 WINDOW = 256  # files that are sorted by length together: enough for full batches, few enough to see results soon
 BATCH_SECONDS = 120  # of audio, padding included
+LONG_SECONDS = 60  # longer files go in pieces
 
 
 class UsageError(Exception):
@@ -33,6 +35,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="speechbrain_ext", description="Speech recognition with speechbrain_ext's models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_transcribe(commands)
+    _add_stream(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -48,32 +51,72 @@ def main(argv=None):
 
 def _add_transcribe(commands):
     parser = commands.add_parser(
-        "transcribe", help="print what is said in audio files", description="Print FILE<TAB>text for each audio file."
+        "transcribe",
+        help="print what is said in audio files",
+        description="Print FILE<TAB>text for each audio file, of any length.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder that training left behind, or a Hugging Face repository")
+    _add_model(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
+    parser.add_argument("--output", metavar="FOLDER", help="write FOLDER/NAME.jsonl, .srt and .vtt; goes on where it was stopped")
+    parser.add_argument("--streaming", action="store_true", help="hear files as a stream, whatever their length and the model")
+    parser.set_defaults(run=transcribe)
+
+
+def _add_stream(commands):
+    parser = commands.add_parser(
+        "stream",
+        help="transcribe while audio comes in",
+        description="Print the segments of a stream as they end: start<TAB>end<TAB>text. On a terminal, words show as they come.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "file", metavar="FILE|-", help="an audio file, or - for raw samples on standard input (16 bits, one channel)"
+    )
+    parser.add_argument("--sample-rate", type=int, default=16000, help="of standard input")
+    parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of 40 ms per chunk; by default the model's")
+    parser.add_argument("--left-context", type=int, metavar="CHUNKS", help="to look back, -1 = all; by default the model's")
+    parser.add_argument("--endpoint", type=float, default=0.8, metavar="SECONDS", help="of silence that end a segment")
+    parser.add_argument("--realtime", action="store_true", help="take a file in as fast as it would be spoken")
+    parser.set_defaults(run=stream)
+
+
+def _add_model(parser):
+    parser.add_argument("model", metavar="MODEL", help="a folder that training left behind, or a Hugging Face repository")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
     parser.add_argument("--pass", dest="answer", choices=("first", "second"), help="of a cascade, which pass answers")
-    parser.set_defaults(run=transcribe)
+
+
+def _load(arguments):
+    with redirect_stdout(sys.stderr):  # whatever the libraries say
+        from speechbrain_ext.inference import load_model
+
+        try:
+            return load_model(arguments.model, arguments.device, arguments.answer)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(_sentence(error)) from error
+
+
+def _say(message):
+    print(f"speechbrain_ext: {message}", file=sys.stderr)
 
 
 def transcribe(arguments):
     """Print the transcripts of files in their order; a file that cannot be transcribed is reported, and the others go on."""
-    with redirect_stdout(sys.stderr):  # whatever the libraries say
+    names = [Path(file).stem for file in arguments.files]
+    if arguments.output and len(set(names)) < len(set(arguments.files)):
+        name = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"Several files would be written to {arguments.output}/{name}.jsonl; give them one by one.")
+    model = _load(arguments)
+    with redirect_stdout(sys.stderr):
         from tqdm import tqdm
 
-        from speechbrain_ext.inference import load_model
-
-        try:
-            model = load_model(arguments.model, arguments.device, arguments.answer)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(_sentence(error)) from error
+        outputs = _outputs(model, arguments) if arguments.output else {}
     files, failed = arguments.files, False
     with tqdm(total=len(files), unit=" files", disable=len(files) < 2) as progress:
         for start in range(0, len(files), WINDOW):
             window = files[start : start + WINDOW]
             with redirect_stdout(sys.stderr):
-                texts = _transcribe(model, window, progress)
+                texts = _transcribe(model, window, outputs, arguments.streaming, progress)
             for file in window:
                 if file in texts:
                     print(file, texts[file], sep="\t", flush=True)
@@ -82,21 +125,67 @@ def transcribe(arguments):
     return int(failed)
 
 
-def _transcribe(model, files, progress):
-    """Texts by file, in batches of about the same length; without the files that fail."""
-    from speechbrain_ext.inference.audio import AudioError
+def _outputs(model, arguments):
+    """What is written for each file."""
+    from speechbrain_ext.inference.long_audio import SegmentFile, settings_of
+
+    settings, outputs = settings_of(model, arguments.streaming), {}
+    for file in arguments.files:
+        try:
+            outputs[file] = SegmentFile(arguments.output, file, settings)
+        except FileNotFoundError:  # is reported where it is read
+            continue
+        except OSError as error:
+            raise UsageError(f"{arguments.output} cannot be written to: {error.strerror}; give another folder.") from error
+        if outputs[file].finished:
+            _say(f"{arguments.output}/{Path(file).stem}.jsonl is there already and left as it is; delete it to transcribe again.")
+    return outputs
+
+
+def _transcribe(model, files, outputs, streaming, progress):
+    """Texts by file: long ones in pieces, the others in batches of about the same length; without the files that fail."""
+    from speechbrain_ext.inference.audio import SAMPLE_RATE, AudioError, count_samples
+    from speechbrain_ext.inference.long_audio import transcribe_long
 
     def report(message):
         progress.write(f"speechbrain_ext: {message}", file=sys.stderr)
 
+    def done(file, segments):
+        texts[file] = " ".join(segment.text for segment in segments)
+        progress.update()
+
+    def keep(file, segments):
+        if file in outputs:
+            for segment in segments:
+                outputs[file].add(segment)
+            outputs[file].finish()
+        done(file, segments)
+
     wavs, texts = {}, {}
     for file in files:
         try:
-            wavs[file] = model.load_audio(file)
-        except AudioError as error:
-            report(error)
+            if file in texts or file in wavs:
+                progress.update()
+            elif file in outputs and outputs[file].finished:
+                done(file, outputs[file].segments)
+            elif (seconds := count_samples(file) / SAMPLE_RATE) <= LONG_SECONDS and not streaming:
+                wavs[file] = model.load_audio(file)
+            else:
+                keep_from, segments = outputs.get(file), []
+                start = 0.0 if keep_from is None else keep_from.start
+                with progress.__class__(total=round(seconds), initial=round(start), unit=" s", desc=Path(file).name) as heard:
+                    for segment in transcribe_long(model, file, streaming or None, start, heard.update):
+                        segments.append(segment)
+                        if keep_from is not None:
+                            keep_from.add(segment)
+                if keep_from is not None:
+                    segments = keep_from.segments
+                    keep_from.finish()
+                done(file, segments)
+        except (AudioError, RuntimeError) as error:
+            report(error if isinstance(error, AudioError) else f"{file} cannot be transcribed: {_sentence(error)}")
             progress.update()
-    limit = BATCH_SECONDS * 16000
+    limit = BATCH_SECONDS * SAMPLE_RATE
     batches = []
     for file in sorted(wavs, key=lambda file: len(wavs[file])):
         if not batches or (len(batches[-1]) + 1) * len(wavs[file]) > limit:
@@ -105,23 +194,83 @@ def _transcribe(model, files, progress):
     while batches:
         batch = batches.pop()
         try:
-            for file, text in zip(batch, _texts(model, [wavs[file] for file in batch]), strict=True):
-                texts[file] = text
+            for file, segment in zip(batch, _segments(model, [wavs[file] for file in batch]), strict=True):
+                keep(file, [] if segment is None else [segment])
         except RuntimeError as error:  # such as too little memory: the files one by one, before any is given up
             if len(batch) > 1:
                 batches += [[file] for file in batch]
                 continue
             report(f"{batch[0]} cannot be transcribed: {_sentence(error)}")
-        progress.update(len(batch))
+            progress.update()
     return texts
 
 
-def _texts(model, wavs):
+def _segments(model, wavs):
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
-    return model.transcribe_batch(pad_sequence(wavs, batch_first=True), lengths / lengths.max())[0]
+    return model.transcribe_segments(pad_sequence(wavs, batch_first=True), lengths / lengths.max())
+
+
+def stream(arguments):
+    """Print the segments of a stream as they end; figures of latency and speed at the end."""
+    model = _load(arguments)
+    with redirect_stdout(sys.stderr):
+        from speechbrain_ext.inference.audio import AudioError
+        from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer
+
+        if arguments.sample_rate < 1:
+            raise UsageError(f"--sample-rate is {arguments.sample_rate}; give the number of samples per second.")
+        if model.mods.encoder.chunk_size is None:
+            _say("this model was trained in full context only; in chunks it makes more errors.")
+        try:
+            recognizer = StreamingRecognizer(model, arguments.chunk_size, arguments.left_context, arguments.endpoint)
+        except ValueError as error:
+            raise UsageError(_sentence(error)) from error
+        timer = Timer(recognizer, pace=arguments.realtime)
+    status, shows = 0, sys.stderr.isatty()
+
+    def show(segments):
+        if shows:
+            print("\r\033[K", end="", file=sys.stderr)
+        for segment in segments:
+            print(f"{segment.start:.2f}", f"{segment.end:.2f}", segment.text, sep="\t", flush=True)
+        if shows:
+            print(recognizer.text[-100:], end="", file=sys.stderr, flush=True)
+
+    try:
+        for wav in _pieces(arguments):
+            show(timer.accept(wav))
+    except KeyboardInterrupt:  # what was heard is still told
+        status = 130
+    except (AudioError, ValueError) as error:
+        _say(_sentence(error))
+        status = 1
+    show(timer.finish())
+    if shows:
+        print("\r\033[K", end="", file=sys.stderr)
+    _say(timer.report())
+    return status
+
+
+def _pieces(arguments, seconds=0.1):
+    """The samples of a file or of standard input, piece by piece."""
+    import numpy as np
+    import torch
+
+    from speechbrain_ext.inference.audio import Resampler, read_blocks
+
+    if arguments.file != "-":
+        yield from read_blocks(arguments.file, seconds)
+        return
+    resampler, kept = Resampler(arguments.sample_rate), b""
+    while data := sys.stdin.buffer.read1(2 * round(seconds * arguments.sample_rate)):
+        data = kept + data
+        kept = data[len(data) // 2 * 2 :]  # half a sample
+        samples = np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768
+        yield torch.from_numpy(resampler.accept(samples))
+    yield torch.from_numpy(resampler.finish())
 
 
 def _sentence(error):

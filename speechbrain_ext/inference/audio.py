@@ -77,12 +77,129 @@ def load_audio(path):
     torch.Size([16000])
     """
     with _open(path) as file:
-        wav = torch.from_numpy(_decode(file)).mean(dim=1)
+        wav = _decode(file).mean(axis=1)
         if file.samplerate != SAMPLE_RATE:
-            # Not torchaudio's, whose kernel takes gigabytes for rates such as 11,127 Hz
-            common = math.gcd(file.samplerate, SAMPLE_RATE)
-            wav = torch.from_numpy(resample_poly(wav.numpy(), SAMPLE_RATE // common, file.samplerate // common))
-    return wav
+            wav = resample_poly(wav, *_ratio(file.samplerate))
+    return torch.from_numpy(wav)
+
+
+def read_blocks(path, seconds=10.0, start=0):
+    """Read an audio file of any length block by block: together what :func:`load_audio` gives.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        A file in any format that soundfile reads.
+    seconds : float
+        Audio per block.
+    start : int
+        Number of samples at 16 kHz to leave out in front.
+
+    Returns
+    -------
+    iterator of torch.Tensor
+        Blocks of samples (T,), float32.
+
+    Raises
+    ------
+    AudioError
+        Where :func:`load_audio` would raise it; for what is wrong inside of the file, only there.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     soundfile.write(f"{folder}/stereo.flac", np.zeros((44100, 2)), 44100)
+    ...     [len(block) for block in read_blocks(f"{folder}/stereo.flac", 0.5)]
+    [7680, 8000, 320]
+    """
+    with _open(path) as file:
+        resampler = Resampler(file.samplerate)
+        first, surplus = resampler.position(start)
+        if first:
+            file.seek(min(first, file.frames))
+        for samples in _blocks(file, max(1, round(seconds * file.samplerate))):
+            block = resampler.accept(samples.mean(axis=1))
+            yield torch.from_numpy(block[surplus:])
+            surplus = max(0, surplus - len(block))
+        yield torch.from_numpy(resampler.finish()[surplus:])
+
+
+def count_samples(path):
+    """Number of samples at 16 kHz in an audio file, as its header states it.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        A file in any format that soundfile reads.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    AudioError
+        If the file cannot be opened as audio.
+    """
+    with _open(path) as file:
+        up, down = _ratio(file.samplerate)
+        return -(-file.frames * up // down)
+
+
+def _ratio(rate):
+    common = math.gcd(rate, SAMPLE_RATE)
+    return SAMPLE_RATE // common, rate // common
+
+
+class Resampler:
+    """Resampling of a stream to 16 kHz: together what resampling the whole gives.
+
+    Not torchaudio's, whose kernel takes gigabytes for rates such as 11,127 Hz.
+
+    Arguments
+    ---------
+    rate : int
+        Sample rate of the stream.
+
+    Example
+    -------
+    >>> resampler = Resampler(48000)
+    >>> [len(resampler.accept(np.zeros(4800, np.float32))) for _ in range(3)], len(resampler.finish())
+    ([1589, 1600, 1600], 11)
+    """
+
+    def __init__(self, rate):
+        self.up, self.down = _ratio(rate)
+        # What scipy's filter sees on either side, as a multiple of what gives a whole number of samples
+        self._context = self.down * math.ceil((10 * max(self.up, self.down) / self.up + 1) / self.down)
+        self._samples = np.zeros(self._context, np.float32)
+
+    def position(self, start):
+        """Where to begin reading so that output sample ``start`` is exact, and how many outputs lie before it."""
+        first = max(0, start // self.up * self.down - self._context)
+        return first, start - first // self.down * self.up
+
+    def accept(self, samples):
+        """Take in samples (n,) float32; gives those that are complete now."""
+        if self.up == self.down:
+            return samples
+        self._samples = np.concatenate((self._samples, samples))
+        ready = (len(self._samples) - 2 * self._context) // self.down * self.down
+        return self._resample(ready) if ready > 0 else samples[:0]
+
+    def finish(self):
+        """The samples that were still to come."""
+        if self.up == self.down:
+            return self._samples[:0]
+        return self._resample(len(self._samples) - self._context)
+
+    def _resample(self, ready):
+        x = self._samples[: ready + 2 * self._context]
+        y = resample_poly(x, self.up, self.down)
+        self._samples = self._samples[ready:]
+        begin = self._context // self.down * self.up
+        return y[begin : begin + -(-ready * self.up // self.down)]
 
 
 def check_audio(path):
@@ -152,24 +269,34 @@ def _open(path):
 
 def _decode(file):
     """All samples of an open file (T, channels), float32."""
-    try:
-        samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, ValueError) as error:
-        raise AudioError(
-            f"The audio file {file.name} is truncated or damaged: it cannot be decoded to its end.",
-            "truncated or damaged",
-        ) from error
-    if len(samples) < file.frames and (file.format != "MP3" or _has_xing_header(file.name)):
+    return np.concatenate(list(_blocks(file, -1)))
+
+
+def _blocks(file, frames):
+    """The samples of an open file from where it stands (n, channels), float32, so many frames at a time; -1 = all."""
+    position = count = file.tell()
+    while True:
+        try:
+            samples = file.read(frames, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise AudioError(
+                f"The audio file {file.name} is truncated or damaged: it cannot be decoded to its end.",
+                "truncated or damaged",
+            ) from error
+        if not len(samples):
+            break
+        if not np.isfinite(samples).all():
+            raise AudioError(f"The audio file {file.name} holds NaN or infinite samples; write it again.", "NaN samples")
+        count += len(samples)
+        yield samples
+    if count < file.frames and (file.format != "MP3" or _has_xing_header(file.name)):
         raise AudioError(
             f"The audio file {file.name} is truncated or damaged: its header states {file.frames} samples "
-            f"and only {len(samples)} can be decoded.",
+            f"and only {count} can be decoded.",
             "truncated or damaged",
         )
-    if not len(samples):
+    if not count - position and not position:
         raise _empty(file.name)
-    if not np.isfinite(samples).all():
-        raise AudioError(f"The audio file {file.name} holds NaN or infinite samples; write it again.", "NaN samples")
-    return samples
 
 
 def _container_flaw(path):

@@ -20,6 +20,8 @@ from speechbrain.utils.fetching import fetch
 
 from speechbrain_ext.hparams import needed_keys
 from speechbrain_ext.inference.audio import load_audio
+from speechbrain_ext.inference.segments import align, group_words, make_segment
+from speechbrain_ext.lobes.masks import absolute_lengths
 
 # All refer to keys of the recipes' hparams.
 _PRETRAINER = """
@@ -126,10 +128,63 @@ class _ExactLengths:
     def transcribe_batch(self, wavs, wav_lens):
         """Transcribe waveforms (B, N) with relative lengths (B,); returns texts and token ids."""
         with torch.no_grad():
-            enc, lens = self.mods.encoder.encode(wavs.float().to(self.device), wav_lens.to(self.device))
-            tokens = self._search(enc, lens)
+            tokens = self._search(*self._encode(wavs, wav_lens))
         # A word boundary is a token of its own, and may come twice
         return [" ".join(self.tokenizer.decode_ids(ids).split()) for ids in tokens], tokens
+
+    @torch.no_grad()
+    def transcribe_segments(self, wavs, wav_lens):
+        """As :meth:`transcribe_batch`; returns a :class:`Segment` with the times of the words for each, None without words."""
+        enc, lens = self._encode(wavs, wav_lens)
+        return [
+            make_segment(log_probs, tokens, self.tokenizer, self.blank)
+            for log_probs, tokens in zip(self._valid(self._log_probs(enc), lens), self._search(enc, lens), strict=True)
+        ]
+
+    @torch.no_grad()
+    def align(self, wav, text):
+        """When the words of a given text are said.
+
+        Arguments
+        ---------
+        wav : torch.Tensor
+            (N,) samples at 16 kHz.
+        text : str
+            What is said.
+
+        Returns
+        -------
+        tuple of Word
+            With times in seconds, and the confidence of the CTC head that the word is said there.
+
+        Raises
+        ------
+        ValueError
+            If the audio is too short for the text.
+        """
+        enc, _ = self._encode(wav.unsqueeze(0), torch.ones(1))
+        tokens = self.tokenizer.encode_as_ids(text)
+        return group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
+
+    @torch.no_grad()
+    def frames(self, wavs, wav_lens):
+        """Log-probabilities (T, V) of each waveform, and what :meth:`search_segment` takes."""
+        enc, lens = self._encode(wavs, wav_lens)
+        searched = self._valid(enc, lens) if self.search_segment else [None] * len(enc)
+        return self._valid(self._log_probs(enc), lens), searched
+
+    search_segment = None
+    """From frames (T, D) to tokens and log-probabilities (T, V), where that is another search than greedy CTC."""
+
+    def _encode(self, wavs, wav_lens):
+        return self.mods.encoder.encode(wavs.float().to(self.device), wav_lens.to(self.device))
+
+    def _log_probs(self, enc):
+        return (self.ctc_head(enc) if self.mods.encoder.head is None else enc).float().log_softmax(-1)
+
+    @staticmethod
+    def _valid(x, lens):
+        return [row[:length] for row, length in zip(x, absolute_lengths(lens, x.shape[1]).tolist(), strict=True)]
 
 
 class JointModel(_ExactLengths, EncoderDecoderASR):
@@ -137,6 +192,11 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
 
     def _search(self, enc, lens):
         return self.mods.decoder(enc, lens)[0]
+
+    def search_segment(self, frames):
+        """Joint search on frames (T, D); returns tokens and CTC log-probabilities (T, V)."""
+        enc = frames.unsqueeze(0)
+        return self._search(enc, torch.ones(1, device=enc.device))[0], self._log_probs(enc)[0]
 
 
 class CtcModel(_ExactLengths, EncoderASR):
@@ -208,7 +268,9 @@ def load_model(source, device=None, answer=None):
     except Exception as error:  # pickle, YAML, sentencepiece and what the YAML names each raise their own
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}") from error
-    model.hparams.asr_model.to(model.device)  # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
+    model.hparams.asr_model.to(
+        model.device
+    )  # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
     if answer is not None:
         encoder = model.mods.encoder.transformer.encoder
         if not hasattr(encoder, "answer"):

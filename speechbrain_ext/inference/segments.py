@@ -5,7 +5,7 @@ lasts; greedy search never takes back what it has said, so the words of a segmen
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torchaudio.functional import forced_align, merge_tokens
@@ -33,6 +33,8 @@ class Segment:
     text: str
     confidence: float
     words: tuple = ()
+    resume: float | None = None
+    """Seconds from which recognition may start anew, and go on as if it had not stopped; None where it may not."""
 
 
 def collapse(best, blank=0, previous=None):
@@ -187,6 +189,11 @@ class Segmenter:
         Seconds after which one ends at the longest pause so far.
     search : callable, optional
         From the frames (T, D) of a segment to its tokens and their log-probabilities (T, V), in place of greedy search.
+    restarts : bool
+        Whether the encoder starts anew behind each pause: what comes after it in the same piece is left out then, and
+        ``restart`` says so.
+    start : int
+        Frames before the first piece.
 
     Raises
     ------
@@ -197,17 +204,19 @@ class Segmenter:
     margin = 12
     """Frames of silence around a segment's words that a second search gets."""
 
-    def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None):
+    def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
             if not value > 0:
                 raise ValueError(f"{name} is {value}; give a number of seconds above 0.")
         self._tokenizer, self._blank, self._search = tokenizer, blank, search
         self._pause = max(1, round(endpoint / FRAME_SECONDS))
         self._longest = max(2, round(longest / FRAME_SECONDS))
-        self.start = 0
+        self.start = start
         """Frames in finished segments, and in the pauses behind them."""
+        self.restart = False
+        """Whether the encoder is to start anew, at ``start``."""
+        self._restarts = restarts
         self._best, self._log_probs, self._frames, self._previous = [], [], [], None
-        self._paused = False
 
     @property
     def tokens(self):
@@ -229,11 +238,6 @@ class Segmenter:
             tokens.pop()
         return self._text(tokens[:-1])
 
-    @property
-    def paused(self):
-        """Whether the last segment has ended with a pause, and nothing has been said since."""
-        return self._paused and not self.tokens
-
     def _text(self, tokens):
         return " ".join(self._tokenizer.decode_ids([token for token, _ in tokens]).split())
 
@@ -252,14 +256,24 @@ class Segmenter:
         list of Segment
             Those that have ended.
         """
+        self.restart = False
         self._best += log_probs.argmax(-1).tolist()
         self._log_probs.append(log_probs)
         if self._search is not None:
             self._frames.append(frames)
         ended = []
         while (cut := self._next_cut()) is not None:
-            ended += self._cut(cut)
+            end, pause = cut
+            ended += self._cut(end, pause or not self._restarts)
+            if pause and self._restarts:
+                self.drop()
+                break
         return ended
+
+    def drop(self):
+        """Forget what has come since the last segment, for an encoder that starts anew at ``start``."""
+        self._best, self._log_probs, self._frames, self._previous = [], [], [], None
+        self.restart = True
 
     def finish(self):
         """End the last segment.
@@ -269,21 +283,19 @@ class Segmenter:
         list of Segment
             One or none.
         """
-        return self._cut(len(self._best))
+        return self._cut(len(self._best), True)
 
     def _next_cut(self):
-        """The frame before which to end the segment, or None."""
+        """The frame before which to end the segment, and whether a pause ends it; or None."""
         frames = [frame for frame, token in enumerate(self._best) if token != self._blank]
         if not frames:
             # Nothing has been said: what is kept is what a search may need before the first word.
-            return len(self._best) - self.margin if len(self._best) >= self._pause + 2 * self.margin else None
+            return (len(self._best) - self.margin, False) if len(self._best) >= self._pause + 2 * self.margin else None
         for last, following in zip(frames, [*frames[1:], len(self._best)], strict=True):
             if following - last > self._pause:
-                self._paused = True
-                return last + 1 + self._pause
+                return last + 1 + self._pause, True
         if len(self._best) - frames[0] < self._longest:
             return None
-        self._paused = False
         # The longest pause before a word, in the second half; without any, here.
         half = (frames[0] + len(self._best)) // 2
         pauses = []
@@ -291,9 +303,9 @@ class Segmenter:
             if frame > half and self._tokenizer.id_to_piece(token).startswith("▁"):
                 silence = self._best[before:frame].count(self._blank)
                 pauses.append((silence, frame - silence // 2))
-        return max(pauses)[1] if pauses else len(self._best)
+        return (max(pauses)[1] if pauses else len(self._best)), False
 
-    def _cut(self, end):
+    def _cut(self, end, resumable):
         """End the segment before a frame."""
         tokens = [(token, frame) for token, frame in self.tokens if frame < end]
         log_probs = torch.cat(self._log_probs) if self._log_probs else None
@@ -308,6 +320,8 @@ class Segmenter:
         if end > 0:
             self._previous = self._best[end - 1]
         self.start += end
+        if segment is not None and resumable:
+            segment = replace(segment, resume=round(FRAME_SECONDS * self.start, 3))
         self._best = self._best[end:]
         self._log_probs = [log_probs[end:].clone()] if self._best else []  # a view would keep what went before
         self._frames = [frames[end:].clone()] if frames is not None and self._best else []

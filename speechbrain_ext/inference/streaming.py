@@ -1,5 +1,8 @@
 """Speech recognition while somebody speaks, with bounded latency and memory."""
 
+import time
+from collections import deque
+
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
@@ -9,6 +12,8 @@ CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models that say nothing of it."""
 LEFT_CONTEXT = 16
 """Their left context in chunks, 10 s."""
+SAMPLES = round(16000 * FRAME_SECONDS)
+"""Per encoder frame."""
 
 
 class StreamingRecognizer:
@@ -33,6 +38,9 @@ class StreamingRecognizer:
     longest : float
         Seconds after which a segment without such a pause ends at the longest one in it.
 
+    start : float
+        Seconds before the first sample, as times count them; a multiple of 0.04.
+
     Raises
     ------
     ValueError
@@ -49,7 +57,7 @@ class StreamingRecognizer:
     >>> recognizer.finish()                                             # doctest: +SKIP
     """
 
-    def __init__(self, model, chunk_size=None, left_context=None, endpoint=0.8, longest=30.0):
+    def __init__(self, model, chunk_size=None, left_context=None, endpoint=0.8, longest=30.0, start=0.0):
         self._model, self._encoder = model, model.mods.encoder
         size, left = chunk_setting(model)
         if left_context is not None:
@@ -58,8 +66,11 @@ class StreamingRecognizer:
         encoder = self._encoder.transformer.encoder
         self._cascade = encoder if getattr(encoder, "answer", None) == "second" else None
         search = None if self._cascade is None else self._second_pass
-        self._segmenter = Segmenter(model.tokenizer, model.blank, endpoint, longest, search)
-        self._patience = longest
+        self._segmenter = Segmenter(
+            model.tokenizer, model.blank, endpoint, longest, search, restarts=True, start=round(start / FRAME_SECONDS)
+        )
+        self._patience = round(longest / FRAME_SECONDS)
+        self._audio, self._audio_start = torch.zeros(1, 0, device=model.device), self._segmenter.start
         self._context = self._new_context()
 
     @property
@@ -78,9 +89,9 @@ class StreamingRecognizer:
         return self._segmenter.stable_text
 
     @property
-    def segment_start(self):
-        """Seconds before the segment that has not ended; all that lies before them is settled."""
-        return FRAME_SECONDS * self._segmenter.start
+    def token_ends(self):
+        """Seconds at which the tokens of ``text`` have been heard."""
+        return [FRAME_SECONDS * (self._segmenter.start + frame + 1) for _, frame in self._segmenter.tokens]
 
     def state_bytes(self):
         """Size of the encoder's state held now."""
@@ -109,15 +120,7 @@ class StreamingRecognizer:
             raise ValueError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         if not torch.isfinite(wav).all():
             raise ValueError("The samples hold NaN or infinite values; nothing was taken in.")
-        wav, segments = wav.float().to(self._model.device).unsqueeze(0), []
-        chunk = round(16000 * self.chunk_seconds)
-        # Chunk by chunk, so that a pause is seen where it is however large the pieces are.
-        for start in range(0, wav.shape[1], chunk):
-            piece = wav[:, start : start + chunk]
-            while piece is not None:
-                segments += self._step(piece, False)
-                piece = self._restart()
-        return segments
+        return self._run(wav.float().to(self._model.device).unsqueeze(0), False)
 
     @torch.inference_mode()
     def finish(self):
@@ -128,8 +131,24 @@ class StreamingRecognizer:
         list of Segment
             Those that were still to come.
         """
-        segments = self._step(torch.zeros(1, 0, device=self._model.device), True)
-        return segments + self._segmenter.finish()
+        return self._run(self._audio[:, :0], True) + self._segmenter.finish()
+
+    def _run(self, wav, last):
+        self._audio, segments = torch.cat((self._audio, wav), 1), []
+        # Chunk by chunk, so that a pause is seen where it is however large the pieces are.
+        pieces = deque(wav.split(SAMPLES * self._config.chunk_size, 1))
+        while pieces:
+            piece = pieces.popleft()
+            segments += self._step(piece, last and not pieces)
+            self._audio = self._audio[:, SAMPLES * (self._segmenter.start - self._audio_start) :]
+            self._audio_start = self._segmenter.start
+            if not self._spoken and self._frames >= self._patience:
+                self._segmenter.drop()
+            if self._segmenter.restart:
+                self._segmenter.restart = False
+                self._context = self._new_context()
+                pieces = deque(self._audio.split(SAMPLES * self._config.chunk_size, 1))
+        return segments
 
     def _new_context(self):
         self._frames, self._spoken = 0, False
@@ -152,15 +171,6 @@ class StreamingRecognizer:
         self._spoken = self._spoken or bool(segments or self._segmenter.tokens)
         return segments
 
-    def _restart(self):
-        """Behind a pause, or if nothing is said for long, start anew: the samples to take in again, None without a new start."""
-        bored = not self._spoken and FRAME_SECONDS * self._frames >= self._patience
-        if not bored and not (self._spoken and self._segmenter.paused):
-            return None
-        leftover = self._context.features.pending()
-        self._context = self._new_context()
-        return leftover
-
     def _second_pass(self, frames):
         log_probs = self._model.ctc_head(self._cascade.second_pass(frames.unsqueeze(0)))[0].float().log_softmax(-1)
         return [token for token, _ in collapse(log_probs.argmax(-1).tolist(), self._model.blank)], log_probs
@@ -181,3 +191,62 @@ def chunk_setting(model):
     """
     encoder = model.mods.encoder
     return (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
+
+
+class Timer:
+    """Runs a recogniser and measures it.
+
+    A token's latency is the time from its end in the audio until it is first shown: the rest of its chunk, what front end and
+    encoder must hear of the next, and the computation. Where samples come faster than they would be spoken, it is what it
+    would be if they did not.
+
+    Arguments
+    ---------
+    recognizer : StreamingRecognizer
+        The recogniser.
+    pace : bool
+        Whether to wait until the samples would have been spoken.
+    """
+
+    def __init__(self, recognizer, pace=False):
+        self._recognizer, self._pace = recognizer, pace
+        self._audio = self._computing = 0.0
+        self._latencies, self._shown = [], 0.0
+        self._begin = time.perf_counter()
+
+    def accept(self, wav):
+        """As the recogniser's."""
+        self._audio += len(wav) / 16000
+        if self._pace:
+            time.sleep(max(0.0, self._audio - (time.perf_counter() - self._begin)))
+        return self._measure(lambda: self._recognizer.accept(wav))
+
+    def finish(self):
+        """As the recogniser's."""
+        return self._measure(self._recognizer.finish)
+
+    def _measure(self, call):
+        began = time.perf_counter()
+        segments = call()
+        seconds = time.perf_counter() - began
+        self._computing += seconds
+        ends = [word.end for segment in segments for word in segment.words] + self._recognizer.token_ends
+        for end in ends:
+            if end > self._shown + 0.02:  # not counted before
+                self._latencies.append(max(0.0, self._audio - end) + seconds)
+                self._shown = end
+        return segments
+
+    def report(self):
+        """One line of figures."""
+        if not self._audio:
+            return "no audio came in."
+        line = f"{self._audio:.1f} s of audio, real-time factor {self._computing / self._audio:.3f}"
+        if self._latencies:
+            latencies = sorted(self._latencies)
+            median, late = latencies[len(latencies) // 2], latencies[int(0.95 * (len(latencies) - 1))]
+            line += (
+                f"; tokens are shown {median:.2f} s after they are spoken (median; 95 % within {late:.2f} s, "
+                f"the first one after {self._latencies[0]:.2f} s), in chunks of {self._recognizer.chunk_seconds:.2f} s"
+            )
+        return line + "."

@@ -179,10 +179,6 @@ class FeatureStream:
         while self._frames < frames:
             yield self._take(min(self._chunk, frames - self._frames))
 
-    def pending(self):
-        """The samples (B, n) from the beginning of the next chunk on, with which a new stream may go on where this one stands."""
-        return self._samples[:, self._window // 2 :]
-
     def _needs(self, frames):
         return (frames - 1) * self._hop + self._window
 

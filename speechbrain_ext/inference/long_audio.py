@@ -1,0 +1,221 @@
+"""Audio of any length with memory that does not grow: segment by segment, to files that an interrupted run goes on with.
+
+Models trained to stream do so. The others hear windows of 30 s, which overlap by 8 s. Of each the inner frames count, those with at
+least 4 s on both sides: every frame is heard with its surroundings, and side by side they are those of one long file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from speechbrain_ext.inference.audio import SAMPLE_RATE, read_blocks
+from speechbrain_ext.inference.segments import FRAME_SECONDS, Segment, Segmenter, Word, subtitles
+from speechbrain_ext.inference.streaming import SAMPLES, StreamingRecognizer, chunk_setting
+
+CORE = 550
+"""Frames of a window that count, 22 s."""
+MARGIN = 100
+"""Frames on either side of them, 4 s."""
+BATCH = 4
+"""Windows at a time."""
+
+
+def window_frames(model, blocks, start=0):
+    """Log-probabilities of audio of any length from overlapping windows.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        Any.
+    blocks : iterable of torch.Tensor
+        Samples (N,), from that on with which the window of frame ``start`` begins, see :func:`window_start`.
+    start : int
+        Frames to leave out in front.
+
+    Returns
+    -------
+    iterator of tuple
+        Log-probabilities (T, V) and, where the model searches segments in frames, these (T, D), else None; one after the other.
+    """
+    core = start // CORE
+    wav, begin, batch = torch.zeros(0), window_start(start), []
+
+    def run():
+        wavs = [window for window, *_ in batch]
+        lengths = torch.tensor([len(window) for window in wavs])
+        for (_, first, last), log_probs, frames in zip(
+            batch, *model.frames(pad_sequence(wavs, batch_first=True), lengths / lengths.max()), strict=True
+        ):
+            last = len(log_probs) if last is None else last
+            yield log_probs[first:last], None if frames is None else frames[first:last]
+        batch.clear()
+
+    for block in blocks:
+        wav = torch.cat((wav, block))
+        while len(wav) > SAMPLES * ((core + 1) * CORE + MARGIN) - begin:
+            first = max(start, core * CORE)
+            end = SAMPLES * ((core + 1) * CORE + MARGIN) - begin
+            batch.append((wav[:end], first - begin // SAMPLES, (core + 1) * CORE - begin // SAMPLES))
+            core += 1
+            wav, begin = wav[SAMPLES * max(0, core * CORE - MARGIN) - begin :], SAMPLES * max(0, core * CORE - MARGIN)
+            if len(batch) == BATCH:
+                yield from run()
+    batch.append((wav, max(start, core * CORE) - begin // SAMPLES, None))
+    yield from run()
+
+
+def window_start(frame):
+    """The sample with which the window begins that a frame counts in."""
+    return SAMPLES * max(0, frame // CORE * CORE - MARGIN)
+
+
+@torch.inference_mode()
+def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
+    """Segments of an audio file of any length, one by one.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        Any.
+    path : str or os.PathLike
+        An audio file.
+    streaming : bool, optional
+        Whether to stream; by default if the model was trained to.
+    start : float
+        Seconds to leave out in front: ``resume`` of the last segment that is known.
+    progress : callable, optional
+        Called with the seconds of audio that have been read since the last call.
+
+    Returns
+    -------
+    iterator of Segment
+
+    Raises
+    ------
+    AudioError
+        If the file cannot be read, when that shows.
+    """
+    if streaming is None:
+        streaming = model.mods.encoder.chunk_size is not None
+    frame = round(start / FRAME_SECONDS)
+
+    def read(first):
+        for block in read_blocks(path, start=first):
+            if progress is not None:
+                progress(len(block) / SAMPLE_RATE)
+            yield block
+
+    if streaming:
+        recognizer = StreamingRecognizer(model, start=start)
+        for block in read(SAMPLES * frame):
+            yield from recognizer.accept(block)
+        yield from recognizer.finish()
+        return
+    segmenter = Segmenter(model.tokenizer, model.blank, search=model.search_segment, start=frame)
+    for log_probs, frames in window_frames(model, read(window_start(frame)), frame):
+        yield from segmenter.accept(log_probs, frames)
+    yield from segmenter.finish()
+
+
+class SegmentFile:
+    """Segments of one audio file as JSON lines, with subtitles when all are there.
+
+    While it is written, ``NAME.jsonl.partial`` holds what is done; a later run with the same audio, model and settings goes on
+    there, and has in the end what one run would have written. A finished file is left as it is.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        Where to write ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt``; it is made if need be.
+    path : str or os.PathLike
+        The audio file.
+    settings : dict
+        What the segments depend on.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written to.
+    """
+
+    def __init__(self, folder, path, settings):
+        self._final = Path(folder) / f"{Path(path).stem}.jsonl"
+        self._partial = self._final.with_name(self._final.name + ".partial")
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        self._header = json.dumps({"audio": os.path.abspath(path), "bytes": os.path.getsize(path), **settings})
+        self.segments = []
+        """All that are known."""
+        self.finished = self._final.exists()
+        if self.finished:
+            self.segments = [_parse(line) for line in self._final.read_text(encoding="utf-8").splitlines()]
+            return
+        if self._partial.exists():
+            header, *lines = self._partial.read_text(encoding="utf-8").split("\n")[:-1] or [""]  # whole lines only
+            if header == self._header:
+                self.segments = [_parse(line) for line in lines]
+                while self.segments and self.segments[-1].resume is None:
+                    self.segments.pop()
+        text = "".join(f"{line}\n" for line in (self._header, *map(_line, self.segments)))
+        _write(self._partial, text)
+
+    @property
+    def start(self):
+        """Seconds of audio that are done."""
+        return self.segments[-1].resume if self.segments else 0.0
+
+    def add(self, segment):
+        """Add a segment."""
+        self.segments.append(segment)
+        with open(self._partial, "a", encoding="utf-8") as file:
+            file.write(_line(segment) + "\n")
+
+    def finish(self):
+        """Write the subtitles, and give the file its name."""
+        for style in ("srt", "vtt"):
+            _write(self._final.with_suffix(f".{style}"), subtitles(self.segments, style))
+        _write(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
+        self._partial.unlink()
+
+
+def settings_of(model, streaming=None):
+    """What the segments of an audio file depend on, for :class:`SegmentFile`.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        Any.
+    streaming : bool, optional
+        As for :func:`transcribe_long`.
+
+    Returns
+    -------
+    dict
+    """
+    weights = hashlib.sha256()
+    for value in model.hparams.asr_model.state_dict().values():
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    answer = getattr(model.mods.encoder.transformer.encoder, "answer", None)
+    return {"model": weights.hexdigest(), "pass": answer, "streaming": streaming, "chunks": chunk_setting(model)}
+
+
+def _line(segment):
+    record = dataclasses.asdict(segment)
+    if segment.resume is None:
+        del record["resume"]
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _parse(line):
+    record = json.loads(line)
+    return Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])})
+
+
+def _write(path, text):
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
