@@ -215,7 +215,7 @@ def test_what_training_writes_may_come_from_anybody(path, layers):
         "a: !applyref:os.system [touch FILE]",
         "a: !include:FILE",
         "a: [{b: !include:FILE }]",
-        "? !apply:os.system [touch FILE]\n: 1",
+        "? !apply:os.getcwd\n: 1",
         "a: !!python/object/apply:os.system [touch FILE]",
         "a: (!!python/object/apply:os.system [touch FILE])",
         "a: '(!!python/object/apply:os.system [touch FILE])'",

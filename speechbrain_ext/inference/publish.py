@@ -100,10 +100,10 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     except OfflineModeIsEnabled as error:
         raise PublishError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.") from error
     except (HTTPError, ConnectionError) as error:
-        raise PublishError(f"{api.endpoint} cannot be reached ({error}); nothing was published.") from error
+        raise PublishError(f"{api.endpoint} cannot be reached ({error}); publish again when it can.") from error
     except (ValueError, RuntimeError, OSError) as error:  # refused metadata, or an upload that broke off
         cause = " ".join(str(error.__cause__ or error).split())[:300]
-        raise PublishError(f"The upload to {repo_id} failed, and nothing was published: {cause}") from error
+        raise PublishError(f"The upload to {repo_id} failed: {cause}") from error
     return f"{api.endpoint}/{repo_id}/tree/{commit.oid}"
 
 
