@@ -102,6 +102,7 @@ def test_the_folder_holds_inference_only(trained):
     assert ("seq_lin" in text) == bool(decoder_layers)
     files = {path.name for path in (folder / "model").iterdir()}
     assert files == {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "normalizer.ckpt", "tokenizer.ckpt"}
+    assert len({path.stat().st_mode for path in (folder / "model").iterdir()}) == 1  # who may read one may read all
     assert "| test-tiny | ctc_greedy | 12.3 | 1 | 2 | 3 | 49 |" in (folder / "model" / "README.md").read_text()
 
 
