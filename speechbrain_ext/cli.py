@@ -36,6 +36,7 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_transcribe(commands)
     _add_stream(commands)
+    _add_publish(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -84,6 +85,7 @@ def _add_model(parser):
     parser.add_argument("model", metavar="MODEL", help="a folder that training left behind, or a Hugging Face repository")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
     parser.add_argument("--pass", dest="answer", choices=("first", "second"), help="of a cascade, which pass answers")
+    parser.add_argument("--revision", help="of a Hugging Face repository, the commit, tag or branch")
 
 
 def _load(arguments):
@@ -91,7 +93,7 @@ def _load(arguments):
         from speechbrain_ext.inference import load_model
 
         try:
-            return load_model(arguments.model, arguments.device, arguments.answer)
+            return load_model(arguments.model, arguments.device, arguments.answer, arguments.revision)
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(_sentence(error)) from error
 
@@ -271,6 +273,37 @@ def _pieces(arguments, seconds=0.1):
         samples = np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768
         yield torch.from_numpy(resampler.accept(samples))
     yield torch.from_numpy(resampler.finish())
+
+
+def _add_publish(commands):
+    parser = commands.add_parser(
+        "publish", help="upload a trained model to Hugging Face", description="Upload a trained model; prints its URL."
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="a folder that training left behind")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="where to, as user/model; a repository that is missing is made")
+    parser.add_argument("--private", action="store_true", help="make a repository that only you can read")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch, made where it is missing; by default main")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--license", metavar="NAME", help="for the model card, such as cc-by-4.0; by default none is stated")
+    parser.set_defaults(run=publish)
+
+
+def publish(arguments):
+    """Upload a model folder as one commit, and print the URL of that commit."""
+    with redirect_stdout(sys.stderr):
+        from speechbrain_ext.inference.publish import PublishError
+        from speechbrain_ext.inference.publish import publish as upload
+
+        try:
+            options = {key: getattr(arguments, key) for key in ("private", "revision", "message", "license")}
+            url = upload(arguments.folder, arguments.repo_id, **options)
+        except PublishError as error:
+            print(f"speechbrain_ext: {error}", file=sys.stderr)
+            return 1
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(_sentence(error)) from error
+    print(url)
+    return 0
 
 
 def _sentence(error):

@@ -68,6 +68,10 @@ def test_a_file_that_fails_in_the_model_does_not_stop_the_rest(capsys, folder, m
         (["transcribe"], "MODEL"),
         (["transcribe", "/no/such", "a.wav"], "There is no model folder /no/such"),
         (["transcribe", "/no/such", "a.wav", "--beam"], "unrecognized"),
+        (["transcribe", ".", "a.wav", "--revision", "main"], "which has no revision main"),
+        (["publish", "/no/such"], "REPO_ID"),
+        (["publish", "/no/such", "ann/model"], "/no/such is no complete model folder"),
+        (["publish", "/no/such", "ann/model", "--license", "my own"], "license is 'my own'"),
     ],
 )
 def test_wrong_usage(capsys, argv, message):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ruamel.yaml
 import torch
+from safetensors.torch import load_file
 from tiny import SMALL, arguments, make_corpus
 
 from speechbrain_ext.hparams import merge_hparams
@@ -176,7 +177,8 @@ def test_testing_again_gives_the_same_model(corpus, tmp_path):
     for again in ([], ["--test_only"]):
         run = train(tmp_path, *command, *again)
         assert run.returncode == 0, run.stdout + run.stderr
-        weights.append(torch.load(tmp_path / "results" / "fusionformer" / "7775" / "pretrained_unfused" / "asr.ckpt"))
+        folder = tmp_path / "results" / "fusionformer" / "7775" / "pretrained_unfused"
+        weights.append(load_file(folder / "asr.safetensors"))
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
 

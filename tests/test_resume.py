@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import SMALL, arguments, make_corpus
 
 from recipes.LibriSpeech.checkpoints import AtomicCheckpointer, DamagedCheckpoint
@@ -127,8 +128,8 @@ def assert_same_runs(straight, interrupted):
     for name in ("step", "optimizer_step", "audio_seconds"):
         assert progress[0][name] == progress[1][name], name
     # What is averaged, and hence selected, is the same too
-    averages = [next(folder.glob("results/*/7775/pretrained/asr.ckpt")) for folder in (straight, interrupted)]
-    assert_same(*map(torch.load, averages))
+    averages = [next(folder.glob("results/*/7775/pretrained/asr.safetensors")) for folder in (straight, interrupted)]
+    assert_same(*map(load_file, averages))
 
 
 def test_resumed_training_is_exact(corpus, tmp_path):

@@ -1,7 +1,7 @@
 """Audio of any length with memory that does not grow: segment by segment, to files that an interrupted run goes on with.
 
-Models trained to stream do so. The others hear windows of 30 s, which overlap by 8 s. Of each the inner frames count, those with at
-least 4 s on both sides: every frame is heard with its surroundings, and side by side they are those of one long file.
+Models trained to stream do so. The others hear windows of 30 s, which overlap by 8 s. Of each the inner frames count, those with
+at least 4 s on both sides: every frame is heard with its surroundings, and side by side they are those of one long file.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Trained models as folders: written at the end of training, loaded by SpeechBrain's inference classes or in one line here.
 
-Such a folder holds ``hyperparams.yaml`` (how to build the model, and nothing of its training), ``asr.ckpt`` (weights),
-``normalizer.ckpt``, ``tokenizer.ckpt``, ``config.json`` (which class of SpeechBrain loads it) and ``README.md``.
+Such a folder holds ``hyperparams.yaml`` (how to build the model, and nothing of its training), ``asr.safetensors`` (weights),
+``normalizer.ckpt``, ``tokenizer.ckpt``, ``config.json`` (which class of SpeechBrain loads it) and ``README.md``. Folders written
+before there were safetensors hold ``asr.ckpt``, and load as well.
 """
 
 import json
@@ -13,26 +14,34 @@ from pathlib import Path
 
 import ruamel.yaml
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from ruamel.yaml.comments import CommentedMap
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
-from speechbrain.utils.fetching import fetch
 
 from speechbrain_ext.hparams import needed_keys
 from speechbrain_ext.inference.audio import load_audio
+from speechbrain_ext.inference.model_card import model_card
 from speechbrain_ext.inference.segments import align, group_words, make_segment
+from speechbrain_ext.inference.trust import check_hparams
+from speechbrain_ext.inference.weights import WEIGHTS, save_weights
 from speechbrain_ext.lobes.masks import absolute_lengths
+
+FILES = ("hyperparams.yaml", "config.json", WEIGHTS, "normalizer.ckpt", "tokenizer.ckpt")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 # All refer to keys of the recipes' hparams.
 _PRETRAINER = """
-pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
-    loadables:
-        asr: !ref <asr_model>
-        normalizer: !ref <normalize>
-        tokenizer: !ref <tokenizer>
-    custom_hooks:                     # strict: SpeechBrain's default only warns of weights that do not fit
-        asr: !name:speechbrain.utils.checkpoints.torch_recovery
-            end_of_epoch: True
+pretrainer: !new:speechbrain_ext.inference.weights.SafetensorsPretrainer
+    asr: !ref <asr_model>
+    normalizer: !ref <normalize>
+    tokenizer: !ref <tokenizer>
 """
 _ENCODER = """
 speech_encoder: !new:speechbrain_ext.asr.SpeechEncoder
@@ -92,12 +101,12 @@ def write_pretrained(folder, hparams_text, model, normalize, tokenizer_file, row
             tree["encoder_kwargs"] = CommentedMap()
         tree["subsampling"]["fused"] = tree["encoder_kwargs"]["fused"] = True
     (partial / "hyperparams.yaml").write_text(_inference_hparams(tree), encoding="utf-8")
-    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, partial / "asr.ckpt")
+    save_weights(model, partial / WEIGHTS)
     normalize._save(partial / "normalizer.ckpt")
     shutil.copyfile(tokenizer_file, partial / "tokenizer.ckpt")
     config = {"speechbrain_interface": interface, "library_name": "speechbrain_ext"}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(_model_card(tree["encoder"], interface, rows), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(tree, interface, rows), encoding="utf-8")
 
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -209,19 +218,25 @@ class CtcModel(_ExactLengths, EncoderASR):
 _CLASSES = {"EncoderDecoderASR": JointModel, "EncoderASR": CtcModel}
 
 
-def load_model(source, device=None, answer=None):
+def load_model(source, device=None, answer=None, revision=None, trust=False):
     """Load a trained model.
 
-    Loading runs what ``hyperparams.yaml`` names: load only models whose origin you trust.
+    Loading builds what ``hyperparams.yaml`` names, which may be anything that Python can import. So a model from Hugging Face is
+    refused where that is more than the parts that training writes; of a folder nothing is refused.
 
     Arguments
     ---------
     source : str
-        A folder that training left behind, or the name of a Hugging Face repository with the same files.
+        A folder that training left behind, or the name of a Hugging Face repository with the same files, ``user/model``.
     device : str, optional
         Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     answer : str, optional
         Of a cascade, the pass that answers: "second", the default, or "first".
+    revision : str, optional
+        Of a repository, the commit, tag or branch; by default what it holds now. All files are those of one commit. What was
+        loaded once is there without a network, too.
+    trust : bool
+        Whether a model from Hugging Face may name anything in its ``hyperparams.yaml``, and so run any code.
 
     Returns
     -------
@@ -231,9 +246,10 @@ def load_model(source, device=None, answer=None):
     Raises
     ------
     FileNotFoundError
-        If there is no such model.
+        If there is no such model, or no such revision.
     ValueError
-        If it is not a speech recogniser, or ``answer`` is unknown or given for one that is no cascade.
+        If it is not a speech recogniser, names more than may be built, or ``answer`` or ``revision`` is given for one that has
+        no choice of it.
     RuntimeError
         If it is damaged, or names what is not installed.
 
@@ -244,39 +260,74 @@ def load_model(source, device=None, answer=None):
     FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
     """
     source = os.fspath(source)
-    local = Path(source).expanduser()
-    if local.is_dir():
-        source = str(local)
-        for name in ("hyperparams.yaml", "config.json", "asr.ckpt", "normalizer.ckpt", "tokenizer.ckpt"):
-            if not (local / name).is_file():
-                raise FileNotFoundError(f"{source} is no model folder, as it has no {name}; give a folder that training wrote.")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+    folder = Path(source).expanduser()
+    is_local = folder.is_dir()
+    if not is_local:
+        folder = _download(source, revision)
+    elif revision is not None:
+        raise ValueError(f"{source} is a folder, which has no revision {revision}; leave the revision out.")
+    for name in FILES:
+        if not (folder / name).is_file() and not (name == WEIGHTS and (folder / "asr.ckpt").is_file()):
+            raise FileNotFoundError(f"{source} is no model folder, as it has no {name}; give a folder that training wrote.")
     try:
-        config_file = fetch("config.json", source)
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise FileNotFoundError(f"{source} is neither a folder nor a model that can be had from Hugging Face.") from error
-    try:
-        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"The config.json of {source} is no JSON: {error}.") from error
     interface = config.get("speechbrain_interface") if isinstance(config, dict) else None
     if interface not in _CLASSES:
         raise ValueError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(_CLASSES)}.")
+    if not is_local and not trust:
+        _check_origin(source, folder)
     try:
-        model = _CLASSES[interface].from_hparams(source=source, run_opts={"device": device} if device else None)
+        model = _CLASSES[interface].from_hparams(source=str(folder), run_opts={"device": device} if device else None)
     except Exception as error:  # pickle, YAML, sentencepiece and what the YAML names each raise their own
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}") from error
-    model.hparams.asr_model.to(
-        model.device
-    )  # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
+        raise _damaged(source, error) from error
+    # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
+    model.hparams.asr_model.to(model.device)
     if answer is not None:
         encoder = model.mods.encoder.transformer.encoder
         if not hasattr(encoder, "answer"):
             raise ValueError(f"The model {source} is no cascade: it gives one answer; leave out the choice of a pass.")
         encoder.answer = answer
     return model
+
+
+def _download(source, revision):
+    """The folder in Hugging Face's cache that holds a model as one commit has it."""
+    if not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[*FILES, "asr.ckpt"]))
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        version = f"{source} at revision {revision}" if revision else source
+        raise FileNotFoundError(
+            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
+            "(HF_HUB_OFFLINE unset)."
+        ) from error
+
+
+def _check_origin(source, folder):
+    try:
+        check_hparams((folder / "hyperparams.yaml").read_text(encoding="utf-8"))
+    except ValueError as error:
+        named = " ".join(str(error).split())[:100]
+        raise ValueError(
+            f"The hyperparams.yaml of {source} has {named}, which is none of the parts of a model that training writes and could "
+            f"run any code: read it ({folder}), and if you trust it, call load_model with trust=True."
+        ) from error
+    except Exception as error:  # YAML raises many
+        raise _damaged(source, error) from error
+
+
+def _damaged(source, error):
+    cause = " ".join(str(error).split())[:300] or type(error).__name__
+    return RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}")
 
 
 def _inference_hparams(tree):
@@ -298,35 +349,3 @@ def _drop_comments(node):
         node.ca.comment = None
         for child in node.values() if isinstance(node, dict) else node:
             _drop_comments(child)
-
-
-def _model_card(encoder, interface, rows):
-    columns = list(rows[0]) if rows else []
-    table = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)] if rows else []
-    results = "\n".join(f"| {' | '.join(map(str, line))} |" for line in table)
-    return f"""---
-language: en
-library_name: speechbrain
-tags: [automatic-speech-recognition, speechbrain, {encoder}]
-metrics: [wer]
----
-# Speech recognition with {encoder}
-
-Transcribes 16 kHz English speech; written at the end of training by `speechbrain_ext`.
-
-## Results
-
-{results or "Not tested."}
-
-## Use
-
-    python -m speechbrain_ext transcribe FOLDER FILE...
-
-    from speechbrain_ext.inference import load_model
-    print(load_model("FOLDER").transcribe_file("speech.wav"))
-
-or, with `speechbrain_ext` installed, with SpeechBrain's own class:
-
-    from speechbrain.inference.ASR import {interface}
-    print({interface}.from_hparams(source="FOLDER").transcribe_file("speech.wav"))
-"""

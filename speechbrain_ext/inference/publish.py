@@ -1,0 +1,141 @@
+"""A trained model on Hugging Face: the files of its folder as one commit."""
+
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from speechbrain_ext.inference.model_card import HERE
+from speechbrain_ext.inference.pretrained import FILES, HUB_ID, load_model
+from speechbrain_ext.inference.trust import check_hparams
+
+logger = logging.getLogger(__name__)
+
+_CARD = "README.md"
+
+
+class PublishError(Exception):
+    """Hugging Face did not take the model; the message is one sentence."""
+
+
+def publish(folder, repo_id, private=False, revision=None, message=None, license=None):
+    """Upload a trained model, after a look at whether it loads.
+
+    Only the model's own files are sent, whatever else lies in the folder, and all in one commit. The token is the one that
+    ``hf auth login`` left behind, or the environment variable HF_TOKEN.
+
+    Arguments
+    ---------
+    folder : str
+        A folder that training left behind.
+    repo_id : str
+        The repository, as ``user/model``; one that is missing is made.
+    private : bool
+        Whether only its owner may read it.
+    revision : str, optional
+        The branch, made where it is missing; by default ``main``.
+    message : str, optional
+        Of the commit.
+    license : str, optional
+        What the model card states as the licence of the model; by default what it states already, at first nothing.
+
+    Returns
+    -------
+    str
+        The URL of the commit, whose last part ``load_model`` takes as ``revision``.
+
+    Raises
+    ------
+    FileNotFoundError, RuntimeError
+        If the folder is no complete model folder, or does not load.
+    ValueError
+        If ``repo_id`` or ``license`` is not well formed, or the folder is no speech recogniser.
+    PublishError
+        If there is no token, the server refuses it or cannot be reached, or the repository holds something else.
+
+    Example
+    -------
+    >>> publish("/no/such/folder", "model")
+    Traceback (most recent call last):
+    ValueError: The repository is called 'model'; give user/model.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"The repository cannot be called '{repo_id}': {error}") from error
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"The repository is called '{repo_id}'; give user/model.")
+    if license is not None and not re.fullmatch(r"[\w.-]+", license):
+        raise ValueError(f"The license is '{license}'; give one of Hugging Face's identifiers, such as cc-by-4.0.")
+    folder = Path(folder).expanduser()
+    for name in (*FILES, _CARD):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is no complete model folder, as it has no {name}; start its training command again, which "
+                "writes the folder anew."
+            )
+    load_model(folder, "cpu")
+    try:
+        check_hparams((folder / "hyperparams.yaml").read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning("Loading this model will need trust=True, as its hyperparams.yaml has %s.", error)
+
+    token = get_token()
+    if token is None:
+        raise PublishError("There is no token for Hugging Face; run hf auth login, or set HF_TOKEN.")
+    api = HfApi(token=token)
+    files = [CommitOperationAdd(name, str(folder / name)) for name in FILES]
+    files.append(CommitOperationAdd(_CARD, _card(folder / _CARD, repo_id, license).encode()))
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        _check_repository(api.model_info(repo_id), private)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(repo_id, files, commit_message=message or "Upload a trained model", revision=revision)
+    except HfHubHTTPError as error:
+        raise PublishError(_refusal(error, repo_id)) from error
+    except OfflineModeIsEnabled as error:
+        raise PublishError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.") from error
+    except (HTTPError, ConnectionError) as error:
+        raise PublishError(f"{api.endpoint} cannot be reached ({error}); publish again when it can.") from error
+    except (ValueError, RuntimeError, OSError) as error:  # refused metadata, or an upload that broke off
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise PublishError(f"The upload to {repo_id} failed: {cause}") from error
+    return f"{api.endpoint}/{repo_id}/tree/{commit.oid}"
+
+
+def _check_repository(info, private):
+    """Before anything is sent: nothing of another kind is overwritten, and nothing private published."""
+    if private and not info.private:
+        raise PublishError(f"{info.id} exists and is public; make it private in its settings, or give another name.")
+    there = {file.rfilename for file in info.siblings or ()} - {".gitattributes", ".gitignore", "LICENSE", _CARD}
+    if there and "hyperparams.yaml" not in there:
+        raise PublishError(
+            f"{info.id} exists and holds another kind of model, as it has {sorted(there)[0]} and no hyperparams.yaml; "
+            "give another name."
+        )
+
+
+def _card(path, repo_id, license):
+    """The model card with the model's name in its commands and, if asked for, its licence."""
+    text = path.read_text(encoding="utf-8").replace(HERE, repo_id)
+    if license is None:
+        return text
+    head, rest = text.removeprefix("---\n").split("---\n", 1) if text.startswith("---\n") else ("", text)
+    head = re.sub(r"^license:.*\n", "", head, flags=re.MULTILINE)
+    return f"---\nlicense: {license}\n{head}---\n{rest}"
+
+
+def _refusal(error, repo_id):
+    status = error.response.status_code
+    if status == 401:
+        return f"Hugging Face does not know the token, or hides {repo_id} from it; run hf auth login."
+    if status == 403:
+        return f"The token may not write to {repo_id}; use one with the permission to write, and a name of your own."
+    if status == 404:
+        return f"Hugging Face has no such place as {repo_id}, or hides it from the token; check the name."
+    cause = " ".join(str(error.server_message or error).split())[:300]
+    return f"Hugging Face refused the upload to {repo_id} with status {status}: {cause}"

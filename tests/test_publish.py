@@ -1,0 +1,204 @@
+"""Publishing, and loading what was published, with a stand-in for Hugging Face's server."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub import TOKEN, Hub
+from safetensors.torch import load_file, save_file
+from test_pretrained import make_model
+
+from speechbrain_ext.inference import load_model
+
+# Runs commands in one process, as imports take longer than they; the endpoint and the cache are fixed when a process starts.
+CLIENT = """
+import contextlib, io, json, sys, traceback
+from speechbrain_ext import cli
+
+def speechbrain(source, file):
+    from speechbrain.inference.ASR import EncoderASR
+    print(EncoderASR.from_hparams(source=source, run_opts={"device": "cpu"}).transcribe_file(file))
+    return 0
+
+def trust(source):
+    from speechbrain_ext.inference import load_model
+    load_model(source, "cpu", trust=True)
+    return 0
+
+results = []
+for argv in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            own = {"speechbrain": speechbrain, "trust": trust}.get(argv[0])
+            status = own(*argv[1:]) if own else cli.main(argv)
+        except Exception:
+            status = traceback.print_exc()
+    results.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "normalizer.ckpt", "tokenizer.ckpt"}
+
+
+def client(home, url, *commands, **variables):
+    """Exit status, standard output and standard error of each command."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    here = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**kept, **here, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    argv = [sys.executable, "-c", CLIENT, json.dumps([list(map(str, command)) for command in commands])]
+    run = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=home.parent)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert len(results) == len(commands)
+    for status, _, error in results:
+        assert status is not None and "Traceback" not in error, error[-3000:]
+    return results
+
+
+def sentence(result, status, *words):
+    """The one sentence that a failure is."""
+    assert result[0] == status and result[1] == "", result
+    (line,) = [line for line in result[2].splitlines() if line.startswith("speechbrain_ext: ")]
+    assert all(word in line for word in words), line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A server, two versions of a model in folders old and new, and what each makes of a file."""
+    folder = tmp_path_factory.mktemp("publish")
+    make_model(folder, decoder_layers=0)
+    old, new = folder / "model", folder / "new"
+    shutil.copytree(old, new)
+    weights = load_file(old / "asr.safetensors")
+    torch.manual_seed(1)
+    save_file(
+        {name: value + 0.5 * torch.randn(value.shape) if value.is_floating_point() else value for name, value in weights.items()},
+        new / "asr.safetensors",
+    )
+    (old / "secret.txt").write_text("of no concern to others")
+    (old / "checkpoints").mkdir()
+    texts = [load_model(path, "cpu").transcribe_file(str(folder / "long.flac")) for path in (old, new)]
+    assert texts[0] != texts[1]
+    with Hub() as hub:
+        hub.make("ann/bert")
+        hub.commit("ann/bert", "main", {"config.json": b"{}", "pytorch_model.bin": b""})
+        yield hub, folder, texts
+
+
+@pytest.fixture(scope="module")
+def published(world):
+    """What the commands that publish said."""
+    hub, folder, _ = world
+    (folder / "incomplete").mkdir()
+    shutil.copytree(folder / "new", folder / "damaged")
+    (folder / "damaged" / "asr.safetensors").write_bytes(b"no weights")
+    commands = {
+        "first": ["model", "ann/speech"],
+        "second": ["new", "ann/speech", "--message", "Better", "--license", "cc-by-4.0"],
+        "branch": ["model", "ann/speech", "--revision", "trial"],
+        "private": ["model", "ann/secret", "--private"],
+        "public": ["model", "ann/speech", "--private"],
+        "other": ["model", "ann/bert"],
+        "foreign": ["model", "bob/speech"],
+        "license": ["model", "ann/speech", "--license", "no-such-license"],
+        "incomplete": ["incomplete", "ann/incomplete"],
+        "damaged": ["damaged", "ann/damaged"],
+        "short": ["model", "speech"],
+        "bad": ["model", "ann/a--b"],
+    }
+    argv = [["publish", folder / command[0], *command[1:]] for command in commands.values()]
+    return dict(zip(commands, client(folder / "home", hub.url, *argv, HF_TOKEN=TOKEN), strict=True))
+
+
+@pytest.fixture(scope="module")
+def commits(published):
+    """The commits of the first and the second version."""
+    return [published[name][1].strip().rsplit("/", 1)[1] for name in ("first", "second")]
+
+
+def test_a_model_is_one_commit_of_its_files(world, published, commits):
+    hub, folder, _ = world
+    repository = hub.repositories["ann/speech"]
+    initial, *made = repository["commits"].items()
+    assert [commit for commit, _ in made[:2]] == commits and repository["branches"]["main"] == commits[1]
+    assert published["first"][:2] == [0, f"{hub.url}/ann/speech/tree/{commits[0]}\n"]
+    files = repository["commits"][commits[0]]
+    assert set(files) == FILES | {".gitattributes"}
+    for name in FILES - {"README.md"}:
+        assert files[name] == (folder / "model" / name).read_bytes()
+    assert len(made) == 3 and repository["branches"]["trial"] == made[2][0]
+    assert hub.repositories["ann/secret"]["private"] and not repository["private"]
+
+
+def test_the_card_has_the_name_and_the_license_asked_for(world, commits):
+    hub, *_ = world
+    first, second = (hub.repositories["ann/speech"]["commits"][commit]["README.md"].decode() for commit in commits)
+    assert 'load_model("ann/speech")' in first and "license:" not in first
+    assert second == first.replace("---\n", "---\nlicense: cc-by-4.0\n", 1)
+
+
+def test_what_cannot_be_published_is_told_in_one_sentence(world, published):
+    hub, *_ = world
+    sentence(published["public"], 1, "ann/speech exists and is public")
+    sentence(published["other"], 1, "another kind of model", "config.json")
+    sentence(published["foreign"], 1, "may not write to bob/speech")
+    sentence(published["license"], 1, '"license" must be one of')
+    sentence(published["incomplete"], 2, "no complete model folder, as it has no hyperparams.yaml")
+    sentence(published["damaged"], 2, "damaged")
+    sentence(published["short"], 2, "give user/model")
+    sentence(published["bad"], 2, "ann/a--b")
+    assert set(hub.repositories) == {"ann/bert", "ann/speech", "ann/secret"}
+    assert set(hub.repositories["ann/bert"]["commits"].popitem()[1]) == {".gitattributes", "config.json", "pytorch_model.bin"}
+
+
+def test_without_permission(world, published):
+    hub, folder, _ = world
+    publish = ["publish", folder / "model", "ann/speech"]
+    (result,) = client(folder / "home", hub.url, publish)
+    sentence(result, 1, "no token", "hf auth login")
+    (result,) = client(folder / "home", hub.url, publish, HF_TOKEN="hf_wrong")
+    sentence(result, 1, "does not know the token")
+
+
+def test_loading_from_an_empty_cache_then_offline(world, commits, published):
+    hub, folder, (old, new) = world
+    text = (folder / "new" / "hyperparams.yaml").read_text()
+    hub.make("ann/trap")
+    files = {name: (folder / "new" / name).read_bytes() for name in FILES}
+    hub.commit("ann/trap", "main", files | {"hyperparams.yaml": f"{text}\ntrap: !apply:os.mkdir [executed]\n".encode()})
+    file = folder / "long.flac"
+    pinned, latest, branch = ["--revision", commits[0]], [], ["--revision", "trial"]
+    versions = [["transcribe", "ann/speech", file, "--device", "cpu", *version] for version in (pinned, latest, branch)]
+    others = [["transcribe", *words, file, "--device", "cpu"] for words in (["ann/gone"], ["ann/secret"], ["ann/trap"])]
+    wrong = ["transcribe", "ann/speech", file, "--revision", "no-such"]
+    local = ["transcribe", folder / "new", file, "--revision", commits[0]]
+    results = client(folder / "cache", hub.url, *versions, *others, wrong, local, ["speechbrain", "ann/speech", file])
+    for result, text in zip(results, (old, new, old), strict=False):
+        assert result[:2] == [0, f"{file}\t{text}\n"], result
+    sentence(results[3], 2, "ann/gone is neither a folder nor a model on Hugging Face")
+    sentence(results[4], 2, "ann/secret", "hf auth login")
+    sentence(results[5], 2, "ann/trap has !apply:os.mkdir", "trust=True")
+    sentence(results[6], 2, "no revision no-such")
+    sentence(results[7], 2, "is a folder")
+    assert results[8][1].split() == new.split()
+    assert not list(folder.rglob("executed"))
+
+    absent = ["transcribe", "ann/secret", file]
+    trust = ["trust", "ann/trap"]
+    results = client(folder / "cache", hub.url, *versions, absent, trust, HF_HUB_OFFLINE="1")
+    for result, text in zip(results, (old, new, old), strict=False):
+        assert result[:2] == [0, f"{file}\t{text}\n"], result
+    sentence(results[3], 2, "ann/secret", "HF_HUB_OFFLINE")
+    assert (folder / "executed").is_dir()
+
+
+def test_a_server_that_does_not_answer(world):
+    _, folder, _ = world
+    commands = [["publish", folder / "model", "ann/speech"], ["transcribe", "ann/speech", folder / "long.flac"]]
+    publish, transcribe = client(folder / "nothing", "http://127.0.0.1:9", *commands, HF_TOKEN=TOKEN)
+    sentence(publish, 1, "http://127.0.0.1:9 cannot be reached")
+    sentence(transcribe, 2, "ann/speech", "cannot be reached")
