@@ -47,14 +47,14 @@ def test_a_bad_file_does_not_stop_the_rest(capsys, folder):
 
 
 def test_a_file_that_fails_in_the_model_does_not_stop_the_rest(capsys, folder, monkeypatch):
-    texts = cli._texts
+    segments = cli._segments
 
     def too_large(model, wavs):
         if max(map(len, wavs)) > 20000:
             raise RuntimeError("not enough\nmemory")
-        return texts(model, wavs)
+        return segments(model, wavs)
 
-    monkeypatch.setattr(cli, "_texts", too_large)
+    monkeypatch.setattr(cli, "_segments", too_large)
     status, lines, err = transcribe(capsys, folder, "long.flac", "short.flac", "middle.flac")
     assert status == 1 and len(lines) == 2
     assert "long.flac cannot be transcribed: not enough memory" in err

@@ -111,7 +111,7 @@ def read_blocks(path, seconds=10.0, start=0):
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     soundfile.write(f"{folder}/stereo.flac", np.zeros((44100, 2)), 44100)
     ...     [len(block) for block in read_blocks(f"{folder}/stereo.flac", 0.5)]
-    [7680, 8000, 320]
+    [7840, 8000, 160]
     """
     with _open(path) as file:
         resampler = Resampler(file.samplerate)
