@@ -7,6 +7,7 @@ from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.lobes.features import SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 
 SUBSAMPLINGS = {
@@ -24,8 +25,8 @@ def speech(samples, seed=0):
 
 
 def normalization(norm_type):
-    normalize = InputNormalization(norm_type=norm_type, update_until_epoch=1)
-    normalize.glob_mean, normalize.glob_std = torch.full((80,), -20.0), torch.full((80,), 15.0)
+    normalize = SentenceNormalization() if norm_type == "prior" else InputNormalization(norm_type=norm_type)
+    normalize.count, normalize.glob_mean, normalize.glob_std = 1, torch.full((80,), -20.0), torch.full((80,), 15.0)
     return normalize
 
 
@@ -63,7 +64,7 @@ def test_streamed_logits_are_those_of_the_whole_file(encoder_case, chunk, left, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
-@pytest.mark.parametrize("norm_type", ["global", "sentence"])
+@pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
 @pytest.mark.parametrize("samples", [1, 159, 160, 399, 400, 10_239, 10_240, 10_440, 30_000])
 def test_front_ends_and_normalizations_stream(subsampling, norm_type, samples):
     encoder = speech_encoder("hyperconformer", subsampling=subsampling, norm_type=norm_type)
@@ -75,7 +76,7 @@ def test_front_ends_and_normalizations_stream(subsampling, norm_type, samples):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm_type", ["global", "sentence"])
+@pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
 def test_chunked_files_in_a_batch_and_alone(norm_type):
     encoder = speech_encoder("conformer", norm_type=norm_type)
     config = DynChunkTrainConfig(4, 2)
@@ -91,7 +92,7 @@ def test_chunked_files_in_a_batch_and_alone(norm_type):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm_type", ["global", "sentence"])
+@pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
 def test_features_of_a_chunk_do_not_depend_on_what_follows(norm_type):
     encoder = speech_encoder("conformer", norm_type=norm_type)
     config = DynChunkTrainConfig(4, 2)

@@ -14,7 +14,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from recipes.LibriSpeech.results import peak_memory_mib
-from speechbrain_ext.asr import extract_features
+from speechbrain_ext.lobes.features import extract_features, normalize_features
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics
 
 logger = get_logger(__name__)
@@ -77,10 +77,12 @@ class AsrBrain(Brain):
         """
         batch = batch.to(self.device)
         feats, lens = self.features(batch, stage)  # (B, T, F)
-        feats = self.modules.normalize(feats, lens, epoch=self.hparams.epoch_counter.current)
+        chunks = self.draw_chunks(stage)
+        size = None if chunks is None else self.hparams.subsampling.factor * chunks.chunk_size
+        feats = normalize_features(self.modules.normalize, feats, lens, size, epoch=self.hparams.epoch_counter.current)
         if self.hparams.fea_augment and self.augments(stage):
             feats, lens = self.hparams.fea_augment(feats, lens)
-        return self.forward_features(feats, lens, self.draw_chunks(stage), batch, stage)
+        return self.forward_features(feats, lens, chunks, batch, stage)
 
     def forward_features(self, feats, lens, chunks, batch, stage):
         """From normalised features (B, T, F) with relative lengths (B,) to what :meth:`compute_forward` returns."""

@@ -29,6 +29,7 @@ _TAGS = {
     "!new:speechbrain.lobes.features.Fbank",
     "!new:speechbrain.nnet.linear.Linear",
     "!new:speechbrain.processing.features.InputNormalization",
+    "!new:speechbrain_ext.lobes.features.SentenceNormalization",
     "!new:speechbrain_ext.asr.SpeechEncoder",
     "!new:speechbrain_ext.asr.TransformerASR",
     "!new:speechbrain_ext.inference.weights.SafetensorsPretrainer",
