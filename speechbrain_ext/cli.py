@@ -5,6 +5,7 @@ Results go to standard output, all else to standard error. The exit status is 0 
 """
 
 import argparse
+import math
 import os
 import sys
 from contextlib import redirect_stdout
@@ -146,6 +147,8 @@ def _outputs(model, arguments):
 
 def _transcribe(model, files, outputs, streaming, progress):
     """Texts by file: long ones in pieces, the others in batches of about the same length; without the files that fail."""
+    from tqdm import tqdm
+
     from speechbrain_ext.inference.audio import SAMPLE_RATE, AudioError, count_samples
     from speechbrain_ext.inference.long_audio import transcribe_long
 
@@ -175,7 +178,7 @@ def _transcribe(model, files, outputs, streaming, progress):
             else:
                 keep_from, segments = outputs.get(file), []
                 start = 0.0 if keep_from is None else keep_from.start
-                with progress.__class__(total=round(seconds), initial=round(start), unit=" s", desc=Path(file).name) as heard:
+                with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=Path(file).name) as heard:
                     for segment in transcribe_long(model, file, streaming or None, start, heard.update):
                         segments.append(segment)
                         if keep_from is not None:

@@ -291,19 +291,20 @@ class Segmenter:
         if not frames:
             # Nothing has been said: what is kept is what a search may need before the first word.
             return (len(self._best) - self.margin, False) if len(self._best) >= self._pause + 2 * self.margin else None
+        limit = frames[0] + self._longest  # what comes behind it decides nothing, as it may be in another piece
         for last, following in zip(frames, [*frames[1:], len(self._best)], strict=True):
-            if following - last > self._pause:
-                return last + 1 + self._pause, True
-        if len(self._best) - frames[0] < self._longest:
+            end = last + 1 + self._pause
+            if following >= end and end <= limit:
+                return end, True
+        if len(self._best) < limit:
             return None
         # The longest pause before a word, in the second half; without any, here.
-        half = (frames[0] + len(self._best)) // 2
-        pauses = []
-        for (_, before), (token, frame) in zip(self.tokens, self.tokens[1:], strict=False):
-            if frame > half and self._tokenizer.id_to_piece(token).startswith("▁"):
+        half, pauses, tokens = (frames[0] + limit) // 2, [], self.tokens
+        for (_, before), (token, frame) in zip(tokens, tokens[1:], strict=False):
+            if half < frame < limit and self._tokenizer.id_to_piece(token).startswith("▁"):
                 silence = self._best[before:frame].count(self._blank)
                 pauses.append((silence, frame - silence // 2))
-        return (max(pauses)[1] if pauses else len(self._best)), False
+        return (max(pauses)[1] if pauses else limit), False
 
     def _cut(self, end, resumable):
         """End the segment before a frame."""

@@ -1,0 +1,347 @@
+"""Streams and long files to segments of words: nothing is taken back, nothing depends on the pieces, and what stopped goes on."""
+
+import io
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from sentencepiece import SentencePieceProcessor
+from test_pretrained import make_model
+from test_streaming import speech
+
+from speechbrain_ext import cli
+from speechbrain_ext.inference import load_model, long_audio
+from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
+from speechbrain_ext.inference.segments import FRAME_SECONDS, Segment, Segmenter, Word, align, subtitles
+from speechbrain_ext.inference.streaming import StreamingRecognizer
+
+PIECES = ["<unk>", "▁", "▁THE", "▁CAT", "S", "▁A", "T"]
+
+
+class Tokenizer:
+    """Stands for SentencePiece."""
+
+    @staticmethod
+    def id_to_piece(token):
+        return PIECES[token]
+
+    @staticmethod
+    def decode_ids(tokens):
+        return "".join(PIECES[token] for token in tokens).replace("▁", " ")
+
+
+def log_probs_of(path):
+    return torch.eye(len(PIECES))[path].mul(8).log_softmax(-1)
+
+
+THE, CAT, S, A, T = 2, 3, 4, 5, 6
+PAUSE = [0] * 20
+
+
+def said(segments):
+    return [(segment.text, round(segment.start / FRAME_SECONDS), round(segment.end / FRAME_SECONDS)) for segment in segments]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_pauses_end_segments_wherever_the_pieces_end(size):
+    path = [0, THE, 0, CAT, CAT, 0, S, *PAUSE, A, *PAUSE, *PAUSE, *PAUSE, T]
+    segmenter, segments = Segmenter(Tokenizer), []
+    for start in range(0, len(path), size):
+        segments += segmenter.accept(log_probs_of(path[start : start + size]))
+    segments += segmenter.finish()
+    assert said(segments) == [("THE CATS", 1, 7), ("A", 27, 28), ("T", 88, 89)]
+    assert [word.text for word in segments[0].words] == ["THE", "CATS"]
+    assert segments[0].words[1] == Word("CATS", 0.12, 0.28, segments[0].words[1].confidence) and segments[0].confidence > 0.9
+
+
+def test_what_is_stable_stays():
+    generator = random.Random(0)
+    for _ in range(20):
+        path = [generator.choice([0, 0, 0, 1, 2, 3, 4, 5, 6]) for _ in range(200)]
+        segmenter, shown, final = Segmenter(Tokenizer, endpoint=0.2, longest=2.0), "", ""
+        for start in range(0, len(path), 5):
+            ended = segmenter.accept(log_probs_of(path[start : start + 5]))
+            final += "".join(f"{segment.text} " for segment in ended)
+            now = final + segmenter.stable_text
+            assert now.startswith(shown.strip()) and (final + segmenter.text).startswith(now.strip())
+            shown = now
+        final += "".join(segment.text for segment in segmenter.finish())
+        assert final.startswith(shown.strip())
+
+
+def test_speech_without_a_pause_ends_at_a_word():
+    path = ([THE, 0, CAT, 0, 0, S, S, 0, A, T] * 12)[:100]
+    segmenter = Segmenter(Tokenizer, longest=2.0)
+    segments = segmenter.accept(log_probs_of(path)) + segmenter.finish()
+    piecewise = Segmenter(Tokenizer, longest=2.0)
+    pieces = [segment for token in path for segment in piecewise.accept(log_probs_of([token]))] + piecewise.finish()
+    assert said(pieces) == said(segments)
+    assert len(segments) > 1 and all(segment.end - segment.start <= 2.1 for segment in segments)
+    assert " ".join(segment.text for segment in segments) == " ".join(["THE CATS AT"] * 10)
+
+
+def test_long_silence_is_not_kept():
+    segmenter = Segmenter(Tokenizer, search=lambda frames: ([A], log_probs_of([0, A])))
+    for _ in range(50):
+        assert segmenter.accept(log_probs_of([0] * 100), torch.zeros(100, 4)) == []
+    assert segmenter.start > 4900 and sum(map(len, segmenter._log_probs)) < 60
+
+
+def test_a_second_search_has_the_last_word():
+    seen = []
+
+    def search(frames):
+        seen.append(frames)
+        return [A, T], log_probs_of([0] * (len(frames) - 2) + [A, T])
+
+    path = [0] * 5 + [THE, CAT] + PAUSE + PAUSE
+    segmenter = Segmenter(Tokenizer, search=search)
+    segments = segmenter.accept(log_probs_of(path), torch.arange(len(path)).unsqueeze(1))
+    assert [segment.text for segment in segments] == ["AT"] and segmenter.stable_text == ""
+    assert seen[0].flatten().tolist() == list(range(27))  # the segment's own frames
+
+
+def test_alignment_needs_enough_frames():
+    log_probs = log_probs_of([0, THE, THE, 0, S, S])
+    assert [(start, end) for start, end, _ in align(log_probs, [THE, S])] == [(1, 3), (4, 6)]
+    assert align(log_probs, []) == []
+    with pytest.raises(ValueError, match="2 tokens need 3 frames, and the audio has 2"):
+        align(log_probs[:2], [S, S])
+
+
+def test_subtitles():
+    segments = [Segment(0.5, 1.25, "TOM & <JERRY>", 1.0), Segment(3599.9996, 3600.0, "B", 1.0)]
+    assert subtitles(segments, "srt").splitlines()[:3] == ["1", "00:00:00,500 --> 00:00:01,250", "TOM & <JERRY>"]
+    assert subtitles(segments, "srt").splitlines()[5] == "01:00:00,000 --> 01:00:00,000"
+    vtt = subtitles(segments, "vtt").splitlines()
+    assert vtt[0] == "WEBVTT" and vtt[2:4] == ["00:00:00.500 --> 00:00:01.250", "TOM &amp; &lt;JERRY&gt;"]
+
+
+# -------------------- with a model
+
+
+@pytest.fixture(scope="module", params=[1, 0], ids=["joint", "ctc"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recognizer")
+    make_model(folder, request.param)
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    """With weights that are not special, of which silence is half of what it hears."""
+    model = load_model(folder / "model", "cpu")
+    with torch.no_grad():
+        (log_probs,), _ = model.frames(speech(100_000)[None], torch.ones(1))
+        others = log_probs.clone()
+        others[:, model.blank] = -torch.inf
+        model.ctc_head.w.bias[model.blank] += (others.amax(1) - log_probs[:, model.blank]).median()
+    return model
+
+
+def recognize(model, wav, sizes, **keys):
+    recognizer, segments, start = StreamingRecognizer(model, **keys), [], 0
+    while start < len(wav):
+        for size in sizes:
+            segments += recognizer.accept(wav[start : start + size])
+            start += size
+    return segments + recognizer.finish()
+
+
+FOREVER = {"endpoint": 1e6, "longest": 1e6}
+
+
+@torch.no_grad()
+def test_a_stream_says_what_the_chunked_file_says(model):
+    wav = speech(50_123)
+    (segment,) = recognize(model, wav, (1237,), chunk_size=8, left_context=2, **FOREVER)
+    recognizer = StreamingRecognizer(model, 8, 2)
+    enc, _ = model.mods.encoder.encode(wav[None], dynchunktrain_config=recognizer._config)
+    best = model._log_probs(enc)[0].argmax(-1)
+    tokens = [token for token in best.unique_consecutive().tolist() if token != model.blank]
+    assert segment.text == " ".join(model.tokenizer.decode_ids(tokens).split())
+
+
+@pytest.mark.parametrize("keys", [{}, {"chunk_size": 4, "left_context": -1}, {"chunk_size": 50}])
+def test_segments_do_not_depend_on_the_pieces_and_can_be_resumed(model, keys):
+    wav = speech(160_000)
+    keys |= {"endpoint": 0.04, "longest": 1.0}
+    segments = recognize(model, wav, (1600,), **keys)
+    assert len(segments) > 3
+    assert recognize(model, wav, (7, 16_001, 1), **keys) == recognize(model, wav, (200_000,), **keys) == segments
+    known = [index for index, segment in enumerate(segments[:-1]) if segment.resume is not None]
+    assert known
+    for index in known[:: max(1, len(known) // 3)]:
+        start = segments[index].resume
+        rest = recognize(model, wav[round(16000 * start) :], (999,), start=start, **keys)
+        assert said(rest) == said(segments[index + 1 :])
+
+
+def test_bad_samples_are_refused_and_nothing_is_taken_in(model):
+    recognizer = StreamingRecognizer(model)
+    for wav, message in ((torch.zeros(2, 100), "one channel"), (torch.tensor([0.0, torch.nan]), "NaN")):
+        with pytest.raises(ValueError, match=message):
+            recognizer.accept(wav)
+    assert recognizer.finish() == []
+    for keys, message in (({"chunk_size": 0}, "chunk size is 0"), ({"endpoint": -1}, "endpoint is -1")):
+        with pytest.raises(ValueError, match=message):
+            StreamingRecognizer(model, **keys)
+
+
+def test_state_stays_small(model):
+    recognizer, sizes = StreamingRecognizer(model, 8, 4, longest=2.0), []
+    for index in range(12):
+        recognizer.accept(speech(16_000, seed=index))
+        sizes.append(recognizer.state_bytes())
+        assert recognizer._audio.shape[1] < 5 * 16_000
+    assert max(sizes) == max(sizes[:4])
+
+
+# -------------------- long files
+
+
+@pytest.fixture
+def long_file(tmp_path, monkeypatch):
+    """35 s, with windows of 6 s."""
+    monkeypatch.setattr(long_audio, "CORE", 100)
+    monkeypatch.setattr(long_audio, "MARGIN", 25)
+    path = tmp_path / "talk.flac"
+    soundfile.write(path, 0.1 * speech(560_123).numpy(), 16000)
+    return path
+
+
+@torch.no_grad()
+def test_windows_lie_side_by_side(model, long_file):
+    wav = model.load_audio(long_file)
+    blocks = [list(wav.split(size)) for size in (1000, 70_001, 10**6)]
+    log_probs = [torch.cat([log_probs for log_probs, _ in long_audio.window_frames(model, split)]) for split in blocks]
+    assert log_probs[0].shape[0] == -(-(1 + len(wav) // 160) // 4)
+    for others in log_probs[1:]:
+        torch.testing.assert_close(others, log_probs[0], atol=1e-4, rtol=0)
+    # A window's inner frames are those of the window alone
+    alone = model.frames(wav[None, 640 * 75 : 640 * 225], torch.ones(1))[0][0]
+    torch.testing.assert_close(log_probs[0][100:200], alone[25:125], atol=1e-4, rtol=0)
+    # From a frame on
+    rest = wav[long_audio.window_start(230) :]
+    resumed = torch.cat([log_probs for log_probs, _ in long_audio.window_frames(model, [rest], 230)])
+    torch.testing.assert_close(resumed, log_probs[0][230:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_file_of_one_window_is_the_whole_file(model, tmp_path):
+    wav = speech(40_000)
+    log_probs = torch.cat([log_probs for log_probs, _ in long_audio.window_frames(model, [wav])])
+    torch.testing.assert_close(log_probs, model.frames(wav[None], torch.ones(1))[0][0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(long_audio, "Segmenter", lambda *args, **keys: Segmenter(*args, **keys, endpoint=0.04, longest=1.0))
+    monkeypatch.setattr(
+        long_audio, "StreamingRecognizer", lambda model, **keys: StreamingRecognizer(model, **keys, endpoint=0.04, longest=1.0)
+    )
+    settings = settings_of(model, streaming)
+
+    def run(folder, stop=None):
+        file = SegmentFile(folder, long_file, settings)
+        known = len(file.segments)
+        for count, segment in enumerate(transcribe_long(model, long_file, streaming, file.start)):
+            if count == stop:
+                return known
+            file.add(segment)
+        file.finish()
+        return known
+
+    run(tmp_path / "once")
+    assert run(tmp_path / "again", stop=5) == 0
+    partial = tmp_path / "again" / "talk.jsonl.partial"
+    partial.write_text(partial.read_text() + '{"start": 1')  # killed while writing
+    assert run(tmp_path / "again", stop=4) > 0
+    run(tmp_path / "again")
+    for suffix in ("jsonl", "srt", "vtt"):
+        once, again = (tmp_path / folder / f"talk.{suffix}" for folder in ("once", "again"))
+        if suffix != "jsonl":
+            assert again.read_text() == once.read_text()
+    texts = [[json.loads(line)["text"] for line in (tmp_path / name / "talk.jsonl").open()] for name in ("once", "again")]
+    assert texts[0] == texts[1] and len(texts[0]) > 5
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["talk.jsonl", "talk.srt", "talk.vtt"]
+    # Another model's beginnings are not continued
+    run(tmp_path / "other", stop=5)
+    assert SegmentFile(tmp_path / "other", long_file, settings | {"model": "another"}).segments == []
+
+
+@pytest.mark.parametrize("folder", [0], ids=["ctc"], indirect=True)  # joint search on long segments takes minutes
+def test_transcribe_long_and_short_files_to_a_folder(capsys, folder, long_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "LONG_SECONDS", 10)
+    command = ["transcribe", str(folder / "model"), str(folder / "short.flac"), str(long_file), "--device", "cpu"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert cli.main([*command, "--output", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+    lines = [json.loads(line) for line in (out / "talk.jsonl").open()]
+    assert " ".join(line["text"] for line in lines) == printed.splitlines()[1].split("\t")[1]
+    assert all(line["start"] <= line["end"] for line in lines) and {"confidence", "words"} <= lines[0].keys()
+    assert (out / "short.jsonl").exists() and (out / "short.srt").exists()
+    before = (out / "talk.jsonl").stat().st_mtime_ns
+    assert cli.main([*command, "--output", str(out)]) == 0
+    again = capsys.readouterr()
+    assert again.out == printed and "left as it is" in again.err and (out / "talk.jsonl").stat().st_mtime_ns == before
+
+
+def test_files_of_one_name_are_refused(capsys, folder, tmp_path):
+    (tmp_path / "short.flac").write_bytes((folder / "short.flac").read_bytes())
+    files = [str(folder / "short.flac"), str(tmp_path / "short.flac")]
+    assert cli.main(["transcribe", str(folder / "model"), *files, "--output", str(tmp_path)]) == 2
+    assert "short.jsonl" in capsys.readouterr().err
+
+
+def test_stream_prints_segments_and_figures(capsys, folder, monkeypatch):
+    assert cli.main(["stream", str(folder / "model"), str(folder / "long.flac"), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert all(len(line.split("\t")) == 3 for line in out.splitlines())
+    assert "real-time factor" in err and "full context only" in err
+    samples, _ = soundfile.read(folder / "long.flac", dtype="int16")
+    raw = io.BytesIO(samples.astype("<i2").tobytes() + b"\0")  # and half a sample
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(raw)))
+    assert cli.main(["stream", str(folder / "model"), "-", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.wav"], "no audio file nowhere.wav"),
+        (["-", "--sample-rate", "0"], "--sample-rate is 0"),
+        (["-", "--chunk-size", "0"], "chunk size is 0"),
+        (["-", "--endpoint", "0"], "endpoint is 0"),
+    ],
+)
+def test_stream_says_what_is_wrong(capsys, folder, arguments, message):
+    assert cli.main(["stream", str(folder / "model"), *arguments, "--device", "cpu"]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_words_of_a_given_text(model):
+    wav = 0.1 * torch.randn(32_000)
+    words = model.align(wav, "THE CAT SAT")
+    assert [word.text for word in words] == ["THE", "CAT", "SAT"]
+    assert all(a.end <= b.start for a, b in zip(words, words[1:], strict=False)) and words[-1].end <= 2.04
+    with pytest.raises(ValueError, match="the text is too long"):
+        model.align(wav[:3000], "THE CAT SAT")
+
+
+def test_times_of_the_mini_tokenizer(folder):
+    tokenizer = SentencePieceProcessor(str(folder / "t.model"))
+    tokens = tokenizer.encode_as_ids("A HOT DAY")
+    path = [frame for token in tokens for frame in (0, token)]
+    log_probs = torch.eye(tokenizer.vocab_size())[path].mul(9).log_softmax(-1)
+    segmenter = Segmenter(tokenizer)
+    (segment,) = segmenter.accept(log_probs) + segmenter.finish()
+    assert [word.text for word in segment.words] == ["A", "HOT", "DAY"] and segment.text == "A HOT DAY"
+    assert np.isclose(segment.words[-1].end, FRAME_SECONDS * len(path))
