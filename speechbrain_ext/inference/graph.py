@@ -48,14 +48,15 @@ class Features(nn.Module):
         _refuse_unknown(compute_features, normalize)
         self.n_fft, self.hop_length = stft.n_fft, stft.hop_length
         left = (self.n_fft - stft.win_length) // 2  # where torch.stft puts a window that is shorter than the transform
-        window = F.pad(stft.window.double(), (left, self.n_fft - stft.win_length - left))
-        angle = torch.outer(torch.arange(self.n_fft), torch.arange(self.n_fft // 2 + 1)) * (2 * math.pi / self.n_fft)
-        basis = window.unsqueeze(1) * torch.cat([angle.double().cos(), -angle.double().sin()], dim=1)
-        self.register_buffer("basis", basis.float())  # (n_fft, 2 * bins)
+        self.register_buffer("window", F.pad(stft.window, (left, self.n_fft - stft.win_length - left)).float())
+        inner, outer, bins = _two_stages(self.n_fft)
+        self.register_buffer("inner", inner.float())
+        self.register_buffer("outer", outer.float())
         # Filterbank makes its matrix inside forward; in the linear scale it is what it gives for a unit matrix.
-        matrix = copy.copy(filters)
-        matrix.log_mel = False
-        self.register_buffer("filters", matrix(torch.eye(self.n_fft // 2 + 1).unsqueeze(0))[0].detach())  # (bins, mels)
+        linear = copy.copy(filters)
+        linear.log_mel = False
+        matrix = linear(torch.eye(self.n_fft // 2 + 1).unsqueeze(0))[0].detach()  # (bins, mels)
+        self.register_buffer("filters", torch.where(bins.unsqueeze(1) < 0, 0.0, matrix[bins]))
         self.power = filters.power_spectrogram
         self.multiplier, self.amin, self.top_db = filters.multiplier, filters.amin, filters.top_db
         self.reference = filters.multiplier * filters.db_multiplier
@@ -78,9 +79,13 @@ class Features(nn.Module):
 
     def log_mel(self, waveform):
         """Mel bins (B, 1 + N // hop, F) of samples (B, N) in dB."""
-        framed = F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)).unfold(1, self.n_fft, self.hop_length)
-        real, imaginary = (framed @ self.basis).chunk(2, dim=2)
-        spectrum = real.square() + imaginary.square()
+        framed = F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)).unfold(1, self.n_fft, self.hop_length) * self.window
+        batch, steps, _ = framed.shape
+        rows = self.inner.shape[0]  # P; n = p * Q + q
+        x = framed.unflatten(2, (rows, self.n_fft // rows)).transpose(2, 3) @ self.inner  # (B, T, Q, 2R)
+        x = x.unflatten(3, (2, -1)).permute(4, 0, 1, 3, 2).reshape(self.outer.shape[0], batch * steps, -1)  # (R, B * T, 2Q)
+        real, imaginary = (x @ self.outer).chunk(2, dim=2)  # (R, B * T, Q)
+        spectrum = (real.square() + imaginary.square()).transpose(0, 1).reshape(batch, steps, -1)
         if self.power != 2:
             spectrum = spectrum.sqrt() if self.power == 1 else spectrum.pow(self.power / 2)
         return self.multiplier * (spectrum @ self.filters).clamp(min=self.amin).log10() - self.reference
@@ -93,6 +98,36 @@ class Features(nn.Module):
             return centred
         std = (centred.masked_fill(padding, 0.0).square().sum(1, keepdim=True) / frames).sqrt()
         return centred / std.clamp(min=self.epsilon)
+
+
+def _two_stages(size):
+    """The discrete Fourier transform of real numbers as two matrix products, one step of Cooley and Tukey's.
+
+    Against one product with all sines it has a sixth of the operations, and sums of tens of terms in place of hundreds: those
+    in float32 lose quiet bins beside loud ones. With size = P * Q, n = p * Q + q and k = s * P + r,
+
+        X[k] = sum over q of exp(-2 pi i q k / size) * (sum over p of x[n] exp(-2 pi i p r / P)),
+
+    for r <= P / 2 only, as the other k are mirror images.
+
+    Returns
+    -------
+    tuple
+        The inner matrix (P, 2R); the outer ones (R, 2Q, 2Q), both with real parts before imaginary ones; and which bin each of
+        the R * Q results is, -1 for one that is there already.
+    """
+    first = max(divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0)  # P
+    second = size // first
+    r = torch.arange(first // 2 + 1)
+    k = r.unsqueeze(1) + first * torch.arange(second)  # (R, Q)
+    angle = -2 * math.pi / first * torch.outer(torch.arange(first), r).double()
+    inner = torch.cat([angle.cos(), angle.sin()], dim=1)
+    # Modulo the size first: angles stay small, and their sines exact
+    angle = -2 * math.pi / size * (torch.arange(second).view(1, -1, 1) * k.unsqueeze(1) % size).double()  # (R, Q, Q)
+    cos, sin = angle.cos(), angle.sin()
+    outer = torch.cat([torch.cat([cos, sin], dim=2), torch.cat([-sin, cos], dim=2)], dim=1)
+    bins = torch.minimum(k, size - k).flatten().tolist()
+    return inner, outer, torch.tensor([-1 if bin in bins[:i] else bin for i, bin in enumerate(bins)])
 
 
 def _refuse_unknown(compute_features, normalize):
