@@ -221,7 +221,7 @@ def _refuse(report: Report, int8, tolerance):
         if int8
         else f"differs by {found:.3g} in a log-probability from PyTorch"
     )
-    remedy = "compare on real speech with --audio, or export without --int8" if int8 else "report this with the model"
+    remedy = "compare on real speech with --audio, or export without --int8" if int8 else "accept more with --tolerance"
     allowed = f"{limit:.1%}" if int8 else f"{limit:g}"
     raise ExportError(f"The exported model {what}, and {allowed} is accepted, so no file was written; {remedy}.")
 
