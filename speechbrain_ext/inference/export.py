@@ -9,6 +9,7 @@ Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` 
 """
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -89,7 +90,7 @@ def export_model(source, path, answer=None, int8=False, audio=(), tolerance=None
     partial = path.with_name(f".{path.name}.partial")
     try:
         _write(graph, partial, int8, metadata)
-        report = check(partial, encoder, head, json.loads(metadata["tokens"]), int(metadata["blank_index"]), audio)
+        report = _check(partial, encoder, head, metadata, audio)
         _refuse(report, int8, tolerance)
         os.replace(partial, path)
     finally:
@@ -99,9 +100,8 @@ def export_model(source, path, answer=None, int8=False, audio=(), tolerance=None
 
 def _require_packages():
     try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"Export needs the package {error.name}; install it with: pip install -e '.[export]'") from error
 
@@ -169,7 +169,7 @@ def _write(graph, path, int8, metadata):
             cause = " ".join(str(error.__cause__ or error).split())[:300]
             raise ExportError(f"{name} has what ONNX export cannot express; rewrite that part of it: {cause}") from error
     proto = program.model_proto
-    floating = [node.name for node in proto.graph.node if _scope(node).startswith(("features", "subsampling"))]
+    floating = _floating(proto.graph)
     _strip(proto)
     onnx.save(proto, path)
     if int8:
@@ -177,6 +177,17 @@ def _write(graph, path, int8, metadata):
         proto = onnx.load(path)
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
+
+
+def _floating(graph):
+    """Names of the nodes that remain in float32 in any case."""
+    # A weight per head: the runtime has no scales per output for products in a batch
+    batched = {weight.name for weight in graph.initializer if len(weight.dims) > 2}
+    return [
+        node.name
+        for node in graph.node
+        if _scope(node).startswith(("features", "subsampling")) or (node.op_type == "MatMul" and batched.intersection(node.input))
+    ]
 
 
 def _scope(node):
@@ -211,6 +222,16 @@ def _quantise(path, floating):
         )
 
 
+def _check(path, encoder, head, metadata, audio):
+    try:
+        return check(path, encoder, head, json.loads(metadata["tokens"]), int(metadata["blank_index"]), audio)
+    except (OSError, ValueError):  # of the audio
+        raise
+    except Exception as error:  # onnxruntime has a class of error per kind of failure
+        cause = " ".join(str(error).split())[:300]
+        raise ExportError(f"onnxruntime cannot run the exported model, so no file was written: {cause}") from error
+
+
 def _refuse(report: Report, int8, tolerance):
     limit = tolerance if tolerance is not None else 0.05 if int8 else 1e-3
     found = report.token_error if int8 else report.max_difference
@@ -229,13 +250,11 @@ def _refuse(report: Report, int8, tolerance):
 @contextlib.contextmanager
 def _quiet():
     """Without what the exporter says about packages that are not needed here."""
-    root = logging.getLogger()
-    level, disabled = root.level, logging.root.manager.disable
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.setLevel(level)
         logging.disable(disabled)

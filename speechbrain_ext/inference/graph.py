@@ -68,7 +68,7 @@ class Features(nn.Module):
             self.register_buffer("std", std.clamp(min=self.epsilon))
 
     def forward(self, waveform, lengths):
-        """Features of samples (B, N) with (B,) numbers of samples: (B, T, F), zero in padded frames, and (B,) numbers of frames."""
+        """Samples (B, N) and numbers of them (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
         features = self.log_mel(waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0))
         frames = 1 + lengths // self.hop_length
         padding = padding_mask(frames, features.shape[1]).unsqueeze(2)
@@ -143,7 +143,9 @@ def _refuse_unknown(compute_features, normalize):
         ("norm_type", normalize.norm_type, ("sentence", "global")),
     ):
         if value not in known:
-            raise ValueError(f"The model's {name} is {value}, which export does not know; it knows {' and '.join(map(str, known))}.")
+            raise ValueError(
+                f"The model's {name} is {value}, which export does not know; it knows {' and '.join(map(str, known))}."
+            )
 
 
 class FullContext(nn.Module):
