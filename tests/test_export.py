@@ -250,7 +250,7 @@ def test_what_differs_is_not_written(wrong, exported, written_at_once, monkeypat
 
 def test_what_eight_bits_spoil_is_not_written(exported, written_at_once, monkeypatch, capsys):
     folder, report = exported
-    report = type(report)(**{**vars(report), "token_error": 0.07})
+    report = type(report)(**{**vars(report), "synthetic": False, "token_error": 0.07})
     monkeypatch.setattr(export, "check", lambda *_: report)
     command = ["export", str(folder / "model"), str(folder / "spoilt.onnx"), "--int8"]
     assert cli.main(command) == 1
