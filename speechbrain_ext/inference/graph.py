@@ -93,7 +93,9 @@ class Features(nn.Module):
     def _normalize(self, features, padding, frames):
         if not self.per_sentence:
             return (features - self.mean) / self.std
-        centred = features - features.masked_fill(padding, 0.0).sum(1, keepdim=True) / frames
+        centred = features
+        for _ in range(2):  # onnxruntime adds up a thousand frames one by one in float32; the second mean is that error
+            centred = centred - centred.masked_fill(padding, 0.0).sum(1, keepdim=True) / frames
         if not self.std_norm:
             return centred
         std = (centred.masked_fill(padding, 0.0).square().sum(1, keepdim=True) / frames).sqrt()
