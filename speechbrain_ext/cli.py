@@ -37,6 +37,7 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_transcribe(commands)
     _add_stream(commands)
+    _add_export(commands)
     _add_publish(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -306,6 +307,43 @@ def publish(arguments):
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(_sentence(error)) from error
     print(url)
+    return 0
+
+
+def _add_export(commands):
+    parser = commands.add_parser(
+        "export", help="write a model as an ONNX file", description="Write a model's CTC branch as an ONNX file, and check it."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder that training left behind, or a Hugging Face repository")
+    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
+    parser.add_argument("--pass", dest="answer", choices=("first", "second"), help="of a cascade, which pass to export")
+    parser.add_argument(
+        "--audio", metavar="FILE", nargs="+", default=(), help="audio files to check on, or folders in LibriSpeech layout"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="accepted difference of log-probabilities (1e-3); with --int8, token error rate (0.05, or 0.2 without --audio)",
+    )
+    parser.set_defaults(run=export)
+
+
+def export(arguments):
+    """Write an ONNX file and print what its check found."""
+    with redirect_stdout(sys.stderr):  # whatever the libraries say
+        from speechbrain_ext.inference.export import ExportError, export_model
+
+        try:
+            report = export_model(
+                arguments.model, arguments.out, arguments.answer, arguments.int8, arguments.audio, arguments.tolerance
+            )
+        except ExportError as error:
+            print(f"speechbrain_ext: {_sentence(error)}", file=sys.stderr)
+            return 1
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            raise UsageError(_sentence(error)) from error
+    print(report)
     return 0
 
 

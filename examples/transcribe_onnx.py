@@ -1,0 +1,75 @@
+"""Transcribe WAV files with a model that ``python -m speechbrain_ext export`` wrote: onnxruntime, numpy and soundfile suffice.
+
+python examples/transcribe_onnx.py model.onnx speech.wav ...
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import soundfile
+
+
+class Recogniser:
+    """An exported model.
+
+    Arguments
+    ---------
+    path : str
+        The ONNX file.
+    threads : int
+        Number of threads; 0 = one per core.
+    """
+
+    def __init__(self, path, threads=0):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        about = self.session.get_modelmeta().custom_metadata_map
+        if about.get("format") != "speechbrain_ext" or about.get("mode") != "full":
+            raise ValueError(f"{path} was not written by 'python -m speechbrain_ext export'; export the model with that.")
+        self.sample_rate = int(about["sample_rate"])
+        self.blank = int(about["blank_index"])
+        self.tokens = json.loads(about["tokens"])
+
+    def transcribe(self, path):
+        """Text of an audio file."""
+        samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        if sample_rate != self.sample_rate:
+            raise ValueError(f"{path} has {sample_rate} samples per second; convert it to {self.sample_rate}.")
+        if not len(samples):
+            raise ValueError(f"{path} is empty: it holds no samples.")
+        waveform = samples.mean(axis=1)[np.newaxis]  # (1, N)
+        lengths = np.array([waveform.shape[1]], dtype=np.int64)
+        log_probs, frames = self.session.run(None, {"waveform": waveform, "lengths": lengths})
+        return self.decode(log_probs[0, : frames[0]])
+
+    def decode(self, log_probs):
+        """Text of (T, V): the best token of each frame, without repetitions and blanks."""
+        best = log_probs.argmax(axis=-1)
+        best = best[np.diff(best, prepend=-1) != 0]
+        text = "".join(self.tokens[token] for token in best if token != self.blank)
+        return " ".join(text.replace("▁", " ").split())
+
+
+def main():
+    """Print FILE<TAB>text for each file; 0 when all went well, 1 otherwise."""
+    parser = argparse.ArgumentParser(description="Print FILE<TAB>text for each audio file.")
+    parser.add_argument("model", metavar="MODEL.onnx")
+    parser.add_argument("files", metavar="FILE", nargs="+")
+    parser.add_argument("--threads", type=int, default=0, help="number of threads; by default one per core")
+    arguments = parser.parse_args()
+    recogniser, status = Recogniser(arguments.model, arguments.threads), 0
+    for file in arguments.files:
+        try:
+            print(file, recogniser.transcribe(file), sep="\t", flush=True)
+        except (ValueError, OSError, soundfile.SoundFileError) as error:
+            print(error, file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

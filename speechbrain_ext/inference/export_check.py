@@ -1,0 +1,243 @@
+"""An exported model against the model that it was made of: the same audio, PyTorch one by one, ONNX alone and in batches."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from speechbrain.utils.edit_distance import accumulatable_wer_stats
+
+from speechbrain_ext.inference.audio import SAMPLE_RATE, load_audio
+
+BATCH = 4
+SYNTHETIC_SECONDS = (0.02, 0.31, 1.0, 2.345, 5.0, 7.77)
+SPEED_SECONDS = 10
+SPEED_REPETITIONS = 7
+
+
+@dataclass
+class Report:
+    """What the comparison found.
+
+    Arguments
+    ---------
+    utterances : int
+        Number of utterances.
+    seconds : float
+        Their length together.
+    synthetic : bool
+        Whether they are synthetic signals.
+    max_difference : float
+        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch.
+    token_error : float
+        Edit distance of the greedily decoded tokens, divided by the number of PyTorch's.
+    torch_wer, onnx_wer : float or None
+        Word error rates in %, where there are references.
+    size : int
+        Bytes of the file.
+    torch_seconds, onnx_seconds : float
+        Median time for 10 seconds of audio, with the same number of threads.
+    """
+
+    utterances: int
+    seconds: float
+    synthetic: bool
+    max_difference: float
+    token_error: float
+    torch_wer: float | None
+    onnx_wer: float | None
+    size: int
+    torch_seconds: float
+    onnx_seconds: float
+
+    def __str__(self):
+        kind = "synthetic signals" if self.synthetic else "utterances"
+        lines = [
+            f"compared on {self.utterances} {kind}, {self.seconds:.1f} s",
+            f"largest difference of a log-probability: {self.max_difference:.2g}",
+            f"tokens decoded differently: {self.token_error:.2%}",
+        ]
+        if self.torch_wer is not None:
+            lines.append(f"word error rate: {self.torch_wer:.2f} % PyTorch, {self.onnx_wer:.2f} % ONNX")
+        lines.append(f"size: {self.size / 2**20:.2f} MiB")
+        lines.append(
+            f"time for {SPEED_SECONDS} s of audio: {1000 * self.torch_seconds:.1f} ms PyTorch, "
+            f"{1000 * self.onnx_seconds:.1f} ms ONNX, ratio {self.torch_seconds / self.onnx_seconds:.2f}"
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def check(path, encoder, head, tokens, blank, audio=()):
+    """Compare a file with its model.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The ONNX file.
+    encoder : speechbrain_ext.asr.SpeechEncoder
+        The model's encoder.
+    head : torch.nn.Module
+        Its CTC head.
+    tokens : list of str
+        What each token writes.
+    blank : int
+        The blank's index.
+    audio : list of str
+        Audio files, or folders in LibriSpeech layout.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    AudioError
+        If a file is not audio.
+    ValueError
+        If a folder is not in LibriSpeech layout.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def theirs(wav):
+        out = encoder.encode(wav.unsqueeze(0))[0]
+        return (out if head is encoder.head else head(out)).log_softmax(dim=-1)[0].numpy()
+
+    def ours(*wavs):
+        return run(session, wavs)
+
+    files = _files(audio)
+    references, difference, samples = [], 0.0, 0
+    texts, distance, total = ([], []), 0, 0
+    for start in range(0, max(len(files), 1), BATCH):
+        batch = files[start : start + BATCH]
+        wavs = [load_audio(file) for file, _ in batch] if files else _synthetic()
+        references += [reference for _, reference in batch]
+        expected = [theirs(wav) for wav in wavs]
+        for found in ([ours(wav)[0] for wav in wavs], ours(*wavs)):
+            difference = max(difference, *map(_difference, expected, found))
+        for wav, one, other in zip(wavs, expected, found, strict=True):
+            samples += len(wav)
+            decoded = [greedy(log_probs, blank) for log_probs in (one, other)]
+            total += len(decoded[0])
+            distance += _distance(*decoded)
+            for kind, ids in zip(texts, decoded, strict=True):
+                kind.append(written(ids, tokens))
+    speed_signal = _synthetic((SPEED_SECONDS,))[0]
+    times = alternating_medians(lambda: theirs(speed_signal), lambda: ours(speed_signal), SPEED_REPETITIONS)
+    scored = bool(references) and None not in references
+    return Report(
+        utterances=len(texts[0]),
+        seconds=samples / SAMPLE_RATE,
+        synthetic=not files,
+        max_difference=float(difference),
+        token_error=distance / max(1, total),
+        torch_wer=_wer(references, texts[0]) if scored else None,
+        onnx_wer=_wer(references, texts[1]) if scored else None,
+        size=Path(path).stat().st_size,
+        torch_seconds=times[0],
+        onnx_seconds=times[1],
+    )
+
+
+def run(session, wavs):
+    """Log-probabilities (T, V) of the valid frames of each of several waveforms (N,), run as one batch."""
+    lengths = np.array([len(wav) for wav in wavs], dtype=np.int64)
+    waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # never to be heard
+    log_probs, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
+    return [one[:count] for one, count in zip(log_probs, frames, strict=True)]
+
+
+def greedy(log_probs, blank):
+    """Best token of each frame of (T, V), repetitions and blanks left out.
+
+    Example
+    -------
+    >>> greedy(np.eye(3)[[0, 1, 1, 0, 1, 2]], blank=0)
+    [1, 1, 2]
+    """
+    best = log_probs.argmax(-1)
+    changed = np.flatnonzero(np.diff(best, prepend=-1))
+    return [int(token) for token in best[changed] if token != blank]
+
+
+def written(ids, tokens):
+    """Tokens as text.
+
+    Example
+    -------
+    >>> written([0, 1, 0], ["▁A", "B"])
+    'AB A'
+    """
+    return " ".join("".join(tokens[token] for token in ids).replace("▁", " ").split())
+
+
+def alternating_medians(first, second, repetitions):
+    """Median times of two functions in seconds, called in turn, so that whatever else the machine does meets both."""
+    times = ([], [])
+    for _ in range(repetitions + 1):
+        for function, durations in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            durations.append(time.perf_counter() - start)
+    return [statistics.median(durations[1:]) for durations in times]  # the first call warms up
+
+
+def _difference(expected, found):
+    if expected.shape != found.shape:
+        return float("inf")
+    difference = np.abs(expected - found).max()
+    return float("inf") if np.isnan(difference) else float(difference)
+
+
+def _distance(reference, hypothesis):
+    """Number of insertions, deletions and substitutions."""
+    stats = accumulatable_wer_stats([reference], [hypothesis])
+    return stats["insertions"] + stats["deletions"] + stats["substitutions"]
+
+
+def _wer(references, texts):
+    stats = accumulatable_wer_stats([text.split() for text in references], [text.split() for text in texts])
+    return float(stats["WER"])
+
+
+def _synthetic(seconds=SYNTHETIC_SECONDS):
+    """Deterministic signals with something of speech: noise and harmonics whose loudness and pitch change, with pauses."""
+    generator = torch.Generator().manual_seed(0)
+    signals = []
+    for duration in seconds:
+        time = torch.arange(int(duration * SAMPLE_RATE)) / SAMPLE_RATE
+        pitch = 120 + 30 * torch.sin(2 * torch.pi * 0.7 * time)
+        phase = 2 * torch.pi * torch.cumsum(pitch, 0) / SAMPLE_RATE
+        voice = sum(torch.sin(harmonic * phase) / harmonic for harmonic in range(1, 20))
+        noise = torch.randn(len(time), generator=generator)
+        syllables = torch.sin(2 * torch.pi * 2.0 * time).clamp(min=0)
+        signals.append(0.1 * syllables * voice + 0.02 * syllables.roll(2000) * noise + 1e-4 * noise)
+    return signals
+
+
+def _files(audio):
+    """(file, reference or None) of all files, and of those that the transcripts in folders name."""
+    files = []
+    for entry in map(Path, audio):
+        if not entry.is_dir():
+            files.append((entry, None))
+            continue
+        found = []
+        for transcript in sorted(entry.rglob("*.trans.txt")):
+            beside = {path.stem: path for path in transcript.parent.iterdir() if path.suffix != ".txt"}
+            for line in transcript.read_text(encoding="utf-8").splitlines():
+                name, _, text = line.partition(" ")
+                if name in beside:
+                    found.append((beside[name], text))
+        if not found:
+            raise ValueError(f"{entry} holds no *.trans.txt with audio beside it; give audio files, or a LibriSpeech folder.")
+        files += found
+    return files

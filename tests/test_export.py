@@ -1,0 +1,296 @@
+"""ONNX files: their answers are PyTorch's, for every encoder; what does not agree is not written; using them takes no torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from speechbrain.lobes.features import Fbank
+from speechbrain.processing.features import InputNormalization
+from test_pretrained import make_model
+from tiny import make_corpus
+
+from speechbrain_ext import __version__, cli
+from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.inference import export, export_check, load_model
+from speechbrain_ext.inference.export_check import run
+from speechbrain_ext.inference.graph import Features, FullContext
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
+from speechbrain_ext.registry import build_encoder, list_encoders
+
+for package in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[dev]")
+import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+# The front end and the normalisation that an encoder is tested with; the others have the first of each.
+FRONT_ENDS = {
+    "squeezeformer": lambda: DepthwiseSubsampling(80, 8),
+    "fusionformer": lambda: FusibleSubsampling(80, (8, 4)),
+}
+NORMS = {"squeezeformer": "global", "hyperconformer": "global"}
+TOKENS = 12
+
+
+def normalizer(kind):
+    norm = InputNormalization(norm_type=kind)
+    norm(20 * torch.randn(2, 50, 80) - 30, torch.ones(2), epoch=0)
+    return norm.eval()
+
+
+def speech_encoder(encoder, name):
+    """A registered encoder behind features and subsampling, under a CTC head."""
+    subsampling = FRONT_ENDS.get(name, lambda: ConvolutionSubsampling(80, (8, 4)))()
+    net = TransformerASR(TOKENS, subsampling.output_size, encoder.d_model, 4, 1, 0, 8)
+    net.encoder = encoder
+    fbank = Fbank(n_mels=80, n_fft=512 if name == "squeezeformer" else 400)
+    return SpeechEncoder(fbank, normalizer(NORMS.get(name, "sentence")), subsampling, net, torch.nn.Linear(32, TOKENS)).eval()
+
+
+def signals(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [0.1 * torch.randn(length, generator=generator) * torch.linspace(0, 1, length) for length in lengths]
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def expected(speech, wav):
+    return speech.encode(wav.unsqueeze(0))[0][0].log_softmax(-1)
+
+
+def same(found, wanted, tolerance=1e-3):
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", list_encoders())
+@torch.no_grad()
+def test_every_encoder_gives_the_same_answers_alone_and_in_any_batch(name, tmp_path):
+    """With its defaults, as each takes seconds; the contract exports the encoders with all keys."""
+    torch.manual_seed(0)
+    speech = speech_encoder(build_encoder(name, **{**SMALL, "num_layers": 2}).eval(), name)
+    for parameter in speech.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    export._write(FullContext(speech, speech.head), tmp_path / "model.onnx", False, {})
+    model = session(tmp_path / "model.onnx")
+    for lengths in ((1,), (16000,), (4999, 33000, 160), (30001, 30001, 700, 1600, 21000)):
+        wavs = signals(*lengths)
+        for wav, found in zip(wavs, run(model, wavs), strict=True):
+            same(found, expected(speech, wav))
+
+
+@torch.no_grad()
+def test_of_a_cascade_the_pass_that_answers_is_exported(tmp_path):
+    torch.manual_seed(0)
+    encoder = build_encoder("cascade", d_model=32, nhead=4, num_layers=2, d_ffn=64).eval()
+    encoder.answer = "first"
+    speech = speech_encoder(encoder, "cascade")
+    export._write(FullContext(speech, speech.head), tmp_path / "first.onnx", False, {})
+    assert not [weight.name for weight in onnx.load(tmp_path / "first.onnx").graph.initializer if "second" in weight.name]
+    (wav,) = signals(9000)
+    first = expected(speech, wav)
+    same(run(session(tmp_path / "first.onnx"), [wav])[0], first)
+    encoder.answer = "second"
+    assert (expected(speech, wav) - first).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["sentence", "global"])
+@pytest.mark.parametrize("keys", [{}, {"n_fft": 512}, {"win_length": 20, "hop_length": 12.5, "n_fft": 482}])
+@torch.no_grad()
+def test_features_are_those_of_speechbrain(kind, keys):
+    """Where each mel filter has a bin of the transform: of an empty one SpeechBrain normalises the rounding error."""
+    fbank, norm = Fbank(n_mels=80, **keys), normalizer(kind)
+    features = Features(fbank, norm)
+    for wav in signals(1, 16000, 16001):
+        wanted = norm(fbank(wav.unsqueeze(0)), torch.ones(1))
+        torch.testing.assert_close(features(wav.unsqueeze(0), torch.tensor([len(wav)]))[0], wanted, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_features_keep_quiet_bins_beside_loud_ones():
+    """A loud tone of 100 Hz over noise 75 dB below it: one product with all sines in float32 is ten times as far off."""
+    fbank, norm = Fbank(n_mels=80), normalizer("sentence")
+    wav = torch.sin(2 * torch.pi * 100 * torch.arange(32000) / 16000) + 2e-4 * signals(32000)[0]
+    wanted = norm(fbank(wav.unsqueeze(0)), torch.ones(1))
+    torch.testing.assert_close(Features(fbank, norm)(wav.unsqueeze(0), torch.tensor([32000]))[0], wanted, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_loudest_bin_is_the_utterances_own():
+    """A click on the last sample is louder in the frame behind the end, which only a batch has."""
+    wav = signals(1599)[0] * 1e-4
+    wav[-1] = 1.0
+    features = Features(Fbank(n_mels=80), normalizer("sentence"))
+    alone, frames = features(wav.unsqueeze(0), torch.tensor([1599]))
+    padded, _ = features(torch.nn.functional.pad(wav, (0, 3000)).unsqueeze(0), torch.tensor([1599]))
+    torch.testing.assert_close(padded[:, :frames], alone, atol=1e-5, rtol=0)
+    assert not padded[:, frames:].any()
+
+
+def test_unknown_features_are_refused():
+    with pytest.raises(ValueError, match="deltas is True.*knows False"):
+        Features(Fbank(deltas=True), normalizer("sentence"))
+    with pytest.raises(ValueError, match="norm_type is batch.*sentence and global"):
+        Features(Fbank(), InputNormalization(norm_type="batch"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with a model and its ONNX file, and what the check said."""
+    folder = tmp_path_factory.mktemp("export")
+    make_model(folder, decoder_layers=0)
+    return folder, export.export_model(folder / "model", folder / "model.onnx")
+
+
+@pytest.fixture
+def written_at_once(exported, monkeypatch):
+    """Exporting again would give the same file; it takes seconds."""
+    content = (exported[0] / "model.onnx").read_bytes()
+    monkeypatch.setattr(export, "_write", lambda graph, path, *_: path.write_bytes(content))
+
+
+def test_without_audio_the_check_hears_synthetic_signals(exported):
+    _, report = exported
+    assert report.synthetic and report.max_difference < 1e-4 and report.torch_wer is None
+    assert "ratio" in str(report) and "word error rate" not in str(report)
+
+
+def test_of_a_model_with_a_decoder_the_ctc_branch_is_exported(tmp_path, capsys):
+    make_model(tmp_path, decoder_layers=1)
+    corpus = make_corpus(tmp_path / "corpus") / "test-tiny"
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "joint.onnx"), "--audio", str(corpus)]) == 0
+    assert "compared on 2 utterances" in (out := capsys.readouterr().out) and "word error rate" in out
+    assert not [weight.name for weight in onnx.load(tmp_path / "joint.onnx").graph.initializer if "decoder" in weight.name]
+
+
+def test_files_need_no_references(exported, written_at_once):
+    folder, _ = exported
+    files = [str(folder / f"{name}.flac") for name in ("short", "long")]
+    report = export.export_model(folder / "model", folder / "again.onnx", audio=files)
+    assert report.utterances == 2 and not report.synthetic and report.torch_wer is None
+    assert report.max_difference < 1e-4 and report.token_error == 0
+
+
+def test_metadata_suffice_for_decoding_and_name_no_place(exported):
+    folder, _ = exported
+    proto = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(proto)
+    about = {entry.key: entry.value for entry in proto.metadata_props}
+    tokenizer = load_model(folder / "model", "cpu").hparams.tokenizer
+    tokens = json.loads(about.pop("tokens"))
+    assert len(tokens) == tokenizer.vocab_size()
+    assert tokens[:3] == ["", "", ""] and tokens[4:] == [tokenizer.id_to_piece(i) for i in range(4, len(tokens))]
+    assert about == {
+        "format": "speechbrain_ext",
+        "version": __version__,
+        "mode": "full",
+        "precision": "float32",
+        "encoder": "hyperconformer",
+        "sample_rate": "16000",
+        "n_fft": "400",
+        "hop_length": "160",
+        "n_mels": "80",
+        "seconds_per_frame": "0.04",
+        "blank_index": "0",
+    }
+    assert [[axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in proto.graph.input] == [
+        ["batch", "samples"],
+        ["batch"],
+    ]
+    assert str(ROOT).encode() not in (folder / "model.onnx").read_bytes()
+
+
+def test_the_example_needs_no_torch_and_writes_the_same_text(exported):
+    folder, _ = exported
+    files = [str(folder / f"{name}.flac") for name in ("short", "long", "middle")]
+    model = load_model(folder / "model", "cpu")
+    wavs = [model.load_audio(file) for file in files]
+    lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
+    texts, _ = model.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)
+    code = (
+        "import runpy, sys; sys.modules.update(torch=None, scipy=None, speechbrain=None, speechbrain_ext=None);"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    given = [ROOT / "examples" / "transcribe_onnx.py", folder / "model.onnx", *files, folder / "t.model"]
+    command = [sys.executable, "-c", code, *given]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert [line.split("\t") for line in result.stdout.splitlines()] == [list(pair) for pair in zip(files, texts, strict=True)]
+    assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_int8_keeps_the_front_end_in_float32(exported):
+    folder, _ = exported
+    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0)
+    assert 0 < report.max_difference
+    graph = onnx.load(folder / "int8.onnx").graph
+    types = {weight.name: weight.data_type for weight in graph.initializer}
+    assert sum(kind == onnx.TensorProto.INT8 for name, kind in types.items()) > 5
+    front = [kind for name, kind in types.items() if name.startswith(("features.", "subsampling."))]
+    assert len(front) > 6 and set(front) == {onnx.TensorProto.FLOAT}
+    assert {node.op_type for node in graph.node} >= {"MatMulInteger", "DynamicQuantizeLinear"}
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 0.01, lambda x: x * float("nan"), lambda x: x[:-1]], ids=["off", "nan", "short"])
+def test_what_differs_is_not_written(wrong, exported, written_at_once, monkeypatch):
+    folder, _ = exported
+    monkeypatch.setattr(export_check, "run", lambda *given: [wrong(log_probs) for log_probs in run(*given)])
+    before, content = sorted(os.listdir(folder)), (folder / "model.onnx").read_bytes()
+    for name in ("model.onnx", "new.onnx"):
+        with pytest.raises(export.ExportError, match=r"differs by \S+ in a log-probability from PyTorch.*0.001.*--tolerance"):
+            export.export_model(folder / "model", folder / name)
+    assert sorted(os.listdir(folder)) == before and (folder / "model.onnx").read_bytes() == content
+
+
+def test_what_eight_bits_spoil_is_not_written(exported, written_at_once, monkeypatch, capsys):
+    folder, report = exported
+    report = type(report)(**{**vars(report), "synthetic": False, "token_error": 0.07})
+    monkeypatch.setattr(export, "check", lambda *_: report)
+    command = ["export", str(folder / "model"), str(folder / "spoilt.onnx"), "--int8"]
+    assert cli.main(command) == 1
+    assert "7.0% of the tokens differently in 8 bits, and 5.0% is accepted" in capsys.readouterr().err
+    assert not (folder / "spoilt.onnx").exists()
+    assert cli.main([*command, "--tolerance", "0.1"]) == 0
+    assert "7.00%" in capsys.readouterr().out and (folder / "spoilt.onnx").exists()
+
+
+def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
+    folder, _ = exported
+    monkeypatch.setattr(FullContext, "forward", lambda self, waveform, lengths: (waveform, lengths) if waveform.sum() > 0 else ())
+    assert cli.main(["export", str(folder / "model"), str(folder / "new.onnx")]) == 1
+    assert "HyperConformerEncoder has what ONNX export cannot express" in capsys.readouterr().err
+    assert not (folder / "new.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model", "."], "is a folder; give the name of a file"),
+        (["model", "gone/model.onnx"], "There is no folder"),
+        (["nothing", "x.onnx"], "There is no model folder"),
+        (["model", "x.onnx", "--pass", "first"], "is no cascade"),
+        (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
+        (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),
+    ],
+)
+def test_wrong_usage(arguments, message, exported, written_at_once, monkeypatch, capsys):
+    folder, _ = exported
+    monkeypatch.chdir(folder)
+    assert cli.main(["export", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and out == "" and "Traceback" not in err
+    assert not Path("x.onnx").exists() and not Path(".x.onnx.partial").exists()
+
+
+def test_missing_packages_are_named(exported, monkeypatch, capsys):
+    folder, _ = exported
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert cli.main(["export", str(folder / "model"), str(folder / "new.onnx")]) == 2
+    assert "needs the package onnxruntime; install it with: pip install -e '.[export]'" in capsys.readouterr().err
