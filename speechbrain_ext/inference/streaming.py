@@ -206,12 +206,19 @@ class Timer:
         The recogniser.
     pace : bool
         Whether to wait until the samples would have been spoken.
+
+    Attributes
+    ----------
+    latencies : list of float
+        Of all tokens so far, in seconds.
+    computing : float
+        Seconds of computation.
     """
 
     def __init__(self, recognizer, pace=False):
         self._recognizer, self._pace = recognizer, pace
-        self._audio = self._computing = 0.0
-        self._latencies, self._shown = [], 0.0
+        self._audio = self.computing = 0.0
+        self.latencies, self._shown = [], 0.0
         self._begin = time.perf_counter()
 
     def accept(self, wav):
@@ -229,11 +236,11 @@ class Timer:
         began = time.perf_counter()
         segments = call()
         seconds = time.perf_counter() - began
-        self._computing += seconds
+        self.computing += seconds
         ends = [word.end for segment in segments for word in segment.words] + self._recognizer.token_ends
         for end in ends:
             if end > self._shown + 0.02:  # not counted before
-                self._latencies.append(max(0.0, self._audio - end) + seconds)
+                self.latencies.append(max(0.0, self._audio - end) + seconds)
                 self._shown = end
         return segments
 
@@ -241,12 +248,12 @@ class Timer:
         """One line of figures."""
         if not self._audio:
             return "no audio came in."
-        line = f"{self._audio:.1f} s of audio, real-time factor {self._computing / self._audio:.3f}"
-        if self._latencies:
-            latencies = sorted(self._latencies)
+        line = f"{self._audio:.1f} s of audio, real-time factor {self.computing / self._audio:.3f}"
+        if self.latencies:
+            latencies = sorted(self.latencies)
             median, late = latencies[len(latencies) // 2], latencies[int(0.95 * (len(latencies) - 1))]
             line += (
                 f"; tokens are shown {median:.2f} s after they are spoken (median; 95 % within {late:.2f} s, "
-                f"the first one after {self._latencies[0]:.2f} s), in chunks of {self._recognizer.chunk_seconds:.2f} s"
+                f"the first one after {self.latencies[0]:.2f} s), in chunks of {self._recognizer.chunk_seconds:.2f} s"
             )
         return line + "."
