@@ -45,9 +45,9 @@ FOREVER = {"endpoint": 1e6, "longest": 1e6}
 
 def name_of(model):
     """Encoder, and the pass of a cascade."""
-    answer = getattr(model.mods.encoder.transformer.encoder, "answer", None)
-    names = [cls for cls in [type(model.mods.encoder.transformer.encoder).__name__.removesuffix("Encoder")] if cls]
-    return names[0] + (f", {answer} pass" if answer else "")
+    encoder = model.mods.encoder.transformer.encoder
+    answer = getattr(encoder, "answer", None)
+    return type(encoder).__name__.removesuffix("Encoder") + (f", {answer} pass" if answer else "")
 
 
 def error_rate(references, hypotheses):

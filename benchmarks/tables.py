@@ -15,6 +15,8 @@ RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
 SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
 FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
+STREAMING = ROOT / "benchmarks" / "results" / "streaming.csv"
+LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -100,9 +102,23 @@ def practical_conformer():
     )
 
 
+def streaming():
+    """Error rates and latencies of streams."""
+    header = ["encoder", "test set", "chunk, ms", "WER %", "first token, s", "token, s", "95 % of tokens, s", "real-time factor"]
+    fields = ["encoder", "test_set", "chunk_ms", "wer", "first_token_s", "token_s", "token_95_s", "real_time_factor"]
+    return table(header, [[row[field] for field in fields] for row in read(STREAMING)])
+
+
+def long_audio():
+    """Memory and time of long files."""
+    header = ["encoder", "as", "minutes", "peak memory, MiB", "time, s", "real-time factor"]
+    fields = ["encoder", "mode", "minutes", "peak_mib", "seconds", "real_time_factor"]
+    return table(header, [[row[field] for field in fields] for row in read(LONG_AUDIO)])
+
+
 def fill(text):
     """The README's text with its tables made anew."""
-    for make in (results, hypermixing, squeezeformer, fusionformer, practical_conformer):
+    for make in (results, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer):
         name = make.__name__
         block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
