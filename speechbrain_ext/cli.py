@@ -41,8 +41,9 @@ def main(argv=None):
     _add_export(commands)
     _add_publish(commands)
     arguments = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or word that the terminal cannot show is no reason to stop
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a name or word that the terminal cannot show is no reason to stop
+            output.reconfigure(errors="backslashreplace")
     try:
         return arguments.run(arguments)
     except UsageError as error:
@@ -151,11 +152,9 @@ def _outputs(model, arguments):
     from speechbrain_ext.inference.long_audio import SegmentFile, settings_of
 
     settings, outputs = settings_of(model, arguments.streaming), {}
-    for file in arguments.files:
+    for file in filter(os.path.isfile, arguments.files):  # what is none is reported where it is read
         try:
             outputs[file] = SegmentFile(arguments.output, file, settings)
-        except FileNotFoundError:  # is reported where it is read
-            continue
         except OSError as error:
             place = error.filename or arguments.output
             raise UsageError(f"{place} cannot be written to: {error.strerror}; give another folder.") from error

@@ -266,7 +266,7 @@ def check_audio(path):
     with _open(path) as file:
         frames = file.frames if file.format == "OGG" else len(_decode(file))
         if not frames:
-            raise _empty(file.name)
+            raise _empty(path)
         return AudioInfo(file.samplerate, frames, file.channels, file.subtype, file.format)
 
 
@@ -294,7 +294,8 @@ def _open(path):
     if flaw:
         raise AudioError(f"The audio file {path} is truncated or damaged: {flaw}.", "truncated or damaged")
     try:
-        file = soundfile.SoundFile(path)
+        # soundfile encodes names strictly, and would not find one that is no UTF-8
+        file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)
     except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: raw samples without a header
         raise AudioError(f"{path} is not audio that soundfile can read; convert it to WAV or FLAC.") from error
     try:
@@ -320,29 +321,30 @@ def _decode(file):
 def _blocks(file, frames):
     """The samples of an open file from where it stands (n, channels), float32, so many frames at a time."""
     position = count = file.tell()
+    name = os.fsdecode(file.name)
     while True:
         try:
             samples = file.read(frames, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, ValueError) as error:
             raise AudioError(
-                f"The audio file {file.name} is truncated or damaged: it cannot be decoded to its end.",
+                f"The audio file {name} is truncated or damaged: it cannot be decoded to its end.",
                 "truncated or damaged",
             ) from error
         if not len(samples):
             break
         if flaw := sample_flaw(samples):
             reason = "NaN samples" if "NaN" in flaw else "huge samples"
-            raise AudioError(f"The audio file {file.name} holds {flaw}; write it again.", reason)
+            raise AudioError(f"The audio file {name} holds {flaw}; write it again.", reason)
         count += len(samples)
         yield samples
-    if count < file.frames and (file.format != "MP3" or _has_xing_header(file.name)):
+    if count < file.frames and (file.format != "MP3" or _has_xing_header(name)):
         raise AudioError(
-            f"The audio file {file.name} is truncated or damaged: its header states {file.frames} samples "
+            f"The audio file {name} is truncated or damaged: its header states {file.frames} samples "
             f"and only {count} can be decoded.",
             "truncated or damaged",
         )
     if not count - position and not position:
-        raise _empty(file.name)
+        raise _empty(name)
 
 
 def _container_flaw(path):

@@ -345,7 +345,8 @@ def _check_keys(source, folder, interface):
     try:
         tree = ruamel.yaml.YAML().load((folder / "hyperparams.yaml").read_text(encoding="utf-8"))
     except (ValueError, ruamel.yaml.YAMLError) as error:
-        cause = f"{error.problem} in line {error.problem_mark.line + 1}" if hasattr(error, "problem_mark") else error
+        cause = f"{error.problem} in line {error.problem_mark.line + 1}" if hasattr(error, "problem_mark") else str(error)
+        cause = " ".join(cause.split())
         raise ValueError(f"The hyperparams.yaml of {source} is no YAML: {cause}; copy or train the model again.") from error
     needed = [*KEYS, *_CLASSES[interface].HPARAMS_NEEDED]
     missing = needed if not isinstance(tree, dict) else [key for key in needed if key not in tree]
