@@ -5,6 +5,7 @@ Results go to standard output, all else to standard error. The exit status is 0 
 """
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -40,13 +41,20 @@ def main(argv=None):
     _add_export(commands)
     _add_publish(commands)
     arguments = parser.parse_args(argv)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a name or word that the terminal cannot show is no reason to stop
+            output.reconfigure(errors="backslashreplace")
     try:
         return arguments.run(arguments)
     except UsageError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        _say(error)
         return 2
-    except BrokenPipeError:  # such as "| head", which needs no more; without this, Python complains again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # such as "| head", which needs no more
+            place = error.filename or "Standard input or output"
+            _say(f"{place} cannot be read or written: {error.strerror}; what is done is kept.")
+        if error.filename is None:  # without this, Python complains again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
@@ -56,7 +64,8 @@ def _add_transcribe(commands):
     parser = commands.add_parser(
         "transcribe",
         help="print what is said in audio files",
-        description="Print FILE<TAB>text for each audio file, of any length.",
+        description="Print FILE<TAB>text for each audio file, of any length. In FILE, tabs, line ends and backslashes are "
+        "written as \\t, \\n, \\r and \\\\.",
     )
     _add_model(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
@@ -97,16 +106,23 @@ def _load(arguments):
         try:
             return load_model(arguments.model, arguments.device, arguments.answer, arguments.revision)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(_sentence(error)) from error
+            raise UsageError(str(error)) from error
 
 
 def _say(message):
-    print(f"speechbrain_ext: {message}", file=sys.stderr)
+    print(f"speechbrain_ext: {_sentence(message)}", file=sys.stderr)
+
+
+def _field(text):
+    """A field of a line of tab-separated values: such a line stays one."""
+    return text.translate({ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
 
 
 def transcribe(arguments):
     """Print the transcripts of files in their order; a file that cannot be transcribed is reported, and the others go on."""
     names = [Path(file).stem for file in arguments.files]
+    if arguments.output == "":
+        raise UsageError("--output is empty; name a folder.")
     if arguments.output and len(set(names)) < len(set(arguments.files)):
         name = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"Several files would be written to {arguments.output}/{name}.jsonl; give them one by one.")
@@ -114,6 +130,8 @@ def transcribe(arguments):
     with redirect_stdout(sys.stderr):
         from tqdm import tqdm
 
+        if arguments.streaming:
+            _recognizer(model)
         outputs = _outputs(model, arguments) if arguments.output else {}
     files, failed = arguments.files, False
     with tqdm(total=len(files), unit=" files", disable=len(files) < 2) as progress:
@@ -123,7 +141,7 @@ def transcribe(arguments):
                 texts = _transcribe(model, window, outputs, arguments.streaming, progress)
             for file in window:
                 if file in texts:
-                    print(file, texts[file], sep="\t", flush=True)
+                    print(_field(file), texts[file], sep="\t", flush=True)
                 else:
                     failed = True
     return int(failed)
@@ -134,13 +152,14 @@ def _outputs(model, arguments):
     from speechbrain_ext.inference.long_audio import SegmentFile, settings_of
 
     settings, outputs = settings_of(model, arguments.streaming), {}
-    for file in arguments.files:
+    for file in filter(os.path.isfile, arguments.files):  # what is none is reported where it is read
         try:
             outputs[file] = SegmentFile(arguments.output, file, settings)
-        except FileNotFoundError:  # is reported where it is read
-            continue
         except OSError as error:
-            raise UsageError(f"{arguments.output} cannot be written to: {error.strerror}; give another folder.") from error
+            place = error.filename or arguments.output
+            raise UsageError(f"{place} cannot be written to: {error.strerror}; give another folder.") from error
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         if outputs[file].finished:
             _say(f"{arguments.output}/{Path(file).stem}.jsonl is there already and left as it is; delete it to transcribe again.")
     return outputs
@@ -153,8 +172,12 @@ def _transcribe(model, files, outputs, streaming, progress):
     from speechbrain_ext.inference.audio import SAMPLE_RATE, AudioError, count_samples
     from speechbrain_ext.inference.long_audio import transcribe_long
 
-    def report(message):
-        progress.write(f"speechbrain_ext: {message}", file=sys.stderr)
+    def report(file, error):
+        message = error if isinstance(error, AudioError) else f"{file} cannot be transcribed: {error}"
+        progress.write(f"speechbrain_ext: {_sentence(message)}", file=sys.stderr)
+        progress.update()
+        if file in outputs:
+            outputs[file].abandon()
 
     def done(file, segments):
         texts[file] = " ".join(segment.text for segment in segments)
@@ -179,7 +202,7 @@ def _transcribe(model, files, outputs, streaming, progress):
             else:
                 keep_from, segments = outputs.get(file), []
                 start = 0.0 if keep_from is None else keep_from.start
-                with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=Path(file).name) as heard:
+                with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=_field(Path(file).name)) as heard:
                     for segment in transcribe_long(model, file, streaming or None, start, heard.update):
                         segments.append(segment)
                         if keep_from is not None:
@@ -189,8 +212,7 @@ def _transcribe(model, files, outputs, streaming, progress):
                     keep_from.finish()
                 done(file, segments)
         except (AudioError, RuntimeError) as error:
-            report(error if isinstance(error, AudioError) else f"{file} cannot be transcribed: {_sentence(error)}")
-            progress.update()
+            report(file, error)
     limit = BATCH_SECONDS * SAMPLE_RATE
     batches = []
     for file in sorted(wavs, key=lambda file: len(wavs[file])):
@@ -206,8 +228,7 @@ def _transcribe(model, files, outputs, streaming, progress):
             if len(batch) > 1:
                 batches += [[file] for file in batch]
                 continue
-            report(f"{batch[0]} cannot be transcribed: {_sentence(error)}")
-            progress.update()
+            report(batch[0], error)
     return texts
 
 
@@ -219,21 +240,30 @@ def _segments(model, wavs):
     return model.transcribe_segments(pad_sequence(wavs, batch_first=True), lengths / lengths.max())
 
 
+def _recognizer(model, *settings):
+    from speechbrain_ext.inference.streaming import StreamingRecognizer
+
+    try:
+        return StreamingRecognizer(model, *settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def stream(arguments):
     """Print the segments of a stream as they end; figures of latency and speed at the end."""
+    with redirect_stdout(sys.stderr):
+        from speechbrain_ext.inference.audio import HIGHEST_RATE, LOWEST_RATE, AudioError
+
+        if not LOWEST_RATE <= arguments.sample_rate <= HIGHEST_RATE:
+            rates = f"{LOWEST_RATE} to {HIGHEST_RATE}"
+            raise UsageError(f"--sample-rate is {arguments.sample_rate}; give the number of samples per second, {rates}.")
     model = _load(arguments)
     with redirect_stdout(sys.stderr):
-        from speechbrain_ext.inference.audio import AudioError
-        from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer
+        from speechbrain_ext.inference.streaming import Timer
 
-        if arguments.sample_rate < 1:
-            raise UsageError(f"--sample-rate is {arguments.sample_rate}; give the number of samples per second.")
+        recognizer = _recognizer(model, arguments.chunk_size, arguments.left_context, arguments.endpoint)
         if model.mods.encoder.chunk_size is None:
             _say("this model was trained in full context only; in chunks it makes more errors.")
-        try:
-            recognizer = StreamingRecognizer(model, arguments.chunk_size, arguments.left_context, arguments.endpoint)
-        except ValueError as error:
-            raise UsageError(_sentence(error)) from error
         timer = Timer(recognizer, pace=arguments.realtime)
     status, shows = 0, sys.stderr.isatty()
 
@@ -250,13 +280,14 @@ def stream(arguments):
             show(timer.accept(wav))
     except KeyboardInterrupt:  # what was heard is still told
         status = 130
-    except (AudioError, ValueError) as error:
-        _say(_sentence(error))
+    except AudioError as error:
+        _say(error)
         status = 1
     show(timer.finish())
     if shows:
         print("\r\033[K", end="", file=sys.stderr)
-    _say(timer.report())
+    if status != 1:
+        _say(timer.report())
     return status
 
 
@@ -265,17 +296,22 @@ def _pieces(arguments, seconds=0.1):
     import numpy as np
     import torch
 
-    from speechbrain_ext.inference.audio import Resampler, read_blocks
+    from speechbrain_ext.inference.audio import AudioError, Resampler, read_blocks
 
     if arguments.file != "-":
         yield from read_blocks(arguments.file, seconds)
         return
-    resampler, kept = Resampler(arguments.sample_rate), b""
+    if sys.stdin is None:
+        raise AudioError("Standard input is closed; send it raw samples of 16 bits.")
+    resampler, kept, empty = Resampler(arguments.sample_rate), b"", True
     while data := sys.stdin.buffer.read1(2 * round(seconds * arguments.sample_rate)):
         data = kept + data
         kept = data[len(data) // 2 * 2 :]  # half a sample
         samples = np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768
+        empty = empty and not len(samples)
         yield torch.from_numpy(resampler.accept(samples))
+    if empty:
+        raise AudioError("Standard input holds no samples; send it raw samples of 16 bits.", "empty")
     yield torch.from_numpy(resampler.finish())
 
 
@@ -302,10 +338,10 @@ def publish(arguments):
             options = {key: getattr(arguments, key) for key in ("private", "revision", "message", "license")}
             url = upload(arguments.folder, arguments.repo_id, **options)
         except PublishError as error:
-            print(f"speechbrain_ext: {error}", file=sys.stderr)
+            _say(error)
             return 1
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(_sentence(error)) from error
+            raise UsageError(str(error)) from error
     print(url)
     return 0
 
@@ -339,10 +375,10 @@ def export(arguments):
                 arguments.model, arguments.out, arguments.answer, arguments.int8, arguments.audio, arguments.tolerance
             )
         except ExportError as error:
-            print(f"speechbrain_ext: {_sentence(error)}", file=sys.stderr)
+            _say(error)
             return 1
         except (ImportError, OSError, ValueError, RuntimeError) as error:
-            raise UsageError(_sentence(error)) from error
+            raise UsageError(str(error)) from error
     print(report)
     return 0
 

@@ -12,6 +12,7 @@ here (preparation, the recipe's pipeline, the command line) checks that the file
 
 import math
 import os
+import stat
 import struct
 import zlib
 
@@ -22,6 +23,10 @@ from scipy.signal import resample_poly
 from speechbrain.dataio.audio_io import AudioInfo
 
 SAMPLE_RATE = 16000
+LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
+"""Sample rates that audio has; others are those of a damaged header, and cost gigabytes to resample."""
+LOUDEST = 1e12
+"""Full scale is 1, or 2 ** 31 in files of integers that nobody scaled; from 1e17 on, power spectra overflow float32."""
 
 # A program that writes WAV to a pipe cannot know the size and states the largest it can: 0x7FFF0000 (SoX, rounded down
 # to a whole sample) up to 0xFFFFFFFF (ffmpeg).
@@ -40,7 +45,7 @@ class AudioError(ValueError):
         The sentence.
     reason : str
         The kind of trouble in a word or two, to count by: ``missing``, ``unreadable``, ``empty``, ``truncated or
-        damaged``, ``NaN samples``.
+        damaged``, ``NaN samples``, ``huge samples``, ``sample rate``.
     """
 
     def __init__(self, message, reason="unreadable"):
@@ -66,7 +71,8 @@ def load_audio(path):
     Raises
     ------
     AudioError
-        If the file is missing, a folder, empty, not audio, truncated or damaged, or holds NaN or infinite samples.
+        If the file is missing, a folder or pipe, empty, not audio, truncated or damaged, holds NaN, infinite or absurdly large
+        samples, or states a sample rate that no audio has.
 
     Example
     -------
@@ -145,6 +151,32 @@ def count_samples(path):
     with _open(path) as file:
         up, down = _ratio(file.samplerate)
         return -(-file.frames * up // down)
+
+
+def sample_flaw(samples):
+    """What no model can hear.
+
+    Arguments
+    ---------
+    samples : numpy.ndarray or torch.Tensor
+        Floating-point samples of any shape.
+
+    Returns
+    -------
+    str
+        What is wrong with them, else an empty string.
+
+    Example
+    -------
+    >>> sample_flaw(torch.tensor([0.5, -torch.inf]))
+    'NaN or infinite samples'
+    >>> sample_flaw(np.float32([1e30])), sample_flaw(np.zeros(0))
+    ('samples as large as 1e+30, where full scale is 1', '')
+    """
+    peak = float(abs(samples).max()) if 0 not in samples.shape else 0.0
+    if not math.isfinite(peak):
+        return "NaN or infinite samples"
+    return f"samples as large as {peak:.3g}, where full scale is 1" if peak > LOUDEST else ""
 
 
 def _ratio(rate):
@@ -234,7 +266,7 @@ def check_audio(path):
     with _open(path) as file:
         frames = file.frames if file.format == "OGG" else len(_decode(file))
         if not frames:
-            raise _empty(file.name)
+            raise _empty(path)
         return AudioInfo(file.samplerate, frames, file.channels, file.subtype, file.format)
 
 
@@ -248,55 +280,71 @@ def _open(path):
     if os.path.isdir(path):
         raise AudioError(f"{path} is a folder, not an audio file; name a file in it.")
     try:
-        if not os.path.getsize(path):
-            raise _empty(path)
-        flaw = _container_flaw(path)
+        status = os.stat(path)
+        is_file = stat.S_ISREG(status.st_mode)
+        flaw = _container_flaw(path) if is_file else ""  # opening a pipe would wait for whoever writes to it
     except FileNotFoundError:
         raise AudioError(f"There is no audio file {path}; check the path.", "missing") from None
-    except OSError as error:
-        raise AudioError(f"The audio file {path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise AudioError(f"The audio file {path} cannot be read: {getattr(error, 'strerror', error)}.") from error
+    if not is_file:
+        raise AudioError(f"{path} is a pipe or device, which cannot be read twice; write the audio to a file first.")
+    if not status.st_size:
+        raise _empty(path)
     if flaw:
         raise AudioError(f"The audio file {path} is truncated or damaged: {flaw}.", "truncated or damaged")
     try:
-        file = soundfile.SoundFile(path)
+        # soundfile encodes names strictly, and would not find one that is no UTF-8
+        file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)
     except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: raw samples without a header
         raise AudioError(f"{path} is not audio that soundfile can read; convert it to WAV or FLAC.") from error
-    if file.frames == np.iinfo(np.int64).max:
+    try:
+        if file.frames == np.iinfo(np.int64).max:
+            raise AudioError(f"The header of {path} does not state its length, as one written to a pipe; encode it again.")
+        if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+            raise AudioError(
+                f"The header of {path} states {file.samplerate} samples per second, where audio has {LOWEST_RATE} to "
+                f"{HIGHEST_RATE}; write it again.",
+                "sample rate",
+            )
+    except AudioError:
         file.close()
-        raise AudioError(f"The header of {path} does not state its length, as one written to a pipe; encode it again.")
+        raise
     return file
 
 
 def _decode(file):
     """All samples of an open file (T, channels), float32."""
-    return np.concatenate(list(_blocks(file, -1)))
+    return np.concatenate(list(_blocks(file, 2**20)))  # not at once: a damaged header may state any number of samples
 
 
 def _blocks(file, frames):
-    """The samples of an open file from where it stands (n, channels), float32, so many frames at a time; -1 = all."""
+    """The samples of an open file from where it stands (n, channels), float32, so many frames at a time."""
     position = count = file.tell()
+    name = os.fsdecode(file.name)
     while True:
         try:
             samples = file.read(frames, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, ValueError) as error:
             raise AudioError(
-                f"The audio file {file.name} is truncated or damaged: it cannot be decoded to its end.",
+                f"The audio file {name} is truncated or damaged: it cannot be decoded to its end.",
                 "truncated or damaged",
             ) from error
         if not len(samples):
             break
-        if not np.isfinite(samples).all():
-            raise AudioError(f"The audio file {file.name} holds NaN or infinite samples; write it again.", "NaN samples")
+        if flaw := sample_flaw(samples):
+            reason = "NaN samples" if "NaN" in flaw else "huge samples"
+            raise AudioError(f"The audio file {name} holds {flaw}; write it again.", reason)
         count += len(samples)
         yield samples
-    if count < file.frames and (file.format != "MP3" or _has_xing_header(file.name)):
+    if count < file.frames and (file.format != "MP3" or _has_xing_header(name)):
         raise AudioError(
-            f"The audio file {file.name} is truncated or damaged: its header states {file.frames} samples "
+            f"The audio file {name} is truncated or damaged: its header states {file.frames} samples "
             f"and only {count} can be decoded.",
             "truncated or damaged",
         )
     if not count - position and not position:
-        raise _empty(file.name)
+        raise _empty(name)
 
 
 def _container_flaw(path):

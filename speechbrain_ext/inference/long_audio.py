@@ -141,6 +141,8 @@ class SegmentFile:
     ------
     OSError
         If the folder cannot be written to.
+    ValueError
+        If the finished file holds no segments, and so is not one of ours.
     """
 
     def __init__(self, folder, path, settings):
@@ -152,12 +154,19 @@ class SegmentFile:
         """All that are known."""
         self.finished = self._final.exists()
         if self.finished:
-            self.segments = [_parse(line) for line in self._final.read_text(encoding="utf-8").splitlines()]
+            lines = self._final.read_bytes().decode("utf-8", "replace").rstrip("\n")
+            lines = lines.split("\n") if lines else []
+            self.segments = _parse(lines)
+            if len(self.segments) < len(lines):
+                raise ValueError(
+                    f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file to write it anew."
+                )
             return
         if self._partial.exists():
-            header, *lines = self._partial.read_text(encoding="utf-8").split("\n")[:-1] or [""]  # whole lines only
+            text = self._partial.read_bytes().decode("utf-8", "replace")
+            header, *lines = text.split("\n")[:-1] or [""]  # whole lines only
             if header == self._header:
-                self.segments = [_parse(line) for line in lines]
+                self.segments = _parse(lines)
                 while self.segments and self.segments[-1].resume is None:
                     self.segments.pop()
         text = "".join(f"{line}\n" for line in (self._header, *map(_line, self.segments)))
@@ -173,6 +182,11 @@ class SegmentFile:
         self.segments.append(segment)
         with open(self._partial, "a", encoding="utf-8") as file:
             file.write(_line(segment) + "\n")
+
+    def abandon(self):
+        """Leave no file behind where no segment is known; otherwise what is known, for a later run."""
+        if not self.segments:
+            self._partial.unlink(missing_ok=True)
 
     def finish(self):
         """Write the subtitles, and give the file its name."""
@@ -210,9 +224,16 @@ def _line(segment):
     return json.dumps(record, ensure_ascii=False)
 
 
-def _parse(line):
-    record = json.loads(line)
-    return Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])})
+def _parse(lines):
+    """The segments in lines, up to the first line that is none."""
+    segments = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            segments.append(Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])}))
+        except (ValueError, TypeError, KeyError):  # no JSON, no object, other keys
+            break
+    return segments
 
 
 def _write(path, text):

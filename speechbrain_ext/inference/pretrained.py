@@ -26,7 +26,7 @@ from ruamel.yaml.comments import CommentedMap
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 
 from speechbrain_ext.hparams import needed_keys
-from speechbrain_ext.inference.audio import load_audio
+from speechbrain_ext.inference.audio import SAMPLE_RATE, load_audio, sample_flaw
 from speechbrain_ext.inference.model_card import model_card
 from speechbrain_ext.inference.segments import align, group_words, make_segment
 from speechbrain_ext.inference.trust import check_hparams
@@ -34,6 +34,7 @@ from speechbrain_ext.inference.weights import WEIGHTS, save_weights
 from speechbrain_ext.lobes.masks import absolute_lengths
 
 FILES = ("hyperparams.yaml", "config.json", WEIGHTS, "normalizer.ckpt", "tokenizer.ckpt")
+KEYS = ("modules", "pretrainer", "asr_model", "ctc_lin", "tokenizer", "blank_index")  # of hyperparams.yaml, which loading needs
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 # All refer to keys of the recipes' hparams.
@@ -135,7 +136,7 @@ class _ExactLengths:
         return load_audio(path).to(self.device)
 
     def transcribe_batch(self, wavs, wav_lens):
-        """Transcribe waveforms (B, N) with relative lengths (B,); returns texts and token ids."""
+        """Transcribe waveforms (B, N) with relative lengths (B,) from 0 to 1; returns texts and token ids."""
         with torch.no_grad():
             tokens = self._search(*self._encode(wavs, wav_lens))
         # A word boundary is a token of its own, and may come twice
@@ -169,8 +170,15 @@ class _ExactLengths:
         Raises
         ------
         ValueError
-            If the audio is too short for the text.
+            If the audio is too short for the text, or the text has characters that the model does not know.
         """
+        if wav.dim() != 1:
+            raise ValueError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
+        unknown = [piece for piece in self.tokenizer.encode_as_pieces(text) if self.tokenizer.is_unknown(self.tokenizer[piece])]
+        if unknown:
+            raise ValueError(
+                f"The model does not know {', '.join(unknown[:3])[:40]!r} of the text; write it as its transcripts are."
+            )
         enc, _ = self._encode(wav.unsqueeze(0), torch.ones(1))
         tokens = self.tokenizer.encode_as_ids(text)
         return group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
@@ -186,7 +194,15 @@ class _ExactLengths:
     """From frames (T, D) to tokens and log-probabilities (T, V), where that is another search than greedy CTC."""
 
     def _encode(self, wavs, wav_lens):
-        return self.mods.encoder.encode(wavs.float().to(self.device), wav_lens.to(self.device))
+        if wavs.dim() != 2 or not len(wavs) or wav_lens.shape != wavs.shape[:1]:
+            shapes = f"{tuple(wavs.shape)} and {tuple(wav_lens.shape)}"
+            raise ValueError(f"Waveforms and relative lengths have the shapes {shapes}; give (B, N) and (B,), B > 0.")
+        if not ((wav_lens >= 0) & (wav_lens <= 1)).all():
+            raise ValueError(f"The relative lengths are {wav_lens.tolist()}; give shares of the longest waveform, from 0 to 1.")
+        wavs = wavs.float()
+        if flaw := sample_flaw(wavs):
+            raise ValueError(f"The waveforms hold {flaw}; leave out or mend what they were read from.")
+        return self.mods.encoder.encode(wavs.to(self.device), wav_lens.to(self.device))
 
     def _log_probs(self, enc):
         return (self.ctc_head(enc) if self.mods.encoder.head is None else enc).float().log_softmax(-1)
@@ -248,8 +264,8 @@ def load_model(source, device=None, answer=None, revision=None, trust=False):
     FileNotFoundError
         If there is no such model, or no such revision.
     ValueError
-        If it is not a speech recogniser, names more than may be built, or ``answer`` or ``revision`` is given for one that has
-        no choice of it.
+        If it is not a speech recogniser, names more than may be built, its files do not belong together, ``answer`` or
+        ``revision`` is given for one that has no choice of it, or there is no such device.
     RuntimeError
         If it is damaged, or names what is not installed.
 
@@ -261,7 +277,8 @@ def load_model(source, device=None, answer=None, revision=None, trust=False):
     """
     source = os.fspath(source)
     folder = Path(source).expanduser()
-    is_local = folder.is_dir()
+    is_local = bool(source) and folder.is_dir()
+    _check_device(device)
     if not is_local:
         folder = _download(source, revision)
     elif revision is not None:
@@ -274,16 +291,19 @@ def load_model(source, device=None, answer=None, revision=None, trust=False):
     except ValueError as error:
         raise ValueError(f"The config.json of {source} is no JSON: {error}.") from error
     interface = config.get("speechbrain_interface") if isinstance(config, dict) else None
-    if interface not in _CLASSES:
+    if not isinstance(interface, str) or interface not in _CLASSES:
         raise ValueError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(_CLASSES)}.")
     if not is_local and not trust:
         _check_origin(source, folder)
+    _check_keys(source, folder, interface)
     try:
         model = _CLASSES[interface].from_hparams(source=str(folder), run_opts={"device": device} if device else None)
+        # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
+        model.hparams.asr_model.to(model.device)
+        log_probs = model.frames(torch.zeros(1, SAMPLE_RATE // 10), torch.ones(1))[0][0]
     except Exception as error:  # pickle, YAML, sentencepiece and what the YAML names each raise their own
         raise _damaged(source, error) from error
-    # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
-    model.hparams.asr_model.to(model.device)
+    _check_answer(source, model, log_probs)
     if answer is not None:
         encoder = model.mods.encoder.transformer.encoder
         if not hasattr(encoder, "answer"):
@@ -312,6 +332,51 @@ def _download(source, revision):
         ) from error
 
 
+def _check_device(device):
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # such as no driver, PyTorch without it, and "meta"
+        cause = " ".join(str(error).split(". ")[0].split())[:100]
+        raise ValueError(f"The device {device} cannot be used here ({cause}); give cpu, or a device that there is.") from error
+
+
+def _check_keys(source, folder, interface):
+    """What would otherwise show as a KeyError of whoever reads the key first."""
+    try:
+        tree = ruamel.yaml.YAML().load((folder / "hyperparams.yaml").read_text(encoding="utf-8"))
+    except (ValueError, ruamel.yaml.YAMLError) as error:
+        cause = f"{error.problem} in line {error.problem_mark.line + 1}" if hasattr(error, "problem_mark") else str(error)
+        cause = " ".join(cause.split())
+        raise ValueError(f"The hyperparams.yaml of {source} is no YAML: {cause}; copy or train the model again.") from error
+    needed = [*KEYS, *_CLASSES[interface].HPARAMS_NEEDED]
+    missing = needed if not isinstance(tree, dict) else [key for key in needed if key not in tree]
+    if not missing:
+        missing = [name for name in _CLASSES[interface].MODULES_NEEDED if name not in (tree["modules"] or ())]
+    if missing:
+        raise ValueError(
+            f"The hyperparams.yaml of {source} has no {missing[0]}, which {interface} needs; it is "
+            "damaged, or its config.json is that of another model."
+        )
+
+
+def _check_answer(source, model, log_probs):
+    """What loads may still not belong together: refused now, and not heard as words that nobody said."""
+    rate, tokens = getattr(model.hparams, "sample_rate", SAMPLE_RATE), model.tokenizer.vocab_size()
+    if rate != SAMPLE_RATE:
+        raise ValueError(f"The model {source} hears {rate} samples per second; only models of {SAMPLE_RATE} are supported.")
+    if model.ctc_head is not model.hparams.ctc_lin:
+        raise ValueError(f"The model {source} has no CTC head, as the last of its asr_model is not ctc_lin; train it with one.")
+    if log_probs.shape[1] != tokens:
+        raise ValueError(
+            f"The tokenizer.ckpt of {source} has {tokens} tokens and the model {log_probs.shape[1]}; give it the one that it was "
+            "trained with."
+        )
+    if model.blank not in range(tokens):
+        raise ValueError(f"The blank_index of {source} is {model.blank}; give one of its {tokens} tokens, in training mostly 0.")
+    if not log_probs.isfinite().all():
+        raise ValueError(f"The model {source} answers NaN: its weights or statistics are no numbers; take an earlier checkpoint.")
+
+
 def _check_origin(source, folder):
     try:
         check_hparams((folder / "hyperparams.yaml").read_text(encoding="utf-8"))
@@ -326,8 +391,10 @@ def _check_origin(source, folder):
 
 
 def _damaged(source, error):
-    cause = " ".join(str(error).split())[:300] or type(error).__name__
-    return RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}")
+    # HyperPyYAML puts the place in front of the error's arguments
+    text = ": ".join(map(str, error.args)) if isinstance(error, TypeError) else str(error)
+    cause = " ".join(text.split())[:300].rstrip(".") or type(error).__name__
+    return RuntimeError(f"The model {source} is damaged, or needs what is not installed: {cause}; copy or train it again.")
 
 
 def _inference_hparams(tree):

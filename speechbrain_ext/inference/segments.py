@@ -4,6 +4,7 @@ A CTC model says nothing ("blank") in pauses. :class:`Segmenter` takes its proba
 lasts; greedy search never takes back what it has said, so the words of a segment before the last one are certain at once.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -198,7 +199,7 @@ class Segmenter:
     Raises
     ------
     ValueError
-        If a time is not positive.
+        If a time is not positive and finite.
     """
 
     margin = 12
@@ -206,7 +207,7 @@ class Segmenter:
 
     def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; give a number of seconds above 0.")
         self._tokenizer, self._blank, self._search = tokenizer, blank, search
         self._pause = max(1, round(endpoint / FRAME_SECONDS))

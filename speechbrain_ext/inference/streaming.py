@@ -1,17 +1,21 @@
 """Speech recognition while somebody speaks, with bounded latency and memory."""
 
+import math
 import time
 from collections import deque
 
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
+from speechbrain_ext.inference.audio import sample_flaw
 from speechbrain_ext.inference.segments import FRAME_SECONDS, Segmenter, collapse
 
 CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models that say nothing of it."""
 LEFT_CONTEXT = 16
 """Their left context in chunks, 10 s."""
+LARGEST_CHUNK = 90_000
+"""An hour, which nobody waits for."""
 SAMPLES = round(16000 * FRAME_SECONDS)
 """Per encoder frame."""
 
@@ -63,6 +67,10 @@ class StreamingRecognizer:
         if left_context is not None:
             left = None if left_context == -1 else left_context
         self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)
+        if self._config.chunk_size > LARGEST_CHUNK:
+            raise ValueError(f"The chunk size is {chunk_size} frames, of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}.")
+        if not 0 <= start < math.inf:
+            raise ValueError(f"start is {start}; give a number of seconds, 0 or more.")
         encoder = self._encoder.transformer.encoder
         self._cascade = encoder if getattr(encoder, "answer", None) == "second" else None
         search = None if self._cascade is None else self._second_pass
@@ -114,13 +122,14 @@ class StreamingRecognizer:
         Raises
         ------
         ValueError
-            If the samples are not a row of finite numbers.
+            If the samples are not a row of numbers, finite and of a size that audio has.
         """
         if wav.dim() != 1:
             raise ValueError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
-        if not torch.isfinite(wav).all():
-            raise ValueError("The samples hold NaN or infinite values; nothing was taken in.")
-        return self._run(wav.float().to(self._model.device).unsqueeze(0), False)
+        wav = wav.float()
+        if flaw := sample_flaw(wav):
+            raise ValueError(f"There are {flaw}; nothing was taken in.")
+        return self._run(wav.to(self._model.device).unsqueeze(0), False)
 
     @torch.inference_mode()
     def finish(self):

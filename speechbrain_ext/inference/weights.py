@@ -48,11 +48,59 @@ def load_weights(model, path):
     Raises
     ------
     RuntimeError
-        If names or shapes are not those of the model, all of them.
+        If names or shapes are not those of the model, all of them; the message names the first few.
     safetensors.SafetensorError
         If the file is damaged.
     """
-    model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    state, own = safetensors.torch.load_file(path), model.state_dict()
+    shapes = [f"{name} {list(state[name].shape)}" for name in own if name in state and state[name].shape != own[name].shape]
+    flaws = {
+        "Missing keys": [name for name in own if name not in state],
+        "Unexpected keys": [name for name in state if name not in own],
+        "Other shapes than the model's": shapes,
+    }
+    told = [
+        f"{flaw}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for flaw, names in flaws.items()
+        if names
+    ]
+    if told:
+        raise RuntimeError(f"these are weights of another model ({'; '.join(told)})")
+    model.load_state_dict(state)
+
+
+def load_statistics(normalizer, path):
+    """Load the statistics of a normaliser, which are numbers only: torch.load reads nothing else by default.
+
+    Arguments
+    ---------
+    normalizer : speechbrain.processing.features.InputNormalization
+        The normaliser.
+    path : str or os.PathLike
+        The file.
+
+    Raises
+    ------
+    RuntimeError
+        If it is damaged, or holds anything else.
+    """
+    try:
+        normalizer._load(path)
+    # What a broken pickle raises is anything, and torch's text advises to read it as a program
+    except Exception as error:
+        raise RuntimeError("these are no statistics of features") from error
+
+
+def _naming(load):
+    """The same, but errors begin with the name of the file."""
+
+    def load_named(target, path):
+        try:
+            load(target, path)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise RuntimeError(f"{Path(path).name}: {error}") from error
+
+    return load_named
 
 
 class SafetensorsPretrainer(Pretrainer):
@@ -63,14 +111,15 @@ class SafetensorsPretrainer(Pretrainer):
     asr : torch.nn.Module
         The model, whose weights are ``asr.safetensors``.
     normalizer : speechbrain.processing.features.InputNormalization
-        The normaliser, whose statistics are ``normalizer.ckpt``: numbers only, as torch.load reads nothing else by default.
+        The normaliser, whose statistics are ``normalizer.ckpt``.
     tokenizer : sentencepiece.SentencePieceProcessor
         The tokenizer, which is ``tokenizer.ckpt``.
     """
 
     def __init__(self, asr, normalizer, tokenizer):
         loadables = {"asr": asr, "normalizer": normalizer, "tokenizer": tokenizer}
-        super().__init__(loadables=loadables, custom_hooks={"asr": load_weights})
+        hooks = {"asr": load_weights, "normalizer": load_statistics, "tokenizer": lambda target, path: target.load(str(path))}
+        super().__init__(loadables=loadables, custom_hooks={name: _naming(load) for name, load in hooks.items()})
 
     def collect_files(self, default_source=None, *args, **kwargs):
         """As in SpeechBrain; the weights come from where the other files do."""
