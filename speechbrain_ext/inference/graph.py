@@ -178,6 +178,7 @@ class FullContext(nn.Module):
     """
 
     mode = "full"
+    metadata = {}
     input_names = ("waveform", "lengths")
     output_names = ("log_probs", "frames")
     dynamic_shapes = ({0: "batch", 1: "samples"}, {0: "batch"})

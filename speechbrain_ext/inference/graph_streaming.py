@@ -9,8 +9,9 @@ that knows nothing of export is exported as well, if its answer is the same wher
 """
 
 import copy
+import json
 import math
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import SimpleNamespace
 
 import torch
@@ -90,27 +91,29 @@ class State:
     dtype : torch.dtype
         Of its zeros.
     growth : dict
-        By how much an axis grows with each chunk.
+        By how much an axis grows with each chunk, by its index.
     """
 
     name: str
     shape: list
     dtype: torch.dtype = torch.float32
-    growth: dict = None
+    growth: dict = field(default_factory=dict)
 
     def example(self, batch, chunks):
         """Zeros as after a number of chunks."""
-        return torch.zeros([batch if size == "batch" else size + chunks * self._grows(i) for i, size in enumerate(self.shape)]).to(
-            self.dtype
-        )
+        sizes = (batch if size == "batch" else size + chunks * self.growth.get(axis, 0) for axis, size in enumerate(self.shape))
+        return torch.zeros(tuple(sizes), dtype=self.dtype)
 
     def dynamic(self, batch):
-        """Dimensions that are free, as the exporter takes them."""
-        named = {axis: torch.export.Dim(f"{self.name.partition('.')[0]}_{growth}") for axis, growth in (self.growth or {}).items()}
-        return named | {axis: batch for axis, size in enumerate(self.shape) if size == "batch"}
+        """Dimensions that are free, as the exporter takes them; what grows by as much has the same length."""
+        owner = self.name.partition(".")[0]
+        free = {axis: torch.export.Dim(f"{owner}_{growth}") for axis, growth in self.growth.items()}
+        return free | {axis: batch for axis, size in enumerate(self.shape) if size == "batch"}
 
-    def _grows(self, axis):
-        return (self.growth or {}).get(axis, 0)
+    def described(self):
+        """For the metadata."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"input": self.name, "output": f"next.{self.name}", "shape": self.shape, "type": dtype}
 
 
 class Streaming(nn.Module):
@@ -171,7 +174,7 @@ class Streaming(nn.Module):
         self._template, self._parts, encoder_states = self._probe()
         self.states = own + encoder_states
         self.input_names = ("waveform", *(state.name for state in self.states))
-        self.output_names = ("log_probs", *(f"next.{state.name}" for state in self.states))
+        self.output_names = ("log_probs", *(state.described()["output"] for state in self.states))
 
     def forward(self, waveform, states):
         """See the class; the states are in the order of ``states``."""
@@ -190,6 +193,18 @@ class Streaming(nn.Module):
         """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""
         waveform = torch.randn(2, self.samples, generator=torch.Generator().manual_seed(0))
         return waveform, [state.example(2, 1 if state.name == "subsampling.left" else 3) for state in self.states]
+
+    @property
+    def metadata(self):
+        """What a caller must know of chunks and states, all text."""
+        left = self.config.left_context_size
+        return {
+            "chunk_size": str(self.config.chunk_size),
+            "left_context": str(-1 if left is None else left),
+            "chunk_samples": str(self.samples),
+            "chunk_step": str(self.step),
+            "state": json.dumps([state.described() for state in self.states]),
+        }
 
     @property
     def dynamic_shapes(self):
@@ -246,7 +261,7 @@ class Streaming(nn.Module):
 def _leaves(value, encoder="", name=""):
     """(name, value) of all that a context holds."""
     if is_dataclass(value):
-        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
+        items = [(entry.name, getattr(value, entry.name)) for entry in fields(value)]
     elif isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -272,8 +287,8 @@ def _rebuilt(value, given, name=""):
         return given[name]
     if is_dataclass(value):
         new = copy.copy(value)
-        for field in fields(value):
-            setattr(new, field.name, part(field.name, getattr(value, field.name)))
+        for entry in fields(value):
+            setattr(new, entry.name, part(entry.name, getattr(value, entry.name)))
         return new
     if isinstance(value, dict):
         return {key: part(key, item) for key, item in value.items()}
