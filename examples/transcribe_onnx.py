@@ -51,7 +51,7 @@ class Recogniser:
         return self.decode(log_probs[0, : frames[0]])
 
     def stream(self, waveform):
-        """Log-probabilities (T, V) of one chunk of (1, N) after the other; all that a chunk needs of those before is in the state."""
+        """Log-probabilities (T, V) of one chunk of (1, N) after the other; the state is all that goes from one to the next."""
         window, hop, step, samples = (int(self.about[key]) for key in ("n_fft", "hop_length", "chunk_step", "chunk_samples"))
         end = waveform.shape[1] // hop * hop + window  # of the last window, which may reach into the zeros
         waveform = np.pad(waveform, ((0, 0), (window // 2, window // 2)))

@@ -8,10 +8,10 @@ Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` 
 ``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space.
 
 Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
-``chunk_samples``, ``chunk_step``, and ``state``: a JSON list of the tensors that go from one chunk to the next, each with the names
-of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the zeros that the first chunk gets. With N
-samples, and ``n_fft / 2`` zeros before and behind them, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples`` of them, the
-last chunk as many as are left of the ``(N // hop_length) * hop_length + n_fft`` that have windows.
+``chunk_samples``, ``chunk_step``, and ``state``: a JSON list of the tensors that go from one chunk to the next, each with the
+names of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the zeros that the first chunk gets.
+With N samples, and ``n_fft / 2`` zeros before and behind them, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples``
+of them, the last chunk as many as are left of the ``(N // hop_length) * hop_length + n_fft`` that lie in windows.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ def export_model(
     ``log_probs`` (batch, frames, tokens) and ``frames`` (batch,) int64, numbers of valid frames; an utterance gets the same
     answer alone and in any batch. Of a model with a decoder it is the CTC branch.
 
-    With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the module;
-    the streams of a batch run in step.
+    With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the
+    module; the streams of a batch run in step.
 
     Arguments
     ---------

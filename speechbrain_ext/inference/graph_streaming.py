@@ -119,8 +119,8 @@ class State:
 class Streaming(nn.Module):
     """One chunk of a stream: ``waveform`` (B, N) and the state to ``log_probs`` (B, T, V) and the next state.
 
-    The samples are the windows of the chunk's feature frames: of chunk i, those from ``i * step`` on, ``samples`` of them, counted
-    in a stream with ``n_fft / 2`` zeros before and behind it. N is less only in the last chunk.
+    The samples are those in the windows of the chunk's feature frames: of chunk i, those from ``i * step`` on, ``samples`` of
+    them, in a stream with ``n_fft / 2`` zeros before and behind it. N is less only in the last chunk.
 
     Arguments
     ---------
@@ -171,7 +171,7 @@ class Streaming(nn.Module):
             own.append(State("features.moments", [3, "batch", self.features.mels], torch.float64))
         own.append(State("subsampling.left", ["batch", 0, self.features.mels], growth={1: self.subsampling.factor}))
         self._own = len(own)
-        self._template, self._parts, encoder_states = self._probe()
+        self._template, self._parts, encoder_states = self._find_states()
         self.states = own + encoder_states
         self.input_names = ("waveform", *(state.name for state in self.states))
         self.output_names = ("log_probs", *(state.described()["output"] for state in self.states))
@@ -214,48 +214,63 @@ class Streaming(nn.Module):
         return {0: batch, 1: samples}, [state.dynamic(batch) for state in self.states]
 
     @torch.no_grad()
-    def _probe(self):
-        """Stream some chunks: a context with all its tensors, and for each state the names of its parts in it, and the state."""
+    def _find_states(self):
+        """Stream, and see what changes.
+
+        Returns
+        -------
+        tuple
+            A context with all its tensors; for each state the names of its parts in there, several where layers count alike; and
+            the states.
+        """
         name = type(self.transformer.encoder).__name__
         if not getattr(self.transformer.encoder, "streamable", True):
             raise ValueError(f"{name} does not stream; export it without --streaming.")
-        chunks = 2 + (self.config.left_context_size or 0)  # by then nothing grows but what always does
-
-        def run(batch):
-            context = self.transformer.make_streaming_context(self.config)
-            seen = [dict(_leaves(context.encoder_context, name))]
-            for _ in range(chunks + 1):
-                features = torch.randn(batch, self.subsampling.factor * self.config.chunk_size, self.features.mels)
-                self.transformer.encode_streaming(self.subsampling.stream(features)[0], context)
-                seen.append(dict(_leaves(context.encoder_context)))
-            return context.encoder_context, seen[0], seen[-2], seen[-1]
-
-        context, first, before, last = run(2)
-        wider = run(3)[-1]
+        _, first, before, last = self._stream_noise(2)
+        context, _, _, wider = self._stream_noise(3)
         constants, counters, parts, states = {}, {}, [], []
         for part, value in last.items():
             start = first.get(part)
             if isinstance(value, torch.Tensor):
                 if isinstance(start, torch.Tensor) and start.any():
-                    raise ValueError(f"{name} starts a stream with a {part} other than zeros, which export cannot; begin with zeros.")
-                growth = {i: n - m for i, (n, m) in enumerate(zip(value.shape, before[part].shape, strict=True)) if n != m}
+                    raise ValueError(f"{name} starts a stream with a {part} other than zeros; begin with zeros to export it.")
                 if not value.numel():  # such as a left context of no frames
                     constants[part] = start
                     continue
-                shape = [0 if i in growth else n for i, n in enumerate(value.shape)]
-                shape = ["batch" if n != m else k for n, m, k in zip(value.shape, wider[part].shape, shape, strict=True)]
                 parts.append([part])
-                states.append(State(f"encoder.{part}", shape, value.dtype, growth))
-            elif value != start and isinstance(value, int) and not isinstance(value, bool) and not start:
-                if (before[part], value) in counters:  # one counter for all layers
-                    counters[before[part], value].append(part)
+                states.append(_state(f"encoder.{part}", before[part], value, wider[part]))
+            elif isinstance(value, int) and value != start and not isinstance(value, bool) and not start:
+                course = before[part], value
+                if course in counters:
+                    counters[course].append(part)
                     continue
-                counters[before[part], value] = [part]
-                parts.append(counters[before[part], value])
+                counters[course] = [part]
+                parts.append(counters[course])
                 states.append(State(f"encoder.{part}", [], torch.int64))
             elif value != start:
-                raise ValueError(f"{name} keeps its {part} between chunks, {value!r}, which export cannot; keep it in a tensor.")
+                raise ValueError(f"{name} keeps its {part} between chunks as {value!r}; keep it in a tensor to export it.")
         return _rebuilt(context, constants), parts, states
+
+    def _stream_noise(self, batch):
+        """A context after some chunks, and what it held before the first one, before the last one, and now."""
+        name = type(self.transformer.encoder).__name__
+        context = self.transformer.make_streaming_context(self.config)
+        held = [dict(_leaves(context.encoder_context, name))]
+        for _ in range(3 + (self.config.left_context_size or 0)):  # by then nothing grows but what always does
+            features = torch.randn(batch, self.subsampling.factor * self.config.chunk_size, self.features.mels)
+            self.transformer.encode_streaming(self.subsampling.stream(features)[0], context)
+            held.append(dict(_leaves(context.encoder_context, name)))
+        return context.encoder_context, held[0], held[-2], held[-1]
+
+
+def _state(name, before, tensor, wider):
+    """A tensor's state, from what it was a chunk before, and is in a larger batch."""
+    growth, shape = {}, []
+    for axis, (old, size, other) in enumerate(zip(before.shape, tensor.shape, wider.shape, strict=True)):
+        if size != old:
+            growth[axis] = size - old
+        shape.append("batch" if size != other else 0 if axis in growth else size)
+    return State(name, shape, tensor.dtype, growth)
 
 
 def _leaves(value, encoder="", name=""):
@@ -270,8 +285,9 @@ def _leaves(value, encoder="", name=""):
         yield name, value
         return
     else:
+        kind = type(value).__name__
         raise ValueError(
-            f"{encoder} keeps its streaming state in a {type(value).__name__}, in which export finds no tensors; make that a dataclass."
+            f"{encoder} keeps its streaming state in a {kind}, where export finds no tensors; make that a dataclass."
         )
     for key, item in items:
         yield from _leaves(item, encoder, f"{name}.{key}" if name else str(key))
