@@ -1,6 +1,8 @@
 """Transcribe WAV files with a model that ``python -m speechbrain_ext export`` wrote: onnxruntime, numpy and soundfile suffice.
 
 python examples/transcribe_onnx.py model.onnx speech.wav ...
+
+A file for streams (``--streaming``) gets each WAV file chunk by chunk, as it would a microphone's samples.
 """
 
 import argparse
@@ -27,8 +29,8 @@ class Recogniser:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        about = self.session.get_modelmeta().custom_metadata_map
-        if about.get("format") != "speechbrain_ext" or about.get("mode") != "full":
+        self.about = about = self.session.get_modelmeta().custom_metadata_map
+        if about.get("format") != "speechbrain_ext" or about.get("mode") not in ("full", "streaming"):
             raise ValueError(f"{path} was not written by 'python -m speechbrain_ext export'; export the model with that.")
         self.sample_rate = int(about["sample_rate"])
         self.blank = int(about["blank_index"])
@@ -42,9 +44,26 @@ class Recogniser:
         if not len(samples):
             raise ValueError(f"{path} is empty: it holds no samples.")
         waveform = samples.mean(axis=1)[np.newaxis]  # (1, N)
+        if self.about["mode"] == "streaming":
+            return self.decode(np.concatenate(list(self.stream(waveform))))
         lengths = np.array([waveform.shape[1]], dtype=np.int64)
         log_probs, frames = self.session.run(None, {"waveform": waveform, "lengths": lengths})
         return self.decode(log_probs[0, : frames[0]])
+
+    def stream(self, waveform):
+        """Log-probabilities (T, V) of one chunk of (1, N) after the other; the state is all that goes from one to the next."""
+        window, hop, step, samples = (int(self.about[key]) for key in ("n_fft", "hop_length", "chunk_step", "chunk_samples"))
+        end = waveform.shape[1] // hop * hop + window  # of the last window, which may reach into the zeros
+        waveform = np.pad(waveform, ((0, 0), (window // 2, window // 2)))
+        names = json.loads(self.about["state"])
+        # What grows begins with no entries: a size of 0.
+        state = [np.zeros([1 if size == "batch" else size for size in one["shape"]], one["type"]) for one in names]
+        outputs = ["log_probs", *(one["output"] for one in names)]
+        for start in range(0, end - window + 1, step):
+            chunk = {"waveform": waveform[:, start : min(start + samples, end)]}
+            given = {one["input"]: value for one, value in zip(names, state, strict=True)}
+            log_probs, *state = self.session.run(outputs, chunk | given)
+            yield log_probs[0]
 
     def decode(self, log_probs):
         """Text of (T, V): the best token of each frame, without repetitions and blanks."""

@@ -353,6 +353,11 @@ def _add_export(commands):
     parser.add_argument("model", metavar="MODEL", help="a folder that training left behind, or a Hugging Face repository")
     parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
     parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
+    parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
+    parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")
+    parser.add_argument(
+        "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the model's"
+    )
     parser.add_argument("--pass", dest="answer", choices=("first", "second"), help="of a cascade, which pass to export")
     parser.add_argument(
         "--audio", metavar="FILE", nargs="+", default=(), help="audio files to check on, or folders in LibriSpeech layout"
@@ -371,9 +376,11 @@ def export(arguments):
         from speechbrain_ext.inference.export import ExportError, export_model
 
         try:
-            report = export_model(
-                arguments.model, arguments.out, arguments.answer, arguments.int8, arguments.audio, arguments.tolerance
-            )
+            if not arguments.streaming and (arguments.chunk_size, arguments.left_context) != (None, None):
+                raise ValueError("--chunk-size and --left-context are for streams; add --streaming.")
+            options = ("answer", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context")
+            given = {key: getattr(arguments, key) for key in options}
+            report = export_model(arguments.model, arguments.out, **given)
         except ExportError as error:
             _say(error)
             return 1

@@ -4,21 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL
 from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import InputNormalization
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from test_pretrained import make_model
 from tiny import make_corpus
 
 from speechbrain_ext import __version__, cli
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
 from speechbrain_ext.inference import export, export_check, load_model
-from speechbrain_ext.inference.export_check import run
+from speechbrain_ext.inference.export_check import run, run_stream
 from speechbrain_ext.inference.graph import Features, FullContext
+from speechbrain_ext.inference.graph_streaming import Streaming
+from speechbrain_ext.lobes.features import SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 from speechbrain_ext.registry import build_encoder, list_encoders
 
@@ -63,8 +69,8 @@ def session(path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def expected(speech, wav):
-    return speech.encode(wav.unsqueeze(0))[0][0].log_softmax(-1)
+def expected(speech, wav, config=None):
+    return speech.encode(wav.unsqueeze(0), dynchunktrain_config=config)[0][0].log_softmax(-1)
 
 
 def same(found, wanted, tolerance=1e-3):
@@ -85,6 +91,130 @@ def test_every_encoder_gives_the_same_answers_alone_and_in_any_batch(name, tmp_p
         wavs = signals(*lengths)
         for wav, found in zip(wavs, run(model, wavs), strict=True):
             same(found, expected(speech, wav))
+
+
+class InPyTorch:
+    """A graph for streams that runs in PyTorch, with the calls of onnxruntime's session: exporting each would take 8 s."""
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.about = {"n_fft": graph.features.n_fft, "hop_length": graph.features.hop_length, **graph.metadata}
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map=self.about)
+
+    def run(self, outputs, inputs):
+        waveform, *states = (torch.from_numpy(inputs[name]) for name in self.graph.input_names)
+        assert tuple(outputs) == self.graph.output_names
+        return [tensor.numpy() for tensor in self.graph(waveform, states)]
+
+
+def streams_are_the_same(model, speech, config):
+    """Of one and of two streams, and such that their last chunk is full, short, and of a single frame."""
+    for lengths in ((1,), (2559,), (2560, 2560), (16001, 16001)):
+        wavs = signals(*lengths)
+        for wav, found in zip(wavs, run_stream(model, wavs), strict=True):
+            same(found, expected(speech, wav, config))
+
+
+@pytest.mark.parametrize("left", [2, None, 0])
+@torch.no_grad()
+def test_every_encoder_streams_with_its_state_outside(encoder_case, encoder, left):
+    speech = speech_encoder(encoder, encoder_case[0])
+    config = DynChunkTrainConfig(4, left)
+    streams_are_the_same(InPyTorch(Streaming(speech, speech.head, config)), speech, config)
+
+
+# Those with unlimited left context have caches that grow: of all frames, at half the rate, or not at all.
+UNLIMITED = ("conformer", "squeezeformer", "practical_conformer")
+STREAMS = [*((name, 2) for name in list_encoders()), *((name, None) for name in UNLIMITED)]
+
+
+@pytest.mark.parametrize("name, left", STREAMS)
+@torch.no_grad()
+def test_every_encoder_gives_the_same_answers_in_a_stream(name, left, tmp_path):
+    torch.manual_seed(0)
+    speech = speech_encoder(build_encoder(name, **{**SMALL, "num_layers": 2}).eval(), name)
+    for parameter in speech.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    config = DynChunkTrainConfig(4, left)
+    graph = Streaming(speech, speech.head, config)
+    stft = {"n_fft": str(graph.features.n_fft), "hop_length": str(graph.features.hop_length)}
+    export._write(graph, tmp_path / "model.onnx", False, {**stft, **graph.metadata})
+    streams_are_the_same(session(tmp_path / "model.onnx"), speech, config)
+
+
+@torch.no_grad()
+def test_streams_begin_with_the_prior_of_their_normalisation():
+    torch.manual_seed(0)
+    speech = speech_encoder(build_encoder("conformer", **SMALL).eval(), "conformer")
+    speech.normalize = SentenceNormalization()
+    speech.normalize(20 * torch.randn(2, 50, 80) - 30, torch.ones(2), epoch=0)
+    speech.eval()
+    config = DynChunkTrainConfig(4, 2)
+    streams_are_the_same(InPyTorch(Streaming(speech, speech.head, config)), speech, config)
+
+
+@dataclass
+class Kept:
+    """What a stranger's encoder keeps."""
+
+    value: Any
+
+
+class Strange(torch.nn.Module):
+    """An encoder that adds up what it has heard, and keeps the sum in its own way."""
+
+    d_model, chunk_multiple, streamable = 32, 1, True
+
+    def __init__(self, first=None, following=lambda total: {"sums": [total]}):
+        super().__init__()
+        self.first, self.following = first, following
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, pos_embs=None, dynchunktrain_config=None):
+        size = dynchunktrain_config.chunk_size
+        chunks = src.split(size, 1)
+        totals = torch.stack([chunk.sum(1) for chunk in chunks], 1).cumsum(1)
+        return src + totals.repeat_interleave(size, 1)[:, : src.shape[1]], []
+
+    def make_streaming_context(self, config):
+        return Kept(self.first)
+
+    def forward_streaming(self, src, context, pos_embs=None):
+        total = src.sum(1)
+        if isinstance(context.value, dict):
+            total = context.value["sums"][0] + total
+        context.value = self.following(total)
+        return src + total.unsqueeze(1), []
+
+
+@torch.no_grad()
+def test_what_a_strangers_encoder_keeps_is_found():
+    speech = speech_encoder(Strange(), "conformer")
+    config = DynChunkTrainConfig(4, None)
+    graph = Streaming(speech, speech.head, config)
+    assert graph.input_names[-1] == "encoder.value.sums.0" and graph.states[-1].shape == ["batch", 32]
+    streams_are_the_same(InPyTorch(graph), speech, config)
+
+
+@pytest.mark.parametrize(
+    "encoder, message",
+    [
+        (Strange(following=lambda total: str(total.sum())), "Strange keeps its value between chunks as.*keep it in a tensor"),
+        (Strange(torch.ones(2, 32), lambda total: total), "Strange starts a stream with a value other than zeros"),
+        (Strange(following=lambda total: iter([total])), "Strange keeps its streaming state in a list_iterator.*dataclass"),
+    ],
+)
+def test_state_that_is_not_found_is_refused(encoder, message):
+    speech = speech_encoder(encoder, "conformer")
+    with pytest.raises(ValueError, match=message):
+        Streaming(speech, speech.head, DynChunkTrainConfig(4, None))
+
+
+def test_what_does_not_stream_is_refused():
+    speech = speech_encoder(build_encoder("squeezeformer", padding="right", **SMALL), "squeezeformer")
+    with pytest.raises(ValueError, match="does not stream; export it without --streaming"):
+        Streaming(speech, speech.head, DynChunkTrainConfig(4, 2))
 
 
 @torch.no_grad()
@@ -157,6 +287,13 @@ def written_at_once(exported, monkeypatch):
     monkeypatch.setattr(export, "_write", lambda graph, path, *_: path.write_bytes(content))
 
 
+@pytest.fixture(scope="module")
+def exported_stream(exported):
+    """The same model for streams, in another file."""
+    folder, _ = exported
+    return folder, export.export_model(folder / "model", folder / "stream.onnx", streaming=True, chunk_size=8, left_context=-1)
+
+
 def test_without_audio_the_check_hears_synthetic_signals(exported):
     _, report = exported
     assert report.synthetic and report.max_difference < 1e-4 and report.torch_wer is None
@@ -208,27 +345,54 @@ def test_metadata_suffice_for_decoding_and_name_no_place(exported):
     assert str(ROOT).encode() not in (folder / "model.onnx").read_bytes()
 
 
-def test_the_example_needs_no_torch_and_writes_the_same_text(exported):
-    folder, _ = exported
+def test_metadata_of_streams_say_what_to_feed(exported_stream):
+    folder, report = exported_stream
+    assert report.max_difference < 1e-4 and "chunk of 0.32 s" in str(report)
+    proto = onnx.load(folder / "stream.onnx")
+    onnx.checker.check_model(proto)
+    about = {entry.key: entry.value for entry in proto.metadata_props}
+    keys = ("mode", "chunk_size", "left_context", "chunk_samples", "chunk_step")
+    assert [about[key] for key in keys] == ["streaming", "8", "-1", "5360", "5120"]
+    states = json.loads(about["state"])
+    assert [value.name for value in proto.graph.input] == ["waveform", *(state["input"] for state in states)]
+    assert [value.name for value in proto.graph.output] == ["log_probs", *(state["output"] for state in states)]
+    assert states[2] == {
+        "input": "subsampling.left",
+        "output": "next.subsampling.left",
+        "shape": ["batch", 0, 80],
+        "type": "float32",
+    }
+    assert [axis.dim_param for axis in proto.graph.input[0].type.tensor_type.shape.dim] == ["batch", "samples"]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "stream.onnx"])
+@torch.no_grad()
+def test_the_example_needs_no_torch_and_writes_the_same_text(name, exported_stream):
+    folder, _ = exported_stream
     files = [str(folder / f"{name}.flac") for name in ("short", "long", "middle")]
     model = load_model(folder / "model", "cpu")
     wavs = [model.load_audio(file) for file in files]
-    lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
-    texts, _ = model.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)
+    config = DynChunkTrainConfig(8) if name == "stream.onnx" else None
+    texts = []
+    for wav in wavs:
+        log_probs = model.mods.encoder.encode(wav.unsqueeze(0), dynchunktrain_config=config)[0][0]
+        tokens = export_check.greedy(log_probs.numpy(), model.blank)
+        texts.append(" ".join(model.tokenizer.decode_ids(tokens).split()))
     code = (
         "import runpy, sys; sys.modules.update(torch=None, scipy=None, speechbrain=None, speechbrain_ext=None);"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    given = [ROOT / "examples" / "transcribe_onnx.py", folder / "model.onnx", *files, folder / "t.model"]
+    given = [ROOT / "examples" / "transcribe_onnx.py", folder / name, *files, folder / "t.model"]
     command = [sys.executable, "-c", code, *given]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert [line.split("\t") for line in result.stdout.splitlines()] == [list(pair) for pair in zip(files, texts, strict=True)]
     assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_int8_keeps_the_front_end_in_float32(exported):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_int8_keeps_the_front_end_in_float32(streaming, exported):
     folder, _ = exported
-    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0)
+    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0, streaming=streaming)
     assert 0 < report.max_difference
     graph = onnx.load(folder / "int8.onnx").graph
     types = {weight.name: weight.data_type for weight in graph.initializer}
@@ -276,6 +440,8 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["model", "gone/model.onnx"], "There is no folder"),
         (["nothing", "x.onnx"], "There is no model folder"),
         (["model", "x.onnx", "--pass", "first"], "is no cascade"),
+        (["model", "x.onnx", "--left-context", "4"], "are for streams; add --streaming"),
+        (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
         (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),
     ],

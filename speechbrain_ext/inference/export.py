@@ -6,6 +6,12 @@ The file is there only after its answers have been compared with those of the mo
 Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` of this package, ``mode``, ``precision``
 (``float32`` or ``int8``), ``encoder``, for a cascade ``pass``, ``sample_rate``, ``n_fft``, ``hop_length``, ``n_mels``,
 ``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space.
+
+Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
+``chunk_samples``, ``chunk_step``, and ``state``: a JSON list of the tensors that go from one chunk to the next, each with the
+names of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the zeros that the first chunk gets.
+With N samples, and ``n_fft / 2`` zeros before and behind them, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples``
+of them, the last chunk as many as are left of the ``(N // hop_length) * hop_length + n_fft`` that lie in windows.
 """
 
 import contextlib
@@ -19,11 +25,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext import __version__
 from speechbrain_ext.inference.export_check import Report, check
 from speechbrain_ext.inference.graph import FullContext
+from speechbrain_ext.inference.graph_streaming import Streaming
 from speechbrain_ext.inference.pretrained import load_model
+from speechbrain_ext.inference.streaming import chunk_setting
 from speechbrain_ext.registry import get_encoder, list_encoders
 
 
@@ -31,12 +40,17 @@ class ExportError(RuntimeError):
     """A model that cannot be exported, or whose file gives other answers; the message says what and what to do."""
 
 
-def export_model(source, path, answer=None, int8=False, audio=(), tolerance=None):
-    """Write a trained model as an ONNX file for whole utterances.
+def export_model(
+    source, path, answer=None, int8=False, audio=(), tolerance=None, streaming=False, chunk_size=None, left_context=None
+):
+    """Write a trained model as an ONNX file, for whole utterances or for streams.
 
     The graph takes ``waveform`` (batch, samples) float32 and ``lengths`` (batch,) int64, numbers of samples, and gives
     ``log_probs`` (batch, frames, tokens) and ``frames`` (batch,) int64, numbers of valid frames; an utterance gets the same
     answer alone and in any batch. Of a model with a decoder it is the CTC branch.
+
+    With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the
+    module; the streams of a batch run in step.
 
     Arguments
     ---------
@@ -55,6 +69,12 @@ def export_model(source, path, answer=None, int8=False, audio=(), tolerance=None
     tolerance : float, optional
         What is accepted: for float32 the largest difference of a log-probability (default 1e-3); for int8 the token error rate
         against the float32 model, greedily decoded (default 0.05; on synthetic signals, of which no model is sure, 0.2).
+    streaming : bool
+        Whether for streams.
+    chunk_size : int, optional
+        Of streams, encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
+    left_context : int, optional
+        Of streams, left context in chunks; by default what the model was trained for, or 16; -1 = all.
 
     Returns
     -------
@@ -68,7 +88,7 @@ def export_model(source, path, answer=None, int8=False, audio=(), tolerance=None
     ImportError
         If the packages for ONNX are missing.
     ValueError
-        If the model or the audio is not what it should be.
+        If the model or the audio is not what it should be, or the model does not stream so.
     ExportError
         If the encoder has operations that ONNX has not, or the comparison fails; then no file is left.
 
@@ -86,7 +106,7 @@ def export_model(source, path, answer=None, int8=False, audio=(), tolerance=None
     _require_packages()
     model = load_model(source, "cpu", answer)
     encoder, head = model.mods.encoder, _ctc_head(model)
-    graph = FullContext(encoder, head)
+    graph = Streaming(encoder, head, _chunks(model, chunk_size, left_context)) if streaming else FullContext(encoder, head)
     metadata = _metadata(model, graph, head, "int8" if int8 else "float32")
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -105,6 +125,13 @@ def _require_packages():
             importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"Export needs the package {error.name}; install it with: pip install -e '.[export]'") from error
+
+
+def _chunks(model, chunk_size, left_context):
+    usual, left = chunk_setting(model)
+    if left_context is not None:
+        left = None if left_context == -1 else left_context
+    return DynChunkTrainConfig(usual if chunk_size is None else chunk_size, left)
 
 
 def _ctc_head(model):
@@ -141,6 +168,7 @@ def _metadata(model, graph, head, precision):
         "seconds_per_frame": str(encoder.subsampling.factor * stft.hop_length / stft.sample_rate),
         "blank_index": str(model.hparams.blank_index),
         "tokens": json.dumps([_written(tokenizer, token) for token in range(outputs)], ensure_ascii=False),
+        **graph.metadata,
     }
 
 

@@ -1,5 +1,9 @@
-"""An exported model against the model that it was made of: the same audio, PyTorch one by one, ONNX alone and in batches."""
+"""An exported model against the model that it was made of: the same audio, PyTorch one by one, ONNX alone and in batches.
 
+Of a model for streams, PyTorch gets whole utterances under its chunk setting, and ONNX one chunk after the other.
+"""
+
+import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -7,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.inference.audio import SAMPLE_RATE, load_audio
@@ -39,6 +44,8 @@ class Report:
         Bytes of the file.
     torch_seconds, onnx_seconds : float
         Median time for 10 seconds of audio, with the same number of threads.
+    chunk_seconds : float or None
+        Length of a chunk, where the model is for streams.
     """
 
     utterances: int
@@ -51,6 +58,7 @@ class Report:
     size: int
     torch_seconds: float
     onnx_seconds: float
+    chunk_seconds: float | None = None
 
     def __str__(self):
         kind = "synthetic signals" if self.synthetic else "utterances"
@@ -62,9 +70,12 @@ class Report:
         if self.torch_wer is not None:
             lines.append(f"word error rate: {self.torch_wer:.2f} % PyTorch, {self.onnx_wer:.2f} % ONNX")
         lines.append(f"size: {self.size / 2**20:.2f} MiB")
+        what, part = f"{SPEED_SECONDS} s of audio", 1000
+        if self.chunk_seconds is not None:
+            what, part = f"a chunk of {self.chunk_seconds:.2f} s", 1000 * self.chunk_seconds / SPEED_SECONDS
         lines.append(
-            f"time for {SPEED_SECONDS} s of audio: {1000 * self.torch_seconds:.1f} ms PyTorch, "
-            f"{1000 * self.onnx_seconds:.1f} ms ONNX, ratio {self.torch_seconds / self.onnx_seconds:.2f}"
+            f"time for {what}: {part * self.torch_seconds:.1f} ms PyTorch, "
+            f"{part * self.onnx_seconds:.1f} ms ONNX, ratio {self.torch_seconds / self.onnx_seconds:.2f}"
         )
         return "\n".join(lines)
 
@@ -106,12 +117,25 @@ def check(path, encoder, head, tokens, blank, audio=()):
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def theirs(wav):
-        out = encoder.encode(wav.unsqueeze(0))[0]
+    about = session.get_modelmeta().custom_metadata_map
+    config = None
+    if about.get("mode") == "streaming":
+        left = int(about["left_context"])
+        config = DynChunkTrainConfig(int(about["chunk_size"]), None if left == -1 else left)
+
+    def log_probs(out):
         return (out if head is encoder.head else head(out)).log_softmax(dim=-1)[0].numpy()
 
+    def theirs(wav):
+        return log_probs(encoder.encode(wav.unsqueeze(0), dynchunktrain_config=config)[0])
+
+    def their_stream(wav):
+        context = encoder.make_streaming_context(config)
+        pieces, last = wav.unsqueeze(0).split(int(about["chunk_step"]), 1), len(wav) // int(about["chunk_step"])
+        return [log_probs(encoder.encode_streaming(piece, context, i == last)[0]) for i, piece in enumerate(pieces)]
+
     def ours(*wavs):
-        return run(session, wavs)
+        return run(session, wavs) if config is None else run_stream(session, wavs)
 
     files = _files(audio)
     references, difference, samples = [], 0.0, 0
@@ -121,9 +145,14 @@ def check(path, encoder, head, tokens, blank, audio=()):
         wavs = [load_audio(file) for file, _ in batch] if files else _synthetic()
         references += [reference for _, reference in batch]
         expected = [theirs(wav) for wav in wavs]
-        for found in ([ours(wav)[0] for wav in wavs], ours(*wavs)):
-            difference = max(difference, *map(_difference, expected, found))
-        for wav, one, other in zip(wavs, expected, found, strict=True):
+        alone = [ours(wav)[0] for wav in wavs]
+        together = wavs
+        if config is not None:  # streams in step end together
+            together = [torch.nn.functional.pad(wav, (0, max(map(len, wavs)) - len(wav))) for wav in wavs]
+        expected_together = expected if config is None else [theirs(wav) for wav in together]
+        for wanted, found in ((expected, alone), (expected_together, ours(*together))):
+            difference = max(difference, *map(_difference, wanted, found))
+        for wav, one, other in zip(wavs, expected, alone, strict=True):
             samples += len(wav)
             decoded = [greedy(log_probs, blank) for log_probs in (one, other)]
             total += len(decoded[0])
@@ -131,7 +160,8 @@ def check(path, encoder, head, tokens, blank, audio=()):
             for kind, ids in zip(texts, decoded, strict=True):
                 kind.append(written(ids, tokens))
     speed_signal = _synthetic((SPEED_SECONDS,))[0]
-    times = alternating_medians(lambda: theirs(speed_signal), lambda: ours(speed_signal), SPEED_REPETITIONS)
+    timed = theirs if config is None else their_stream
+    times = alternating_medians(lambda: timed(speed_signal), lambda: ours(speed_signal), SPEED_REPETITIONS)
     scored = bool(references) and None not in references
     return Report(
         utterances=len(texts[0]),
@@ -144,6 +174,7 @@ def check(path, encoder, head, tokens, blank, audio=()):
         size=Path(path).stat().st_size,
         torch_seconds=times[0],
         onnx_seconds=times[1],
+        chunk_seconds=None if config is None else int(about["chunk_step"]) / SAMPLE_RATE,
     )
 
 
@@ -153,6 +184,26 @@ def run(session, wavs):
     waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # never to be heard
     log_probs, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
     return [one[:count] for one, count in zip(log_probs, frames, strict=True)]
+
+
+def run_stream(session, wavs):
+    """Log-probabilities (T, V) of several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
+    about = session.get_modelmeta().custom_metadata_map
+    n_fft, hop, step = (int(about[key]) for key in ("n_fft", "hop_length", "chunk_step"))
+    waveform = np.pad(torch.stack(list(wavs)).numpy(), ((0, 0), (n_fft // 2, n_fft // 2)))
+    windows = len(wavs[0]) // hop * hop + n_fft  # samples that have some
+    states, chunks = json.loads(about["state"]), []
+    given = {
+        state["input"]: np.zeros([len(wavs) if size == "batch" else size for size in state["shape"]], state["type"])
+        for state in states
+    }
+    outputs = ["log_probs", *(state["output"] for state in states)]
+    for start in range(0, windows - n_fft + 1, step):
+        chunk = waveform[:, start : min(start + int(about["chunk_samples"]), windows)]
+        log_probs, *following = session.run(outputs, {"waveform": chunk} | given)
+        given = {state["input"]: tensor for state, tensor in zip(states, following, strict=True)}
+        chunks.append(log_probs)
+    return list(np.concatenate(chunks, 1))
 
 
 def greedy(log_probs, blank):

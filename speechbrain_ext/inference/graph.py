@@ -79,7 +79,11 @@ class Features(nn.Module):
 
     def log_mel(self, waveform):
         """Mel bins (B, 1 + N // hop, F) of samples (B, N) in dB."""
-        framed = F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)).unfold(1, self.n_fft, self.hop_length) * self.window
+        return self.log_mel_of_windows(F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)))
+
+    def log_mel_of_windows(self, waveform):
+        """Mel bins (B, 1 + (N - n_fft) // hop, F) in dB of the windows that lie in samples (B, N)."""
+        framed = waveform.unfold(1, self.n_fft, self.hop_length) * self.window
         batch, steps, _ = framed.shape
         rows = self.inner.shape[0]  # P; n = p * Q + q
         x = framed.unflatten(2, (rows, self.n_fft // rows)).transpose(2, 3) @ self.inner  # (B, T, Q, 2R)
@@ -174,6 +178,7 @@ class FullContext(nn.Module):
     """
 
     mode = "full"
+    metadata = {}
     input_names = ("waveform", "lengths")
     output_names = ("log_probs", "frames")
     dynamic_shapes = ({0: "batch", 1: "samples"}, {0: "batch"})

@@ -26,8 +26,8 @@ class AttentionState:
 
     left_frames: int | None
     """How many frames to keep; None = all."""
-    frames: int = 0
-    """How many there have been."""
+    frames: int | torch.Tensor = 0
+    """How many there have been; in a graph a tensor. There a limited cache always has ``left_frames`` frames, at first zeros."""
     keys: torch.Tensor | None = None
     """(B, heads, M, head size), rotated where positions are rotary."""
     values: torch.Tensor | None = None
@@ -145,6 +145,9 @@ class SelfAttention(nn.Module):
         blocked = None
         if self.causal:
             blocked = x.new_ones(frames, cached + frames, dtype=torch.bool).triu(cached + 1)[None, None]
+        if cached and state.left_frames is not None and isinstance(state.frames, torch.Tensor):
+            empty = torch.arange(cached + frames, device=x.device)[None, None, None] < state.left_frames - state.frames
+            blocked = empty if blocked is None else blocked | empty
         return self._table(frames, cached, state.frames, x), blocked
 
     def stream(self, x, state: AttentionState, shared):
@@ -165,7 +168,7 @@ class SelfAttention(nn.Module):
             (B, C, D).
         """
         query, key, value = self._project(x, shared[0])
-        state.frames += x.shape[1]
+        state.frames = state.frames + x.shape[1]
         if state.keys is not None:
             key, value = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
         drop = 0 if state.left_frames is None else max(0, key.shape[2] - state.left_frames)
@@ -247,18 +250,22 @@ class RelativeSelfAttention(SelfAttention):
         queries, keys = query.shape[2], key.shape[2]
         query_v, query_u = (query + self.bias_v) * self.scale, query + self.bias_u
 
-        def attend(start, end):
-            bias = _relative_shift(query_v[:, :, start:end] @ positions[..., queries - end : queries - start + keys], keys)
+        def attend(query_u, query_v, positions, blocked):
+            bias = _relative_shift(query_v @ positions, keys)
             if blocked is not None:
-                rows = blocked if blocked.shape[2] == 1 else blocked[:, :, start:end]
-                bias = bias.masked_fill(rows, _lowest(bias.dtype))
-            return self._sdpa(query_u[:, :, start:end], key, value, bias)
+                bias = bias.masked_fill(blocked, _lowest(bias.dtype))
+            return self._sdpa(query_u, key, value, bias)
 
         # A traced graph has one shape of loop, so that in export and compilation all queries are one block.
-        if torch.compiler.is_compiling():
-            return attend(0, queries)
-        starts = range(0, queries, QUERY_BLOCK)
-        return torch.cat([attend(start, min(start + QUERY_BLOCK, queries)) for start in starts], dim=1)
+        if torch.compiler.is_compiling() or queries <= QUERY_BLOCK:
+            return attend(query_u, query_v, positions, blocked)
+        blocks = []
+        for start in range(0, queries, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, queries)
+            rows = blocked if blocked is None or blocked.shape[2] == 1 else blocked[:, :, start:end]
+            seen = positions[..., queries - end : queries - start + keys]
+            blocks.append(attend(query_u[:, :, start:end], query_v[:, :, start:end], seen, rows))
+        return torch.cat(blocks, dim=1)
 
 
 def _relative_shift(scores, keys: int):
@@ -267,8 +274,10 @@ def _relative_shift(scores, keys: int):
     Row i has to start Q-1-i further right, which reading the scores flat, in rows one shorter, gives: a view, nothing is copied.
     """
     queries, width = scores.shape[-2:]
-    flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (width - 1)]
-    return flat.unflatten(-1, (queries, width - 1))[..., :keys]
+    flat = scores.flatten(-2)[..., queries - 1 : -1]
+    rows = flat.unflatten(-1, (queries, width - 1))
+    # Where both lengths are free, the exporter does not find the length of a slice.
+    return F.pad(rows, (0, 1 - queries)) if torch.compiler.is_exporting() else rows[..., :keys]
 
 
 class RotarySelfAttention(SelfAttention):
@@ -309,7 +318,7 @@ class RotarySelfAttention(SelfAttention):
 
     def _table(self, frames, cached, before, x):
         """Cosines and signed sines, (2, frames, head size)."""
-        positions = torch.arange(before, before + frames, dtype=torch.float64, device=x.device)
+        positions = before + torch.arange(frames, dtype=torch.float64, device=x.device)
         sine, cosine = sinusoids(positions, x.shape[2] // self.nhead).to(x.dtype).unflatten(1, (-1, 2)).unbind(2)
         return torch.stack((torch.cat((cosine, cosine), dim=1), torch.cat((-sine, sine), dim=1)))
 

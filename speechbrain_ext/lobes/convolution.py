@@ -144,6 +144,8 @@ class DepthwiseModule(nn.Module):
 
     def _convolve_few(self, x):
         """The same for the frames of a chunk, as a product and a sum where the call of a convolution costs more than its work."""
+        if torch.compiler.is_exporting():  # a graph for any batch cannot ask how many products there are
+            return self._convolve(x)
         windows = x.unfold(1, self.depthwise.weight.shape[2], 1).transpose(2, 3)  # (B, C, K, D)
         if x.device.type != "cpu" or windows.numel() > SMALL:
             return self._convolve(x)

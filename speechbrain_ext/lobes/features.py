@@ -105,8 +105,8 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     frames = feats.shape[1]
     valid = ~padding_mask(absolute_lengths(lens, frames), frames)
     feats, valid = _chunked(feats, chunk), _chunked(valid.unsqueeze(-1), chunk)
-    moments = _moments(feats, valid, 2).cumsum(2)
-    return _standardized(normalize, feats, moments.unsqueeze(3)).flatten(1, 2)[:, :frames]
+    moments = moments_of(feats, valid, 2).cumsum(2)
+    return standardized(normalize, feats, moments.unsqueeze(3)).flatten(1, 2)[:, :frames]
 
 
 class SentenceNormalization(InputNormalization):
@@ -230,9 +230,9 @@ class FeatureStream:
         feats = feats.maximum((self._peak - self._top_db)[:, None, None])
         if not self._grows:
             return self._normalize(feats, torch.ones(len(feats), device=feats.device))
-        moments = _moments(feats, torch.ones_like(feats[..., :1], dtype=torch.bool), 1)
+        moments = moments_of(feats, torch.ones_like(feats[..., :1], dtype=torch.bool), 1)
         self._moments = moments if self._moments is None else self._moments + moments
-        return _standardized(self._normalize, feats, self._moments.unsqueeze(2))
+        return standardized(self._normalize, feats, self._moments.unsqueeze(2))
 
 
 def _without_clipping(compute_features):
@@ -258,13 +258,13 @@ def _chunked(x, chunk, fill=0):
     return F.pad(x, (0, 0, 0, -x.shape[1] % chunk), value=fill).unflatten(1, (-1, chunk))
 
 
-def _moments(feats, valid, dim):
+def moments_of(feats, valid, dim):
     """Number, sum and sum of squares of the valid frames (..., F), one behind the other: (3, ..., F), float64."""
     feats = feats.double().masked_fill(~valid, 0.0)
-    return torch.stack((valid.sum(dim).expand_as(feats.select(dim, 0)), feats.sum(dim), feats.square().sum(dim)))
+    return torch.stack((valid.sum(dim).double().expand_as(feats.select(dim, 0)), feats.sum(dim), feats.square().sum(dim)))
 
 
-def _prior(normalize, moments):
+def prior_of(normalize, moments):
     """What statistics begin with."""
     frames = getattr(normalize, "prior_frames", 0)
     if not frames or not normalize.count:
@@ -274,9 +274,9 @@ def _prior(normalize, moments):
     return prior.view(3, *[1] * (moments.dim() - 2), -1)
 
 
-def _standardized(normalize, feats, moments):
+def standardized(normalize, feats, moments):
     """As SpeechBrain normalises a sentence, with the given moments."""
-    count, total, squares = moments + _prior(normalize, moments)
+    count, total, squares = moments + prior_of(normalize, moments)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt() if normalize.std_norm else torch.ones_like(mean)
     return ((feats - mean) / std.clamp(min=normalize.epsilon)).to(feats.dtype)

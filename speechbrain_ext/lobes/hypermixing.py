@@ -77,7 +77,7 @@ class _Generators(nn.Module):
 class HyperMixingState(ChunkSums):
     """What one layer remembers between chunks: sums of (heads, B, e, e + 1)."""
 
-    frames: int = 0
+    frames: int | torch.Tensor = 0
 
 
 class HyperMixing(nn.Module):
@@ -262,7 +262,7 @@ class HyperMixing(nn.Module):
         torch.Tensor
             (C, D).
         """
-        return sinusoids(torch.arange(state.frames, state.frames + x.shape[1], device=x.device), x.shape[2])
+        return sinusoids(state.frames + torch.arange(x.shape[1], device=x.device), x.shape[2])
 
     def stream(self, x, state: HyperMixingState, shared):
         """Mix one chunk and update the state.
@@ -284,7 +284,7 @@ class HyperMixing(nn.Module):
         values, first, second = self._generate(x, shared)
         with full_precision(x):  # sums over time leave the range and the resolution of half types
             y = self._mix_tokens(state.add(_chunk_sum(values, first)), second)
-        state.frames += x.shape[1]
+        state.frames = state.frames + x.shape[1]
         return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
 
     def _generate(self, x, table):

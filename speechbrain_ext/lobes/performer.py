@@ -287,7 +287,7 @@ class PerformerAttention(nn.Module):
             query, key = self.features(query, key)
             now = key.transpose(-1, -2) @ value
             if self.causal:
-                y = query @ state.before(now) + _attend_in_blocks(query, key, value, None, True)
+                y = query @ state.before(now) + self._attend_to_past(query, key, value)
             else:
                 y = query @ state.add(now)
         return self._finish(y, x.dtype, None)
@@ -297,12 +297,25 @@ class PerformerAttention(nn.Module):
         query, key, value = self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, F.pad(at_least_float32(value), (0, 1), value=1.0)
 
+    def _attend_to_past(self, query, key, value):
+        """Of a chunk alone."""
+        if not torch.compiler.is_exporting():
+            return _attend_in_blocks(query, key, value, None, True)
+        # Blocks in a graph for any length would be filled with zeros: in one for chunks they cost more than they save.
+        position = torch.arange(query.shape[2], device=query.device)
+        return _attend_inside(query, key, value, position > position.unsqueeze(1))
+
     def _finish(self, y, dtype, mask):
         """From numerators and denominators (B, heads, T, e + 1) to the output (B, T, D)."""
         # A frame that sees nothing but padding has neither; nor has one whose keys all lie beyond float32.
         total = y[..., -1:]
         y = y[..., :-1] / total.masked_fill(total < 1e-30, float("inf"))
         return self.dropout(self.out(y.transpose(1, 2).flatten(2).to(dtype), mask))
+
+
+def _attend_inside(query, key, value, blocked):
+    """All weights multiplied out, those of blocked keys left out."""
+    return (query @ key.transpose(-1, -2)).masked_fill(blocked, 0.0) @ value
 
 
 def _attend_in_blocks(query, key, value, config, causal):
@@ -338,7 +351,7 @@ def _attend_in_blocks(query, key, value, config, causal):
         return position > position.unsqueeze(1) if causal else chunk > chunk.unsqueeze(1), chunk <= chunk.unsqueeze(1)
 
     if count == 1 and not alone and not rest:  # all that is seen lies inside
-        return (query @ key.transpose(-1, -2)).masked_fill(inside()[0], 0.0) @ value
+        return _attend_inside(query, key, value, inside()[0])
 
     def cut(tensor, shift=0):
         """(B, H, T, n) to (B H blocks, block, n)."""

@@ -78,7 +78,7 @@ class _Subsampling(nn.Module):
         x : torch.Tensor
             (B, C, F) features; C divides by 4, but for the last chunk.
         before : torch.Tensor, optional
-            (B, 4, F) from the last call, None before the first chunk.
+            (B, 4, F) from the last call; None or (B, 0, F) before the first chunk.
 
         Returns
         -------
@@ -86,8 +86,14 @@ class _Subsampling(nn.Module):
             (B, ceil(C / 4), ``output_size``), and what the next call needs.
         """
         # The first frame of four more is wrong, as it misses its left neighbours, and the only wrong one.
+        wrong = 0 if before is None else before.shape[1] // self.factor
         y, _ = self(x) if before is None else self(torch.cat((before, x), 1))
-        return y if before is None else y[:, 1:], x[:, -self.factor :]
+        if torch.compiler.is_exporting():
+            # Slices whose ends depend on two lengths have no length for the exporter. Nothing comes behind a chunk of fewer than
+            # four frames that would ask for the zeros.
+            valid = torch.arange((x.shape[1] - 1) // self.factor + 1, device=x.device)
+            return y[:, wrong + valid], F.pad(x, (0, 0, self.factor, 0))[:, x.shape[1] :]
+        return y[:, wrong:], x[:, -self.factor :]
 
     def _run(self, stage, x, frames):
         return stage(x)
