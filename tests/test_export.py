@@ -125,9 +125,9 @@ def test_every_encoder_streams_with_its_state_outside(encoder_case, encoder, lef
     streams_are_the_same(InPyTorch(Streaming(speech, speech.head, config)), speech, config)
 
 
-# Those with unlimited left context have caches that grow: of all frames, at half the rate, or not at all.
-UNLIMITED = ("conformer", "squeezeformer", "practical_conformer")
-STREAMS = [*((name, 2) for name in list_encoders()), *((name, None) for name in UNLIMITED)]
+# Exporting takes long: so each of ours once, with caches that grow (of all frames, and at half the rate) or are limited.
+UNLIMITED = ("conformer", "squeezeformer")
+STREAMS = [(name, None if name in UNLIMITED else 2) for name in list_encoders() if not name.startswith("test_")]
 
 
 @pytest.mark.parametrize("name, left", STREAMS)
@@ -356,7 +356,7 @@ def test_metadata_of_streams_say_what_to_feed(exported_stream):
     states = json.loads(about["state"])
     assert [value.name for value in proto.graph.input] == ["waveform", *(state["input"] for state in states)]
     assert [value.name for value in proto.graph.output] == ["log_probs", *(state["output"] for state in states)]
-    assert states[2] == {
+    assert states[1] == {
         "input": "subsampling.left",
         "output": "next.subsampling.left",
         "shape": ["batch", 0, 80],
@@ -389,10 +389,9 @@ def test_the_example_needs_no_torch_and_writes_the_same_text(name, exported_stre
     assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_int8_keeps_the_front_end_in_float32(streaming, exported):
+def test_int8_keeps_the_front_end_in_float32(exported):
     folder, _ = exported
-    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0, streaming=streaming)
+    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0)
     assert 0 < report.max_difference
     graph = onnx.load(folder / "int8.onnx").graph
     types = {weight.name: weight.data_type for weight in graph.initializer}

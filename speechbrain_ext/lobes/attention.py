@@ -274,7 +274,7 @@ def _relative_shift(scores, keys: int):
     Row i has to start Q-1-i further right, which reading the scores flat, in rows one shorter, gives: a view, nothing is copied.
     """
     queries, width = scores.shape[-2:]
-    flat = scores.flatten(-2)[..., queries - 1 : -1]
+    flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (width - 1)]
     rows = flat.unflatten(-1, (queries, width - 1))
     # Where both lengths are free, the exporter does not find the length of a slice.
     return F.pad(rows, (0, 1 - queries)) if torch.compiler.is_exporting() else rows[..., :keys]
