@@ -382,13 +382,15 @@ class SpeechEncoder(nn.Module):
         x = self.transformer.encode(x, lens, dynchunktrain_config=dynchunktrain_config)
         return x if self.head is None else self.head(x), lens
 
-    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig):
+    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig, encoder_kwargs: dict | None = None):
         """The context of a new stream of waveforms.
 
         Arguments
         ---------
         dynchunktrain_config : DynChunkTrainConfig
             Chunk size in encoder frames and left context in chunks (None = all).
+        encoder_kwargs : dict, optional
+            For the encoder's ``make_streaming_context``.
 
         Returns
         -------
@@ -399,7 +401,7 @@ class SpeechEncoder(nn.Module):
         ValueError
             If the chunk setting is impossible, or the features cannot be had chunk by chunk.
         """
-        encoder = self.transformer.make_streaming_context(dynchunktrain_config)
+        encoder = self.transformer.make_streaming_context(dynchunktrain_config, encoder_kwargs or {})
         features = FeatureStream(self.compute_features, self.normalize, self._feature_chunk(dynchunktrain_config))
         return SpeechStreamingContext(features, encoder)
 

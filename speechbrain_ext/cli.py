@@ -171,6 +171,7 @@ def _transcribe(model, files, outputs, streaming, progress):
 
     from speechbrain_ext.inference.audio import SAMPLE_RATE, AudioError, count_samples
     from speechbrain_ext.inference.long_audio import transcribe_long
+    from speechbrain_ext.inference.segments import split_at_pauses
 
     def report(file, error):
         message = error if isinstance(error, AudioError) else f"{file} cannot be transcribed: {error}"
@@ -223,7 +224,7 @@ def _transcribe(model, files, outputs, streaming, progress):
         batch = batches.pop()
         try:
             for file, segment in zip(batch, _segments(model, [wavs[file] for file in batch]), strict=True):
-                keep(file, [] if segment is None else [segment])
+                keep(file, [] if segment is None else split_at_pauses(segment))
         except RuntimeError as error:  # such as too little memory: the files one by one, before any is given up
             if len(batch) > 1:
                 batches += [[file] for file in batch]

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -182,6 +183,49 @@ def test_segments_do_not_depend_on_the_pieces_and_can_be_resumed(model, keys):
         assert said(rest) == said(segments[index + 1 :])
 
 
+def mute(model):
+    """A model that never says anything."""
+    with torch.no_grad():
+        model.ctc_head.w.bias[model.blank] += 1e3
+    return model
+
+
+@pytest.mark.parametrize("endpoint, longest", [(30, 30), (0.8, 0.5), (100, 1), (0.04, 0.08)])
+def test_silence_ends(model, endpoint, longest):
+    recognizer = StreamingRecognizer(mute(model), endpoint=endpoint, longest=longest)
+    for _ in range(35):
+        assert recognizer.accept(torch.zeros(16_000)) == []
+        assert recognizer._audio.shape[1] <= 16_000 * (max(endpoint, longest) + 3)
+    assert recognizer.finish() == []
+
+
+def test_what_is_stable_stays_where_the_encoder_starts_anew(model):
+    recognizer, shown, final = StreamingRecognizer(model, 4, -1, endpoint=30, longest=1.5), "", ""
+    ends = 0
+    for piece in speech(320_000).split(1000):
+        ended = recognizer.accept(piece)
+        ends += len(ended)
+        final += "".join(f"{segment.text} " for segment in ended)
+        now = final + recognizer.stable_text
+        assert now.startswith(shown.strip())
+        shown = now
+    assert ends > 5 and (final + " ".join(segment.text for segment in recognizer.finish())).startswith(shown.strip())
+    assert recognizer._audio.shape[1] < 16_000 * 4
+
+
+def test_other_frame_rates_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    path = tmp_path / "model" / "hyperparams.yaml"
+    path.write_text(path.read_text().replace("lobes.features.Fbank\n", "lobes.features.Fbank\n  hop_length: 20\n"))
+    with pytest.raises(ValueError, match="a frame every 80 ms; only 40 ms"):
+        load_model(tmp_path / "model", "cpu")
+
+
+def test_tiny_pieces_are_put_together(model):
+    wav = speech(20_000)
+    assert said(recognize(model, wav, (3,))) == said(recognize(model, wav, (20_000,)))
+
+
 def test_bad_samples_are_refused_and_nothing_is_taken_in(model):
     recognizer = StreamingRecognizer(model)
     for wav, message in ((torch.zeros(2, 100), "one channel"), (torch.tensor([0.0, torch.nan]), "NaN")):
@@ -269,8 +313,11 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
             assert again.read_text() == once.read_text()
     texts = [[json.loads(line)["text"] for line in (tmp_path / name / "talk.jsonl").open()] for name in ("once", "again")]
     assert texts[0] == texts[1] and len(texts[0]) > 5
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["talk.jsonl", "talk.srt", "talk.vtt"]
-    # Another model's beginnings are not continued
+    names = sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert names == [".talk.jsonl.from", "talk.jsonl", "talk.srt", "talk.vtt"]
+    # Of another model, what is finished is refused, and what has begun is not continued
+    with pytest.raises(ValueError, match="talk.jsonl is of other audio, another model or other settings"):
+        SegmentFile(tmp_path / "once", long_file, settings | {"model": "another"})
     run(tmp_path / "other", stop=5)
     assert SegmentFile(tmp_path / "other", long_file, settings | {"model": "another"}).segments == []
 

@@ -119,6 +119,8 @@ def test_what_does_not_stream_says_so():
     for name, value, message in (
         ("normalize", InputNormalization(norm_type="batch"), "batch does not stream"),
         ("compute_features", Fbank(n_mels=80, deltas=True), "without deltas"),
+        ("compute_features", Fbank(n_mels=80, n_fft=401), "n_fft 401"),
+        ("compute_features", Fbank(n_mels=80, hop_length=30), "hops of 480 samples"),
         ("compute_features", MFCC(deltas=False, context=False), "MFCC features do not stream"),
     ):
         kept = getattr(encoder, name)

@@ -115,10 +115,13 @@ class CascadedEncoder(nn.Module):
     @property
     def chunk_multiple(self) -> int:
         """What a chunk length must divide by in the stages that ``answer`` needs, in frames."""
-        return math.lcm(*(stage.chunk_multiple for stage in self._stages()))
+        return self._chunk_multiple(self.answer)
 
-    def _stages(self):
-        return [self.first, self.second][: 1 + PASSES.index(self.answer)]
+    def _chunk_multiple(self, answer):
+        return math.lcm(*(stage.chunk_multiple for stage in self._stages(answer)))
+
+    def _stages(self, answer):
+        return [self.first, self.second][: 1 + PASSES.index(answer)]
 
     @property
     def answer(self) -> str:
@@ -127,9 +130,7 @@ class CascadedEncoder(nn.Module):
 
     @answer.setter
     def answer(self, answer: str):
-        if answer not in PASSES:
-            raise ValueError(f"answer is '{answer}'; give first or second.")
-        self._answer = answer
+        self._answer = _check_answer(answer)
 
     def forward(
         self,
@@ -191,13 +192,15 @@ class CascadedEncoder(nn.Module):
         x, _ = self.second(self.adapter(frames), src_key_padding_mask=mask, dynchunktrain_config=config)
         return zero_padding(self.output(x), mask)
 
-    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig) -> StreamingContext:
+    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig, answer: str | None = None) -> StreamingContext:
         """The context of a new stream, of the stages that ``answer`` needs.
 
         Arguments
         ---------
         dynchunktrain_config : DynChunkTrainConfig
             Chunk size in frames and left context in chunks (None = all).
+        answer : str, optional
+            "first" or "second", for this stream; by default the encoder's.
 
         Returns
         -------
@@ -208,8 +211,9 @@ class CascadedEncoder(nn.Module):
         ValueError
             If the chunk setting is impossible.
         """
-        check_chunks(dynchunktrain_config, self.chunk_multiple)
-        contexts = [stage.make_streaming_context(dynchunktrain_config) for stage in self._stages()]
+        answer = self.answer if answer is None else _check_answer(answer)
+        check_chunks(dynchunktrain_config, self._chunk_multiple(answer))
+        contexts = [stage.make_streaming_context(dynchunktrain_config) for stage in self._stages(answer)]
         return StreamingContext(dynchunktrain_config, contexts)
 
     def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
@@ -253,6 +257,12 @@ class CascadedEncoder(nn.Module):
         self.first.fuse_()
         self.second.fuse_()
         return self
+
+
+def _check_answer(answer):
+    if answer not in PASSES:
+        raise ValueError(f"answer is '{answer}'; give first or second.")
+    return answer
 
 
 def _build(stage, asked, usual):

@@ -126,7 +126,8 @@ class SegmentFile:
     """Segments of one audio file as JSON lines, with subtitles when all are there.
 
     While it is written, ``NAME.jsonl.partial`` holds what is done; a later run with the same audio, model and settings goes on
-    there, and has in the end what one run would have written. A finished file is left as it is.
+    there, and has in the end what one run would have written. A finished file is left as it is; ``.NAME.jsonl.from`` says of what
+    it was made.
 
     Arguments
     ---------
@@ -142,18 +143,25 @@ class SegmentFile:
     OSError
         If the folder cannot be written to.
     ValueError
-        If the finished file holds no segments, and so is not one of ours.
+        If the finished file was made of something else, or is damaged.
     """
 
     def __init__(self, folder, path, settings):
         self._final = Path(folder) / f"{Path(path).stem}.jsonl"
         self._partial = self._final.with_name(self._final.name + ".partial")
         self._final.parent.mkdir(parents=True, exist_ok=True)
-        self._header = json.dumps({"audio": os.path.abspath(path), "bytes": os.path.getsize(path), **settings})
+        self._made_of = self._final.with_name(f".{self._final.name}.from")
+        file = os.stat(path)
+        self._header = json.dumps({"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns, **settings})
         self.segments = []
         """All that are known."""
         self.finished = self._final.exists()
         if self.finished:
+            if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
+                raise ValueError(
+                    f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
+                )
+            self._partial.unlink(missing_ok=True)
             lines = self._final.read_bytes().decode("utf-8", "replace").rstrip("\n")
             lines = lines.split("\n") if lines else []
             self.segments = _parse(lines)
@@ -167,8 +175,6 @@ class SegmentFile:
             header, *lines = text.split("\n")[:-1] or [""]  # whole lines only
             if header == self._header:
                 self.segments = _parse(lines)
-                while self.segments and self.segments[-1].resume is None:
-                    self.segments.pop()
         text = "".join(f"{line}\n" for line in (self._header, *map(_line, self.segments)))
         _write(self._partial, text)
 
@@ -192,6 +198,7 @@ class SegmentFile:
         """Write the subtitles, and give the file its name."""
         for style in ("srt", "vtt"):
             _write(self._final.with_suffix(f".{style}"), subtitles(self.segments, style))
+        _write(self._made_of, self._header)
         _write(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
         self._partial.unlink()
 

@@ -28,7 +28,7 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.hparams import needed_keys
 from speechbrain_ext.inference.audio import SAMPLE_RATE, load_audio, sample_flaw
 from speechbrain_ext.inference.model_card import model_card
-from speechbrain_ext.inference.segments import align, group_words, make_segment
+from speechbrain_ext.inference.segments import FRAME_SECONDS, align, group_words, make_segment
 from speechbrain_ext.inference.trust import check_hparams
 from speechbrain_ext.inference.weights import WEIGHTS, save_weights
 from speechbrain_ext.lobes.masks import absolute_lengths
@@ -364,6 +364,12 @@ def _check_answer(source, model, log_probs):
     rate, tokens = getattr(model.hparams, "sample_rate", SAMPLE_RATE), model.tokenizer.vocab_size()
     if rate != SAMPLE_RATE:
         raise ValueError(f"The model {source} hears {rate} samples per second; only models of {SAMPLE_RATE} are supported.")
+    encoder = model.mods.encoder
+    step = encoder.subsampling.factor * encoder.compute_features.compute_STFT.hop_length / SAMPLE_RATE
+    if step != FRAME_SECONDS:
+        raise ValueError(
+            f"The model {source} has a frame every {1000 * step:g} ms; only {1000 * FRAME_SECONDS:g} ms are supported."
+        )
     if model.ctc_head is not model.hparams.ctc_lin:
         raise ValueError(f"The model {source} has no CTC head, as the last of its asr_model is not ctc_lin; train it with one.")
     if log_probs.shape[1] != tokens:

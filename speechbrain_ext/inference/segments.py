@@ -35,7 +35,7 @@ class Segment:
     confidence: float
     words: tuple = ()
     resume: float | None = None
-    """Seconds from which recognition may start anew, and go on as if it had not stopped; None where it may not."""
+    """Seconds from which recognition may start anew, and go on as if it had not stopped; None where nobody needs to know."""
 
 
 def collapse(best, blank=0, previous=None):
@@ -191,7 +191,7 @@ class Segmenter:
     search : callable, optional
         From the frames (T, D) of a segment to its tokens and their log-probabilities (T, V), in place of greedy search.
     restarts : bool
-        Whether the encoder starts anew behind each pause: what comes after it in the same piece is left out then, and
+        Whether the encoder starts anew behind each segment: what comes after it in the same piece is left out then, and
         ``restart`` says so.
     start : int
         Frames before the first piece.
@@ -264,15 +264,30 @@ class Segmenter:
             self._frames.append(frames)
         ended = []
         while (cut := self._next_cut()) is not None:
-            end, pause = cut
-            ended += self._cut(end, pause or not self._restarts)
-            if pause and self._restarts:
-                self.drop()
+            end, spoken = cut
+            ended += self._cut(end)
+            if spoken and self._restarts:
+                self._drop()
                 break
         return ended
 
-    def drop(self):
-        """Forget what has come since the last segment, for an encoder that starts anew at ``start``."""
+    def skip_silence(self):
+        """Forget a silence but for its end, for an encoder that starts anew at ``start``.
+
+        Returns
+        -------
+        bool
+            Whether there was anything to forget.
+        """
+        silence = len(self._best) - self.margin
+        if silence < 1:
+            return False
+        self._cut(silence)
+        self._drop()
+        return True
+
+    def _drop(self):
+        """Forget what has come since the last segment: an encoder that starts anew at ``start`` hears it again."""
         self._best, self._log_probs, self._frames, self._previous = [], [], [], None
         self.restart = True
 
@@ -284,10 +299,10 @@ class Segmenter:
         list of Segment
             One or none.
         """
-        return self._cut(len(self._best), True)
+        return self._cut(len(self._best))
 
     def _next_cut(self):
-        """The frame before which to end the segment, and whether a pause ends it; or None."""
+        """The frame before which to cut, and whether anything has been said before it; or None."""
         frames = [frame for frame, token in enumerate(self._best) if token != self._blank]
         if not frames:
             # Nothing has been said: what is kept is what a search may need before the first word.
@@ -299,15 +314,18 @@ class Segmenter:
                 return end, True
         if len(self._best) < limit:
             return None
-        # The longest pause before a word, in the second half; without any, here.
+        # The longest pause before a word, in the second half, or the last one; without any, here.
         half, pauses, tokens = (frames[0] + limit) // 2, [], self.tokens
         for (_, before), (token, frame) in zip(tokens, tokens[1:], strict=False):
             if half < frame < limit and self._tokenizer.id_to_piece(token).startswith("▁"):
                 silence = self._best[before:frame].count(self._blank)
                 pauses.append((silence, frame - silence // 2))
-        return (max(pauses)[1] if pauses else limit), False
+        if not pauses:
+            return limit, True
+        # Where the encoder starts anew, only a word that may have got longer is heard again: what was stable stays.
+        return (pauses[-1] if self._restarts else max(pauses))[1], True
 
-    def _cut(self, end, resumable):
+    def _cut(self, end):
         """End the segment before a frame."""
         tokens = [(token, frame) for token, frame in self.tokens if frame < end]
         log_probs = torch.cat(self._log_probs) if self._log_probs else None
@@ -322,12 +340,51 @@ class Segmenter:
         if end > 0:
             self._previous = self._best[end - 1]
         self.start += end
-        if segment is not None and resumable:
+        if segment is not None:
             segment = replace(segment, resume=round(FRAME_SECONDS * self.start, 3))
         self._best = self._best[end:]
         self._log_probs = [log_probs[end:].clone()] if self._best else []  # a view would keep what went before
         self._frames = [frames[end:].clone()] if frames is not None and self._best else []
         return [] if segment is None else [segment]
+
+
+def split_at_pauses(segment, pause=0.8):
+    """Segments between the pauses of one with words.
+
+    Arguments
+    ---------
+    segment : Segment
+        Any.
+    pause : float
+        Seconds without a word that end a segment.
+
+    Returns
+    -------
+    list of Segment
+
+    Example
+    -------
+    >>> words = (Word("GO", 0.0, 0.5, 0.8), Word("ON", 1.5, 2.0, 0.9))
+    >>> [(part.start, part.end, part.text) for part in split_at_pauses(Segment(0.0, 2.0, "GO ON", 0.85, words))]
+    [(0.0, 0.5, 'GO'), (1.5, 2.0, 'ON')]
+    """
+    groups = []
+    for word in segment.words:
+        if not groups or word.start - groups[-1][-1].end >= pause:
+            groups.append([])
+        groups[-1].append(word)
+    if len(groups) < 2:
+        return [segment]
+    return [
+        Segment(
+            words[0].start,
+            words[-1].end,
+            " ".join(word.text for word in words),
+            round(math.exp(sum(math.log(max(word.confidence, 1e-9)) for word in words) / len(words)), 4),
+            tuple(words),
+        )
+        for words in groups
+    ]
 
 
 def subtitles(segments, style):

@@ -14,19 +14,21 @@ CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models that say nothing of it."""
 LEFT_CONTEXT = 16
 """Their left context in chunks, 10 s."""
-LARGEST_CHUNK = 90_000
-"""An hour, which nobody waits for."""
+LARGEST_CHUNK = 1500
+"""A minute, which nobody waits for."""
 SAMPLES = round(16000 * FRAME_SECONDS)
 """Per encoder frame."""
+PIECE = 160
+"""Samples that are worth a look: smaller pieces are put together first."""
 
 
 class StreamingRecognizer:
     """Waveforms in, in pieces of any size; out, words as soon as they are heard.
 
-    Words come from greedy CTC search, which never takes them back. A pause ends a segment, and the encoder starts anew behind
-    it: neither its state nor its statistics grow with the stream. Until then, frames are those that ``forward`` gives for the
-    whole waveform under the same chunk setting. Of a cascade that answers with its second pass, the first pass streams, and the
-    second one has the last word about each segment when it has ended.
+    Words come from greedy CTC search, which never takes them back. A pause ends a segment, or its length does, and the encoder
+    starts anew behind it: neither its state nor its statistics grow with the stream. Until then, frames are those that
+    ``forward`` gives for the whole waveform under the same chunk setting. Of a cascade that answers with its second pass, the
+    first pass streams, and the second one has the last word about each segment when it has ended.
 
     Arguments
     ---------
@@ -40,8 +42,7 @@ class StreamingRecognizer:
     endpoint : float
         Seconds of silence that end a segment.
     longest : float
-        Seconds after which a segment without such a pause ends at the longest one in it.
-
+        Seconds after which a segment without such a pause ends before its last word.
     start : float
         Seconds before the first sample, as times count them; a multiple of 0.04.
 
@@ -78,6 +79,7 @@ class StreamingRecognizer:
             model.tokenizer, model.blank, endpoint, longest, search, restarts=True, start=round(start / FRAME_SECONDS)
         )
         self._patience = round(longest / FRAME_SECONDS)
+        self._small, self._small_samples = [], 0
         self._audio, self._audio_start = torch.zeros(1, 0, device=model.device), self._segmenter.start
         self._context = self._new_context()
 
@@ -129,7 +131,9 @@ class StreamingRecognizer:
         wav = wav.float()
         if flaw := sample_flaw(wav):
             raise ValueError(f"There are {flaw}; nothing was taken in.")
-        return self._run(wav.to(self._model.device).unsqueeze(0), False)
+        self._small.append(wav.to(self._model.device).unsqueeze(0))
+        self._small_samples += len(wav)
+        return self._run(False) if self._small_samples >= PIECE else []
 
     @torch.inference_mode()
     def finish(self):
@@ -140,34 +144,36 @@ class StreamingRecognizer:
         list of Segment
             Those that were still to come.
         """
-        return self._run(self._audio[:, :0], True) + self._segmenter.finish()
+        return self._run(True) + self._segmenter.finish()
 
-    def _run(self, wav, last):
-        self._audio, segments = torch.cat((self._audio, wav), 1), []
+    def _run(self, last):
+        wav, segments = torch.cat((self._audio[:, :0], *self._small), 1), []
+        self._small, self._small_samples = [], 0
+        self._audio = torch.cat((self._audio, wav), 1)
         # Chunk by chunk, so that a pause is seen where it is however large the pieces are.
         pieces = deque(wav.split(SAMPLES * self._config.chunk_size, 1))
         while pieces:
             piece = pieces.popleft()
             segments += self._step(piece, last and not pieces)
-            self._audio = self._audio[:, SAMPLES * (self._segmenter.start - self._audio_start) :]
-            self._audio_start = self._segmenter.start
+            self._trim()
             if not self._spoken and self._frames >= self._patience:
-                self._segmenter.drop()
+                self._segmenter.skip_silence()
+                self._trim()
             if self._segmenter.restart:
                 self._segmenter.restart = False
                 self._context = self._new_context()
                 pieces = deque(self._audio.split(SAMPLES * self._config.chunk_size, 1))
         return segments
 
+    def _trim(self):
+        """Keep the audio from the segmenter's start on, of what will be heard again where the encoder starts anew."""
+        self._audio = self._audio[:, SAMPLES * (self._segmenter.start - self._audio_start) :]
+        self._audio_start = self._segmenter.start
+
     def _new_context(self):
         self._frames, self._spoken = 0, False
-        if self._cascade is None:
-            return self._encoder.make_streaming_context(self._config)
-        self._cascade.answer = "first"
-        try:
-            return self._encoder.make_streaming_context(self._config)
-        finally:
-            self._cascade.answer = "second"
+        keys = {} if self._cascade is None else {"answer": "first"}
+        return self._encoder.make_streaming_context(self._config, keys)
 
     def _step(self, wav, last):
         logits, frames = self._encoder.encode_streaming(wav, self._context, last)

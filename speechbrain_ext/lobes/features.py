@@ -239,7 +239,12 @@ def _without_clipping(compute_features):
     """A copy that clips nothing, and by how much the original does, in dB."""
     if not isinstance(compute_features, Fbank) or compute_features.deltas or compute_features.context:
         raise ValueError(f"{type(compute_features).__name__} features do not stream; give Fbank without deltas and context.")
-    if not compute_features.compute_STFT.center:
+    stft = compute_features.compute_STFT
+    if stft.n_fft % 2 or stft.hop_length > stft.n_fft:
+        raise ValueError(
+            f"Features with n_fft {stft.n_fft} and hops of {stft.hop_length} samples do not stream; give an even n_fft, no less."
+        )
+    if not stft.center:
         raise ValueError("Features whose STFT is not centred do not stream; leave center at True.")
     unclipped = copy.deepcopy(compute_features)
     unclipped.compute_fbanks.top_db = torch.inf

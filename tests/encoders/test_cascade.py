@@ -199,3 +199,12 @@ def test_an_unknown_answer_leaves_the_old_one():
     with pytest.raises(ValueError, match="answer is 'third'"):
         encoder.answer = "third"
     assert encoder.answer == "second"
+
+
+def test_a_stream_of_the_first_pass_leaves_the_encoder_as_it_is():
+    """Streams of one model may begin in several threads."""
+    encoder = build_encoder("cascade", d_model=16, nhead=2, num_layers=3, d_ffn=32, second="squeezeformer").eval()
+    context = encoder.make_streaming_context(DynChunkTrainConfig(3), answer="first")  # no multiple of the Squeezeformer's 2
+    assert encoder.answer == "second" and len(context.layers) == 1
+    with pytest.raises(ValueError, match="answer is 'third'"):
+        encoder.make_streaming_context(DynChunkTrainConfig(4), answer="third")
