@@ -70,7 +70,7 @@ def call(capsys, model, monkeypatch, tmp_path):
             assert "usage:" in err or said[0].endswith("."), said
         if output and (tmp_path / "out").exists():  # what is there is whole
             names = sorted(path.name for path in (tmp_path / "out").iterdir())
-            assert len(names) == (3 if status == 0 else 0) and not any(name.endswith(("partial", "tmp")) for name in names), names
+            assert len(names) == (4 if status == 0 else 0) and not any(name.endswith(("partial", "tmp")) for name in names), names
         return status, out, said[0] if said else ""
 
     return run
@@ -292,7 +292,7 @@ def test_a_line_stays_a_line_whatever_the_name(name, call, tmp_path):
         ("--chunk-size", "0", "chunk size is 0"),
         ("--chunk-size", "-1", "chunk size is -1"),
         ("--chunk-size", "1000000", "chunk size is 1000000"),
-        ("--chunk-size", str(10**20), "give at most 90000"),
+        ("--chunk-size", str(10**20), "give at most 1500"),
         ("--chunk-size", "1.5", ""),
         ("--left-context", "-2", "left context is -2"),
         ("--endpoint", "nan", "endpoint is nan"),
@@ -365,7 +365,12 @@ def test_an_output_folder_is_made_and_bad_files_leave_nothing_in_it(call, tmp_pa
     (tmp_path / "b.wav").write_text("no audio")
     command = ["transcribe", "model", *(str(tmp_path / f"{name}.wav") for name in "abc")]
     assert cli.main([*command, "--output", str(tmp_path / "new/nested folder/ü")]) == 1
-    assert sorted(path.name for path in (tmp_path / "new/nested folder/ü").iterdir()) == ["a.jsonl", "a.srt", "a.vtt"]
+    assert sorted(path.name for path in (tmp_path / "new/nested folder/ü").iterdir()) == [
+        ".a.jsonl.from",
+        "a.jsonl",
+        "a.srt",
+        "a.vtt",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"rubbish\n", b"[]\n", b'{"a": 1}\n', b"\xff", b'{"start": 0, "end": 1}'])
