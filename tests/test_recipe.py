@@ -20,6 +20,7 @@ from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "hparams").glob("*.yaml"))
+CONFORMER = ROOT / "hparams" / "conformer.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def ctc_run(corpus, tmp_path_factory):
     """A CTC-only run in bfloat16 with two transcripts' worth of tokens fewer than asked for."""
     folder = tmp_path_factory.mktemp("ctc")
     keys = {**SMALL, "num_decoder_layers": 0, "vocab_size": 1000, "precision": "bf16"}
-    run = train(folder, SHIPPED[0], "--data_folder", corpus, "--device=cpu", *arguments(**keys))
+    run = train(folder, CONFORMER, "--data_folder", corpus, "--device=cpu", *arguments(**keys))
     return folder, run
 
 
@@ -92,7 +93,7 @@ def test_a_small_corpus_reduces_the_vocabulary_with_a_warning(ctc_run):
 )
 def test_a_folder_of_another_run_is_refused(changed, ctc_run, corpus):
     keys = {**SMALL, "num_decoder_layers": 0, "vocab_size": 1000, "precision": "bf16", **changed}
-    run = train(ctc_run[0], SHIPPED[0], "--data_folder", corpus, "--device=cpu", *arguments(**keys))
+    run = train(ctc_run[0], CONFORMER, "--data_folder", corpus, "--device=cpu", *arguments(**keys))
     (key,) = changed
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert f"holds a run with {key} " in run.stderr
@@ -101,7 +102,7 @@ def test_a_folder_of_another_run_is_refused(changed, ctc_run, corpus):
 def test_a_mistyped_data_folder_leaves_no_run_behind(corpus, tmp_path):
     keys = {**SMALL, "num_decoder_layers": 0}
     for folder, status in (("/no/such", 1), (corpus, 0)):
-        run = train(tmp_path, SHIPPED[0], "--data_folder", folder, "--device=cpu", *arguments(**keys))
+        run = train(tmp_path, CONFORMER, "--data_folder", folder, "--device=cpu", *arguments(**keys))
         assert run.returncode == status, run.stdout + run.stderr
 
 
@@ -113,7 +114,7 @@ def test_the_last_lines_say_where_all_is(ctc_run):
 
 
 def test_without_a_data_folder_it_says_first_that_it_runs_on_the_mini_corpus(tmp_path):
-    run = train(tmp_path, SHIPPED[0], "--test_only", "--device", "cpu")
+    run = train(tmp_path, CONFORMER, "--test_only", "--device", "cpu")
     assert run.stdout.startswith("No data_folder: this runs on the embedded mini corpus")
     assert run.returncode == 1 and "train first" in run.stderr and "Traceback" not in run.stderr
 
@@ -199,10 +200,10 @@ def test_two_processes(name, corpus, tmp_path):
     "argv, status, message",
     [
         (["gone.yaml"], 2, "There is no hparams file"),
-        ([SHIPPED[0], "--data_folder", "/no/such"], 1, "The data folder '/no/such' is no folder"),
-        ([SHIPPED[0], "--data_folder", "/no/such", "--numer_of_epochs", "3"], 2, "did you mean 'number_of_epochs'?"),
-        ([SHIPPED[0], "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
-        ([SHIPPED[0], "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
+        ([CONFORMER, "--data_folder", "/no/such"], 1, "The data folder '/no/such' is no folder"),
+        ([CONFORMER, "--data_folder", "/no/such", "--numer_of_epochs", "3"], 2, "did you mean 'number_of_epochs'?"),
+        ([CONFORMER, "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
+        ([CONFORMER, "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
         ([ROOT / "recipes/LibriSpeech/hparams/ctc_attention.yaml", "--data_folder", "x"], 2, "PLACEHOLDER"),
         ([], 2, "usage"),
     ],
@@ -216,19 +217,19 @@ def test_mistakes_end_in_one_sentence(argv, status, message, tmp_path):
 @pytest.mark.parametrize("argv, message", [(["--precision", "fp16"], "not yet supported on CPU"), (["--device", "cuda:9"], "")])
 def test_what_the_machine_cannot_do_ends_in_one_sentence(argv, message, corpus, tmp_path):
     keys = {"device": "cpu", **SMALL, **{argv[0][2:]: argv[1]}}
-    run = train(tmp_path, SHIPPED[0], "--data_folder", corpus, *arguments(**keys))
+    run = train(tmp_path, CONFORMER, "--data_folder", corpus, *arguments(**keys))
     assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stdout + run.stderr
 
 
 def test_a_loss_that_is_not_finite_names_the_utterances(corpus, tmp_path):
     keys = {**SMALL, "nonfinite_patience": 0, "ctc_weight": ".nan"}
-    run = train(tmp_path, SHIPPED[0], "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
+    run = train(tmp_path, CONFORMER, "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "The loss is nan" in run.stderr and "1-1-0003" in run.stderr
 
 
 def test_debug_mode_leaves_results_alone(corpus, tmp_path):
-    run = train(tmp_path, SHIPPED[0], "--data_folder", corpus, "--device", "cpu", "--debug", *arguments(**SMALL))
+    run = train(tmp_path, CONFORMER, "--data_folder", corpus, "--device", "cpu", "--debug", *arguments(**SMALL))
     assert run.returncode == 0, run.stdout + run.stderr
     assert not (tmp_path / "results" / "results.csv").exists()
     assert list((tmp_path / "results").glob("*/7775_debug/pretrained"))
