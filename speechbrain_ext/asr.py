@@ -10,6 +10,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.lobes.attention import ATTENTIONS
+from speechbrain_ext.lobes.decoder_cache import DecoderCache
 from speechbrain_ext.lobes.features import FeatureStream, extract_features, normalize_features
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys
@@ -22,7 +23,8 @@ class TransformerASR(SpeechBrainTransformerASR):
 
     A drop-in for ``speechbrain.lobes.models.transformer.TransformerASR.TransformerASR`` in a recipe's YAML. What differs:
     ``encoder_module`` is a registered name; the answer does not depend on the padding of the batch; the encoder has no length
-    limit; ``forward`` takes a chunk setting; ``causal=None`` means not causal.
+    limit; ``forward`` takes a chunk setting; ``causal=None`` means not causal; ``decode_step`` decodes token by token, for
+    :mod:`speechbrain_ext.inference.searchers`.
 
     Arguments
     ---------
@@ -240,6 +242,63 @@ class TransformerASR(SpeechBrainTransformerASR):
         """
         return self._decode(tgt, encoder_out, enc_len)
 
+    @torch.no_grad()
+    def make_decoder_cache(self, encoder_out, enc_len=None, beam_size=1):
+        """What :meth:`decode_step` needs: a search that decodes each token once, where :meth:`decode` takes whole prefixes.
+
+        Arguments
+        ---------
+        encoder_out : torch.Tensor
+            (B, T, D), once per utterance.
+        enc_len : torch.Tensor, optional
+            (B,) numbers of valid encoder frames.
+        beam_size : int
+            Number of hypotheses K per utterance.
+
+        Returns
+        -------
+        DecoderCache
+        """
+        return DecoderCache(self.decoder, encoder_out, self._memory_mask(encoder_out, enc_len), beam_size)
+
+    @torch.no_grad()
+    def decode_step(self, tokens, cache):
+        """The last position of what :meth:`decode` gives for prefixes that end with ``tokens``.
+
+        Arguments
+        ---------
+        tokens : torch.Tensor
+            (B * K,) the next token of each hypothesis.
+        cache : DecoderCache
+            From :meth:`make_decoder_cache`; updated in place. ``cache.reorder(index)`` goes on with other hypotheses.
+
+        Returns
+        -------
+        tuple
+            Decoder output (B * K, D), and the last layer's attention on the encoder frames (B * K, T).
+
+        Raises
+        ------
+        ValueError
+            If there have been ``max_length`` tokens.
+
+        Example
+        -------
+        >>> net = TransformerASR(tgt_vocab=30, input_size=8, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=2,
+        ...     d_ffn=64, encoder_module="conformer").eval()
+        >>> encoder_out, prefix = torch.rand(2, 20, 32), torch.randint(30, (2, 5))
+        >>> cache = net.make_decoder_cache(encoder_out)
+        >>> for tokens in prefix.unbind(1):
+        ...     out, attention = net.decode_step(tokens, cache)
+        >>> torch.allclose(out, net.decode(prefix, encoder_out)[0][:, -1], atol=1e-5)
+        True
+        """
+        table = self.positional_encoding_decoder.pe[0]
+        if cache.length == len(table):
+            raise ValueError(f"A hypothesis has {cache.length} tokens; build TransformerASR with a larger max_length.")
+        embedded = self.custom_tgt_module(tokens)
+        return cache.step(embedded + table[cache.length].to(embedded.dtype))
+
     def encode_streaming(self, src, context):
         """Encode one chunk.
 
@@ -271,19 +330,23 @@ class TransformerASR(SpeechBrainTransformerASR):
 
     def _decode(self, tgt, encoder_out, lengths, tgt_padding=None):
         """Decoder output, and the last layer's attention on the encoder frames."""
-        memory_mask = None
-        if lengths is not None:
-            memory_mask = padding_mask(lengths, encoder_out.shape[1])
-            memory_mask[:, 0] = False  # an utterance of no frames attends to a zero, not to nothing, which would be NaN
         embedded = self.custom_tgt_module(tgt)
         out, _, attention = self.decoder(
             tgt=embedded + self.positional_encoding_decoder(embedded).to(embedded.dtype),
             memory=encoder_out,
             tgt_mask=get_lookahead_mask(tgt).bool(),  # -inf = blocked = True, the type of the padding masks
             tgt_key_padding_mask=tgt_padding,
-            memory_key_padding_mask=memory_mask,
+            memory_key_padding_mask=self._memory_mask(encoder_out, lengths),
         )
         return out, attention[-1]
+
+    @staticmethod
+    def _memory_mask(encoder_out, lengths):
+        if lengths is None:
+            return None
+        mask = padding_mask(lengths, encoder_out.shape[1])
+        mask[:, 0] = False  # an utterance of no frames attends to a zero, not to nothing, which would be NaN
+        return mask
 
 
 class SpeechEncoder(nn.Module):

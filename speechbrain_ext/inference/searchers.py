@@ -1,0 +1,77 @@
+"""SpeechBrain's searchers for Transformers, with a decoder that decodes each token once.
+
+Same constructors, hypotheses and scores. What scorers are given as attention is (B * K, T), that of the newest token, as from
+SpeechBrain's RNN searchers; SpeechBrain's Transformer searchers give that of the whole prefix again, (B * K, U, T).
+"""
+
+from speechbrain.decoders import seq2seq
+
+
+class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
+    """SpeechBrain's beam search for Transformers with keys and values kept: the same answer, many times sooner.
+
+    Arguments
+    ---------
+    modules, temperature, **kwargs
+        As in ``speechbrain.decoders.S2STransformerBeamSearcher``; the first of the modules is a
+        :class:`speechbrain_ext.asr.TransformerASR`.
+
+    Example
+    -------
+    >>> import torch
+    >>> from speechbrain.decoders.scorer import ScorerBuilder
+    >>> from speechbrain.nnet.linear import Linear
+    >>> from speechbrain_ext.asr import TransformerASR
+    >>> from speechbrain_ext.inference.ctc_prefix import CTCScorer
+    >>> net = TransformerASR(30, 8, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1, d_ffn=64).eval()
+    >>> seq_lin, ctc_lin = Linear(input_size=32, n_neurons=30), Linear(input_size=32, n_neurons=30)
+    >>> scorer = ScorerBuilder(partial_scorers=[CTCScorer(ctc_lin, blank_index=0, eos_index=2)], weights={"ctc": 0.4})
+    >>> search = S2STransformerBeamSearcher([net, seq_lin], bos_index=1, eos_index=2, min_decode_ratio=0.0,
+    ...     max_decode_ratio=0.5, beam_size=4, scorer=scorer)
+    >>> tokens, lengths, scores, log_probs = search(torch.rand(3, 20, 32), torch.tensor([1.0, 0.5, 0.9]))
+    >>> len(tokens)
+    3
+    """
+
+    def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
+        """Log-probabilities (B * K, V) of the tokens that follow ``inp_tokens`` (B * K,), the cache, and the attention."""
+        if memory is None:
+            each = self.beam_size  # SpeechBrain repeats the frames of an utterance for each of its hypotheses
+            memory = self.model.make_decoder_cache(enc_states[::each], enc_lens[::each], each)
+        out, attention = self.model.decode_step(inp_tokens, memory)
+        return self.softmax(self.fc(out) / self.temperature), memory, attention
+
+    def permute_mem(self, memory, index):
+        """The cache of the hypotheses ``index`` (B * K,)."""
+        memory.reorder(index)
+        return memory
+
+
+class S2STransformerGreedySearcher(seq2seq.S2STransformerGreedySearcher):
+    """SpeechBrain's greedy search for Transformers with keys and values kept.
+
+    Arguments
+    ---------
+    modules, temperature, **kwargs
+        As in ``speechbrain.decoders.seq2seq.S2STransformerGreedySearcher``; the first of the modules is a
+        :class:`speechbrain_ext.asr.TransformerASR`.
+
+    Example
+    -------
+    >>> import torch
+    >>> from speechbrain.nnet.linear import Linear
+    >>> from speechbrain_ext.asr import TransformerASR
+    >>> net = TransformerASR(30, 8, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1, d_ffn=64).eval()
+    >>> search = S2STransformerGreedySearcher([net, Linear(input_size=32, n_neurons=30)], bos_index=1, eos_index=2,
+    ...     min_decode_ratio=0.0, max_decode_ratio=0.5)
+    >>> tokens, lengths, scores, log_probs = search(torch.rand(3, 20, 32), torch.tensor([1.0, 0.5, 0.9]))
+    >>> len(tokens)
+    3
+    """
+
+    def forward_step(self, inp_tokens, memory, enc_states, enc_lens, attention_mask=None):
+        """Logits (B, V) of the tokens that follow ``inp_tokens`` (B,), the cache, and the attention."""
+        if memory is None:
+            memory = self.model.make_decoder_cache(enc_states, enc_lens)
+        out, attention = self.model.decode_step(inp_tokens, memory)
+        return self.fc(out), memory, attention

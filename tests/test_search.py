@@ -1,0 +1,230 @@
+"""The searchers and the CTC scorer give what SpeechBrain's give, and remember nothing of it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from speechbrain.decoders import scorer as theirs_scorer
+from speechbrain.decoders import seq2seq as theirs
+from speechbrain.decoders.ctc import CTCPrefixScore
+from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
+from speechbrain.nnet.linear import Linear
+
+from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.inference import ctc_prefix
+from speechbrain_ext.inference import searchers as ours
+from speechbrain_ext.inference.ctc_prefix import PrefixScores
+from speechbrain_ext.lobes.decoder_cache import DecoderCache
+
+VOCAB, FRAMES = 40, 40
+LENGTHS = torch.tensor([1.0, 0.5, 0.71])
+
+
+def model(normalize_before=True):
+    """A TransformerASR with heads that prefer some tokens to others, now and then eos and blank."""
+    torch.manual_seed(0)
+    net = TransformerASR(VOCAB, 8, 32, 4, 1, 2, 64, normalize_before=normalize_before).eval()
+    for parameter in net.decoder.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    seq_lin, ctc_lin = (Linear(input_size=32, n_neurons=VOCAB) for _ in range(2))
+    for head, token in ((seq_lin, 2), (ctc_lin, 0)):
+        head.w.weight.data.mul_(3)
+        head.w.bias.data[token] = 3
+    return net.requires_grad_(False), seq_lin.requires_grad_(False), ctc_lin.requires_grad_(False)
+
+
+def scorers(kind, module, ctc_lin):
+    """A ScorerBuilder with the CTCScorer of a module."""
+    ctc = module.CTCScorer(ctc_lin, blank_index=0, eos_index=2)
+    torch.manual_seed(1)
+    if kind == "none":
+        return None
+    if kind == "partial":
+        return theirs_scorer.ScorerBuilder({"ctc": 0.4}, partial_scorers=[ctc])
+    if kind == "coverage and partial":
+        coverage = theirs_scorer.CoverageScorer(VOCAB)
+        return theirs_scorer.ScorerBuilder({"coverage": 0.2, "ctc": 0.3}, [coverage], [ctc])
+    if kind == "language model":
+        lm = TransformerLM(VOCAB, d_model=32, nhead=2, num_encoder_layers=1, d_ffn=32).eval()
+        lm = theirs_scorer.TransformerLMScorer(lm)
+        return theirs_scorer.ScorerBuilder({"transformerlm": 0.5, "ctc": 0.3}, [lm, ctc])
+    if kind == "length":
+        return theirs_scorer.ScorerBuilder({"length": 0.5, "ctc": 0.3}, [theirs_scorer.LengthScorer(VOCAB), ctc])
+    return theirs_scorer.ScorerBuilder({"ctc": 1.0 if kind == "only" else 0.4}, full_scorers=[ctc])
+
+
+def beam_searches(kind="none", normalize_before=True, **keys):
+    """SpeechBrain's search and ours."""
+    net, seq_lin, ctc_lin = model(normalize_before)
+    beam = keys.get("beam_size", 5)
+    defaults = {"beam_size": beam, "min_decode_ratio": 0.0, "max_decode_ratio": 0.4, "return_topk": True, "topk": beam}
+    keys = {"modules": [net, seq_lin], "bos_index": 1, "eos_index": 2, **defaults, **keys}
+    return [
+        searchers.S2STransformerBeamSearcher(**keys, scorer=scorers(kind, module, ctc_lin))
+        for searchers, module in ((theirs, theirs_scorer), (ours, ctc_prefix))
+    ]
+
+
+def assert_same(expected, answer):
+    """Tokens and lengths to the last, scores and log-probabilities to 1e-4."""
+    (tokens, lengths, *expected), (our_tokens, our_lengths, *answer) = expected, answer
+    assert torch.equal(tokens, our_tokens) if torch.is_tensor(tokens) else tokens == our_tokens
+    assert torch.equal(lengths, our_lengths)
+    for theirs_, mine in zip(expected, answer, strict=True):
+        torch.testing.assert_close(mine, theirs_, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalize_before", [True, False], ids=["pre-LN", "post-LN"])
+@pytest.mark.parametrize("kind", ["none", "partial", "full", "only", "coverage and partial", "language model"])
+def test_beam_search(kind, normalize_before):
+    """All hypotheses of the beam, those that end early included."""
+    searches = beam_searches(kind, normalize_before)
+    enc = torch.randn(3, FRAMES, 32)
+    assert_same(*(search(enc, LENGTHS) for search in searches))
+    assert_same(*(search(enc[:1, :17], torch.ones(1)) for search in searches))  # nothing remains of the search before
+
+
+@pytest.mark.parametrize(
+    "kind, keys",
+    [
+        ("partial", {"beam_size": 1}),
+        ("partial", {"beam_size": 10, "temperature": 1.15, "topk": 3}),
+        ("partial", {"return_topk": False}),
+        ("none", {"temperature": 0.7, "using_eos_threshold": False}),
+        ("full", {"min_decode_ratio": 0.2, "max_decode_ratio": 0.3, "using_eos_threshold": False}),
+        ("full", {"eos_threshold": 1.0, "length_normalization": False}),
+        ("length", {"length_normalization": False}),
+        ("none", {"max_decode_ratio": 1.0, "min_decode_ratio": 0.9}),  # more steps than the first room of the cache
+    ],
+)
+def test_settings(kind, keys):
+    searches = beam_searches(kind, **keys)
+    torch.manual_seed(3)  # no ties among hypotheses: rounding would choose
+    enc = torch.randn(2, FRAMES, 32)
+    assert_same(*(search(enc, torch.tensor([0.6, 1.0])) for search in searches))
+
+
+@pytest.mark.parametrize("normalize_before", [True, False], ids=["pre-LN", "post-LN"])
+def test_greedy_search(normalize_before):
+    net, seq_lin, _ = model(normalize_before)
+    seq_lin.w.bias.data[2] = 0
+    keys = {"modules": [net, seq_lin], "bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0}
+    enc = torch.randn(3, FRAMES, 32)
+    expected, answer = (module.S2STransformerGreedySearcher(**keys)(enc, LENGTHS) for module in (theirs, ours))
+    assert_same(expected, answer)
+
+
+def test_decoder_steps():
+    """Outputs and attention of each position, while hypotheses change places, at random and before any step again."""
+    net, *_ = model()
+    enc, lengths = torch.randn(2, FRAMES, 32), torch.tensor([FRAMES, 9])
+    cache = net.make_decoder_cache(enc, lengths, beam_size=3)
+    prefix = torch.empty(6, 0, dtype=torch.long)
+    for _ in range(40):
+        tokens = torch.randint(3, VOCAB, (6,))
+        prefix = torch.cat([prefix, tokens.unsqueeze(1)], 1)
+        out, attention = net.decode_step(tokens, cache)
+        expected, expected_attention = net.decode(prefix, enc.repeat_interleave(3, 0), lengths.repeat_interleave(3))
+        torch.testing.assert_close(out, expected[:, -1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(attention, expected_attention[:, -1], atol=1e-5, rtol=0)
+        for _ in range(torch.randint(3, ()).item()):
+            index = torch.randint(3, (6,)) + torch.tensor([0, 0, 0, 3, 3, 3])
+            prefix = prefix[index]
+            cache.reorder(index)
+
+
+def test_the_last_position_of_the_decoder():
+    net = TransformerASR(VOCAB, 8, 32, 4, 1, 1, 64, max_length=2).eval()
+    cache = net.make_decoder_cache(torch.randn(1, 5, 32))
+    for _ in range(2):
+        net.decode_step(torch.tensor([1]), cache)
+    with pytest.raises(ValueError, match="2 tokens.*max_length"):
+        net.decode_step(torch.tensor([1]), cache)
+
+
+def steps(prefix_scores, log_probs, lengths, beam, prefix, candidates):
+    """Scores of SpeechBrain's or our class, step by step along given prefixes (B * K, U), in float64 where SpeechBrain can."""
+    vocab = log_probs.shape[-1]
+    state, out = None, []
+    for step, tokens in enumerate(prefix.unbind(1)):
+        chosen = None if candidates is None else candidates[:, step]
+        if isinstance(prefix_scores, PrefixScores):
+            scores = prefix_scores.score(tokens, chosen)
+        else:
+            scores, state = prefix_scores.forward_step(tokens, state, chosen)
+        out.append(scores.double())
+        if step + 1 < prefix.shape[1]:
+            index = torch.arange(beam).repeat(len(lengths), 1) * vocab + prefix[:, step + 1].view(len(lengths), beam)
+            if isinstance(prefix_scores, PrefixScores):
+                prefix_scores.extend(index)
+            else:
+                state = prefix_scores.permute_mem(state, index)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["full", "partial"])
+@pytest.mark.parametrize(
+    "kind, frames, sharpness", [("flat", 60, 0.1), ("peaked", 60, 12.0), ("impossible", 60, 2.0), ("40 s", 1000, 5.0)]
+)
+def test_prefix_scores(kind, frames, sharpness, partial):
+    """Against SpeechBrain's loops in float64, which lose nothing: repeated tokens, -inf and -1e20 among the log-probabilities."""
+    torch.manual_seed(0)
+    batch, beam, vocab, length = 3, 2, 12, 20 if frames < 100 else 10
+    log_probs = (sharpness * torch.randn(batch, frames, vocab)).log_softmax(-1)
+    if kind == "impossible":
+        log_probs[:, 5:25, 7] = -torch.inf
+        log_probs[:, :50, 8] = -1e20
+        log_probs[1, :, 9] = -torch.inf
+    lengths = torch.tensor([frames, frames // 2, 3])
+    prefix = torch.randint(3, vocab, (batch * beam, length))
+    prefix[:, 0] = 1
+    prefix[:, 6] = prefix[:, 7] = prefix[:, 8]
+    candidates = None
+    if partial:  # what comes next is always among them
+        candidates = torch.stack([torch.randperm(vocab - 1)[:7] + 1 for _ in range(batch * beam * length)])
+        candidates = candidates.view(batch * beam, length, 7)
+        following = prefix.roll(-1, 1)
+        candidates[..., 0] = torch.where((candidates == following.unsqueeze(2)).any(2), candidates[..., 0], following)
+    torch.set_default_dtype(torch.float64)  # of SpeechBrain's own tensors
+    try:
+        expected = CTCPrefixScore(log_probs.double(), lengths, 0, 2)
+        expected = steps(expected, log_probs, lengths, beam, prefix, candidates)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    answer = steps(PrefixScores(log_probs, lengths, 0, 2), log_probs, lengths, beam, prefix, candidates)
+    possible = expected > -1e4
+    assert possible.any() and (answer[~possible] < -1e4).all()
+    torch.testing.assert_close(answer[possible], expected[possible], atol=1e-4, rtol=1e-7)  # float32 holds as much
+
+
+def test_a_window_is_refused():
+    with pytest.raises(ValueError, match="ctc_window_size is 10"):
+        ctc_prefix.CTCScorer(torch.nn.Linear(2, 5), 0, 2, ctc_window_size=10)
+
+
+def test_an_utterance_of_no_frames_beside_others():
+    enc = torch.randn(2, FRAMES, 32)
+    enc[1] = 0.0
+    expected, answer = (search(enc, torch.tensor([1.0, 0.001])) for search in beam_searches("partial", return_topk=False))
+    assert answer[2].isfinite().all()
+    assert_same(expected, answer)
+
+
+def test_nothing_is_kept_after_a_search(monkeypatch):
+    kept = []
+    for cls in (DecoderCache, PrefixScores):
+        init = cls.__init__
+
+        def remember(self, *args, init=init):
+            kept.append(weakref.ref(self))
+            init(self, *args)
+
+        monkeypatch.setattr(cls, "__init__", remember)
+    search = beam_searches("partial")[1]
+    state = {name: value.clone() for name, value in search.state_dict().items()}
+    search(torch.randn(1, FRAMES, 32), torch.ones(1))
+    gc.collect()
+    assert len(kept) == 2 and not any(reference() for reference in kept)
+    assert search.state_dict().keys() == state.keys()
+    assert not [value for value in vars(search.scorer.partial_scorers["ctc"]).values() if torch.is_tensor(value)]
