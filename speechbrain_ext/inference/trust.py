@@ -13,8 +13,9 @@ from io import StringIO
 import ruamel.yaml
 from hyperpyyaml import resolve_references
 
-# What write_pretrained writes for the hparams files here. Constructors and functions that take numbers, names of encoders and
-# one another, and open no file that the arguments could name, apart from the tokenizer, which only parses it.
+# What write_pretrained writes for the hparams files here, or wrote before (SpeechBrain's own searcher). Constructors and
+# functions that take numbers, names of encoders and one another, and open no file that the arguments could name, apart from the
+# tokenizer, which only parses it.
 _TAGS = {
     "!apply:speechbrain_ext.encoders.practical_conformer.named_size",
     "!apply:speechbrain_ext.encoders.squeezeformer.published_size",
@@ -32,6 +33,8 @@ _TAGS = {
     "!new:speechbrain_ext.lobes.features.SentenceNormalization",
     "!new:speechbrain_ext.asr.SpeechEncoder",
     "!new:speechbrain_ext.asr.TransformerASR",
+    "!new:speechbrain_ext.inference.ctc_prefix.CTCScorer",
+    "!new:speechbrain_ext.inference.searchers.S2STransformerBeamSearcher",
     "!new:speechbrain_ext.inference.weights.SafetensorsPretrainer",
     "!new:speechbrain_ext.lobes.subsampling.ConvolutionSubsampling",
     "!new:speechbrain_ext.lobes.subsampling.DepthwiseSubsampling",
