@@ -1,0 +1,139 @@
+"""Speed of the searches: greedy CTC, CTC beam, and the joint CTC/attention search with SpeechBrain's classes and with those here.
+
+    python benchmarks/search.py [--threads N] [--rounds N] [--seconds 5 15 30] [--output benchmarks/results/search.csv]
+
+Heads and decoder have the sizes of ``hparams/hyperconformer.yaml`` (d_model 144, 4 decoder layers, about 5000 tokens) and random
+weights, the searches the settings of the recipe with a beam of 10. No encoder runs: its frames are made so that the CTC head
+hears four tokens a second, with blanks in between and some doubt, and the joint searches end where it hears the end. Times are
+medians of alternating runs; RTFx is seconds of audio per second of search. Both joint searches must give the same tokens, and
+scores that differ by 1e-4 at most.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import torch
+from measure import medians, write_csv
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from speechbrain.decoders import S2STransformerBeamSearcher
+from speechbrain.decoders.ctc import ctc_greedy_decode
+from speechbrain.decoders.scorer import CTCScorer, ScorerBuilder
+from speechbrain.nnet.linear import Linear
+
+from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.inference import ctc_prefix, searchers
+from speechbrain_ext.inference.ctc_beam import CtcBeamSearch
+
+FIELDS = ("search", "beam", "seconds", "threads", "tokens", "ms", "rtfx", "times_speechbrain")
+FRAMES_PER_SECOND, TOKENS_PER_SECOND, BEAM = 25, 4, 10
+BLANK, BOS, EOS, SPECIAL = 0, 1, 2, 4
+
+
+def make_tokenizer(vocab=5000):
+    """Pieces of random words; searches need their number and where words begin."""
+    letters = torch.randint(26, (20000, 8)) + ord("A")
+    sentences = (" ".join("".join(map(chr, word)) for word in words) for words in letters.view(-1, 10, 8).tolist())
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab,
+        hard_vocab_limit=False,
+        pad_id=BLANK,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def make_frames(ctc_lin, seconds):
+    """Encoder frames (1, T, D) whose CTC logits are highest at random tokens, about four a second, and at blank elsewhere."""
+    frames = FRAMES_PER_SECOND * seconds
+    heard = torch.full((frames,), BLANK)
+    at = torch.randperm(frames)[: TOKENS_PER_SECOND * seconds]
+    heard[at] = torch.randint(SPECIAL, len(ctc_lin.w.weight), (len(at),))
+    rows = ctc_lin.w.weight[heard]
+    # 12 above the other tokens, on average, for the one that is heard
+    return (12 * rows / rows.square().sum(-1, keepdim=True) + 0.5 * torch.randn_like(rows)).unsqueeze(0)
+
+
+def joint_search(net, seq_lin, ctc_lin, searcher, ctc_scorer):
+    """The search of the recipe."""
+    return searcher(
+        modules=[net, seq_lin],
+        bos_index=BOS,
+        eos_index=EOS,
+        min_decode_ratio=0.0,
+        max_decode_ratio=1.2 * TOKENS_PER_SECOND / FRAMES_PER_SECOND,  # random weights might not end
+        beam_size=BEAM,
+        temperature=1.15,
+        using_eos_threshold=False,
+        length_normalization=True,
+        scorer=ScorerBuilder({"ctc": 0.4}, partial_scorers=[ctc_scorer(ctc_lin, BLANK, EOS)]),
+    )
+
+
+def compare(seconds, rounds, tokenizer, parts):
+    """Rows of the table for one length."""
+    net, seq_lin, ctc_lin = parts
+    enc, whole = make_frames(ctc_lin, seconds), torch.ones(1)
+    theirs = joint_search(*parts, S2STransformerBeamSearcher, CTCScorer)
+    ours = joint_search(*parts, searchers.S2STransformerBeamSearcher, ctc_prefix.CTCScorer)
+    beam = CtcBeamSearch(tokenizer, BLANK, BEAM)
+    expected, answer = theirs(enc, whole), ours(enc, whole)
+    if expected[0] != answer[0] or (expected[2] - answer[2]).abs().max() > 1e-4:
+        raise RuntimeError(f"The joint searches differ on {seconds} s: {expected[0]} and {answer[0]}.")
+    ms = medians(
+        {
+            "ctc_greedy": lambda: ctc_greedy_decode(ctc_lin(enc).log_softmax(-1), whole, BLANK),
+            f"ctc_beam, {beam.backend}": lambda: beam(ctc_lin(enc).log_softmax(-1), whole),
+            "joint_beam, SpeechBrain": lambda: theirs(enc, whole),
+            "joint_beam": lambda: ours(enc, whole),
+        },
+        rounds,
+    )
+    for name, time in ms.items():
+        is_joint = name.startswith("joint")
+        yield {
+            "search": name,
+            "beam": 1 if name == "ctc_greedy" else BEAM,
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+            "tokens": len(answer[0][0]) if is_joint else "",
+            "ms": round(time, 1),
+            "rtfx": round(1000 * seconds / time, 1),
+            "times_speechbrain": round(ms["joint_beam, SpeechBrain"] / time, 1) if is_joint else "",
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, nargs="+", default=[5, 15, 30])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    vocab = tokenizer.vocab_size()
+    net = TransformerASR(
+        vocab, 640, 144, 8, num_encoder_layers=1, num_decoder_layers=4, d_ffn=576, activation=torch.nn.GELU, normalize_before=True
+    )
+    seq_lin, ctc_lin = (Linear(input_size=144, n_neurons=vocab) for _ in range(2))
+    rows = []
+    print(("{:>26}" + "{:>18}" * (len(FIELDS) - 1)).format(*FIELDS))
+    with torch.no_grad():
+        for seconds in arguments.seconds:
+            for values in compare(seconds, arguments.rounds, tokenizer, (net.eval(), seq_lin, ctc_lin)):
+                print(("{:>26}" + "{:>18}" * (len(FIELDS) - 1)).format(*map(str, values.values())), flush=True)
+                rows.append(values)
+    write_csv(arguments.output, FIELDS, [values.values() for values in rows])
+
+
+if __name__ == "__main__":
+    main()
