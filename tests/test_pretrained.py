@@ -161,6 +161,18 @@ def test_shared_and_strided_weights_are_kept_by_every_name(tmp_path):
         load_weights(torch.nn.ModuleList([torch.nn.Linear(3, 3)]), tmp_path / "w")
 
 
+def test_a_folder_that_names_speechbrains_searcher_loads(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    text = (folder / "hyperparams.yaml").read_text()
+    assert ("inference.searchers" in text) == ("inference.ctc_prefix" in text) == bool(trained[2])
+    text = text.replace("speechbrain_ext.inference.searchers", "speechbrain.decoders")
+    text = text.replace("speechbrain_ext.inference.ctc_prefix", "speechbrain.decoders.scorer")
+    (folder / "hyperparams.yaml").write_text(text)
+    check_hparams(text)
+    file = str(trained[0] / "middle.flac")
+    assert load_model(folder, "cpu").transcribe_file(file) == load_model(trained[0] / "model", "cpu").transcribe_file(file)
+
+
 def test_a_folder_from_before_safetensors_loads(trained, tmp_path):
     folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
     torch.save(load_file(folder / "asr.safetensors"), folder / "asr.ckpt")
