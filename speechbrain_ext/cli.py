@@ -435,6 +435,9 @@ def bench(arguments):
     given = vars(arguments)
     options = {key: given.pop(key, None) for key in ("quick", "output", "report", "readme", "wer")}
     del given["run"]
+    # PyTorch's profiler says that there is no GPU, and C++ warns of memory that is older than a profile; read when torch loads
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with redirect_stdout(sys.stderr):  # whatever the libraries say
         from speechbrain_ext.bench import report
         from speechbrain_ext.bench.models import EqualityError

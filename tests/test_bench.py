@@ -114,6 +114,19 @@ def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch):
     assert all(row["ms"] for row in rows if row["encoder"] == "conformer")
 
 
+def test_what_cannot_be_built_leaves_a_note(tmp_path, monkeypatch):
+    chosen = {"encoders": ("conformer", "fusionformer"), "peers": (), "parts": ("inference",), "d_model": 18, "nhead": 6}
+    for _ in range(2):
+        rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+        assert {(row["encoder"], row["form"], bool(row["ms"])) for row in rows} == {
+            ("conformer", "plain", True),
+            ("fusionformer", "plain", False),
+            ("fusionformer", "fused", False),
+        }
+        assert all("even head size" in row["note"] for row in rows if row["encoder"] == "fusionformer")
+        monkeypatch.setattr("speechbrain_ext.bench.run.build", None)  # nothing is missing
+
+
 @pytest.mark.parametrize("budget, free, message", [(1e-6, 1e9, "one call would take"), (100.0, 1e-3, "MiB are free")])
 def test_what_would_take_too_much_is_left_out(tmp_path, monkeypatch, budget, free, message):
     monkeypatch.setattr(measure, "available_memory", lambda device: free)

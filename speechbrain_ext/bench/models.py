@@ -347,7 +347,10 @@ def build(group, dims, frames):
             errors[candidate] = " ".join(str(error).split()) or type(error).__name__
             continue
         if twin is not None:
-            model.encoder.load_state_dict(convert_speechbrain(models[twin].encoder.state_dict(), dims.nhead))
+            try:
+                model.encoder.load_state_dict(convert_speechbrain(models[twin].encoder.state_dict(), dims.nhead))
+            except (ValueError, RuntimeError) as error:
+                raise EqualityError(f"{candidate.name} does not take the weights of {candidate.twin}: {error}") from error
             found[twin] = assert_equal(model, models[twin], dims.d_model, (candidate.name, candidate.twin))
         models[candidate] = model.eval()
     return {candidate: models[candidate] for candidate in group if candidate in models}, errors, found

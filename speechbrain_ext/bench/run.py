@@ -317,7 +317,6 @@ class _Group:
                 continue
             if self.models is None:
                 self._build()
-                missing = [pair for pair in self._pairs(cell) if self._row(cell, *pair) not in self.table]
             baseline = (self.group[0], "plain")
             if cell.task != "size" and missing and baseline not in missing:
                 missing.insert(0, baseline)  # ratios are of one cell
@@ -328,15 +327,19 @@ class _Group:
 
     def _build(self):
         longest = max(*self.settings.seconds, *self.settings.counted, *self.settings.stream_seconds, self.settings.train_seconds)
-        models, self.errors, found = build(self.group, self.settings.dims, longest * FRAMES_PER_SECOND)
+        models, errors, found = build(self.group, self.settings.dims, longest * FRAMES_PER_SECOND)
         self.differences = {candidate: f"largest difference from ours {value:.1e}" for candidate, value in found.items()}
         self.models = {(candidate, "plain"): model for candidate, model in models.items()}
+        self.errors = {(candidate, form): f"cannot be built: {text}" for candidate, text in errors.items() for form in FORMS}
         for candidate, model in models.items():
-            fused = folded(model) if foldable(candidate) and self.settings.forms != ("plain",) else None
-            if fused is not None and "fused" in self.settings.forms:
-                self.models[candidate, "fused"] = fused
-            if "int8" in self.settings.forms and self.common["device"] == "cpu":
-                self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
+            try:
+                fused = folded(model) if foldable(candidate) and self.settings.forms != ("plain",) else None
+                if fused is not None and "fused" in self.settings.forms:
+                    self.models[candidate, "fused"] = fused
+                if "int8" in self.settings.forms and self.common["device"] == "cpu":
+                    self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
+            except Exception as error:  # whatever stops one form, the others go on
+                self.errors |= {(candidate, form): f"failed: {_sentence(error)}" for form in FORMS if form != "plain"}
         for model in self.models.values():
             model.to(self.settings.device)
         self.fronts = {}
@@ -351,8 +354,7 @@ class _Group:
         in_full = self.common["device"] == "cpu" and (cell.precision, cell.mode) == ("float32", "eager")
         if cell.task == "inference" and in_full and "int8" in self.settings.forms:
             forms.append("int8")
-        pairs = [(candidate, form) for candidate in self.group for form in forms if form != "fused" or foldable(candidate)]
-        return [pair for pair in pairs if self.models is None or pair in self.models or pair[1] == "plain"]
+        return [(candidate, form) for candidate in self.group for form in forms if form != "fused" or foldable(candidate)]
 
     def _row(self, cell, candidate, form):
         """The key of a row, and what it has without being measured."""
@@ -397,7 +399,7 @@ class _Group:
             return rows
         calls, rounds, contexts = {}, {}, {}
         for pair in pairs:
-            if pair[0] in self.errors:
+            if pair not in self.models:
                 continue
             try:
                 with warnings.catch_warnings():
@@ -409,8 +411,7 @@ class _Group:
                 rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
             except Exception as error:  # whatever stops one model, the others go on
                 calls.pop(pair, None)
-                text = " ".join(str(error).split()) or type(error).__name__
-                rows[pair]["note"] = text[:300] if isinstance(error, Unsupported) else f"failed: {text[:300]}"
+                rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {_sentence(error)}"
                 if self.common["device"] == "cuda":
                     torch.cuda.empty_cache()
         times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device)
@@ -430,8 +431,8 @@ class _Group:
 
     def _note(self, cell, pair):
         candidate, form = pair
-        if candidate in self.errors:
-            return f"cannot be built: {self.errors[candidate]}"
+        if pair not in self.models:
+            return self.errors.get(pair, "left out")
         notes = [candidate.note, self.differences.get(candidate, "")]
         if form == "int8":
             notes.append("linear layers, torch.ao dynamic quantisation")
@@ -533,6 +534,10 @@ def _extrapolate(values, seconds):
     (small, large), (first, second) = values, PROBES
     square = max(0.0, (large / second - small / first) / (second - first))
     return (large / second - square * second) * seconds + square * seconds**2
+
+
+def _sentence(error):
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _version(name):
