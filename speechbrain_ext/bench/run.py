@@ -95,7 +95,7 @@ QUICK = {
     "batch": (1,),
     "train_seconds": 5,
     "train_batch": 2,
-    "stream_seconds": (30,),
+    "stream_seconds": (10,),
     "left_context": (10,),
     "rounds": 3,
     "budget": 4.0,
