@@ -81,7 +81,7 @@ def _machine(machine, rows):
         yield from make(rows)
     left_out = sorted({(_label(row), row["note"]) for row in rows if row["task"] != "size" and not row["ms"]})
     if left_out:
-        yield "Left out: " + "; ".join(f"{label}: {note}" for label, note in left_out) + "."
+        yield "Without figures: " + "; ".join(f"{label}: {note}" for label, note in left_out) + "."
 
 
 def _label(row):
@@ -149,6 +149,8 @@ def _streaming(rows):
             return f"{float(row['ms']):.2f} {_speedup(row)}, {int(row['state_bytes']) / 1000:,.0f}"
 
         columns, lines = _pivot([row for row in mine if row["ms"]], "seconds", cell)
+        if not lines:
+            continue
         context = "unlimited left context" if left == "-1" else f"{left} chunks of left context"
         yield (
             f"**Streams**, chunks of {40 * int(chunk)} ms, {context}: ms per chunk (times as fast as `{BASELINE}`), and state in "
