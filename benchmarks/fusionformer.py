@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import medians, write_csv
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
+from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.registry import build_encoder
 
 SIZES = {"d_model": 256, "nhead": 4, "num_layers": 12, "d_ffn": 1024}

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from matplotlib import pyplot  # without it, better an error now than after the training
-from measure import write_csv
 
+from speechbrain_ext.bench.measure import write_csv
 from speechbrain_ext.encoders.fusionformer import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from measure import medians, write_csv
 from speechbrain.nnet.hypermixing import HyperMixing as SpeechBrainHyperMixing
 
+from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.lobes.hypermixing import HyperMixing
 
 WIDTH, HIDDEN, HEADS = 144, 576, 8  # the published 8M HyperConformer

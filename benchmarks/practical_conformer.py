@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot  # without it, better an error now than after the timing
-from measure import medians, write_csv
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
+from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.encoders.practical_conformer import SIZES
 from speechbrain_ext.lobes.attention import AttentionState
 from speechbrain_ext.lobes.chunk_sums import ChunkSums

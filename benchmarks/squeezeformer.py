@@ -13,11 +13,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import medians, write_csv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.encoders.squeezeformer import SIZES
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from measure import write_csv
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
+from speechbrain_ext.bench.measure import write_csv
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer
 

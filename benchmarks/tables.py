@@ -1,16 +1,20 @@
-"""Write the README's tables from the CSV files that hold the results.
+"""Write the tables of both READMEs from the CSV files that hold the results.
 
     python benchmarks/tables.py
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing in it is typed by hand.
 """
 
-import csv
-import re
 from pathlib import Path
+
+from speechbrain_ext.bench.measure import read_csv as read
+from speechbrain_ext.bench.report import fill as put
+from speechbrain_ext.bench.report import fill_readme, table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+RECIPE = ROOT / "recipes" / "LibriSpeech" / "README.md"
+BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench"
 RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
 SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
@@ -18,18 +22,6 @@ FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
 STREAMING = ROOT / "benchmarks" / "results" / "streaming.csv"
 LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
-
-
-def read(path):
-    """Rows of a CSV file as dictionaries."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def table(header, rows):
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def results():
@@ -119,11 +111,15 @@ def long_audio():
 def fill(text):
     """The README's text with its tables made anew."""
     for make in (results, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer):
-        name = make.__name__
-        block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
+        text = put(text, make.__name__, make())
     return text
+
+
+def fill_recipe(text):
+    """The same of the recipe's README, with what ``python -m speechbrain_ext bench`` has measured on each machine."""
+    return fill_readme(text, RECIPE.parent, BENCH) if any(BENCH.glob("*.csv")) else text
 
 
 if __name__ == "__main__":
     README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    RECIPE.write_text(fill_recipe(RECIPE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -146,6 +146,27 @@ def encoder_keys(name: str) -> list[str]:
     return keys
 
 
+def encoder_sizes(name: str) -> list[str]:
+    """The named sizes of an encoder: what its constructor key ``size`` takes, by the ``sizes`` of its class.
+
+    Arguments
+    ---------
+    name : str
+        A registered name.
+
+    Returns
+    -------
+    list of str
+        Empty where it has none.
+
+    Example
+    -------
+    >>> encoder_sizes("squeezeformer")
+    ['xs', 's', 'sm', 'm', 'ml', 'l']
+    """
+    return list(getattr(get_encoder(name), "sizes", ()))
+
+
 def build_encoder(name: str, **kwargs):
     """Build an encoder by name.
 

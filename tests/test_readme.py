@@ -21,6 +21,8 @@ def test_tables_are_generated_from_the_results():
     tables = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tables)
     assert tables.fill(README) == README, "run python benchmarks/tables.py"
+    recipe = tables.RECIPE.read_text(encoding="utf-8")
+    assert tables.fill_recipe(recipe) == recipe, "run python benchmarks/tables.py"
 
 
 def test_the_streaming_example_runs(capsys):

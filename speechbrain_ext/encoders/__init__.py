@@ -11,6 +11,8 @@ The contract, which SpeechBrain's TransformerASR, EncoderWrapper, searchers and 
     Fold what inference allows into the weights, in place; encoders with nothing to fold return themselves.
 ``d_model``, ``chunk_multiple``, ``streamable``
     The width; what a chunk length must divide by; whether ``forward_streaming`` works.
+``sizes``
+    Only on classes with a constructor key ``size``: a dictionary whose keys are the values that it takes.
 
 Every registered encoder is held to: padding never reaches a valid frame; chunk by chunk gives what ``forward`` gives under the
 same setting; nothing looks past its chunk; any length; finite gradients for every parameter; exportable and compilable.

@@ -120,6 +120,8 @@ class PracticalConformerEncoder(Encoder):
     True
     """
 
+    sizes = SIZES
+
     def __init__(
         self,
         d_model: int | None = None,

@@ -189,6 +189,8 @@ class SqueezeformerEncoder(Encoder):
     256
     """
 
+    sizes = SIZES
+
     def __init__(
         self,
         d_model: int | None = None,

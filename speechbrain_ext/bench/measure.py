@@ -1,0 +1,196 @@
+"""How benchmarks measure: alternating times, peak memory, operations, the machine's rate, and results as CSV."""
+
+import csv
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def alternate(calls, rounds, warmup=0, device="cpu"):
+    """Times of calls, taken alternately so that a busy moment meets them all.
+
+    Arguments
+    ---------
+    calls : dict
+        Callables by name.
+    rounds : int or dict
+        How often each is timed; or how often by name, then the last rounds have fewer calls.
+    warmup : int
+        Rounds before these that are not timed.
+    device : str
+        Where they run; on a GPU each time ends when the GPU has finished.
+
+    Returns
+    -------
+    dict
+        Lists of times in ms, by name.
+
+    Example
+    -------
+    >>> times = alternate({"a": lambda: None, "b": lambda: None}, rounds={"a": 3, "b": 1})
+    >>> len(times["a"]), len(times["b"])
+    (3, 1)
+    """
+    rounds = rounds if isinstance(rounds, dict) else dict.fromkeys(calls, rounds)
+    times = {name: [] for name in calls}
+    for turn in range(-warmup, max(rounds.values(), default=0)):
+        for name, call in calls.items():
+            if turn < rounds[name]:
+                milliseconds = timed(call, device)
+                if turn >= 0:
+                    times[name].append(milliseconds)
+    return times
+
+
+def medians(calls, rounds, warmup=1):
+    """Median times in ms of calls by name, taken alternately."""
+    return {name: statistics.median(times) for name, times in alternate(calls, rounds, warmup).items()}
+
+
+def timed(call, device="cpu"):
+    """Time of one call in ms."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronize(device):
+    """Wait until a GPU has finished; nothing on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(times):
+    """Median, lower and upper quartile of a list of numbers.
+
+    Example
+    -------
+    >>> quartiles([1, 2, 3, 4, 5])
+    (3.0, 2.0, 4.0)
+    """
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    lower, middle, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return middle, lower, upper
+
+
+def peak_memory(call, device="cpu"):
+    """The most memory that tensors take during a call, above what they take before it; in MiB.
+
+    On a CPU it is what PyTorch's allocator reports, the same each time: neither what a library takes for itself, nor what
+    another call has left in the process.
+
+    Arguments
+    ---------
+    call : callable
+        What to measure.
+    device : str
+        Where it runs.
+
+    Returns
+    -------
+    float
+
+    Example
+    -------
+    >>> round(peak_memory(lambda: torch.ones(2**18) + 1), 1)
+    2.0
+    """
+    if torch.device(device).type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    held = highest = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        held += size
+        highest = max(highest, held)
+    return highest / 2**20
+
+
+def available_memory(device="cpu"):
+    """Memory in MiB that can still be had; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def count_macs(net, x):
+    """Multiply-accumulates of matrix products, convolutions and attention in one forward pass.
+
+    Arguments
+    ---------
+    net : torch.nn.Module
+        It runs once.
+    x : torch.Tensor
+        Its input.
+
+    Returns
+    -------
+    int
+
+    Example
+    -------
+    >>> count_macs(torch.nn.Linear(10, 20), torch.rand(3, 10))
+    600
+    """
+    # The counter sees nothing in fused attention on a CPU.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(x)
+    return counter.get_total_flops() // 2
+
+
+def gemm_rate(device="cpu", precision="float32", rounds=20):
+    """What this machine reaches in a large matrix product, with the present number of threads.
+
+    Arguments
+    ---------
+    device : str
+        Where to multiply.
+    precision : str
+        "float32" or "bfloat16".
+    rounds : int
+        The median of so many products counts.
+
+    Returns
+    -------
+    float
+        10^9 multiply-accumulates per second.
+    """
+    size = 4096 if torch.device(device).type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, precision)).unbind()
+    times = alternate({"gemm": lambda: a @ b}, rounds, warmup=3, device=device)["gemm"]
+    return size**3 / 1e6 / statistics.median(times)
+
+
+def write_csv(path, fields, rows):
+    """Write rows of values, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(fields)
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def read_csv(path):
+    """Rows of a CSV file as dictionaries."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,435 @@
+"""What is compared: every registered encoder, and what one would use otherwise, at equal work.
+
+Equal work: all get the same frames and the same number of blocks, width, heads, feed-forward width and kernel; no call has a
+padding mask, so that none pays for padding. With front end, all get the same features: ours go through
+:class:`speechbrain_ext.lobes.subsampling.ConvolutionSubsampling`, the others through SpeechBrain's ``ConvolutionFrontEnd`` with
+the settings of its published recipes, which has the same parameters; then through a linear layer of the encoder's width.
+
+Where a peer computes what one of ours does, the two run with the same weights, and :func:`assert_equal` has compared them.
+"""
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
+from speechbrain.lobes.models.transformer.Branchformer import BranchformerEncoder
+from speechbrain.lobes.models.transformer.Conformer import ConformerEncoder
+from speechbrain.lobes.models.transformer.Transformer import PositionalEncoding
+from speechbrain.nnet.attention import RelPosEncXL
+from torch import nn
+
+from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.encoders.streaming import StreamingContext
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_sizes, get_encoder
+
+BASELINE = "conformer"
+FEATURES = 80
+CHANNELS = (64, 32)  # of the front end, as in SpeechBrain's published recipes
+TOLERANCE = 1e-4
+
+
+class EqualityError(RuntimeError):
+    """Two models that should compute the same do not."""
+
+
+class Unsupported(RuntimeError):
+    """What a model cannot do; the message is the note in its row."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What all encoders of a comparison share."""
+
+    d_model: int = 144
+    nhead: int = 8
+    num_layers: int = 10
+    d_ffn: int = 576
+    kernel_size: int = 31
+
+    def __str__(self):
+        return f"{self.d_model} x {self.num_layers}, {self.nhead} heads, ffn {self.d_ffn}, kernel {self.kernel_size}"
+
+
+class Model(nn.Module):
+    """One of our encoders, or anything with its interface, behind the call that is measured: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        """Whole utterances without padding."""
+        return self.encoder(x)[0]
+
+    def make_context(self, config):
+        """Of a new stream."""
+        if not getattr(self.encoder, "streamable", False):
+            raise Unsupported("does not stream")
+        try:
+            return self.encoder.make_streaming_context(config)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+
+    def stream(self, x, context):
+        """One chunk (B, C, D)."""
+        return self.encoder.forward_streaming(x, context)[0]
+
+    def state_bytes(self, context):
+        """Size of all tensors that a stream keeps."""
+        return StreamingContext(None, context.layers).state_bytes()
+
+
+class SpeechBrainModel(Model):
+    """SpeechBrain's encoders, with the position table that its TransformerASR would make for each call."""
+
+    def __init__(self, encoder, d_model, relative):
+        super().__init__(encoder)
+        self.positions = RelPosEncXL(d_model) if relative else None
+
+    def forward(self, x):
+        """Whole utterances without padding."""
+        return self.encoder(x, pos_embs=self.positions(x) if self.positions is not None else None)[0]
+
+    def make_context(self, config):
+        """Of a new stream."""
+        if not isinstance(self.encoder, ConformerEncoder) or self.encoder.attention_type == "hypermixing":
+            raise Unsupported("SpeechBrain does not stream it")
+        if config.is_infinite_left_context():
+            raise Unsupported("SpeechBrain does not stream with an unlimited left context")
+        return self.encoder.make_streaming_context(config)
+
+    def stream(self, x, context):
+        """One chunk (B, C, D)."""
+        positions = None
+        if self.positions is not None:  # of chunk and left context, as in TransformerASR.encode_streaming
+            before = context.layers[0].mha_left_context
+            frames = x.shape[1] + (0 if before is None else before.shape[1])
+            positions = self.positions(x.new_empty(1, frames, x.shape[2]))
+        return self.encoder.forward_streaming(x, context, positions)[0]
+
+
+class TorchaudioModel(Model):
+    """torchaudio's Conformer; its own forward always makes a padding mask, which costs it time, so that its layers are called."""
+
+    def forward(self, x):
+        """Whole utterances without padding."""
+        x = x.transpose(0, 1)
+        for layer in self.encoder.conformer_layers:
+            x = layer(x, None)
+        return x.transpose(0, 1)
+
+    def make_context(self, config):
+        """It has none."""
+        raise Unsupported("torchaudio does not stream it")
+
+
+class WithFrontEnd(nn.Module):
+    """Features (B, T, F) through front end, input layer and encoder."""
+
+    def __init__(self, front_end, model, d_model):
+        super().__init__()
+        self.front_end = front_end
+        with torch.no_grad():
+            width = _frames(front_end(torch.zeros(1, 8, FEATURES))).shape[2]
+        self.input = nn.Sequential(nn.Linear(width, d_model), nn.Dropout(0.1))
+        self.model = model
+
+    def forward(self, x):
+        """(B, T, F) to (B, ceil(T / 4), D)."""
+        return self.model(self.input(_frames(self.front_end(x))))
+
+
+def _frames(x):
+    return (x[0] if isinstance(x, tuple) else x).flatten(2)
+
+
+def our_front_end():
+    """Of all our encoders."""
+    return ConvolutionSubsampling(FEATURES, CHANNELS)
+
+
+def speechbrain_front_end():
+    """As ``CNN`` of SpeechBrain's published Transformer and Conformer recipes."""
+    return ConvolutionFrontEnd(
+        input_shape=(None, None, FEATURES),
+        num_blocks=2,
+        num_layers_per_block=1,
+        out_channels=CHANNELS,
+        kernel_sizes=(3, 3),
+        strides=(2, 2),
+        residuals=(False, False),
+    )
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What one would use otherwise."""
+
+    source: str
+    build: Callable
+    """From dimensions and the largest number of frames to a :class:`Model`."""
+    counterpart: str | None = None
+    """Name of our encoder that computes the same with the same weights."""
+    keys: dict = field(default_factory=dict)
+    """Of that encoder."""
+    note: str = ""
+
+
+def _speechbrain_conformer(attention):
+    def build(dims, frames):
+        encoder = ConformerEncoder(
+            dims.num_layers, dims.d_model, dims.d_ffn, dims.nhead, dims.kernel_size, dropout=0.1, attention_type=attention
+        )
+        if attention == "hypermixing" and frames > 3000:  # where its table of positions ends, and its constructor has no key
+            table = PositionalEncoding(dims.d_model, frames)
+            for layer in encoder.layers:
+                layer.mha_layer.positional_encoding = table
+        return SpeechBrainModel(encoder, dims.d_model, relative=attention == "RelPosMHAXL")
+
+    return build
+
+
+def _speechbrain_branchformer(dims, frames):
+    # Its hidden width in the published recipe (3072 of 512) in proportion; it has no d_ffn.
+    encoder = BranchformerEncoder(
+        dims.num_layers, dims.d_model, dims.nhead, dims.kernel_size, dropout=0.1, csgu_linear_units=6 * dims.d_model
+    )
+    return SpeechBrainModel(encoder, dims.d_model, relative=True)
+
+
+def _torchaudio_conformer(dims, frames):
+    from torchaudio.models import Conformer
+
+    return TorchaudioModel(Conformer(dims.d_model, dims.nhead, dims.d_ffn, dims.num_layers, dims.kernel_size, dropout=0.1))
+
+
+PEERS = {
+    "speechbrain_conformer": Peer(
+        "SpeechBrain", _speechbrain_conformer("RelPosMHAXL"), "conformer", {"attention_type": "RelPosMHAXL"}
+    ),
+    "speechbrain_conformer_rope": Peer(
+        "SpeechBrain", _speechbrain_conformer("RoPEMHA"), "conformer", {"attention_type": "RoPEMHA"}
+    ),
+    "speechbrain_hyperconformer": Peer(
+        "SpeechBrain",
+        _speechbrain_conformer("hypermixing"),
+        "hyperconformer",
+        note="for more than 120 s with a longer table of positions than its constructor makes",
+    ),
+    "speechbrain_branchformer": Peer("SpeechBrain", _speechbrain_branchformer, note="6 d_model hidden units, no d_ffn"),
+    "torchaudio_conformer": Peer("torchaudio", _torchaudio_conformer, note="BatchNorm, no positions"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What has rows in the tables."""
+
+    name: str
+    source: str
+    """"here" or the peer's."""
+    size: str
+    """"equal", or the name of one of the encoder's own sizes."""
+    dims: str
+    """The dimensions, of one of its own sizes those that its table states."""
+    encoder: str | None = None
+    """Registered name, of ours."""
+    keys: tuple = ()
+    """Its keys but the dimensions, as items."""
+    twin: str | None = None
+    """Of ours, the peer that computes the same."""
+
+    @property
+    def note(self):
+        """What a reader should know about it."""
+        return "" if self.encoder else PEERS[self.name].note
+
+
+def groups(encoders, peers, dims, own_sizes=True):
+    """What is compared with what: first all at equal work, then each encoder's own sizes, each beside the baseline.
+
+    Arguments
+    ---------
+    encoders, peers : list of str
+        Names; the baseline is always there, and so is what computes the same as a peer, if its encoder is.
+    dims : Dimensions
+        Of the equal ones.
+    own_sizes : bool
+        Whether the encoders' own sizes come, too.
+
+    Returns
+    -------
+    list of list of Candidate
+        Each with the baseline first.
+
+    Example
+    -------
+    >>> equal, *others = groups(["squeezeformer"], ["speechbrain_conformer_rope"], Dimensions())
+    >>> [candidate.name for candidate in equal]
+    ['conformer', 'conformer, RoPEMHA', 'squeezeformer', 'speechbrain_conformer_rope']
+    >>> [candidate.size for candidate in others[0]]
+    ['equal', 'xs']
+    """
+    names = [BASELINE, *(name for name in encoders if name != BASELINE)]
+    twins = {(name, ()): None for name in names}
+    for peer_name in peers:
+        peer = PEERS[peer_name]
+        if peer.counterpart in names:
+            twins[peer.counterpart, _unusual(peer.counterpart, peer.keys)] = peer_name
+    equal = []
+    for name in names:
+        for (other, keys), twin in twins.items():
+            if other == name:
+                label = ", ".join([name, *(str(value) for _, value in keys)])
+                equal.append(Candidate(label, "here", "equal", str(dims), name, keys, twin))
+    result = [equal + [Candidate(name, PEERS[name].source, "equal", str(dims)) for name in peers]]
+    for name in names if own_sizes else ():
+        table = getattr(get_encoder(name), "sizes", {})
+        for size in encoder_sizes(name):
+            result.append([equal[0], Candidate(name, "here", size, _own_dims(table[size]), name, (("size", size),))])
+    return result
+
+
+def _unusual(name, keys):
+    """Items of the keys that are not the encoder's defaults."""
+    defaults = inspect.signature(get_encoder(name).__init__).parameters
+    return tuple((key, value) for key, value in keys.items() if defaults[key].default != value)
+
+
+def _own_dims(row):
+    values = {key: getattr(row, key, None) for key in ("d_model", "num_layers", "nhead", "d_ffn")}
+    if None in values.values():
+        return "its own"
+    return "{d_model} x {num_layers}, {nhead} heads, ffn {d_ffn}".format(**values)
+
+
+def build(group, dims, frames):
+    """Models of a group in evaluation mode, those that compute the same with the same weights.
+
+    Arguments
+    ---------
+    group : list of Candidate
+        What to build.
+    dims : Dimensions
+        Of the equal ones.
+    frames : int
+        The largest number of frames that they will get.
+
+    Returns
+    -------
+    tuple
+        Models by candidate, in the group's order; errors by candidate of those that cannot be built; and by candidate what
+        :func:`assert_equal` found.
+
+    Raises
+    ------
+    EqualityError
+        If two that should compute the same do not.
+    """
+    models, errors, found = {}, {}, {}
+    for candidate in sorted(group, key=lambda candidate: candidate.encoder is not None):  # peers first: ours take their weights
+        torch.manual_seed(0)
+        twin = next((other for other in models if other.name == candidate.twin), None)
+        try:
+            if candidate.encoder is None:
+                model = PEERS[candidate.name].build(dims, frames)
+            else:
+                model = Model(build_encoder(candidate.encoder, **_keys(candidate, dims, twin is not None)))
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:  # AssertionError is SpeechBrain's for sizes
+            if candidate.encoder == BASELINE:
+                raise
+            errors[candidate] = " ".join(str(error).split()) or type(error).__name__
+            continue
+        if twin is not None:
+            try:
+                model.encoder.load_state_dict(convert_speechbrain(models[twin].encoder.state_dict(), dims.nhead))
+            except (ValueError, RuntimeError) as error:
+                raise EqualityError(f"{candidate.name} does not take the weights of {candidate.twin}: {error}") from error
+            found[twin] = assert_equal(model, models[twin], dims.d_model, (candidate.name, candidate.twin))
+        models[candidate] = model.eval()
+    return {candidate: models[candidate] for candidate in group if candidate in models}, errors, found
+
+
+def _keys(candidate, dims, converts):
+    keys = dict(candidate.keys)
+    known = encoder_keys(candidate.encoder)
+    if candidate.size == "equal":
+        keys = asdict(dims) | keys
+    if converts and "speechbrain_scores" in known:  # as its weights want it; that takes no time
+        keys["speechbrain_scores"] = True
+    return {key: value for key, value in keys.items() if key in known}
+
+
+@torch.no_grad()
+def assert_equal(ours, theirs, d_model, names=("ours", "theirs")):
+    """Compare the outputs of two models.
+
+    Arguments
+    ---------
+    ours, theirs : Model
+        They go to evaluation mode.
+    d_model : int
+        Width.
+    names : tuple of str
+        For the message.
+
+    Returns
+    -------
+    float
+        The largest absolute difference.
+
+    Raises
+    ------
+    EqualityError
+        If it is larger than 1e-4.
+    """
+    x = torch.randn(2, 125, d_model, generator=torch.Generator().manual_seed(0))
+    difference = (ours.eval()(x) - theirs.eval()(x)).abs().max().item()
+    if not difference <= TOLERANCE:  # NaN is not
+        raise EqualityError(
+            f"{names[0]} and {names[1]} have the same weights, but their outputs differ by {difference:.3g}, more than "
+            f"{TOLERANCE:g}; no time of theirs would say anything."
+        )
+    return difference
+
+
+def with_front_end(candidate, model, d_model):
+    """A model from features on; the encoder is shared."""
+    torch.manual_seed(0)
+    return WithFrontEnd(our_front_end() if candidate.encoder else speechbrain_front_end(), model, d_model).eval()
+
+
+@functools.cache
+def foldable(candidate):
+    """Whether ``fuse_`` changes anything, tried on a small one."""
+    if candidate.encoder is None:
+        return False
+    try:
+        keys = _keys(replace(candidate, size="equal", keys=()), Dimensions(32, 4, 2, 32, 3), False)
+        return folded(Model(build_encoder(candidate.encoder, **keys))) is not None
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def folded(model):
+    """A copy with all folded that inference can fold; None where there is nothing to fold."""
+    copied = copy.deepcopy(model)
+    if not hasattr(copied.encoder, "fuse_"):
+        return None
+    before = set(copied.state_dict())
+    copied.encoder.fuse_()
+    return copied if set(copied.state_dict()) != before else None
+
+
+def in_int8(model):
+    """A copy whose linear layers keep their weights in 8 bits and round their inputs to 8 bits as they come (PyTorch's dynamic
+    quantisation, on a CPU)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another package will replace it
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)

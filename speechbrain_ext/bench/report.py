@@ -1,0 +1,371 @@
+"""Tables and plots of measured rows."""
+
+import os
+import re
+from pathlib import Path
+
+from speechbrain_ext.bench.measure import read_csv
+from speechbrain_ext.bench.models import BASELINE
+
+
+def table(header, rows):
+    """A Markdown table.
+
+    Example
+    -------
+    >>> print(table(["a", "b"], [[1, 2]]))
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def fill(text, name, content):
+    """Put content between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+
+    Example
+    -------
+    >>> fill("<!-- x:begin -->\\nold\\n<!-- x:end -->", "x", "new")
+    '<!-- x:begin -->\\n\\nnew\\n\\n<!-- x:end -->'
+    """
+    block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}\n{content}\n\n{match[2]}", text)
+
+
+def files(source):
+    """CSV files of a file or folder, by machine.
+
+    Arguments
+    ---------
+    source : str
+        The file, or the folder that holds one for each machine.
+
+    Returns
+    -------
+    dict
+        Rows by the file's stem.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    source = Path(source)
+    paths = sorted(source.glob("*.csv")) if source.is_dir() else [source]
+    if not paths or not all(path.is_file() for path in paths):
+        raise FileNotFoundError(f"There are no results at {source}; measure first, or give --output the file that holds them.")
+    return {path.stem: read_csv(path) for path in paths}
+
+
+def markdown(machines):
+    """All tables of all machines.
+
+    Arguments
+    ---------
+    machines : dict
+        Rows by machine, from :func:`files`.
+
+    Returns
+    -------
+    str
+    """
+    return "\n\n".join(part for machine, rows in machines.items() for part in _machine(machine, rows))
+
+
+def _machine(machine, rows):
+    yield f"### {machine}"
+    yield f"{max(row['date'] for row in rows)}; {rows[-1]['versions']}."
+    for make in (_sizes, _inference, _streaming, _training):
+        yield from make(rows)
+    left_out = sorted({(_label(row), row["note"]) for row in rows if row["task"] != "size" and not row["ms"]})
+    if left_out:
+        yield "Without figures: " + "; ".join(f"{label}: {note}" for label, note in left_out) + "."
+
+
+def _label(row):
+    label = row["encoder"] + (f", {row['size']}" if row["size"] != "equal" else "")
+    return label + (f", {row['form']}" if row["form"] != "plain" else "")
+
+
+def _cells(rows, task, *keys):
+    """Rows of a task by the values of some keys; those of one table, in the order in which they were measured."""
+    found = {}
+    for row in rows:
+        if row["task"] == task:
+            found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def _pivot(rows, column, cell):
+    """Header of the columns, and a line for each encoder: what ``cell`` says of its row in each column."""
+    columns = sorted({row[column] for row in rows}, key=int)
+    lines = {}
+    for row in rows:
+        lines.setdefault((_label(row), row["dims"]), {})[row[column]] = cell(row)
+    return columns, [[label, dims, *(line.get(name, "") for name in columns)] for (label, dims), line in lines.items()]
+
+
+def _count(text):
+    return f"{int(text):,}" if text else ""
+
+
+def _sizes(rows):
+    for (part,), mine in _cells(rows, "size", "input").items():
+        columns, lines = _pivot(mine, "seconds", lambda row: row["gmacs"] and f"{float(row['gmacs']):.2f}")
+        parameters = {(_label(row), row["dims"]): _count(row["parameters"]) for row in mine}
+        yield f"**Parameters and 10^9 multiply-accumulates**, {_part(part)}:"
+        header = ["encoder", "d_model x blocks", "parameters", *(f"{name} s" for name in columns)]
+        yield table(header, [[*line[:2], parameters[line[0], line[1]], *line[2:]] for line in lines])
+
+
+def _part(name):
+    return "encoder alone" if name == "encoder" else "with front end"
+
+
+def _speedup(row):
+    return f"({float(row['speedup']):.2f}x)" if row["speedup"] else ""
+
+
+def _spread(row):
+    return f"{float(row['ms_lower']):.4g} to {float(row['ms_upper']):.4g}"
+
+
+def _inference(rows):
+    for (part, precision, mode, batch), mine in _cells(rows, "inference", "input", "precision", "mode", "batch").items():
+        columns, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{row['real_time_factor']} {_speedup(row)}")
+        yield (
+            f"**Real-time factor** by seconds of audio, {_part(part)}, {precision}, {mode}, batch {batch} (times as fast as "
+            f"`{BASELINE}`):"
+        )
+        yield table(["encoder", "d_model x blocks", *(f"{name} s" for name in columns)], lines)
+
+
+def _streaming(rows):
+    for (left, chunk), mine in _cells(rows, "streaming", "left_context", "chunk").items():
+
+        def cell(row):
+            return f"{float(row['ms']):.2f} {_speedup(row)}, {int(row['state_bytes']) / 1000:,.0f}"
+
+        columns, lines = _pivot([row for row in mine if row["ms"]], "seconds", cell)
+        if not lines:
+            continue
+        context = "unlimited left context" if left == "-1" else f"{left} chunks of left context"
+        yield (
+            f"**Streams**, chunks of {40 * int(chunk)} ms, {context}: ms per chunk (times as fast as `{BASELINE}`), and state in "
+            "kB, after so many seconds:"
+        )
+        yield table(["encoder", "d_model x blocks", *(f"{name} s" for name in columns)], lines)
+
+
+def _training(rows):
+    for (part, precision, mode, batch, seconds), mine in _cells(
+        rows, "training", "input", "precision", "mode", "batch", "seconds"
+    ).items():
+        yield f"**Training step**, {batch} x {seconds} s, {_part(part)}, {precision}, {mode}:"
+        lines = [
+            [_label(row), row["dims"], row["ms"], _spread(row), row["speedup"], row["peak_mib"]] for row in mine if row["ms"]
+        ]
+        yield table(["encoder", "d_model x blocks", "ms", "quartiles", f"times as fast as `{BASELINE}`", "peak MiB"], lines)
+
+
+def plot_cost(rows, path):
+    """Cost against length: real-time factor of the encoder alone, batch 1, float32, eager.
+
+    Arguments
+    ---------
+    rows : list of dict
+        Of one machine.
+    path : Path
+        The PNG file.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to draw.
+    """
+    wanted = {"task": "inference", "input": "encoder", "precision": "float32", "mode": "eager", "batch": "1", "size": "equal"}
+    lines = {}
+    for row in rows:
+        if row["ms"] and row["form"] != "int8" and all(row[key] == value for key, value in wanted.items()):
+            points = lines.setdefault((row["dims"], _label(row), row["source"]), [])
+            points.append((int(row["seconds"]), float(row["ms"]) / 1e3 / int(row["seconds"])))
+    dims = max({dims for dims, _, _ in lines}, key=lambda dims: sum(key[0] == dims for key in lines), default=None)
+    if dims is None:
+        return False
+    figure, axes = _pyplot().subplots(figsize=(7, 4.5))
+    for (of, label, source), points in lines.items():
+        if of == dims:
+            axes.plot(*zip(*sorted(points), strict=True), "-o" if source == "here" else "--s", markersize=4, label=label)
+    seconds = sorted({second for points in lines.values() for second, _ in points})
+    axes.set(xscale="log", yscale="log", xlabel="seconds of audio", ylabel="real-time factor", title=dims)
+    axes.set_xticks(seconds, map(str, seconds))
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+    _save(figure, path)
+    return True
+
+
+def plot_wer(rows, wers, path):
+    """Error rate against cost, one point for each encoder that has both at the same dimensions.
+
+    Arguments
+    ---------
+    rows : list of dict
+        Of one machine.
+    wers : list of tuple
+        Encoder, ``str`` of its :class:`~speechbrain_ext.bench.models.Dimensions`, test set, and word error rate in percent.
+    path : Path
+        The PNG file.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to draw.
+    """
+    wanted = {"task": "inference", "input": "encoder", "precision": "float32", "mode": "eager", "batch": "1"}
+    times = {}
+    for row in rows:
+        if row["ms"] and row["form"] != "int8" and all(row[key] == value for key, value in wanted.items()):
+            cost = float(row["ms"]) / 1e3 / int(row["seconds"])
+            key = (row["encoder"], row["dims"])
+            distance = abs(int(row["seconds"]) - 10)  # the length of LibriSpeech's utterances
+            times[key] = min(times.get(key, (distance, cost)), (distance, cost))  # folded, where that is faster
+    sets = {}
+    for encoder, dims, test_set, wer in wers:
+        if (encoder, dims) in times:
+            sets.setdefault((test_set, dims), []).append((times[encoder, dims][1], wer, encoder))
+    if not sets:
+        return False
+    figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.5 * len(sets), 4), squeeze=False)
+    for ((test_set, dims), points), axis in zip(sets.items(), axes[0], strict=True):
+        for cost, wer, encoder in points:
+            axis.plot(cost, wer, "o")
+            axis.annotate(encoder, (cost, wer), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axis.set(xlabel="real-time factor", ylabel="WER, %", title=f"{test_set}\n{dims}")
+        axis.title.set_fontsize(8)
+    _save(figure, path)
+    return True
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need the package matplotlib; install it with: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    _pyplot().close(figure)
+
+
+def read_wers(path, dims):
+    """Error rates of models of these dimensions from a results file of the recipes, by greedy CTC search.
+
+    Arguments
+    ---------
+    path : str
+        The CSV file.
+    dims : Dimensions
+        Of the models in it, which it does not state.
+
+    Returns
+    -------
+    list of tuple
+        For :func:`plot_wer`.
+
+    Raises
+    ------
+    ValueError
+        If it is no results file.
+    """
+    found = []
+    for row in read_csv(path):
+        if not {"architecture", "train_set", "test_set", "search", "WER"} <= set(row):
+            raise ValueError(f"{path} is no results file of a recipe; give one that training has written.")
+        # The second pass of a recipe is a cascade of the given number of blocks; its first pass is an encoder of fewer.
+        encoder = {"ctc_greedy": row["architecture"], "second_pass_ctc_greedy": "cascade"}.get(row["search"])
+        if encoder is not None:
+            found.append((encoder, str(dims), f"{row['train_set']}: {row['test_set']}", float(row["WER"])))
+    return found
+
+
+def write(source):
+    """Tables beside the CSV files.
+
+    Arguments
+    ---------
+    source : str
+        The file, or the folder that holds one for each machine.
+
+    Returns
+    -------
+    str
+        All tables as Markdown.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no results.
+    """
+    machines = files(source)
+    for machine, rows in machines.items():
+        (_folder(source) / f"{machine}.md").write_text(markdown({machine: rows}) + "\n", encoding="utf-8")
+    return markdown(machines)
+
+
+def plot(source, wers=()):
+    """Plots beside the CSV files.
+
+    Arguments
+    ---------
+    source : str
+        The file, or the folder that holds one for each machine.
+    wers : list of tuple
+        For :func:`plot_wer`.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is missing.
+    """
+    for machine, rows in files(source).items():
+        plot_cost(rows, _folder(source) / f"{machine}_cost.png")
+        plot_wer(rows, list(wers), _folder(source) / f"{machine}_wer.png")
+
+
+def write_readme(readme, source):
+    """Put tables, and the plots that there are, between the marks of a Markdown file.
+
+    Arguments
+    ---------
+    readme : str
+        The file.
+    source : str
+        The CSV file, or the folder that holds one for each machine.
+    """
+    readme = Path(readme)
+    readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), readme.parent, source), encoding="utf-8")
+
+
+def fill_readme(text, base, source):
+    """As :func:`write_readme`, of the text of a file in the folder ``base``."""
+    parts = []
+    for machine, rows in files(source).items():
+        parts.append(markdown({machine: rows}))
+        for title, name in (("Cost against length", "cost"), ("Word error rate against cost", "wer")):
+            path = (_folder(source) / f"{machine}_{name}.png").resolve()
+            if path.exists():
+                parts.append(f"![{title}]({Path(os.path.relpath(path, base.resolve())).as_posix()})")
+    return fill(text, "bench", "\n\n".join(parts))
+
+
+def _folder(source):
+    return Path(source) if Path(source).is_dir() else Path(source).parent

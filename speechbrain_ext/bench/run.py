@@ -1,0 +1,547 @@
+"""Goes through what is to be measured, cell by cell; in a cell all models run alternately, and each has one row.
+
+A row is in the CSV file as soon as its cell is done, and a cell whose rows are all there is not measured again: the same command
+goes on where it was stopped. ``ms`` is a median, with the quartiles beside it, and ``speedup`` is the baseline's time in the same
+cell over it. ``gemm_share`` is the share of this machine's measured matrix-product rate that the model's operations reach.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import re
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext import __version__
+from speechbrain_ext.bench import measure
+from speechbrain_ext.bench.models import (
+    FEATURES,
+    PEERS,
+    Dimensions,
+    Unsupported,
+    build,
+    foldable,
+    folded,
+    groups,
+    in_int8,
+    with_front_end,
+)
+from speechbrain_ext.registry import list_encoders
+
+FRAMES_PER_SECOND = 25
+PARTS = ("size", "inference", "training", "streaming")
+INPUTS = ("encoder", "front end")
+PRECISIONS = ("float32", "bfloat16")
+MODES = ("eager", "compiled")
+FORMS = ("plain", "fused", "int8")
+PROBES = (5, 20)  # seconds, to foretell what longer ones take
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; the command line's arguments."""
+
+    encoders: tuple = ()
+    """Empty = all."""
+    peers: tuple = tuple(PEERS)
+    parts: tuple = PARTS
+    inputs: tuple = INPUTS
+    forms: tuple = FORMS
+    own_sizes: bool = True
+    d_model: int = 144
+    nhead: int = 8
+    num_layers: int = 10
+    d_ffn: int = 576
+    kernel_size: int = 31
+    device: str = "cpu"
+    threads: int = 0
+    """0 = PyTorch's choice."""
+    precision: tuple = PRECISIONS
+    compiled: bool = False
+    counted: tuple = (10, 30, 60)
+    """Seconds, for the table of sizes."""
+    seconds: tuple = (5, 10, 20, 40, 80, 160)
+    batch: tuple = (1, 8)
+    train_seconds: int = 10
+    train_batch: int = 8
+    stream_seconds: tuple = (60, 600)
+    chunk_size: int = 16
+    left_context: tuple = (-1, 10)
+    rounds: int = 15
+    budget: float = 120.0
+    """Seconds that one model may take in one cell."""
+
+    @property
+    def dims(self):
+        """Of all that are compared at equal work."""
+        return Dimensions(self.d_model, self.nhead, self.num_layers, self.d_ffn, self.kernel_size)
+
+
+# Under two minutes on two cores, for all that is registered.
+QUICK = {
+    "precision": ("float32",),
+    "own_sizes": False,
+    "forms": ("plain", "fused"),
+    "inputs": ("encoder",),
+    "counted": (10,),
+    "seconds": (5, 20),
+    "batch": (1,),
+    "train_seconds": 5,
+    "train_batch": 2,
+    "stream_seconds": (10,),
+    "left_context": (10,),
+    "rounds": 3,
+    "budget": 4.0,
+}
+
+
+def check(settings):
+    """Refuse what cannot be measured.
+
+    Raises
+    ------
+    ValueError
+        If a value is impossible; the message names key, value and remedy.
+    """
+    known = {"encoders": list_encoders(), "peers": PEERS, "parts": PARTS, "inputs": INPUTS, "forms": FORMS}
+    for key, choices in (known | {"precision": PRECISIONS}).items():
+        for value in getattr(settings, key):
+            if value not in choices:
+                raise ValueError(f"{_flag(key)} is '{value}'; the known ones are: {', '.join(choices)}.")
+    for entry in fields(Settings):
+        values = getattr(settings, entry.name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, (int, float)) and entry.name not in ("threads", "left_context") and not value > 0:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{_flag(entry.name)} is {value}; give at least 1.")
+    if settings.threads < 0:
+        raise ValueError(f"--threads is {settings.threads}; give at least 1.")
+    for value in settings.left_context:
+        if value < -1:
+            raise ValueError(f"--left-context is {value}; give a number of chunks, or -1 for all.")
+    if settings.kernel_size % 2 == 0:
+        raise ValueError(f"--kernel-size is {settings.kernel_size}; give an odd number.")
+    if settings.d_model % settings.nhead:
+        raise ValueError(f"--d-model is {settings.d_model}, which --nhead {settings.nhead} does not divide; change one.")
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is '{settings.device}'; give cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is '{settings.device}', but PyTorch sees {torch.cuda.device_count()} GPUs here; give cpu.")
+
+
+def _flag(key):
+    return "--" + key.replace("_", "-")
+
+
+def machine(settings):
+    """A short name of processor and number of threads, or of the GPU, for file names and tables.
+
+    Example
+    -------
+    >>> machine(Settings(threads=2)).endswith("2-threads")
+    True
+    """
+    if torch.device(settings.device).type == "cuda":
+        name = torch.cuda.get_device_name(settings.device)
+    else:
+        threads = settings.threads or torch.get_num_threads()
+        name = f"{_processor()} {threads} thread{'s' * (threads > 1)}"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name, flags=re.IGNORECASE).lower()).strip("-")
+
+
+def _processor():
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One comparison; what models and numbers of a cell have in common."""
+
+    task: str
+    input: str = "encoder"
+    precision: str = "float32"
+    mode: str = "eager"
+    batch: int = 1
+    seconds: int = 10
+    chunk: int = 0
+    left_context: int = 0
+
+    def __str__(self):
+        text = f"{self.task}, {self.input}, {self.seconds} s x {self.batch}, {self.precision}, {self.mode}"
+        if self.task == "streaming":
+            left = "all" if self.left_context < 0 else f"{self.left_context} chunks"
+            text = f"streaming, after {self.seconds} s, chunks of {self.chunk} frames, left context {left}, {self.precision}"
+        return text
+
+
+def cells(settings, own_size=False):
+    """What to measure for one group, cheap and important things first.
+
+    Example
+    -------
+    >>> [str(cell) for cell in cells(Settings(parts=("training",), inputs=("encoder",), precision=("float32",)))]
+    ['training, encoder, 10 s x 8, float32, eager']
+    """
+    modes = MODES if settings.compiled else MODES[:1]
+    if "size" in settings.parts:
+        yield from (Cell("size", part, seconds=seconds) for part in settings.inputs for seconds in settings.counted)
+    if "inference" in settings.parts:
+        for precision in settings.precision:
+            for mode in modes:
+                for part in settings.inputs:
+                    for batch in settings.batch:
+                        for seconds in settings.seconds:
+                            yield Cell("inference", part, precision, mode, batch, seconds)
+    if "streaming" in settings.parts:
+        for left in settings.left_context:
+            for seconds in settings.stream_seconds:
+                yield Cell("streaming", seconds=seconds, chunk=settings.chunk_size, left_context=left)
+    if "training" in settings.parts:
+        for precision in settings.precision:
+            for mode in modes:
+                for part in settings.inputs:
+                    yield Cell("training", part, precision, mode, settings.train_batch, settings.train_seconds)
+
+
+KEY = ("task", "input", "encoder", "size", "dims", "form", "device", "threads", *list(Cell.__dataclass_fields__)[2:])
+TIMES = ("ms", "ms_lower", "ms_upper", "rounds", "real_time_factor", "speedup")
+SPACE = ("peak_mib", "state_bytes")
+FIELDS = (*KEY, "source", "parameters", "gmacs", *TIMES, "gemm_gmacs", "gemm_share", *SPACE, "note", "versions", "date")
+
+
+class Table:
+    """The CSV file: what is in it, and what is added, cell by cell."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.rows = measure.read_csv(self.path) if self.path.exists() else []
+        if self.rows and list(self.rows[0]) != list(FIELDS):
+            raise ValueError(f"{self.path} is no file of this benchmark, or of another version; give another --output.")
+        self.known = {tuple(row[key] for key in KEY) for row in self.rows}
+
+    def __contains__(self, row):
+        return tuple(str(row[key]) for key in KEY) in self.known
+
+    def add(self, rows):
+        """Write rows that are not there."""
+        for row in rows:
+            if row not in self:
+                self.rows.append({field: str(row.get(field, "")) for field in FIELDS})
+                self.known.add(tuple(str(row[key]) for key in KEY))
+        measure.write_csv(self.path, FIELDS, [row.values() for row in self.rows])
+
+
+def run(settings, path):
+    """Measure what the file does not hold.
+
+    Arguments
+    ---------
+    settings : Settings
+        What to measure.
+    path : str
+        The CSV file; rows of other settings stay in it.
+
+    Returns
+    -------
+    Table
+        The file's rows.
+
+    Raises
+    ------
+    ValueError
+        If a setting is impossible.
+    EqualityError
+        If a model that should compute what a peer does, does not.
+    """
+    check(settings)
+    table = Table(path)
+    threads = torch.get_num_threads()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.compiled:
+        # One compiled module per model, all with the same code: by default the ninth would run uncompiled without a word.
+        limit, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 1000
+    try:
+        encoders = settings.encoders or list_encoders()
+        todo = groups(encoders, settings.peers, settings.dims, settings.own_sizes)
+        if "size" in settings.parts and not settings.own_sizes:  # the table of sizes has them all
+            todo += groups(encoders, (), settings.dims)[1:]
+        for number, group in enumerate(todo):
+            wanted = settings
+            if number and not settings.own_sizes:
+                wanted = replace(settings, parts=("size",), inputs=("encoder",), counted=settings.counted[:1])
+            _Group(wanted, table, group, f"{number + 1}/{len(todo)}").run()
+    finally:
+        torch.set_num_threads(threads)
+        if settings.compiled:
+            torch._dynamo.config.recompile_limit = limit
+    return table
+
+
+class _Group:
+    """The models of one comparison, built when the first of their cells needs them."""
+
+    def __init__(self, settings, table, group, number):
+        self.settings, self.table, self.group, self.number = settings, table, group, number
+        self.threads = torch.get_num_threads()
+        on_gpu = torch.device(settings.device).type == "cuda"
+        self.common = {
+            "device": "cuda" if on_gpu else "cpu",
+            "threads": "" if on_gpu else self.threads,
+            "versions": ", ".join([f"speechbrain_ext {__version__}", *map(_version, ("torch", "speechbrain", "torchaudio"))]),
+        }
+        self.models = None
+        self.costs, self.counts = {}, {}
+        self.gemm = {}
+
+    def run(self):
+        """Measure all cells whose rows are missing."""
+        todo = list(cells(self.settings))
+        for index, cell in enumerate(todo):
+            missing = [pair for pair in self._pairs(cell) if self._row(cell, *pair) not in self.table]
+            if not missing:
+                continue
+            if self.models is None:
+                self._build()
+            baseline = (self.group[0], "plain")
+            if cell.task != "size" and missing and baseline not in missing:
+                missing.insert(0, baseline)  # ratios are of one cell
+            print(f"[{self.number}, {index + 1}/{len(todo)}] {cell}", file=sys.stderr, flush=True)
+            rows = self._measure(cell, missing)
+            self.table.add([self._row(cell, *pair) | values for pair, values in rows.items()])
+        self.models, self.counts = None, {}
+
+    def _build(self):
+        longest = max(*self.settings.seconds, *self.settings.counted, *self.settings.stream_seconds, self.settings.train_seconds)
+        models, errors, found = build(self.group, self.settings.dims, longest * FRAMES_PER_SECOND)
+        self.differences = {candidate: f"largest difference from ours {value:.1e}" for candidate, value in found.items()}
+        self.models = {(candidate, "plain"): model for candidate, model in models.items()}
+        self.errors = {(candidate, form): f"cannot be built: {text}" for candidate, text in errors.items() for form in FORMS}
+        for candidate, model in models.items():
+            try:
+                fused = folded(model) if foldable(candidate) and self.settings.forms != ("plain",) else None
+                if fused is not None and "fused" in self.settings.forms:
+                    self.models[candidate, "fused"] = fused
+                if "int8" in self.settings.forms and self.common["device"] == "cpu":
+                    self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
+            except Exception as error:  # whatever stops one form, the others go on
+                self.errors |= {(candidate, form): f"failed: {_sentence(error)}" for form in FORMS if form != "plain"}
+        for model in self.models.values():
+            model.to(self.settings.device)
+        self.fronts = {}
+        if self.settings.compiled:
+            torch._dynamo.reset()
+
+    def _pairs(self, cell):
+        """Candidates and forms that have a row in this cell."""
+        forms = ["plain"]
+        if cell.task in ("inference", "streaming") and "fused" in self.settings.forms:
+            forms.append("fused")
+        in_full = self.common["device"] == "cpu" and (cell.precision, cell.mode) == ("float32", "eager")
+        if cell.task == "inference" and in_full and "int8" in self.settings.forms:
+            forms.append("int8")
+        return [(candidate, form) for candidate in self.group for form in forms if form != "fused" or foldable(candidate)]
+
+    def _row(self, cell, candidate, form):
+        """The key of a row, and what it has without being measured."""
+        names = (
+            {"encoder": candidate.name} | {key: getattr(candidate, key) for key in ("source", "size", "dims")} | {"form": form}
+        )
+        return names | asdict(cell) | self.common | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
+
+    def _net(self, cell, pair):
+        """What is called: a model, behind its front end, compiled."""
+        model = self.models[pair]
+        key = (pair, cell.input, cell.mode)
+        if key not in self.fronts:
+            net = model
+            if cell.input == "front end":
+                width = getattr(model.encoder, "d_model", self.settings.d_model)
+                net = with_front_end(pair[0], model, width).to(self.settings.device)
+            self.fronts[key] = torch.compile(net, dynamic=True) if cell.mode == "compiled" else net
+        return self.fronts[key]
+
+    def _shape(self, cell, pair, seconds, batch):
+        if cell.input == "front end":
+            return batch, 4 * FRAMES_PER_SECOND * seconds, FEATURES
+        return batch, FRAMES_PER_SECOND * seconds, getattr(self.models[pair].encoder, "d_model", self.settings.d_model)
+
+    def _macs(self, cell, pair):
+        """10^9, of the plain form: what is folded or rounded does the same."""
+        pair = (pair[0], "plain")
+        key = (pair[0], cell.input, cell.batch, cell.seconds)
+        if key not in self.counts:
+            x = torch.randn(self._shape(cell, pair, cell.seconds, cell.batch), device=self.settings.device)
+            self.counts[key] = measure.count_macs(self._net(replace(cell, mode="eager"), pair), x) / 1e9
+        return self.counts[key]
+
+    def _measure(self, cell, pairs):
+        """Results by candidate and form."""
+        rows = {pair: {"note": self._note(cell, pair)} for pair in pairs}
+        if cell.task == "size":
+            for pair in (pair for pair in pairs if pair in self.models):
+                count = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
+                rows[pair] |= {"parameters": count, "gmacs": round(self._macs(cell, pair), 4)}
+            return rows
+        calls, rounds, contexts = {}, {}, {}
+        for pair in pairs:
+            if pair not in self.models:
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self._refuse(cell, pair)
+                    calls[pair] = self._call(cell, pair, contexts)
+                    rows[pair]["peak_mib"] = round(measure.peak_memory(calls[pair], self.settings.device), 2)
+                    first = measure.timed(calls[pair], self.settings.device) / 1e3
+                rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
+            except Exception as error:  # whatever stops one model, the others go on
+                calls.pop(pair, None)
+                rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {_sentence(error)}"
+                if self.common["device"] == "cuda":
+                    torch.cuda.empty_cache()
+        times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device)
+        for pair, values in times.items():
+            rows[pair] |= self._results(cell, pair, values)
+            if pair in contexts:
+                rows[pair]["state_bytes"] = self.models[pair].state_bytes(contexts[pair])
+        baseline = rows.get((self.group[0], "plain"), {}).get("ms")
+        for row in rows.values():
+            if baseline and "ms" in row:
+                row["speedup"] = round(baseline / row["ms"], 3)
+        if cell.task == "training":
+            for net in self.fronts.values():
+                net.zero_grad(set_to_none=True)
+                net.eval()
+        return rows
+
+    def _note(self, cell, pair):
+        candidate, form = pair
+        if pair not in self.models:
+            return self.errors.get(pair, "left out")
+        notes = [candidate.note, self.differences.get(candidate, "")]
+        if form == "int8":
+            notes.append("linear layers, torch.ao dynamic quantisation")
+        return "; ".join(filter(None, notes))
+
+    def _rounds(self, cell):
+        factor = {"streaming": 5, "training": 1 / 3}.get(cell.task, 1)  # chunks are short, training steps long
+        return max(1, round(factor * self.settings.rounds))
+
+    def _results(self, cell, pair, times):
+        middle, lower, upper = measure.quartiles(times)
+        audio = cell.chunk / FRAMES_PER_SECOND if cell.task == "streaming" else cell.batch * cell.seconds
+        row = {"ms": round(middle, 3), "ms_lower": round(lower, 3), "ms_upper": round(upper, 3), "rounds": len(times)}
+        if cell.task != "training":
+            row["real_time_factor"] = f"{middle / 1e3 / audio:.3g}"
+        if cell.task == "inference":
+            if cell.precision not in self.gemm:
+                self.gemm[cell.precision] = measure.gemm_rate(self.settings.device, cell.precision)
+            macs, rate = self._macs(cell, pair), self.gemm[cell.precision]
+            row |= {"gmacs": round(macs, 4), "gemm_gmacs": round(rate, 1), "gemm_share": round(macs / middle * 1e3 / rate, 3)}
+        return row
+
+    def _call(self, cell, pair, contexts):
+        """What is timed: a forward pass, one more chunk of a stream, or a training step."""
+        device = self.settings.device
+
+        def precision():
+            return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cell.precision == "bfloat16")
+
+        if cell.task == "streaming":
+            return self._stream(cell, pair, contexts)
+        net = self._net(cell, pair)
+        x = torch.randn(self._shape(cell, pair, cell.seconds, cell.batch), device=device)
+        if cell.task == "inference":
+
+            def forward():
+                with torch.no_grad(), precision():
+                    return net(x)
+
+            return forward
+        net.train()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the weights stay those that were compared
+        target = torch.randn(cell.batch, FRAMES_PER_SECOND * cell.seconds, self._width(pair), device=device)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            with precision():
+                y = net(x)
+            (y.float() - target).square().mean().backward()
+            optimizer.step()
+
+        return step
+
+    def _width(self, pair):
+        return getattr(self.models[pair].encoder, "d_model", self.settings.d_model)
+
+    @torch.no_grad()
+    def _stream(self, cell, pair, contexts):
+        """The next chunk, after the stream has run for so many seconds."""
+        model, chunk = self.models[pair], torch.randn(1, cell.chunk, self._width(pair), device=self.settings.device)
+        config = DynChunkTrainConfig(cell.chunk, None if cell.left_context < 0 else cell.left_context)
+        contexts[pair] = context = model.make_context(config)
+        began = time.perf_counter()
+        for _ in range(round(cell.seconds * FRAMES_PER_SECOND / cell.chunk)):
+            model.stream(chunk, context)
+            if time.perf_counter() - began > self.settings.budget:
+                del contexts[pair]
+                raise Unsupported(f"left out: the stream does not get there in {self.settings.budget:g} s (--budget)")
+
+        def following():
+            with torch.no_grad():
+                return model.stream(chunk, context)
+
+        return following
+
+    def _refuse(self, cell, pair):
+        """Leave out what would take more memory than there is, or too much time, judged by short inputs: an operating system
+        ends a process that takes too much memory, and all that it has measured."""
+        if cell.task == "streaming" or cell.seconds * cell.batch <= 4 * PROBES[-1]:
+            return
+        key = (cell.task, cell.input, cell.precision, pair)
+        if key not in self.costs:
+            found = []
+            for seconds in PROBES:
+                call = self._call(replace(cell, seconds=seconds, batch=1, mode="eager"), pair, {})
+                memory = measure.peak_memory(call, self.settings.device)
+                found.append((memory, min(measure.timed(call, self.settings.device) for _ in range(2)) / 1e3))
+            self.costs[key] = list(zip(*found, strict=True))
+        memory, seconds = (cell.batch * _extrapolate(values, cell.seconds) for values in self.costs[key])
+        free = measure.available_memory(self.settings.device)
+        if free is not None and memory > 0.9 * free:
+            raise Unsupported(f"left out: it would take about {memory:,.0f} MiB, and {free:,.0f} MiB are free")
+        if seconds > self.settings.budget:
+            raise Unsupported(f"left out: one call would take about {seconds:.0f} s, more than --budget {self.settings.budget:g}")
+
+
+def _extrapolate(values, seconds):
+    """From what was found at :data:`PROBES`, linear and quadratic in the length, as layers and attention are."""
+    (small, large), (first, second) = values, PROBES
+    square = max(0.0, (large / second - small / first) / (second - first))
+    return (large / second - square * second) * seconds + square * seconds**2
+
+
+def _sentence(error):
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def _version(name):
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} of unknown version"

@@ -1,0 +1,225 @@
+"""The benchmark: every encoder of the registry is in it, rows are kept, and what is compared is equal."""
+
+import csv
+import sys
+
+import pytest
+import torch
+
+from speechbrain_ext import cli
+from speechbrain_ext.bench import measure, models, report
+from speechbrain_ext.bench.models import PEERS, Dimensions, EqualityError, Model
+from speechbrain_ext.bench.run import QUICK, Cell, Settings, cells, run
+from speechbrain_ext.registry import build_encoder, encoder_sizes, list_encoders
+
+TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3}
+SHORT = QUICK | TINY | {"counted": (2,), "seconds": (2,), "train_seconds": 2, "stream_seconds": (2,), "rounds": 2}
+
+
+@pytest.fixture(autouse=True)
+def fast_gemm(monkeypatch):
+    monkeypatch.setattr(measure, "gemm_rate", lambda *keys: 10.0)
+
+
+def arguments(path, *more):
+    keys = [text for key, value in TINY.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    return ["bench", "--quick", "--output", str(path), "--equal-only", *keys, *more]
+
+
+def test_every_registered_encoder_and_size_is_there(tmp_path, monkeypatch):
+    for name in list_encoders():  # the published ones take a second each
+        if encoder_sizes(name):
+            smallest = {key: value for key, value in models.get_encoder(name).sizes.items() if key == encoder_sizes(name)[0]}
+            monkeypatch.setattr(models.get_encoder(name), "sizes", smallest)
+    table = run(Settings(**SHORT | {"parts": ("size",), "inputs": ("encoder",), "peers": ()}), tmp_path / "a.csv")
+    found = {(row["encoder"], row["size"]) for row in table.rows}
+    expected = {(name, "equal") for name in list_encoders()}
+    assert found == expected | {(name, size) for name in list_encoders() for size in encoder_sizes(name)}
+    assert all(int(row["parameters"]) > 0 and float(row["gmacs"]) > 0 for row in table.rows)
+
+
+def test_all_parts_for_two_encoders_and_a_peer(tmp_path):
+    chosen = {"encoders": ("hyperconformer", "fusionformer"), "peers": ("speechbrain_hyperconformer",), "own_sizes": False}
+    chosen |= {"forms": ("plain", "fused", "int8"), "inputs": ("front end",)}
+    table = run(Settings(**SHORT | chosen), tmp_path / "a.csv")
+    rows = [row for row in table.rows if row["size"] == "equal"]
+    assert not [row["note"] for row in rows if row["note"].startswith(("failed", "cannot", "left out"))]
+    names = {"conformer", "hyperconformer", "fusionformer", "speechbrain_hyperconformer"}
+    for task in ("size", "inference", "training", "streaming"):
+        assert {row["encoder"] for row in rows if row["task"] == task} == names
+    timed = [row for row in rows if row["ms"]]
+    assert all(float(row["ms_lower"]) <= float(row["ms"]) <= float(row["ms_upper"]) for row in timed)
+    assert all(float(row["speedup"]) > 0 and float(row["peak_mib"]) > 0 for row in timed)
+    assert {row["speedup"] for row in timed if (row["encoder"], row["form"]) == ("conformer", "plain")} == {"1.0"}
+    assert {row["encoder"] for row in rows if row["form"] == "fused"} == {"fusionformer"}
+    assert {row["encoder"] for row in rows if row["form"] == "int8"} == names
+    (peer,) = {row["note"] for row in rows if (row["task"], row["encoder"]) == ("streaming", "speechbrain_hyperconformer")}
+    assert peer == "SpeechBrain does not stream it"
+    assert all("largest difference" in row["note"] for row in timed if row["encoder"] == "speechbrain_hyperconformer")
+    states = {row["encoder"]: int(row["state_bytes"]) for row in rows if row["task"] == "streaming" and row["state_bytes"]}
+    assert states["hyperconformer"] > 0
+    text = report.write(tmp_path / "a.csv")
+    assert text.count("| hyperconformer |") == 4 and (tmp_path / "a.md").read_text() == text + "\n"
+
+
+def test_an_interrupted_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch, capsys):
+    command = arguments(tmp_path / "a.csv", "--parts", "inference", "--inputs", "encoder", "--seconds", "1", "2", "--encoders")
+    real, done = measure.alternate, []
+
+    def stops(calls, rounds, **keys):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(sorted(pair[0].name for pair in calls))
+        return real(calls, rounds, **keys)
+
+    monkeypatch.setattr(measure, "alternate", stops)
+    assert cli.main([*command, "hyperconformer", "--peers"]) == 130
+    first = measure.read_csv(tmp_path / "a.csv")
+    assert {(row["encoder"], row["seconds"]) for row in first} == {("conformer", "1"), ("hyperconformer", "1")}
+    done.append("went on")
+    assert cli.main([*command, "hyperconformer", "--peers"]) == 0
+    second = measure.read_csv(tmp_path / "a.csv")
+    assert second[:2] == first and len(second) == 4
+    before = len(done)
+    assert cli.main([*command, "hyperconformer", "--peers"]) == 0
+    assert len(done) == before and measure.read_csv(tmp_path / "a.csv") == second
+    assert cli.main([*command, "practical_conformer", "--peers"]) == 0  # beside the baseline, whose rows stay
+    assert done[before:] == [["conformer", "practical_conformer"]] * 2
+    third = measure.read_csv(tmp_path / "a.csv")
+    assert third[:4] == second and len(third) == 6
+    capsys.readouterr()
+    assert cli.main([*command, "hyperconformer", "--peers", "--report"]) == 0
+    assert "| practical_conformer | 16 x 1, 2 heads, ffn 32, kernel 3 |" in capsys.readouterr().out
+    assert (tmp_path / "a_cost.png").stat().st_size > 1000
+
+
+@torch.no_grad()
+def test_different_outputs_stop_the_run(tmp_path, monkeypatch, capsys):
+    ours, theirs = (Model(build_encoder("conformer", **TINY)) for _ in range(2))
+    with pytest.raises(EqualityError, match="differ by"):
+        models.assert_equal(ours, theirs, 16)
+    assert models.assert_equal(ours, ours, 16) == 0
+    real = models.convert_speechbrain
+    monkeypatch.setattr(models, "convert_speechbrain", lambda *keys: {k: 1.5 * v for k, v in real(*keys).items()})
+    assert cli.main(arguments(tmp_path / "a.csv", "--peers", "speechbrain_conformer_rope", "--encoders", "conformer")) == 1
+    assert "outputs differ by" in capsys.readouterr().err and not (tmp_path / "a.csv").exists()
+
+
+def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.TorchaudioModel, "forward", lambda self, x: x @ x)
+    settings = Settings(**SHORT | {"encoders": ("conformer",), "peers": ("torchaudio_conformer",), "parts": ("inference",)})
+    rows = run(settings, tmp_path / "a.csv").rows
+    notes = {row["note"] for row in rows if row["encoder"] == "torchaudio_conformer"}
+    assert len(notes) == 1 and notes.pop().startswith("failed: ")
+    assert all(row["ms"] for row in rows if row["encoder"] == "conformer")
+
+
+def test_what_cannot_be_built_leaves_a_note(tmp_path, monkeypatch):
+    chosen = {"encoders": ("conformer", "fusionformer"), "peers": (), "parts": ("inference",), "d_model": 18, "nhead": 6}
+    for _ in range(2):
+        rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+        assert {(row["encoder"], row["form"], bool(row["ms"])) for row in rows} == {
+            ("conformer", "plain", True),
+            ("fusionformer", "plain", False),
+            ("fusionformer", "fused", False),
+        }
+        assert all("even head size" in row["note"] for row in rows if row["encoder"] == "fusionformer")
+        monkeypatch.setattr("speechbrain_ext.bench.run.build", None)  # nothing is missing
+
+
+@pytest.mark.parametrize("budget, free, message", [(1e-6, 1e9, "one call would take"), (100.0, 1e-3, "MiB are free")])
+def test_what_would_take_too_much_is_left_out(tmp_path, monkeypatch, budget, free, message):
+    monkeypatch.setattr(measure, "available_memory", lambda device: free)
+    chosen = {"encoders": ("conformer",), "peers": (), "parts": ("inference",), "seconds": (100,), "budget": budget}
+    rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+    assert rows and all(message in row["note"] and not row["ms"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--encoders", "hyperconfomer"], "--encoders is 'hyperconfomer'; the known ones are: "),
+        (["--peers", "wenet"], "--peers is 'wenet'; the known ones are: speechbrain_conformer"),
+        (["--parts", "speed"], "--parts is 'speed'"),
+        (["--precision", "int4"], "--precision is 'int4'"),
+        (["--d-model", "17"], "--d-model is 17, which --nhead 2 does not divide"),
+        (["--kernel-size", "4"], "--kernel-size is 4; give an odd number"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--seconds", "10", "-1"], "--seconds is -1"),
+        (["--threads", "-1"], "--threads is -1"),
+        (["--budget", "0"], "--budget is 0"),
+        (["--left-context", "-2"], "--left-context is -2"),
+        (["--device", "abacus"], "--device is 'abacus'; give cpu, cuda"),
+        (["--device", "cuda:99"], "--device is 'cuda:99', but PyTorch sees"),
+        (["--report"], "There are no results at"),
+    ],
+)
+def test_wrong_usage(capsys, tmp_path, argv, message):
+    assert cli.main(arguments(tmp_path / "a.csv", *argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) == 1
+
+
+def test_a_file_of_something_else_is_refused(capsys, tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    assert cli.main(arguments(tmp_path / "a.csv")) == 2
+    assert "is no file of this benchmark" in capsys.readouterr().err
+    assert (tmp_path / "a.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_peers_have_our_parameters():
+    """Equal work: what computes the same has as many parameters, and the front ends have, too."""
+    group = models.groups(list_encoders(), list(PEERS), Dimensions(**TINY), own_sizes=False)[0]
+    built, errors, found = models.build(group, Dimensions(**TINY), 5000)
+    assert not errors and len(found) == 3
+    sizes = {candidate.name: sum(parameter.numel() for parameter in model.parameters()) for candidate, model in built.items()}
+    for candidate in group:
+        if candidate.twin:
+            assert sizes[candidate.name] == sizes[candidate.twin]
+    fronts = (models.our_front_end(), models.speechbrain_front_end())
+    assert len({sum(parameter.numel() for parameter in front.parameters()) for front in fronts}) == 1
+    x = torch.rand(1, 4000, 16)  # past SpeechBrain's 3,000 positions
+    assert {model(x).shape for candidate, model in built.items() if "hyper" in candidate.name} == {x.shape}
+
+
+def test_plot_of_error_rates_against_cost(tmp_path):
+    dims = Dimensions(**TINY)
+    row = {"task": "inference", "encoder": "conformer", "dims": str(dims), "form": "plain", "ms": "5", "seconds": "10"}
+    row |= {"batch": "1", "input": "encoder", "precision": "float32", "mode": "eager"}
+    with open(tmp_path / "wer.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["architecture", "train_set", "test_set", "search", "WER"])
+        writer.writerow(["conformer", "mini", "test-mini", "ctc_greedy", "2.9"])
+    wers = report.read_wers(tmp_path / "wer.csv", dims)
+    assert report.plot_wer([row], wers, tmp_path / "a.png") and (tmp_path / "a.png").exists()
+    assert not report.plot_wer([row | {"dims": "other"}], wers, tmp_path / "b.png")
+
+
+def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch, capsys):
+    command = arguments(tmp_path / "a.csv", "--encoders", "conformer", "--peers", "--parts", "inference", "--seconds", "1")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "Plots need the package matplotlib" in err and "| conformer |" in out and "Traceback" not in err
+
+
+def test_cells_of_the_full_run():
+    everything = list(cells(Settings(compiled=True)))
+    assert len(everything) == len(set(everything))
+    assert Cell("inference", "front end", "bfloat16", "compiled", 8, 160) in everything
+    assert {cell.seconds for cell in everything if cell.task == "streaming"} == {60, 600}
+
+
+def test_bfloat16_batches_and_unlimited_streams(tmp_path):
+    chosen = {"encoders": ("conformer",), "peers": (), "precision": ("bfloat16",), "batch": (2,), "left_context": (-1,)}
+    rows = run(Settings(**SHORT | chosen | {"parts": ("inference", "training", "streaming")}), tmp_path / "a.csv").rows
+    assert len(rows) == 3 and all(row["ms"] and not row["note"] for row in rows)
+
+
+def test_readme_block(tmp_path):
+    run(Settings(**SHORT | {"encoders": ("conformer",), "peers": (), "parts": ("size",)}), tmp_path / "results" / "box.csv")
+    (tmp_path / "results" / "box_cost.png").write_bytes(b"")
+    (tmp_path / "README.md").write_text("Before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    report.write_readme(tmp_path / "README.md", tmp_path / "results")
+    text = (tmp_path / "README.md").read_text()
+    assert "old" not in text and "### box" in text and "](results/box_cost.png)" in text and text.endswith("after\n")
