@@ -14,7 +14,6 @@ import io
 from pathlib import Path
 
 import torch
-from measure import medians, write_csv
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from speechbrain.decoders import S2STransformerBeamSearcher
 from speechbrain.decoders.ctc import ctc_greedy_decode
@@ -22,6 +21,7 @@ from speechbrain.decoders.scorer import CTCScorer, ScorerBuilder
 from speechbrain.nnet.linear import Linear
 
 from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.inference import ctc_prefix, searchers
 from speechbrain_ext.inference.ctc_beam import CtcBeamSearch
 

@@ -397,7 +397,7 @@ class _Group:
                 count = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
                 rows[pair] |= {"parameters": count, "gmacs": round(self._macs(cell, pair), 4)}
             return rows
-        calls, rounds, contexts = {}, {}, {}
+        calls, rounds, states = {}, {}, {}
         for pair in pairs:
             if pair not in self.models:
                 continue
@@ -405,7 +405,7 @@ class _Group:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     self._refuse(cell, pair)
-                    calls[pair] = self._call(cell, pair, contexts)
+                    calls[pair] = self._call(cell, pair, states)
                     rows[pair]["peak_mib"] = round(measure.peak_memory(calls[pair], self.settings.device), 2)
                     first = measure.timed(calls[pair], self.settings.device) / 1e3
                 rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
@@ -417,8 +417,8 @@ class _Group:
         times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device)
         for pair, values in times.items():
             rows[pair] |= self._results(cell, pair, values)
-            if pair in contexts:
-                rows[pair]["state_bytes"] = self.models[pair].state_bytes(contexts[pair])
+            if pair in states:
+                rows[pair]["state_bytes"] = states[pair]
         baseline = rows.get((self.group[0], "plain"), {}).get("ms")
         for row in rows.values():
             if baseline and "ms" in row:
@@ -455,7 +455,7 @@ class _Group:
             row |= {"gmacs": round(macs, 4), "gemm_gmacs": round(rate, 1), "gemm_share": round(macs / middle * 1e3 / rate, 3)}
         return row
 
-    def _call(self, cell, pair, contexts):
+    def _call(self, cell, pair, states):
         """What is timed: a forward pass, one more chunk of a stream, or a training step."""
         device = self.settings.device
 
@@ -463,7 +463,7 @@ class _Group:
             return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cell.precision == "bfloat16")
 
         if cell.task == "streaming":
-            return self._stream(cell, pair, contexts)
+            return self._stream(cell, pair, states)
         net = self._net(cell, pair)
         x = torch.randn(self._shape(cell, pair, cell.seconds, cell.batch), device=device)
         if cell.task == "inference":
@@ -490,21 +490,28 @@ class _Group:
         return getattr(self.models[pair].encoder, "d_model", self.settings.d_model)
 
     @torch.no_grad()
-    def _stream(self, cell, pair, contexts):
-        """The next chunk, after the stream has run for so many seconds."""
+    def _stream(self, cell, pair, states):
+        """The next chunk of a stream, which is half through with its calls after so many seconds; then its state is looked at."""
         model, chunk = self.models[pair], torch.randn(1, cell.chunk, self._width(pair), device=self.settings.device)
         config = DynChunkTrainConfig(cell.chunk, None if cell.left_context < 0 else cell.left_context)
-        contexts[pair] = context = model.make_context(config)
+        context = model.make_context(config)
+        chunks = round(cell.seconds * FRAMES_PER_SECOND / cell.chunk)
+        done = max(0, chunks - self._rounds(cell))  # each round has two calls
         began = time.perf_counter()
-        for _ in range(round(cell.seconds * FRAMES_PER_SECOND / cell.chunk)):
+        for _ in range(done):
             model.stream(chunk, context)
             if time.perf_counter() - began > self.settings.budget:
-                del contexts[pair]
                 raise Unsupported(f"left out: the stream does not get there in {self.settings.budget:g} s (--budget)")
+        states[pair] = model.state_bytes(context)
 
         def following():
+            nonlocal done
             with torch.no_grad():
-                return model.stream(chunk, context)
+                y = model.stream(chunk, context)
+            done += 1
+            if done == chunks:
+                states[pair] = model.state_bytes(context)
+            return y
 
         return following
 

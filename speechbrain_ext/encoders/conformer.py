@@ -9,6 +9,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.encoders.base import Encoder, LayerState
+from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import ConvolutionModule
 from speechbrain_ext.lobes.feedforward import FeedForward
@@ -56,7 +57,7 @@ class ConformerLayer(nn.Module):
         d_ffn: int,
         dropout: float = 0.0,
         kernel_size: int = 31,
-        activation: type = nn.SiLU,
+        activation: type = Swish,
         bias: bool = True,
         causal: bool = False,
     ):
@@ -74,11 +75,11 @@ class ConformerLayer(nn.Module):
 
     def forward(self, x, shared, mask=None, config: DynChunkTrainConfig | None = None):
         """(B, T, D) to (B, T, D), as :mod:`speechbrain_ext.lobes.stack` describes it."""
-        x = x + 0.5 * self.ffn1(x)
+        x = x.add(self.ffn1(x), alpha=0.5)
         if self.mixer:
             x = x + self.mixer.mix(self.mixer_norm(x), shared)
         x = x + self.convolution(x, mask, config)
-        return self.norm(x + 0.5 * self.ffn2(x))
+        return self.norm(x.add(self.ffn2(x), alpha=0.5))
 
     def initial_state(self, config: DynChunkTrainConfig) -> LayerState:
         """The state before the first chunk."""
@@ -90,12 +91,12 @@ class ConformerLayer(nn.Module):
 
     def stream(self, x, state: LayerState, shared):
         """One chunk (B, C, D) to (B, C, D); updates the state."""
-        x = x + 0.5 * self.ffn1(x)
+        x = x.add(self.ffn1(x), alpha=0.5)
         if self.mixer:
             x = x + self.mixer.stream(self.mixer_norm(x), state.mixer, shared)
         y, state.convolution = self.convolution.stream(x, state.convolution)
         x = x + y
-        return self.norm(x + 0.5 * self.ffn2(x))
+        return self.norm(x.add(self.ffn2(x), alpha=0.5))
 
 
 @register_encoder("conformer")
@@ -154,7 +155,7 @@ class ConformerEncoder(Encoder):
         kernel_size: int = 31,
         attention_type: str = "RelPosMHAXL",
         speechbrain_scores: bool = False,
-        activation: type = nn.SiLU,
+        activation: type = Swish,
         bias: bool = True,
     ):
         mixers = [build_attention(attention_type, d_model, nhead, dropout, speechbrain_scores) for _ in range(num_layers)]

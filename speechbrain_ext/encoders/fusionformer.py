@@ -17,9 +17,10 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.encoders.base import Encoder, LayerState
+from speechbrain_ext.lobes.activations import ReLU, Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, ReLU, Unchanged
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, Unchanged
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
 
@@ -70,7 +71,7 @@ class _Parts:
 
     def activation(self):
         """The activation of feed-forward and convolution modules."""
-        return ReLU() if self.variant.relu else nn.SiLU()
+        return ReLU() if self.variant.relu else Swish()
 
 
 class FusionFeedForward(nn.Module):

@@ -1,8 +1,7 @@
 """HyperConformer (Mai et al. 2023, https://arxiv.org/abs/2305.18281): a Conformer that mixes by HyperMixing, linear in length."""
 
-from torch import nn
-
 from speechbrain_ext.encoders.conformer import ConformerEncoder
+from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.hypermixing import HyperMixing
 from speechbrain_ext.registry import register_encoder
 
@@ -59,7 +58,7 @@ class HyperConformerEncoder(ConformerEncoder):
         dropout: float = 0.1,
         kernel_size: int = 31,
         tied: bool = False,
-        activation: type = nn.SiLU,
+        activation: type = Swish,
         bias: bool = True,
     ):
         mixers = [HyperMixing(d_model, d_ffn, tied=tied, num_heads=nhead) for _ in range(num_layers)]

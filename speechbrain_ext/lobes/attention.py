@@ -251,7 +251,9 @@ class RelativeSelfAttention(SelfAttention):
         query_v, query_u = (query + self.bias_v) * self.scale, query + self.bias_u
 
         def attend(query_u, query_v, positions, blocked):
-            bias = _relative_shift(query_v @ positions, keys)
+            scores = query_v @ positions
+            plain = torch.compiler.is_compiling() or not scores.requires_grad
+            bias = _relative_shift(scores, keys) if plain else _Shift.apply(scores, keys)
             if blocked is not None:
                 bias = bias.masked_fill(blocked, _lowest(bias.dtype))
             return self._sdpa(query_u, key, value, bias)
@@ -278,6 +280,21 @@ def _relative_shift(scores, keys: int):
     rows = flat.unflatten(-1, (queries, width - 1))
     # Where both lengths are free, the exporter does not find the length of a slice.
     return F.pad(rows, (0, 1 - queries)) if torch.compiler.is_exporting() else rows[..., :keys]
+
+
+class _Shift(torch.autograd.Function):
+    """:func:`_relative_shift` with one gradient the size of the scores, where each of its views would make one of its own."""
+
+    @staticmethod
+    def forward(ctx, scores, keys):
+        ctx.shape = scores.shape
+        return _relative_shift(scores, keys)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scores = grad.new_zeros(ctx.shape)
+        _relative_shift(scores, grad.shape[-1]).copy_(grad)
+        return scores, None
 
 
 class RotarySelfAttention(SelfAttention):

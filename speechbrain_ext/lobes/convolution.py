@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
@@ -190,7 +191,7 @@ class ConvolutionModule(DepthwiseModule):
         d_model: int,
         kernel_size: int = 31,
         dropout: float = 0.0,
-        activation: type = nn.SiLU,
+        activation: type = Swish,
         bias: bool = True,
         causal: bool = False,
     ):
@@ -245,7 +246,7 @@ class SwishConvolutionModule(DepthwiseModule):
         self.pointwise1 = ScaledLinear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(2 * d_model, 2 * d_model, kernel_size, groups=2 * d_model)
         self.depthwise_norm = MaskedBatchNorm(2 * d_model, momentum=0.015, eps=eps)  # the authors' momentum
-        self.activation = nn.SiLU()
+        self.activation = Swish()
         self.pointwise2 = nn.Linear(2 * d_model, d_model)
         self.dropout = nn.Dropout(dropout)
         nn.init.uniform_(self.pointwise2.weight, -(d_model**-0.5), d_model**-0.5)  # the authors' range

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.fusible import ScaledLinear
 
 
@@ -26,7 +27,7 @@ class FeedForward(nn.Sequential):
     torch.Size([2, 5, 16])
     """
 
-    def __init__(self, d_model: int, d_ffn: int, dropout: float = 0.0, activation: type = nn.SiLU):
+    def __init__(self, d_model: int, d_ffn: int, dropout: float = 0.0, activation: type = Swish):
         super().__init__(
             nn.LayerNorm(d_model),
             nn.Linear(d_model, d_ffn),
@@ -58,5 +59,5 @@ class ScaledFeedForward(nn.Sequential):
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float = 0.0):
         super().__init__(
-            ScaledLinear(d_model, d_ffn), nn.SiLU(), nn.Dropout(dropout), nn.Linear(d_ffn, d_model), nn.Dropout(dropout)
+            ScaledLinear(d_model, d_ffn), Swish(), nn.Dropout(dropout), nn.Linear(d_ffn, d_model), nn.Dropout(dropout)
         )

@@ -125,20 +125,6 @@ class Unchanged(nn.Module):
         return x
 
 
-class ReLU(nn.Module):
-    """ReLU, in place where no gradient is wanted; with one, that would cost two copies, as linear layers give views.
-
-    Example
-    -------
-    >>> ReLU()(torch.tensor([-1.0, 1.0]))
-    tensor([0., 1.])
-    """
-
-    def forward(self, x):
-        """Any shape."""
-        return x.relu() if torch.is_grad_enabled() else x.relu_()
-
-
 class ScaledLinear(nn.Linear):
     """Linear layer on ``scale * x + shift`` with a learned scale and shift per channel, which begin as 1 and 0.
 

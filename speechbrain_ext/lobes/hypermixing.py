@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from speechbrain_ext.lobes.activations import gelu
 from speechbrain_ext.lobes.chunk_sums import ChunkSums, window_sum
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.positions import sinusoids
@@ -297,7 +298,7 @@ class HyperMixing(nn.Module):
         generators = [self.hyper.w1_gen] if self.tied else [self.hyper.w1_gen, self.hyper.w2_gen]
         weights = torch.cat([g.fc1_weights for g in generators], dim=1)  # (heads, e or 2e, e)
         biases = torch.cat([g.fc1_biases for g in generators], dim=1).unsqueeze(1)
-        hidden = F.gelu(torch.baddbmm(biases, (values + table).flatten(1, 2), weights.transpose(1, 2)))
+        hidden = gelu(torch.baddbmm(biases, (values + table).flatten(1, 2), weights.transpose(1, 2)))
         hidden = hidden.reshape(heads, batch, frames, len(generators) * size)
         first, second = (hidden, hidden) if self.tied else hidden.chunk(2, dim=-1)
         return values, first, second
@@ -307,7 +308,7 @@ class HyperMixing(nn.Module):
         first_layer = self.hyper.w1_gen.second_layer().to(sums.dtype)
         second_layer = self.hyper.w2_gen.second_layer().to(sums.dtype)
         # One matmul per head over all rows: broadcasting would copy the layers for every utterance and chunk.
-        hidden = F.gelu(torch.bmm(sums.flatten(1, -2), first_layer.transpose(1, 2)))  # (heads, B ... e, k)
+        hidden = gelu(torch.bmm(sums.flatten(1, -2), first_layer.transpose(1, 2)))  # (heads, B ... e, k)
         mixing = torch.bmm(hidden, second_layer).reshape(sums.shape)
         return second.to(sums.dtype) @ mixing[..., :-1].transpose(-1, -2) + mixing[..., -1].unsqueeze(-2)
 

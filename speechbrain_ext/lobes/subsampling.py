@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ReLU
+from speechbrain_ext.lobes.activations import ReLU
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from speechbrain_ext.lobes import attention
+from speechbrain_ext.lobes.activations import ReLU, Swish, gelu
 from speechbrain_ext.lobes.attention import RelativeSelfAttention, RotarySelfAttention
 from speechbrain_ext.lobes.convolution import ConvolutionModule, depthwise_conv
 from speechbrain_ext.lobes.masks import absolute_lengths
@@ -113,3 +114,25 @@ def test_subsampling_never_looks_past_a_multiple_of_four(net):
 
 def test_front_end_of_the_published_recipes():
     assert sum(p.numel() for p in ConvolutionSubsampling().parameters()) == 25_504
+
+
+@pytest.mark.parametrize("ours, theirs", [(ReLU(), F.relu), (Swish(), F.silu), (gelu, F.gelu)])
+def test_activations_work_in_place_only_without_a_gradient(ours, theirs):
+    x = torch.randn(3, 7, 5)
+    with torch.no_grad():
+        overwritten = x.clone()
+        assert torch.equal(ours(overwritten), theirs(x)) and torch.equal(overwritten, theirs(x))
+    kept = x.clone().requires_grad_()
+    grad = torch.autograd.grad(ours(kept).sum(), kept)[0]
+    assert torch.equal(kept, x)
+    torch.testing.assert_close(grad, torch.autograd.grad(theirs(kept).sum(), kept)[0])
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 6), (5, 5), (4, 9)])
+def test_the_relative_shift_has_the_gradient_of_its_views(queries, keys):
+    scores = torch.randn(2, 3, queries, queries + keys, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, queries, keys, dtype=torch.float64)
+    ours, views = attention._Shift.apply(scores, keys), attention._relative_shift(scores, keys)
+    assert torch.equal(ours, views)
+    grads = [torch.autograd.grad((each * weights).sum(), scores)[0] for each in (ours, views)]
+    assert torch.equal(*grads)
