@@ -310,7 +310,9 @@ class HyperMixing(nn.Module):
         # One matmul per head over all rows: broadcasting would copy the layers for every utterance and chunk.
         hidden = gelu(torch.bmm(sums.flatten(1, -2), first_layer.transpose(1, 2)))  # (heads, B ... e, k)
         mixing = torch.bmm(hidden, second_layer).reshape(sums.shape)
-        return second.to(sums.dtype) @ mixing[..., :-1].transpose(-1, -2) + mixing[..., -1].unsqueeze(-2)
+        mixing = mixing.flatten(0, -3)
+        y = torch.baddbmm(mixing[:, None, :, -1], second.to(sums.dtype).flatten(0, -3), mixing[..., :-1].transpose(1, 2))
+        return y.view(second.shape)
 
     def _norm(self, y):
         norm = self.layer_norm
