@@ -80,6 +80,7 @@ def test_ctc_only(ctc_run):
     assert run.returncode == 0, run.stdout + run.stderr
     (row,) = rows(folder)
     assert row["search"] == "ctc_greedy" and row["precision"] == "bf16"
+    assert "train padding %: " in (folder / "results" / "conformer" / "7775" / "train_log.txt").read_text()
     (config,) = folder.glob("results/*/7775/pretrained/config.json")
     assert json.loads(config.read_text())["speechbrain_interface"] == "EncoderASR"
 

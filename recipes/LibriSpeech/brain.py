@@ -177,7 +177,10 @@ class AsrBrain(Brain):
         """Measure."""
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
         now = time.perf_counter()
-        self.audio_seconds += world * float(sum(batch.duration))
+        seconds, longest = float(sum(batch.duration)), float(max(batch.duration))
+        self.audio_seconds += world * seconds
+        self.epoch_seconds += seconds
+        self.padded_seconds += len(batch.duration) * longest
         self.train_seconds += now - self.clock
         self.clock = now
 
@@ -190,6 +193,7 @@ class AsrBrain(Brain):
     def on_stage_start(self, stage, epoch=None):
         """Start the clock, and new error rates."""
         self.clock = time.perf_counter()
+        self.epoch_seconds = self.padded_seconds = 0.0
         self.error_rates = {}
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
@@ -197,6 +201,8 @@ class AsrBrain(Brain):
         if stage == Stage.TRAIN:
             self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(str(self.device)))
             self.train_stats = {"loss": float(stage_loss)}
+            if self.padded_seconds:  # since the last start, of this process
+                self.train_stats["padding %"] = 100 * (1 - self.epoch_seconds / self.padded_seconds)
             return
         stats = {"loss": float(stage_loss)}
         stats |= {f"WER {search}": float(rate.summarize("error_rate")) for search, rate in self.error_rates.items()}
