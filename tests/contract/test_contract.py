@@ -235,36 +235,21 @@ def test_compiled_training_gives_the_same_gradients(encoder):
         torch.testing.assert_close(theirs, ours)
 
 
-def _dynamic():
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
-    return ({0: batch, 1: time}, {0: batch, 1: time})
-
-
 @torch.no_grad()
-def test_exports_with_dynamic_batch_and_time(encoder):
+def test_exports_with_dynamic_batch_and_time(encoder, tmp_path):
+    """To a graph of PyTorch's, and from that to ONNX."""
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
     x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
-    exported = torch.export.export(Masked(encoder).eval(), (x, mask), dynamic_shapes=_dynamic()).module()
+    program = torch.export.export(Masked(encoder).eval(), (x, mask), dynamic_shapes=({0: batch, 1: time}, {0: batch, 1: time}))
+    exported = program.module()
     for lengths in ((1,), (7,), (3, 100, 50), (200, 3200)):
         x, mask = torch.randn(len(lengths), max(lengths), encoder.d_model), padding(lengths, max(lengths))
         torch.testing.assert_close(exported(x, mask), encoder(x, src_key_padding_mask=mask)[0], atol=1e-5, rtol=0)
 
-
-@torch.no_grad()
-def test_onnx_parity(encoder, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e .[dev]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e .[dev]")
-    x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
     path = str(tmp_path / "encoder.onnx")
-    torch.onnx.export(
-        Masked(encoder).eval(),
-        (x, mask),
-        path,
-        input_names=["x", "mask"],
-        output_names=["out"],
-        dynamic_shapes=_dynamic(),
-        dynamo=True,
-        verbose=False,
-    )
+    torch.onnx.export(program, (), path, input_names=["x", "mask"], output_names=["out"], dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for lengths in ((2,), (40, 21), (64, 3, 150)):
         x, mask = torch.randn(len(lengths), max(lengths), encoder.d_model), padding(lengths, max(lengths))
