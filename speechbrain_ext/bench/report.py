@@ -194,15 +194,19 @@ def plot_cost(rows, path):
     dims = max({dims for dims, _, _ in lines}, key=lambda dims: sum(key[0] == dims for key in lines), default=None)
     if dims is None:
         return False
-    figure, axes = _pyplot().subplots(figsize=(7, 4.5))
-    for (of, label, source), points in lines.items():
-        if of == dims:
-            axes.plot(*zip(*sorted(points), strict=True), "-o" if source == "here" else "--s", markersize=4, label=label)
-    seconds = sorted({second for points in lines.values() for second, _ in points})
+    figure, axes = _pyplot().subplots(figsize=(8, 4.5), layout="constrained")
+    drawn = {(label, source): sorted(points) for (of, label, source), points in lines.items() if of == dims}
+    axes.set_prop_cycle(color=_pyplot().get_cmap("tab20").colors)
+    for (label, source), points in sorted(drawn.items(), key=lambda line: -line[1][-1][1]):  # the legend in the lines' order
+        axes.plot(*zip(*points, strict=True), "-o" if source == "here" else "--s", markersize=4, label=label)
+    seconds = sorted({second for points in drawn.values() for second, _ in points})
     axes.set(xscale="log", yscale="log", xlabel="seconds of audio", ylabel="real-time factor", title=dims)
+    ticks = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
+    lowest, highest = axes.get_ylim()
+    axes.set_yticks(*zip(*((tick, f"{tick:g}") for tick in ticks if lowest <= tick <= highest), strict=True))
     axes.set_xticks(seconds, map(str, seconds))
     axes.minorticks_off()
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     _save(figure, path)
     return True
 
@@ -238,7 +242,7 @@ def plot_wer(rows, wers, path):
             sets.setdefault((test_set, dims), []).append((times[encoder, dims][1], wer, encoder))
     if not sets:
         return False
-    figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.5 * len(sets), 4), squeeze=False)
+    figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.5 * len(sets), 4), squeeze=False, layout="constrained")
     for ((test_set, dims), points), axis in zip(sets.items(), axes[0], strict=True):
         for cost, wer, encoder in points:
             axis.plot(cost, wer, "o")
@@ -261,7 +265,6 @@ def _pyplot():
 
 
 def _save(figure, path):
-    figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     _pyplot().close(figure)
 
