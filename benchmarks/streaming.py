@@ -25,7 +25,9 @@ from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.bench.measure import write_csv
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer
+from speechbrain_ext.inference.audio import SAMPLE_RATE
+from speechbrain_ext.inference.segments import FRAME_SECONDS
+from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_setting
 
 RESULTS = Path(__file__).parent / "results"
 WER_FIELDS = (
@@ -55,18 +57,18 @@ def error_rate(references, hypotheses):
     return round(accumulatable_wer_stats(references, [text.split() for text in hypotheses])["WER"], 2)
 
 
-def wer_rows(models, manifests, chunk_sizes, limit):
+def wer_rows(models, answer, manifests, chunk_sizes, limit):
     """Rows for each model, test set and chunk size; whole files first."""
-    for folder, answer in models:
+    for folder in models:
         model = load_model(folder, "cpu", answer)
-        _, left = (None, 16) if model.mods.encoder.chunk_size is None else (0, model.mods.encoder.left_context)
+        _, left = chunk_setting(model)
         left = -1 if left is None else left
         for manifest in manifests:
             with open(manifest, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))[:limit]
             wavs = [model.load_audio(row["wav"]) for row in rows]
             references = [row["wrd"].split() for row in rows]
-            seconds = sum(map(len, wavs)) / 16000
+            seconds = sum(map(len, wavs)) / SAMPLE_RATE
             began = time.perf_counter()
             texts = [model.transcribe_batch(wav[None], torch.ones(1))[0][0] for wav in wavs]
             factor = round((time.perf_counter() - began) / seconds, 4)
@@ -75,27 +77,28 @@ def wer_rows(models, manifests, chunk_sizes, limit):
                 texts, first, latencies, computing = [], [], [], 0.0
                 for wav in wavs:
                     timer = Timer(StreamingRecognizer(model, size, left, **FOREVER))
-                    segments = [segment for piece in wav.split(1600) for segment in timer.accept(piece)] + timer.finish()
+                    pieces = wav.split(SAMPLE_RATE // 10)
+                    segments = [segment for piece in pieces for segment in timer.accept(piece)] + timer.finish()
                     texts.append(" ".join(segment.text for segment in segments))
                     first += timer.latencies[:1]
                     latencies += timer.latencies
                     computing += timer.computing
                 middle, late, start = np.quantile(latencies, 0.5), np.quantile(latencies, 0.95), np.median(first)
                 times = [round(float(value), 3) for value in (start, middle, late)]
-                factor = round(computing / seconds, 4)
-                yield name_of(model), Path(manifest).stem, 40 * size, left, error_rate(references, texts), *times, factor
+                factor, chunk = round(computing / seconds, 4), round(1000 * FRAME_SECONDS * size)
+                yield name_of(model), Path(manifest).stem, chunk, left, error_rate(references, texts), *times, factor
 
 
-def memory_rows(models, minutes):
+def memory_rows(models, answer, minutes):
     """Peak resident memory of whole processes."""
     with tempfile.TemporaryDirectory() as folder:
         for length in minutes:
             path = Path(folder) / f"{length}.flac"
             generator = np.random.default_rng(0)
-            with soundfile.SoundFile(path, "w", 16000, 1) as file:
+            with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1) as file:
                 for second in range(60 * length):
-                    file.write(0.1 * (second % 7 < 5) * generator.standard_normal(16000).astype(np.float32))
-            for model, answer in models:
+                    file.write(0.1 * (second % 7 < 5) * generator.standard_normal(SAMPLE_RATE).astype(np.float32))
+            for model in models:
                 for mode in ("windows", "stream"):
                     command = [sys.executable, __file__, "run", "--models", model, "--mode", mode, "--audio", str(path)]
                     began = time.perf_counter()
@@ -119,19 +122,19 @@ def main():
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    models = [(model, arguments.answer) for model in arguments.models]
     if arguments.part == "run":
         from speechbrain_ext.inference.long_audio import transcribe_long
 
-        model = load_model(*models[0][:1], "cpu", arguments.answer)
+        model = load_model(arguments.models[0], "cpu", arguments.answer)
         for _ in transcribe_long(model, arguments.audio, arguments.mode == "stream"):
             pass
         print(name_of(model), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     if arguments.part == "wer":
-        fields, found = WER_FIELDS, wer_rows(models, arguments.manifests, arguments.chunk_sizes, arguments.limit)
+        given = arguments.manifests, arguments.chunk_sizes, arguments.limit
+        fields, found = WER_FIELDS, wer_rows(arguments.models, arguments.answer, *given)
     else:
-        fields, found = MEMORY_FIELDS, memory_rows(models, arguments.minutes)
+        fields, found = MEMORY_FIELDS, memory_rows(arguments.models, arguments.answer, arguments.minutes)
     rows = []
     for row in found:
         rows.append(row)

@@ -176,7 +176,8 @@ def _transcribe(model, files, outputs, streaming, progress):
 
     def report(file, error):
         message = error if isinstance(error, AudioError) else f"{file} cannot be transcribed: {error}"
-        progress.write(f"speechbrain_ext: {_sentence(message)}", file=sys.stderr)
+        with progress.external_write_mode(file=sys.stderr):
+            _say(message)
         progress.update()
         if file in outputs:
             outputs[file].abandon()

@@ -389,9 +389,10 @@ def test_the_example_needs_no_torch_and_writes_the_same_text(name, exported_stre
     assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_int8_keeps_the_front_end_in_float32(exported):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_int8_keeps_the_front_end_in_float32(streaming, exported):
     folder, _ = exported
-    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0)
+    report = export.export_model(folder / "model", folder / "int8.onnx", int8=True, tolerance=1.0, streaming=streaming)
     assert 0 < report.max_difference
     graph = onnx.load(folder / "int8.onnx").graph
     types = {weight.name: weight.data_type for weight in graph.initializer}

@@ -135,7 +135,7 @@ def group_words(tokens, spans, tokenizer, offset=0):
             continue
         heard = [pair for pair in group if tokenizer.id_to_piece(pair[0]) != "▁"]  # a boundary's frame says little of the word's
         start, end = (FRAME_SECONDS * (offset + frame) for frame in (heard[0][1][0], heard[-1][1][1]))
-        words.append(Word(text, round(start, 3), round(end, 3), _confidence([span for _, span in heard])))
+        words.append(Word(text, round(start, 3), round(end, 3), _confidence([score for _, (*_, score) in heard])))
     return tuple(words)
 
 
@@ -168,11 +168,12 @@ def make_segment(log_probs, tokens, tokenizer, blank=0, offset=0):
         times = (round(FRAME_SECONDS * (offset + frame), 3) for frame in (0, len(log_probs)))
         return Segment(*times, text, 0.0)
     words = group_words(tokens, spans, tokenizer, offset)
-    return Segment(words[0].start, words[-1].end, text, _confidence(spans), words)
+    return Segment(words[0].start, words[-1].end, text, _confidence([score for *_, score in spans]), words)
 
 
-def _confidence(spans):
-    return round(float(torch.tensor([score for *_, score in spans]).mean().exp()), 4)
+def _confidence(scores):
+    """From log-probabilities."""
+    return round(math.exp(math.fsum(scores) / len(scores)), 4)
 
 
 class Segmenter:
@@ -380,7 +381,7 @@ def split_at_pauses(segment, pause=0.8):
             words[0].start,
             words[-1].end,
             " ".join(word.text for word in words),
-            round(math.exp(sum(math.log(max(word.confidence, 1e-9)) for word in words) / len(words)), 4),
+            _confidence([math.log(max(word.confidence, 1e-9)) for word in words]),
             tuple(words),
         )
         for words in groups

@@ -7,7 +7,7 @@ from collections import deque
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.inference.audio import sample_flaw
+from speechbrain_ext.inference.audio import SAMPLE_RATE, sample_flaw
 from speechbrain_ext.inference.segments import FRAME_SECONDS, Segmenter, collapse
 
 CHUNK_SIZE = 16
@@ -16,7 +16,7 @@ LEFT_CONTEXT = 16
 """Their left context in chunks, 10 s."""
 LARGEST_CHUNK = 1500
 """A minute, which nobody waits for."""
-SAMPLES = round(16000 * FRAME_SECONDS)
+SAMPLES = round(SAMPLE_RATE * FRAME_SECONDS)
 """Per encoder frame."""
 PIECE = 160
 """Samples that are worth a look: smaller pieces are put together first."""
@@ -69,7 +69,9 @@ class StreamingRecognizer:
             left = None if left_context == -1 else left_context
         self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)
         if self._config.chunk_size > LARGEST_CHUNK:
-            raise ValueError(f"The chunk size is {chunk_size} frames, of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}.")
+            raise ValueError(
+                f"The chunk size is {self._config.chunk_size} frames of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}."
+            )
         if not 0 <= start < math.inf:
             raise ValueError(f"start is {start}; give a number of seconds, 0 or more.")
         encoder = self._encoder.transformer.encoder
