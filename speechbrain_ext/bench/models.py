@@ -179,6 +179,8 @@ class Peer:
     keys: dict = field(default_factory=dict)
     """Of that encoder."""
     note: str = ""
+    no_compiled_training: str = ""
+    """Why its training step must not be compiled."""
 
 
 def _speechbrain_conformer(attention):
@@ -214,7 +216,11 @@ PEERS = {
         "SpeechBrain", _speechbrain_conformer("RelPosMHAXL"), "conformer", {"attention_type": "RelPosMHAXL"}
     ),
     "speechbrain_conformer_rope": Peer(
-        "SpeechBrain", _speechbrain_conformer("RoPEMHA"), "conformer", {"attention_type": "RoPEMHA"}
+        "SpeechBrain",
+        _speechbrain_conformer("RoPEMHA"),
+        "conformer",
+        {"attention_type": "RoPEMHA"},
+        no_compiled_training="left out: compiled by torch 2.11 for a CPU, its training step ends the process",
     ),
     "speechbrain_hyperconformer": Peer(
         "SpeechBrain",

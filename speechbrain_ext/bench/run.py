@@ -517,7 +517,10 @@ class _Group:
 
     def _refuse(self, cell, pair):
         """Leave out what would take more memory than there is, or too much time, judged by short inputs: an operating system
-        ends a process that takes too much memory, and all that it has measured."""
+        ends a process that takes too much memory, and all that it has measured. So does code that writes where it must not."""
+        peer = PEERS.get(pair[0].name)
+        if peer and (cell.task, cell.mode, self.common["device"]) == ("training", "compiled", "cpu") and peer.no_compiled_training:
+            raise Unsupported(peer.no_compiled_training)
         if cell.task == "streaming" or cell.seconds * cell.batch <= 4 * PROBES[-1]:
             return
         key = (cell.task, cell.input, cell.precision, pair)
