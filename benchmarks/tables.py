@@ -21,6 +21,8 @@ SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
 FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
 STREAMING = ROOT / "benchmarks" / "results" / "streaming.csv"
 LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
+SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
+TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -108,9 +110,23 @@ def long_audio():
     return table(header, [[row[field] for field in fields] for row in read(LONG_AUDIO)])
 
 
+def search():
+    """Times of the searches."""
+    header = ["search", "audio, s", "ms", "RTFx", "times as fast as SpeechBrain"]
+    fields = ["search", "seconds", "ms", "rtfx", "times_speechbrain"]
+    return table(header, [[row[field] for field in fields] for row in read(SEARCH)])
+
+
+def training():
+    """Time and memory of a training step of the 8M HyperConformer."""
+    header = ["modules", "audio, s", "ms", "lower quartile", "upper quartile", "times as fast as SpeechBrain", "peak MiB"]
+    fields = ["modules", "seconds", "ms", "ms_lower", "ms_upper", "times_speechbrain", "peak_mib"]
+    return table(header, [[row[field] for field in fields] for row in read(TRAINING)])
+
+
 def fill(text):
     """The README's text with its tables made anew."""
-    for make in (results, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer):
+    for make in (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer):
         text = put(text, make.__name__, make())
     return text
 

@@ -259,6 +259,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         -------
         DecoderCache
         """
+        if not hasattr(self, "decoder"):
+            raise ValueError("There is no decoder to search with: num_decoder_layers is 0; give at least 1, or search by CTC.")
         return DecoderCache(self.decoder, encoder_out, self._memory_mask(encoder_out, enc_len), beam_size)
 
     @torch.no_grad()

@@ -410,7 +410,7 @@ def _add_bench(commands):
     what = parser.add_argument_group("what is compared")
     what.add_argument("--encoders", nargs="+", metavar="NAME", help="registered names; by default all")
     what.add_argument("--peers", nargs="*", metavar="NAME", help="by default all; without a name none")
-    what.add_argument("--equal-only", dest="own_sizes", action="store_false", help="leave out the encoders' own sizes")
+    what.add_argument("--equal-only", dest="own_sizes", action="store_false", help="time no encoder at its own sizes")
     for key, usual in (("d-model", 144), ("nhead", 8), ("num-layers", 10), ("d-ffn", 576), ("kernel-size", 31)):
         what.add_argument(f"--{key}", type=int, metavar="N", help=f"of all at equal work; {usual}")
     how = parser.add_argument_group("how")
@@ -427,6 +427,7 @@ def _add_bench(commands):
     how.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of 40 ms per chunk; 16")
     how.add_argument("--left-context", type=int, nargs="+", metavar="CHUNKS", help="-1 = all; -1 10")
     how.add_argument("--rounds", type=int, metavar="N", help="of which the median counts; 15")
+    how.add_argument("--retry", action="store_true", help="try again what has left a note in place of figures")
     how.add_argument("--budget", type=float, metavar="SECONDS", help="that one model may take in one cell; 120")
     parser.set_defaults(run=bench)
 
@@ -442,7 +443,7 @@ def bench(arguments):
     with redirect_stdout(sys.stderr):  # whatever the libraries say
         from speechbrain_ext.bench import report
         from speechbrain_ext.bench.models import EqualityError
-        from speechbrain_ext.bench.run import QUICK, Settings, check, machine, run
+        from speechbrain_ext.bench.run import QUICK, Settings, Table, check, machine, origin, run
 
         settings = Settings(
             **(QUICK if options["quick"] else {})
@@ -452,20 +453,24 @@ def bench(arguments):
             check(settings)
             path = Path(options["output"] or f"results/bench/{machine(settings)}{'-quick' * bool(options['quick'])}.csv")
             wers = report.read_wers(options["wer"], settings.dims) if options["wer"] else ()
-            if not options["report"]:
-                run(settings, path)
-            tables = report.write(path)
+            if options["report"]:
+                report.files(path)
+            elif path.exists():
+                Table(path).check_origin(origin(settings))
+        except (FileNotFoundError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        try:
+            rows = () if options["report"] else run(settings, path).rows
         except EqualityError as error:
             _say(error)
             return 1
-        except (FileNotFoundError, ValueError) as error:
-            raise UsageError(str(error)) from error
-        status = 0
+        tables = report.write(path)
+        status = int(any(row["note"].startswith("failed") for row in rows))
         try:
             report.plot(path, wers)
         except ImportError as error:
             _say(error)
-            status = int(bool(options["report"]))
+            status |= bool(options["report"])
         if options["readme"]:
             report.write_readme(options["readme"], path)
     print(tables)

@@ -1,7 +1,9 @@
 """The benchmark: every encoder of the registry is in it, rows are kept, and what is compared is equal."""
 
 import csv
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,13 +55,16 @@ def test_all_parts_for_two_encoders_and_a_peer(tmp_path):
     assert {row["speedup"] for row in timed if (row["encoder"], row["form"]) == ("conformer", "plain")} == {"1.0"}
     assert {row["encoder"] for row in rows if row["form"] == "fused"} == {"fusionformer"}
     assert {row["encoder"] for row in rows if row["form"] == "int8"} == names
+    assert {row["note"] for row in rows if row["form"] == "int8" and row["source"] == "here"} == {
+        "linear layers, torch.ao dynamic quantisation"  # and none of ours is left in float32
+    }
     (peer,) = {row["note"] for row in rows if (row["task"], row["encoder"]) == ("streaming", "speechbrain_hyperconformer")}
     assert peer == "SpeechBrain does not stream it"
     assert all("largest difference" in row["note"] for row in timed if row["encoder"] == "speechbrain_hyperconformer")
     states = {row["encoder"]: int(row["state_bytes"]) for row in rows if row["task"] == "streaming" and row["state_bytes"]}
     assert states["hyperconformer"] > 0
     text = report.write(tmp_path / "a.csv")
-    assert text.count("| hyperconformer |") == 4 and (tmp_path / "a.md").read_text() == text + "\n"
+    assert text.count("| hyperconformer |") == 5 and (tmp_path / "a.md").read_text() == text + "\n"
 
 
 def test_an_interrupted_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch, capsys):
@@ -89,7 +94,8 @@ def test_an_interrupted_run_goes_on_and_measures_nothing_twice(tmp_path, monkeyp
     assert third[:4] == second and len(third) == 6
     capsys.readouterr()
     assert cli.main([*command, "hyperconformer", "--peers", "--report"]) == 0
-    assert "| practical_conformer | 16 x 1, 2 heads, ffn 32, kernel 3 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| practical_conformer |" in out and "16 x 1, 2 heads, ffn 32, kernel 3" in out
     assert (tmp_path / "a_cost.png").stat().st_size > 1000
 
 
@@ -107,11 +113,19 @@ def test_different_outputs_stop_the_run(tmp_path, monkeypatch, capsys):
 
 def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(models.TorchaudioModel, "forward", lambda self, x: x @ x)
-    settings = Settings(**SHORT | {"encoders": ("conformer",), "peers": ("torchaudio_conformer",), "parts": ("inference",)})
+    settings = Settings(
+        **SHORT | {"encoders": ("conformer",), "peers": ("torchaudio_conformer",), "parts": ("size", "inference")}
+    )
     rows = run(settings, tmp_path / "a.csv").rows
     notes = {row["note"] for row in rows if row["encoder"] == "torchaudio_conformer"}
     assert len(notes) == 1 and notes.pop().startswith("failed: ")
-    assert all(row["ms"] for row in rows if row["encoder"] == "conformer")
+    assert all(row["ms"] or row["gmacs"] for row in rows if row["encoder"] == "conformer")
+    assert "Without figures: torchaudio_conformer: failed: " in report.write(tmp_path / "a.csv")
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "gemm_rate", lambda *keys: 10.0)
+    assert run(settings, tmp_path / "a.csv").rows == rows  # what failed is not tried again
+    rows = run(replace(settings, retry=True), tmp_path / "a.csv").rows  # unless that is asked for
+    assert all(row["ms"] or row["gmacs"] for row in rows)
 
 
 def test_what_cannot_be_built_leaves_a_note(tmp_path, monkeypatch):
@@ -160,11 +174,25 @@ def test_wrong_usage(capsys, tmp_path, argv, message):
     assert out == "" and message in err and len(err.splitlines()) == 1
 
 
-def test_a_file_of_something_else_is_refused(capsys, tmp_path):
-    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
-    assert cli.main(arguments(tmp_path / "a.csv")) == 2
-    assert "is no file of this benchmark" in capsys.readouterr().err
-    assert (tmp_path / "a.csv").read_text() == "a,b\n1,2\n"
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "a,b\n", "no table\n", ""])
+def test_a_file_of_something_else_is_refused(capsys, tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    for more in ([], ["--report"]):
+        assert cli.main(arguments(tmp_path / "a.csv", *more)) == 2
+        assert "is no file of this benchmark" in capsys.readouterr().err
+    assert (tmp_path / "a.csv").read_text() == text
+
+
+def test_figures_of_another_machine_are_not_mixed_with_these(capsys, tmp_path, monkeypatch):
+    command = arguments(tmp_path / "a.csv", "--encoders", "conformer", "--peers", "--parts", "size")
+    assert cli.main(command) == 0
+    before = (tmp_path / "a.csv").read_text()
+    monkeypatch.setattr("speechbrain_ext.bench.run._device_name", lambda settings: "Abacus")
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert "these would be of 'Abacus'; give another --output" in err and len(err.splitlines()) == 1
+    assert (tmp_path / "a.csv").read_text() == before
 
 
 def test_peers_have_our_parameters():
@@ -180,6 +208,28 @@ def test_peers_have_our_parameters():
     assert len({sum(parameter.numel() for parameter in front.parameters()) for front in fronts}) == 1
     x = torch.rand(1, 4000, 16)  # past SpeechBrain's 3,000 positions
     assert {model(x).shape for candidate, model in built.items() if "hyper" in candidate.name} == {x.shape}
+
+
+@pytest.mark.parametrize("times", [[5.01, 5.02], [5.0], [0.3, 70.0]])
+def test_plot_of_cost(tmp_path, times):
+    row = {"task": "inference", "encoder": "conformer", "size": "equal", "dims": "some", "form": "plain", "source": "here"}
+    row |= {"batch": "1", "input": "encoder", "precision": "float32", "mode": "eager"}
+    rows = [row | {"ms": str(1000 * ms), "seconds": str(5 * 2**i)} for i, ms in enumerate(times)]
+    assert report.plot_cost(rows, tmp_path / "a.png") and (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++)")
+def test_compiled(tmp_path):
+    chosen = {"encoders": ("conformer",), "peers": (), "parts": ("inference",), "compiled": True, "forms": ("plain",)}
+    rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+    assert {(row["mode"], bool(row["ms"])) for row in rows} == {("eager", True), ("compiled", True)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    chosen = {"encoders": ("hyperconformer",), "peers": ("speechbrain_hyperconformer",), "device": "cuda", "seconds": (2, 60)}
+    rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+    assert {row["device"] for row in rows} == {"cuda"} and not any(row["note"].startswith("failed") for row in rows)
 
 
 def test_plot_of_error_rates_against_cost(tmp_path):

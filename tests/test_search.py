@@ -8,6 +8,7 @@ import torch
 from speechbrain.decoders import scorer as theirs_scorer
 from speechbrain.decoders import seq2seq as theirs
 from speechbrain.decoders.ctc import CTCPrefixScore
+from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
 from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from speechbrain.nnet.linear import Linear
 
@@ -228,3 +229,36 @@ def test_nothing_is_kept_after_a_search(monkeypatch):
     assert len(kept) == 2 and not any(reference() for reference in kept)
     assert search.state_dict().keys() == state.keys()
     assert not [value for value in vars(search.scorer.partial_scorers["ctc"]).values() if torch.is_tensor(value)]
+
+
+@pytest.mark.parametrize("name", ["S2STransformerBeamSearcher", "S2STransformerGreedySearcher"])
+def test_a_model_that_cannot_decode_step_by_step_is_refused(name):
+    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0}
+    keys |= {"beam_size": 2} if "Beam" in name else {}
+    head = Linear(input_size=32, n_neurons=VOCAB)
+    theirs_net = SpeechBrainTransformerASR(VOCAB, 8, 32, 4, 1, 2, 64)
+    with pytest.raises(TypeError, match="take speechbrain_ext.asr.TransformerASR"):
+        getattr(ours, name)([theirs_net, head], **keys)
+    search = getattr(ours, name)([TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64), head], **keys)
+    with pytest.raises(ValueError, match="num_decoder_layers is 0"):
+        search(torch.rand(1, 10, 32), torch.ones(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """The prefixes in one go and token by token, as close as the type allows."""
+    net = model()[0].to(dtype)
+    encoder_out, prefix = torch.randn(2, FRAMES, 32, dtype=dtype), torch.randint(3, VOCAB, (2, 9))
+    cache = net.make_decoder_cache(encoder_out)
+    for tokens in prefix.unbind(1):
+        out, _ = net.decode_step(tokens, cache)
+    expected = net.decode(prefix, encoder_out)[0][:, -1]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, atol=0.1 if dtype == torch.bfloat16 else 0.02, rtol=0.0)
+
+
+def test_log_probabilities_stay_the_callers():
+    log_probs = torch.randn(2, 1, 6).log_softmax(-1)  # of one frame, which needs no copy to have its frames last
+    before = log_probs.clone()
+    PrefixScores(log_probs, torch.tensor([1, 0]), 0, 2)
+    assert torch.equal(log_probs, before)

@@ -1,5 +1,6 @@
 """How benchmarks measure: alternating times, peak memory, operations, the machine's rate, and results as CSV."""
 
+import contextlib
 import csv
 import os
 import statistics
@@ -131,12 +132,17 @@ def peak_memory(call, device="cpu"):
 def available_memory(device="cpu"):
     """Memory in MiB that can still be had; None where the system does not say."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**20
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what PyTorch has taken
+        return (torch.cuda.mem_get_info(device)[0] + unused) / 2**20
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
     except (OSError, StopIteration):
         return None
+    with contextlib.suppress(OSError, ValueError):  # of a container; without a limit it says "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, (limit - used) / 2**20)
+    return free
 
 
 def count_macs(net, x):
@@ -198,7 +204,10 @@ def write_csv(path, fields, rows):
     os.replace(temporary, path)
 
 
-def read_csv(path):
-    """Rows of a CSV file as dictionaries."""
+def read_csv(path, fields=None):
+    """Rows of a CSV file as dictionaries; ValueError if it has other than these fields."""
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
+            raise ValueError(f"{path} is no file of this benchmark, or of another version of it; give another --output.")
+        return list(reader)

@@ -25,6 +25,7 @@ from torch import nn
 
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.encoders.streaming import StreamingContext
+from speechbrain_ext.lobes.fusible import PlainLinear, ScaledLinear
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_sizes, get_encoder
 
@@ -51,6 +52,7 @@ class Dimensions:
     num_layers: int = 10
     d_ffn: int = 576
     kernel_size: int = 31
+    dropout: float = 0.1
 
     def __str__(self):
         return f"{self.d_model} x {self.num_layers}, {self.nhead} heads, ffn {self.d_ffn}, kernel {self.kernel_size}"
@@ -186,7 +188,13 @@ class Peer:
 def _speechbrain_conformer(attention):
     def build(dims, frames):
         encoder = ConformerEncoder(
-            dims.num_layers, dims.d_model, dims.d_ffn, dims.nhead, dims.kernel_size, dropout=0.1, attention_type=attention
+            dims.num_layers,
+            dims.d_model,
+            dims.d_ffn,
+            dims.nhead,
+            dims.kernel_size,
+            dropout=dims.dropout,
+            attention_type=attention,
         )
         if attention == "hypermixing" and frames > 3000:  # where its table of positions ends, and its constructor has no key
             table = PositionalEncoding(dims.d_model, frames)
@@ -200,7 +208,7 @@ def _speechbrain_conformer(attention):
 def _speechbrain_branchformer(dims, frames):
     # Its hidden width in the published recipe (3072 of 512) in proportion; it has no d_ffn.
     encoder = BranchformerEncoder(
-        dims.num_layers, dims.d_model, dims.nhead, dims.kernel_size, dropout=0.1, csgu_linear_units=6 * dims.d_model
+        dims.num_layers, dims.d_model, dims.nhead, dims.kernel_size, dropout=dims.dropout, csgu_linear_units=6 * dims.d_model
     )
     return SpeechBrainModel(encoder, dims.d_model, relative=True)
 
@@ -208,7 +216,7 @@ def _speechbrain_branchformer(dims, frames):
 def _torchaudio_conformer(dims, frames):
     from torchaudio.models import Conformer
 
-    return TorchaudioModel(Conformer(dims.d_model, dims.nhead, dims.d_ffn, dims.num_layers, dims.kernel_size, dropout=0.1))
+    return TorchaudioModel(Conformer(dims.d_model, dims.nhead, dims.d_ffn, dims.num_layers, dims.kernel_size, dims.dropout))
 
 
 PEERS = {
@@ -347,7 +355,7 @@ def build(group, dims, frames):
                 model = PEERS[candidate.name].build(dims, frames)
             else:
                 model = Model(build_encoder(candidate.encoder, **_keys(candidate, dims, twin is not None)))
-        except (AssertionError, TypeError, ValueError, RuntimeError) as error:  # AssertionError is SpeechBrain's for sizes
+        except Exception as error:  # whatever stops one model, the others go on
             if candidate.encoder == BASELINE:
                 raise
             errors[candidate] = " ".join(str(error).split()) or type(error).__name__
@@ -413,14 +421,14 @@ def with_front_end(candidate, model, d_model):
 
 @functools.cache
 def foldable(candidate):
-    """Whether ``fuse_`` changes anything, tried on a small one."""
-    if candidate.encoder is None:
+    """Whether ``fuse_`` changes anything, tried on a small one, where such a one can be built."""
+    if candidate.encoder is None or not hasattr(get_encoder(candidate.encoder), "fuse_"):
         return False
     try:
         keys = _keys(replace(candidate, size="equal", keys=()), Dimensions(32, 4, 2, 32, 3), False)
         return folded(Model(build_encoder(candidate.encoder, **keys))) is not None
-    except (TypeError, ValueError, RuntimeError):
-        return False
+    except Exception:
+        return True
 
 
 def folded(model):
@@ -428,14 +436,31 @@ def folded(model):
     copied = copy.deepcopy(model)
     if not hasattr(copied.encoder, "fuse_"):
         return None
-    before = set(copied.state_dict())
     copied.encoder.fuse_()
-    return copied if set(copied.state_dict()) != before else None
+    before, after = model.state_dict(), copied.state_dict()
+    return None if before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before) else copied
 
 
 def in_int8(model):
     """A copy whose linear layers keep their weights in 8 bits and round their inputs to 8 bits as they come (PyTorch's dynamic
     quantisation, on a CPU)."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, PlainLinear | ScaledLinear) and getattr(child, "scale", None) is None:
+                setattr(module, name, _Maskless(child))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that another package will replace it
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+class _Maskless(nn.Module):
+    """One of our layers that are called with a mask, with the plain linear layer in it that quantisation looks for."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.linear.load_state_dict(layer.state_dict())
+
+    def forward(self, x, mask=None):
+        return self.linear(x)

@@ -2,10 +2,12 @@
 
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from speechbrain_ext.bench.measure import read_csv
 from speechbrain_ext.bench.models import BASELINE
+from speechbrain_ext.bench.run import FIELDS
 
 
 def table(header, rows):
@@ -51,12 +53,14 @@ def files(source):
     ------
     FileNotFoundError
         If there is none.
+    ValueError
+        If a file is something else.
     """
     source = Path(source)
     paths = sorted(source.glob("*.csv")) if source.is_dir() else [source]
     if not paths or not all(path.is_file() for path in paths):
         raise FileNotFoundError(f"There are no results at {source}; measure first, or give --output the file that holds them.")
-    return {path.stem: read_csv(path) for path in paths}
+    return {path.stem: read_csv(path, FIELDS) for path in paths}
 
 
 def markdown(machines):
@@ -76,17 +80,24 @@ def markdown(machines):
 
 def _machine(machine, rows):
     yield f"### {machine}"
-    yield f"{max(row['date'] for row in rows)}; {rows[-1]['versions']}."
-    for make in (_sizes, _inference, _streaming, _training):
-        yield from make(rows)
-    left_out = sorted({(_label(row), row["note"]) for row in rows if row["task"] != "size" and not row["ms"]})
+    if not rows:
+        return
+    yield f"{rows[-1]['machine']}, {max(row['date'] for row in rows)}; {rows[-1]['versions']}."
+    equal = [row["dims"] for row in rows if row["size"] == "equal"]
+    usual = max(equal, key=equal.count, default="")
+    for dims in sorted({usual, *equal}, key=lambda dims: (dims != usual, dims)):
+        yield f"#### d_model x blocks: {dims}"
+        mine = [row for row in rows if row["dims"] == dims or dims == usual and row["size"] != "equal"]
+        for make in (_sizes, _inference, _streaming, _training):
+            yield from make(mine)
+    left_out = sorted({(_label(row), row["note"]) for row in rows if not (row["ms"] or row["gmacs"])})
     if left_out:
         yield "Without figures: " + "; ".join(f"{label}: {note}" for label, note in left_out) + "."
 
 
 def _label(row):
-    label = row["encoder"] + (f", {row['size']}" if row["size"] != "equal" else "")
-    return label + (f", {row['form']}" if row["form"] != "plain" else "")
+    label = row["encoder"] + (f", {row['form']}" if row["form"] != "plain" else "")
+    return label + (f", {row['size']} ({row['dims']})" if row["size"] != "equal" else "")
 
 
 def _cells(rows, task, *keys):
@@ -103,8 +114,8 @@ def _pivot(rows, column, cell):
     columns = sorted({row[column] for row in rows}, key=int)
     lines = {}
     for row in rows:
-        lines.setdefault((_label(row), row["dims"]), {})[row[column]] = cell(row)
-    return columns, [[label, dims, *(line.get(name, "") for name in columns)] for (label, dims), line in lines.items()]
+        lines.setdefault(_label(row), {})[row[column]] = cell(row)
+    return columns, [[label, *(line.get(name, "") for name in columns)] for label, line in lines.items()]
 
 
 def _count(text):
@@ -114,10 +125,10 @@ def _count(text):
 def _sizes(rows):
     for (part,), mine in _cells(rows, "size", "input").items():
         columns, lines = _pivot(mine, "seconds", lambda row: row["gmacs"] and f"{float(row['gmacs']):.2f}")
-        parameters = {(_label(row), row["dims"]): _count(row["parameters"]) for row in mine}
+        parameters = {_label(row): _count(row["parameters"]) for row in mine}
         yield f"**Parameters and 10^9 multiply-accumulates**, {_part(part)}:"
-        header = ["encoder", "d_model x blocks", "parameters", *(f"{name} s" for name in columns)]
-        yield table(header, [[*line[:2], parameters[line[0], line[1]], *line[2:]] for line in lines])
+        header = ["encoder", "parameters", *(f"{name} s" for name in columns)]
+        yield table(header, [[line[0], parameters[line[0]], *line[1:]] for line in lines])
 
 
 def _part(name):
@@ -134,12 +145,20 @@ def _spread(row):
 
 def _inference(rows):
     for (part, precision, mode, batch), mine in _cells(rows, "inference", "input", "precision", "mode", "batch").items():
+        how = f"by seconds of audio, {_part(part)}, {precision}, {mode}, batch {batch}"
         columns, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{row['real_time_factor']} {_speedup(row)}")
-        yield (
-            f"**Real-time factor** by seconds of audio, {_part(part)}, {precision}, {mode}, batch {batch} (times as fast as "
-            f"`{BASELINE}`):"
-        )
-        yield table(["encoder", "d_model x blocks", *(f"{name} s" for name in columns)], lines)
+        header = ["encoder", *(f"{name} s" for name in columns)]
+        yield f"**Real-time factor** {how} (times as fast as `{BASELINE}`):"
+        yield table(header, lines)
+        if (precision, mode) == ("float32", "eager"):  # of the others the file has them
+            _, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{_mib(row)}, {float(row['gemm_share']):.0%}")
+            yield f"**Peak memory in MiB, and share of the machine's matrix-product rate** {how}:"
+            yield table(header, lines)
+
+
+def _mib(row):
+    mib = float(row["peak_mib"])
+    return f"{mib:,.0f}" if mib >= 10 else f"{mib:.1f}"
 
 
 def _streaming(rows):
@@ -156,7 +175,7 @@ def _streaming(rows):
             f"**Streams**, chunks of {40 * int(chunk)} ms, {context}: ms per chunk (times as fast as `{BASELINE}`), and state in "
             "kB, after so many seconds:"
         )
-        yield table(["encoder", "d_model x blocks", *(f"{name} s" for name in columns)], lines)
+        yield table(["encoder", *(f"{name} s" for name in columns)], lines)
 
 
 def _training(rows):
@@ -164,10 +183,8 @@ def _training(rows):
         rows, "training", "input", "precision", "mode", "batch", "seconds"
     ).items():
         yield f"**Training step**, {batch} x {seconds} s, {_part(part)}, {precision}, {mode}:"
-        lines = [
-            [_label(row), row["dims"], row["ms"], _spread(row), row["speedup"], row["peak_mib"]] for row in mine if row["ms"]
-        ]
-        yield table(["encoder", "d_model x blocks", "ms", "quartiles", f"times as fast as `{BASELINE}`", "peak MiB"], lines)
+        lines = [[_label(row), f"{float(row['ms']):,.0f}", _spread(row), row["speedup"], _mib(row)] for row in mine if row["ms"]]
+        yield table(["encoder", "ms", "quartiles", f"times as fast as `{BASELINE}`", "peak MiB"], lines)
 
 
 def plot_cost(rows, path):
@@ -201,9 +218,11 @@ def plot_cost(rows, path):
         axes.plot(*zip(*points, strict=True), "-o" if source == "here" else "--s", markersize=4, label=label)
     seconds = sorted({second for points in drawn.values() for second, _ in points})
     axes.set(xscale="log", yscale="log", xlabel="seconds of audio", ylabel="real-time factor", title=dims)
-    ticks = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
+    steps = [digit * 10.0**power for power in range(-9, 6) for digit in (1, 2, 5)]
     lowest, highest = axes.get_ylim()
-    axes.set_yticks(*zip(*((tick, f"{tick:g}") for tick in ticks if lowest <= tick <= highest), strict=True))
+    ticks = [low for low, high in pairwise(steps) if high > lowest and low < highest] + [next(s for s in steps if s >= highest)]
+    axes.set_ylim(ticks[0], ticks[-1])
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks(seconds, map(str, seconds))
     axes.minorticks_off()
     figure.legend(fontsize=7, loc="outside right upper")
@@ -290,9 +309,10 @@ def read_wers(path, dims):
         If it is no results file.
     """
     found = []
-    for row in read_csv(path):
-        if not {"architecture", "train_set", "test_set", "search", "WER"} <= set(row):
-            raise ValueError(f"{path} is no results file of a recipe; give one that training has written.")
+    rows = read_csv(path)
+    if not rows or not {"architecture", "train_set", "test_set", "search", "WER"} <= set(rows[0]):
+        raise ValueError(f"{path} is no results file of a recipe; give one that training has written.")
+    for row in rows:
         # The second pass of a recipe is a cascade of the given number of blocks; its first pass is an encoder of fewer.
         encoder = {"ctc_greedy": row["architecture"], "second_pass_ctc_greedy": "cascade"}.get(row["search"])
         if encoder is not None:

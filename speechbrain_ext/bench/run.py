@@ -77,6 +77,8 @@ class Settings:
     rounds: int = 15
     budget: float = 120.0
     """Seconds that one model may take in one cell."""
+    retry: bool = False
+    """Whether to try again what has left a note in place of figures."""
 
     @property
     def dims(self):
@@ -152,15 +154,28 @@ def machine(settings):
     >>> machine(Settings(threads=2)).endswith("2-threads")
     True
     """
-    if torch.device(settings.device).type == "cuda":
-        name = torch.cuda.get_device_name(settings.device)
-    else:
+    name = _device_name(settings)
+    if torch.device(settings.device).type == "cpu":
         threads = settings.threads or torch.get_num_threads()
-        name = f"{_processor()} {threads} thread{'s' * (threads > 1)}"
+        name += f" {threads} thread{'s' * (threads > 1)}"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name, flags=re.IGNORECASE).lower()).strip("-")
 
 
-def _processor():
+def origin(settings):
+    """What must be the same for all rows of a file: the machine, and the versions of what is compared.
+
+    Example
+    -------
+    >>> sorted(origin(Settings()))
+    ['machine', 'versions']
+    """
+    versions = [f"speechbrain_ext {__version__}", *map(_version, ("torch", "speechbrain", "torchaudio"))]
+    return {"machine": _device_name(settings), "versions": ", ".join(versions)}
+
+
+def _device_name(settings):
+    if torch.device(settings.device).type == "cuda":
+        return torch.cuda.get_device_name(settings.device)
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -188,8 +203,13 @@ class Cell:
         return text
 
 
-def cells(settings, own_size=False):
+def cells(settings):
     """What to measure for one group, cheap and important things first.
+
+    Arguments
+    ---------
+    settings : Settings
+        What to measure.
 
     Example
     -------
@@ -218,20 +238,43 @@ def cells(settings, own_size=False):
 
 
 KEY = ("task", "input", "encoder", "size", "dims", "form", "device", "threads", *list(Cell.__dataclass_fields__)[2:])
+ORIGIN = ("machine", "versions")
 TIMES = ("ms", "ms_lower", "ms_upper", "rounds", "real_time_factor", "speedup")
 SPACE = ("peak_mib", "state_bytes")
-FIELDS = (*KEY, "source", "parameters", "gmacs", *TIMES, "gemm_gmacs", "gemm_share", *SPACE, "note", "versions", "date")
+FIELDS = (*KEY, "source", "parameters", "gmacs", *TIMES, "gemm_gmacs", "gemm_share", *SPACE, "note", *ORIGIN, "date")
 
 
 class Table:
-    """The CSV file: what is in it, and what is added, cell by cell."""
+    """The CSV file: what is in it, and what is added, cell by cell.
 
-    def __init__(self, path):
+    Arguments
+    ---------
+    path : str
+        The file; it may be missing.
+    retry : bool
+        Whether rows without figures, with a note that says why, are not taken for known.
+
+    Raises
+    ------
+    ValueError
+        If the file is something else.
+    """
+
+    def __init__(self, path, retry=False):
         self.path = Path(path)
-        self.rows = measure.read_csv(self.path) if self.path.exists() else []
-        if self.rows and list(self.rows[0]) != list(FIELDS):
-            raise ValueError(f"{self.path} is no file of this benchmark, or of another version; give another --output.")
+        self.rows = measure.read_csv(self.path, FIELDS) if self.path.exists() else []
+        if retry:
+            self.rows = [row for row in self.rows if row["ms"] or row["gmacs"]]
         self.known = {tuple(row[key] for key in KEY) for row in self.rows}
+
+    def check_origin(self, origin):
+        """Refuse to mix figures of several machines or versions."""
+        for row in self.rows:
+            for key in ORIGIN:
+                if row[key] != origin[key]:
+                    raise ValueError(
+                        f"{self.path} holds figures of '{row[key]}', these would be of '{origin[key]}'; give another --output."
+                    )
 
     def __contains__(self, row):
         return tuple(str(row[key]) for key in KEY) in self.known
@@ -268,27 +311,27 @@ def run(settings, path):
         If a model that should compute what a peer does, does not.
     """
     check(settings)
-    table = Table(path)
+    table = Table(path, settings.retry)
+    table.check_origin(origin(settings))
     threads = torch.get_num_threads()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if settings.compiled:
-        # One compiled module per model, all with the same code: by default the ninth would run uncompiled without a word.
-        limit, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 1000
-    try:
-        encoders = settings.encoders or list_encoders()
-        todo = groups(encoders, settings.peers, settings.dims, settings.own_sizes)
-        if "size" in settings.parts and not settings.own_sizes:  # the table of sizes has them all
-            todo += groups(encoders, (), settings.dims)[1:]
-        for number, group in enumerate(todo):
-            wanted = settings
-            if number and not settings.own_sizes:
-                wanted = replace(settings, parts=("size",), inputs=("encoder",), counted=settings.counted[:1])
-            _Group(wanted, table, group, f"{number + 1}/{len(todo)}").run()
-    finally:
-        torch.set_num_threads(threads)
-        if settings.compiled:
-            torch._dynamo.config.recompile_limit = limit
+    # One compiled module per model, all with the same code: by default the ninth would run uncompiled without a word.
+    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
+        try:
+            encoders = settings.encoders or list_encoders()
+            todo = groups(encoders, settings.peers, settings.dims, settings.own_sizes)
+            if "size" in settings.parts and not settings.own_sizes:  # the table of sizes has them all
+                todo += groups(encoders, (), settings.dims)[1:]
+            for number, group in enumerate(todo):
+                wanted = settings
+                if number and not settings.own_sizes:
+                    wanted = replace(
+                        settings, parts=("size",), inputs=("encoder",), forms=("plain",), counted=settings.counted[:1]
+                    )
+                _Group(wanted, table, group, f"{number + 1}/{len(todo)}").run()
+        finally:
+            torch.set_num_threads(threads)
     return table
 
 
@@ -302,7 +345,7 @@ class _Group:
         self.common = {
             "device": "cuda" if on_gpu else "cpu",
             "threads": "" if on_gpu else self.threads,
-            "versions": ", ".join([f"speechbrain_ext {__version__}", *map(_version, ("torch", "speechbrain", "torchaudio"))]),
+            **origin(settings),
         }
         self.models = None
         self.costs, self.counts = {}, {}
@@ -370,32 +413,36 @@ class _Group:
         if key not in self.fronts:
             net = model
             if cell.input == "front end":
-                width = getattr(model.encoder, "d_model", self.settings.d_model)
-                net = with_front_end(pair[0], model, width).to(self.settings.device)
+                net = with_front_end(pair[0], model, self._width(pair)).to(self.settings.device)
+                if pair[1] == "int8":
+                    net.input = in_int8(net.input)
             self.fronts[key] = torch.compile(net, dynamic=True) if cell.mode == "compiled" else net
         return self.fronts[key]
 
     def _shape(self, cell, pair, seconds, batch):
         if cell.input == "front end":
             return batch, 4 * FRAMES_PER_SECOND * seconds, FEATURES
-        return batch, FRAMES_PER_SECOND * seconds, getattr(self.models[pair].encoder, "d_model", self.settings.d_model)
+        return batch, FRAMES_PER_SECOND * seconds, self._width(pair)
 
     def _macs(self, cell, pair):
         """10^9, of the plain form: what is folded or rounded does the same."""
         pair = (pair[0], "plain")
-        key = (pair[0], cell.input, cell.batch, cell.seconds)
+        key = (pair[0], cell.input, cell.seconds)
         if key not in self.counts:
-            x = torch.randn(self._shape(cell, pair, cell.seconds, cell.batch), device=self.settings.device)
+            x = torch.randn(self._shape(cell, pair, cell.seconds, 1), device=self.settings.device)
             self.counts[key] = measure.count_macs(self._net(replace(cell, mode="eager"), pair), x) / 1e9
-        return self.counts[key]
+        return cell.batch * self.counts[key]
 
     def _measure(self, cell, pairs):
         """Results by candidate and form."""
         rows = {pair: {"note": self._note(cell, pair)} for pair in pairs}
         if cell.task == "size":
             for pair in (pair for pair in pairs if pair in self.models):
-                count = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
-                rows[pair] |= {"parameters": count, "gmacs": round(self._macs(cell, pair), 4)}
+                try:
+                    rows[pair]["parameters"] = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
+                    rows[pair]["gmacs"] = round(self._macs(cell, pair), 4)
+                except Exception as error:  # whatever stops one model, the others go on
+                    rows[pair]["note"] = f"failed: {_sentence(error)}"
             return rows
         calls, rounds, states = {}, {}, {}
         for pair in pairs:
@@ -406,6 +453,8 @@ class _Group:
                     warnings.simplefilter("ignore")
                     self._refuse(cell, pair)
                     calls[pair] = self._call(cell, pair, states)
+                    if cell.task == "training" or cell.mode == "compiled" or self.common["device"] == "cuda":
+                        calls[pair]()  # makes what stays: the optimiser's states, code, workspaces
                     rows[pair]["peak_mib"] = round(measure.peak_memory(calls[pair], self.settings.device), 2)
                     first = measure.timed(calls[pair], self.settings.device) / 1e3
                 rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
@@ -435,7 +484,8 @@ class _Group:
             return self.errors.get(pair, "left out")
         notes = [candidate.note, self.differences.get(candidate, "")]
         if form == "int8":
-            notes.append("linear layers, torch.ao dynamic quantisation")
+            rest = sum(isinstance(module, torch.nn.Linear) for module in self.models[pair].modules())
+            notes.append(f"linear layers, torch.ao dynamic quantisation{f', but {rest} in float32' * bool(rest)}")
         return "; ".join(filter(None, notes))
 
     def _rounds(self, cell):
@@ -451,8 +501,11 @@ class _Group:
         if cell.task == "inference":
             if cell.precision not in self.gemm:
                 self.gemm[cell.precision] = measure.gemm_rate(self.settings.device, cell.precision)
-            macs, rate = self._macs(cell, pair), self.gemm[cell.precision]
-            row |= {"gmacs": round(macs, 4), "gemm_gmacs": round(rate, 1), "gemm_share": round(macs / middle * 1e3 / rate, 3)}
+            rate = self.gemm[cell.precision]
+            row["gemm_gmacs"] = round(rate, 1)
+            with contextlib.suppress(Exception):  # whatever does not let itself be counted has its time
+                macs = self._macs(cell, pair)
+                row |= {"gmacs": round(macs, 4), "gemm_share": round(macs / middle * 1e3 / rate, 3)}
         return row
 
     def _call(self, cell, pair, states):
@@ -519,9 +572,13 @@ class _Group:
         """Leave out what would take more memory than there is, or too much time, judged by short inputs: an operating system
         ends a process that takes too much memory, and all that it has measured. So does code that writes where it must not."""
         peer = PEERS.get(pair[0].name)
-        if peer and (cell.task, cell.mode, self.common["device"]) == ("training", "compiled", "cpu") and peer.no_compiled_training:
+        if (
+            peer
+            and (cell.task, cell.mode, self.common["device"]) == ("training", "compiled", "cpu")
+            and peer.no_compiled_training
+        ):
             raise Unsupported(peer.no_compiled_training)
-        if cell.task == "streaming" or cell.seconds * cell.batch <= 4 * PROBES[-1]:
+        if cell.task == "streaming" or cell.seconds * cell.batch <= 2 * PROBES[-1]:
             return
         key = (cell.task, cell.input, cell.precision, pair)
         if key not in self.costs:

@@ -49,7 +49,7 @@ class PrefixScores:
         self.blank_index, self.eos_index = blank_index, eos_index
         self.padding = padding_mask(lengths, log_probs.shape[1])  # (B, T)
         # Frames last: those of a candidate lie side by side
-        self.log_probs = log_probs.transpose(1, 2).contiguous().masked_fill_(self.padding.unsqueeze(1), 0.0)  # (B, V, T)
+        self.log_probs = log_probs.transpose(1, 2).contiguous().masked_fill(self.padding.unsqueeze(1), 0.0)  # (B, V, T)
         self.last_frame = (lengths.long() - 1) % log_probs.shape[1]
         self.in_blank = None
         """(B * K, T) log-probability that the frames up to t are an alignment of the prefix which ends in blank."""

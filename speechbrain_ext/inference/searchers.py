@@ -1,10 +1,13 @@
 """SpeechBrain's searchers for Transformers, with a decoder that decodes each token once.
 
 Same constructors, hypotheses and scores. What scorers are given as attention is (B * K, T), that of the newest token, as from
-SpeechBrain's RNN searchers; SpeechBrain's Transformer searchers give that of the whole prefix again, (B * K, U, T).
+SpeechBrain's RNN searchers; SpeechBrain's Transformer searchers give that of the whole prefix again, (B * K, U, T), and with
+``using_max_attn_shift`` look for its peak over the prefix, where these look over the encoder frames.
 """
 
 from speechbrain.decoders import seq2seq
+
+from speechbrain_ext.asr import TransformerASR
 
 
 class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
@@ -15,6 +18,11 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
     modules, temperature, **kwargs
         As in ``speechbrain.decoders.S2STransformerBeamSearcher``; the first of the modules is a
         :class:`speechbrain_ext.asr.TransformerASR`.
+
+    Raises
+    ------
+    TypeError
+        If it is not.
 
     Example
     -------
@@ -32,6 +40,9 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
     >>> len(tokens)
     3
     """
+
+    def __init__(self, modules, *args, **kwargs):
+        super().__init__(_checked(modules), *args, **kwargs)
 
     def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
         """Log-probabilities (B * K, V) of the tokens that follow ``inp_tokens`` (B * K,), the cache, and the attention."""
@@ -56,6 +67,11 @@ class S2STransformerGreedySearcher(seq2seq.S2STransformerGreedySearcher):
         As in ``speechbrain.decoders.seq2seq.S2STransformerGreedySearcher``; the first of the modules is a
         :class:`speechbrain_ext.asr.TransformerASR`.
 
+    Raises
+    ------
+    TypeError
+        If it is not.
+
     Example
     -------
     >>> import torch
@@ -69,9 +85,21 @@ class S2STransformerGreedySearcher(seq2seq.S2STransformerGreedySearcher):
     3
     """
 
+    def __init__(self, modules, *args, **kwargs):
+        super().__init__(_checked(modules), *args, **kwargs)
+
     def forward_step(self, inp_tokens, memory, enc_states, enc_lens, attention_mask=None):
         """Logits (B, V) of the tokens that follow ``inp_tokens`` (B,), the cache, and the attention."""
         if memory is None:
             memory = self.model.make_decoder_cache(enc_states, enc_lens)
         out, attention = self.model.decode_step(inp_tokens, memory)
         return self.fc(out), memory, attention
+
+
+def _checked(modules):
+    if not isinstance(modules[0], TransformerASR):
+        raise TypeError(
+            f"The first of the modules is a {type(modules[0]).__module__}.{type(modules[0]).__name__}, which cannot decode token "
+            "by token; take speechbrain_ext.asr.TransformerASR, or the searcher of speechbrain.decoders."
+        )
+    return modules

@@ -285,10 +285,15 @@ def _relative_shift(scores, keys: int):
 class _Shift(torch.autograd.Function):
     """:func:`_relative_shift` with one gradient the size of the scores, where each of its views would make one of its own."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, scores, keys):
-        ctx.shape = scores.shape
+    def forward(scores, keys):
         return _relative_shift(scores, keys)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape = inputs[0].shape
 
     @staticmethod
     def backward(ctx, grad):

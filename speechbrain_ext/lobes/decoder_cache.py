@@ -15,7 +15,7 @@ class DecoderCache:
     Arguments
     ---------
     decoder : speechbrain.lobes.models.transformer.Transformer.TransformerDecoder
-        The decoder, whose weights stay as they are. Dropout is left out, as in evaluation.
+        The decoder, in evaluation mode; its weights stay as they are. Nothing here has a gradient.
     encoder_out : torch.Tensor
         (B, T, D).
     memory_mask : torch.Tensor, optional
@@ -29,10 +29,13 @@ class DecoderCache:
     >>> decoder = TransformerDecoder(num_layers=2, nhead=4, d_ffn=64, d_model=32).eval()
     >>> cache = DecoderCache(decoder, torch.rand(3, 20, 32), beam_size=5)
     >>> out, attention = cache.step(torch.rand(15, 32))
+    >>> cache.reorder(torch.tensor([0, 0, 1, 1, 2, 5, 5, 5, 6, 7, 10, 11, 12, 13, 14]))  # hypothesis 0 goes on twice
+    >>> out, attention = cache.step(torch.rand(15, 32))
     >>> out.shape, attention.shape
     (torch.Size([15, 32]), torch.Size([15, 20]))
     """
 
+    @torch.no_grad()
     def __init__(self, decoder, encoder_out, memory_mask=None, beam_size=1):
         self.decoder = decoder
         self.beam_size = beam_size
@@ -60,6 +63,7 @@ class DecoderCache:
         """
         self._order = index if self._order is None else self._order[index]
 
+    @torch.no_grad()
     def step(self, x):
         """Decode the next position.
 

@@ -136,3 +136,6 @@ def test_the_relative_shift_has_the_gradient_of_its_views(queries, keys):
     assert torch.equal(ours, views)
     grads = [torch.autograd.grad((each * weights).sum(), scores)[0] for each in (ours, views)]
     assert torch.equal(*grads)
+    assert torch.autograd.gradgradcheck(lambda x: attention._Shift.apply(x, keys).square(), scores)
+    rows = torch.func.vmap(lambda x: attention._Shift.apply(x, keys))(scores)
+    assert torch.equal(rows, views)

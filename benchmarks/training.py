@@ -1,0 +1,144 @@
+"""A training step of the 8M HyperConformer recipe, with the modules here and with SpeechBrain's in their place.
+
+    python benchmarks/training.py [--threads N] [--rounds N] [--utterances 5 50] [--output benchmarks/results/training.csv]
+
+A step is what the Brain of ``hparams/hyperconformer.yaml`` does with a batch: features, normalisation, front end, encoder,
+decoder, both losses, backward, clipping, optimiser; waveforms are noise of 12 s with four tokens a second, and nothing is
+augmented. 50 of them are the 600 s of the published recipe. What differs is the front end and the TransformerASR: SpeechBrain's
+are those of its own recipe. Both TransformerASRs have the same weights, and must answer the same to 1e-4 before anything is
+timed. Times are medians of alternating steps; memory is the most that tensors take during a step, weights and optimiser states
+excluded.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from speechbrain import Stage
+from speechbrain.dataio.batch import PaddedBatch
+
+from recipes.LibriSpeech.hyperconformer import HyperConformerBrain
+from speechbrain_ext.bench.measure import alternate, peak_memory, quartiles, write_csv
+from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.hparams import load_hparams, parse_overrides
+
+FIELDS = ("modules", "utterances", "seconds", "threads", "ms", "ms_lower", "ms_upper", "rounds", "peak_mib", "times_speechbrain")
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS, TOKENS_PER_SECOND = 12, 4
+EQUAL = {"wav_augment": None, "fea_augment": None}
+SPEECHBRAIN = """
+subsampling: !new:speechbrain.lobes.models.convolution.ConvolutionFrontEnd
+    input_shape: (8, 10, 80)
+    num_blocks: 2
+    num_layers_per_block: 1
+    out_channels: (64, 32)
+    kernel_sizes: (3, 3)
+    strides: (2, 2)
+    residuals: (False, False)
+Transformer: !new:speechbrain.lobes.models.transformer.TransformerASR.TransformerASR
+    input_size: 640
+    tgt_vocab: !ref <vocab_size>
+    d_model: !ref <d_model>
+    nhead: !ref <nhead>
+    num_encoder_layers: !ref <num_encoder_layers>
+    num_decoder_layers: !ref <num_decoder_layers>
+    d_ffn: !ref <d_ffn>
+    dropout: !ref <dropout>
+    activation: !name:torch.nn.GELU
+    encoder_module: conformer
+    attention_type: hypermixing
+    normalize_before: True
+    causal: False
+"""
+
+
+class SpeechBrainModules(HyperConformerBrain):
+    """The same Brain, with a front end that takes and gives no lengths."""
+
+    def forward_features(self, feats, lens, chunks, batch, stage):
+        """As in SpeechBrain's recipe."""
+        enc, dec = self.modules.Transformer(
+            self.modules.subsampling(feats), batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index
+        )
+        return enc, lens, self.modules.ctc_lin(enc), self.modules.seq_lin(dec)
+
+
+def make_brain(kind, folder, overrides):
+    """A Brain before its first batch."""
+    hparams = load_hparams(ROOT / "hparams" / "hyperconformer.yaml", EQUAL | overrides | {"output_folder": str(folder)})
+    brain = kind(hparams["modules"], hparams["opt_class"], hparams, {"device": "cpu"}, hparams["checkpointer"])
+    brain.on_fit_start()
+    brain.on_stage_start(Stage.TRAIN, epoch=1)
+    brain.modules.train()
+    return brain
+
+
+def make_batch(utterances, vocab=5000):
+    """Noise with tokens, all of one length: nobody pads."""
+    tokens = torch.randint(4, vocab, (utterances, SECONDS * TOKENS_PER_SECOND))
+    edge = torch.ones(1, dtype=torch.long)
+    items = [
+        {
+            "id": str(number),
+            "duration": float(SECONDS),
+            "sig": torch.randn(16000 * SECONDS),
+            "tokens": ids,
+            "tokens_bos": torch.cat((edge, ids)),
+            "tokens_eos": torch.cat((ids, 2 * edge)),
+        }
+        for number, ids in enumerate(tokens)
+    ]
+    return PaddedBatch(items)
+
+
+@torch.no_grad()
+def assert_equal(ours, theirs):
+    """Give our TransformerASR the weights of theirs, and compare."""
+    hparams = ours.hparams
+    ours.modules.Transformer.load_state_dict(convert_speechbrain(theirs.modules.Transformer.state_dict(), hparams.nhead))
+    inputs = (torch.randn(2, 100, 640), torch.randint(4, hparams.vocab_size, (2, 20)), torch.ones(2))
+    answers = [brain.modules.Transformer.eval()(*inputs, pad_idx=hparams.blank_index) for brain in (ours, theirs)]
+    difference = max((a - b).abs().max().item() for a, b in zip(*answers, strict=True))
+    if not difference <= 1e-4:
+        raise RuntimeError(f"The same weights answer differently, by {difference:.3g}.")
+    for brain in (ours, theirs):
+        brain.modules.Transformer.train()
+    return difference
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--utterances", type=int, nargs="+", default=[5, 50])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.csv")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    print(("{:>18}" * len(FIELDS)).format(*FIELDS))
+    with tempfile.TemporaryDirectory() as folder:
+        brains = {
+            "speechbrain": make_brain(SpeechBrainModules, Path(folder) / "theirs", parse_overrides(SPEECHBRAIN)),
+            "speechbrain_ext": make_brain(HyperConformerBrain, Path(folder) / "ours", {}),
+        }
+        print(f"Largest difference of the outputs: {assert_equal(brains['speechbrain_ext'], brains['speechbrain']):.1e}")
+        for utterances in arguments.utterances:
+            batch = make_batch(utterances)
+            calls = {name: lambda brain=brain, batch=batch: brain.fit_batch(batch) for name, brain in brains.items()}
+            for call in calls.values():
+                call()  # makes the optimiser's states
+            memory = {name: peak_memory(call) for name, call in calls.items()}
+            times = {name: quartiles(values) for name, values in alternate(calls, arguments.rounds).items()}
+            for name, (middle, lower, upper) in times.items():
+                figures = [round(value, 1) for value in (middle, lower, upper)]
+                ratio = round(times["speechbrain"][0] / middle, 2)
+                sizes = (utterances, utterances * SECONDS, arguments.threads)
+                rows.append((name, *sizes, *figures, arguments.rounds, round(memory[name]), ratio))
+                print(("{:>18}" * len(FIELDS)).format(*map(str, rows[-1])), flush=True)
+    write_csv(arguments.output, FIELDS, rows)
+
+
+if __name__ == "__main__":
+    main()
