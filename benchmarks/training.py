@@ -50,6 +50,7 @@ Transformer: !new:speechbrain.lobes.models.transformer.TransformerASR.Transforme
     attention_type: hypermixing
     normalize_before: True
     causal: False
+test_search: null
 """
 
 
