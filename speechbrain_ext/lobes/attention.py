@@ -19,8 +19,8 @@ from speechbrain_ext.lobes.positions import sinusoids
 QUERY_BLOCK = 256
 """Queries that the relative form handles at once: its scores take heads x QUERY_BLOCK x 2 T numbers, not heads x T x 2 T."""
 SCORES_BYTES = 24 * 2**20
-"""On a CPU, fewer queries where their scores would take more: glibc takes what is above 32 MiB from the system each time anew, page
-by page (8 utterances of 20 s: 0.67 s with 256 queries at once, 0.48 s with 128; one of 160 s: 3.1 s and 1.7 s)."""
+"""On a CPU, fewer queries where their scores would take more: above 32 MiB, glibc takes memory from the system each time anew,
+page by page (8 utterances of 20 s: 0.67 s with 256 queries at once, 0.48 s with 128; one of 160 s: 3.1 s and 1.7 s)."""
 
 
 @dataclass
