@@ -112,15 +112,24 @@ def long_audio():
 
 def search():
     """Times of the searches."""
-    header = ["search", "audio, s", "ms", "RTFx", "times as fast as SpeechBrain"]
-    fields = ["search", "seconds", "ms", "rtfx", "times_speechbrain"]
+    header = ["search", "threads", "audio, s", "ms", "RTFx", "times as fast as SpeechBrain"]
+    fields = ["search", "threads", "seconds", "ms", "rtfx", "times_speechbrain"]
     return table(header, [[row[field] for field in fields] for row in read(SEARCH)])
 
 
 def training():
     """Time and memory of a training step of the 8M HyperConformer."""
-    header = ["modules", "audio, s", "ms", "lower quartile", "upper quartile", "times as fast as SpeechBrain", "peak MiB"]
-    fields = ["modules", "seconds", "ms", "ms_lower", "ms_upper", "times_speechbrain", "peak_mib"]
+    header = [
+        "modules",
+        "threads",
+        "audio, s",
+        "ms",
+        "lower quartile",
+        "upper quartile",
+        "times as fast as SpeechBrain",
+        "peak MiB",
+    ]
+    fields = ["modules", "threads", "seconds", "ms", "ms_lower", "ms_upper", "times_speechbrain", "peak_mib"]
     return table(header, [[row[field] for field in fields] for row in read(TRAINING)])
 
 

@@ -460,12 +460,15 @@ def bench(arguments):
         except (FileNotFoundError, ValueError) as error:
             raise UsageError(str(error)) from error
         try:
-            rows = () if options["report"] else run(settings, path).rows
+            added = () if options["report"] else run(settings, path).added
         except EqualityError as error:
             _say(error)
             return 1
         tables = report.write(path)
-        status = int(any(row["note"].startswith("failed") for row in rows))
+        failed = sum(row["note"].startswith("failed") for row in added)
+        if failed:
+            _say(f"{failed} rows of {path} have a note in place of figures because something failed; --retry tries again.")
+        status = int(failed > 0)
         try:
             report.plot(path, wers)
         except ImportError as error:

@@ -15,7 +15,7 @@ SHORT = 500
 """Milliseconds, from which on what a call finds in the caches does not matter."""
 
 
-def alternate(calls, rounds, warmup=0, device="cpu"):
+def alternate(calls, rounds, warmup=0, device="cpu", failed=None):
     """Times of calls, taken alternately so that a busy moment meets them all.
 
     A short call is made once more before each time that counts: with a dozen models in turn each would find its weights gone from
@@ -31,11 +31,13 @@ def alternate(calls, rounds, warmup=0, device="cpu"):
         Rounds before these that are not timed.
     device : str
         Where they run; on a GPU each time ends when the GPU has finished.
+    failed : dict, optional
+        Gets the errors of calls that fail, by name; the others go on. Without it an error is raised.
 
     Returns
     -------
     dict
-        Lists of times in ms, by name.
+        Lists of times in ms, by name, of calls that did not fail.
 
     Example
     -------
@@ -46,11 +48,18 @@ def alternate(calls, rounds, warmup=0, device="cpu"):
     rounds = rounds if isinstance(rounds, dict) else dict.fromkeys(calls, rounds)
     times = {name: [] for name in calls}
     for turn in range(-warmup, max(rounds.values(), default=0)):
-        for name, call in calls.items():
+        for name in list(times):
             if turn < rounds[name]:
-                if not times[name] or times[name][-1] < SHORT:
-                    call()
-                milliseconds = timed(call, device)
+                try:
+                    if not times[name] or times[name][-1] < SHORT:
+                        calls[name]()
+                    milliseconds = timed(calls[name], device)
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[name] = error
+                    del times[name]
+                    continue
                 if turn >= 0:
                     times[name].append(milliseconds)
     return times
@@ -140,8 +149,11 @@ def available_memory(device="cpu"):
     except (OSError, StopIteration):
         return None
     with contextlib.suppress(OSError, ValueError):  # of a container; without a limit it says "max"
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, (limit - used) / 2**20)
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))  # files, which give way
+        free = max(0.0, min(free, (limit - used + cached) / 2**20))
     return free
 
 

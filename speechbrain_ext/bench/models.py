@@ -356,7 +356,7 @@ def build(group, dims, frames):
             else:
                 model = Model(build_encoder(candidate.encoder, **_keys(candidate, dims, twin is not None)))
         except Exception as error:  # whatever stops one model, the others go on
-            if candidate.encoder == BASELINE:
+            if candidate is group[0]:
                 raise
             errors[candidate] = " ".join(str(error).split()) or type(error).__name__
             continue
@@ -365,7 +365,13 @@ def build(group, dims, frames):
                 model.encoder.load_state_dict(convert_speechbrain(models[twin].encoder.state_dict(), dims.nhead))
             except (ValueError, RuntimeError) as error:
                 raise EqualityError(f"{candidate.name} does not take the weights of {candidate.twin}: {error}") from error
-            found[twin] = assert_equal(model, models[twin], dims.d_model, (candidate.name, candidate.twin))
+            try:
+                found[twin] = assert_equal(model, models[twin], dims.d_model, (candidate.name, candidate.twin))
+            except EqualityError:
+                raise
+            except Exception as error:
+                errors[twin] = f"it cannot be compared with {candidate.name}: {' '.join(str(error).split())}"
+                del models[twin]
         models[candidate] = model.eval()
     return {candidate: models[candidate] for candidate in group if candidate in models}, errors, found
 

@@ -151,9 +151,13 @@ def _inference(rows):
         yield f"**Real-time factor** {how} (times as fast as `{BASELINE}`):"
         yield table(header, lines)
         if (precision, mode) == ("float32", "eager"):  # of the others the file has them
-            _, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{_mib(row)}, {float(row['gemm_share']):.0%}")
+            _, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{_mib(row)}{_share(row)}")
             yield f"**Peak memory in MiB, and share of the machine's matrix-product rate** {how}:"
             yield table(header, lines)
+
+
+def _share(row):
+    return f", {float(row['gemm_share']):.0%}" if row["gemm_share"] else ""
 
 
 def _mib(row):

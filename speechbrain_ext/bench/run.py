@@ -22,6 +22,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain_ext import __version__
 from speechbrain_ext.bench import measure
 from speechbrain_ext.bench.models import (
+    BASELINE,
     FEATURES,
     PEERS,
     Dimensions,
@@ -33,7 +34,7 @@ from speechbrain_ext.bench.models import (
     in_int8,
     with_front_end,
 )
-from speechbrain_ext.registry import list_encoders
+from speechbrain_ext.registry import build_encoder, list_encoders
 
 FRAMES_PER_SECOND = 25
 PARTS = ("size", "inference", "training", "streaming")
@@ -132,6 +133,8 @@ def check(settings):
         raise ValueError(f"--kernel-size is {settings.kernel_size}; give an odd number.")
     if settings.d_model % settings.nhead:
         raise ValueError(f"--d-model is {settings.d_model}, which --nhead {settings.nhead} does not divide; change one.")
+    with torch.device("meta"):
+        build_encoder(BASELINE, **asdict(settings.dims))  # whose message says what else is impossible
     try:
         device = torch.device(settings.device)
     except RuntimeError:
@@ -162,15 +165,17 @@ def machine(settings):
 
 
 def origin(settings):
-    """What must be the same for all rows of a file: the machine, and the versions of what is compared.
+    """What must be the same for all rows of a file: the machine, its part that is used, and the versions of what is compared.
 
     Example
     -------
-    >>> sorted(origin(Settings()))
-    ['machine', 'versions']
+    >>> origin(Settings(threads=2))["threads"]
+    '2'
     """
+    device = torch.device(settings.device).type
+    threads = "" if device == "cuda" else str(settings.threads or torch.get_num_threads())
     versions = [f"speechbrain_ext {__version__}", *map(_version, ("torch", "speechbrain", "torchaudio"))]
-    return {"machine": _device_name(settings), "versions": ", ".join(versions)}
+    return dict(zip(ORIGIN, (_device_name(settings), device, threads, ", ".join(versions)), strict=True))
 
 
 def _device_name(settings):
@@ -238,10 +243,23 @@ def cells(settings):
 
 
 KEY = ("task", "input", "encoder", "size", "dims", "form", "device", "threads", *list(Cell.__dataclass_fields__)[2:])
-ORIGIN = ("machine", "versions")
+ORIGIN = ("machine", "device", "threads", "versions")
 TIMES = ("ms", "ms_lower", "ms_upper", "rounds", "real_time_factor", "speedup")
 SPACE = ("peak_mib", "state_bytes")
-FIELDS = (*KEY, "source", "parameters", "gmacs", *TIMES, "gemm_gmacs", "gemm_share", *SPACE, "note", *ORIGIN, "date")
+FIELDS = (
+    *KEY,
+    "source",
+    "parameters",
+    "gmacs",
+    *TIMES,
+    "gemm_gmacs",
+    "gemm_share",
+    *SPACE,
+    "note",
+    "machine",
+    "versions",
+    "date",
+)
 
 
 class Table:
@@ -252,7 +270,7 @@ class Table:
     path : str
         The file; it may be missing.
     retry : bool
-        Whether rows without figures, with a note that says why, are not taken for known.
+        Whether rows without figures, with a note that says why, are measured again and replaced.
 
     Raises
     ------
@@ -262,18 +280,24 @@ class Table:
 
     def __init__(self, path, retry=False):
         self.path = Path(path)
-        self.rows = measure.read_csv(self.path, FIELDS) if self.path.exists() else []
-        if retry:
-            self.rows = [row for row in self.rows if row["ms"] or row["gmacs"]]
-        self.known = {tuple(row[key] for key in KEY) for row in self.rows}
+        rows = measure.read_csv(self.path, FIELDS) if self.path.exists() else []
+        self._rows = {tuple(row[key] for key in KEY): row for row in rows}
+        self.known = {key for key, row in self._rows.items() if not retry or row["ms"] or row["gmacs"]}
+        self.added = []
+        """Rows that were not in the file."""
+
+    @property
+    def rows(self):
+        """All rows, as dictionaries of text."""
+        return list(self._rows.values())
 
     def check_origin(self, origin):
-        """Refuse to mix figures of several machines or versions."""
+        """Refuse to mix figures of several machines, numbers of threads or versions."""
         for row in self.rows:
             for key in ORIGIN:
                 if row[key] != origin[key]:
                     raise ValueError(
-                        f"{self.path} holds figures of '{row[key]}', these would be of '{origin[key]}'; give another --output."
+                        f"{self.path} holds figures with {key} '{row[key]}', these have '{origin[key]}'; give another --output."
                     )
 
     def __contains__(self, row):
@@ -283,8 +307,10 @@ class Table:
         """Write rows that are not there."""
         for row in rows:
             if row not in self:
-                self.rows.append({field: str(row.get(field, "")) for field in FIELDS})
-                self.known.add(tuple(str(row[key]) for key in KEY))
+                key = tuple(str(row[key]) for key in KEY)
+                self._rows[key] = {field: str(row.get(field, "")) for field in FIELDS}
+                self.known.add(key)
+                self.added.append(self._rows[key])
         measure.write_csv(self.path, FIELDS, [row.values() for row in self.rows])
 
 
@@ -340,13 +366,7 @@ class _Group:
 
     def __init__(self, settings, table, group, number):
         self.settings, self.table, self.group, self.number = settings, table, group, number
-        self.threads = torch.get_num_threads()
-        on_gpu = torch.device(settings.device).type == "cuda"
-        self.common = {
-            "device": "cuda" if on_gpu else "cpu",
-            "threads": "" if on_gpu else self.threads,
-            **origin(settings),
-        }
+        self.common = origin(settings)
         self.models = None
         self.costs, self.counts = {}, {}
         self.gemm = {}
@@ -379,12 +399,18 @@ class _Group:
                 fused = folded(model) if foldable(candidate) and self.settings.forms != ("plain",) else None
                 if fused is not None and "fused" in self.settings.forms:
                     self.models[candidate, "fused"] = fused
+                elif fused is None:
+                    self.errors[candidate, "fused"] = "nothing to fold"
                 if "int8" in self.settings.forms and self.common["device"] == "cpu":
                     self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
             except Exception as error:  # whatever stops one form, the others go on
                 self.errors |= {(candidate, form): f"failed: {_sentence(error)}" for form in FORMS if form != "plain"}
-        for model in self.models.values():
-            model.to(self.settings.device)
+        for pair, model in list(self.models.items()):
+            try:
+                model.to(self.settings.device)
+            except Exception as error:  # of memory
+                self.errors[pair] = f"failed: {_sentence(error)}"
+                del self.models[pair]
         self.fronts = {}
         if self.settings.compiled:
             torch._dynamo.reset()
@@ -463,7 +489,10 @@ class _Group:
                 rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {_sentence(error)}"
                 if self.common["device"] == "cuda":
                     torch.cuda.empty_cache()
-        times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device)
+        failed = {}
+        times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device, failed=failed)
+        for pair, error in failed.items():
+            rows[pair]["note"] = f"failed: {_sentence(error)}"
         for pair, values in times.items():
             rows[pair] |= self._results(cell, pair, values)
             if pair in states:
@@ -484,8 +513,10 @@ class _Group:
             return self.errors.get(pair, "left out")
         notes = [candidate.note, self.differences.get(candidate, "")]
         if form == "int8":
-            rest = sum(isinstance(module, torch.nn.Linear) for module in self.models[pair].modules())
-            notes.append(f"linear layers, torch.ao dynamic quantisation{f', but {rest} in float32' * bool(rest)}")
+            before, after = (
+                sum(p.numel() for p in self.models[candidate, form].parameters()) for form in ("plain", "int8")
+            )  # what is in 8 bits is no parameter any more
+            notes.append(f"linear layers, {1 - after / before:.0%} of the parameters (torch.ao dynamic quantisation)")
         return "; ".join(filter(None, notes))
 
     def _rounds(self, cell):
