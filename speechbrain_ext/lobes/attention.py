@@ -17,10 +17,8 @@ from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids
 
 QUERY_BLOCK = 256
-"""Queries that the relative form handles at once: its scores take heads x QUERY_BLOCK x 2 T numbers, not heads x T x 2 T."""
-SCORES_BYTES = 24 * 2**20
-"""On a CPU, fewer queries where their scores would take more: above 32 MiB, glibc takes memory from the system each time anew,
-page by page (8 utterances of 20 s: 0.67 s with 256 queries at once, 0.48 s with 128; one of 160 s: 3.1 s and 1.7 s)."""
+"""Queries that the relative form handles at once: its scores take heads x QUERY_BLOCK x 2 T numbers, not heads x T x 2 T. Of a
+batch on a CPU, a quarter of each utterance's (8 x 20 s: 0.44 s, and 0.50 s with as many)."""
 
 
 @dataclass
@@ -242,28 +240,31 @@ class RelativeSelfAttention(SelfAttention):
         self.bias_v = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
 
     def _table(self, frames, cached, before, x):
-        """Sinusoids of the distances keys-1, ..., -queries; the last one only fills a row, see :func:`_relative_shift`."""
+        """Sinusoids of the distances keys-1, ..., -queries; the last one only fills a row, see :func:`_relative_shift`. And
+        memory for scores, in which the layers take turns."""
         distances = torch.arange(cached + frames - 1, -frames - 1, -1, device=x.device)
         if self.speechbrain_scores:
             distances = distances.abs()
-        return sinusoids(distances, x.shape[2]).to(x.dtype)
+        return sinusoids(distances, x.shape[2]).to(x.dtype), _Scratch()
 
     def _attend(self, query, key, value, table, blocked):
+        table, scratch = table
         positions = self.position(table).unflatten(-1, (self.nhead, -1)).permute(1, 2, 0)  # (heads, head size, queries+keys)
         queries, keys = query.shape[2], key.shape[2]
         query_v, query_u = (query + self.bias_v) * self.scale, query + self.bias_u
 
         def attend(query_u, query_v, positions, blocked):
-            scores = query_v @ positions
+            scores = scratch.product(query_v, positions)
             plain = torch.compiler.is_compiling() or not scores.requires_grad
             bias = _relative_shift(scores, keys) if plain else _Shift.apply(scores, keys)
             if blocked is not None:
-                bias = bias.masked_fill(blocked, _lowest(bias.dtype))
+                fill = bias.masked_fill if torch.compiler.is_compiling() or scores.requires_grad else bias.masked_fill_
+                bias = fill(blocked, _lowest(bias.dtype))
             return self._sdpa(query_u, key, value, bias)
 
         # A traced graph has one shape of loop, so that in export and compilation all queries are one block.
-        block = queries if torch.compiler.is_compiling() else _query_block(query, keys)
-        if queries <= block:
+        block = QUERY_BLOCK if len(query) == 1 or query.device.type != "cpu" else max(1, QUERY_BLOCK // 4)
+        if torch.compiler.is_compiling() or queries <= block:
             return attend(query_u, query_v, positions, blocked)
         blocks = []
         for start in range(0, queries, block):
@@ -274,14 +275,29 @@ class RelativeSelfAttention(SelfAttention):
         return torch.cat(blocks, dim=1)
 
 
-def _query_block(query, keys: int):
-    """How many queries the relative form handles at once."""
-    block = QUERY_BLOCK
-    if query.device.type == "cpu":
+class _Scratch:
+    """Memory for the scores of one block of queries, kept for the next block and the next layer where no gradient is wanted.
+
+    Released after each block, it may go back to the system, which hands it out again page by page, cleared: of one utterance of
+    160 s that took two thirds of the time (torch 2.11, glibc 2.36).
+    """
+
+    def __init__(self):
+        self.memory = None
+
+    def product(self, query, positions):
+        """(B, heads, Q, head size) times (heads, head size, W); what the last call gave is overwritten."""
+        on_cpu = query.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_cpu:
+            return query @ positions
         batch, heads, queries, _ = query.shape
-        while block > 16 and batch * heads * min(block, queries) * (min(block, queries) + keys) * query.itemsize > SCORES_BYTES:
-            block //= 2
-    return block
+        size = batch * heads * queries * positions.shape[2]
+        if self.memory is None or len(self.memory) < size:
+            self.memory = query.new_empty(size)
+        # Batch and queries are one axis: the positions are the same for all utterances
+        scores = self.memory[:size].view(heads, batch * queries, -1)
+        torch.bmm(query.transpose(0, 1).flatten(1, 2), positions, out=scores)
+        return scores.unflatten(1, (batch, queries)).transpose(0, 1)
 
 
 def _relative_shift(scores, keys: int):
