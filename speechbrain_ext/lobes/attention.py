@@ -263,8 +263,10 @@ class RelativeSelfAttention(SelfAttention):
             return self._sdpa(query_u, key, value, bias)
 
         # A traced graph has one shape of loop, so that in export and compilation all queries are one block.
+        if torch.compiler.is_compiling():
+            return attend(query_u, query_v, positions, blocked)
         block = QUERY_BLOCK if len(query) == 1 or query.device.type != "cpu" else max(1, QUERY_BLOCK // 4)
-        if torch.compiler.is_compiling() or queries <= block:
+        if queries <= block:
             return attend(query_u, query_v, positions, blocked)
         blocks = []
         for start in range(0, queries, block):

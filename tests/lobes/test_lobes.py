@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speechbrain_ext.lobes import attention
+from speechbrain_ext.lobes import attention, subsampling
 from speechbrain_ext.lobes.activations import ReLU, Swish, gelu
 from speechbrain_ext.lobes.attention import RelativeSelfAttention, RotarySelfAttention
 from speechbrain_ext.lobes.convolution import ConvolutionModule, depthwise_conv
 from speechbrain_ext.lobes.masks import absolute_lengths
-from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 
 
 def textbook_attention(net, x):
@@ -110,6 +110,29 @@ def test_subsampling_never_looks_past_a_multiple_of_four(net):
     changed = x.clone()
     changed[:, 40:] = torch.randn(1, 40, 80)
     assert torch.equal(net(x)[0][:, :10], net(changed)[0][:, :10])
+
+
+@pytest.mark.parametrize("net", [ConvolutionSubsampling(20), DepthwiseSubsampling(20, 12), FusibleSubsampling(20)])
+@torch.no_grad()
+def test_subsampling_in_pieces(net, monkeypatch):
+    torch.manual_seed(0)
+    for parameter in (*net.parameters(), *net.buffers()):
+        parameter.uniform_(0.1, 0.9)
+    net.eval()
+    x, lengths = torch.randn(3, 133, 20), torch.tensor([1.0, 0.5, 9 / 133])
+    monkeypatch.setattr(subsampling, "MIN_PIECE", 4)
+    for given in (None, lengths):
+        monkeypatch.setattr(subsampling, "PIECE", 1000)
+        expected, relative = net(x, given)
+        for piece in (12, 50, 130):
+            monkeypatch.setattr(subsampling, "PIECE", 3 * piece)
+            out, again = net(x, given)
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+            assert (again is None and relative is None) or torch.equal(again, relative)
+    with torch.enable_grad():
+        assert len(net._pieces(x, None)) == 1
+    net.stages[0].train()  # its BatchNorm, if it has one, takes statistics of all frames
+    assert len(net._pieces(x, None)) == 1
 
 
 def test_front_end_of_the_published_recipes():
