@@ -16,7 +16,6 @@ from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
-
 PIECE, MIN_PIECE = 800, 128
 """Feature frames of all utterances that a CPU subsamples at once where no gradient is wanted, and of each at least: beyond the
 caches, in memory that the system hands out anew, the same takes up to four times as long (160 s: 131 ms, in pieces 35 ms)."""
