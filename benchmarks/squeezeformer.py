@@ -13,11 +13,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
-from speechbrain_ext.bench.measure import medians, write_csv
+from speechbrain_ext.bench.measure import count_macs, medians, write_csv
 from speechbrain_ext.encoders.squeezeformer import SIZES
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
 
@@ -51,9 +49,7 @@ def inputs(net, part, batch, seconds):
 
 def macs(net, part, seconds):
     """Multiply-accumulates of a forward pass."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(net, part, inputs(net, part, 1, seconds))
-    return counter.get_total_flops() / 2
+    return count_macs(lambda x: forward(net, part, x), inputs(net, part, 1, seconds))
 
 
 def train(net, part, x, dtype):

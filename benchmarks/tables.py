@@ -26,6 +26,11 @@ TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
+def columns(path, fields, header):
+    """Some columns of a file as they stand, under other names."""
+    return table(header, [[row[field] for field in fields] for row in read(path)])
+
+
 def results():
     """Word error rates of the runs at mini size, a row per run and training set."""
     runs = {}
@@ -47,9 +52,9 @@ def results():
 
 def hypermixing():
     """Time and memory of HyperMixing here and in SpeechBrain."""
-    header = ["frames", "ours, ms", "SpeechBrain, ms", "time ratio", "ours, MiB", "SpeechBrain, MiB", "memory ratio"]
     fields = ["frames", "ours_ms", "speechbrain_ms", "time_ratio", "ours_mib", "speechbrain_mib", "memory_ratio"]
-    return table(header, [[row[field] for field in fields] for row in read(HYPERMIXING)])
+    header = ["frames", "ours, ms", "SpeechBrain, ms", "time ratio", "ours, MiB", "SpeechBrain, MiB", "memory ratio"]
+    return columns(HYPERMIXING, fields, header)
 
 
 def squeezeformer():
@@ -98,39 +103,31 @@ def practical_conformer():
 
 def streaming():
     """Error rates and latencies of streams."""
-    header = ["encoder", "test set", "chunk, ms", "WER %", "first token, s", "token, s", "95 % of tokens, s", "real-time factor"]
     fields = ["encoder", "test_set", "chunk_ms", "wer", "first_token_s", "token_s", "token_95_s", "real_time_factor"]
-    return table(header, [[row[field] for field in fields] for row in read(STREAMING)])
+    header = ["encoder", "test set", "chunk, ms", "WER %", "first token, s", "token, s", "95 % of tokens, s", "real-time factor"]
+    return columns(STREAMING, fields, header)
 
 
 def long_audio():
     """Memory and time of long files."""
-    header = ["encoder", "as", "minutes", "peak memory, MiB", "time, s", "real-time factor"]
     fields = ["encoder", "mode", "minutes", "peak_mib", "seconds", "real_time_factor"]
-    return table(header, [[row[field] for field in fields] for row in read(LONG_AUDIO)])
+    header = ["encoder", "as", "minutes", "peak memory, MiB", "time, s", "real-time factor"]
+    return columns(LONG_AUDIO, fields, header)
 
 
 def search():
     """Times of the searches."""
-    header = ["search", "threads", "audio, s", "ms", "RTFx", "times as fast as SpeechBrain"]
     fields = ["search", "threads", "seconds", "ms", "rtfx", "times_speechbrain"]
-    return table(header, [[row[field] for field in fields] for row in read(SEARCH)])
+    header = ["search", "threads", "audio, s", "ms", "RTFx", "times as fast as SpeechBrain"]
+    return columns(SEARCH, fields, header)
 
 
 def training():
     """Time and memory of a training step of the 8M HyperConformer."""
-    header = [
-        "modules",
-        "threads",
-        "audio, s",
-        "ms",
-        "lower quartile",
-        "upper quartile",
-        "times as fast as SpeechBrain",
-        "peak MiB",
-    ]
     fields = ["modules", "threads", "seconds", "ms", "ms_lower", "ms_upper", "times_speechbrain", "peak_mib"]
-    return table(header, [[row[field] for field in fields] for row in read(TRAINING)])
+    quartiles = ["lower quartile", "upper quartile"]
+    header = ["modules", "threads", "audio, s", "ms", *quartiles, "times as fast as SpeechBrain", "peak MiB"]
+    return columns(TRAINING, fields, header)
 
 
 def fill(text):

@@ -358,7 +358,7 @@ def build(group, dims, frames):
         except Exception as error:  # whatever stops one model, the others go on
             if candidate is group[0]:
                 raise
-            errors[candidate] = " ".join(str(error).split()) or type(error).__name__
+            errors[candidate] = sentence(error)
             continue
         if twin is not None:
             try:
@@ -370,10 +370,15 @@ def build(group, dims, frames):
             except EqualityError:
                 raise
             except Exception as error:
-                errors[twin] = f"it cannot be compared with {candidate.name}: {' '.join(str(error).split())}"
+                errors[twin] = f"it cannot be compared with {candidate.name}: {sentence(error)}"
                 del models[twin]
         models[candidate] = model.eval()
     return {candidate: models[candidate] for candidate in group if candidate in models}, errors, found
+
+
+def sentence(error):
+    """The message of an error in one line, for a note."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _keys(candidate, dims, converts):

@@ -32,6 +32,7 @@ from speechbrain_ext.bench.models import (
     folded,
     groups,
     in_int8,
+    sentence,
     with_front_end,
 )
 from speechbrain_ext.registry import build_encoder, list_encoders
@@ -121,9 +122,9 @@ def check(settings):
     for entry in fields(Settings):
         values = getattr(settings, entry.name)
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, (int, float)) and entry.name not in ("threads", "left_context") and not value > 0:
-                if not isinstance(value, bool):
-                    raise ValueError(f"{_flag(entry.name)} is {value}; give at least 1.")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and entry.name not in ("threads", "left_context") and not value > 0:
+                raise ValueError(f"{_flag(entry.name)} is {value}; give at least 1.")
     if settings.threads < 0:
         raise ValueError(f"--threads is {settings.threads}; give at least 1.")
     for value in settings.left_context:
@@ -158,9 +159,9 @@ def machine(settings):
     True
     """
     name = _device_name(settings)
-    if torch.device(settings.device).type == "cpu":
-        threads = settings.threads or torch.get_num_threads()
-        name += f" {threads} thread{'s' * (threads > 1)}"
+    threads = origin(settings)["threads"]
+    if threads:
+        name += f" {threads} thread{'s' * (threads != '1')}"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name, flags=re.IGNORECASE).lower()).strip("-")
 
 
@@ -381,7 +382,7 @@ class _Group:
             if self.models is None:
                 self._build()
             baseline = (self.group[0], "plain")
-            if cell.task != "size" and missing and baseline not in missing:
+            if cell.task != "size" and baseline not in missing:
                 missing.insert(0, baseline)  # ratios are of one cell
             print(f"[{self.number}, {index + 1}/{len(todo)}] {cell}", file=sys.stderr, flush=True)
             rows = self._measure(cell, missing)
@@ -404,12 +405,12 @@ class _Group:
                 if "int8" in self.settings.forms and self.common["device"] == "cpu":
                     self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
             except Exception as error:  # whatever stops one form, the others go on
-                self.errors |= {(candidate, form): f"failed: {_sentence(error)}" for form in FORMS if form != "plain"}
+                self.errors |= {(candidate, form): f"failed: {sentence(error)}" for form in FORMS if form != "plain"}
         for pair, model in list(self.models.items()):
             try:
                 model.to(self.settings.device)
             except Exception as error:  # of memory
-                self.errors[pair] = f"failed: {_sentence(error)}"
+                self.errors[pair] = f"failed: {sentence(error)}"
                 del self.models[pair]
         self.fronts = {}
         if self.settings.compiled:
@@ -468,7 +469,7 @@ class _Group:
                     rows[pair]["parameters"] = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
                     rows[pair]["gmacs"] = round(self._macs(cell, pair), 4)
                 except Exception as error:  # whatever stops one model, the others go on
-                    rows[pair]["note"] = f"failed: {_sentence(error)}"
+                    rows[pair]["note"] = f"failed: {sentence(error)}"
             return rows
         calls, rounds, states = {}, {}, {}
         for pair in pairs:
@@ -486,13 +487,13 @@ class _Group:
                 rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
             except Exception as error:  # whatever stops one model, the others go on
                 calls.pop(pair, None)
-                rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {_sentence(error)}"
+                rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {sentence(error)}"
                 if self.common["device"] == "cuda":
                     torch.cuda.empty_cache()
         failed = {}
         times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device, failed=failed)
         for pair, error in failed.items():
-            rows[pair]["note"] = f"failed: {_sentence(error)}"
+            rows[pair]["note"] = f"failed: {sentence(error)}"
         for pair, values in times.items():
             rows[pair] |= self._results(cell, pair, values)
             if pair in states:
@@ -602,13 +603,9 @@ class _Group:
     def _refuse(self, cell, pair):
         """Leave out what would take more memory than there is, or too much time, judged by short inputs: an operating system
         ends a process that takes too much memory, and all that it has measured. So does code that writes where it must not."""
-        peer = PEERS.get(pair[0].name)
-        if (
-            peer
-            and (cell.task, cell.mode, self.common["device"]) == ("training", "compiled", "cpu")
-            and peer.no_compiled_training
-        ):
-            raise Unsupported(peer.no_compiled_training)
+        reason = getattr(PEERS.get(pair[0].name), "no_compiled_training", "")
+        if reason and (cell.task, cell.mode, self.common["device"]) == ("training", "compiled", "cpu"):
+            raise Unsupported(reason)
         if cell.task == "streaming" or cell.seconds * cell.batch <= 2 * PROBES[-1]:
             return
         key = (cell.task, cell.input, cell.precision, pair)
@@ -632,10 +629,6 @@ def _extrapolate(values, seconds):
     (small, large), (first, second) = values, PROBES
     square = max(0.0, (large / second - small / first) / (second - first))
     return (large / second - square * second) * seconds + square * seconds**2
-
-
-def _sentence(error):
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _version(name):

@@ -73,9 +73,9 @@ class _Subsampling(nn.Module):
     def _pieces(self, x, frames):
         """Input (B, T', F), valid frames (B,) or None, and number of output frames that are not wanted."""
         size = x.shape[1]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            if not any(module.training for module in self.modules()):  # which takes statistics
-                size = max(MIN_PIECE, PIECE // len(x) // self.factor * self.factor)
+        whole = torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu"
+        if not whole and not any(module.training for module in self.modules()):  # training takes statistics
+            size = max(MIN_PIECE, PIECE // len(x) // self.factor * self.factor)
         if size >= x.shape[1]:
             return [(x, frames, 0)]
         pieces = []
