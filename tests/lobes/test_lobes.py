@@ -50,6 +50,26 @@ def test_relative_attention_is_the_same_in_any_blocks(monkeypatch):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])
+def test_compiled_relative_attention_works_in_blocks_too(half):
+    net, graphs = RelativeSelfAttention(16, 2).eval(), []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    def mix(x, mask):
+        return net.mix(x, net.prepare(x, mask, None))
+
+    compiled = torch.compile(mix, fullgraph=True, dynamic=True, backend=backend)
+    for batch, frames in ((2, 5), (3, 301)):
+        x, mask = torch.randn(batch, frames, 16), torch.arange(frames) >= torch.tensor([[frames], *[[3]] * (batch - 1)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            torch.testing.assert_close(compiled(x, mask), mix(x, mask), atol=0.02 if half else 1e-6, rtol=0)
+    assert all("relative_attention" in graph for graph in graphs)
+
+
 def test_past_and_future_differ_only_with_signed_positions():
     x = torch.randn(1, 9, 16).expand(2, -1, -1).clone()
     x[1] = x[1].flip(0)
