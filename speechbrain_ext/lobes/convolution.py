@@ -15,6 +15,102 @@ SMALL = 2**16
 of that (144 channels, kernel 15, 8 frames), the same at twice that (torch 2.11, AVX-512)."""
 
 
+def channels_last_conv(x, weight, bias=None, stride=1, padding: int = 0, groups: int = 1):
+    """Convolution over time and bins of tensors that lie channels last, the layout of the CPU's fast kernels.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        (B, T, F, C).
+    weight : torch.Tensor
+        (C', C / ``groups``, K, L), as of ``nn.Conv2d``.
+    bias : torch.Tensor, optional
+        (C',).
+    stride, padding : int
+        Over time and over bins.
+    groups : int
+        With more than one, it is in float32 on a CPU, whatever comes in.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T', F', C').
+
+    Example
+    -------
+    >>> channels_last_conv(torch.ones(1, 7, 5, 2), torch.ones(3, 2, 3, 3), stride=2).shape
+    torch.Size([1, 3, 2, 3])
+    """
+    dtype, device = x.dtype, x.device.type
+    if device == "cpu" and groups > 1:
+        # In bfloat16 the kernel never returns for some shapes (32 channels, K = 31, batch 3; oneDNN of torch 2.11).
+        inside = torch.promote_types(dtype, torch.float32)
+    else:
+        inside = dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    tensors = (tensor if tensor is None else tensor.to(inside) for tensor in (x, weight, bias))
+    # Where torch.compile sees a convolution on a CPU, it gives all tensors of four dimensions around it another layout, those of
+    # attention, too: slower, and in training with free lengths it fails at that (inductor of torch 2.11).
+    compiled = device == "cpu" and torch.compiler.is_dynamo_compiling()
+    return (_opaque_conv if compiled else _conv)(*tensors, [stride] * 2, [padding] * 2, groups).to(dtype)
+
+
+def _conv(x, weight, bias, stride, padding, groups):
+    with full_precision(x):
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op("speechbrain_ext::conv", mutates_args=())
+def _opaque_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+) -> torch.Tensor:
+    return _conv(x, weight, bias, stride, padding, groups).contiguous()
+
+
+@_opaque_conv.register_fake
+def _(x, weight, bias, stride, padding, groups):
+    frames, bins = ((x.shape[i + 1] + 2 * padding[i] - weight.shape[i + 2]) // stride[i] + 1 for i in range(2))
+    return x.new_empty(len(x), frames, bins, len(weight))
+
+
+@torch.library.custom_op("speechbrain_ext::conv_backward", mutates_args=())
+def _opaque_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    keys = [len(weight)], stride, padding, [1, 1], False, [0, 0], groups, [True] * 3
+    x, weight, bias = torch.ops.aten.convolution_backward(grad, x, weight, *keys)
+    return x.permute(0, 2, 3, 1).contiguous(), weight.contiguous(), bias
+
+
+@_opaque_conv_backward.register_fake
+def _(grad, x, weight, stride, padding, groups):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, *ctx.keys = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight, bias = _opaque_conv_backward(grad, *ctx.saved_tensors, *ctx.keys)
+    return x, weight, bias if ctx.has_bias else None, None, None, None
+
+
+_opaque_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
 def depthwise_conv(x, weight, bias=None, stride: int = 1):
     """Depthwise convolution over time, "valid" (no padding).
 
@@ -39,17 +135,10 @@ def depthwise_conv(x, weight, bias=None, stride: int = 1):
     >>> depthwise_conv(torch.ones(1, 5, 2), torch.ones(2, 1, 3)).shape
     torch.Size([1, 3, 2])
     """
-    dtype = x.dtype
-    x = x.transpose(1, 2)  # (B, D, T)
     if x.device.type != "cpu":
-        return F.conv1d(x, weight, bias, stride, groups=weight.shape[0]).transpose(1, 2)
-    # A contiguous (B, T, D) read as (B, D, 1, T) *is* channels-last, for which the CPU library has a fast depthwise kernel;
-    # the same convolution as Conv1d takes 12 to 15 times as long for K = 31.
-    # In float32 only: in bfloat16 that kernel never returns for some shapes (32 channels, K = 31, batch 3; oneDNN of torch 2.11).
-    with full_precision(x):
-        weight, bias = at_least_float32(weight), None if bias is None else at_least_float32(bias)
-        y = F.conv2d(at_least_float32(x).unsqueeze(2), weight.unsqueeze(2), bias, (1, stride), groups=weight.shape[0])
-    return y.squeeze(2).transpose(1, 2).to(dtype)
+        return F.conv1d(x.transpose(1, 2), weight, bias, stride, groups=weight.shape[0]).transpose(1, 2)
+    # With time as bins of one frame: the same convolution as Conv1d takes 12 to 15 times as long for K = 31.
+    return channels_last_conv(x.unsqueeze(1), weight.unsqueeze(2), bias, stride, groups=weight.shape[0]).squeeze(1)
 
 
 class DepthwiseModule(nn.Module):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from speechbrain_ext.lobes.activations import ReLU
+from speechbrain_ext.lobes.convolution import channels_last_conv
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
-from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 
 PIECE, MIN_PIECE = 800, 128
 """Feature frames of all utterances that a CPU subsamples at once where no gradient is wanted, and of each at least: beyond the
@@ -29,28 +29,13 @@ class _Halving(nn.Conv2d):
 
     def forward(self, x):
         before = self.padding[0]
-        # torch.compile cannot order the strides of the convolution's gradient where lengths are free (torch 2.11).
-        compiled = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
-        if self.in_channels == 1 or compiled and self.groups == 1:
-            # One matrix product with the inputs of each output; with one channel the convolution takes 1.5 times as long, in
-            # bfloat16 6 times.
-            x = F.pad(x, (0, 0, before, 1, before, 1)).unfold(1, 3, 2).unfold(2, 3, 2)  # (B, T', F', C, 3, 3)
-            return F.linear(x.flatten(3), self.weight.flatten(1), self.bias)
-        if compiled:
-            x = F.pad(x, (0, 0, before, 1, before, 1))
-            times, bins = (size - (size - 3) % 2 - 2 for size in x.shape[1:3])  # from the first to the last of every second
-            y = sum(x[:, i : i + times : 2, j : j + bins : 2] * self.weight[:, 0, i, j] for i in range(3) for j in range(3))
-            return y if self.bias is None else y + self.bias
+        if self.in_channels == 1:
+            # One matrix product with the 9 inputs of each output; the convolution takes 1.5 times as long, in bfloat16 6 times.
+            x = F.pad(x.squeeze(-1), (before, 1, before, 1)).unfold(1, 3, 2).unfold(2, 3, 2).flatten(3)
+            return F.linear(x, self.weight.flatten(1), self.bias)
         if before == 0:
             x = F.pad(x, (0, 0, 0, 1, 0, 1))
-        x = x.permute(0, 3, 1, 2)
-        if self.groups > 1 and x.device.type == "cpu":  # never in bfloat16, see depthwise_conv
-            with full_precision(x):
-                bias = None if self.bias is None else at_least_float32(self.bias)
-                y = F.conv2d(at_least_float32(x), at_least_float32(self.weight), bias, 2, before, groups=self.groups).to(x.dtype)
-        else:
-            y = F.conv2d(x, self.weight, self.bias, 2, before, groups=self.groups)
-        return y.permute(0, 2, 3, 1)
+        return channels_last_conv(x, self.weight, self.bias, 2, before, self.groups)
 
 
 class _Subsampling(nn.Module):

@@ -1,5 +1,8 @@
 """Attention, convolution and subsampling on their own."""
 
+import copy
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +52,6 @@ def test_relative_attention_is_the_same_in_any_blocks(monkeypatch):
         torch.testing.assert_close(net.mix(x, net.prepare(x, mask, None)), expected, atol=1e-6, rtol=0)
 
 
-@torch.no_grad()
 @torch.no_grad()
 @pytest.mark.parametrize("half", [False, True])
 def test_compiled_relative_attention_works_in_blocks_too(half):
@@ -153,6 +155,49 @@ def test_subsampling_in_pieces(net, monkeypatch):
         assert len(net._pieces(x, None)) == 1
     net.stages[0].train()  # its BatchNorm, if it has one, takes statistics of all frames
     assert len(net._pieces(x, None)) == 1
+
+
+class Encoder(torch.nn.Module):
+    """All front ends, and what may disturb their compilation: convolution and attention behind them."""
+
+    def __init__(self):
+        super().__init__()
+        fronts = ConvolutionSubsampling(20, (4, 3)), DepthwiseSubsampling(20, 4), FusibleSubsampling(20, (4, 3))
+        self.fronts = torch.nn.ModuleList(fronts)
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(front.output_size, 8) for front in fronts)
+        self.convolution, self.attention = ConvolutionModule(8, 31), RelativeSelfAttention(8, 2)
+        for module in self.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, x, lengths):
+        frames = [front(x, lengths) for front in self.fronts]
+        x, lengths = sum(linear(y) for linear, (y, _) in zip(self.linears, frames, strict=True)), frames[0][1]
+        mask = torch.arange(x.shape[1]) >= absolute_lengths(lengths, x.shape[1])[:, None]
+        x = x + self.convolution(x, mask)
+        return self.attention.mix(x, self.attention.prepare(x, mask, None))
+
+
+# Inductor, which takes half a minute, has failed where aot_eager did not.
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++)")
+
+
+@pytest.mark.parametrize(
+    "backend, half", [("aot_eager", True), pytest.param("inductor", False, marks=NEEDS_COMPILER)]
+)
+def test_trains_compiled_with_free_lengths(backend, half):
+    torch.manual_seed(0)
+    net = Encoder()
+    twin = copy.deepcopy(net)
+    for model in (net, torch.compile(twin, dynamic=True, fullgraph=True, backend=backend)):
+        torch.manual_seed(0)
+        for frames in (140, 75):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = model(torch.randn(2, frames, 20), torch.tensor([1.0, 0.5]))
+            y.float().square().mean().backward()
+    for (name, ours), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+        tolerance = (0.1 if half else 1e-4) * ours.grad.abs().max().item() + 1e-6
+        torch.testing.assert_close(theirs.grad, ours.grad, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_front_end_of_the_published_recipes():
