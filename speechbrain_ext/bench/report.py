@@ -212,9 +212,10 @@ def plot_cost(rows, path):
         if row["ms"] and row["form"] != "int8" and all(row[key] == value for key, value in wanted.items()):
             points = lines.setdefault((row["dims"], _label(row), row["source"]), [])
             points.append((int(row["seconds"]), float(row["ms"]) / 1e3 / int(row["seconds"])))
-    dims = max({dims for dims, _, _ in lines}, key=lambda dims: sum(key[0] == dims for key in lines), default=None)
-    if dims is None:
+    if not lines:
         return False
+    points = {dims: sum(len(lines[key]) for key in lines if key[0] == dims) for dims, _, _ in lines}
+    dims = max(points, key=points.get)
     figure, axes = _pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     drawn = {(label, source): sorted(points) for (of, label, source), points in lines.items() if of == dims}
     axes.set_prop_cycle(color=_pyplot().get_cmap("tab20").colors)
@@ -265,13 +266,17 @@ def plot_wer(rows, wers, path):
             sets.setdefault((test_set, dims), []).append((times[encoder, dims][1], wer, encoder))
     if not sets:
         return False
+    names = sorted({encoder for points in sets.values() for _, _, encoder in points})
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
     figure, axes = _pyplot().subplots(1, len(sets), figsize=(4.5 * len(sets), 4), squeeze=False, layout="constrained")
     for ((test_set, dims), points), axis in zip(sets.items(), axes[0], strict=True):
         for cost, wer, encoder in points:
-            axis.plot(cost, wer, "o")
-            axis.annotate(encoder, (cost, wer), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            axis.plot(cost, wer, "o", color=colors[encoder], label=encoder)
+        axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel="real-time factor", ylabel="WER, %", title=f"{test_set}\n{dims}")
         axis.title.set_fontsize(8)
+    handles = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, fontsize=7, loc="outside right upper")
     _save(figure, path)
     return True
 
