@@ -118,7 +118,7 @@ def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch, capsys):
     notes = {row["note"] for row in rows if row["encoder"] == "torchaudio_conformer"}
     assert len(notes) == 1 and notes.pop().startswith("failed: ")
     assert all(row["ms"] or row["gmacs"] for row in rows if row["encoder"] == "conformer")
-    assert "Without figures: torchaudio_conformer: failed: " in report.write(tmp_path / "a.csv")
+    assert "Without figures:\n\n* torchaudio_conformer (batch 1, 1 s): failed: " in report.write(tmp_path / "a.csv")
     command = arguments(tmp_path / "b.csv", "--parts", "size", "--encoders", "conformer", "--peers", "torchaudio_conformer")
     capsys.readouterr()
     assert cli.main(command) == 1 and "1 rows of" in capsys.readouterr().err

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from speechbrain_ext.bench.measure import read_csv
 from speechbrain_ext.bench.models import BASELINE
-from speechbrain_ext.bench.run import FIELDS
+from speechbrain_ext.bench.run import EQUAL, FIELDS
+
+LEGEND = f"""\
+The real-time factor is seconds of computation per second of audio, of all utterances of a batch together: less is better.
+Times are medians. Ratios are to the `{BASELINE}` timed alternately with the model, and can differ from the quotient of two
+rows. Peak memory is what a call adds, without the weights. "fused" has its normalisation folded into the weights; int8 is
+the fused form, where there is one, with linear layers in 8 bits. `{BASELINE}` and `squeezeformer` have relative positions,
+as published; what has rotary ones does less work, and compares with "{BASELINE}, RoPEMHA". Empty cells were not asked for."""
 
 
 def table(header, rows):
@@ -83,6 +90,7 @@ def _machine(machine, rows):
     if not rows:
         return
     yield f"{rows[-1]['machine']}, {max(row['date'] for row in rows)}; {rows[-1]['versions']}."
+    yield LEGEND
     equal = [row["dims"] for row in rows if row["size"] == "equal"]
     usual = max(equal, key=equal.count, default="")
     for dims in sorted({usual, *equal}, key=lambda dims: (dims != usual, dims)):
@@ -90,9 +98,28 @@ def _machine(machine, rows):
         mine = [row for row in rows if row["dims"] == dims or dims == usual and row["size"] != "equal"]
         for make in (_sizes, _inference, _streaming, _training):
             yield from make(mine)
-    left_out = sorted({(_label(row), row["note"]) for row in rows if not (row["ms"] or row["gmacs"])})
-    if left_out:
-        yield "Without figures: " + "; ".join(f"{label}: {note}" for label, note in left_out) + "."
+    yield from _remarks(rows)
+
+
+def _remarks(rows):
+    """What is to be known of an encoder, once; and what has no figures, and why."""
+    remarks, missing = {}, {}
+    for row in rows:
+        if not (row["ms"] or row["gmacs"]):
+            part = f"batch {row['batch']}" if row["task"] == "inference" else row["task"]
+            missing.setdefault((_label(row), row["note"]), {})[f"{part}, {row['seconds']} s"] = None
+            continue
+        for remark in filter(None, row["note"].split("; ")):
+            head, equal, number = remark.partition(EQUAL)
+            seen = remarks.setdefault(row["encoder"], {})
+            key = head + equal if head + equal in seen or row["form"] == "plain" else f"in {row['form']} {head}{equal}"
+            seen[key] = max(seen.get(key, ""), number, key=lambda text: float(text or 0))
+    if remarks:
+        yield "What is particular:"
+        yield "\n".join(f"* {name}: {'; '.join(a + b for a, b in seen.items())}" for name, seen in remarks.items())
+    if missing:
+        yield "Without figures:"
+        yield "\n".join(f"* {label} ({'; '.join(where)}): {note}" for (label, note), where in sorted(missing.items()))
 
 
 def _label(row):
@@ -136,7 +163,7 @@ def _part(name):
 
 
 def _speedup(row):
-    return f"({float(row['speedup']):.2f}x)" if row["speedup"] else ""
+    return f" ({float(row['speedup']):.2f}x)" if row["speedup"] else ""
 
 
 def _spread(row):
@@ -146,7 +173,7 @@ def _spread(row):
 def _inference(rows):
     for (part, precision, mode, batch), mine in _cells(rows, "inference", "input", "precision", "mode", "batch").items():
         how = f"by seconds of audio, {_part(part)}, {precision}, {mode}, batch {batch}"
-        columns, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{row['real_time_factor']} {_speedup(row)}")
+        columns, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{row['real_time_factor']}{_speedup(row)}")
         header = ["encoder", *(f"{name} s" for name in columns)]
         yield f"**Real-time factor** {how} (times as fast as `{BASELINE}`):"
         yield table(header, lines)
@@ -169,7 +196,7 @@ def _streaming(rows):
     for (left, chunk), mine in _cells(rows, "streaming", "left_context", "chunk").items():
 
         def cell(row):
-            return f"{float(row['ms']):.2f} {_speedup(row)}, {int(row['state_bytes']) / 1000:,.0f}"
+            return f"{float(row['ms']):.2f}{_speedup(row)}, {int(row['state_bytes']) / 1000:,.0f}"
 
         columns, lines = _pivot([row for row in mine if row["ms"]], "seconds", cell)
         if not lines:

@@ -41,6 +41,7 @@ FRAMES_PER_SECOND = 25
 PARTS = ("size", "inference", "training", "streaming")
 INPUTS = ("encoder", "front end")
 PRECISIONS = ("float32", "bfloat16")
+EQUAL = "largest difference from ours "
 MODES = ("eager", "compiled")
 FORMS = ("plain", "fused", "int8")
 PROBES = (5, 20)  # seconds, to foretell what longer ones take
@@ -392,7 +393,7 @@ class _Group:
     def _build(self):
         longest = max(*self.settings.seconds, *self.settings.counted, *self.settings.stream_seconds, self.settings.train_seconds)
         models, errors, found = build(self.group, self.settings.dims, longest * FRAMES_PER_SECOND)
-        self.differences = {candidate: f"largest difference from ours {value:.1e}" for candidate, value in found.items()}
+        self.differences = {candidate: f"{EQUAL}{value:.1e}" for candidate, value in found.items()}
         self.models = {(candidate, "plain"): model for candidate, model in models.items()}
         self.errors = {(candidate, form): f"cannot be built: {text}" for candidate, text in errors.items() for form in FORMS}
         for candidate, model in models.items():

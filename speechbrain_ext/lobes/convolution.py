@@ -8,7 +8,7 @@ from torch import nn
 from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
 from speechbrain_ext.lobes.masks import zero_padding
-from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+from speechbrain_ext.lobes.precision import at_least_float32, autocasts, full_precision
 
 SMALL = 2**16
 """Products below which a depthwise convolution on a CPU is faster as one multiplication and one sum: half the time at a quarter
@@ -29,12 +29,12 @@ def channels_last_conv(x, weight, bias=None, stride=1, padding: int = 0, groups:
     stride, padding : int
         Over time and over bins.
     groups : int
-        With more than one, it is in float32 on a CPU, whatever comes in.
+        With more than one, it is computed in float32 or better on a CPU.
 
     Returns
     -------
     torch.Tensor
-        (B, T', F', C').
+        (B, T', F', C'); under autocast of its type, but that of ``x`` for more than one group on a CPU.
 
     Example
     -------
@@ -45,9 +45,13 @@ def channels_last_conv(x, weight, bias=None, stride=1, padding: int = 0, groups:
     if device == "cpu" and groups > 1:
         # In bfloat16 the kernel never returns for some shapes (32 channels, K = 31, batch 3; oneDNN of torch 2.11).
         inside = torch.promote_types(dtype, torch.float32)
+    elif autocasts(x):
+        inside = dtype = torch.get_autocast_dtype(device)
     else:
-        inside = dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-    tensors = (tensor if tensor is None else tensor.to(inside) for tensor in (x, weight, bias))
+        inside = None
+    tensors = x, weight, bias
+    if inside is not None:
+        tensors = (tensor if tensor is None else tensor.to(inside) for tensor in tensors)
     # Where torch.compile sees a convolution on a CPU, it gives all tensors of four dimensions around it another layout, those of
     # attention, too: slower, and in training with free lengths it fails at that (inductor of torch 2.11).
     compiled = device == "cpu" and torch.compiler.is_dynamo_compiling()
@@ -74,7 +78,7 @@ def _opaque_conv(
 @_opaque_conv.register_fake
 def _(x, weight, bias, stride, padding, groups):
     frames, bins = ((x.shape[i + 1] + 2 * padding[i] - weight.shape[i + 2]) // stride[i] + 1 for i in range(2))
-    return x.new_empty(len(x), frames, bins, len(weight))
+    return x.new_empty(x.shape[0], frames, bins, weight.shape[0])  # len(x) would fix the batch size of the graph
 
 
 @torch.library.custom_op("speechbrain_ext::conv_backward", mutates_args=())
@@ -85,27 +89,31 @@ def _opaque_conv_backward(
     stride: list[int],
     padding: list[int],
     groups: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wanted: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of input, weight and bias, those that are wanted."""
     grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
-    keys = [len(weight)], stride, padding, [1, 1], False, [0, 0], groups, [True] * 3
+    keys = [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], groups, wanted
     x, weight, bias = torch.ops.aten.convolution_backward(grad, x, weight, *keys)
-    return x.permute(0, 2, 3, 1).contiguous(), weight.contiguous(), bias
+    x = None if x is None else x.permute(0, 2, 3, 1)
+    return [gradient.contiguous() for gradient in (x, weight, bias) if gradient is not None]
 
 
 @_opaque_conv_backward.register_fake
-def _(grad, x, weight, stride, padding, groups):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+def _(grad, x, weight, stride, padding, groups, wanted):
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return [grad.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, *ctx.keys = inputs
-    ctx.has_bias = bias is not None
+    x, weight, _, *ctx.keys = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx, grad):
-    x, weight, bias = _opaque_conv_backward(grad, *ctx.saved_tensors, *ctx.keys)
-    return x, weight, bias if ctx.has_bias else None, None, None, None
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = iter(_opaque_conv_backward(grad, *ctx.saved_tensors, *ctx.keys, wanted))
+    return *(next(gradients) if want else None for want in wanted), None, None, None
 
 
 _opaque_conv.register_autograd(_backward, setup_context=_setup_context)
@@ -137,7 +145,7 @@ def depthwise_conv(x, weight, bias=None, stride: int = 1):
     """
     if x.device.type != "cpu":
         return F.conv1d(x.transpose(1, 2), weight, bias, stride, groups=weight.shape[0]).transpose(1, 2)
-    # With time as bins of one frame: the same convolution as Conv1d takes 12 to 15 times as long for K = 31.
+    # Time lies where bins do, and there is one frame; Conv1d takes 12 to 15 times as long for K = 31.
     return channels_last_conv(x.unsqueeze(1), weight.unsqueeze(2), bias, stride, groups=weight.shape[0]).squeeze(1)
 
 

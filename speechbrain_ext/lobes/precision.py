@@ -5,6 +5,32 @@ from contextlib import nullcontext
 import torch
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast would change the type of a tensor in a matrix product; never that of float64.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Any tensor.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     autocasts(torch.ones(1)), autocasts(torch.ones(1, dtype=torch.float64))
+    (True, False)
+    """
+    return x.dtype != torch.float64 and _enabled(x.device.type)
+
+
+def _enabled(device):
+    # Devices such as "meta" have no autocast, and asking whether it is on raises.
+    return (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+
+
 def full_precision(x: torch.Tensor):
     """Context in which autocast leaves float32 alone; without autocast it does nothing, and leaves no trace in a graph.
 
@@ -25,7 +51,7 @@ def full_precision(x: torch.Tensor):
     torch.float32
     """
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
