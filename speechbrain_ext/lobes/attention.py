@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
-from torch import nn
+from torch import library, nn
 
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
@@ -292,7 +292,7 @@ def _attend_in_blocks(query_u, query_v, key, value, positions, blocked, scratch,
     return torch.cat(blocks, dim=1)
 
 
-@torch.library.custom_op("speechbrain_ext::relative_attention", mutates_args=())
+@library.custom_op("speechbrain_ext::relative_attention", mutates_args=())
 def _compiled(
     query_u: torch.Tensor,
     query_v: torch.Tensor,

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
-from torch import nn
+from torch import library, nn
 
 from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
@@ -63,7 +63,7 @@ def _conv(x, weight, bias, stride, padding, groups):
         return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups).permute(0, 2, 3, 1)
 
 
-@torch.library.custom_op("speechbrain_ext::conv", mutates_args=())
+@library.custom_op("speechbrain_ext::conv", mutates_args=())
 def _opaque_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -81,7 +81,7 @@ def _(x, weight, bias, stride, padding, groups):
     return x.new_empty(x.shape[0], frames, bins, weight.shape[0])  # len(x) would fix the batch size of the graph
 
 
-@torch.library.custom_op("speechbrain_ext::conv_backward", mutates_args=())
+@library.custom_op("speechbrain_ext::conv_backward", mutates_args=())
 def _opaque_conv_backward(
     grad: torch.Tensor,
     x: torch.Tensor,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from speechbrain_ext.lobes import attention, subsampling
 from speechbrain_ext.lobes.activations import ReLU, Swish, gelu
@@ -206,11 +207,11 @@ def test_operator_of_compiled_convolutions(groups, stride, padding, bias, dtype)
     x, weight = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 7, 5, 4), (8, 4 // groups, 3, 3)))
     keys = [stride] * 2, [padding] * 2, groups
     inputs = (x, weight, torch.randn(8, dtype=dtype, requires_grad=True) if bias else None, *keys)
-    torch.library.opcheck(torch.ops.speechbrain_ext.conv, inputs)
+    library.opcheck(torch.ops.speechbrain_ext.conv, inputs)
     torch.autograd.gradcheck(
         lambda *tensors: torch.ops.speechbrain_ext.conv(*tensors, None, *keys), (x.double(), weight.double())
     )
-    torch.library.opcheck(torch.ops.speechbrain_ext.conv, (x.detach(), weight, *inputs[2:]))
+    library.opcheck(torch.ops.speechbrain_ext.conv, (x.detach(), weight, *inputs[2:]))
 
 
 @pytest.mark.parametrize("mask", [None, (3, 1, 1, 9), (1, 1, 300, 309)])
@@ -218,7 +219,7 @@ def test_operator_of_compiled_relative_attention(mask):
     query = torch.randn(3, 2, 300, 4)
     key, positions = torch.randn(3, 2, 309, 4), torch.randn(2, 4, 609 - 1)
     blocked = None if mask is None else torch.rand(mask[:3] + (309,)) < 0.3
-    torch.library.opcheck(torch.ops.speechbrain_ext.relative_attention, (query, query, key, key, positions, blocked, 0.5))
+    library.opcheck(torch.ops.speechbrain_ext.relative_attention, (query, query, key, key, positions, blocked, 0.5))
 
 
 def test_convolution_follows_autocast():
