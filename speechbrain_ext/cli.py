@@ -140,11 +140,12 @@ def transcribe(arguments):
             window = files[start : start + WINDOW]
             with redirect_stdout(sys.stderr):
                 texts = _transcribe(model, window, outputs, arguments.streaming, progress)
-            for file in window:
-                if file in texts:
-                    print(_field(file), texts[file], sep="\t", flush=True)
-                else:
-                    failed = True
+            with progress.external_write_mode(file=sys.stdout):  # a terminal shows both; no line begins behind the bar
+                for file in window:
+                    if file in texts:
+                        print(_field(file), texts[file], sep="\t", flush=True)
+                    else:
+                        failed = True
     return int(failed)
 
 

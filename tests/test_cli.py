@@ -1,5 +1,6 @@
 """The command line: what goes to which stream, and the exit status."""
 
+import io
 import os
 import subprocess
 import sys
@@ -37,6 +38,16 @@ def test_lines_come_in_the_order_of_the_files(capsys, folder, monkeypatch):
     texts = dict(lines)
     for name in names:
         assert transcribe(capsys, folder, name)[1] == [[str(folder / name), texts[str(folder / name)]]]
+
+
+def test_on_a_terminal_no_line_begins_behind_the_progress_bar(folder, monkeypatch):
+    terminal = io.StringIO()
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, terminal)
+    files = [str(folder / "short.flac"), str(folder / "long.flac")]
+    assert cli.main(["transcribe", str(folder / "model"), *files, "--device", "cpu"]) == 0
+    shown = [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
+    assert " files" in terminal.getvalue() and all(any(line.startswith(file + "\t") for line in shown) for file in files)
 
 
 def test_a_bad_file_does_not_stop_the_rest(capsys, folder):
