@@ -41,17 +41,13 @@ def channels_last_conv(x, weight, bias=None, stride=1, padding: int = 0, groups:
     >>> channels_last_conv(torch.ones(1, 7, 5, 2), torch.ones(3, 2, 3, 3), stride=2).shape
     torch.Size([1, 3, 2, 3])
     """
-    dtype, device = x.dtype, x.device.type
+    tensors, dtype, device = (x, weight, bias), x.dtype, x.device.type
     if device == "cpu" and groups > 1:
         # In bfloat16 the kernel never returns for some shapes (32 channels, K = 31, batch 3; oneDNN of torch 2.11).
-        inside = torch.promote_types(dtype, torch.float32)
+        tensors = [tensor if tensor is None else at_least_float32(tensor) for tensor in tensors]
     elif autocasts(x):
-        inside = dtype = torch.get_autocast_dtype(device)
-    else:
-        inside = None
-    tensors = x, weight, bias
-    if inside is not None:
-        tensors = (tensor if tensor is None else tensor.to(inside) for tensor in tensors)
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
     # Where torch.compile sees a convolution on a CPU, it gives all tensors of four dimensions around it another layout, those of
     # attention, too: slower, and in training with free lengths it fails at that (inductor of torch 2.11).
     compiled = device == "cpu" and torch.compiler.is_dynamo_compiling()
