@@ -35,7 +35,7 @@ class _Halving(nn.Conv2d):
             return F.linear(x, self.weight.flatten(1), self.bias)
         if before == 0:
             x = F.pad(x, (0, 0, 0, 1, 0, 1))
-        return channels_last_conv(x, self.weight, self.bias, 2, before, self.groups)
+        return channels_last_conv(x, self.weight, self.bias, 2, self.padding, self.groups)
 
 
 class _Subsampling(nn.Module):
