@@ -29,7 +29,7 @@ def channels_last_conv(x, weight, bias=None, stride: int = 1, padding=(0, 0), gr
     stride : int
         Over time and over bins.
     padding : sequence of int
-        Zeros before and behind time, and before and behind the bins.
+        Zeros on either side of time, and on either side of the bins.
     groups : int
         With more than one, it is computed in float32 or better on a CPU.
 
@@ -131,7 +131,7 @@ def depthwise_conv(x, weight, bias=None, stride: int = 1, padding: int = 0):
     stride : int
         Frames from one output to the next.
     padding : int
-        Zeros before and behind; at 2000 frames the copy that padding beforehand makes takes a third of the time.
+        Zeros on either side; at 2000 frames the copy that padding beforehand makes takes a third of the time.
 
     Returns
     -------
