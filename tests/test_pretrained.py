@@ -245,6 +245,10 @@ def test_what_training_writes_may_come_from_anybody(path, layers):
         "a: !apply:getattr [1, output_size, 2]",
         "a: &x [!apply:os.system [touch FILE]]\nb: *x",
         "a: {b: 1}\n<<: {c: !apply:os.system [touch FILE]}",
+        "a: !apply:os.getcwd (x)",
+        "a: !module:os (x)",
+        "a: !!python/name:os.system (x)",
+        "a: !new:collections.Counter (x)",
     ],
 )
 def test_hparams_that_name_anything_else_are_refused(text, tmp_path):

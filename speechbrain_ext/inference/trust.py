@@ -40,6 +40,7 @@ _TAGS = {
     "!new:speechbrain_ext.lobes.subsampling.DepthwiseSubsampling",
     "!new:speechbrain_ext.lobes.subsampling.FusibleSubsampling",
     "!new:torch.nn.ModuleList",
+    "!tuple",
     *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")),
 }
 _ATTRIBUTES = {"output_size", "d_model", "nhead", "num_layers", "d_ffn", "cascade_layers"}  # that !ref <key.attribute> may read
@@ -86,7 +87,7 @@ def _check_early(tree):
 
 
 def _check_node(node, seen):
-    if id(node) in seen:  # an anchor is one node in several places
+    if node is None or id(node) in seen:  # an anchor is one node in several places
         return
     seen.add(id(node))
     children = []
@@ -94,14 +95,15 @@ def _check_node(node, seen):
         children = [child for pair in node.value for child in pair]
     elif isinstance(node, ruamel.yaml.SequenceNode):
         children = node.value
-    elif node is not None and (node.tag == "!tuple" or node.value.startswith("(")):
-        if not _TUPLE.fullmatch(node.value):
-            raise ValueError(node.value)
-        return
-    if node is not None and node.tag == "!apply:getattr":
+    # The tag first: whatever a node looks like, its tag decides what is built of it
+    if node.tag == "!apply:getattr":
         if len(children) != 2 or children[1].value not in _ATTRIBUTES:
             raise ValueError(f"{node.tag} {[child.value for child in children[1:]]}")
-    elif node is not None and node.tag not in _TAGS:
+    elif node.tag not in _TAGS:
         raise ValueError(node.tag)
+    # A text in parentheses is parsed again, as Python objects of any kind
+    if isinstance(node, ruamel.yaml.ScalarNode) and (node.tag == "!tuple" or node.value.startswith("(")):
+        if not _TUPLE.fullmatch(node.value):
+            raise ValueError(node.value)
     for child in children:
         _check_node(child, seen)
