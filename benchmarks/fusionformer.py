@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.registry import build_encoder
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.measure import medians
 
 SIZES = {"d_model": 256, "nhead": 4, "num_layers": 12, "d_ffn": 1024}
 CHUNKS = DynChunkTrainConfig(16, 10)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from matplotlib import pyplot  # without it, better an error now than after the training
 
-from speechbrain_ext.bench.measure import write_csv
 from speechbrain_ext.encoders.fusionformer import VARIANTS
+from speechbrain_ext.utils.files import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

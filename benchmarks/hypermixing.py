@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from speechbrain.nnet.hypermixing import HyperMixing as SpeechBrainHyperMixing
 
-from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.lobes.hypermixing import HyperMixing
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.measure import medians
 
 WIDTH, HIDDEN, HEADS = 144, 576, 8  # the published 8M HyperConformer
 FRAMES = (250, 500, 1000, 2000, 4000, 8000)

@@ -20,12 +20,13 @@ import torch
 from matplotlib import pyplot  # without it, better an error now than after the timing
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.bench.measure import medians, write_csv
 from speechbrain_ext.encoders.practical_conformer import SIZES
 from speechbrain_ext.lobes.attention import AttentionState
 from speechbrain_ext.lobes.chunk_sums import ChunkSums
 from speechbrain_ext.lobes.performer import RandomFeatures, orthogonal_gaussian
 from speechbrain_ext.registry import build_encoder
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.measure import medians
 
 FRAME_MS = 40
 CHUNKS = (4, 8, 16)  # frames

@@ -21,9 +21,10 @@ from speechbrain.decoders.scorer import CTCScorer, ScorerBuilder
 from speechbrain.nnet.linear import Linear
 
 from speechbrain_ext.asr import TransformerASR
-from speechbrain_ext.bench.measure import medians, write_csv
+from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.inference import ctc_prefix, searchers
-from speechbrain_ext.inference.ctc_beam import CtcBeamSearch
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.measure import medians
 
 FIELDS = ("search", "beam", "seconds", "threads", "tokens", "ms", "rtfx", "times_speechbrain")
 FRAMES_PER_SECOND, TOKENS_PER_SECOND, BEAM = 25, 4, 10

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
-from speechbrain_ext.bench.measure import count_macs, medians, write_csv
 from speechbrain_ext.encoders.squeezeformer import SIZES
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.measure import count_macs, medians
 
 FIELDS = ("size", "task", "part", "seconds", "conformer_ms", "squeezeformer_ms", "ratio", "fused_ms", "fused_ratio", "mac_ratio")
 

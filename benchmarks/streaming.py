@@ -23,11 +23,11 @@ import soundfile
 import torch
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
-from speechbrain_ext.bench.measure import write_csv
+from speechbrain_ext.dataio.audio import SAMPLE_RATE
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.inference.audio import SAMPLE_RATE
 from speechbrain_ext.inference.segments import FRAME_SECONDS
 from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_setting
+from speechbrain_ext.utils.files import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 WER_FIELDS = (

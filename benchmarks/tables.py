@@ -7,9 +7,9 @@ A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothin
 
 from pathlib import Path
 
-from speechbrain_ext.bench.measure import read_csv as read
 from speechbrain_ext.bench.report import fill as put
 from speechbrain_ext.bench.report import fill_readme, table
+from speechbrain_ext.utils.files import read_csv as read
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

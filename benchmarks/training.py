@@ -18,10 +18,11 @@ import torch
 from speechbrain import Stage
 from speechbrain.dataio.batch import PaddedBatch
 
-from recipes.LibriSpeech.hyperconformer import HyperConformerBrain
-from speechbrain_ext.bench.measure import alternate, peak_memory, quartiles, write_csv
+from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.hparams import load_hparams, parse_overrides
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.measure import alternate, peak_memory, quartiles
 
 FIELDS = ("modules", "utterances", "seconds", "threads", "ms", "ms_lower", "ms_upper", "rounds", "peak_mib", "times_speechbrain")
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ test_search: null
 """
 
 
-class SpeechBrainModules(HyperConformerBrain):
+class SpeechBrainModules(AsrBrain):
     """The same Brain, with a front end that takes and gives no lengths."""
 
     def forward_features(self, feats, lens, chunks, batch, stage):
@@ -122,7 +123,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         brains = {
             "speechbrain": make_brain(SpeechBrainModules, Path(folder) / "theirs", parse_overrides(SPEECHBRAIN)),
-            "speechbrain_ext": make_brain(HyperConformerBrain, Path(folder) / "ours", {}),
+            "speechbrain_ext": make_brain(AsrBrain, Path(folder) / "ours", {}),
         }
         print(f"Largest difference of the outputs: {assert_equal(brains['speechbrain_ext'], brains['speechbrain']):.1e}")
         for utterances in arguments.utterances:

@@ -1,7 +1,4 @@
-"""TransformerASR with its encoder taken from the registry, and the way from waveforms to encoder frames."""
-
-from dataclasses import dataclass
-from typing import Any
+"""TransformerASR with its encoder taken from the registry."""
 
 import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
@@ -11,20 +8,24 @@ from torch import nn
 
 from speechbrain_ext.lobes.attention import ATTENTIONS
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
-from speechbrain_ext.lobes.features import FeatureStream, extract_features, normalize_features
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
-from speechbrain_ext.registry import build_encoder, encoder_keys
+from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, loadable
+from speechbrain_ext.speech_encoder import SpeechEncoder
+from speechbrain_ext.utils.errors import UserError
+
+__all__ = ["SpeechEncoder", "TransformerASR"]
 
 _SPEECHBRAIN_ATTENTIONS = (*ATTENTIONS, "hypermixing")
 
 
+@loadable
 class TransformerASR(SpeechBrainTransformerASR):
     """SpeechBrain's TransformerASR with any registered encoder; its decoder, searchers and wrappers work unchanged.
 
     A drop-in for ``speechbrain.lobes.models.transformer.TransformerASR.TransformerASR`` in a recipe's YAML. What differs:
     ``encoder_module`` is a registered name; the answer does not depend on the padding of the batch; the encoder has no length
     limit; ``forward`` takes a chunk setting; ``causal=None`` means not causal; ``decode_step`` decodes token by token, for
-    :mod:`speechbrain_ext.inference.searchers`.
+    :mod:`speechbrain_ext.decoders.searchers`.
 
     Arguments
     ---------
@@ -108,9 +109,9 @@ class TransformerASR(SpeechBrainTransformerASR):
         encoder_kwargs: dict | None = None,
     ):
         if output_hidden_states or layerdrop_prob:
-            raise ValueError("The encoders here offer neither output_hidden_states nor layerdrop_prob; leave both unset.")
+            raise UserError("The encoders here offer neither output_hidden_states nor layerdrop_prob; leave both unset.")
         if attention_type not in (None, *_SPEECHBRAIN_ATTENTIONS):
-            raise ValueError(
+            raise UserError(
                 f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(_SPEECHBRAIN_ATTENTIONS)}."
             )
         if encoder_module == "conformer" and attention_type == "hypermixing":
@@ -138,7 +139,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             },
         )
         if encoder.d_model != d_model:
-            raise ValueError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; give it once.")
+            raise UserError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; give it once.")
         # SpeechBrain's constructor builds front linear and decoder. "RoPEMHA" is its value for encoders that need no positions;
         # it refuses to build nothing, so that without a decoder it builds a small encoder, which ours replaces.
         super().__init__(
@@ -159,11 +160,19 @@ class TransformerASR(SpeechBrainTransformerASR):
         )
         self.encoder = encoder
         if num_decoder_layers:
-            # The sinusoid table is no knowledge: with it, max_length would decide which checkpoints load.
+            # The table is deterministic; saving it would tie checkpoints to max_length.
             table = self.positional_encoding_decoder
             table.register_buffer("pe", table.pe, persistent=False)
 
-    def forward(self, src, tgt, wav_len=None, pad_idx=0, dynchunktrain_config: DynChunkTrainConfig | None = None):
+    def forward(
+        self,
+        src,
+        tgt,
+        wav_len=None,
+        pad_idx=0,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+        pass_name: str | None = None,
+    ):
         """Encode, and decode with teacher forcing.
 
         Arguments
@@ -178,20 +187,49 @@ class TransformerASR(SpeechBrainTransformerASR):
             Token that pads ``tgt``.
         dynchunktrain_config : DynChunkTrainConfig, optional
             The chunk setting of the encoder.
+        pass_name : str, optional
+            Which of the encoder's ``passes`` answers; the last one by default.
 
         Returns
         -------
         tuple
             Encoder output (B, T, D), and decoder output (B, U, D) or None where there is no target or no decoder.
         """
-        encoder_out = self.encode(src, wav_len, pad_idx, dynchunktrain_config)
-        if tgt is None or not hasattr(self, "decoder"):
-            return encoder_out, None
-        lengths = None if wav_len is None else absolute_lengths(wav_len, encoder_out.shape[1])
-        decoder_out, _ = self._decode(tgt, encoder_out, lengths, get_key_padding_mask(tgt, pad_idx=pad_idx))
-        return encoder_out, decoder_out
+        encoder_out = self.encode(src, wav_len, pad_idx, dynchunktrain_config, pass_name)
+        return encoder_out, self.decode_targets(tgt, encoder_out, wav_len, pad_idx)
 
-    def encode(self, src, wav_len=None, pad_idx=0, dynchunktrain_config: DynChunkTrainConfig | None = None):
+    def decode_targets(self, tgt, encoder_out, wav_len=None, pad_idx=0):
+        """Decode with teacher forcing.
+
+        Arguments
+        ---------
+        tgt : torch.Tensor, optional
+            (B, U) tokens.
+        encoder_out : torch.Tensor
+            (B, T, D).
+        wav_len : torch.Tensor, optional
+            (B,) relative lengths of ``encoder_out``.
+        pad_idx : int
+            Token that pads ``tgt``.
+
+        Returns
+        -------
+        torch.Tensor or None
+            (B, U, D); None where there is no target or no decoder.
+        """
+        if tgt is None or not hasattr(self, "decoder"):
+            return None
+        lengths = None if wav_len is None else absolute_lengths(wav_len, encoder_out.shape[1])
+        return self._decode(tgt, encoder_out, lengths, get_key_padding_mask(tgt, pad_idx=pad_idx))[0]
+
+    def encode(
+        self,
+        src,
+        wav_len=None,
+        pad_idx=0,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+        pass_name: str | None = None,
+    ):
         """Encode whole utterances.
 
         Arguments
@@ -204,11 +242,18 @@ class TransformerASR(SpeechBrainTransformerASR):
             Not needed.
         dynchunktrain_config : DynChunkTrainConfig, optional
             The chunk setting.
+        pass_name : str, optional
+            Which of the encoder's ``passes`` answers; the last one by default.
 
         Returns
         -------
         torch.Tensor
             (B, T, D).
+
+        Raises
+        ------
+        UserError
+            If the encoder has no such pass, or the chunk setting is impossible.
         """
         if dynchunktrain_config is None and self.causal:
             dynchunktrain_config = DynChunkTrainConfig(self.encoder.chunk_multiple)
@@ -219,6 +264,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             self.custom_src_module(zero_padding(src, mask)),
             src_key_padding_mask=mask,
             dynchunktrain_config=dynchunktrain_config,
+            **encoder_passes(self.encoder, pass_name),
         )
         return encoder_out
 
@@ -260,7 +306,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         DecoderCache
         """
         if not hasattr(self, "decoder"):
-            raise ValueError("There is no decoder to search with: num_decoder_layers is 0; give at least 1, or search by CTC.")
+            raise UserError("There is no decoder to search with: num_decoder_layers is 0; give at least 1, or search by CTC.")
         return DecoderCache(self.decoder, encoder_out, self._memory_mask(encoder_out, enc_len), beam_size)
 
     @torch.no_grad()
@@ -297,7 +343,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         """
         table = self.positional_encoding_decoder.pe[0]
         if cache.length == len(table):
-            raise ValueError(f"A hypothesis has {cache.length} tokens; build TransformerASR with a larger max_length.")
+            raise UserError(f"A hypothesis has {cache.length} tokens; build TransformerASR with a larger max_length.")
         embedded = self.custom_tgt_module(tokens)
         return cache.step(embedded + table[cache.length].to(embedded.dtype))
 
@@ -349,177 +395,3 @@ class TransformerASR(SpeechBrainTransformerASR):
         mask = padding_mask(lengths, encoder_out.shape[1])
         mask[:, 0] = False  # an utterance of no frames attends to a zero, not to nothing, which would be NaN
         return mask
-
-
-class SpeechEncoder(nn.Module):
-    """From waveforms to encoder frames, with exact lengths all the way: the ``encoder`` of a pretrained model.
-
-    Arguments
-    ---------
-    compute_features : torch.nn.Module
-        Waveforms to features, see :func:`extract_features`.
-    normalize : torch.nn.Module
-        Feature normalisation, called with (features, relative lengths).
-    subsampling : torch.nn.Module
-        A front end of :mod:`speechbrain_ext.lobes.subsampling`.
-    transformer : TransformerASR
-        Encodes the subsampled features.
-    head : torch.nn.Module, optional
-        Applied to the encoder frames; with a CTC head ``speechbrain.inference.ASR.EncoderASR`` decodes the output.
-    chunk_size : int, optional
-        Chunk size in encoder frames that the model was trained to stream with; None = it was trained in full context only.
-    left_context : int, optional
-        Likewise, the left context in chunks; None = all.
-
-    Example
-    -------
-    >>> from speechbrain.lobes.features import Fbank
-    >>> from speechbrain.processing.features import InputNormalization
-    >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
-    >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="conformer")
-    >>> encoder = SpeechEncoder(Fbank(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net)
-    >>> encoder(torch.rand(2, 16000), torch.tensor([1.0, 0.5])).shape
-    torch.Size([2, 26, 32])
-    """
-
-    def __init__(self, compute_features, normalize, subsampling, transformer, head=None, chunk_size=None, left_context=None):
-        super().__init__()
-        self.compute_features = compute_features
-        self.normalize = normalize
-        self.subsampling = subsampling
-        self.transformer = transformer
-        self.head = head
-        self.chunk_size = chunk_size
-        self.left_context = left_context
-
-    def forward(self, wavs, wav_lens=None):
-        """Waveforms (B, N) with relative lengths to encoder frames (B, T, D); what SpeechBrain's inference classes call."""
-        return self.encode(wavs, wav_lens)[0]
-
-    def encode(self, wavs, wav_lens=None, dynchunktrain_config: DynChunkTrainConfig | None = None):
-        """Encode.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            (B, N) samples.
-        wav_lens : torch.Tensor, optional
-            (B,) relative lengths.
-        dynchunktrain_config : DynChunkTrainConfig, optional
-            The chunk setting, for features and encoder: no frame then depends on what follows its chunk.
-
-        Returns
-        -------
-        tuple
-            (B, T, D), and the exact relative lengths (B,) of these frames.
-
-        Raises
-        ------
-        ValueError
-            If the chunk setting is impossible, or the features cannot be had chunk by chunk.
-        """
-        if wav_lens is None:
-            wav_lens = torch.ones(len(wavs), device=wavs.device)
-        chunk = None if dynchunktrain_config is None else self._feature_chunk(dynchunktrain_config)
-        feats, lens = extract_features(self.compute_features, wavs, wav_lens, chunk)
-        feats = normalize_features(self.normalize, feats, lens, chunk)
-        feats = zero_padding(feats, padding_mask(absolute_lengths(lens, feats.shape[1]), feats.shape[1]))
-        return self.encode_features(feats, lens, dynchunktrain_config)
-
-    def encode_features(self, feats, lens=None, dynchunktrain_config: DynChunkTrainConfig | None = None):
-        """Encode what the features and their normalisation gave.
-
-        Arguments
-        ---------
-        feats : torch.Tensor
-            (B, T, F) normalised features.
-        lens : torch.Tensor, optional
-            (B,) relative lengths; without them all frames are valid.
-        dynchunktrain_config : DynChunkTrainConfig, optional
-            The chunk setting.
-
-        Returns
-        -------
-        tuple
-            (B, T', D), and the exact relative lengths (B,) of these frames or None.
-        """
-        x, lens = self.subsampling(feats, lens)
-        x = self.transformer.encode(x, lens, dynchunktrain_config=dynchunktrain_config)
-        return x if self.head is None else self.head(x), lens
-
-    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig, encoder_kwargs: dict | None = None):
-        """The context of a new stream of waveforms.
-
-        Arguments
-        ---------
-        dynchunktrain_config : DynChunkTrainConfig
-            Chunk size in encoder frames and left context in chunks (None = all).
-        encoder_kwargs : dict, optional
-            For the encoder's ``make_streaming_context``.
-
-        Returns
-        -------
-        SpeechStreamingContext
-
-        Raises
-        ------
-        ValueError
-            If the chunk setting is impossible, or the features cannot be had chunk by chunk.
-        """
-        encoder = self.transformer.make_streaming_context(dynchunktrain_config, encoder_kwargs or {})
-        features = FeatureStream(self.compute_features, self.normalize, self._feature_chunk(dynchunktrain_config))
-        return SpeechStreamingContext(features, encoder)
-
-    def encode_streaming(self, wavs, context, last: bool = False):
-        """Encode the next samples: what :meth:`encode` gives under the same chunk setting, as soon as a chunk is complete.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            (B, N) samples, any number of them.
-        context : SpeechStreamingContext
-            Updated in place.
-        last : bool
-            Whether the stream ends with these samples.
-
-        Returns
-        -------
-        tuple
-            What ``forward`` gives for the frames of the chunks that are complete now, (B, T, ...) with T >= 0; and these
-            frames without the head (B, T, D).
-
-        Example
-        -------
-        >>> from speechbrain.lobes.features import Fbank
-        >>> from speechbrain.processing.features import InputNormalization
-        >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
-        >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="hyperconformer")
-        >>> normalize = InputNormalization(norm_type="sentence")
-        >>> encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net).eval()
-        >>> context = encoder.make_streaming_context(DynChunkTrainConfig(4, None))
-        >>> [encoder.encode_streaming(torch.rand(1, 4000), context, last)[0].shape[1] for last in (False, False, True)]
-        [4, 8, 7]
-        """
-        frames = [self._stream(chunk, context) for chunk in context.features.accept(wavs)]
-        if last:
-            frames += [self._stream(chunk, context) for chunk in context.features.finish()]
-        x = torch.cat(frames, 1) if frames else wavs.new_zeros(len(wavs), 0, self.transformer.encoder.d_model)
-        return x if self.head is None else self.head(x), x
-
-    def _stream(self, feats, context):
-        x, context.tail = self.subsampling.stream(feats, context.tail)
-        return self.transformer.encode_streaming(x, context.encoder)
-
-    def _feature_chunk(self, config):
-        return self.subsampling.factor * config.chunk_size
-
-
-@dataclass
-class SpeechStreamingContext:
-    """All state of one stream of waveforms (or one batch of streams in step)."""
-
-    features: FeatureStream
-    encoder: Any
-    """Of ``TransformerASR.make_streaming_context``."""
-    tail: torch.Tensor | None = None
-    """The front end's left context."""

@@ -5,6 +5,7 @@ import re
 import torch
 
 from speechbrain_ext.lobes.temporal_unet import block_names
+from speechbrain_ext.utils.errors import UserError
 
 # SpeechBrain's name inside an encoder block -> ours; the rest of the key stays.
 _SPEECHBRAIN_BLOCK = {
@@ -68,7 +69,7 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
     mark = "layers.0.convolution_module.layer_norm.weight"
     prefix = next((key[: -len(mark)] for key in state_dict if key.endswith(mark)), None)
     if prefix is None:
-        raise ValueError("These weights hold no SpeechBrain Conformer encoder: no key ends in " + mark + ".")
+        raise UserError("These weights hold no SpeechBrain Conformer encoder: no key ends in " + mark + ".")
     rotary = not any(key.endswith("mha_layer.pos_bias_u") for key in state_dict)
     converted = {}
     for key, tensor in state_dict.items():
@@ -78,7 +79,7 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
         if block:
             old = next((old for old in _SPEECHBRAIN_BLOCK if block[2].startswith(old)), None)
             if old is None:
-                raise ValueError(
+                raise UserError(
                     f"The encoder weight '{key}' has no counterpart here; only RelPosMHAXL, RoPEMHA and hypermixing convert."
                 )
             key = prefix + block[1] + _SPEECHBRAIN_BLOCK[old] + block[2][len(old) :]
@@ -174,7 +175,7 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
     """
     prefix = next((key[: -len("pre_ln.weight")] for key in state_dict if key.endswith("pre_ln.weight")), None)
     if prefix is None:
-        raise ValueError("These weights hold no Squeezeformer of NeMo: there is no key pre_ln.weight.")
+        raise UserError("These weights hold no Squeezeformer of NeMo: there is no key pre_ln.weight.")
     weights = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     blocks = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("layers.")), default=-1)
     unet = "time_recovery_layer.weight" in weights
@@ -190,7 +191,7 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
             keys = [key.replace("linear_q", f"linear_{letter}") for letter in "qkv"]
             missing = [key for key in keys if key not in weights]
             if missing:
-                raise ValueError(f"These weights are incomplete: there is no key '{prefix}{missing[0]}'.")
+                raise UserError(f"These weights are incomplete: there is no key '{prefix}{missing[0]}'.")
             tensor = torch.cat([weights[key] for key in keys])
             name = f"transformer.encoder.layers.{names[int(block[1])]}.mixer.qkv.{block[2].rsplit('.', 1)[1]}"
         elif block:
@@ -216,5 +217,5 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
 def _renamed(name, table, key):
     old = next((old for old in table if name.startswith(old)), None)
     if old is None:
-        raise ValueError(f"The weight '{key}' has no counterpart in a Squeezeformer here.")
+        raise UserError(f"The weight '{key}' has no counterpart in a Squeezeformer here.")
     return table[old] + name[len(old) :]

@@ -15,6 +15,8 @@ import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml
 from hyperpyyaml.core import recursive_update
 
+from speechbrain_ext.utils.errors import UserError, one_line, raised_in
+
 EXTENDS = "extends"
 
 
@@ -64,7 +66,7 @@ def merge_hparams(paths, overrides=""):
         if key not in tree:
             near = difflib.get_close_matches(str(key), map(str, tree), n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"the keys are: {', '.join(map(str, tree))}."
-            raise ValueError(f"Unknown key '{key}' for {Path(paths[0]).name}; {hint}")
+            raise UserError(f"Unknown key '{key}' for {Path(paths[0]).name}; {hint}")
     text = StringIO()
     ruamel.yaml.YAML().dump(_override(tree, overrides), text)
     return text.getvalue()
@@ -98,7 +100,15 @@ def load_hparams(paths, overrides=""):
     >>> load_hparams(path)["letters"]["a"]
     3
     """
-    return load_hyperpyyaml(merge_hparams(paths, overrides))
+    text = merge_hparams(paths, overrides)
+    try:
+        return load_hyperpyyaml(text)
+    except (TypeError, ValueError, ImportError) as error:
+        # HyperPyYAML's own: a reference, a placeholder, a class that does not exist or does not take its keys. What a class
+        # raises itself is a bug of that class, or a UserError already.
+        if isinstance(error, UserError) or not raised_in(error, "hyperpyyaml", "yaml", "ruamel"):
+            raise
+        raise UserError(": ".join(one_line(part) for part in error.args)) from error
 
 
 def parse_overrides(text):
@@ -167,7 +177,7 @@ def _read(path, extended_by=()):
     """The tree of a file and of all that it extends."""
     path = path.resolve()
     if path in extended_by:
-        raise ValueError(f"The hparams file {path} extends itself; remove one of the '{EXTENDS}' keys.")
+        raise UserError(f"The hparams file {path} extends itself; remove one of the '{EXTENDS}' keys.")
     try:
         own = _parse(path.read_text(encoding="utf-8"), path)
     except (FileNotFoundError, IsADirectoryError):
@@ -176,7 +186,7 @@ def _read(path, extended_by=()):
     tree = None
     if EXTENDS in own:
         if next(iter(own)) != EXTENDS:
-            raise ValueError(f"In {path} the key '{EXTENDS}' must be the first one, as it is the ground for all others.")
+            raise UserError(f"In {path} the key '{EXTENDS}' must be the first one, as it is the ground for all others.")
         bases = own.pop(EXTENDS)
         for base in [bases] if isinstance(bases, str) else bases:
             tree = _override(tree, _read(path.parent / base, (*extended_by, path)))
@@ -190,9 +200,9 @@ def _parse(text, name):
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ValueError(f"{name}{where} is no valid YAML: {problem}.") from error
+        raise UserError(f"{name}{where} is no valid YAML: {problem}.") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{name} should hold 'key: value' lines, and it is: {text.strip()[:60]!r}.")
+        raise UserError(f"{name} should hold 'key: value' lines, and it is: {text.strip()[:60]!r}.")
     return tree
 
 

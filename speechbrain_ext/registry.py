@@ -1,10 +1,13 @@
-"""Encoders by name: the only place where names are resolved.
+"""Names: of encoders and their sizes, and of the classes that a model folder may name.
 
 An encoder enters the registry in one of three ways:
 
 * a module in ``speechbrain_ext/encoders`` whose class carries ``@register_encoder("name")``;
-* the same decorator in anybody's code that has been imported;
+* the same decorator in any code that has been imported;
 * a Python entry point in the group ``speechbrain_ext.encoders`` of an installed package, ``name = "package.module:Class"``.
+
+A class that a model folder may name, such as a front end of one's own, carries ``@loadable`` in code that has been imported, or
+is an entry point in the group ``speechbrain_ext.loadable``: ``"package.module.Class" = "package.module:Class"``.
 """
 
 import importlib
@@ -12,9 +15,13 @@ import inspect
 import pkgutil
 from importlib.metadata import entry_points
 
+from speechbrain_ext.utils.errors import UserError, UserTypeError
+
 ENTRY_POINT_GROUP = "speechbrain_ext.encoders"
+LOADABLE_GROUP = "speechbrain_ext.loadable"
 
 _ENCODERS: dict[str, type] = {}
+_LOADABLE: dict[str, object] = {}
 
 
 def register_encoder(name: str):
@@ -51,7 +58,7 @@ def register_encoder(name: str):
     def decorate(cls):
         known = _ENCODERS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
+            raise UserError(
                 f"The encoder name '{name}' is taken by {known.__module__}.{known.__qualname__}; "
                 f"register {cls.__module__}.{cls.__qualname__} under another name."
             )
@@ -114,7 +121,7 @@ def get_encoder(name: str) -> type:
                 _ENCODERS[name] = point.load()
                 break
         else:
-            raise ValueError(f"Unknown encoder '{name}'; the known ones are: {', '.join(list_encoders())}.")
+            raise UserError(f"Unknown encoder '{name}'; the known ones are: {', '.join(list_encoders())}.")
     return _ENCODERS[name]
 
 
@@ -146,7 +153,7 @@ def encoder_keys(name: str) -> list[str]:
     return keys
 
 
-def encoder_sizes(name: str) -> list[str]:
+def encoder_sizes(name: str) -> dict:
     """The named sizes of an encoder: what its constructor key ``size`` takes, by the ``sizes`` of its class.
 
     Arguments
@@ -156,15 +163,137 @@ def encoder_sizes(name: str) -> list[str]:
 
     Returns
     -------
-    list of str
-        Empty where it has none.
+    dict
+        From the name of a size to its row, an object with ``d_model``, ``nhead``, ``num_layers`` and ``d_ffn`` at least. Empty
+        where the encoder has no sizes.
 
     Example
     -------
-    >>> encoder_sizes("squeezeformer")
+    >>> list(encoder_sizes("squeezeformer"))
     ['xs', 's', 'sm', 'm', 'ml', 'l']
     """
-    return list(getattr(get_encoder(name), "sizes", ()))
+    return getattr(get_encoder(name), "sizes", {})
+
+
+def passes_of(encoder) -> tuple:
+    """The names of an encoder's answers, the best one last; one for all but a cascade.
+
+    Example
+    -------
+    >>> passes_of(build_encoder("conformer", d_model=8, nhead=2, num_layers=1, d_ffn=8))
+    ('single',)
+    """
+    return getattr(encoder, "passes", ("single",))
+
+
+def encoder_passes(encoder, pass_name: str | None = None) -> dict:
+    """The keyword that asks an encoder for one of its passes: ``encoder(x, **encoder_passes(encoder, "first"))``.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        An encoder.
+    pass_name : str, optional
+        One of them.
+
+    Returns
+    -------
+    dict
+        Empty for the encoder's usual answer, its last pass.
+
+    Raises
+    ------
+    UserError
+        If the encoder has no such pass.
+
+    Example
+    -------
+    >>> encoder_passes(build_encoder("cascade", d_model=8, nhead=2, num_layers=2, d_ffn=8), "first")
+    {'pass_name': 'first'}
+    """
+    passes = passes_of(encoder)
+    if pass_name is None or (len(passes) == 1 and pass_name == passes[0]):
+        return {}
+    if len(passes) == 1:
+        raise UserError(f"A {type(encoder).__name__} is no cascade: it has one pass, and no '{pass_name}'; leave the pass out.")
+    if pass_name not in passes:
+        raise UserError(f"The pass is '{pass_name}'; give {' or '.join(passes)}.")
+    return {"pass_name": pass_name}
+
+
+def encoder_size(name: str, size: str):
+    """A named size of an encoder, for hparams files: ``row: !apply:speechbrain_ext.registry.encoder_size [squeezeformer, xs]``.
+
+    Arguments
+    ---------
+    name : str
+        A registered name.
+    size : str
+        The name of a size.
+
+    Returns
+    -------
+    object
+        The row of :func:`encoder_sizes`.
+
+    Raises
+    ------
+    UserError
+        If there is no such size; the message lists those that exist.
+
+    Example
+    -------
+    >>> encoder_size("squeezeformer", "xs").d_model
+    144
+    """
+    sizes = encoder_sizes(name)
+    if size not in sizes:
+        known = f"the sizes are: {', '.join(sizes)}." if sizes else "it has no named sizes."
+        raise UserError(f"There is no {name} of size '{size}'; {known}")
+    return sizes[size]
+
+
+def loadable(target):
+    """Class decorator that lets a model folder name a class: such a class is built from the folder's own values.
+
+    Arguments
+    ---------
+    target : type
+        Its constructor must be safe with any arguments that a file can hold: it reads no file and calls nothing by name.
+
+    Returns
+    -------
+    type
+        The class itself.
+
+    Example
+    -------
+    >>> @loadable
+    ... class FrontEnd: ...
+    >>> find_loadable(f"{FrontEnd.__module__}.FrontEnd") is FrontEnd
+    True
+    """
+    _LOADABLE[f"{target.__module__}.{target.__qualname__}"] = target
+    return target
+
+
+def find_loadable(path: str):
+    """The class behind a path, if a model folder may name it. Nothing is imported for it but an installed entry point.
+
+    Arguments
+    ---------
+    path : str
+        Such as ``speechbrain_ext.lobes.subsampling.ConvolutionSubsampling``.
+
+    Returns
+    -------
+    type or None
+    """
+    if path not in _LOADABLE:
+        for point in entry_points(group=LOADABLE_GROUP):
+            if point.name == path:
+                _LOADABLE[path] = point.load()
+    return _LOADABLE.get(path)
 
 
 def build_encoder(name: str, **kwargs):
@@ -180,7 +309,7 @@ def build_encoder(name: str, **kwargs):
     Returns
     -------
     torch.nn.Module
-        The encoder; see the contract in ``speechbrain_ext/encoders/__init__.py``.
+        The encoder; see the contract in :mod:`speechbrain_ext.encoders`.
 
     Raises
     ------
@@ -201,5 +330,5 @@ def build_encoder(name: str, **kwargs):
     keys = encoder_keys(name)
     for key in kwargs:
         if key not in keys:
-            raise TypeError(f"The encoder '{name}' has no key '{key}'; its keys are: {', '.join(keys)}.")
+            raise UserTypeError(f"The encoder '{name}' has no key '{key}'; its keys are: {', '.join(keys)}.")
     return cls(**kwargs)

@@ -10,8 +10,9 @@ from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.asr import SpeechEncoder, TransformerASR, extract_features
+from speechbrain_ext.asr import SpeechEncoder, TransformerASR
 from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.lobes.features import extract_features
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 

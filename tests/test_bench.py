@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from speechbrain_ext import cli
-from speechbrain_ext.bench import measure, models, report
+from speechbrain_ext.bench import models, report
 from speechbrain_ext.bench.models import PEERS, Dimensions, EqualityError, Model
 from speechbrain_ext.bench.run import QUICK, Cell, Settings, cells, run
 from speechbrain_ext.registry import build_encoder, encoder_sizes, list_encoders
+from speechbrain_ext.utils import measure
+from speechbrain_ext.utils.files import read_csv
 
 TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3}
 SHORT = QUICK | TINY | {"counted": (2,), "seconds": (2,), "train_seconds": 2, "stream_seconds": (2,), "rounds": 2}
@@ -78,18 +80,18 @@ def test_an_interrupted_run_goes_on_and_measures_nothing_twice(tmp_path, monkeyp
 
     monkeypatch.setattr(measure, "alternate", stops)
     assert cli.main([*command, "hyperconformer", "--peers"]) == 130
-    first = measure.read_csv(tmp_path / "a.csv")
+    first = read_csv(tmp_path / "a.csv")
     assert {(row["encoder"], row["seconds"]) for row in first} == {("conformer", "1"), ("hyperconformer", "1")}
     done.append("went on")
     assert cli.main([*command, "hyperconformer", "--peers"]) == 0
-    second = measure.read_csv(tmp_path / "a.csv")
+    second = read_csv(tmp_path / "a.csv")
     assert second[:2] == first and len(second) == 4
     before = len(done)
     assert cli.main([*command, "hyperconformer", "--peers"]) == 0
-    assert len(done) == before and measure.read_csv(tmp_path / "a.csv") == second
+    assert len(done) == before and read_csv(tmp_path / "a.csv") == second
     assert cli.main([*command, "practical_conformer", "--peers"]) == 0  # beside the baseline, whose rows stay
     assert done[before:] == [["conformer", "practical_conformer"]] * 2
-    third = measure.read_csv(tmp_path / "a.csv")
+    third = read_csv(tmp_path / "a.csv")
     assert third[:4] == second and len(third) == 6
     capsys.readouterr()
     assert cli.main([*command, "hyperconformer", "--peers", "--report"]) == 0

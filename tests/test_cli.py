@@ -8,9 +8,10 @@ import sys
 import pytest
 import soundfile
 import torch
-from test_pretrained import make_model
+from tiny import make_model
 
 from speechbrain_ext import cli
+from speechbrain_ext.inference import transcribe as files_to_text
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,15 @@ def folder(tmp_path_factory):
 
 def transcribe(capsys, folder, *files):
     """Exit status, lines on standard output split at the tab, standard error."""
-    status = cli.main(["transcribe", str(folder / "model"), *(str(folder / file) for file in files), "--device", "cpu"])
+    status = cli.main(
+        ["transcribe", "--model", str(folder / "model"), *(str(folder / file) for file in files), "--device", "cpu"]
+    )
     out, err = capsys.readouterr()
     return status, [line.split("\t") for line in out.splitlines()], err
 
 
 def test_lines_come_in_the_order_of_the_files(capsys, folder, monkeypatch):
-    monkeypatch.setattr(cli, "WINDOW", 2)
+    monkeypatch.setattr(files_to_text, "WINDOW", 2)
     names = ["middle.flac", "short.flac", "long.flac", "short.flac", "tiny.wav"]
     status, lines, err = transcribe(capsys, folder, *names)
     assert status == 0 and "Traceback" not in err
@@ -45,7 +48,7 @@ def test_on_a_terminal_no_line_begins_behind_the_progress_bar(folder, monkeypatc
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, terminal)
     files = [str(folder / "short.flac"), str(folder / "long.flac")]
-    assert cli.main(["transcribe", str(folder / "model"), *files, "--device", "cpu"]) == 0
+    assert cli.main(["transcribe", "--model", str(folder / "model"), *files, "--device", "cpu"]) == 0
     shown = [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
     assert " files" in terminal.getvalue() and all(any(line.startswith(file + "\t") for line in shown) for file in files)
 
@@ -58,14 +61,14 @@ def test_a_bad_file_does_not_stop_the_rest(capsys, folder):
 
 
 def test_a_file_that_fails_in_the_model_does_not_stop_the_rest(capsys, folder, monkeypatch):
-    segments = cli._segments
+    segments = files_to_text._Run._segments
 
-    def too_large(model, wavs):
+    def too_large(self, wavs):
         if max(map(len, wavs)) > 20000:
             raise RuntimeError("not enough\nmemory")
-        return segments(model, wavs)
+        return segments(self, wavs)
 
-    monkeypatch.setattr(cli, "_segments", too_large)
+    monkeypatch.setattr(files_to_text._Run, "_segments", too_large)
     status, lines, err = transcribe(capsys, folder, "long.flac", "short.flac", "middle.flac")
     assert status == 1 and len(lines) == 2
     assert "long.flac cannot be transcribed: not enough memory" in err
@@ -76,13 +79,13 @@ def test_a_file_that_fails_in_the_model_does_not_stop_the_rest(capsys, folder, m
     [
         ([], "usage"),
         (["listen"], "invalid choice: 'listen'"),
-        (["transcribe"], "MODEL"),
-        (["transcribe", "/no/such", "a.wav"], "There is no model folder /no/such"),
-        (["transcribe", "/no/such", "a.wav", "--beam"], "unrecognized"),
-        (["transcribe", ".", "a.wav", "--revision", "main"], "which has no revision main"),
-        (["publish", "/no/such"], "REPO_ID"),
-        (["publish", "/no/such", "ann/model"], "/no/such is no complete model folder"),
-        (["publish", "/no/such", "ann/model", "--license", "my own"], "license is 'my own'"),
+        (["transcribe"], "--model"),
+        (["transcribe", "--model", "/no/such", "a.wav"], "There is no model folder /no/such"),
+        (["transcribe", "--model", "/no/such", "a.wav", "--beam"], "unrecognized"),
+        (["transcribe", "--model", ".", "a.wav", "--revision", "main"], "which has no revision main"),
+        (["publish", "--model", "/no/such"], "REPO_ID"),
+        (["publish", "--model", "/no/such", "ann/model"], "/no/such is no complete model folder"),
+        (["publish", "--model", "/no/such", "ann/model", "--license", "my own"], "license is 'my own'"),
     ],
 )
 def test_wrong_usage(capsys, argv, message):
@@ -95,7 +98,7 @@ def test_wrong_usage(capsys, argv, message):
 
 
 def test_standard_output_holds_nothing_but_results(folder):
-    command = [sys.executable, "-m", "speechbrain_ext", "transcribe", folder / "model", folder / "short.flac"]
+    command = [sys.executable, "-m", "speechbrain_ext", "transcribe", "--model", folder / "model", folder / "short.flac"]
     path = os.pathsep.join(sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)

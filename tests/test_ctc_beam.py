@@ -12,7 +12,7 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from speechbrain.decoders.ctc import ctc_greedy_decode
 
-from speechbrain_ext.inference.ctc_beam import UNKNOWN_WORD, CtcBeamSearch
+from speechbrain_ext.decoders.ctc_beam import UNKNOWN_WORD, CtcBeamSearch
 
 BACKENDS = {"flashlight": ["flashlight"], "speechbrain": []}
 LM_BACKENDS = {"flashlight": ["flashlight"], "speechbrain": ["kenlm", "pygtrie"]}

@@ -16,7 +16,7 @@ from test_resume import assert_same_runs, last_checkpoint
 from test_resume import run as run_with_bomb
 from tiny import SMALL, arguments, make_corpus
 
-from recipes.LibriSpeech.practical_conformer import PracticalConformerBrain
+from speechbrain_ext.brains.practical_conformer import PracticalConformerBrain
 from speechbrain_ext.encoders.practical_conformer import SIZES
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.inference import load_model
@@ -81,13 +81,13 @@ def test_every_report_has_both_passes(finished):
 def test_the_trained_model_answers_with_either_pass(finished):
     (folder,) = finished.glob("results/*/7775/pretrained")
     model = load_model(folder, "cpu")
-    (encoder,) = (part for part in model.modules() if hasattr(part, "answer"))
-    assert encoder.answer == "second"
     wavs, lens = torch.randn(1, 16000), torch.ones(1)
-    second = model.mods.encoder(wavs, lens)
-    encoder.answer = "first"
-    first = model.mods.encoder(wavs, lens)
-    assert first.shape == second.shape and not torch.allclose(first, second)
+    answers = {}
+    for pass_name in (None, "second", "first"):
+        model = load_model(folder, "cpu", pass_name)
+        answers[pass_name] = model.frames(wavs, lens)[0][0]
+    assert torch.equal(answers[None], answers["second"])
+    assert answers["first"].shape == answers["second"].shape and not torch.allclose(answers["first"], answers["second"])
 
 
 def test_an_interrupted_run_draws_what_a_straight_one_does(corpus, tmp_path):
@@ -107,7 +107,7 @@ def test_another_encoder_ends_in_one_sentence(corpus, tmp_path):
     path = tmp_path / "plain.yaml"
     path.write_text(
         f"extends: {ROOT}/hparams/conformer_small.yaml\n"
-        "brain: !name:recipes.LibriSpeech.practical_conformer.PracticalConformerBrain\n"
+        "brain: !name:speechbrain_ext.brains.practical_conformer.PracticalConformerBrain\n"
         "first_pass_prob: 0.5\nredraw_interval: 0\n"
     )
     run = train(tmp_path, corpus, path=path)
@@ -127,7 +127,7 @@ def test_chunks_suit_both_passes_whichever_was_drawn_before(tmp_path, monkeypatc
     stages = {"first": "hyperconformer", "second": {"encoder": "squeezeformer", "num_layers": 3}}
     brain = build(tmp_path, monkeypatch, num_encoder_layers=4, encoder_kwargs=stages)
     brain.hparams.chunk_sampler = lambda stage: DynChunkTrainConfig(7, 2)
-    for brain.encoder.answer in ("first", "second"):
+    for brain.drawn in ("first", "second"):
         assert brain.draw_chunks(Stage.TRAIN).chunk_size == 8
 
 
@@ -158,18 +158,23 @@ def test_the_second_pass_alone(tmp_path, monkeypatch):
 
 def test_a_batch_of_the_first_pass_trains_the_first_stage_alone(tmp_path, monkeypatch):
     brain = build(tmp_path, monkeypatch)
-    feats, lens = torch.randn(2, 60, 80), torch.ones(2)
-    batch = SimpleNamespace(tokens_bos=SimpleNamespace(data=None))
+    brain.hparams.wav_augment = brain.hparams.fea_augment = None
+
+    class Batch(SimpleNamespace):
+        def to(self, device):
+            return self
+
+    batch = Batch(sig=(torch.randn(2, 16000), torch.ones(2)), tokens_bos=SimpleNamespace(data=None))
     for brain.drawn in ("first", "second"):
         brain.modules.zero_grad(set_to_none=True)
-        predictions = brain.forward_features(feats, lens, None, batch, Stage.TRAIN)
+        predictions = brain.compute_forward(batch, Stage.TRAIN)
         assert list(predictions) == [brain.drawn]
-        predictions[brain.drawn][2].sum().backward()
+        predictions[brain.drawn].ctc_logits.sum().backward()
         trained = {name.split(".")[0] for name, p in brain.encoder.named_parameters() if p.grad is not None}
         assert trained == ({"first"} if brain.drawn == "first" else {"first", "second"})
-        assert all(p.grad is not None for p in brain.modules.ctc_lin.parameters())  # one head for both
+        assert all(p.grad is not None for p in brain.hparams.ctc_lin.parameters())  # one head for both
     with torch.no_grad():
-        assert list(brain.forward_features(feats, lens, None, batch, Stage.VALID)) == ["first", "second"]
+        assert list(brain.compute_forward(batch, Stage.VALID)) == ["first", "second"]
 
 
 def features(encoder):

@@ -23,7 +23,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from recipes.LibriSpeech import prepare
 from recipes.LibriSpeech.prepare import normalise, prepare_librispeech
-from speechbrain_ext.inference.audio import AudioError, check_audio, load_audio
+from speechbrain_ext.dataio.audio import AudioError, check_audio, load_audio
 
 FORMATS = {
     ".flac": {"format": "FLAC"},

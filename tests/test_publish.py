@@ -10,7 +10,7 @@ import pytest
 import torch
 from hub import TOKEN, Hub
 from safetensors.torch import load_file, save_file
-from test_pretrained import make_model
+from tiny import make_model
 
 from speechbrain_ext.inference import load_model
 
@@ -110,7 +110,7 @@ def published(world):
         "short": ["model", "speech"],
         "bad": ["model", "ann/a--b"],
     }
-    argv = [["publish", folder / command[0], *command[1:]] for command in commands.values()]
+    argv = [["publish", "--model", folder / command[0], *command[1:]] for command in commands.values()]
     return dict(zip(commands, client(folder / "home", hub.url, *argv, HF_TOKEN=TOKEN), strict=True))
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_published_is_told_in_one_sentence(world, published):
 
 def test_without_permission(world, published):
     hub, folder, _ = world
-    publish = ["publish", folder / "model", "ann/speech"]
+    publish = ["publish", "--model", folder / "model", "ann/speech"]
     (result,) = client(folder / "home", hub.url, publish)
     sentence(result, 1, "no token", "hf auth login")
     (result,) = client(folder / "home", hub.url, publish, HF_TOKEN="hf_wrong")
@@ -172,10 +172,14 @@ def test_loading_from_an_empty_cache_then_offline(world, commits, published):
     hub.commit("ann/trap", "main", files | {"hyperparams.yaml": f"{text}\ntrap: !apply:os.mkdir [executed]\n".encode()})
     file = folder / "long.flac"
     pinned, latest, branch = ["--revision", commits[0]], [], ["--revision", "trial"]
-    versions = [["transcribe", "ann/speech", file, "--device", "cpu", *version] for version in (pinned, latest, branch)]
-    others = [["transcribe", *words, file, "--device", "cpu"] for words in (["ann/gone"], ["ann/secret"], ["ann/trap"])]
-    wrong = ["transcribe", "ann/speech", file, "--revision", "no-such"]
-    local = ["transcribe", folder / "new", file, "--revision", commits[0]]
+    versions = [
+        ["transcribe", "--model", "ann/speech", file, "--device", "cpu", *version] for version in (pinned, latest, branch)
+    ]
+    others = [
+        ["transcribe", "--model", *words, file, "--device", "cpu"] for words in (["ann/gone"], ["ann/secret"], ["ann/trap"])
+    ]
+    wrong = ["transcribe", "--model", "ann/speech", file, "--revision", "no-such"]
+    local = ["transcribe", "--model", folder / "new", file, "--revision", commits[0]]
     results = client(folder / "cache", hub.url, *versions, *others, wrong, local, ["speechbrain", "ann/speech", file])
     for result, text in zip(results, (old, new, old), strict=False):
         assert result[:2] == [0, f"{file}\t{text}\n"], result
@@ -187,7 +191,7 @@ def test_loading_from_an_empty_cache_then_offline(world, commits, published):
     assert results[8][1].split() == new.split()
     assert not list(folder.rglob("executed"))
 
-    absent = ["transcribe", "ann/secret", file]
+    absent = ["transcribe", "--model", "ann/secret", file]
     trust = ["trust", "ann/trap"]
     results = client(folder / "cache", hub.url, *versions, absent, trust, HF_HUB_OFFLINE="1")
     for result, text in zip(results, (old, new, old), strict=False):
@@ -198,7 +202,10 @@ def test_loading_from_an_empty_cache_then_offline(world, commits, published):
 
 def test_a_server_that_does_not_answer(world):
     _, folder, _ = world
-    commands = [["publish", folder / "model", "ann/speech"], ["transcribe", "ann/speech", folder / "long.flac"]]
+    commands = [
+        ["publish", "--model", folder / "model", "ann/speech"],
+        ["transcribe", "--model", "ann/speech", folder / "long.flac"],
+    ]
     publish, transcribe = client(folder / "nothing", "http://127.0.0.1:9", *commands, HF_TOKEN=TOKEN)
     sentence(publish, 1, "http://127.0.0.1:9 cannot be reached")
     sentence(transcribe, 2, "ann/speech", "cannot be reached")

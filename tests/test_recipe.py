@@ -205,7 +205,7 @@ def test_two_processes(name, corpus, tmp_path):
         ([CONFORMER, "--data_folder", "/no/such", "--numer_of_epochs", "3"], 2, "did you mean 'number_of_epochs'?"),
         ([CONFORMER, "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
         ([CONFORMER, "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
-        ([ROOT / "recipes/LibriSpeech/hparams/ctc_attention.yaml", "--data_folder", "x"], 2, "PLACEHOLDER"),
+        ([ROOT / "speechbrain_ext/training/hparams/ctc_attention.yaml", "--data_folder", "x"], 2, "PLACEHOLDER"),
         ([], 2, "usage"),
     ],
 )  # fmt: skip

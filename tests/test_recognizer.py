@@ -12,14 +12,17 @@ import pytest
 import soundfile
 import torch
 from sentencepiece import SentencePieceProcessor
-from test_pretrained import make_model
 from test_streaming import speech
+from tiny import make_model
 
 from speechbrain_ext import cli
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word, align
 from speechbrain_ext.inference import load_model, long_audio
+from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
-from speechbrain_ext.inference.segments import FRAME_SECONDS, Segment, Segmenter, Word, align, subtitles
+from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.inference.streaming import StreamingRecognizer
+from speechbrain_ext.inference.subtitles import subtitles
 
 PIECES = ["<unk>", "▁", "▁THE", "▁CAT", "S", "▁A", "T"]
 
@@ -271,7 +274,7 @@ def test_windows_lie_side_by_side(model, long_file):
     alone = model.frames(wav[None, 640 * 75 : 640 * 225], torch.ones(1))[0][0]
     torch.testing.assert_close(log_probs[0][100:200], alone[25:125], atol=1e-4, rtol=0)
     # From a frame on
-    rest = wav[long_audio.window_start(230) :]
+    rest = wav[640 * long_audio.window_start(230) :]
     resumed = torch.cat([log_probs for log_probs, _ in long_audio.window_frames(model, [rest], 230)])
     torch.testing.assert_close(resumed, log_probs[0][230:], atol=1e-4, rtol=0)
 
@@ -324,8 +327,8 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
 
 @pytest.mark.parametrize("folder", [0], ids=["ctc"], indirect=True)  # joint search on long segments takes minutes
 def test_transcribe_long_and_short_files_to_a_folder(capsys, folder, long_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "LONG_SECONDS", 10)
-    command = ["transcribe", str(folder / "model"), str(folder / "short.flac"), str(long_file), "--device", "cpu"]
+    monkeypatch.setattr(files_to_text, "LONG_SECONDS", 10)
+    command = ["transcribe", "--model", str(folder / "model"), str(folder / "short.flac"), str(long_file), "--device", "cpu"]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     out = tmp_path / "out"
@@ -344,19 +347,19 @@ def test_transcribe_long_and_short_files_to_a_folder(capsys, folder, long_file, 
 def test_files_of_one_name_are_refused(capsys, folder, tmp_path):
     (tmp_path / "short.flac").write_bytes((folder / "short.flac").read_bytes())
     files = [str(folder / "short.flac"), str(tmp_path / "short.flac")]
-    assert cli.main(["transcribe", str(folder / "model"), *files, "--output", str(tmp_path)]) == 2
+    assert cli.main(["transcribe", "--model", str(folder / "model"), *files, "--output", str(tmp_path)]) == 2
     assert "short.jsonl" in capsys.readouterr().err
 
 
 def test_stream_prints_segments_and_figures(capsys, folder, monkeypatch):
-    assert cli.main(["stream", str(folder / "model"), str(folder / "long.flac"), "--device", "cpu"]) == 0
+    assert cli.main(["stream", "--model", str(folder / "model"), str(folder / "long.flac"), "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert all(len(line.split("\t")) == 3 for line in out.splitlines())
     assert "real-time factor" in err and "full context only" in err
     samples, _ = soundfile.read(folder / "long.flac", dtype="int16")
     raw = io.BytesIO(samples.astype("<i2").tobytes() + b"\0")  # and half a sample
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(raw)))
-    assert cli.main(["stream", str(folder / "model"), "-", "--device", "cpu"]) == 0
+    assert cli.main(["stream", "--model", str(folder / "model"), "-", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == out
 
 
@@ -370,7 +373,7 @@ def test_stream_prints_segments_and_figures(capsys, folder, monkeypatch):
     ],
 )
 def test_stream_says_what_is_wrong(capsys, folder, arguments, message):
-    assert cli.main(["stream", str(folder / "model"), *arguments, "--device", "cpu"]) in (1, 2)
+    assert cli.main(["stream", "--model", str(folder / "model"), *arguments, "--device", "cpu"]) in (1, 2)
     assert message in capsys.readouterr().err
 
 

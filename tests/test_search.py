@@ -13,9 +13,9 @@ from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from speechbrain.nnet.linear import Linear
 
 from speechbrain_ext.asr import TransformerASR
-from speechbrain_ext.inference import ctc_prefix
-from speechbrain_ext.inference import searchers as ours
-from speechbrain_ext.inference.ctc_prefix import PrefixScores
+from speechbrain_ext.decoders import ctc_prefix
+from speechbrain_ext.decoders import searchers as ours
+from speechbrain_ext.decoders.ctc_prefix import PrefixScores
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
 
 VOCAB, FRAMES = 40, 40
@@ -104,16 +104,6 @@ def test_settings(kind, keys):
     torch.manual_seed(3)  # no ties among hypotheses: rounding would choose
     enc = torch.randn(2, FRAMES, 32)
     assert_same(*(search(enc, torch.tensor([0.6, 1.0])) for search in searches))
-
-
-@pytest.mark.parametrize("normalize_before", [True, False], ids=["pre-LN", "post-LN"])
-def test_greedy_search(normalize_before):
-    net, seq_lin, _ = model(normalize_before)
-    seq_lin.w.bias.data[2] = 0
-    keys = {"modules": [net, seq_lin], "bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0}
-    enc = torch.randn(3, FRAMES, 32)
-    expected, answer = (module.S2STransformerGreedySearcher(**keys)(enc, LENGTHS) for module in (theirs, ours))
-    assert_same(expected, answer)
 
 
 def test_decoder_steps():
@@ -231,15 +221,12 @@ def test_nothing_is_kept_after_a_search(monkeypatch):
     assert not [value for value in vars(search.scorer.partial_scorers["ctc"]).values() if torch.is_tensor(value)]
 
 
-@pytest.mark.parametrize("name", ["S2STransformerBeamSearcher", "S2STransformerGreedySearcher"])
-def test_a_model_that_cannot_decode_step_by_step_is_refused(name):
-    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0}
-    keys |= {"beam_size": 2} if "Beam" in name else {}
+def test_a_model_that_cannot_decode_step_by_step_is_refused():
+    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0, "beam_size": 2}
     head = Linear(input_size=32, n_neurons=VOCAB)
-    theirs_net = SpeechBrainTransformerASR(VOCAB, 8, 32, 4, 1, 2, 64)
     with pytest.raises(TypeError, match="take speechbrain_ext.asr.TransformerASR"):
-        getattr(ours, name)([theirs_net, head], **keys)
-    search = getattr(ours, name)([TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64), head], **keys)
+        ours.S2STransformerBeamSearcher([SpeechBrainTransformerASR(VOCAB, 8, 32, 4, 1, 2, 64), head], **keys)
+    search = ours.S2STransformerBeamSearcher([TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64), head], **keys)
     with pytest.raises(ValueError, match="num_decoder_layers is 0"):
         search(torch.rand(1, 10, 32), torch.ones(1))
 

@@ -1,7 +1,18 @@
 """A corpus and a model so small that a whole training run takes seconds."""
 
+from pathlib import Path
+
 import numpy as np
 import soundfile
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.model_folder.write import model_parts, write_model_folder
+from speechbrain_ext.training.results import ResultRow
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SENTENCES = ["THE CAT SAT", "A HAT AND A CAT", "THE TEA IS HOT", "A HOT DAY", "SHE HAS A HAT", "THE DAY IS SAD"]
 UTTERANCES = {"train-tiny": 12, "dev-tiny": 2, "test-tiny": 2}
@@ -45,3 +56,43 @@ def make_corpus(folder):
 def arguments(**keys):
     """Keys as a list of command line arguments."""
     return [text for key, value in keys.items() for text in (f"--{key}", str(value))]
+
+
+def make_row(**values):
+    """A row of the results table."""
+    numbers = {"int": 1, "float": 1.0, "str": "x"}
+    usual = {
+        field: numbers[kind if isinstance(kind, str) else kind.__name__] for field, kind in ResultRow.__annotations__.items()
+    }
+    return ResultRow(**{**usual, **values})
+
+
+def make_model(folder, decoder_layers, name="hyperconformer", **keys):
+    """Write a model folder with random weights, and files that it transcribes; returns its hparams."""
+    train_csv = folder / "train.csv"
+    train_csv.write_text("ID,wrd\n" + "".join(f"{i},{text}\n" for i, text in enumerate(SENTENCES)))
+    train_tokenizer(train_csv, folder / "t.model", 30, "unigram", 0, 1, 2, 3)
+    tokens = SentencePieceProcessor(str(folder / "t.model")).vocab_size()
+    keys = {**SMALL, "num_decoder_layers": decoder_layers, "output_folder": folder / "run", "vocab_size": tokens, **keys}
+    overrides = "\n".join(f"{key}: {value}" for key, value in keys.items())
+    path = ROOT / "hparams" / f"{name}.yaml"
+    hparams = load_hparams(path, overrides)
+    hparams["normalize"](torch.randn(2, 50, 80), torch.ones(2), epoch=0)
+    row = make_row(
+        architecture=name,
+        hparams=path.name,
+        train_set="train-tiny",
+        test_set="test-tiny",
+        search="ctc_greedy",
+        WER=12.3,
+        insertions=1,
+        deletions=2,
+        substitutions=3,
+        words=49,
+    )
+    text = merge_hparams(path, overrides)
+    write_model_folder(folder / "model", text, hparams, model_parts(hparams), folder / "t.model", [row])
+    generator = torch.Generator().manual_seed(0)
+    for stem, samples in {"short": 9000, "long": 25037, "middle": 16000}.items():
+        soundfile.write(folder / f"{stem}.flac", (0.1 * torch.randn(samples, generator=generator)).numpy(), 16000)
+    return hparams

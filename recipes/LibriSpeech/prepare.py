@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from speechbrain.utils.parallel import parallel_map
 
-from speechbrain_ext.inference.audio import SAMPLE_RATE, AudioError, check_audio
+from speechbrain_ext.dataio.audio import SAMPLE_RATE, AudioError, check_audio
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def prepare_librispeech(
 
     The columns are ``ID, duration, wav, spk_id, wrd``: seconds, absolute path, ``<speaker>-<chapter>`` as in
     SpeechBrain's recipe, and the transcript in upper case. The audio may have any sample rate and number of channels:
-    read it with :func:`speechbrain_ext.inference.audio.load_audio`, which gives 16 kHz mono.
+    read it with :func:`speechbrain_ext.dataio.audio.load_audio`, which gives 16 kHz mono.
 
     All audio is checked to its end, in parallel. What is left out is listed in ``skipped.csv`` (``split, ID, file,
     reason, detail``). An id that two splits share stays in the test split rather than in the development split, and in
@@ -137,7 +138,7 @@ def prepare_librispeech(
     Example
     -------
     >>> import tempfile
-    >>> from recipes.LibriSpeech.mini_corpus import build_mini_corpus
+    >>> from recipes.Synthetic.prepare import build_mini_corpus
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     corpus = build_mini_corpus(folder, utterances={"test-mini": 2})
     ...     prepare_librispeech(corpus, f"{folder}/save", te_splits=["test-mini"])
@@ -148,7 +149,7 @@ def prepare_librispeech(
     if skip_prep:
         return
     if create_lexicon:
-        raise ValueError(
+        raise UserError(
             "create_lexicon=True is not supported, as the lexicon serves grapheme-to-phoneme models only; "
             "leave it out, or run SpeechBrain's own LibriSpeech recipe."
         )
@@ -157,7 +158,7 @@ def prepare_librispeech(
     merge_name = _check_merge(merge_lst, merge_name, splits)
     wanted = _wanted_of_each(select_n_sentences, tr_splits + dev_splits + te_splits)
     if not 0 <= max_skipped <= 1:
-        raise ValueError(f"max_skipped is a part of a split, from 0 to 1, and it is {max_skipped}.")
+        raise UserError(f"max_skipped is a part of a split, from 0 to 1, and it is {max_skipped}.")
     root = find_corpus(data_folder, splits)
     save_folder = Path(save_folder).expanduser().absolute()
     save_folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ def prepare_librispeech(
 def find_corpus(data_folder, splits):
     """The folder that holds all splits: the one given, or where exactly one reading makes sense, a neighbour of it."""
     if not splits:
-        raise ValueError("No split is named: give at least one of tr_splits, dev_splits and te_splits.")
+        raise UserError("No split is named: give at least one of tr_splits, dev_splits and te_splits.")
     folder = Path(data_folder or "").expanduser().absolute()
     if not data_folder or not folder.is_dir():
         raise FileNotFoundError(f"The data folder '{data_folder}' is no folder; give the one that holds {splits[0]}.")
@@ -400,7 +401,7 @@ def _report(split, rows, skipped, total, listed_in, max_skipped):
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
     logger.warning("%s: %d of %d utterances skipped: %s; listed in %s", split, len(skipped), total, counts, listed_in)
     if not rows or len(skipped) > math.ceil(max_skipped * total):
-        raise RuntimeError(
+        raise UserRuntimeError(
             f"{len(skipped)} of {total} utterances in {split} cannot be used, more than the allowed {max_skipped:.0%}, "
             f"most often because of '{reasons[0][0]}' ({reasons[0][1]}); they are listed in {listed_in}: "
             "mend the corpus, or raise max_skipped."
@@ -412,7 +413,7 @@ def _as_names(names):
     names = [names] if isinstance(names, str) else [str(name) for name in names or ()]
     for name in names:
         if not name or name != os.path.basename(name) or name.startswith("."):
-            raise ValueError(f"'{name}' is not the name of a split; give the name of a folder in the data folder.")
+            raise UserError(f"'{name}' is not the name of a split; give the name of a folder in the data folder.")
     return names
 
 
@@ -421,12 +422,12 @@ def _check_merge(merge_lst, merge_name, splits):
     if not merge_lst:
         return None
     if unknown := [split for split in merge_lst if split not in splits]:
-        raise ValueError(f"merge_lst names {_listing(unknown)}, not prepared here; the splits are: {_listing(splits)}.")
+        raise UserError(f"merge_lst names {_listing(unknown)}, not prepared here; the splits are: {_listing(splits)}.")
     if not merge_name or merge_name != os.path.basename(merge_name):
-        raise ValueError(f"merge_lst needs merge_name, a file name such as train.csv, and it is {merge_name!r}.")
+        raise UserError(f"merge_lst needs merge_name, a file name such as train.csv, and it is {merge_name!r}.")
     stem = merge_name.removesuffix(".csv")
     if f"{stem}.csv" == SKIPPED_FILE or (stem in splits and merge_lst != [stem]):
-        raise ValueError(f"merge_name '{merge_name}' is the name of another file that is written; choose another.")
+        raise UserError(f"merge_name '{merge_name}' is the name of another file that is written; choose another.")
     return f"{stem}.csv"
 
 
@@ -435,7 +436,7 @@ def _wanted_of_each(select_n_sentences, splits):
     if select_n_sentences is None or isinstance(select_n_sentences, int):
         select_n_sentences = [select_n_sentences] * len(splits)
     if len(select_n_sentences) != len(splits) or any(n is not None and n < 1 for n in select_n_sentences):
-        raise ValueError(
+        raise UserError(
             f"select_n_sentences should be one number above 0 for each of the {len(splits)} splits, "
             f"and it is {list(select_n_sentences)}."
         )

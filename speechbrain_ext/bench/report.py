@@ -5,9 +5,10 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from speechbrain_ext.bench.measure import read_csv
 from speechbrain_ext.bench.models import BASELINE
 from speechbrain_ext.bench.run import EQUAL, FIELDS
+from speechbrain_ext.utils.errors import UserError, UserImportError
+from speechbrain_ext.utils.files import read_csv
 
 LEGEND = f"""\
 The real-time factor is seconds of computation per second of audio, of all utterances of a batch together: less is better.
@@ -312,7 +313,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("Plots need the package matplotlib; install it with: pip install matplotlib") from error
+        raise UserImportError("Plots need the package matplotlib; install it with: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -347,7 +348,7 @@ def read_wers(path, dims):
     found = []
     rows = read_csv(path)
     if not rows or not {"architecture", "train_set", "test_set", "search", "WER"} <= set(rows[0]):
-        raise ValueError(f"{path} is no results file of a recipe; give one that training has written.")
+        raise UserError(f"{path} is no results file of a recipe; give one that training has written.")
     for row in rows:
         # The second pass of a recipe is a cascade of the given number of blocks; its first pass is an encoder of fewer.
         encoder = {"ctc_greedy": row["architecture"], "second_pass_ctc_greedy": "cascade"}.get(row["search"])

@@ -20,7 +20,6 @@ import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext import __version__
-from speechbrain_ext.bench import measure
 from speechbrain_ext.bench.models import (
     BASELINE,
     FEATURES,
@@ -36,6 +35,9 @@ from speechbrain_ext.bench.models import (
     with_front_end,
 )
 from speechbrain_ext.registry import build_encoder, list_encoders
+from speechbrain_ext.utils import measure
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import read_csv, write_csv
 
 FRAMES_PER_SECOND = 25
 PARTS = ("size", "inference", "training", "streaming")
@@ -119,22 +121,22 @@ def check(settings):
     for key, choices in (known | {"precision": PRECISIONS}).items():
         for value in getattr(settings, key):
             if value not in choices:
-                raise ValueError(f"{_flag(key)} is '{value}'; the known ones are: {', '.join(choices)}.")
+                raise UserError(f"{_flag(key)} is '{value}'; the known ones are: {', '.join(choices)}.")
     for entry in fields(Settings):
         values = getattr(settings, entry.name)
         for value in values if isinstance(values, tuple) else (values,):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if is_number and entry.name not in ("threads", "left_context") and not value > 0:
-                raise ValueError(f"{_flag(entry.name)} is {value}; give at least 1.")
+                raise UserError(f"{_flag(entry.name)} is {value}; give at least 1.")
     if settings.threads < 0:
-        raise ValueError(f"--threads is {settings.threads}; give at least 1.")
+        raise UserError(f"--threads is {settings.threads}; give at least 1.")
     for value in settings.left_context:
         if value < -1:
-            raise ValueError(f"--left-context is {value}; give a number of chunks, or -1 for all.")
+            raise UserError(f"--left-context is {value}; give a number of chunks, or -1 for all.")
     if settings.kernel_size % 2 == 0:
-        raise ValueError(f"--kernel-size is {settings.kernel_size}; give an odd number.")
+        raise UserError(f"--kernel-size is {settings.kernel_size}; give an odd number.")
     if settings.d_model % settings.nhead:
-        raise ValueError(f"--d-model is {settings.d_model}, which --nhead {settings.nhead} does not divide; change one.")
+        raise UserError(f"--d-model is {settings.d_model}, which --nhead {settings.nhead} does not divide; change one.")
     with torch.device("meta"):
         build_encoder(BASELINE, **asdict(settings.dims))  # whose message says what else is impossible
     try:
@@ -142,9 +144,9 @@ def check(settings):
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is '{settings.device}'; give cpu, cuda or cuda:N.")
+        raise UserError(f"--device is '{settings.device}'; give cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is '{settings.device}', but PyTorch sees {torch.cuda.device_count()} GPUs here; give cpu.")
+        raise UserError(f"--device is '{settings.device}', but PyTorch sees {torch.cuda.device_count()} GPUs here; give cpu.")
 
 
 def _flag(key):
@@ -282,7 +284,7 @@ class Table:
 
     def __init__(self, path, retry=False):
         self.path = Path(path)
-        rows = measure.read_csv(self.path, FIELDS) if self.path.exists() else []
+        rows = read_csv(self.path, FIELDS) if self.path.exists() else []
         self._rows = {tuple(row[key] for key in KEY): row for row in rows}
         self.known = {key for key, row in self._rows.items() if not retry or row["ms"] or row["gmacs"]}
         self.added = []
@@ -298,7 +300,7 @@ class Table:
         for row in self.rows:
             for key in ORIGIN:
                 if row[key] != origin[key]:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.path} holds figures with {key} '{row[key]}', these have '{origin[key]}'; give another --output."
                     )
 
@@ -313,7 +315,7 @@ class Table:
                 self._rows[key] = {field: str(row.get(field, "")) for field in FIELDS}
                 self.known.add(key)
                 self.added.append(self._rows[key])
-        measure.write_csv(self.path, FIELDS, [row.values() for row in self.rows])
+        write_csv(self.path, FIELDS, [row.values() for row in self.rows])
 
 
 def run(settings, path):

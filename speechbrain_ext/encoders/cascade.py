@@ -10,9 +10,10 @@ import math
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders.streaming import StreamingContext
+from speechbrain_ext.encoders._streaming import StreamingContext
 from speechbrain_ext.lobes.masks import check_chunks, zero_padding
-from speechbrain_ext.registry import build_encoder, encoder_keys, register_encoder
+from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, register_encoder
+from speechbrain_ext.utils.errors import UserError
 
 PASSES = ("first", "second")
 
@@ -21,11 +22,11 @@ PASSES = ("first", "second")
 class CascadedEncoder(nn.Module):
     """Two encoders, one on top of the other.
 
-    ``answer`` says whose frames :meth:`forward` and :meth:`forward_streaming` give, and may be set at any time: "second", or
-    "first", for which the second stage does not run at all. Where no chunk setting is given, the first stage runs as it will
-    when it streams (``first_chunk``), and the second one sees ``right_context``. A chunk setting that is given holds for both:
-    the whole cascade streams with the latency of one chunk. For a first pass that streams and a second one over the finished
-    utterance, stream with ``answer = "first"`` and give the frames to :meth:`second_pass`.
+    ``pass_name`` of a call says whose frames it gives: "second", the usual one, or "first", for which the second stage does not
+    run at all. Where no chunk setting is given, the first stage runs as it will when it streams (``first_chunk``), and the second
+    one sees ``right_context``. A chunk setting that is given holds for both: the whole cascade streams with the latency of one
+    chunk. For a first pass that streams and a second one over the finished utterance, stream with ``pass_name="first"`` and give
+    the frames to :meth:`second_pass`.
 
     Arguments
     ---------
@@ -51,13 +52,11 @@ class CascadedEncoder(nn.Module):
         utterance.
     adapter : bool
         Whether a linear layer with LayerNorm stands between the stages; between different widths it always does.
-    answer : str
-        "first" or "second".
 
     Raises
     ------
     ValueError
-        If a name or ``answer`` is unknown, or a size is impossible.
+        If a name is unknown, or a size is impossible.
     TypeError
         If a stage has no such key.
 
@@ -67,13 +66,13 @@ class CascadedEncoder(nn.Module):
     >>> encoder = CascadedEncoder(32, 4, 4, 64, second={"encoder": "squeezeformer", "d_ffn": 128}).eval()
     >>> x = torch.rand(2, 50, 32)
     >>> second, _ = encoder(x)
-    >>> encoder.answer = "first"
-    >>> first, _ = encoder(x)
+    >>> first, _ = encoder(x, pass_name="first")
     >>> torch.equal(encoder.second_pass(first), second)
     True
     """
 
     streamable = True
+    passes = PASSES
 
     def __init__(
         self,
@@ -88,18 +87,17 @@ class CascadedEncoder(nn.Module):
         first_chunk: int | None = None,
         right_context: int | None = None,
         adapter: bool = False,
-        answer: str = "second",
     ):
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}; give at least 1.")
+            raise UserError(f"num_layers is {num_layers}; give at least 1.")
         usual = {"d_model": d_model, "nhead": nhead, "d_ffn": d_ffn, "dropout": dropout, "kernel_size": kernel_size}
         above = max(1, num_layers // 3)
         self.second = _build("second", second, usual | {"num_layers": above})
         above = second.get("num_layers", above) if isinstance(second, dict) else above
         self.first = _build("first", first, usual | {"num_layers": max(1, num_layers - above)})
         if self.first.d_model != d_model:
-            raise ValueError(f"The first stage has d_model {self.first.d_model}, and the cascade {d_model}; give it once.")
+            raise UserError(f"The first stage has d_model {self.first.d_model}, and the cascade {d_model}; give it once.")
         width = self.second.d_model
         adapts = adapter or width != d_model
         self.adapter = nn.Sequential(nn.Linear(d_model, width), nn.LayerNorm(width)) if adapts else nn.Identity()
@@ -110,27 +108,18 @@ class CascadedEncoder(nn.Module):
         for stage, config in ((self.first, self.first_config), (self.second, self.second_config)):
             if config is not None:
                 check_chunks(config, stage.chunk_multiple)
-        self.answer = answer
 
     @property
     def chunk_multiple(self) -> int:
-        """What a chunk length must divide by in the stages that ``answer`` needs, in frames."""
-        return self._chunk_multiple(self.answer)
+        """What a chunk length must divide by, in frames, for both passes."""
+        return self._chunk_multiple(None)
 
-    def _chunk_multiple(self, answer):
-        return math.lcm(*(stage.chunk_multiple for stage in self._stages(answer)))
+    def _chunk_multiple(self, pass_name):
+        return math.lcm(*(stage.chunk_multiple for stage in self._stages(pass_name)))
 
-    def _stages(self, answer):
-        return [self.first, self.second][: 1 + PASSES.index(answer)]
-
-    @property
-    def answer(self) -> str:
-        """Whose frames forward and streaming give."""
-        return self._answer
-
-    @answer.setter
-    def answer(self, answer: str):
-        self._answer = _check_answer(answer)
+    def _stages(self, pass_name):
+        encoder_passes(self, pass_name)  # refuses unknown names
+        return [self.first] if pass_name == "first" else [self.first, self.second]
 
     def forward(
         self,
@@ -139,6 +128,7 @@ class CascadedEncoder(nn.Module):
         src_key_padding_mask=None,
         pos_embs=None,
         dynchunktrain_config: DynChunkTrainConfig | None = None,
+        pass_name: str | None = None,
     ):
         """Encode whole utterances.
 
@@ -152,22 +142,25 @@ class CascadedEncoder(nn.Module):
             (B, T) bool, True = padding.
         dynchunktrain_config : DynChunkTrainConfig, optional
             Restricts every frame of both stages to its chunk and the left context.
+        pass_name : str, optional
+            "second", the usual one, or "first".
 
         Returns
         -------
         tuple
-            (B, T, D) of the pass that ``answer`` names, zero in padded frames; and an empty list.
+            (B, T, D) of that pass, zero in padded frames; and an empty list.
 
         Raises
         ------
         ValueError
-            If the chunk setting is impossible.
+            If the chunk setting is impossible, or there is no such pass.
         """
+        both = len(self._stages(pass_name)) > 1
         if dynchunktrain_config is not None:
-            check_chunks(dynchunktrain_config, self.chunk_multiple)
+            check_chunks(dynchunktrain_config, self._chunk_multiple(pass_name))
         config = dynchunktrain_config or self.first_config
         x, _ = self.first(src, src_key_padding_mask=src_key_padding_mask, dynchunktrain_config=config)
-        if self.answer == "second":
+        if both:
             x = self.second_pass(x, src_key_padding_mask, dynchunktrain_config)
         return x, []
 
@@ -177,7 +170,7 @@ class CascadedEncoder(nn.Module):
         Arguments
         ---------
         frames : torch.Tensor
-            (B, T, D), from :meth:`forward` or :meth:`forward_streaming` with ``answer`` "first".
+            (B, T, D), from :meth:`forward` or :meth:`forward_streaming` with ``pass_name="first"``.
         mask : torch.Tensor, optional
             (B, T) bool, True = padding.
         dynchunktrain_config : DynChunkTrainConfig, optional
@@ -192,15 +185,15 @@ class CascadedEncoder(nn.Module):
         x, _ = self.second(self.adapter(frames), src_key_padding_mask=mask, dynchunktrain_config=config)
         return zero_padding(self.output(x), mask)
 
-    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig, answer: str | None = None) -> StreamingContext:
-        """The context of a new stream, of the stages that ``answer`` needs.
+    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig, pass_name: str | None = None) -> StreamingContext:
+        """The context of a new stream, of the stages that a pass needs.
 
         Arguments
         ---------
         dynchunktrain_config : DynChunkTrainConfig
             Chunk size in frames and left context in chunks (None = all).
-        answer : str, optional
-            "first" or "second", for this stream; by default the encoder's.
+        pass_name : str, optional
+            "second", the usual one, or "first", for this stream.
 
         Returns
         -------
@@ -209,11 +202,10 @@ class CascadedEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the chunk setting is impossible.
+            If the chunk setting is impossible, or there is no such pass.
         """
-        answer = self.answer if answer is None else _check_answer(answer)
-        check_chunks(dynchunktrain_config, self._chunk_multiple(answer))
-        contexts = [stage.make_streaming_context(dynchunktrain_config) for stage in self._stages(answer)]
+        check_chunks(dynchunktrain_config, self._chunk_multiple(pass_name))
+        contexts = [stage.make_streaming_context(dynchunktrain_config) for stage in self._stages(pass_name)]
         return StreamingContext(dynchunktrain_config, contexts)
 
     def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
@@ -259,17 +251,11 @@ class CascadedEncoder(nn.Module):
         return self
 
 
-def _check_answer(answer):
-    if answer not in PASSES:
-        raise ValueError(f"answer is '{answer}'; give first or second.")
-    return answer
-
-
 def _build(stage, asked, usual):
     """A stage from its name, or a dictionary with its name and keys; one with a ``size`` takes all from that."""
     keys = {"encoder": asked} if isinstance(asked, str) else dict(asked) if isinstance(asked, dict) else {}
     if "encoder" not in keys:
-        raise ValueError(f"The {stage} stage of the cascade is {asked}; give a name, or a dictionary with the name as 'encoder'.")
+        raise UserError(f"The {stage} stage of the cascade is {asked}; give a name, or a dictionary with the name as 'encoder'.")
     name = keys.pop("encoder")
     known = {"dropout", "kernel_size"} if "size" in keys else set(usual)
     known &= set(encoder_keys(name))
@@ -280,5 +266,5 @@ def _chunks(key, size):
     if size is None:
         return None
     if not isinstance(size, int):
-        raise ValueError(f"{key} is {size!r}; give a whole number of frames, or null.")
+        raise UserError(f"{key} is {size!r}; give a whole number of frames, or null.")
     return DynChunkTrainConfig(size)

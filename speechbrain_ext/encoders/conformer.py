@@ -8,7 +8,7 @@ SpeechBrain.
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders.base import Encoder, LayerState
+from speechbrain_ext.encoders._base import Encoder, LayerState
 from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import ConvolutionModule

@@ -16,13 +16,14 @@ from functools import partial
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders.base import Encoder, LayerState
+from speechbrain_ext.encoders._base import Encoder, LayerState
 from speechbrain_ext.lobes.activations import ReLU, Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, Unchanged
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
+from speechbrain_ext.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class FusionFormerEncoder(Encoder):
         fused: bool = False,
     ):
         if not isinstance(variant, str) or variant not in VARIANTS:
-            raise ValueError(f"Unknown variant '{variant}' of the fusionformer; the known ones are: {', '.join(VARIANTS)}.")
+            raise UserError(f"Unknown variant '{variant}' of the fusionformer; the known ones are: {', '.join(VARIANTS)}.")
         parts = _Parts(VARIANTS[variant], momentum, eps)
         attentions = [build_attention(attention_type, d_model, nhead, dropout) for _ in range(num_layers)]
         super().__init__(

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from speechbrain_ext.encoders.base import Encoder, choose_size
+from speechbrain_ext.encoders._base import Encoder, choose_size
 from speechbrain_ext.encoders.conformer import ConformerLayer
 from speechbrain_ext.lobes.attention import ATTENTIONS, build_attention
 from speechbrain_ext.lobes.performer import PerformerAttention
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
+from speechbrain_ext.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,6 @@ SIZES = {
     "l": Size(512, 8, 14, 1536),
 }
 """Ours, encoders of 1.4, 3.8, 14.0 and 65.8 M parameters; a Conformer of 17 blocks, d_model 512 and d_ffn 2048 has 103 M."""
-
-
-def named_size(size: str) -> Size:
-    """A row of :data:`SIZES` by name.
-
-    Arguments
-    ---------
-    size : str
-        xs, s, m or l.
-
-    Returns
-    -------
-    Size
-
-    Raises
-    ------
-    ValueError
-        If there is no such size.
-
-    Example
-    -------
-    >>> named_size("s").d_model
-    144
-    """
-    if size not in SIZES:
-        raise ValueError(f"There is no Practical Conformer of size '{size}'; the sizes are: {', '.join(SIZES)}.")
-    return SIZES[size]
 
 
 @register_encoder("practical_conformer")
@@ -142,10 +116,10 @@ class PracticalConformerEncoder(Encoder):
         if convolution_layers is None:
             convolution_layers = num_layers // 3
         if not isinstance(convolution_layers, int) or not 0 <= convolution_layers <= num_layers:
-            raise ValueError(f"convolution_layers is {convolution_layers!r}; give 0 to num_layers ({num_layers}).")
+            raise UserError(f"convolution_layers is {convolution_layers!r}; give 0 to num_layers ({num_layers}).")
         known = ("Performer", *ATTENTIONS)
         if attention_type not in known:
-            raise ValueError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(known)}.")
+            raise UserError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(known)}.")
 
         def mixer():
             if attention_type == "Performer":

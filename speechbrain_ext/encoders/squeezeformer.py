@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders.base import Encoder, LayerState, choose_size
+from speechbrain_ext.encoders._base import Encoder, LayerState, choose_size
 from speechbrain_ext.lobes.attention import RelativeSelfAttention
 from speechbrain_ext.lobes.convolution import SwishConvolutionModule
 from speechbrain_ext.lobes.feedforward import ScaledFeedForward
@@ -46,33 +46,6 @@ SIZES = {
     "ml": Size(18, 512, 8, 1e-3, 10),
     "l": Size(22, 640, 8, 5e-4, 10),
 }
-
-
-def published_size(size: str) -> Size:
-    """A published size by name.
-
-    Arguments
-    ---------
-    size : str
-        One of xs, s, sm, m, ml and l.
-
-    Returns
-    -------
-    Size
-
-    Raises
-    ------
-    ValueError
-        If there is no such size.
-
-    Example
-    -------
-    >>> published_size("xs").d_model
-    144
-    """
-    if size not in SIZES:
-        raise ValueError(f"There is no Squeezeformer of size '{size}'; the published sizes are: {', '.join(SIZES)}.")
-    return SIZES[size]
 
 
 class SqueezeformerLayer(nn.Module):

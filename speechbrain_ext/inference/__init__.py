@@ -1,5 +1,5 @@
-"""Trained models at work: loading, reading audio, transcribing."""
+"""Trained models at work: loading, transcribing files and streams, publishing."""
 
-from speechbrain_ext.inference.pretrained import load_model
+from speechbrain_ext.inference.load import load_model
 
 __all__ = ["load_model"]

@@ -13,9 +13,13 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from speechbrain_ext.inference.audio import SAMPLE_RATE, read_blocks
-from speechbrain_ext.inference.segments import FRAME_SECONDS, Segment, Segmenter, Word, subtitles
-from speechbrain_ext.inference.streaming import SAMPLES, StreamingRecognizer, chunk_setting
+from speechbrain_ext.dataio.audio import read_blocks
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word
+from speechbrain_ext.inference.segments import Segmenter
+from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_setting, frame_samples
+from speechbrain_ext.inference.subtitles import subtitles
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import write_text
 
 CORE = 550
 """Frames of a window that count, 22 s."""
@@ -42,8 +46,8 @@ def window_frames(model, blocks, start=0):
     iterator of tuple
         Log-probabilities (T, V) and, where the model searches segments in frames, these (T, D), else None; one after the other.
     """
-    core = start // CORE
-    wav, begin, batch = torch.zeros(0), window_start(start), []
+    samples, core = frame_samples(model), start // CORE
+    wav, begin, batch = torch.zeros(0), samples * window_start(start), []
 
     def run():
         wavs = [window for window, *_ in batch]
@@ -57,21 +61,21 @@ def window_frames(model, blocks, start=0):
 
     for block in blocks:
         wav = torch.cat((wav, block))
-        while len(wav) > SAMPLES * ((core + 1) * CORE + MARGIN) - begin:
+        while len(wav) > samples * ((core + 1) * CORE + MARGIN) - begin:
             first = max(start, core * CORE)
-            end = SAMPLES * ((core + 1) * CORE + MARGIN) - begin
-            batch.append((wav[:end], first - begin // SAMPLES, (core + 1) * CORE - begin // SAMPLES))
+            end = samples * ((core + 1) * CORE + MARGIN) - begin
+            batch.append((wav[:end], first - begin // samples, (core + 1) * CORE - begin // samples))
             core += 1
-            wav, begin = wav[SAMPLES * max(0, core * CORE - MARGIN) - begin :], SAMPLES * max(0, core * CORE - MARGIN)
+            wav, begin = wav[samples * max(0, core * CORE - MARGIN) - begin :], samples * max(0, core * CORE - MARGIN)
             if len(batch) == BATCH:
                 yield from run()
-    batch.append((wav, max(start, core * CORE) - begin // SAMPLES, None))
+    batch.append((wav, max(start, core * CORE) - begin // samples, None))
     yield from run()
 
 
 def window_start(frame):
-    """The sample with which the window begins that a frame counts in."""
-    return SAMPLES * max(0, frame // CORE * CORE - MARGIN)
+    """The frame with which the window begins that a frame counts in."""
+    return max(0, frame // CORE * CORE - MARGIN)
 
 
 @torch.inference_mode()
@@ -105,14 +109,14 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
     frame = round(start / FRAME_SECONDS)
 
     def read(first):
-        for block in read_blocks(path, start=first):
+        for block in read_blocks(path, start=first * frame_samples(model), sample_rate=model.sample_rate):
             if progress is not None:
-                progress(len(block) / SAMPLE_RATE)
+                progress(len(block) / model.sample_rate)
             yield block
 
     if streaming:
         recognizer = StreamingRecognizer(model, start=start)
-        for block in read(SAMPLES * frame):
+        for block in read(frame):
             yield from recognizer.accept(block)
         yield from recognizer.finish()
         return
@@ -158,7 +162,7 @@ class SegmentFile:
         self.finished = self._final.exists()
         if self.finished:
             if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
-                raise ValueError(
+                raise UserError(
                     f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
                 )
             self._partial.unlink(missing_ok=True)
@@ -166,7 +170,7 @@ class SegmentFile:
             lines = lines.split("\n") if lines else []
             self.segments = _parse(lines)
             if len(self.segments) < len(lines):
-                raise ValueError(
+                raise UserError(
                     f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file to write it anew."
                 )
             return
@@ -176,7 +180,7 @@ class SegmentFile:
             if header == self._header:
                 self.segments = _parse(lines)
         text = "".join(f"{line}\n" for line in (self._header, *map(_line, self.segments)))
-        _write(self._partial, text)
+        write_text(self._partial, text)
 
     @property
     def start(self):
@@ -197,9 +201,9 @@ class SegmentFile:
     def finish(self):
         """Write the subtitles, and give the file its name."""
         for style in ("srt", "vtt"):
-            _write(self._final.with_suffix(f".{style}"), subtitles(self.segments, style))
-        _write(self._made_of, self._header)
-        _write(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
+            write_text(self._final.with_suffix(f".{style}"), subtitles(self.segments, style))
+        write_text(self._made_of, self._header)
+        write_text(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
         self._partial.unlink()
 
 
@@ -220,8 +224,7 @@ def settings_of(model, streaming=None):
     weights = hashlib.sha256()
     for value in model.hparams.asr_model.state_dict().values():
         weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    answer = getattr(model.mods.encoder.transformer.encoder, "answer", None)
-    return {"model": weights.hexdigest(), "pass": answer, "streaming": streaming, "chunks": chunk_setting(model)}
+    return {"model": weights.hexdigest(), "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
 
 
 def _line(segment):
@@ -241,9 +244,3 @@ def _parse(lines):
         except (ValueError, TypeError, KeyError):  # no JSON, no object, other keys
             break
     return segments
-
-
-def _write(path, text):
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

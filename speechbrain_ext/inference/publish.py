@@ -8,20 +8,20 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from speechbrain_ext.inference.model_card import HERE
-from speechbrain_ext.inference.pretrained import FILES, HUB_ID, load_model
-from speechbrain_ext.inference.trust import check_hparams
+from speechbrain_ext.inference.load import HUB_ID, load_model
+from speechbrain_ext.model_folder import CARD, FILES, HYPERPARAMS
+from speechbrain_ext.model_folder.build import Refused, parse
+from speechbrain_ext.model_folder.card import HERE
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 
 logger = logging.getLogger(__name__)
 
-_CARD = "README.md"
 
-
-class PublishError(Exception):
+class PublishError(UserRuntimeError):
     """Hugging Face did not take the model; the message is one sentence."""
 
 
-def publish(folder, repo_id, private=False, revision=None, message=None, license=None):
+def publish(folder, repo_id, private=False, revision=None, message=None, license=None, trust=False):
     """Upload a trained model, after a look at whether it loads.
 
     Only the model's own files are sent, whatever else lies in the folder, and all in one commit. The token is the one that
@@ -41,6 +41,8 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
         Of the commit.
     license : str, optional
         What the model card states as the licence of the model; by default what it states already, at first nothing.
+    trust : bool
+        As in :func:`speechbrain_ext.inference.load_model`; who loads the model will need it as well.
 
     Returns
     -------
@@ -65,30 +67,31 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"The repository cannot be called '{repo_id}': {error}") from error
+        raise UserError(f"The repository cannot be called '{repo_id}': {error}") from error
     if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"The repository is called '{repo_id}'; give user/model.")
+        raise UserError(f"The repository is called '{repo_id}'; give user/model.")
     if license is not None and not re.fullmatch(r"[\w.-]+", license):
-        raise ValueError(f"The license is '{license}'; give one of Hugging Face's identifiers, such as cc-by-4.0.")
+        raise UserError(f"The license is '{license}'; give one of Hugging Face's identifiers, such as cc-by-4.0.")
     folder = Path(folder).expanduser()
-    for name in (*FILES, _CARD):
+    for name in (*FILES, CARD):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is no complete model folder, as it has no {name}; start its training command again, which "
                 "writes the folder anew."
             )
-    load_model(folder, "cpu")
-    try:
-        check_hparams((folder / "hyperparams.yaml").read_text(encoding="utf-8"))
-    except ValueError as error:
-        logger.warning("Loading this model will need trust=True, as its hyperparams.yaml has %s.", error)
+    load_model(folder, "cpu", trust=trust)
+    if trust:
+        try:
+            parse((folder / HYPERPARAMS).read_text(encoding="utf-8"))
+        except Refused as error:
+            logger.warning("Loading this model will need trust=True, as its %s has %s.", HYPERPARAMS, error)
 
     token = get_token()
     if token is None:
         raise PublishError("There is no token for Hugging Face; run hf auth login, or set HF_TOKEN.")
     api = HfApi(token=token)
     files = [CommitOperationAdd(name, str(folder / name)) for name in FILES]
-    files.append(CommitOperationAdd(_CARD, _card(folder / _CARD, repo_id, license).encode()))
+    files.append(CommitOperationAdd(CARD, _card(folder / CARD, repo_id, license).encode()))
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         _check_repository(api.model_info(repo_id), private)
@@ -102,7 +105,7 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     except (HTTPError, ConnectionError) as error:
         raise PublishError(f"{api.endpoint} cannot be reached ({error}); publish again when it can.") from error
     except (ValueError, RuntimeError, OSError) as error:  # refused metadata, or an upload that broke off
-        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        cause = one_line(error.__cause__ or error)
         raise PublishError(f"The upload to {repo_id} failed: {cause}") from error
     return f"{api.endpoint}/{repo_id}/tree/{commit.oid}"
 
@@ -111,8 +114,8 @@ def _check_repository(info, private):
     """Before anything is sent: nothing of another kind is overwritten, and nothing private published."""
     if private and not info.private:
         raise PublishError(f"{info.id} exists and is public; make it private in its settings, or give another name.")
-    there = {file.rfilename for file in info.siblings or ()} - {".gitattributes", ".gitignore", "LICENSE", _CARD}
-    if there and "hyperparams.yaml" not in there:
+    there = {file.rfilename for file in info.siblings or ()} - {".gitattributes", ".gitignore", "LICENSE", CARD}
+    if there and HYPERPARAMS not in there:
         raise PublishError(
             f"{info.id} exists and holds another kind of model, as it has {sorted(there)[0]} and no hyperparams.yaml; "
             "give another name."
@@ -137,5 +140,5 @@ def _refusal(error, repo_id):
         return f"The token may not write to {repo_id}; use one with the permission to write, and a name of your own."
     if status == 404:
         return f"Hugging Face has no such place as {repo_id}, or hides it from the token; check the name."
-    cause = " ".join(str(error.server_message or error).split())[:300]
+    cause = one_line(error.server_message or error)
     return f"Hugging Face refused the upload to {repo_id} with status {status}: {cause}"

@@ -1,179 +1,16 @@
-"""From CTC probabilities to words with times, and to segments between pauses, however long the audio.
+"""Segments between pauses, however long the audio.
 
 A CTC model says nothing ("blank") in pauses. :class:`Segmenter` takes its probabilities in pieces, and ends a segment where that
 lasts; greedy search never takes back what it has said, so the words of a segment before the last one are certain at once.
 """
 
 import math
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torchaudio.functional import forced_align, merge_tokens
 
-FRAME_SECONDS = 0.04
-"""Of the front ends of :mod:`speechbrain_ext.lobes.subsampling` on features of 10 ms."""
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word with its times in seconds, and the geometric mean of its tokens' probabilities."""
-
-    text: str
-    start: float
-    end: float
-    confidence: float
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What is said between two pauses, with its times in seconds, and the geometric mean of its tokens' probabilities."""
-
-    start: float
-    end: float
-    text: str
-    confidence: float
-    words: tuple = ()
-    resume: float | None = None
-    """Seconds from which recognition may start anew, and go on as if it had not stopped; None where nobody needs to know."""
-
-
-def collapse(best, blank=0, previous=None):
-    """Tokens of the most probable path: repetitions once, no blanks.
-
-    Arguments
-    ---------
-    best : list of int
-        The most probable token of each frame.
-    blank : int
-        The blank token.
-    previous : int, optional
-        That of the frame before.
-
-    Returns
-    -------
-    list of tuple
-        (token, first frame).
-
-    Example
-    -------
-    >>> collapse([0, 3, 3, 0, 3, 5])
-    [(3, 1), (3, 4), (5, 5)]
-    """
-    tokens = []
-    for frame, token in enumerate(best):
-        if token not in (blank, previous):
-            tokens.append((token, frame))
-        previous = token
-    return tokens
-
-
-def align(log_probs, tokens, blank=0):
-    """The most probable frames of given tokens.
-
-    Arguments
-    ---------
-    log_probs : torch.Tensor
-        (T, V) log-probabilities of a CTC model.
-    tokens : list of int
-        What is said.
-    blank : int
-        The blank token.
-
-    Returns
-    -------
-    list of tuple
-        For each token its first frame, the frame behind its last one, and its mean log-probability in these.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer frames than these tokens need.
-
-    Example
-    -------
-    >>> log_probs = torch.eye(4)[[0, 2, 2, 0, 3]].mul(5).log_softmax(-1)
-    >>> [(start, end) for start, end, _ in align(log_probs, [2, 3])]
-    [(1, 3), (4, 5)]
-    """
-    if not tokens:
-        return []
-    needed = len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
-    if needed > len(log_probs):
-        raise ValueError(f"{len(tokens)} tokens need {needed} frames, and the audio has {len(log_probs)}: the text is too long.")
-    path, scores = forced_align(log_probs.float().unsqueeze(0), torch.tensor([tokens], device=log_probs.device), blank=blank)
-    return [(span.start, span.end, span.score) for span in merge_tokens(path[0].cpu(), scores[0].cpu(), blank)]
-
-
-def group_words(tokens, spans, tokenizer, offset=0):
-    """Words of aligned tokens.
-
-    Arguments
-    ---------
-    tokens : list of int
-        Token ids.
-    spans : list of tuple
-        From :func:`align`.
-    tokenizer : sentencepiece.SentencePieceProcessor
-        Whose words begin with "▁".
-    offset : int
-        Frames before these.
-
-    Returns
-    -------
-    tuple of Word
-    """
-    groups = []
-    for token, span in zip(tokens, spans, strict=True):
-        if not groups or tokenizer.id_to_piece(token).startswith("▁"):
-            groups.append([])
-        groups[-1].append((token, span))
-    words = []
-    for group in groups:
-        text = tokenizer.decode_ids([token for token, _ in group]).strip()
-        if not text:  # a word boundary alone
-            continue
-        heard = [pair for pair in group if tokenizer.id_to_piece(pair[0]) != "▁"]  # a boundary's frame says little of the word's
-        start, end = (FRAME_SECONDS * (offset + frame) for frame in (heard[0][1][0], heard[-1][1][1]))
-        words.append(Word(text, round(start, 3), round(end, 3), _confidence([score for _, (*_, score) in heard])))
-    return tuple(words)
-
-
-def make_segment(log_probs, tokens, tokenizer, blank=0, offset=0):
-    """A segment of what is said in some frames; None without words.
-
-    Arguments
-    ---------
-    log_probs : torch.Tensor
-        (T, V) log-probabilities of a CTC model.
-    tokens : list of int
-        What is said, as a search found it.
-    tokenizer : sentencepiece.SentencePieceProcessor
-        For the words.
-    blank : int
-        The blank token.
-    offset : int
-        Frames before these.
-
-    Returns
-    -------
-    Segment or None
-    """
-    text = " ".join(tokenizer.decode_ids(tokens).split())
-    if not text:
-        return None
-    try:
-        spans = align(log_probs, tokens, blank)
-    except ValueError:  # another search than CTC's may say more than fits
-        times = (round(FRAME_SECONDS * (offset + frame), 3) for frame in (0, len(log_probs)))
-        return Segment(*times, text, 0.0)
-    words = group_words(tokens, spans, tokenizer, offset)
-    return Segment(words[0].start, words[-1].end, text, _confidence([score for *_, score in spans]), words)
-
-
-def _confidence(scores):
-    """From log-probabilities."""
-    return round(math.exp(math.fsum(scores) / len(scores)), 4)
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, collapse, confidence, make_segment
+from speechbrain_ext.utils.errors import UserError
 
 
 class Segmenter:
@@ -209,7 +46,7 @@ class Segmenter:
     def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; give a number of seconds above 0.")
+                raise UserError(f"{name} is {value}; give a number of seconds above 0.")
         self._tokenizer, self._blank, self._search = tokenizer, blank, search
         self._pause = max(1, round(endpoint / FRAME_SECONDS))
         self._longest = max(2, round(longest / FRAME_SECONDS))
@@ -365,6 +202,7 @@ def split_at_pauses(segment, pause=0.8):
 
     Example
     -------
+    >>> from speechbrain_ext.decoders.alignment import Word
     >>> words = (Word("GO", 0.0, 0.5, 0.8), Word("ON", 1.5, 2.0, 0.9))
     >>> [(part.start, part.end, part.text) for part in split_at_pauses(Segment(0.0, 2.0, "GO ON", 0.85, words))]
     [(0.0, 0.5, 'GO'), (1.5, 2.0, 'ON')]
@@ -381,47 +219,8 @@ def split_at_pauses(segment, pause=0.8):
             words[0].start,
             words[-1].end,
             " ".join(word.text for word in words),
-            _confidence([math.log(max(word.confidence, 1e-9)) for word in words]),
+            confidence([math.log(max(word.confidence, 1e-9)) for word in words]),
             tuple(words),
         )
         for words in groups
     ]
-
-
-def subtitles(segments, style):
-    """Segments as subtitles.
-
-    Arguments
-    ---------
-    segments : list of Segment
-        In their order.
-    style : str
-        "srt" or "vtt".
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> print(subtitles([Segment(0.5, 3661.25, "HELLO", 1.0)], "srt"))
-    1
-    00:00:00,500 --> 01:01:01,250
-    HELLO
-    <BLANKLINE>
-    """
-    lines = [] if style == "srt" else ["WEBVTT", ""]
-    for number, segment in enumerate(segments, 1):
-        start, end = (_clock(seconds, "," if style == "srt" else ".") for seconds in (segment.start, segment.end))
-        text = segment.text if style == "srt" else re.sub("[&<>]", lambda match: f"&{_ENTITIES[match[0]]};", segment.text)
-        lines += [*([str(number)] if style == "srt" else []), f"{start} --> {end}", text, ""]
-    return "\n".join(lines)
-
-
-_ENTITIES = {"&": "amp", "<": "lt", ">": "gt"}
-
-
-def _clock(seconds, point):
-    milliseconds = round(1000 * seconds)
-    minutes, milliseconds = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

@@ -7,8 +7,11 @@ from collections import deque
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.inference.audio import SAMPLE_RATE, sample_flaw
-from speechbrain_ext.inference.segments import FRAME_SECONDS, Segmenter, collapse
+from speechbrain_ext.dataio.audio import sample_flaw
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse
+from speechbrain_ext.inference.segments import Segmenter
+from speechbrain_ext.registry import passes_of
+from speechbrain_ext.utils.errors import UserError
 
 CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models that say nothing of it."""
@@ -16,10 +19,8 @@ LEFT_CONTEXT = 16
 """Their left context in chunks, 10 s."""
 LARGEST_CHUNK = 1500
 """A minute, which nobody waits for."""
-SAMPLES = round(SAMPLE_RATE * FRAME_SECONDS)
-"""Per encoder frame."""
-PIECE = 160
-"""Samples that are worth a look: smaller pieces are put together first."""
+PIECE = 0.01
+"""Seconds that are worth a look: smaller pieces are put together first."""
 
 
 class StreamingRecognizer:
@@ -69,13 +70,17 @@ class StreamingRecognizer:
             left = None if left_context == -1 else left_context
         self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)
         if self._config.chunk_size > LARGEST_CHUNK:
-            raise ValueError(
+            raise UserError(
                 f"The chunk size is {self._config.chunk_size} frames of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}."
             )
         if not 0 <= start < math.inf:
-            raise ValueError(f"start is {start}; give a number of seconds, 0 or more.")
+            raise UserError(f"start is {start}; give a number of seconds, 0 or more.")
         encoder = self._encoder.transformer.encoder
-        self._cascade = encoder if getattr(encoder, "answer", None) == "second" else None
+        # Of a cascade that answers with its last pass, the first one streams
+        passes = passes_of(encoder)
+        self._cascade = encoder if len(passes) > 1 and model.pass_name in (None, passes[-1]) else None
+        self._pass = passes[0] if len(passes) > 1 else None
+        self._samples = frame_samples(model)
         search = None if self._cascade is None else self._second_pass
         self._segmenter = Segmenter(
             model.tokenizer, model.blank, endpoint, longest, search, restarts=True, start=round(start / FRAME_SECONDS)
@@ -84,6 +89,11 @@ class StreamingRecognizer:
         self._small, self._small_samples = [], 0
         self._audio, self._audio_start = torch.zeros(1, 0, device=model.device), self._segmenter.start
         self._context = self._new_context()
+
+    @property
+    def sample_rate(self):
+        """Samples per second that :meth:`accept` takes."""
+        return self._model.sample_rate
 
     @property
     def chunk_seconds(self):
@@ -116,7 +126,7 @@ class StreamingRecognizer:
         Arguments
         ---------
         wav : torch.Tensor
-            (N,) samples at 16 kHz, N >= 0.
+            (N,) samples at the model's rate, N >= 0.
 
         Returns
         -------
@@ -129,13 +139,13 @@ class StreamingRecognizer:
             If the samples are not a row of numbers, finite and of a size that audio has.
         """
         if wav.dim() != 1:
-            raise ValueError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
+            raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         wav = wav.float()
         if flaw := sample_flaw(wav):
-            raise ValueError(f"There are {flaw}; nothing was taken in.")
+            raise UserError(f"There are {flaw}; nothing was taken in.")
         self._small.append(wav.to(self._model.device).unsqueeze(0))
         self._small_samples += len(wav)
-        return self._run(False) if self._small_samples >= PIECE else []
+        return self._run(False) if self._small_samples >= PIECE * self._model.sample_rate else []
 
     @torch.inference_mode()
     def finish(self):
@@ -153,7 +163,7 @@ class StreamingRecognizer:
         self._small, self._small_samples = [], 0
         self._audio = torch.cat((self._audio, wav), 1)
         # Chunk by chunk, so that a pause is seen where it is however large the pieces are.
-        pieces = deque(wav.split(SAMPLES * self._config.chunk_size, 1))
+        pieces = deque(wav.split(self._samples * self._config.chunk_size, 1))
         while pieces:
             piece = pieces.popleft()
             segments += self._step(piece, last and not pieces)
@@ -164,17 +174,17 @@ class StreamingRecognizer:
             if self._segmenter.restart:
                 self._segmenter.restart = False
                 self._context = self._new_context()
-                pieces = deque(self._audio.split(SAMPLES * self._config.chunk_size, 1))
+                pieces = deque(self._audio.split(self._samples * self._config.chunk_size, 1))
         return segments
 
     def _trim(self):
         """Keep the audio from the segmenter's start on, of what will be heard again where the encoder starts anew."""
-        self._audio = self._audio[:, SAMPLES * (self._segmenter.start - self._audio_start) :]
+        self._audio = self._audio[:, self._samples * (self._segmenter.start - self._audio_start) :]
         self._audio_start = self._segmenter.start
 
     def _new_context(self):
         self._frames, self._spoken = 0, False
-        keys = {} if self._cascade is None else {"answer": "first"}
+        keys = {} if self._pass is None else {"pass_name": self._pass}
         return self._encoder.make_streaming_context(self._config, keys)
 
     def _step(self, wav, last):
@@ -191,6 +201,11 @@ class StreamingRecognizer:
     def _second_pass(self, frames):
         log_probs = self._model.ctc_head(self._cascade.second_pass(frames.unsqueeze(0)))[0].float().log_softmax(-1)
         return [token for token, _ in collapse(log_probs.argmax(-1).tolist(), self._model.blank)], log_probs
+
+
+def frame_samples(model):
+    """Samples per encoder frame of a model."""
+    return round(model.sample_rate * FRAME_SECONDS)
 
 
 def chunk_setting(model):
@@ -240,7 +255,7 @@ class Timer:
 
     def accept(self, wav):
         """As the recogniser's."""
-        self._audio += len(wav) / 16000
+        self._audio += len(wav) / self._recognizer.sample_rate
         if self._pace:
             time.sleep(max(0.0, self._audio - (time.perf_counter() - self._begin)))
         return self._measure(lambda: self._recognizer.accept(wav))

@@ -15,6 +15,7 @@ from torch import library, nn
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids
+from speechbrain_ext.utils.errors import UserError
 
 QUERY_BLOCK = 256
 """Queries that the relative form handles at once: its scores take heads x QUERY_BLOCK x 2 T numbers, not heads x T x 2 T. Of a
@@ -61,7 +62,7 @@ class SelfAttention(nn.Module):
     def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__()
         if d_model < 1 or nhead < 1 or d_model % nhead:
-            raise ValueError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
+            raise UserError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
         self.nhead = nhead
         self.dropout = dropout
         self.speechbrain_scores = speechbrain_scores
@@ -234,7 +235,7 @@ class RelativeSelfAttention(SelfAttention):
     def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__(d_model, nhead, dropout, speechbrain_scores, causal)
         if d_model % 2:
-            raise ValueError(f"Relative positions need an even d_model for their sinusoids, not {d_model}.")
+            raise UserError(f"Relative positions need an even d_model for their sinusoids, not {d_model}.")
         self.position = nn.Linear(d_model, d_model, bias=False)
         self.bias_u = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
         self.bias_v = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
@@ -402,7 +403,7 @@ class RotarySelfAttention(SelfAttention):
     def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__(d_model, nhead, dropout, speechbrain_scores, causal)
         if (d_model // nhead) % 2:
-            raise ValueError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
+            raise UserError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
 
     def _table(self, frames, cached, before, x):
         """Cosines and signed sines, (2, frames, head size)."""
@@ -461,5 +462,5 @@ def build_attention(attention_type: str, *args, **kwargs) -> SelfAttention:
     ValueError: Unknown attention_type 'relative'; the known ones are: RelPosMHAXL, RoPEMHA.
     """
     if attention_type not in ATTENTIONS:
-        raise ValueError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(ATTENTIONS)}.")
+        raise UserError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(ATTENTIONS)}.")
     return ATTENTIONS[attention_type](*args, **kwargs)

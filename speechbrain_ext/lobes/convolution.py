@@ -9,6 +9,7 @@ from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, autocasts, full_precision
+from speechbrain_ext.utils.errors import UserError
 
 SMALL = 2**16
 """Products below which a depthwise convolution on a CPU is faster as one multiplication and one sum: half the time at a quarter
@@ -179,7 +180,7 @@ class DepthwiseModule(nn.Module):
     def __init__(self, kernel_size: int, causal: bool = False):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size}.")
+            raise UserError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size}.")
         self.look_ahead = 0 if causal else kernel_size // 2
         self.context = kernel_size - 1 - self.look_ahead
 

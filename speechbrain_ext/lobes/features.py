@@ -1,8 +1,9 @@
 """Features of whole utterances with exact lengths, and chunk by chunk exactly the same.
 
 Two steps of SpeechBrain's pipelines look at the whole utterance: filter banks are clipped 80 dB below its maximum, and "sentence"
-normalisation takes its statistics. With a chunk setting both look at what has been heard until the end of the chunk, in
-:func:`extract_features` and :func:`normalize_features` as in :class:`FeatureStream`.
+normalisation takes its statistics. With a chunk setting both look only at what came until the end of the chunk, in
+:func:`clip_features` and :func:`normalize_features` as in :class:`FeatureStream`. So features are extracted without clipping
+first (:func:`raw_features`); these do not depend on the chunk setting, and can be cached.
 """
 
 import copy
@@ -10,58 +11,110 @@ import copy
 import torch
 import torch.nn.functional as F
 from speechbrain.lobes.features import Fbank
-from speechbrain.processing.features import InputNormalization, make_padding_mask
+from speechbrain.processing.features import InputNormalization as SpeechBrainInputNormalization
+from speechbrain.processing.features import make_padding_mask
 
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.registry import loadable
+from speechbrain_ext.utils.distributed import sum_over_processes
+from speechbrain_ext.utils.errors import UserError
 
 
-def extract_features(compute_features, wavs, wav_lens, chunk: int | None = None):
-    """Features with exact lengths: an utterance has the same number of frames alone and in any batch.
+def raw_features(compute_features, wavs, wav_lens):
+    """Features without clipping and with exact lengths: an utterance has the same number of frames alone and in any batch.
 
-    SpeechBrain's pipelines hand on relative lengths and round them at each stage, so that the batch decides about the last frame.
+    SpeechBrain's pipelines pass relative lengths on and round them at each stage, so that the batch decides about the last frame.
 
     Arguments
     ---------
     compute_features : speechbrain.lobes.features.Fbank
-        The feature extraction (without ``chunk`` any with a centred ``compute_STFT``).
+        The feature extraction; any other with a centred ``compute_STFT`` is taken as it is.
     wavs : torch.Tensor
         (B, N) samples.
     wav_lens : torch.Tensor
         (B,) relative lengths.
-    chunk : int, optional
-        Feature frames per chunk: no feature then depends on what follows its chunk.
 
     Returns
     -------
     tuple
         Features (B, T, F), and the relative lengths (B,) of these frames.
 
-    Raises
-    ------
-    ValueError
-        If these features cannot be had chunk by chunk.
-
     Example
     -------
-    >>> from speechbrain.lobes.features import Fbank
-    >>> feats, lens = extract_features(Fbank(), torch.rand(2, 1600), torch.tensor([1.0, 0.45]))
+    >>> feats, lens = raw_features(Fbank(), torch.rand(2, 1600), torch.tensor([1.0, 0.45]))
     >>> feats.shape, torch.round(lens * 11)
     (torch.Size([2, 11, 40]), tensor([11.,  5.]))
     """
     samples = absolute_lengths(wav_lens, wavs.shape[1])
     wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
-    if chunk is None:
-        feats = compute_features(wavs)
-    else:
-        unclipped, top_db = _without_clipping(compute_features)
-        feats = unclipped(wavs)
-        peaks = _chunked(feats, chunk, -torch.inf).amax((2, 3)).cummax(1).values
-        feats = feats.maximum((peaks - top_db).repeat_interleave(chunk, 1)[:, : feats.shape[1], None])
+    feats = (_without_clipping(compute_features) if clips(compute_features) else compute_features)(wavs)
     frames = 1 + samples // compute_features.compute_STFT.hop_length  # the STFT is centred: one frame per hop, and one more
     relative = frames / feats.shape[1]
     # SpeechBrain's normalisation counts the frames below relative * T without rounding: rounding must never push that up.
     above = relative * feats.shape[1] > frames
     return feats, torch.where(above, torch.nextafter(relative, torch.zeros_like(relative)), relative)
+
+
+def clip_features(compute_features, feats, lens, chunk: int | None = None):
+    """Clip what is quieter than the loudest bin by more than the features' range (``top_db``, 80 dB).
+
+    Arguments
+    ---------
+    compute_features : speechbrain.lobes.features.Fbank
+        The feature extraction; others than Fbank clip nothing here.
+    feats : torch.Tensor
+        (B, T, F) of :func:`raw_features`.
+    lens : torch.Tensor
+        (B,) relative lengths: the padding decides nothing.
+    chunk : int, optional
+        Feature frames per chunk: the loudest bin is that until the end of the frame's chunk; without it, of the utterance.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T, F).
+
+    Raises
+    ------
+    UserError
+        If there is a chunk setting, and these features cannot be had chunk by chunk.
+    """
+    if chunk is not None:
+        check_streamable(compute_features)
+    if not clips(compute_features):
+        return feats
+    frames = feats.shape[1]
+    padding = padding_mask(absolute_lengths(lens, frames), frames).unsqueeze(2)
+    feats_or_nothing = feats.masked_fill(padding, -torch.inf)
+    if chunk is None:
+        peaks = feats_or_nothing.amax((1, 2), keepdim=True)
+    else:
+        peaks = _chunked(feats_or_nothing, chunk, -torch.inf).amax((2, 3)).cummax(1).values
+        peaks = peaks.repeat_interleave(chunk, 1)[:, :frames, None]
+    return feats.maximum(peaks - compute_features.compute_fbanks.top_db)
+
+
+def extract_features(compute_features, wavs, wav_lens, chunk: int | None = None):
+    """:func:`raw_features` and :func:`clip_features`: what SpeechBrain's Fbank gives, with exact lengths.
+
+    Arguments
+    ---------
+    compute_features, wavs, wav_lens, chunk
+        As there.
+
+    Returns
+    -------
+    tuple
+        Features (B, T, F), and the relative lengths (B,) of these frames.
+
+    Example
+    -------
+    >>> wavs = torch.rand(1, 1600)
+    >>> torch.allclose(extract_features(Fbank(), wavs, torch.ones(1))[0], Fbank()(wavs), atol=1e-4)
+    True
+    """
+    feats, lens = raw_features(compute_features, wavs, wav_lens)
+    return clip_features(compute_features, feats, lens, chunk), lens
 
 
 def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwargs):
@@ -70,7 +123,7 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     Arguments
     ---------
     normalize : speechbrain.processing.features.InputNormalization
-        The normalisation.
+        The normalisation, here or SpeechBrain's.
     feats : torch.Tensor
         (B, T, F).
     lens : torch.Tensor
@@ -109,20 +162,97 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     return standardized(normalize, feats, moments.unsqueeze(3)).flatten(1, 2)[:, :frames]
 
 
+@loadable
+class InputNormalization(SpeechBrainInputNormalization):
+    """SpeechBrain's InputNormalization, whose statistics are buffers: they move with the module, and are in its state.
+
+    Arguments
+    ---------
+    norm_type : str
+        "global" (the training set's statistics) or "sentence" (the utterance's own).
+    update_until_epoch : int
+        Training updates the statistics before this epoch.
+    prior_frames : int
+        With "sentence", in chunks: so many frames with the training set's statistics count as if they had come before. It needs
+        statistics, which are then learned as with "global".
+    **kwargs
+        For SpeechBrain's class.
+
+    Example
+    -------
+    >>> normalize = InputNormalization()
+    >>> _ = normalize(3 + torch.rand(2, 50, 4), torch.ones(2), epoch=0)
+    >>> sorted(normalize.state_dict()), int(normalize.count)
+    (['frames', 'glob_mean', 'glob_std'], 100)
+    """
+
+    def __init__(self, norm_type: str = "global", update_until_epoch: int = 2, prior_frames: int = 0, **kwargs):
+        super().__init__(norm_type=norm_type, update_until_epoch=update_until_epoch, **kwargs)
+        self.prior_frames = prior_frames
+        for name in ("glob_mean", "glob_std"):
+            value = getattr(self, name)
+            delattr(self, name)
+            self.register_buffer(name, value)
+
+    @property
+    def count(self):
+        """Number of frames in the statistics, as a tensor."""
+        return self.frames
+
+    @count.setter
+    def count(self, value):
+        if "frames" in self._buffers:
+            self.frames = torch.as_tensor(value, device=self.frames.device)
+        else:  # SpeechBrain's constructor sets it first
+            self.register_buffer("frames", torch.as_tensor(value))
+
+    def forward(self, x, lengths=None, epoch=None):
+        """(B, T, F) to (B, T, F), normalised; in training, until ``update_until_epoch``, it learns statistics."""
+        if self.norm_type == "sentence" and self.prior_frames and self._should_update(epoch):
+            self._update_global_stats(x, make_padding_mask(x, lengths, length_dim=1))
+        return super().forward(x, lengths, epoch)
+
+    @torch.no_grad()
+    def _update_global_stats(self, x, mask):
+        """As in SpeechBrain, without a wait for the device; the same over all processes of a distributed run."""
+        x = x.float().masked_fill(~mask, 0.0)
+        number, total = sum_over_processes(mask.sum().view(1).to(x), x.sum((0, 1)))
+        mean = total / number.clamp(min=1)
+        (squares,) = sum_over_processes((x - mean).masked_fill(~mask, 0.0).square().sum((0, 1)))
+        if not self.glob_mean.numel():
+            self.glob_mean, self.glob_std = torch.zeros_like(mean), torch.zeros_like(mean)
+        before = self.count.to(x)
+        share = number / (before + number).clamp(min=1)
+        difference = mean - self.glob_mean
+        variance = (1 - share) * self.glob_std.square() + squares / (before + number).clamp(min=1)
+        variance = variance + share * (1 - share) * difference.square()
+        self.glob_mean = self.glob_mean + share * difference
+        self.glob_std = variance.clamp(min=self.epsilon).sqrt()
+        self.count = self.count + number.long().squeeze()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in ("glob_mean", "glob_std"):  # their size is that of the features, known from the first batch on
+            value = state_dict.get(prefix + name)
+            if value is not None and value.shape != getattr(self, name).shape:
+                setattr(self, name, torch.empty_like(value, device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@loadable
 class SentenceNormalization(InputNormalization):
     """ "Sentence" normalisation that knows, when a stream begins, how speech usually sounds.
 
-    Whole utterances are normalised by their own mean and deviation, as in SpeechBrain. In chunks these are taken over what has
-    been heard so far and, as if it had come before, half a second with the mean and deviation of the training set: a beginning
-    that is silent says nothing of speech.
+    Whole utterances are normalised by their own mean and deviation, as in SpeechBrain. In chunks these are taken over what came
+    so far and, as if it had come before, half a second with the mean and deviation of the training set: a beginning that is
+    silent says nothing of speech.
 
     Arguments
     ---------
     prior_frames : int
-        Frames that count as heard before: of 0, 50, 100, 200 and 400, 50 lost least against whole utterances (17.4, 8.2, 13.7,
-        19.1 and 26.2 % WER against 6.1 %; Practical Conformer on the embedded mini corpus, chunks of 160 ms).
+        Frames that count as if they had come before: of 0, 50, 100, 200 and 400, 50 lost least against whole utterances (17.4,
+        8.2, 13.7, 19.1 and 26.2 % WER against 6.1 %; Practical Conformer on the embedded mini corpus, chunks of 160 ms).
     **kwargs
-        For SpeechBrain's class, such as ``update_until_epoch``.
+        For :class:`InputNormalization`, such as ``update_until_epoch``.
 
     Example
     -------
@@ -135,14 +265,15 @@ class SentenceNormalization(InputNormalization):
     """
 
     def __init__(self, prior_frames: int = 50, **kwargs):
-        super().__init__(norm_type="sentence", **kwargs)
-        self.prior_frames = prior_frames
+        super().__init__(**{"norm_type": "sentence", **kwargs}, prior_frames=prior_frames)
 
-    def forward(self, x, lengths=None, epoch=None):
-        """See SpeechBrain's class; in training, until ``update_until_epoch``, it learns the training set's statistics."""
-        if self._should_update(epoch):
-            self._update_global_stats(x, make_padding_mask(x, lengths, length_dim=1))
-        return super().forward(x, lengths, epoch)
+
+def keeps_statistics(normalize):
+    """Whether a normalisation has statistics of the training set that its state does not hold.
+
+    SpeechBrain's own class keeps them in plain attributes, which no weights file has.
+    """
+    return getattr(normalize, "norm_type", None) == "global" and "glob_mean" not in dict(normalize.named_buffers())
 
 
 class FeatureStream:
@@ -174,7 +305,8 @@ class FeatureStream:
     """
 
     def __init__(self, compute_features, normalize, chunk: int):
-        self._compute, self._top_db = _without_clipping(compute_features)
+        check_streamable(compute_features)
+        self._compute, self._top_db = _without_clipping(compute_features), compute_features.compute_fbanks.top_db
         stft = self._compute.compute_STFT
         stft.center = False  # this class cuts what each frame needs out of the stream
         self._hop, self._window, self._chunk = stft.hop_length, stft.n_fft, chunk
@@ -235,26 +367,49 @@ class FeatureStream:
         return standardized(self._normalize, feats, self._moments.unsqueeze(2))
 
 
-def _without_clipping(compute_features):
-    """A copy that clips nothing, and by how much the original does, in dB."""
-    if not isinstance(compute_features, Fbank) or compute_features.deltas or compute_features.context:
-        raise ValueError(f"{type(compute_features).__name__} features do not stream; give Fbank without deltas and context.")
+def clips(compute_features):
+    """Whether features are clipped below the utterance's loudest bin."""
+    return isinstance(compute_features, Fbank) and not (compute_features.deltas or compute_features.context)
+
+
+def check_streamable(compute_features):
+    """Refuse features that cannot be had chunk by chunk.
+
+    Raises
+    ------
+    UserError
+        If they cannot; the message says which setting is in the way.
+    """
+    if not clips(compute_features):
+        raise UserError(f"{type(compute_features).__name__} features do not stream; give Fbank without deltas and context.")
     stft = compute_features.compute_STFT
     if stft.n_fft % 2 or stft.hop_length > stft.n_fft:
-        raise ValueError(
+        raise UserError(
             f"Features with n_fft {stft.n_fft} and hops of {stft.hop_length} samples do not stream; give an even n_fft, no less."
         )
     if not stft.center:
-        raise ValueError("Features whose STFT is not centred do not stream; leave center at True.")
-    unclipped = copy.deepcopy(compute_features)
-    unclipped.compute_fbanks.top_db = torch.inf
-    return unclipped, compute_features.compute_fbanks.top_db
+        raise UserError("Features whose STFT is not centred do not stream; leave center at True.")
+
+
+def _without_clipping(compute_features):
+    """A view of the features that clips nothing, with the same filters and window."""
+    view = _view(compute_features)
+    view.compute_STFT, view.compute_fbanks = _view(view.compute_STFT), _view(view.compute_fbanks)
+    view.compute_fbanks.top_db = torch.inf
+    return view
+
+
+def _view(module):
+    """A copy of a module with settings of its own, and the same parameters, buffers and parts."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view
 
 
 def _grows(normalize):
     """Whether statistics grow with the utterance; others are known before it."""
     if normalize.norm_type not in ("global", "sentence"):
-        raise ValueError(f"Normalisation by {normalize.norm_type} does not stream; give norm_type global or sentence.")
+        raise UserError(f"Normalisation by {normalize.norm_type} does not stream; give norm_type global or sentence.")
     return normalize.norm_type == "sentence"
 
 
@@ -272,7 +427,7 @@ def moments_of(feats, valid, dim):
 def prior_of(normalize, moments):
     """What statistics begin with."""
     frames = getattr(normalize, "prior_frames", 0)
-    if not frames or not normalize.count:
+    if not frames or not normalize.glob_mean.numel():
         return 0.0
     mean, std = (value.to(moments) for value in (normalize.glob_mean, normalize.glob_std))
     prior = frames * torch.stack((torch.ones_like(mean), mean, mean.square() + std.square()))

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+from speechbrain_ext.utils.distributed import sum_over_processes
+from speechbrain_ext.utils.errors import UserError
 
 
 def fuse_(module: nn.Module) -> None:
@@ -87,9 +89,9 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
     if not seen:
-        raise ValueError("There is no batch to take BatchNorm statistics from; give at least one (statistics_batches).")
+        raise UserError("There is no batch to take BatchNorm statistics from; give at least one (statistics_batches).")
     if not all(used for *_, used in sums):
-        raise ValueError(
+        raise UserError(
             f"None of {seen} batches gives finite statistics to every BatchNorm: the weights or the data are not finite."
         )
     for norm, (mean, variance, used) in zip(norms, sums, strict=True):
@@ -203,7 +205,7 @@ class MaskedBatchNorm(nn.Module):
     def __init__(self, size: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
         if not 0 < momentum <= 1 or eps <= 0:
-            raise ValueError(f"A BatchNorm has momentum {momentum} and eps {eps}; give one in (0, 1], and one above 0.")
+            raise UserError(f"A BatchNorm has momentum {momentum} and eps {eps}; give one in (0, 1], and one above 0.")
         self.momentum = momentum
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
@@ -310,13 +312,13 @@ class _Normalize(torch.autograd.Function):
         wide = at_least_float32(x)
         valid = None if mask is None else (~mask).to(wide.dtype)
         count = wide.new_full((1,), wide[..., 0].numel()) if mask is None else valid.sum().view(1)
-        total, frames = _over_processes(wide.sum((0, 1)), count)
+        total, frames = sum_over_processes(wide.sum((0, 1)), count)
         count = frames.clamp(min=1)
         mean = total / count
         centred = wide - mean
         if mask is not None:
             centred.mul_(valid.unsqueeze(-1))
-        (squares,) = _over_processes(centred.square().sum((0, 1)))
+        (squares,) = sum_over_processes(centred.square().sum((0, 1)))
         variance = squares / count
         inverse = (variance + eps).rsqrt()
         ctx.save_for_backward(x, valid, weight, mean, inverse, count)
@@ -341,19 +343,10 @@ class _Normalize(torch.autograd.Function):
             centred.mul_(valid.unsqueeze(-1))
             grad_bias = valid.flatten() @ grad.flatten(0, 1)
         grad_weight = (grad * centred).sum((0, 1)) * inverse
-        shared_bias, shared_weight = _over_processes(grad_bias, grad_weight)
+        shared_bias, shared_weight = sum_over_processes(grad_bias, grad_weight)
         scale = inverse * weight
         grad_x = torch.addcmul(shared_bias * scale / -count, centred, shared_weight * inverse * scale / -count)
         grad_x.addcmul_(grad, scale)
         if valid is not None:
             grad_x.mul_(valid.unsqueeze(-1))
         return grad_x.to(x.dtype), None, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
-
-
-def _over_processes(*tensors):
-    """Vectors summed over the processes of distributed training, in one message."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensors
-    message = torch.cat(tensors)
-    torch.distributed.all_reduce(message)
-    return message.split([tensor.numel() for tensor in tensors])

@@ -48,6 +48,7 @@ from speechbrain_ext.lobes.chunk_sums import ChunkSums, window_sum
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.positions import sinusoids
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+from speechbrain_ext.utils.errors import UserError
 
 
 class _Generator(nn.Module):
@@ -127,10 +128,10 @@ class HyperMixing(nn.Module):
     ):
         super().__init__()
         if input_output_dim % 2:
-            raise ValueError(f"HyperMixing needs an even width for its sinusoids, not {input_output_dim}.")
+            raise UserError(f"HyperMixing needs an even width for its sinusoids, not {input_output_dim}.")
         for what, size in (("width (d_model)", input_output_dim), ("hidden size (d_ffn)", hypernet_size)):
             if num_heads < 1 or size < 1 or size % num_heads:
-                raise ValueError(f"HyperMixing's {what} {size} must be positive and divide by its number of heads {num_heads}.")
+                raise UserError(f"HyperMixing's {what} {size} must be positive and divide by its number of heads {num_heads}.")
         self.input_output_dim = input_output_dim
         self.num_heads = num_heads
         self.head_dim = input_output_dim // num_heads

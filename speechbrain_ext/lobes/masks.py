@@ -7,6 +7,8 @@ travel as SpeechBrain's relative lengths, chosen so that ``round(relative * fram
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
+from speechbrain_ext.utils.errors import UserError
+
 
 def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
     """Relative lengths as numbers of frames.
@@ -137,6 +139,6 @@ def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
     """
     if config.chunk_size < 1 or config.chunk_size % multiple:
         needs = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
-        raise ValueError(f"The chunk size is {config.chunk_size} frames, but this encoder needs {needs}.")
+        raise UserError(f"The chunk size is {config.chunk_size} frames, but this encoder needs {needs}.")
     if config.left_context_size is not None and config.left_context_size < 0:
-        raise ValueError(f"The left context is {config.left_context_size} chunks; give 0 or more, or None for all.")
+        raise UserError(f"The left context is {config.left_context_size} chunks; give 0 or more, or None for all.")

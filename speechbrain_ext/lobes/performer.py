@@ -38,6 +38,7 @@ from torch import nn
 from speechbrain_ext.lobes.chunk_sums import ChunkSums
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+from speechbrain_ext.utils.errors import UserError
 
 BLOCK = 64
 """Frames whose weights the causal form multiplies out at once."""
@@ -131,14 +132,14 @@ class RandomFeatures(nn.Module):
     def __init__(self, head_size: int, kernel: str, features: int):
         super().__init__()
         if kernel not in KERNELS:
-            raise ValueError(f"Unknown kernel '{kernel}' of Performer attention; the known ones are: {', '.join(KERNELS)}.")
+            raise UserError(f"Unknown kernel '{kernel}' of Performer attention; the known ones are: {', '.join(KERNELS)}.")
         if kernel == "softmax" and head_size > 128:
-            raise ValueError(
+            raise UserError(
                 f"The head size (d_model / nhead) is {head_size}; the softmax kernel's features leave float32's range above 128: "
                 "give more heads, or the relu kernel."
             )
         if not isinstance(features, int) or features < 0 or (kernel == "softmax" and not features):
-            raise ValueError(
+            raise UserError(
                 f"features is {features!r}; the {kernel} kernel needs a whole number of at least {int(kernel == 'softmax')}."
             )
         self.kernel = kernel
@@ -213,7 +214,7 @@ class PerformerAttention(nn.Module):
     ):
         super().__init__()
         if d_model < 1 or nhead < 1 or d_model % nhead:
-            raise ValueError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
+            raise UserError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
         head_size = d_model // nhead
         if features is None:
             features = 2 * head_size if kernel == "softmax" else 0

@@ -12,6 +12,8 @@
 
 from torch import nn
 
+from speechbrain_ext.utils.errors import UserError
+
 
 class Stack(nn.ModuleList):
     """Blocks one after the other; what they share is prepared once.
@@ -39,7 +41,7 @@ class Stack(nn.ModuleList):
     def __init__(self, layers):
         super().__init__(layers)
         if not len(self):
-            raise ValueError("An encoder needs num_layers of at least 1.")
+            raise UserError("An encoder needs num_layers of at least 1.")
 
     @property
     def chunk_multiple(self) -> int:

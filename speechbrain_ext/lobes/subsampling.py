@@ -15,6 +15,8 @@ from speechbrain_ext.lobes.activations import ReLU
 from speechbrain_ext.lobes.convolution import channels_last_conv
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.registry import loadable
+from speechbrain_ext.utils.errors import UserError
 
 PIECE, MIN_PIECE = 800, 128
 """Feature frames of all utterances that a CPU subsamples at once where no gradient is wanted, and of each at least: beyond the
@@ -119,6 +121,7 @@ class _Subsampling(nn.Module):
         return stage(x)
 
 
+@loadable
 class ConvolutionSubsampling(_Subsampling):
     """Regular 4x convolution: twice Conv2d 3 x 3 of stride 2, LayerNorm, LeakyReLU, dropout.
 
@@ -155,6 +158,7 @@ class ConvolutionSubsampling(_Subsampling):
         self.output_size = size * previous
 
 
+@loadable
 class FusibleSubsampling(_Subsampling):
     """Regular 4x convolution: twice Conv2d 3 x 3 of stride 2, BatchNorm, ReLU; the BatchNorm folds into the convolution.
 
@@ -223,6 +227,7 @@ class FusibleSubsampling(_Subsampling):
         return self
 
 
+@loadable
 class DepthwiseSubsampling(_Subsampling):
     """Depthwise-separable 4x convolution: Conv2d 3 x 3 of stride 2, ReLU, depthwise 3 x 3 of stride 2, pointwise, ReLU.
 
@@ -254,7 +259,7 @@ class DepthwiseSubsampling(_Subsampling):
     def __init__(self, input_size: int = 80, channels: int = 144, padding: str = "symmetric"):
         super().__init__()
         if padding not in ("symmetric", "right"):
-            raise ValueError(f"The padding is '{padding}'; the known ones are: symmetric, right.")
+            raise UserError(f"The padding is '{padding}'; the known ones are: symmetric, right.")
         self.padding = padding
         self.stages = nn.ModuleList(
             [
@@ -271,7 +276,7 @@ class DepthwiseSubsampling(_Subsampling):
     def stream(self, x, before=None):
         """See :class:`ConvolutionSubsampling`; not with the padding ``right``, which looks into the next chunk."""
         if self.padding != "symmetric":
-            raise ValueError(f"A front end with padding '{self.padding}' does not stream; train one with padding 'symmetric'.")
+            raise UserError(f"A front end with padding '{self.padding}' does not stream; train one with padding 'symmetric'.")
         return super().stream(x, before)
 
     def forward(self, x, lengths=None):
@@ -279,7 +284,7 @@ class DepthwiseSubsampling(_Subsampling):
         if self.padding == "symmetric":
             return super().forward(x, lengths)
         if x.shape[1] < 4:
-            raise ValueError(f"Padding 'right' gives no frame for {x.shape[1]} feature frames; give at least 4.")
+            raise UserError(f"Padding 'right' gives no frame for {x.shape[1]} feature frames; give at least 4.")
         frames = None if lengths is None else absolute_lengths(lengths, x.shape[1])
         x = x.unsqueeze(-1)
         for stage in self.stages:  # no masks, as in the authors' code

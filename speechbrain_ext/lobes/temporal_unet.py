@@ -13,6 +13,7 @@ from torch import nn
 from speechbrain_ext.lobes.convolution import depthwise_conv
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.stack import Stack
+from speechbrain_ext.utils.errors import UserError
 
 KERNEL = 5
 """Of the reduction, in frames: 5 in the authors' code and checkpoints (the paper's text says 3)."""
@@ -66,7 +67,7 @@ class TemporalUNet(nn.Module):
     def __init__(self, layers, d_model: int, padding: str = "symmetric"):
         super().__init__()
         if padding not in ("symmetric", "right"):
-            raise ValueError(f"The padding is '{padding}'; the known ones are: symmetric, right.")
+            raise UserError(f"The padding is '{padding}'; the known ones are: symmetric, right.")
         self.padding = padding
         self.layers = Stack(layers)
         self.reduction = nn.Conv1d(d_model, d_model, KERNEL, stride=2, groups=d_model)
@@ -135,7 +136,7 @@ class TemporalUNet(nn.Module):
     def _half(self, config):
         """The chunk setting at half rate; contexts are counted in chunks, and stay."""
         if self.padding == "right":
-            raise ValueError(
+            raise UserError(
                 "A Temporal U-Net with padding 'right' looks 3 frames past its chunk, so that it neither streams nor trains in "
                 "chunks; build it with padding 'symmetric'."
             )
@@ -189,18 +190,18 @@ def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str
     known = f"reduce_before {reduce_before} and recover_before {recover_before} of {len(layers)} blocks"
     for index in (*reduce_before, *recover_before):
         if not 0 <= index <= len(layers):
-            raise ValueError(f"There is no block {index}: {known}; indices start from 0.")
+            raise UserError(f"There is no block {index}: {known}; indices start from 0.")
     open_spans = [[]]
     for index in range(len(layers) + 1):
         for _ in range(recover_before.count(index)):
             if len(open_spans) == 1 or not open_spans[-1]:
-                raise ValueError(f"A recovery before block {index} has no block to recover from: {known}.")
+                raise UserError(f"A recovery before block {index} has no block to recover from: {known}.")
             span = open_spans.pop()
             open_spans[-1].append(TemporalUNet(span, d_model, padding))
         open_spans += [[] for _ in range(reduce_before.count(index))]
         open_spans[-1] += layers[index : index + 1]
     if len(open_spans) > 1:
-        raise ValueError(f"Not every reduction is recovered: {known}; give one index in recover_before for each.")
+        raise UserError(f"Not every reduction is recovered: {known}; give one index in recover_before for each.")
     return Stack(open_spans[0])
 
 

@@ -25,8 +25,8 @@ def build(**keys):
     return encoder
 
 
-def stream(encoder, x, setting):
-    context = encoder.make_streaming_context(setting)
+def stream(encoder, x, setting, pass_name=None):
+    context = encoder.make_streaming_context(setting, pass_name)
     return torch.cat([encoder.forward_streaming(chunk, context)[0] for chunk in x.split(setting.chunk_size, dim=1)], dim=1)
 
 
@@ -36,9 +36,8 @@ def test_first_streamed_then_second_is_the_whole(keys):
     encoder = build(**keys)
     x = torch.randn(2, 91, 32)
     whole, _ = encoder(x)
-    encoder.answer = "first"
-    first = stream(encoder, x, DynChunkTrainConfig(8))
-    torch.testing.assert_close(first, encoder(x)[0], atol=1e-5, rtol=0)
+    first = stream(encoder, x, DynChunkTrainConfig(8), "first")
+    torch.testing.assert_close(first, encoder(x, pass_name="first")[0], atol=1e-5, rtol=0)
     second = encoder.second_pass(first)
     torch.testing.assert_close(second, whole, atol=1e-4, rtol=0)
     assert second.shape == first.shape and not torch.allclose(second, first, atol=0.1)
@@ -47,10 +46,9 @@ def test_first_streamed_then_second_is_the_whole(keys):
 @pytest.mark.parametrize("keys", STACKED, ids=str)
 def test_each_pass_trains_its_own(keys):
     encoder = build(**keys).train()
-    for answer, untouched in (("first", ["second", "adapter", "output"]), ("second", [])):
-        encoder.answer = answer
+    for pass_name, untouched in (("first", ["second", "adapter", "output"]), ("second", [])):
         encoder.zero_grad(set_to_none=True)
-        (encoder(torch.randn(2, 40, 32))[0] * torch.randn(2, 40, 32)).sum().backward()
+        (encoder(torch.randn(2, 40, 32), pass_name=pass_name)[0] * torch.randn(2, 40, 32)).sum().backward()
         for name, parameter in encoder.named_parameters():
             assert (parameter.grad is None) == (name.split(".")[0] in untouched), name
 
@@ -61,35 +59,23 @@ def test_the_first_pass_alone_runs_and_remembers_nothing_of_the_second():
     calls = []
     encoder.second.register_forward_hook(lambda *_: calls.append(1))
     sizes = {}
-    for answer in ("first", "second"):
-        encoder.answer = answer
-        encoder(torch.randn(1, 20, 32))
-        assert bool(calls) == (answer == "second")
-        context = encoder.make_streaming_context(DynChunkTrainConfig(8))
+    for pass_name in encoder.passes:
+        encoder(torch.randn(1, 20, 32), pass_name=pass_name)
+        assert bool(calls) == (pass_name == "second")
+        context = encoder.make_streaming_context(DynChunkTrainConfig(8), pass_name)
         encoder.forward_streaming(torch.randn(1, 8, 32), context)
-        sizes[answer] = context.state_bytes()
+        sizes[pass_name] = context.state_bytes()
     context = encoder.first.make_streaming_context(DynChunkTrainConfig(8))
     encoder.first.forward_streaming(torch.randn(1, 8, 32), context)
     assert sizes["first"] == context.state_bytes() < sizes["second"]
 
 
-@torch.no_grad()
-def test_a_context_decides_which_passes_run():
-    encoder = build(answer="first")
-    x, setting = torch.randn(1, 24, 32), DynChunkTrainConfig(8)
-    expected = stream(encoder, x, setting)
-    context = encoder.make_streaming_context(setting)
-    encoder.answer = "second"  # as a training thread or another stream may
-    streamed = torch.cat([encoder.forward_streaming(chunk, context)[0] for chunk in x.split(8, dim=1)], dim=1)
-    assert torch.equal(streamed, expected)
-
-
-def influenced(encoder, frames, changed_from):
+def influenced(encoder, frames, changed_from, pass_name=None):
     """The first frame whose answer changes with the frames from ``changed_from`` on."""
     x = torch.randn(1, frames, 32)
     other = x.clone()
     other[:, changed_from:] = 5 * torch.randn_like(other[:, changed_from:])
-    difference = (encoder(other)[0] - encoder(x)[0]).abs().amax((0, 2))
+    difference = (encoder(other, pass_name=pass_name)[0] - encoder(x, pass_name=pass_name)[0]).abs().amax((0, 2))
     return int((difference > 1e-5).nonzero()[0])
 
 
@@ -100,19 +86,21 @@ def test_the_right_context_limits_what_the_second_pass_sees(second):
     assert [influenced(encoder, 80, start) for start in (32, 47, 48)] == [32, 32, 48]
     encoder = build(second=second)
     assert influenced(encoder, 80, 79) < 16
-    encoder.answer = "first"
-    assert influenced(encoder, 80, 47) == 47
+    assert influenced(encoder, 80, 47, "first") == 47
 
 
 @torch.no_grad()
 def test_the_first_stage_runs_in_its_chunks():
-    encoder = build(first="hyperconformer", first_chunk=16, answer="first")
-    assert [influenced(encoder, 80, start) for start in (32, 47, 48)] == [32, 32, 48]
+    encoder = build(first="hyperconformer", first_chunk=16)
+    assert [influenced(encoder, 80, start, "first") for start in (32, 47, 48)] == [32, 32, 48]
     x = torch.randn(1, 50, 32)
-    torch.testing.assert_close(encoder(x)[0], encoder.first(x, dynchunktrain_config=DynChunkTrainConfig(16))[0])
+    torch.testing.assert_close(
+        encoder(x, pass_name="first")[0], encoder.first(x, dynchunktrain_config=DynChunkTrainConfig(16))[0]
+    )
     given = DynChunkTrainConfig(8, 1)
-    torch.testing.assert_close(encoder(x, dynchunktrain_config=given)[0], encoder.first(x, dynchunktrain_config=given)[0])
-    assert influenced(build(first="hyperconformer", answer="first"), 80, 79) < 16  # full context without it
+    first, _ = encoder(x, dynchunktrain_config=given, pass_name="first")
+    torch.testing.assert_close(first, encoder.first(x, dynchunktrain_config=given)[0])
+    assert influenced(build(first="hyperconformer"), 80, 79, "first") < 16  # full context without it
 
 
 @pytest.mark.parametrize("keys", STACKED, ids=str)
@@ -121,11 +109,9 @@ def test_padding_reaches_neither_pass(keys):
     encoder = build(**keys)
     lengths = (57, 31, 2)
     x, mask = torch.randn(3, 57, 32), torch.arange(57) >= torch.tensor(lengths).unsqueeze(1)
-    encoder.answer = "first"
-    frames, _ = encoder(x, src_key_padding_mask=mask)
+    frames, _ = encoder(x, src_key_padding_mask=mask, pass_name="first")
     dirty = frames.masked_fill(mask.unsqueeze(-1), float("nan"))
     second = encoder.second_pass(dirty, mask)
-    encoder.answer = "second"
     torch.testing.assert_close(second, encoder(x, src_key_padding_mask=mask)[0], atol=1e-5, rtol=0)
     for i, length in enumerate(lengths):
         torch.testing.assert_close(second[i, :length], encoder(x[i : i + 1, :length])[0][0], atol=1e-5, rtol=0)
@@ -161,25 +147,25 @@ def test_any_encoder_is_either_stage(name, stage):
     setting = DynChunkTrainConfig(size, 2)
     masked, _ = encoder(x, dynchunktrain_config=setting)
     torch.testing.assert_close(stream(encoder, x, setting), masked, atol=1e-4, rtol=0)
-    encoder.answer = "first"
     setting = DynChunkTrainConfig(size)
-    first = stream(encoder, x, setting)
-    torch.testing.assert_close(first, encoder(x, dynchunktrain_config=setting)[0], atol=1e-4, rtol=0)
+    first = stream(encoder, x, setting, "first")
+    whole, _ = encoder(x, dynchunktrain_config=setting, pass_name="first")
+    torch.testing.assert_close(first, whole, atol=1e-4, rtol=0)
     assert encoder.second_pass(first).isfinite().all()
 
 
 @torch.no_grad()
 def test_the_first_pass_streams_in_the_chunks_it_was_trained_with():
     """What the second stage needs is none of its business."""
-    encoder = build(first="hyperconformer", second="squeezeformer", first_chunk=5, answer="first")
+    encoder = build(first="hyperconformer", second="squeezeformer", first_chunk=5)
     x = torch.randn(1, 23, 32)
-    torch.testing.assert_close(stream(encoder, x, DynChunkTrainConfig(5)), encoder(x)[0], atol=1e-4, rtol=0)
+    streamed = stream(encoder, x, DynChunkTrainConfig(5), "first")
+    torch.testing.assert_close(streamed, encoder(x, pass_name="first")[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
     "keys, error, message",
     [
-        ({"answer": "both"}, ValueError, "answer is 'both'; give first or second"),
         ({"first": "conformator"}, ValueError, "Unknown encoder 'conformator'"),
         ({"second": {"d_model": 16}}, ValueError, "second stage of the cascade is .*'encoder'"),
         ({"second": {"encoder": "conformer", "n_layers": 1}}, TypeError, "no key 'n_layers'"),
@@ -194,17 +180,19 @@ def test_impossible_keys(keys, error, message):
         build_encoder("cascade", **{**SMALL, **keys})
 
 
-def test_an_unknown_answer_leaves_the_old_one():
-    encoder = build()
-    with pytest.raises(ValueError, match="answer is 'third'"):
-        encoder.answer = "third"
-    assert encoder.answer == "second"
-
-
-def test_a_stream_of_the_first_pass_leaves_the_encoder_as_it_is():
-    """Streams of one model may begin in several threads."""
+def test_a_stream_of_the_first_pass_takes_chunks_of_the_first_stage():
     encoder = build_encoder("cascade", d_model=16, nhead=2, num_layers=3, d_ffn=32, second="squeezeformer").eval()
-    context = encoder.make_streaming_context(DynChunkTrainConfig(3), answer="first")  # no multiple of the Squeezeformer's 2
-    assert encoder.answer == "second" and len(context.layers) == 1
-    with pytest.raises(ValueError, match="answer is 'third'"):
-        encoder.make_streaming_context(DynChunkTrainConfig(4), answer="third")
+    context = encoder.make_streaming_context(DynChunkTrainConfig(3), "first")  # no multiple of the Squeezeformer's 2
+    assert len(context.layers) == 1
+    with pytest.raises(ValueError, match="chunk size is 3"):
+        encoder.make_streaming_context(DynChunkTrainConfig(3))
+
+
+def test_an_unknown_pass_is_refused():
+    encoder, x = build(), torch.randn(1, 4, 32)
+    for call in (
+        lambda: encoder(x, pass_name="third"),
+        lambda: encoder.make_streaming_context(DynChunkTrainConfig(4), "third"),
+    ):
+        with pytest.raises(ValueError, match="The pass is 'third'; give first or second"):
+            call()

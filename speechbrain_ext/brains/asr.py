@@ -1,0 +1,387 @@
+"""What the Brains of all architectures share: joint CTC/attention training, search, error rates and checkpoints."""
+
+import itertools
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import yaml
+from speechbrain import Brain, Stage
+from speechbrain.decoders.ctc import ctc_greedy_decode
+from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from speechbrain.utils.logger import get_logger
+from speechbrain.utils.metric_stats import ErrorRateStats
+
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics
+from speechbrain_ext.model_folder.write import check_normalization, model_parts
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError
+from speechbrain_ext.utils.machine import peak_memory_mib
+
+logger = get_logger(__name__)
+
+GREEDY, BEAM, JOINT = "ctc_greedy", "ctc_beam", "joint_beam"
+
+
+class Predictions(NamedTuple):
+    """What the model says of a batch."""
+
+    frames: torch.Tensor
+    """(B, T, D) encoder frames."""
+    lengths: torch.Tensor
+    """(B,) exact relative lengths of the frames."""
+    ctc_logits: torch.Tensor
+    """(B, T, V)."""
+    seq_logits: torch.Tensor | None
+    """(B, U, V) of the decoder; None without one."""
+
+
+class AsrModel(torch.nn.Module):
+    """All that has weights, in one forward: what is checkpointed, and wrapped for several GPUs.
+
+    Arguments
+    ---------
+    speech_encoder : SpeechEncoder
+        From waveforms to frames, without a head.
+    ctc_lin : torch.nn.Module
+        The CTC head.
+    seq_lin : torch.nn.Module, optional
+        The decoder's output layer; left out where the encoder's TransformerASR has no decoder.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> from speechbrain_ext.asr import TransformerASR
+    >>> from speechbrain_ext.lobes.features import InputNormalization
+    >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+    >>> from speechbrain_ext.speech_encoder import SpeechEncoder
+    >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="conformer")
+    >>> normalize = InputNormalization(norm_type="sentence")
+    >>> encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net)
+    >>> (prediction,) = AsrModel(encoder, torch.nn.Linear(32, 30))(torch.rand(2, 16000), torch.tensor([1.0, 0.5]))
+    >>> prediction.ctc_logits.shape
+    torch.Size([2, 26, 30])
+    """
+
+    def __init__(self, speech_encoder, ctc_lin, seq_lin=None):
+        super().__init__()
+        self.speech_encoder = speech_encoder
+        self.ctc_lin = ctc_lin
+        self.seq_lin = seq_lin if hasattr(speech_encoder.transformer, "decoder") else None
+
+    def forward(
+        self,
+        signal,
+        lens,
+        targets=None,
+        *,
+        is_features: bool = False,
+        chunks: DynChunkTrainConfig | None = None,
+        passes: tuple = (None,),
+        augment=None,
+        pad_index: int = 0,
+        **norm_keys,
+    ):
+        """Predict.
+
+        Arguments
+        ---------
+        signal : torch.Tensor
+            (B, N) samples, or (B, T, F) features of ``SpeechEncoder.features``.
+        lens : torch.Tensor
+            (B,) relative lengths.
+        targets : torch.Tensor, optional
+            (B, U) tokens for the decoder.
+        is_features : bool
+            Whether the signal is features.
+        chunks : DynChunkTrainConfig, optional
+            The chunk setting, of features and encoder.
+        passes : tuple of str
+            Which of the encoder's passes answer; None for its usual one.
+        augment : callable, optional
+            From normalised features and their lengths to augmented ones.
+        pad_index : int
+            The token that pads ``targets``.
+        **norm_keys
+            For the normalisation, such as ``epoch``.
+
+        Returns
+        -------
+        list of Predictions
+            One for each pass.
+        """
+        encoder = self.speech_encoder
+        feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
+        feats = encoder.normalized(feats, lens, chunks, **norm_keys)
+        if augment is not None:
+            feats, lens = augment(feats, lens)
+        predictions = []
+        for pass_name in passes:
+            frames, frame_lens = encoder.encode_features(feats, lens, chunks, pass_name)
+            decoded = encoder.transformer.decode_targets(targets, frames, frame_lens, pad_index) if self.seq_lin else None
+            seq_logits = None if decoded is None else self.seq_lin(decoded)
+            predictions.append(Predictions(frames, frame_lens, self.ctc_lin(frames), seq_logits))
+        return predictions
+
+
+@register_checkpoint_hooks
+class AsrBrain(Brain):
+    """Trains an encoder with CTC, and with a decoder jointly with attention; without one (num_decoder_layers 0) by CTC only.
+
+    Arguments
+    ---------
+    modules, opt_class, hparams, run_opts, checkpointer
+        As in SpeechBrain; the keys of ``hparams`` are those of ``speechbrain_ext/training/hparams/ctc_attention.yaml``.
+
+    Raises
+    ------
+    UserError
+        If the normalisation's statistics could not be kept in a model folder.
+    """
+
+    passes = (None,)
+    """The encoder's passes that are validated and tested; their names go before those of searches."""
+    selection = GREEDY
+    """The search whose error rate selects checkpoints."""
+
+    def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
+        check_normalization(hparams["normalize"])
+        super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        # Of training, over all starts of the run
+        self.audio_seconds = 0.0
+        self.train_seconds = 0.0
+        self.peak_memory_mib = 0.0
+
+    # ------------------------------------------------------------------ one batch
+
+    def compute_forward(self, batch, stage):
+        """From a batch to the predictions of each pass.
+
+        Arguments
+        ---------
+        batch : PaddedBatch
+            Of items as :func:`speechbrain_ext.dataio.datasets.make_datasets` describes them.
+        stage : speechbrain.Stage
+            Training augments.
+
+        Returns
+        -------
+        dict
+            :class:`Predictions` by pass.
+        """
+        batch = batch.to(self.device)
+        hparams, augments = self.hparams, stage == Stage.TRAIN and self.optimizer_step >= self.hparams.augment_warmup
+        signal, lens = batch.feats if hparams.cache_features else batch.sig
+        if hparams.wav_augment and augments:
+            signal, lens = hparams.wav_augment(signal, lens)
+        passes = self.passes_of(stage)
+        predictions = self.modules.model(
+            signal,
+            lens,
+            batch.tokens_bos.data,
+            is_features=hparams.cache_features,
+            chunks=self.draw_chunks(stage),
+            passes=passes,
+            augment=hparams.fea_augment if augments else None,
+            pad_index=hparams.blank_index,
+            epoch=hparams.epoch_counter.current,
+        )
+        return dict(zip(passes, predictions, strict=True))
+
+    def passes_of(self, stage):
+        """The passes that run in a stage; by default all."""
+        return self.passes
+
+    def draw_chunks(self, stage):
+        """The chunk setting for a batch, None for full context."""
+        chunks = self.hparams.chunk_sampler(stage) if self.hparams.chunk_sampler else None
+        if chunks is None:
+            return None
+        multiple = self.hparams.Transformer.encoder.chunk_multiple  # samplers draw any size
+        return DynChunkTrainConfig(multiple * math.ceil(chunks.chunk_size / multiple), chunks.left_context_size)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """The loss, the mean over the passes that ran; outside of training the error rates, too."""
+        losses = []
+        for pass_name, prediction in predictions.items():
+            with torch.autocast(self.device_type, enabled=False):  # in float32 whatever the precision
+                ctc_log_probs = prediction.ctc_logits.float().log_softmax(-1)
+                losses.append(self.loss(prediction, ctc_log_probs, batch))
+            if stage != Stage.TRAIN:
+                for search, texts in self.search(prediction, ctc_log_probs, stage).items():
+                    rate = self.error_rates.setdefault(search_name(pass_name, search), ErrorRateStats())
+                    self.score(rate, batch, texts)
+        return sum(losses) / len(losses)
+
+    def loss(self, prediction, ctc_log_probs, batch):
+        """The loss of one pass."""
+        hparams = self.hparams
+        loss = hparams.ctc_cost(ctc_log_probs, batch.tokens.data, prediction.lengths, batch.tokens.lengths)
+        if prediction.seq_logits is None:
+            return loss
+        seq_log_probs = prediction.seq_logits.float().log_softmax(-1)
+        seq_loss = hparams.seq_cost(seq_log_probs, batch.tokens_eos.data, length=batch.tokens_eos.lengths)
+        return hparams.ctc_weight * loss + (1 - hparams.ctc_weight) * seq_loss
+
+    def search(self, prediction, ctc_log_probs, stage):
+        """Texts by the name of the search; the slow ones on test sets only."""
+        hparams = self.hparams
+        texts = {GREEDY: self.decode(ctc_greedy_decode(ctc_log_probs, prediction.lengths, hparams.blank_index))}
+        if stage == Stage.TEST and hparams.ctc_search:
+            texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
+        if stage == Stage.TEST and prediction.seq_logits is not None:
+            texts[JOINT] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
+        return texts
+
+    def score(self, error_rate, batch, hypotheses):
+        """Add the texts of a batch to an error rate."""
+        words, references = ([text.split() for text in texts] for texts in (hypotheses, batch.wrd))
+        error_rate.append(batch.id, words, references)
+
+    def decode(self, hypotheses):
+        """Texts of lists of token ids."""
+        return [self.hparams.tokenizer.decode_ids(ids) for ids in hypotheses]
+
+    # ------------------------------------------------------------------ training
+
+    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
+        """As in SpeechBrain, which tells a sampler of its own the epoch, and now also one that it is given."""
+        if stage == Stage.TRAIN and ckpt_prefix is not None:
+            self.train_sampler = loader_kwargs.get("batch_sampler")
+        return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+
+    def on_fit_start(self):
+        """As in SpeechBrain, and no further epoch where the last one ended with the limit of optimizer steps."""
+        super().on_fit_start()
+        if self.step == 0 and self._optimizer_step_limit_exceeded:
+            self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Keep what a message would name."""
+        self.batch_ids = batch.id
+
+    def check_loss_isfinite(self, loss):
+        """Count losses that are not finite, and stop with the names of the utterances where there are too many."""
+        if torch.isfinite(loss):
+            return
+        self.nonfinite_count += 1
+        message = f"The loss is {loss.item()} at step {self.step} of the epoch, for the utterances {', '.join(self.batch_ids)}"
+        if self.nonfinite_count > self.nonfinite_patience:
+            raise UserRuntimeError(
+                f"{message}; it was so {self.nonfinite_count} times in this epoch, more often than nonfinite_patience allows: "
+                "look at these utterances, lower lr, or use bf16 or fp32 in place of fp16."
+            )
+        logger.warning("%s; the step is left out.", message)
+
+    def optimizers_step(self):
+        """As in SpeechBrain, with the learning rate set before: otherwise the first step would have the peak one."""
+        self.hparams.lr_annealing(self.optimizer)
+        super().optimizers_step()
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Measure."""
+        world = torch.distributed.get_world_size() if self.distributed_launch else 1
+        now = time.perf_counter()
+        seconds, longest = float(sum(batch.duration)), float(max(batch.duration))
+        self.audio_seconds += world * seconds
+        self.epoch_seconds += seconds
+        self.padded_seconds += len(batch.duration) * longest
+        self.train_seconds += now - self.clock
+        self.clock = now
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        # Not between two batches of one optimizer step: the gradients so far are in no checkpoint.
+        return self.step % self.grad_accumulation_factor == 0 and super()._should_save_intra_epoch_ckpt(*args)
+
+    # ------------------------------------------------------------------ stages
+
+    def on_stage_start(self, stage, epoch=None):
+        """Start the clock, and new error rates."""
+        self.clock = time.perf_counter()
+        self.epoch_seconds = self.padded_seconds = 0.0
+        self.error_rates = {}
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log; after validation save a checkpoint."""
+        if stage == Stage.TRAIN:
+            self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(str(self.device)))
+            self.train_stats = {"loss": float(stage_loss)}
+            if self.padded_seconds:  # since the last start, of this process
+                self.train_stats["padding %"] = 100 * (1 - self.epoch_seconds / self.padded_seconds)
+            return
+        stats = {"loss": float(stage_loss)}
+        stats |= {f"WER {search}": float(rate.summarize("error_rate")) for search, rate in self.error_rates.items()}
+        if stage == Stage.VALID:
+            meta = {"epoch": epoch, "steps": self.optimizer_step, "lr": self.optimizer.param_groups[0]["lr"]}
+            self.hparams.train_logger.log_stats(meta, self.train_stats, stats)
+            self.checkpointer.save_and_keep_only(
+                meta={"WER": stats[f"WER {self.selection}"], "epoch": epoch},
+                min_keys=["WER"],
+                keep_recent=False,
+                num_to_keep=self.hparams.average_checkpoints,
+            )
+        else:
+            self.hparams.train_logger.log_stats({"epoch": self.hparams.epoch_counter.current}, test_stats=stats)
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Nothing: what is tested is the model as it is."""
+
+    # ------------------------------------------------------------------ the trained model
+
+    def make_final(self, batches):
+        """Turn the trained model into the one that is tested and kept: the average of the best checkpoints.
+
+        Arguments
+        ---------
+        batches : iterable
+            Training batches, for BatchNorm statistics: the average of statistics is not that of the averaged weights.
+
+        Returns
+        -------
+        dict
+            What a model folder is written of, by the folder's name: the weights
+            (:func:`speechbrain_ext.model_folder.write.model_parts`), and whether they are fused.
+
+        Raises
+        ------
+        UserError
+            If there is no checkpoint of a finished epoch.
+        """
+        best = self.checkpointer.find_checkpoints(min_key="WER", max_num_checkpoints=self.hparams.average_checkpoints)
+        if not best:
+            raise UserError(f"There is no checkpoint of a finished epoch in {self.checkpointer.checkpoints_dir}; train first.")
+        # All but the weights is that of the last epoch, the statistics of the features among it
+        self.checkpointer.recover_if_possible(ckpt_predicate=lambda checkpoint: checkpoint.meta["end-of-epoch"])
+        model = self.hparams.model
+        latest = model.speech_encoder.normalize.state_dict()
+        model.load_state_dict(average_checkpoints(best, "model"))
+        model.speech_encoder.normalize.load_state_dict(latest)
+        if any(isinstance(part, MaskedBatchNorm) for part in model.modules()):
+            batches = itertools.islice(batches, self.hparams.statistics_batches)
+            reestimate_statistics(self.modules, batches, lambda batch: self.compute_forward(batch, Stage.VALID))
+        return {"pretrained": (model_parts(vars(self.hparams)), False)}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @mark_as_saver
+    def _save(self, path):
+        names = ("step", "optimizer_step", "avg_train_loss", "audio_seconds", "train_seconds", "peak_memory_mib")
+        path.write_text(yaml.safe_dump({name: getattr(self, name) for name in names}), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        del end_of_epoch  # the step is 0 then
+        for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            setattr(self, name, value)
+
+
+def search_name(pass_name, search):
+    """The name of a search in reports: with its pass, where the encoder has several.
+
+    Example
+    -------
+    >>> search_name(None, GREEDY), search_name("first", GREEDY)
+    ('ctc_greedy', 'first_pass_ctc_greedy')
+    """
+    return search if pass_name is None else f"{pass_name}_pass_{search}"

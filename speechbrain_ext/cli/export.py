@@ -1,0 +1,45 @@
+"""``export``: a model as an ONNX file."""
+
+from speechbrain_ext.cli._common import UsageError, add_model, add_pass, say, usage
+
+
+def add(commands):
+    """Add the command."""
+    parser = commands.add_parser(
+        "export", help="write a model as an ONNX file", description="Write a model's CTC branch as an ONNX file, and check it."
+    )
+    add_model(parser)
+    add_pass(parser)
+    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
+    parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
+    parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")
+    parser.add_argument(
+        "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the model's"
+    )
+    parser.add_argument(
+        "--audio", metavar="FILE", nargs="+", default=(), help="audio files to check on, or folders in LibriSpeech layout"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="accepted difference of log-probabilities (1e-3); with --int8, token error rate (0.05, or 0.2 without --audio)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments):
+    """Write an ONNX file and print what its check found."""
+    if not arguments.streaming and (arguments.chunk_size, arguments.left_context) != (None, None):
+        raise UsageError("--chunk-size and --left-context are for streams; add --streaming.")
+    with usage():
+        from speechbrain_ext.export.onnx_model import ExportError, export_model
+
+        options = ("pass_name", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context", "trust")
+        try:
+            report = export_model(arguments.model, arguments.out, **{key: getattr(arguments, key) for key in options})
+        except ExportError as error:
+            say(error)
+            return 1
+    print(report)
+    return 0

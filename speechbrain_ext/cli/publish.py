@@ -1,0 +1,32 @@
+"""``publish``: a model folder to Hugging Face."""
+
+from speechbrain_ext.cli._common import add_model, say, usage
+
+
+def add(commands):
+    """Add the command."""
+    parser = commands.add_parser(
+        "publish", help="upload a trained model to Hugging Face", description="Upload a trained model; prints its URL."
+    )
+    add_model(parser, "a model folder that training wrote")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="where to, as user/model; a repository that is missing is made")
+    parser.add_argument("--private", action="store_true", help="make a repository that only you can read")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch, made where it is missing; by default main")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--license", metavar="NAME", help="for the model card, such as cc-by-4.0; by default none is stated")
+    parser.set_defaults(run=run)
+
+
+def run(arguments):
+    """Upload a model folder as one commit, and print the URL of that commit."""
+    with usage():
+        from speechbrain_ext.inference.publish import PublishError, publish
+
+        options = {key: getattr(arguments, key) for key in ("private", "revision", "message", "license", "trust")}
+        try:
+            url = publish(arguments.model, arguments.repo_id, **options)
+        except PublishError as error:
+            say(error)
+            return 1
+    print(url)
+    return 0

@@ -1,0 +1,94 @@
+"""``stream``: text while audio comes in."""
+
+import sys
+from contextlib import redirect_stdout
+
+from speechbrain_ext.cli._common import UsageError, add_device, add_model, add_pass, load, say, usage
+
+
+def add(commands):
+    """Add the command."""
+    parser = commands.add_parser(
+        "stream",
+        help="transcribe while audio comes in",
+        description="Print the segments of a stream as they end: start<TAB>end<TAB>text. On a terminal, words show as they come.",
+    )
+    add_model(parser)
+    add_pass(parser)
+    add_device(parser)
+    parser.add_argument(
+        "file", metavar="FILE|-", help="an audio file, or - for raw samples on standard input (16 bits, one channel)"
+    )
+    parser.add_argument("--sample-rate", type=int, default=16000, help="of standard input")
+    parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of 40 ms per chunk; by default the model's")
+    parser.add_argument("--left-context", type=int, metavar="CHUNKS", help="to look back, -1 = all; by default the model's")
+    parser.add_argument("--endpoint", type=float, default=0.8, metavar="SECONDS", help="of silence that end a segment")
+    parser.add_argument("--realtime", action="store_true", help="take a file in as fast as it would be spoken")
+    parser.set_defaults(run=run)
+
+
+def run(arguments):
+    """Print the segments of a stream as they end; figures of latency and speed at the end."""
+    with redirect_stdout(sys.stderr):
+        from speechbrain_ext.dataio.audio import HIGHEST_RATE, LOWEST_RATE, AudioError
+
+        if not LOWEST_RATE <= arguments.sample_rate <= HIGHEST_RATE:
+            rates = f"{LOWEST_RATE} to {HIGHEST_RATE}"
+            raise UsageError(f"--sample-rate is {arguments.sample_rate}; give the number of samples per second, {rates}.")
+    model = load(arguments)
+    with usage():
+        from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer
+
+        recognizer = StreamingRecognizer(model, arguments.chunk_size, arguments.left_context, arguments.endpoint)
+        if model.mods.encoder.chunk_size is None:
+            say("this model was trained in full context only; in chunks it makes more errors.")
+        timer = Timer(recognizer, pace=arguments.realtime)
+    status, shows = 0, sys.stderr.isatty()
+
+    def show(segments):
+        if shows:
+            print("\r\033[K", end="", file=sys.stderr)
+        for segment in segments:
+            print(f"{segment.start:.2f}", f"{segment.end:.2f}", segment.text, sep="\t", flush=True)
+        if shows:
+            print(recognizer.text[-100:], end="", file=sys.stderr, flush=True)
+
+    try:
+        for wav in _pieces(arguments, model.sample_rate):
+            show(timer.accept(wav))
+    except KeyboardInterrupt:  # what was heard is still told
+        status = 130
+    except AudioError as error:
+        say(error)
+        status = 1
+    show(timer.finish())
+    if shows:
+        print("\r\033[K", end="", file=sys.stderr)
+    if status != 1:
+        say(timer.report())
+    return status
+
+
+def _pieces(arguments, target, seconds=0.1):
+    """The samples of a file or of standard input, piece by piece."""
+    import numpy as np
+    import torch
+
+    from speechbrain_ext.dataio.audio import AudioError, read_blocks
+    from speechbrain_ext.dataio.resampling import Resampler
+
+    if arguments.file != "-":
+        yield from read_blocks(arguments.file, seconds, sample_rate=target)
+        return
+    if sys.stdin is None:
+        raise AudioError("Standard input is closed; send it raw samples of 16 bits.")
+    resampler, kept, empty = Resampler(arguments.sample_rate, target), b"", True
+    while data := sys.stdin.buffer.read1(2 * round(seconds * arguments.sample_rate)):
+        data = kept + data
+        kept = data[len(data) // 2 * 2 :]  # half a sample
+        samples = np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768
+        empty = empty and not len(samples)
+        yield torch.from_numpy(resampler.accept(samples))
+    if empty:
+        raise AudioError("Standard input holds no samples; send it raw samples of 16 bits.", "empty")
+    yield torch.from_numpy(resampler.finish())

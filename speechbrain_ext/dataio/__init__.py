@@ -1,0 +1,1 @@
+"""Audio files, manifests, tokenizer and datasets."""

@@ -1,0 +1,78 @@
+"""Resampling, of whole signals and of streams."""
+
+import math
+
+import numpy as np
+from scipy.signal import resample_poly
+
+SAMPLE_RATE = 16000
+"""What models take unless they say otherwise."""
+
+
+def ratio(rate, target=SAMPLE_RATE):
+    """The ratio of two sample rates in lowest terms, as (up, down).
+
+    Example
+    -------
+    >>> ratio(44100)
+    (160, 441)
+    """
+    common = math.gcd(rate, target)
+    return target // common, rate // common
+
+
+def resample(samples, rate, target=SAMPLE_RATE):
+    """Samples (T,) at another rate; the same array where the rates are equal."""
+    return samples if rate == target else resample_poly(samples, *ratio(rate, target))
+
+
+class Resampler:
+    """Resampling of a stream: together what resampling the whole gives.
+
+    Not torchaudio's, whose kernel takes gigabytes for rates such as 11,127 Hz.
+
+    Arguments
+    ---------
+    rate : int
+        Sample rate of the stream.
+    target : int
+        Sample rate of the result.
+
+    Example
+    -------
+    >>> resampler = Resampler(48000)
+    >>> [len(resampler.accept(np.zeros(4800, np.float32))) for _ in range(3)], len(resampler.finish())
+    ([1589, 1600, 1600], 11)
+    """
+
+    def __init__(self, rate, target=SAMPLE_RATE):
+        self.up, self.down = ratio(rate, target)
+        # What scipy's filter sees on either side, as a multiple of what gives a whole number of samples
+        self._context = self.down * math.ceil((10 * max(self.up, self.down) / self.up + 1) / self.down)
+        self._samples = np.zeros(self._context, np.float32)
+
+    def position(self, start):
+        """Where to begin reading so that output sample ``start`` is exact, and how many outputs lie before it."""
+        first = max(0, start // self.up * self.down - self._context)
+        return first, start - first // self.down * self.up
+
+    def accept(self, samples):
+        """Take in samples (n,) float32; gives those that are complete now."""
+        if self.up == self.down:
+            return samples
+        self._samples = np.concatenate((self._samples, samples))
+        ready = (len(self._samples) - 2 * self._context) // self.down * self.down
+        return self._resample(ready) if ready > 0 else samples[:0]
+
+    def finish(self):
+        """The samples that were still to come."""
+        if self.up == self.down:
+            return self._samples[:0]
+        return self._resample(len(self._samples) - self._context)
+
+    def _resample(self, ready):
+        x = self._samples[: ready + 2 * self._context]
+        y = resample_poly(x, self.up, self.down)
+        self._samples = self._samples[ready:]
+        begin = self._context // self.down * self.up
+        return y[begin : begin + -(-ready * self.up // self.down)]

@@ -1,0 +1,1 @@
+"""Searches, their scorers and language models, and the alignment of words."""

@@ -1,0 +1,297 @@
+"""Beam search for models without a decoder: the most probable text under CTC, with a word language model or without.
+
+Greedy decoding takes the best label of each frame; a beam search sums over the alignments of a text. Two searches do the
+work, and where the beam is wide enough they find the same text:
+
+* flashlight's (https://arxiv.org/abs/2201.12465) through ``torchaudio.models.decoder.ctc_decoder``, in C++, where the
+  package flashlight-text is installed; it reads language models by itself;
+* SpeechBrain's :class:`~speechbrain.decoders.ctc.CTCBeamSearcher`, in Python; for a language model it needs the packages
+  kenlm, which is compiled while it is installed, and pygtrie.
+
+flashlight's own search with a word list is not used: it lets no frame repeat the last token of a word, which is right only
+where every word ends with a boundary token, and SentencePiece puts the boundary first. So the language model is called at
+every word boundary of the search without a word list instead, which also leaves room for words that the model has not seen.
+"""
+
+import importlib
+import math
+import os
+
+from speechbrain.decoders.ctc import CTCBeamSearcher
+
+from speechbrain_ext.decoders.word_lm import (
+    UNKNOWN_WORD,
+    arpa_words,
+    check_arpa,
+    check_spelling,
+    flashlight_lm,
+    without_empty_words,
+)
+from speechbrain_ext.utils.errors import UserError, UserImportError
+
+FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
+
+# Which tokens of a frame are tried: SpeechBrain's search takes those above a log probability (its default), flashlight's a
+# number of them. Time grows with it, and on peaked posteriors over 128 tokens 16 find the same best path as all 128.
+TOKEN_FLOOR = -5.0
+TOKENS_PER_FRAME = 16
+
+# Stands for log(0): sums of minus infinities would be NaN.
+LOG_ZERO = -1e4
+
+
+class CtcBeamSearch:
+    """Search for the most probable text under CTC.
+
+    Everything that can be missing is looked for here, before any training; the tokenizer may still be empty, since the
+    search itself is built at the first call.
+
+    Arguments
+    ---------
+    tokenizer : sentencepiece.SentencePieceProcessor
+        Of type char, bpe or unigram, loaded before the first call. Its control symbols and its unknown token are never
+        part of a text.
+    blank_index : int
+        Index of the blank.
+    beam_size : int
+        The number of hypotheses that are kept after each frame. A text whose alignments end in a blank, and the same text
+        whose alignments do not, count as two.
+    beam_threshold : float
+        Hypotheses whose log score is lower than the best one's by more than this are dropped.
+    lm_file : str, optional
+        A word language model in ARPA format, plain or gzipped.
+    lm_weight : float
+        Weight of the language model's natural log probabilities (`alpha` in SpeechBrain).
+    word_score : float
+        Added for each word (`beta` in SpeechBrain); used with a language model only, whose cost grows with each word.
+    backend : str, optional
+        ``flashlight`` or ``speechbrain``; by default the first one if it is installed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no `lm_file`.
+    ImportError
+        If a package is missing.
+    ValueError
+        If `lm_file` is not in ARPA format, or an argument makes no sense.
+
+    Example
+    -------
+    >>> import io
+    >>> import torch
+    >>> from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+    >>> model = io.BytesIO()
+    >>> SentencePieceTrainer.train(
+    ...     sentence_iterator=iter(["A"]), model_writer=model, model_type="char", vocab_size=6,
+    ...     pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+    ... )
+    >>> tokenizer = SentencePieceProcessor()
+    >>> search = CtcBeamSearch(tokenizer, beam_size=10)
+    >>> _ = tokenizer.LoadFromSerializedProto(model.getvalue())
+    >>> tokenizer.id_to_piece(4)
+    'A'
+    >>> frame = torch.tensor([0.6, 0, 0, 0, 0.4, 0])
+    >>> # "" has the best alignment, of probability 0.36; the alignments of "A" have 0.64 together
+    >>> search(frame.log().repeat(1, 2, 1), torch.ones(1))
+    ['A']
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        blank_index=0,
+        beam_size=100,
+        beam_threshold=25.0,
+        lm_file=None,
+        lm_weight=0.5,
+        word_score=1.5,
+        backend=None,
+    ):
+        if not isinstance(beam_size, int) or beam_size < 1:
+            raise UserError(f"beam_size is {beam_size!r}; give a whole number of 1 or more.")
+        if not isinstance(blank_index, int) or blank_index < 0:
+            raise UserError(f"blank_index is {blank_index!r}; give the index of a token.")
+        if not beam_threshold > 0:
+            raise UserError(f"beam_threshold is {beam_threshold}; give a positive number.")
+        if backend not in (None, FLASHLIGHT, SPEECHBRAIN):
+            raise UserError(f"There is no backend {backend}; the known ones are: {FLASHLIGHT}, {SPEECHBRAIN}.")
+        if lm_file is not None:
+            lm_file = os.fspath(lm_file)
+            check_arpa(lm_file)
+        self.backend = _choose_backend(backend, lm_file)
+        self.tokenizer = tokenizer
+        self.blank_index = blank_index
+        self.beam_size = beam_size
+        self.beam_threshold = beam_threshold
+        self.lm_file = lm_file
+        self.lm_weight = lm_weight
+        self.word_score = word_score
+        self._kept, self._search = None, None
+
+    def __call__(self, log_probs, lengths):
+        """Search each utterance of a batch for itself.
+
+        Arguments
+        ---------
+        log_probs : torch.Tensor
+            Log probabilities (B, T, V) on any device, V the size of the tokenizer.
+        lengths : torch.Tensor
+            Relative lengths (B,); frames behind an utterance's end are not looked at.
+
+        Returns
+        -------
+        texts : list of str
+            The best text of each utterance, its words separated by one space.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, or a frame holds NaN.
+        """
+        if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
+            raise UserError(
+                f"Log probabilities have the shape {tuple(log_probs.shape)} and lengths {tuple(lengths.shape)}; "
+                "give (B, T, V) and (B,)."
+            )
+        lengths = lengths.detach().cpu().double()
+        if not ((lengths >= 0) & (lengths <= 1.001)).all():
+            raise UserError(f"The lengths are {lengths.tolist()}; give them relative to the longest, between 0 and 1.")
+        tokens = self.tokenizer.vocab_size()
+        if log_probs.shape[2] != tokens:
+            raise UserError(
+                f"There are log probabilities of {log_probs.shape[2]} tokens and the tokenizer has {tokens}; "
+                "load the one that the model was trained with."
+            )
+        if self.blank_index >= tokens:
+            raise UserError(f"blank_index is {self.blank_index} and there are {tokens} tokens; give the index of the blank.")
+        if self._search is None:
+            self._build()
+        frames = (lengths * log_probs.shape[1]).round().long().clamp(max=log_probs.shape[1]).tolist()
+        return [self._best_text(utterance[:count]) for utterance, count in zip(log_probs.detach(), frames, strict=True)]
+
+    def _best_text(self, log_probs):
+        """The text of one utterance (T, V) without padding."""
+        if not len(log_probs):
+            return ""
+        log_probs = log_probs.float().cpu()
+        if not (log_probs < math.inf).all():
+            raise UserError("The log probabilities hold NaN or infinity; check the model, whose weights may have diverged.")
+        log_probs = log_probs[:, self._kept].clamp(min=LOG_ZERO).contiguous()
+        nothing = log_probs.amax(1) <= LOG_ZERO  # frames of tokens that no text has: unknown, begin, end
+        log_probs[nothing, self._kept.index(self.blank_index)] = 0.0
+        return self._search(log_probs)
+
+    def _build(self):
+        tokenizer = self.tokenizer
+        self._kept = [
+            index
+            for index in range(tokenizer.vocab_size())
+            if index == self.blank_index
+            or not (tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index))
+        ]
+        words = None if self.lm_file is None else arpa_words(self.lm_file)
+        if words is not None:
+            check_spelling(words, tokenizer, self.lm_file)
+        build = self._flashlight if self.backend == FLASHLIGHT else self._speechbrain
+        try:
+            self._search = build(words)
+        except (RuntimeError, OSError) as error:  # KenLM's, which say where in its source
+            if words is None:
+                raise
+            cause = " ".join(str(error).split()).rsplit("threw ", 1)[-1].rstrip(".)")
+            raise UserError(f"The language model {self.lm_file} cannot be read; write it again ({cause}).") from error
+
+    def _flashlight(self, words):
+        from torchaudio.models.decoder import ctc_decoder
+
+        pieces = [self.tokenizer.id_to_piece(index) for index in self._kept]
+        blank = pieces[self._kept.index(self.blank_index)]
+        lm = None if words is None else flashlight_lm(self.lm_file, words, pieces, self.lm_weight, self.word_score)
+        decoder = ctc_decoder(
+            lexicon=None,
+            tokens=pieces,
+            lm=lm,
+            lm_weight=1.0,  # the scores are weighted already
+            nbest=self.beam_size,
+            beam_size=self.beam_size,
+            beam_size_token=min(TOKENS_PER_FRAME, len(pieces)),
+            beam_threshold=self.beam_threshold,
+            log_add=True,
+            blank_token=blank,
+            sil_token=blank,  # any other token would be swallowed as the first of an utterance
+        )
+
+        def search(log_probs):  # (T, V)
+            scores = {}
+            for hypothesis in decoder(log_probs[None])[0]:
+                ids = [self._kept[token] for token in hypothesis.tokens.tolist()]
+                text = " ".join(self.tokenizer.decode_ids(ids).split())
+                # A text may be spelled in several ways, or with several boundaries in a row
+                scores[text] = _log_add(scores.get(text, -math.inf), hypothesis.score)
+            if lm is not None:
+                lm.forget()
+            return max(scores, key=scores.get)
+
+        return search
+
+    def _speechbrain(self, words):
+        searcher = CTCBeamSearcher(
+            blank_index=self._kept.index(self.blank_index),
+            vocab_list=[self.tokenizer.id_to_piece(index) for index in self._kept],
+            kenlm_model_path=self.lm_file,
+            unigrams=words,
+            alpha=self.lm_weight,
+            beta=self.word_score,
+            unk_score_offset=UNKNOWN_WORD,
+            beam_size=self.beam_size,
+            beam_prune_logp=-self.beam_threshold,
+            token_prune_min_logp=TOKEN_FLOOR,
+            prune_history=False,  # it drops alignments of the best text, and hypotheses from the beam
+        )
+
+        if words is not None:
+            searcher.lm.score = without_empty_words(searcher.lm)
+
+        def search(log_probs):  # (T, V)
+            # In float32, numpy would lose digits of a long utterance's score
+            best = searcher.decode_log_probs(log_probs.double().numpy(), len(log_probs))[0]
+            return " ".join(best.text.split())
+
+        return search
+
+
+def _choose_backend(backend, lm_file):
+    """The name of a backend that is installed with all that it needs."""
+    try:
+        from torchaudio.models.decoder import ctc_decoder  # noqa: F401
+
+        flashlight = True
+    except (ImportError, RuntimeError):  # torchaudio turns the one into the other
+        flashlight = False
+    if backend == FLASHLIGHT and not flashlight:
+        raise UserImportError("The backend flashlight needs the package flashlight-text; run: pip install flashlight-text")
+    if backend == FLASHLIGHT or (backend is None and flashlight):
+        if lm_file is not None and not _importable("flashlight.lib.text.decoder.kenlm"):
+            raise UserImportError(
+                f"The installed flashlight-text was built without KenLM and cannot read {lm_file}; run: "
+                "pip install --force-reinstall flashlight-text"
+            )
+        return FLASHLIGHT
+    if lm_file is not None and not (_importable("kenlm") and _importable("pygtrie")):
+        package = "flashlight-text" if backend is None else "kenlm pygtrie"
+        raise UserImportError(f"The language model {lm_file} needs packages that are missing; run: pip install {package}")
+    return SPEECHBRAIN
+
+
+def _importable(name):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _log_add(a, b):
+    high, low = max(a, b), min(a, b)
+    return high + math.log1p(math.exp(low - high))

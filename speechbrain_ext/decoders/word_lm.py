@@ -1,0 +1,128 @@
+"""Word n-gram language models in ARPA format, for the CTC beam searches: checks, the list of words, and scores by tokens."""
+
+import bisect
+import gzip
+import math
+import os
+
+from speechbrain_ext.utils.errors import UserError
+
+# SpeechBrain's default, for both searches: log10, on top of what the language model says of <unk>.
+UNKNOWN_WORD = -10.0
+
+
+def _open_arpa(path):
+    with open(path, "rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    return (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", errors="replace")
+
+
+def check_arpa(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no language model {path}; check lm_file.")
+    with _open_arpa(path) as file:
+        # Comments may precede it
+        if "\\data\\" not in file.read(1 << 16):
+            raise UserError(
+                f"The language model {path} is not in ARPA format; give the ARPA file, also where there is a KenLM binary "
+                "of it, as that holds no list of words."
+            )
+
+
+def arpa_words(path):
+    """The words of a language model, sorted."""
+    words = set()
+    with _open_arpa(path) as file:
+        for line in file:
+            if line.startswith("\\1-grams:"):
+                break
+        for line in file:
+            if line.startswith("\\"):
+                break
+            if line.strip():
+                words.add(line.split()[1])  # after its log10 probability
+    return sorted(words - {"<s>", "</s>", "<unk>", "<UNK>"})
+
+
+def check_spelling(words, tokenizer, path):
+    """A language model in the other case would call every word unknown, and only make the error rate worse."""
+    sample = words[:: max(1, len(words) // 1000)]
+    foreign = [word for word in sample if tokenizer.unk_id() in tokenizer.encode_as_ids(word)]
+    if 2 * len(foreign) > len(sample) or not sample:
+        example = f", such as {foreign[0]}" if foreign else ""
+        raise UserError(
+            f"The tokenizer cannot write most words of the language model {path}{example}; give one in the spelling, upper or "
+            "lower case, of the transcripts."
+        )
+
+
+def flashlight_lm(path, words, pieces, weight, word_score):
+    """A word language model, as flashlight asks for it: by tokens.
+
+    A word is scored when the token after it begins the next one, or at the end. What an unknown word costs is paid as soon
+    as no known word begins like it, so that the beam does not fill with such beginnings.
+    """
+    from flashlight.lib.text.decoder.kenlm import KenLM
+    from flashlight.lib.text.dictionary import Dictionary
+    from torchaudio.models.decoder import CTCDecoderLM, CTCDecoderLMState
+
+    weight = weight * math.log(10)  # KenLM's scores are log10
+    unknown = weight * UNKNOWN_WORD
+    kenlm = KenLM(path, Dictionary([*words, "<unk>"]))
+
+    class WordLm(CTCDecoderLM):
+        def forget(self):
+            """Free what is known of the states of an utterance."""
+            self.known = {}  # state -> the word so far, KenLM's state before it, paid for it, score of the last token
+
+        def start(self, start_with_nothing):
+            state = CTCDecoderLMState()
+            self.known = {state: ("", kenlm.start(False), 0.0, 0.0)}
+            return state
+
+        def score(self, state, token):
+            following = state.child(token)  # the same object each time
+            known = self.known.get(following)
+            if known is None:
+                word, history, paid, _ = self.known[state]
+                piece, score = pieces[token], 0.0
+                if piece[0] == "\u2581":
+                    history, score = self._finish_word(word, history, paid)
+                    word, paid, piece = "", 0.0, piece[1:]
+                word += piece
+                place = bisect.bisect_left(words, word)
+                due = 0.0 if place < len(words) and words[place].startswith(word) else unknown
+                known = self.known[following] = (word, history, due, score + due - paid)
+            return following, known[3]
+
+        def finish(self, state):
+            word, history, paid, _ = self.known[state]
+            history, score = self._finish_word(word, history, paid)
+            return state, score + weight * kenlm.finish(history)[1]
+
+        def _finish_word(self, word, history, paid):
+            if not word:  # several boundaries in a row
+                return history, 0.0
+            place = bisect.bisect_left(words, word)
+            if place == len(words) or words[place] != word:
+                history, score = kenlm.score(history, len(words))
+                return history, weight * score + word_score + unknown - paid
+            history, score = kenlm.score(history, place)
+            return history, weight * score + word_score - paid
+
+    return WordLm()
+
+
+def without_empty_words(lm):
+    """How SpeechBrain's language model scores a word, but for an empty one, which it takes for an unknown word.
+
+    Such a word stands after a boundary at the end of an utterance, and is all that there is in silence.
+    """
+    score_word = lm.score
+
+    def score(state, word, is_last_word=False):
+        if word:
+            return score_word(state, word, is_last_word)
+        return (lm.alpha * math.log(10) * lm._get_raw_end_score(state.state) if is_last_word else 0.0), state
+
+    return score

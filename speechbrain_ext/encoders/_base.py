@@ -1,0 +1,204 @@
+"""What the encoders here share: SpeechBrain's call around a stack of blocks, whole utterances or chunk by chunk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import nn
+
+from speechbrain_ext.encoders._streaming import StreamingContext
+from speechbrain_ext.lobes.fusible import fuse_
+from speechbrain_ext.lobes.masks import check_chunks, zero_padding
+from speechbrain_ext.lobes.stack import Stack
+from speechbrain_ext.utils.errors import UserError
+
+
+def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, given: dict) -> list:
+    """The sizes to build an encoder with: those given, else those of the named row of a table.
+
+    Arguments
+    ---------
+    architecture : str
+        For messages.
+    sizes : dict
+        Rows by name.
+    size : str, optional
+        Name of the row.
+    usual : str
+        Name of the row that completes what is given where no name is.
+    given : dict
+        Values by attribute of a row; None = the row's.
+
+    Returns
+    -------
+    list
+        In the order of ``given``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such row, a given value contradicts the named row, or a value is not positive.
+
+    Example
+    -------
+    >>> from speechbrain_ext.encoders.squeezeformer import SIZES
+    >>> choose_size("Squeezeformer", SIZES, None, "xs", {"d_model": 32, "nhead": None})
+    [32, 4]
+    """
+    if size is not None and size not in sizes:
+        raise UserError(f"There is no {architecture} of size '{size}'; the sizes are: {', '.join(sizes)}.")
+    row, chosen = sizes[usual if size is None else size], []
+    for key, value in given.items():
+        usual_value = getattr(row, key)
+        if size is not None and value not in (None, usual_value):
+            raise UserError(
+                f"The {architecture} of size '{size}' has {key} {usual_value}, not {value}; leave out one of the two."
+            )
+        chosen.append(usual_value if value is None else value)
+        if not isinstance(chosen[-1], int) or chosen[-1] < 1:
+            raise UserError(f"{key} is {value!r}; give a whole number of at least 1.")
+    return chosen
+
+
+@dataclass
+class LayerState:
+    """What a block remembers between chunks."""
+
+    mixer: Any
+    convolution: torch.Tensor | None = None
+
+
+class Encoder(nn.Module):
+    """An encoder around a stack of blocks. Subclasses build the blocks, and may override what comes before and after them.
+
+    Arguments
+    ---------
+    d_model : int
+        Width.
+    layers : Stack
+        The blocks.
+
+    Example
+    -------
+    >>> from speechbrain_ext.encoders.conformer import ConformerLayer
+    >>> from speechbrain_ext.lobes.attention import RotarySelfAttention
+    >>> encoder = Encoder(16, Stack([ConformerLayer(RotarySelfAttention(16, 2), d_model=16, d_ffn=32)]))
+    >>> encoder(torch.rand(2, 10, 16))[0].shape
+    torch.Size([2, 10, 16])
+    """
+
+    streamable = True
+    passes = ("single",)
+
+    def __init__(self, d_model: int, layers: Stack):
+        super().__init__()
+        self.d_model = d_model
+        self.layers = layers
+
+    @property
+    def chunk_multiple(self) -> int:
+        """What a chunk length must divide by, in frames."""
+        return self.layers.chunk_multiple
+
+    def before_layers(self, x):
+        """(B, T, D) to (B, T, D), frame by frame."""
+        return x
+
+    def after_layers(self, x, mask=None):
+        """(B, T, D) to (B, T, D), frame by frame; the mask is (B, T) bool, True = padding."""
+        return x
+
+    def forward(
+        self,
+        src,
+        src_mask=None,
+        src_key_padding_mask=None,
+        pos_embs=None,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+    ):
+        """Encode whole utterances.
+
+        Arguments
+        ---------
+        src : torch.Tensor
+            (B, T, D).
+        src_mask, pos_embs
+            Not needed: the encoder makes its own positions and, from ``dynchunktrain_config``, its own chunk mask.
+        src_key_padding_mask : torch.Tensor, optional
+            (B, T) bool, True = padding.
+        dynchunktrain_config : DynChunkTrainConfig, optional
+            Restricts every frame to its chunk and the left context.
+
+        Returns
+        -------
+        tuple
+            (B, T, D), zero in padded frames; and an empty list, where SpeechBrain returns attention weights.
+
+        Raises
+        ------
+        ValueError
+            If the chunk setting is impossible.
+        """
+        if dynchunktrain_config is not None:
+            check_chunks(dynchunktrain_config, self.chunk_multiple)
+        x = self.before_layers(zero_padding(src, src_key_padding_mask))  # whatever lies there, NaN included
+        x = self.layers(x, src_key_padding_mask, dynchunktrain_config)
+        return zero_padding(self.after_layers(x, src_key_padding_mask), src_key_padding_mask), []
+
+    def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig) -> StreamingContext:
+        """The context of a new stream.
+
+        Arguments
+        ---------
+        dynchunktrain_config : DynChunkTrainConfig
+            Chunk size in frames and left context in chunks (None = all).
+
+        Returns
+        -------
+        StreamingContext
+
+        Raises
+        ------
+        ValueError
+            If the chunk setting is impossible.
+        """
+        check_chunks(dynchunktrain_config, self.chunk_multiple)
+        return StreamingContext(dynchunktrain_config, self.layers.initial_state(dynchunktrain_config))
+
+    def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
+        """Encode one chunk.
+
+        Arguments
+        ---------
+        src : torch.Tensor
+            (B, C, D); C is the configured chunk size, less only in the last chunk.
+        context : StreamingContext
+            Updated in place.
+        pos_embs
+            Not needed.
+
+        Returns
+        -------
+        tuple
+            (B, C, D) and an empty list.
+
+        Raises
+        ------
+        ValueError
+            If the chunk is too long, or follows a shorter one.
+        """
+        context.accept(src)
+        x = self.layers.stream(self.before_layers(src), context.layers)
+        return self.after_layers(x), []
+
+    def fuse_(self):
+        """Fold all that can be folded into the weights, in place and exactly, for inference; a second call changes nothing.
+
+        Returns
+        -------
+        Encoder
+            Itself.
+        """
+        fuse_(self)
+        return self

@@ -1,0 +1,79 @@
+"""What streaming encoders share: the context that holds all state between chunks."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext.utils.errors import UserError
+
+
+@dataclass
+class StreamingContext:
+    """All state of one stream (or one batch of streams in step).
+
+    Arguments
+    ---------
+    dynchunktrain_config : DynChunkTrainConfig
+        Chunk size in frames and left context in chunks.
+    layers : list
+        The state of each layer.
+
+    Example
+    -------
+    >>> from speechbrain_ext.registry import build_encoder
+    >>> encoder = build_encoder("hyperconformer", d_model=16, nhead=2, num_layers=2, d_ffn=32, kernel_size=3).eval()
+    >>> context = encoder.make_streaming_context(DynChunkTrainConfig(8, None))
+    >>> _ = encoder.forward_streaming(torch.rand(1, 8, 16), context)
+    >>> context.state_bytes()
+    2432
+    """
+
+    dynchunktrain_config: DynChunkTrainConfig
+    layers: list
+    ended: bool = False
+
+    def state_bytes(self) -> int:
+        """Size of the state held now, in bytes, over all layers.
+
+        Returns
+        -------
+        int
+        """
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.layers))
+
+    def accept(self, chunk: torch.Tensor) -> None:
+        """Check that a chunk may come next: all have the configured size, only the last may be shorter.
+
+        Arguments
+        ---------
+        chunk : torch.Tensor
+            (B, C, D).
+
+        Raises
+        ------
+        ValueError
+            If the chunk is empty or too long, or a shorter one has ended the stream already.
+        """
+        if torch.compiler.is_exporting():
+            return  # a graph cannot raise; whoever runs it keeps to its chunks
+        frames, size = chunk.shape[1], self.dynchunktrain_config.chunk_size
+        if not 1 <= frames <= size:
+            raise UserError(f"The chunk has {frames} frames, but this streaming context takes chunks of {size}.")
+        if self.ended:
+            raise UserError(
+                f"A chunk shorter than {size} frames has ended this stream; make a new streaming context for the next one."
+            )
+        self.ended = frames < size
+
+
+def _tensors(value: Any):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))

@@ -1,0 +1,287 @@
+"""An exported model against the model that it was made of: the same audio, PyTorch one by one, ONNX alone and in batches.
+
+Of a model for streams, PyTorch gets whole utterances under its chunk setting, and ONNX one chunk after the other.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from speechbrain.utils.edit_distance import accumulatable_wer_stats
+
+from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.registry import encoder_passes
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.measure import medians
+
+BATCH = 4
+SYNTHETIC_SECONDS = (0.02, 0.31, 1.0, 2.345, 5.0, 7.77)
+SPEED_SECONDS = 10
+SPEED_REPETITIONS = 7
+
+
+@dataclass
+class Report:
+    """What the comparison found.
+
+    Arguments
+    ---------
+    utterances : int
+        Number of utterances.
+    seconds : float
+        Their length together.
+    synthetic : bool
+        Whether they are synthetic signals.
+    max_difference : float
+        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch.
+    token_error : float
+        Edit distance of the greedily decoded tokens, divided by the number of PyTorch's.
+    torch_wer, onnx_wer : float or None
+        Word error rates in %, where there are references.
+    size : int
+        Bytes of the file.
+    torch_seconds, onnx_seconds : float
+        Median time for 10 seconds of audio, with the same number of threads.
+    chunk_seconds : float or None
+        Length of a chunk, where the model is for streams.
+    """
+
+    utterances: int
+    seconds: float
+    synthetic: bool
+    max_difference: float
+    token_error: float
+    torch_wer: float | None
+    onnx_wer: float | None
+    size: int
+    torch_seconds: float
+    onnx_seconds: float
+    chunk_seconds: float | None = None
+
+    def __str__(self):
+        kind = "synthetic signals" if self.synthetic else "utterances"
+        lines = [
+            f"compared on {self.utterances} {kind}, {self.seconds:.1f} s",
+            f"largest difference of a log-probability: {self.max_difference:.2g}",
+            f"tokens decoded differently: {self.token_error:.2%}",
+        ]
+        if self.torch_wer is not None:
+            lines.append(f"word error rate: {self.torch_wer:.2f} % PyTorch, {self.onnx_wer:.2f} % ONNX")
+        lines.append(f"size: {self.size / 2**20:.2f} MiB")
+        what, part = f"{SPEED_SECONDS} s of audio", 1000
+        if self.chunk_seconds is not None:
+            what, part = f"a chunk of {self.chunk_seconds:.2f} s", 1000 * self.chunk_seconds / SPEED_SECONDS
+        lines.append(
+            f"time for {what}: {part * self.torch_seconds:.1f} ms PyTorch, "
+            f"{part * self.onnx_seconds:.1f} ms ONNX, ratio {self.torch_seconds / self.onnx_seconds:.2f}"
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
+    """Compare a file with its model.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The ONNX file.
+    encoder : speechbrain_ext.asr.SpeechEncoder
+        The model's encoder.
+    head : torch.nn.Module
+        Its CTC head.
+    tokens : list of str
+        What each token writes.
+    blank : int
+        The blank's index.
+    audio : list of str
+        Audio files, or folders in LibriSpeech layout.
+    pass_name : str, optional
+        Of a cascade, the pass that was exported.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    AudioError
+        If a file is not audio.
+    ValueError
+        If a folder is not in LibriSpeech layout.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    about = session.get_modelmeta().custom_metadata_map
+    rate = encoder.compute_features.compute_STFT.sample_rate
+    config = None
+    if about.get("mode") == "streaming":
+        left = int(about["left_context"])
+        config = DynChunkTrainConfig(int(about["chunk_size"]), None if left == -1 else left)
+
+    def log_probs(out):
+        return (out if head is encoder.head else head(out)).log_softmax(dim=-1)[0].numpy()
+
+    def theirs(wav):
+        return log_probs(encoder.encode(wav.unsqueeze(0), dynchunktrain_config=config, pass_name=pass_name)[0])
+
+    def their_stream(wav):
+        context = encoder.make_streaming_context(config, encoder_passes(encoder.transformer.encoder, pass_name))
+        pieces, last = wav.unsqueeze(0).split(int(about["chunk_step"]), 1), len(wav) // int(about["chunk_step"])
+        return [log_probs(encoder.encode_streaming(piece, context, i == last)[0]) for i, piece in enumerate(pieces)]
+
+    def ours(*wavs):
+        return run(session, wavs) if config is None else run_stream(session, wavs)
+
+    files = _files(audio)
+    references, difference, samples = [], 0.0, 0
+    texts, distance, total = ([], []), 0, 0
+    for start in range(0, max(len(files), 1), BATCH):
+        batch = files[start : start + BATCH]
+        wavs = [load_audio(file, rate) for file, _ in batch] if files else _synthetic(rate)
+        references += [reference for _, reference in batch]
+        expected = [theirs(wav) for wav in wavs]
+        alone = [ours(wav)[0] for wav in wavs]
+        together = wavs
+        if config is not None:  # streams in step end together
+            together = [torch.nn.functional.pad(wav, (0, max(map(len, wavs)) - len(wav))) for wav in wavs]
+        expected_together = expected if config is None else [theirs(wav) for wav in together]
+        for wanted, found in ((expected, alone), (expected_together, ours(*together))):
+            difference = max(difference, *map(_difference, wanted, found))
+        for wav, one, other in zip(wavs, expected, alone, strict=True):
+            samples += len(wav)
+            decoded = [greedy(log_probs, blank) for log_probs in (one, other)]
+            total += len(decoded[0])
+            distance += _distance(*decoded)
+            for kind, ids in zip(texts, decoded, strict=True):
+                kind.append(written(ids, tokens))
+    speed_signal = _synthetic(rate, (SPEED_SECONDS,))[0]
+    timed = theirs if config is None else their_stream
+    times = medians({"torch": lambda: timed(speed_signal), "onnx": lambda: ours(speed_signal)}, SPEED_REPETITIONS)
+    scored = bool(references) and None not in references
+    return Report(
+        utterances=len(texts[0]),
+        seconds=samples / rate,
+        synthetic=not files,
+        max_difference=float(difference),
+        token_error=distance / max(1, total),
+        torch_wer=_wer(references, texts[0]) if scored else None,
+        onnx_wer=_wer(references, texts[1]) if scored else None,
+        size=Path(path).stat().st_size,
+        torch_seconds=times["torch"] / 1000,
+        onnx_seconds=times["onnx"] / 1000,
+        chunk_seconds=None if config is None else int(about["chunk_step"]) / rate,
+    )
+
+
+def run(session, wavs):
+    """Log-probabilities (T, V) of the valid frames of each of several waveforms (N,), run as one batch."""
+    lengths = np.array([len(wav) for wav in wavs], dtype=np.int64)
+    waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # never to be heard
+    log_probs, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
+    return [one[:count] for one, count in zip(log_probs, frames, strict=True)]
+
+
+def run_stream(session, wavs):
+    """Log-probabilities (T, V) of several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
+    about = session.get_modelmeta().custom_metadata_map
+    n_fft, hop, step = (int(about[key]) for key in ("n_fft", "hop_length", "chunk_step"))
+    waveform = np.pad(torch.stack(list(wavs)).numpy(), ((0, 0), (n_fft // 2, n_fft // 2)))
+    windows = len(wavs[0]) // hop * hop + n_fft  # samples that have some
+    states, chunks = json.loads(about["state"]), []
+    given = {
+        state["input"]: np.zeros([len(wavs) if size == "batch" else size for size in state["shape"]], state["type"])
+        for state in states
+    }
+    outputs = ["log_probs", *(state["output"] for state in states)]
+    for start in range(0, windows - n_fft + 1, step):
+        chunk = waveform[:, start : min(start + int(about["chunk_samples"]), windows)]
+        log_probs, *following = session.run(outputs, {"waveform": chunk} | given)
+        given = {state["input"]: tensor for state, tensor in zip(states, following, strict=True)}
+        chunks.append(log_probs)
+    return list(np.concatenate(chunks, 1))
+
+
+def greedy(log_probs, blank):
+    """Best token of each frame of (T, V), repetitions and blanks left out.
+
+    Example
+    -------
+    >>> greedy(np.eye(3)[[0, 1, 1, 0, 1, 2]], blank=0)
+    [1, 1, 2]
+    """
+    best = log_probs.argmax(-1)
+    changed = np.flatnonzero(np.diff(best, prepend=-1))
+    return [int(token) for token in best[changed] if token != blank]
+
+
+def written(ids, tokens):
+    """Tokens as text.
+
+    Example
+    -------
+    >>> written([0, 1, 0], ["▁A", "B"])
+    'AB A'
+    """
+    return " ".join("".join(tokens[token] for token in ids).replace("▁", " ").split())
+
+
+def _difference(expected, found):
+    if expected.shape != found.shape:
+        return float("inf")
+    difference = np.abs(expected - found).max()
+    return float("inf") if np.isnan(difference) else float(difference)
+
+
+def _distance(reference, hypothesis):
+    """Number of insertions, deletions and substitutions."""
+    stats = accumulatable_wer_stats([reference], [hypothesis])
+    return stats["insertions"] + stats["deletions"] + stats["substitutions"]
+
+
+def _wer(references, texts):
+    stats = accumulatable_wer_stats([text.split() for text in references], [text.split() for text in texts])
+    return float(stats["WER"])
+
+
+def _synthetic(rate, seconds=SYNTHETIC_SECONDS):
+    """Deterministic signals with something of speech: noise and harmonics whose loudness and pitch change, with pauses."""
+    generator = torch.Generator().manual_seed(0)
+    signals = []
+    for duration in seconds:
+        time = torch.arange(int(duration * rate)) / rate
+        pitch = 120 + 30 * torch.sin(2 * torch.pi * 0.7 * time)
+        phase = 2 * torch.pi * torch.cumsum(pitch, 0) / rate
+        voice = sum(torch.sin(harmonic * phase) / harmonic for harmonic in range(1, 20))
+        noise = torch.randn(len(time), generator=generator)
+        syllables = torch.sin(2 * torch.pi * 2.0 * time).clamp(min=0)
+        signals.append(0.1 * syllables * voice + 0.02 * syllables.roll(2000) * noise + 1e-4 * noise)
+    return signals
+
+
+def _files(audio):
+    """(file, reference or None) of all files, and of those that the transcripts in folders name."""
+    files = []
+    for entry in map(Path, audio):
+        if not entry.is_dir():
+            files.append((entry, None))
+            continue
+        found = []
+        for transcript in sorted(entry.rglob("*.trans.txt")):
+            beside = {path.stem: path for path in transcript.parent.iterdir() if path.suffix != ".txt"}
+            for line in transcript.read_text(encoding="utf-8").splitlines():
+                name, _, text = line.partition(" ")
+                if name in beside:
+                    found.append((beside[name], text))
+        if not found:
+            raise UserError(f"{entry} holds no *.trans.txt with audio beside it; give audio files, or a LibriSpeech folder.")
+        files += found
+    return files

@@ -1,0 +1,289 @@
+"""Trained models as one ONNX file: samples in, log-probabilities of the CTC head out, and all that decoding them needs.
+
+The file is there only after its answers have been compared with those of the model that it was made of
+(:mod:`speechbrain_ext.export.check`).
+
+Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` of this package, ``mode``, ``precision``
+(``float32`` or ``int8``), ``encoder``, for a cascade ``pass``, ``sample_rate``, ``n_fft``, ``hop_length``, ``n_mels``,
+``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space.
+
+Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
+``chunk_samples``, ``chunk_step``, and ``state``: a JSON list of the tensors that go from one chunk to the next, each with the
+names of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the zeros that the first chunk gets.
+With N samples, and ``n_fft / 2`` zeros before and behind them, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples``
+of them, the last chunk as many as are left of the ``(N // hop_length) * hop_length + n_fft`` that lie in windows.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext import __version__
+from speechbrain_ext.export.check import Report, check
+from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_whole import FullContext
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.streaming import chunk_setting
+from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
+from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError, one_line
+
+
+class ExportError(UserRuntimeError):
+    """A model that cannot be exported, or whose file gives other answers; the message says what and what to do."""
+
+
+def export_model(
+    source,
+    path,
+    pass_name=None,
+    int8=False,
+    audio=(),
+    tolerance=None,
+    streaming=False,
+    chunk_size=None,
+    left_context=None,
+    trust=False,
+):
+    """Write a trained model as an ONNX file, for whole utterances or for streams.
+
+    The graph takes ``waveform`` (batch, samples) float32 and ``lengths`` (batch,) int64, numbers of samples, and gives
+    ``log_probs`` (batch, frames, tokens) and ``frames`` (batch,) int64, numbers of valid frames; an utterance gets the same
+    answer alone and in any batch. Of a model with a decoder it is the CTC branch.
+
+    With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the
+    module; the streams of a batch run in step.
+
+    Arguments
+    ---------
+    source : str
+        A model folder, or the name of a Hugging Face repository.
+    path : str
+        The file to write; one that is there is replaced.
+    pass_name : str, optional
+        Of a cascade, the pass to export: "second", the default, or "first".
+    int8 : bool
+        Whether the weights of matrix products are kept in 8 bits, and their inputs are rounded to 8 bits as they come. The
+        features and the subsampling remain in float32.
+    audio : list of str
+        Audio files to compare on, or folders in LibriSpeech layout, whose references then give word error rates, too; without
+        any, synthetic signals.
+    tolerance : float, optional
+        What is accepted: for float32 the largest difference of a log-probability (default 1e-3); for int8 the token error rate
+        against the float32 model, greedily decoded (default 0.05; on synthetic signals, of which no model is sure, 0.2).
+    streaming : bool
+        Whether for streams.
+    chunk_size : int, optional
+        Of streams, encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
+    left_context : int, optional
+        Of streams, left context in chunks; by default what the model was trained for, or 16; -1 = all.
+    trust : bool
+        As in :func:`speechbrain_ext.inference.load_model`.
+
+    Returns
+    -------
+    Report
+        What the comparison found; as text, lines to print.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        If the model, the folder of ``path`` or an audio file is missing, or ``path`` is a folder.
+    ImportError
+        If the packages for ONNX are missing.
+    ValueError
+        If the model or the audio is not what it should be, or the model does not stream so.
+    ExportError
+        If the encoder has operations that ONNX has not, or the comparison fails; then no file is left.
+
+    Example
+    -------
+    >>> export_model("/no/such/folder", "model.onnx")
+    Traceback (most recent call last):
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}; create it, or give another path.")
+    _require_packages()
+    model = load_model(source, "cpu", pass_name, trust=trust)
+    encoder, head = model.mods.encoder, model.ctc_head
+    if streaming:
+        graph = Streaming(encoder, head, _chunks(model, chunk_size, left_context), model.pass_name)
+    else:
+        graph = FullContext(encoder, head, model.pass_name)
+    metadata = _metadata(model, graph, "int8" if int8 else "float32")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        _write(graph, partial, int8, metadata)
+        report = _check(partial, encoder, head, metadata, audio, model.pass_name)
+        _refuse(report, int8, tolerance)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return report
+
+
+def _require_packages():
+    try:
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise UserImportError(f"Export needs the package {error.name}; install it with: pip install -e '.[export]'") from error
+
+
+def _chunks(model, chunk_size, left_context):
+    usual, left = chunk_setting(model)
+    if left_context is not None:
+        left = None if left_context == -1 else left_context
+    return DynChunkTrainConfig(usual if chunk_size is None else chunk_size, left)
+
+
+def _metadata(model, graph, precision):
+    encoder, tokenizer = model.mods.encoder, model.hparams.tokenizer
+    net, stft = encoder.transformer.encoder, encoder.compute_features.compute_STFT
+    names = [name for name in list_encoders() if get_encoder(name) is type(net)]
+    return {
+        "format": "speechbrain_ext",
+        "version": __version__,
+        "mode": graph.mode,
+        "precision": precision,
+        "encoder": names[0] if names else type(net).__name__,
+        **({"pass": model.pass_name or passes_of(net)[-1]} if len(passes_of(net)) > 1 else {}),
+        "sample_rate": str(stft.sample_rate),
+        "n_fft": str(stft.n_fft),
+        "hop_length": str(stft.hop_length),
+        "n_mels": str(encoder.compute_features.compute_fbanks.n_mels),
+        "seconds_per_frame": str(encoder.subsampling.factor * stft.hop_length / stft.sample_rate),
+        "blank_index": str(model.hparams.blank_index),
+        "tokens": json.dumps([_written(tokenizer, token) for token in range(tokenizer.vocab_size())], ensure_ascii=False),
+        **graph.metadata,
+    }
+
+
+def _written(tokenizer, token):
+    """What a token writes: its piece, as in SentencePiece nothing for a control token, and a sign for the unknown one."""
+    if tokenizer.is_control(token):
+        return ""
+    return "▁⁇▁" if tokenizer.is_unknown(token) else tokenizer.id_to_piece(token)
+
+
+def _write(graph, path, int8, metadata):
+    import onnx
+
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                graph,
+                graph.example_inputs(),
+                input_names=list(graph.input_names),
+                output_names=list(graph.output_names),
+                dynamic_shapes=graph.dynamic_shapes,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter has a class of error per stage
+            name = type(graph.transformer.encoder).__name__
+            cause = one_line(error.__cause__ or error)
+            raise ExportError(f"{name} has what ONNX export cannot express; rewrite that part of it: {cause}") from error
+    proto = program.model_proto
+    floating = _floating(proto.graph)
+    _strip(proto)
+    onnx.save(proto, path)
+    if int8:
+        _quantise(path, floating)
+        proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, path)
+
+
+def _floating(graph):
+    """Names of the nodes that remain in float32 in any case."""
+    # A weight per head: the runtime has no scales per output for products in a batch
+    batched = {weight.name for weight in graph.initializer if len(weight.dims) > 2}
+    return [
+        node.name
+        for node in graph.node
+        if _scope(node).startswith(("features", "subsampling")) or (node.op_type == "MatMul" and batched.intersection(node.input))
+    ]
+
+
+def _scope(node):
+    """Path of the module that a node comes from, such as ``transformer.encoder.layers.0``."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            return next((name for name in json.loads(entry.value.replace("'", '"')) if name), "")
+    return ""
+
+
+def _strip(proto):
+    """The exporter notes for each node where in whose files its Python code stands: nothing for others to know."""
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _quantise(path, floating):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            path,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=floating,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # Seven bits: sums of 8 by 8 bits overflow in processors without VNNI, and the error would depend on the processor.
+            reduce_range=True,
+        )
+
+
+def _check(path, encoder, head, metadata, audio, pass_name):
+    try:
+        return check(path, encoder, head, json.loads(metadata["tokens"]), int(metadata["blank_index"]), audio, pass_name)
+    except (OSError, UserError):  # of the audio
+        raise
+    except Exception as error:  # onnxruntime has a class of error per kind of failure
+        cause = one_line(error)
+        raise ExportError(f"onnxruntime cannot run the exported model, so no file was written: {cause}") from error
+
+
+def _refuse(report: Report, int8, tolerance):
+    usual = (0.2 if report.synthetic else 0.05) if int8 else 1e-3
+    limit = usual if tolerance is None else tolerance
+    found = report.token_error if int8 and math.isfinite(report.max_difference) else report.max_difference
+    if found <= limit:  # NaN is not
+        return
+    what = (
+        f"decodes {found:.1%} of the tokens differently in 8 bits"
+        if int8
+        else f"differs by {found:.3g} in a log-probability from PyTorch"
+    )
+    remedy = "compare on real speech with --audio, or export without --int8" if int8 else "accept more with --tolerance"
+    allowed = f"{limit:.1%}" if int8 else f"{limit:g}"
+    raise ExportError(f"The exported model {what}, and {allowed} is accepted, so no file was written; {remedy}.")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what the exporter says about packages that are not needed here."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

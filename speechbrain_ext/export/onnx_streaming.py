@@ -1,0 +1,316 @@
+"""A trained model as one module that takes a stream chunk by chunk, with all its state as inputs and outputs.
+
+An encoder keeps its streaming state as it likes, in tensors and counters inside dataclasses, lists and dictionaries. What of it
+is an input is found by streaming: tensors that there are after some chunks, and integers that have changed by then. So an encoder
+that knows nothing of export is exported as well, if its answer is the same where its state begins
+
+* with zeros in place of nothing, in the size that the state has at last; along an axis that never stops growing, with no entries;
+* with counters that are tensors.
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import SimpleNamespace
+
+import torch
+from speechbrain.lobes.models.transformer.TransformerASR import TransformerASRStreamingContext
+from torch import nn
+
+from speechbrain_ext.export.onnx_whole import Features
+from speechbrain_ext.lobes.features import moments_of, prior_of, standardized
+from speechbrain_ext.lobes.fusible import fuse_
+from speechbrain_ext.registry import encoder_passes
+from speechbrain_ext.utils.errors import UserError
+
+
+class StreamingFeatures(Features):
+    """The features of one chunk after the other, as :class:`speechbrain_ext.lobes.features.FeatureStream` has them.
+
+    Arguments
+    ---------
+    compute_features : speechbrain.lobes.features.Fbank
+        The feature extraction.
+    normalize : speechbrain.processing.features.InputNormalization
+        The normaliser, with its statistics.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> features = StreamingFeatures(Fbank(n_mels=80), InputNormalization(norm_type="sentence").eval())
+    >>> x, peak, moments = features(torch.rand(2, 3 * 160 + 400), torch.zeros(2), torch.zeros(3, 2, 80, dtype=torch.float64))
+    >>> x.shape
+    torch.Size([2, 4, 80])
+    """
+
+    def __init__(self, compute_features, normalize):
+        super().__init__(compute_features, normalize)
+        self.mels = compute_features.compute_fbanks.n_mels
+        self.silence = self.multiplier * math.log10(self.amin) - self.reference
+        prior = torch.zeros(3, 1, self.mels, dtype=torch.float64)
+        self.register_buffer("prior", prior + prior_of(normalize, prior) if self.per_sentence else None)
+
+    def forward(self, waveform, peak, moments=None):
+        """One chunk.
+
+        Arguments
+        ---------
+        waveform : torch.Tensor
+            (B, N), the windows of the chunk's frames.
+        peak : torch.Tensor
+            (B,) loudest bin so far, in dB above silence.
+        moments : torch.Tensor, optional
+            (3, B, F) float64, number, sum and sum of squares of the frames so far, where the utterance normalises itself.
+
+        Returns
+        -------
+        tuple
+            Features (B, T, F), and the new peak and moments.
+        """
+        features = self.log_mel_of_windows(waveform)
+        peak = peak.maximum(features.amax((1, 2)) - self.silence)
+        features = features.maximum((peak + (self.silence - self.top_db))[:, None, None])
+        if not self.per_sentence:
+            return (features - self.mean) / self.std, peak, None
+        moments = moments + moments_of(features, torch.ones_like(features[..., :1], dtype=torch.bool), 1)
+        # The prior is among the moments already
+        settings = SimpleNamespace(prior_frames=0, std_norm=self.std_norm, epsilon=self.epsilon)
+        return standardized(settings, features, (moments + self.prior).unsqueeze(2)), peak, moments
+
+
+@dataclass
+class State:
+    """One tensor of a stream's state.
+
+    Arguments
+    ---------
+    name : str
+        Of the input.
+    shape : list
+        Of the first chunk's, with "batch" for the batch's size.
+    dtype : torch.dtype
+        Of its zeros.
+    growth : dict
+        By how much an axis grows with each chunk, by its index.
+    """
+
+    name: str
+    shape: list
+    dtype: torch.dtype = torch.float32
+    growth: dict = field(default_factory=dict)
+
+    def example(self, batch, chunks):
+        """Zeros as after a number of chunks."""
+        sizes = (batch if size == "batch" else size + chunks * self.growth.get(axis, 0) for axis, size in enumerate(self.shape))
+        return torch.zeros(tuple(sizes), dtype=self.dtype)
+
+    def dynamic(self, batch):
+        """Dimensions that are free, as the exporter takes them; what grows by as much has the same length."""
+        owner = self.name.partition(".")[0]
+        free = {axis: torch.export.Dim(f"{owner}_{growth}") for axis, growth in self.growth.items()}
+        return free | {axis: batch for axis, size in enumerate(self.shape) if size == "batch"}
+
+    def described(self):
+        """For the metadata."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"input": self.name, "output": f"next.{self.name}", "shape": self.shape, "type": dtype}
+
+
+class Streaming(nn.Module):
+    """One chunk of a stream: ``waveform`` (B, N) and the state to ``log_probs`` (B, T, V) and the next state.
+
+    The samples are those in the windows of the chunk's feature frames: of chunk i, those from ``i * step`` on, ``samples`` of
+    them, in a stream with ``n_fft / 2`` zeros before and behind it. N is less only in the last chunk.
+
+    Arguments
+    ---------
+    encoder : speechbrain_ext.asr.SpeechEncoder
+        The encoder; it is copied, and what can be folded for inference is folded in the copy.
+    head : torch.nn.Module
+        The CTC head.
+    config : DynChunkTrainConfig
+        Chunk size in encoder frames and left context in chunks (None = all).
+    pass_name : str, optional
+        Of a cascade, the pass that answers.
+
+    Raises
+    ------
+    ValueError
+        If the model does not stream, or its state is not found as the module's text says.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+    >>> from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+    >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+    >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="hyperconformer")
+    >>> normalize = InputNormalization(norm_type="sentence")
+    >>> encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net).eval()
+    >>> graph = Streaming(encoder, nn.Linear(32, 30), DynChunkTrainConfig(4, 2))
+    >>> log_probs, *state = graph(*graph.example_inputs())
+    >>> log_probs.shape, len(state) == len(graph.states)
+    (torch.Size([2, 4, 30]), True)
+    """
+
+    mode = "streaming"
+
+    def __init__(self, encoder, head, config, pass_name=None):
+        super().__init__()
+        self.config, self.pass_name = config, pass_name
+        self.features = StreamingFeatures(encoder.compute_features, encoder.normalize)
+        self.subsampling, self.transformer = copy.deepcopy(encoder.subsampling), copy.deepcopy(encoder.transformer)
+        if hasattr(self.transformer, "decoder"):
+            del self.transformer.decoder
+        self.head = copy.deepcopy(head)
+        fuse_(self)
+        self.eval()
+        frames, hop = self.subsampling.factor * config.chunk_size, self.features.hop_length
+        self.step, self.samples = frames * hop, (frames - 1) * hop + self.features.n_fft
+        own = [State("features.peak", ["batch"])]
+        if self.features.per_sentence:
+            own.append(State("features.moments", [3, "batch", self.features.mels], torch.float64))
+        own.append(State("subsampling.left", ["batch", 0, self.features.mels], growth={1: self.subsampling.factor}))
+        self._own = len(own)
+        self._template, self._parts, encoder_states = self._find_states()
+        self.states = own + encoder_states
+        self.input_names = ("waveform", *(state.name for state in self.states))
+        self.output_names = ("log_probs", *(state.described()["output"] for state in self.states))
+
+    def forward(self, waveform, states):
+        """See the class; the states are in the order of ``states``."""
+        own, others = states[: self._own], states[self._own :]
+        x, *heard = self.features(waveform, *own[:-1])
+        x, left = self.subsampling.stream(x, own[-1])
+        given = {part: state for parts, state in zip(self._parts, others, strict=True) for part in parts}
+        context = _rebuilt(self._template, given)
+        x = self.transformer.encode_streaming(x, TransformerASRStreamingContext(self.config, context))
+        left_behind = dict(_leaves(context))
+        following = [left_behind[parts[0]] for parts in self._parts]
+        heard = [tensor for tensor in heard if tensor is not None]
+        return self.head(x).log_softmax(dim=-1), *heard, left, *following
+
+    def example_inputs(self):
+        """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""
+        waveform = torch.randn(2, self.samples, generator=torch.Generator().manual_seed(0))
+        return waveform, [state.example(2, 1 if state.name == "subsampling.left" else 3) for state in self.states]
+
+    @property
+    def metadata(self):
+        """What a caller must know of chunks and states, all text."""
+        left = self.config.left_context_size
+        return {
+            "chunk_size": str(self.config.chunk_size),
+            "left_context": str(-1 if left is None else left),
+            "chunk_samples": str(self.samples),
+            "chunk_step": str(self.step),
+            "state": json.dumps([state.described() for state in self.states]),
+        }
+
+    @property
+    def dynamic_shapes(self):
+        """What is free in the inputs."""
+        batch = torch.export.Dim("batch")
+        samples = torch.export.Dim("samples", min=self.features.n_fft, max=self.samples)
+        return {0: batch, 1: samples}, [state.dynamic(batch) for state in self.states]
+
+    @torch.no_grad()
+    def _find_states(self):
+        """Stream, and see what changes.
+
+        Returns
+        -------
+        tuple
+            A context with all its tensors; for each state the names of its parts in there, several where layers count alike; and
+            the states.
+        """
+        name = type(self.transformer.encoder).__name__
+        if not getattr(self.transformer.encoder, "streamable", True):
+            raise UserError(f"{name} does not stream; export it without --streaming.")
+        _, first, before, last = self._stream_noise(2)
+        context, _, _, wider = self._stream_noise(3)
+        constants, counters, parts, states = {}, {}, [], []
+        for part, value in last.items():
+            start = first.get(part)
+            if isinstance(value, torch.Tensor):
+                if isinstance(start, torch.Tensor) and start.any():
+                    raise UserError(f"{name} starts a stream with a {part} other than zeros; begin with zeros to export it.")
+                if not value.numel():  # such as a left context of no frames
+                    constants[part] = start
+                    continue
+                parts.append([part])
+                states.append(_state(f"encoder.{part}", before[part], value, wider[part]))
+            elif isinstance(value, int) and value != start and not isinstance(value, bool) and not start:
+                course = before[part], value
+                if course in counters:
+                    counters[course].append(part)
+                    continue
+                counters[course] = [part]
+                parts.append(counters[course])
+                states.append(State(f"encoder.{part}", [], torch.int64))
+            elif value != start:
+                raise UserError(f"{name} keeps its {part} between chunks as {value!r}; keep it in a tensor to export it.")
+        return _rebuilt(context, constants), parts, states
+
+    def _stream_noise(self, batch):
+        """A context after some chunks, and what it held before the first one, before the last one, and now."""
+        name = type(self.transformer.encoder).__name__
+        keys = encoder_passes(self.transformer.encoder, self.pass_name)
+        context = self.transformer.make_streaming_context(self.config, keys)
+        held = [dict(_leaves(context.encoder_context, name))]
+        for _ in range(3 + (self.config.left_context_size or 0)):  # by then nothing grows but what always does
+            features = torch.randn(batch, self.subsampling.factor * self.config.chunk_size, self.features.mels)
+            self.transformer.encode_streaming(self.subsampling.stream(features)[0], context)
+            held.append(dict(_leaves(context.encoder_context, name)))
+        return context.encoder_context, held[0], held[-2], held[-1]
+
+
+def _state(name, before, tensor, wider):
+    """A tensor's state, from what it was a chunk before, and is in a larger batch."""
+    growth, shape = {}, []
+    for axis, (old, size, other) in enumerate(zip(before.shape, tensor.shape, wider.shape, strict=True)):
+        if size != old:
+            growth[axis] = size - old
+        shape.append("batch" if size != other else 0 if axis in growth else size)
+    return State(name, shape, tensor.dtype, growth)
+
+
+def _leaves(value, encoder="", name=""):
+    """(name, value) of all that a context holds."""
+    if is_dataclass(value):
+        items = [(entry.name, getattr(value, entry.name)) for entry in fields(value)]
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    elif value is None or isinstance(value, (torch.Tensor, torch.SymInt, int, float, str)):
+        yield name, value
+        return
+    else:
+        kind = type(value).__name__
+        raise UserError(f"{encoder} keeps its streaming state in a {kind}, where export finds no tensors; make that a dataclass.")
+    for key, item in items:
+        yield from _leaves(item, encoder, f"{name}.{key}" if name else str(key))
+
+
+def _rebuilt(value, given, name=""):
+    """A copy of a context, with other values where there are some by the name."""
+
+    def part(key, item):
+        return _rebuilt(item, given, f"{name}.{key}" if name else str(key))
+
+    if name in given:
+        return given[name]
+    if is_dataclass(value):
+        new = copy.copy(value)
+        for entry in fields(value):
+            setattr(new, entry.name, part(entry.name, getattr(value, entry.name)))
+        return new
+    if isinstance(value, dict):
+        return {key: part(key, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(part(i, item) for i, item in enumerate(value))
+    return value

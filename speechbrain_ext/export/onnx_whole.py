@@ -1,0 +1,209 @@
+"""A trained model as one module of operations that ONNX has: from samples to the CTC head's log-probabilities.
+
+SpeechBrain's feature extraction and normalisation do not export (complex numbers, lengths rounded anew at each stage), so they
+are written again here, with the settings and statistics of the objects of the model; the rest is the model's own.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from speechbrain_ext.lobes.fusible import fuse_
+from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.utils.errors import UserError
+
+
+class Features(nn.Module):
+    """SpeechBrain's Fbank and InputNormalization with matrix products in place of the FFT; exact in any batch.
+
+    Arguments
+    ---------
+    compute_features : speechbrain.lobes.features.Fbank
+        The feature extraction.
+    normalize : speechbrain.processing.features.InputNormalization
+        The normaliser, with its statistics.
+
+    Raises
+    ------
+    ValueError
+        If they are set to something that has no place here.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> fbank, normalize, wav = Fbank(n_mels=80), InputNormalization(norm_type="sentence").eval(), torch.rand(1, 1600)
+    >>> features, frames = Features(fbank, normalize)(wav, torch.tensor([1600]))
+    >>> features.shape, frames
+    (torch.Size([1, 11, 80]), tensor([11]))
+    >>> torch.allclose(features, normalize(fbank(wav)), atol=1e-3)
+    True
+    """
+
+    def __init__(self, compute_features, normalize):
+        super().__init__()
+        stft, filters = compute_features.compute_STFT, compute_features.compute_fbanks
+        _refuse_unknown(compute_features, normalize)
+        self.n_fft, self.hop_length = stft.n_fft, stft.hop_length
+        left = (self.n_fft - stft.win_length) // 2  # where torch.stft puts a window that is shorter than the transform
+        self.register_buffer("window", F.pad(stft.window, (left, self.n_fft - stft.win_length - left)).float())
+        inner, outer, bins = _two_stages(self.n_fft)
+        self.register_buffer("inner", inner.float())
+        self.register_buffer("outer", outer.float())
+        # Filterbank makes its matrix inside forward; in the linear scale it is what it gives for a unit matrix.
+        linear = copy.copy(filters)
+        linear.log_mel = False
+        matrix = linear(torch.eye(self.n_fft // 2 + 1).unsqueeze(0))[0].detach()  # (bins, mels)
+        self.register_buffer("filters", torch.where(bins.unsqueeze(1) < 0, 0.0, matrix[bins]))
+        self.power = filters.power_spectrogram
+        self.multiplier, self.amin, self.top_db = filters.multiplier, filters.amin, filters.top_db
+        self.reference = filters.multiplier * filters.db_multiplier
+        self.per_sentence = normalize.norm_type == "sentence"
+        self.std_norm, self.epsilon = normalize.std_norm, normalize.epsilon
+        if not self.per_sentence:
+            std = normalize.glob_std if self.std_norm else torch.ones_like(normalize.glob_mean)
+            self.register_buffer("mean", normalize.glob_mean.clone())
+            self.register_buffer("std", std.clamp(min=self.epsilon))
+
+    def forward(self, waveform, lengths):
+        """Samples (B, N) and numbers of them (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
+        features = self.log_mel(waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0))
+        frames = 1 + lengths // self.hop_length
+        padding = padding_mask(frames, features.shape[1]).unsqueeze(2)
+        # The loudest bin of the utterance, not of its batch: the frame behind its end may still see a louder sample.
+        loudest = features.masked_fill(padding, -math.inf).amax(dim=(1, 2), keepdim=True)
+        features = self._normalize(torch.maximum(features, loudest - self.top_db), padding, frames.view(-1, 1, 1))
+        return features.masked_fill(padding, 0.0), frames
+
+    def log_mel(self, waveform):
+        """Mel bins (B, 1 + N // hop, F) of samples (B, N) in dB."""
+        return self.log_mel_of_windows(F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)))
+
+    def log_mel_of_windows(self, waveform):
+        """Mel bins (B, 1 + (N - n_fft) // hop, F) in dB of the windows that lie in samples (B, N)."""
+        framed = waveform.unfold(1, self.n_fft, self.hop_length) * self.window
+        batch, steps, _ = framed.shape
+        rows = self.inner.shape[0]  # P; n = p * Q + q
+        x = framed.unflatten(2, (rows, self.n_fft // rows)).transpose(2, 3) @ self.inner  # (B, T, Q, 2R)
+        x = x.unflatten(3, (2, -1)).permute(4, 0, 1, 3, 2).reshape(self.outer.shape[0], batch * steps, -1)  # (R, B * T, 2Q)
+        real, imaginary = (x @ self.outer).chunk(2, dim=2)  # (R, B * T, Q)
+        spectrum = (real.square() + imaginary.square()).transpose(0, 1).reshape(batch, steps, -1)
+        if self.power != 2:
+            spectrum = spectrum.sqrt() if self.power == 1 else spectrum.pow(self.power / 2)
+        return self.multiplier * (spectrum @ self.filters).clamp(min=self.amin).log10() - self.reference
+
+    def _normalize(self, features, padding, frames):
+        if not self.per_sentence:
+            return (features - self.mean) / self.std
+        centred = features
+        for _ in range(2):  # onnxruntime adds up a thousand frames one by one in float32; the second mean is that error
+            centred = centred - centred.masked_fill(padding, 0.0).sum(1, keepdim=True) / frames
+        if not self.std_norm:
+            return centred
+        std = (centred.masked_fill(padding, 0.0).square().sum(1, keepdim=True) / frames).sqrt()
+        return centred / std.clamp(min=self.epsilon)
+
+
+def _two_stages(size):
+    """The discrete Fourier transform of real numbers as two matrix products, one step of Cooley and Tukey's.
+
+    Against one product with all sines it has a sixth of the operations, and sums of tens of terms in place of hundreds: those
+    in float32 lose quiet bins beside loud ones. With size = P * Q, n = p * Q + q and k = s * P + r,
+
+        X[k] = sum over q of exp(-2 pi i q k / size) * (sum over p of x[n] exp(-2 pi i p r / P)),
+
+    for r <= P / 2 only, as the other k are mirror images.
+
+    Returns
+    -------
+    tuple
+        The inner matrix (P, 2R); the outer ones (R, 2Q, 2Q), both with real parts before imaginary ones; and which bin each of
+        the R * Q results is, -1 for one that is there already.
+    """
+    first = max(divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0)  # P
+    second = size // first
+    r = torch.arange(first // 2 + 1)
+    k = r.unsqueeze(1) + first * torch.arange(second)  # (R, Q)
+    angle = -2 * math.pi / first * torch.outer(torch.arange(first), r).double()
+    inner = torch.cat([angle.cos(), angle.sin()], dim=1)
+    # Modulo the size first: angles stay small, and their sines exact
+    angle = -2 * math.pi / size * (torch.arange(second).view(1, -1, 1) * k.unsqueeze(1) % size).double()  # (R, Q, Q)
+    cos, sin = angle.cos(), angle.sin()
+    outer = torch.cat([torch.cat([cos, sin], dim=2), torch.cat([-sin, cos], dim=2)], dim=1)
+    bins = torch.minimum(k, size - k).flatten().tolist()
+    return inner, outer, torch.tensor([-1 if bin in bins[:i] else bin for i, bin in enumerate(bins)])
+
+
+def _refuse_unknown(compute_features, normalize):
+    stft, filters = compute_features.compute_STFT, compute_features.compute_fbanks
+    for name, value, known in (
+        ("deltas", compute_features.deltas, (False,)),
+        ("context", compute_features.context, (False,)),
+        ("center", stft.center, (True,)),
+        ("pad_mode", stft.pad_mode, ("constant",)),
+        ("normalized_stft", stft.normalized_stft, (False,)),
+        ("onesided", stft.onesided, (True,)),
+        ("log_mel", filters.log_mel, (True,)),
+        ("norm_type", normalize.norm_type, ("sentence", "global")),
+    ):
+        if value not in known:
+            raise UserError(
+                f"The model's {name} is {value}, which export does not know; it knows {' and '.join(map(str, known))}."
+            )
+
+
+class FullContext(nn.Module):
+    """Whole utterances: ``waveform`` (B, N) and ``lengths`` (B,) to ``log_probs`` (B, T, V) and ``frames`` (B,).
+
+    Arguments
+    ---------
+    encoder : speechbrain_ext.asr.SpeechEncoder
+        The encoder; it is copied, and what can be folded for inference is folded in the copy.
+    head : torch.nn.Module
+        The CTC head.
+    pass_name : str, optional
+        Of a cascade, the pass that answers.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+    >>> from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+    >>> net = TransformerASR(30, 640, 32, 4, 2, 0, 64, encoder_module="conformer")
+    >>> encoder = SpeechEncoder(Fbank(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net)
+    >>> log_probs, frames = FullContext(encoder.eval(), nn.Linear(32, 30))(torch.rand(2, 16000), torch.tensor([16000, 8000]))
+    >>> log_probs.shape, frames
+    (torch.Size([2, 26, 30]), tensor([26, 13]))
+    """
+
+    mode = "full"
+    metadata = {}
+    input_names = ("waveform", "lengths")
+    output_names = ("log_probs", "frames")
+    dynamic_shapes = ({0: "batch", 1: "samples"}, {0: "batch"})
+
+    def __init__(self, encoder, head, pass_name=None):
+        super().__init__()
+        self.pass_name = pass_name
+        self.features = Features(encoder.compute_features, encoder.normalize)
+        self.subsampling, self.transformer = copy.deepcopy(encoder.subsampling), copy.deepcopy(encoder.transformer)
+        if hasattr(self.transformer, "decoder"):
+            del self.transformer.decoder
+        self.head = copy.deepcopy(head)
+        fuse_(self)
+        self.eval()
+
+    def forward(self, waveform, lengths):
+        """See the class."""
+        x, frames = self.features(waveform, lengths)
+        x, relative = self.subsampling(x, frames / x.shape[1])
+        x = self.transformer.encode(x, relative, pass_name=self.pass_name)
+        return self.head(x).log_softmax(dim=-1), absolute_lengths(relative, x.shape[1])
+
+    def example_inputs(self):
+        """Inputs to trace with: two utterances, as an axis of one would be taken for a constant."""
+        return torch.randn(2, 20000, generator=torch.Generator().manual_seed(0)), torch.tensor([20000, 12000])

@@ -1,0 +1,211 @@
+"""Loading a trained model, from a folder or from Hugging Face."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS
+from speechbrain_ext.inference.models import CLASSES
+from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
+from speechbrain_ext.model_folder.build import Refused, build
+from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
+"""Of hyperparams.yaml, which loading needs."""
+
+
+def load_model(source, device=None, pass_name=None, revision=None, trust=False):
+    """Load a trained model.
+
+    Only classes that a model needs are built, see :mod:`speechbrain_ext.model_folder.build`; a folder that names anything else is
+    refused, wherever it comes from.
+
+    Arguments
+    ---------
+    source : str
+        A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``.
+    device : str, optional
+        Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
+    pass_name : str, optional
+        Of a cascade, the pass that answers: "second", the default, or "first".
+    revision : str, optional
+        Of a repository, the commit, tag or branch; by default what it holds now. All files are those of one commit. What was
+        loaded once can be loaded again without a network.
+    trust : bool
+        Whether ``hyperparams.yaml`` may name anything, and so run any code.
+
+    Returns
+    -------
+    JointModel or CtcModel
+        With ``transcribe_file(path)``, ``transcribe_files(paths)``, ``align(wav, text)``, and SpeechBrain's own methods.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such model, or no such revision.
+    UserError
+        If it is not a speech recogniser, names more than may be built, is damaged, its files do not belong together,
+        ``pass_name`` or ``revision`` is given for one that has no choice of it, or there is no such device.
+
+    Example
+    -------
+    >>> load_model("/no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    """
+    source = os.fspath(source)
+    folder = Path(source).expanduser()
+    is_local = bool(source) and folder.is_dir()
+    _check_device(device)
+    if not is_local:
+        folder = _download(source, revision)
+    elif revision is not None:
+        raise UserError(f"{source} is a folder, which has no revision {revision}; leave the revision out.")
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{source} is no model folder, as it has no {name}; give a folder that training wrote.")
+    kind = CLASSES[_interface(source, folder)]
+    values = _build(source, folder, trust)
+    _check_keys(source, values, kind)
+    try:
+        load_weights(values["asr_model"], folder / WEIGHTS)
+        load_tokenizer(values["tokenizer"], folder / TOKENIZER)
+    except UserError as error:
+        raise _damaged(source, error) from error
+    model = kind(modules=values["modules"], hparams=values, run_opts={"device": device} if device else None)
+    # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
+    model.hparams.asr_model.to(model.device)
+    _check_answer(source, model)
+    if pass_name is not None:
+        model.choose_pass(pass_name)
+    return model
+
+
+def _download(source, revision):
+    """The folder in Hugging Face's cache that holds a model as one commit has it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        version = f"{source} at revision {revision}" if revision else source
+        raise FileNotFoundError(
+            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
+            "(HF_HUB_OFFLINE unset)."
+        ) from error
+
+
+def _check_device(device):
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # such as no driver, PyTorch without it, and "meta"
+        cause = " ".join(str(error).split(". ")[0].split())[:100]
+        raise UserError(f"The device {device} cannot be used here ({cause}); give cpu, or a device that there is.") from error
+
+
+def _interface(source, folder):
+    """The class of SpeechBrain that the folder is for."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The {CONFIG} of {source} is no JSON: {one_line(error, 100)}.") from error
+    config = config if isinstance(config, dict) else {}
+    version, interface = config.get("format_version"), config.get("speechbrain_interface")
+    if not isinstance(interface, str) or interface not in CLASSES:
+        raise UserError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(CLASSES)}.")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise UserError(
+            f"{source} has the format version {version!r}, and this speechbrain_ext reads 1 to {FORMAT_VERSION}; update it."
+        )
+    return interface
+
+
+def _build(source, folder, trust):
+    """The objects of hyperparams.yaml."""
+    try:
+        text = (folder / HYPERPARAMS).read_text(encoding="utf-8")
+        return load_hyperpyyaml(text) if trust else build(text)
+    except Refused as error:
+        raise UserError(
+            f"The {HYPERPARAMS} of {source} has {error}, which is no part of a model that training writes, and could run any "
+            "code. If it is a class of your own, mark it with speechbrain_ext.registry.loadable and import its module; else "
+            f"read the file ({folder / HYPERPARAMS}), and if you trust it, load it with trust=True (--trust)."
+        ) from error
+    except (UserError, UnicodeDecodeError) as error:
+        raise _damaged(source, f"{HYPERPARAMS}: {error}") from error
+
+
+def _check_keys(source, values, kind):
+    """Refuse a file that lacks a key, before anything reads it."""
+    needed = [*KEYS, *kind.HPARAMS_NEEDED]
+    missing = [key for key in needed if key not in values]
+    modules = values.get("modules")
+    if not missing:
+        if not isinstance(modules, dict):
+            missing = ["modules"]
+        else:
+            missing = [name for name in kind.MODULES_NEEDED if not isinstance(modules.get(name), torch.nn.Module)]
+    if missing:
+        raise UserError(
+            f"The {HYPERPARAMS} of {source} has no {missing[0]}, which {kind.__mro__[2].__name__} needs; it is damaged, or its "
+            f"{CONFIG} is that of another model."
+        )
+
+
+def _check_answer(source, model):
+    """What loads may still not belong together: refused now, so that it does not answer with words that nobody said."""
+    encoder, rate = model.mods.encoder, model.sample_rate
+    stft = getattr(encoder.compute_features, "compute_STFT", None)
+    if not isinstance(rate, int) or stft is None or stft.sample_rate != rate:
+        stated = getattr(stft, "sample_rate", None)
+        raise UserError(f"The model {source} states a sample_rate of {rate!r}, and its features are for {stated}.")
+    step = encoder.subsampling.factor * stft.hop_length / rate
+    if step != FRAME_SECONDS:
+        raise UserError(
+            f"The model {source} has a frame every {1000 * step:g} ms; only {1000 * FRAME_SECONDS:g} ms are supported."
+        )
+    if model.ctc_head is not getattr(encoder, "head", None) and not any(
+        model.ctc_head is part for part in model.hparams.asr_model.modules()
+    ):
+        raise UserError(f"The model {source} has no CTC head: its ctc_lin has no weights; train it with one.")
+    statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), encoder.compute_features.compute_fbanks.n_mels
+    if statistics.numel() not in (0, features):
+        raise UserError(f"The model {source} has statistics of {statistics.numel()} features and {features} features.")
+    if encoder.normalize.norm_type == "global" and not statistics.numel():
+        raise UserError(f"The model {source} has no feature statistics, which norm_type global needs; copy or train it again.")
+    log_probs = model.frames(torch.zeros(1, rate // 10), torch.ones(1))[0][0]
+    tokens = model.tokenizer.vocab_size()
+    if log_probs.shape[1] != tokens:
+        raise UserError(
+            f"The {TOKENIZER} of {source} has {tokens} tokens and the model {log_probs.shape[1]}; give it the one that it was "
+            "trained with."
+        )
+    if model.blank not in range(tokens):
+        raise UserError(f"The blank_index of {source} is {model.blank}; give one of its {tokens} tokens, in training mostly 0.")
+    if not log_probs.isfinite().all():
+        raise UserError(f"The model {source} answers NaN: its weights or statistics are no numbers; take an earlier checkpoint.")
+
+
+def _damaged(source, error):
+    return UserRuntimeError(f"The model {source} is damaged: {one_line(error).rstrip('.')}; copy or train it again.")

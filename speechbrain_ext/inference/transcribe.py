@@ -1,0 +1,198 @@
+"""From audio files to text: the one way, for Python and for the command line."""
+
+import dataclasses
+import math
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from speechbrain_ext.dataio.audio import AudioError, count_samples
+from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
+from speechbrain_ext.inference.segments import split_at_pauses
+from speechbrain_ext.utils.errors import UserError, one_line
+
+WINDOW = 256  # files that are sorted by length together: enough for full batches, few enough to see results soon
+BATCH_SECONDS = 120  # of audio, padding included
+LONG_SECONDS = 60  # longer files go in pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """What became of a file."""
+
+    file: str
+    segments: list
+    error: UserError | None = None
+    """Why there are no segments."""
+
+    @property
+    def text(self):
+        """All segments in one line."""
+        return " ".join(segment.text for segment in self.segments)
+
+
+def transcribe_files(model, files, output=None, streaming=False, progress=False):
+    """Transcripts of audio files of any length.
+
+    Files of up to a minute are read whole, in batches of about the same length; where the memory is too small for a batch, one by
+    one. Longer files go in pieces, see :func:`speechbrain_ext.inference.long_audio.transcribe_long`.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        From :func:`speechbrain_ext.inference.load_model`.
+    files : list of str or os.PathLike
+        Audio files.
+    output : str or os.PathLike, optional
+        A folder for ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt`` of each file. What an earlier call has finished there is not
+        done again, and what it has begun goes on.
+    streaming : bool
+        Whether all files go through the model as a stream, whatever their length and the model.
+    progress : bool
+        Whether to show bars on standard error.
+
+    Returns
+    -------
+    iterator of Transcript
+        In the order of the files; a file that cannot be transcribed has its ``error``, and the others go on.
+
+    Raises
+    ------
+    UserError
+        If two files would have the same name in the output folder, or what is there is of something else.
+    OSError
+        If the output folder cannot be written to.
+    """
+    files = [os.fspath(file) for file in files]
+    outputs = _outputs(model, files, output, streaming) if output is not None else {}
+    return _transcripts(_Run(model, streaming, outputs, progress), files)
+
+
+def _transcripts(run, files):
+    with tqdm(total=len(files), unit=" files", disable=not run.progress or len(files) < 2) as run.bar:
+        for start in range(0, len(files), WINDOW):
+            window = files[start : start + WINDOW]
+            yield from map(run.transcripts(window).__getitem__, window)
+
+
+@contextmanager
+def beside_bars(file):
+    """A context in which one may print while bars are shown: a terminal shows both, and no line begins after a bar."""
+    with tqdm.external_write_mode(file=file):
+        yield
+
+
+def _outputs(model, files, output, streaming):
+    """What is written for each file."""
+    if not os.fspath(output):
+        raise UserError("The output folder has no name; give one.")
+    names = {}
+    for file in dict.fromkeys(files):
+        name = Path(file).stem
+        if name in names:
+            raise UserError(f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give them one by one.")
+        names[name] = file
+    settings = settings_of(model, streaming)
+    return {file: SegmentFile(output, file, settings) for file in names.values() if os.path.isfile(file)}
+
+
+class _Run:
+    """One call's files, window by window."""
+
+    def __init__(self, model, streaming, outputs, progress):
+        self.model, self.streaming, self.outputs, self.progress = model, streaming, outputs, progress
+        self.bar = None
+
+    def transcripts(self, files):
+        """Transcripts by file."""
+        found, wavs = {}, {}
+        for file in files:
+            if file in found or file in wavs:
+                self.bar.update()
+                continue
+            try:
+                seconds = count_samples(file, self.model.sample_rate) / self.model.sample_rate
+                if file in self.outputs and self.outputs[file].finished:
+                    found[file] = self._done(file, self.outputs[file].segments)
+                elif seconds > LONG_SECONDS or self.streaming:
+                    found[file] = self._long(file, seconds)
+                else:
+                    wavs[file] = self.model.load_audio(file)
+            except AudioError as error:
+                found[file] = self._failed(file, error)
+            except (RuntimeError, MemoryError) as error:
+                found[file] = self._failed(file, _of_memory(error))
+        for batch in self._batches(wavs):
+            found |= self._batch(batch, wavs)
+        return found
+
+    def _batches(self, wavs):
+        """Files of about the same length, the longest first: what needs most memory shows at once."""
+        limit, batches = BATCH_SECONDS * self.model.sample_rate, []
+        for file in sorted(wavs, key=lambda file: len(wavs[file])):
+            if not batches or (len(batches[-1]) + 1) * len(wavs[file]) > limit:
+                batches.append([])
+            batches[-1].append(file)
+        return reversed(batches)
+
+    def _batch(self, files, wavs):
+        try:
+            segments = self._segments([wavs[file] for file in files])
+        except (RuntimeError, MemoryError) as error:  # the files one by one, before any is given up
+            _of_memory(error)
+            if len(files) == 1:
+                return {files[0]: self._failed(files[0], error)}
+            return {file: transcript for one in files for file, transcript in self._batch([one], wavs).items()}
+        return {
+            file: self._keep(file, [] if segment is None else split_at_pauses(segment))
+            for file, segment in zip(files, segments, strict=True)
+        }
+
+    def _segments(self, wavs):
+        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        return self.model.transcribe_segments(pad_sequence(wavs, batch_first=True), lengths / lengths.max())
+
+    def _long(self, file, seconds):
+        kept, segments = self.outputs.get(file), []
+        start = 0.0 if kept is None else kept.start
+        name = Path(file).name.encode("unicode_escape").decode()
+        with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=name, disable=not self.progress) as bar:
+            for segment in transcribe_long(self.model, file, self.streaming or None, start, bar.update):
+                segments.append(segment)
+                if kept is not None:
+                    kept.add(segment)
+        if kept is None:
+            return self._done(file, segments)
+        kept.finish()
+        return self._done(file, kept.segments)
+
+    def _keep(self, file, segments):
+        if file in self.outputs:
+            for segment in segments:
+                self.outputs[file].add(segment)
+            self.outputs[file].finish()
+        return self._done(file, segments)
+
+    def _done(self, file, segments):
+        self.bar.update()
+        return Transcript(file, list(segments))
+
+    def _failed(self, file, error):
+        self.bar.update()
+        if file in self.outputs:
+            self.outputs[file].abandon()
+        if not isinstance(error, UserError):
+            error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
+        return Transcript(file, [], error)
+
+
+def _of_memory(error):
+    """The error, if it is about memory; anything else is a bug, and goes on with its traceback."""
+    if isinstance(error, MemoryError) or re.search(r"memory|ALLOC_FAILED", str(error)):
+        return error
+    raise error

@@ -1,0 +1,74 @@
+"""Which classes and functions a model folder may name.
+
+Ours and the user's are those marked with :func:`speechbrain_ext.registry.loadable`. Those of other packages are listed here: all
+take numbers, names and one another, open no file and call nothing by its name.
+"""
+
+import importlib
+import importlib.util
+
+from speechbrain_ext.registry import find_loadable
+
+PACKAGE = "speechbrain_ext"
+
+CLASSES = {
+    "sentencepiece.SentencePieceProcessor",
+    "speechbrain.decoders.S2STransformerBeamSearcher",
+    "speechbrain.decoders.scorer.CTCScorer",
+    "speechbrain.decoders.scorer.ScorerBuilder",
+    "speechbrain.lobes.features.Fbank",
+    "speechbrain.nnet.linear.Linear",
+    "speechbrain.processing.features.InputNormalization",
+    "torch.nn.ModuleDict",
+    "torch.nn.ModuleList",
+}
+WITHOUT_ARGUMENTS = {"sentencepiece.SentencePieceProcessor"}
+"""Whose arguments would name a file."""
+NAMES = {
+    "speechbrain.decoders.ctc.ctc_greedy_decode",
+    "torch.nn.GELU",
+    "torch.nn.LeakyReLU",
+    "torch.nn.ReLU",
+    "torch.nn.SiLU",
+}
+"""What may be named without being built."""
+
+
+def find_class(path):
+    """A class that a folder may have built.
+
+    Arguments
+    ---------
+    path : str
+        Such as ``torch.nn.ModuleList``.
+
+    Returns
+    -------
+    type or None
+        None where the folder may not name it.
+
+    Example
+    -------
+    >>> find_class("torch.nn.ModuleList").__name__, find_class("os.system")
+    ('ModuleList', None)
+    """
+    if path in CLASSES:
+        return _locate(path)
+    if path.startswith(f"{PACKAGE}."):  # a module of this package does nothing when it is imported
+        module = path.rpartition(".")[0]
+        try:
+            if importlib.util.find_spec(module) is not None:
+                importlib.import_module(module)
+        except ModuleNotFoundError:
+            return None
+    return find_loadable(path)
+
+
+def find_name(path):
+    """A class or function that a folder may name without building it; None where it may not."""
+    return _locate(path) if path in NAMES else find_class(path)
+
+
+def _locate(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,214 @@
+"""Building a model from the text of its ``hyperparams.yaml``, without running anything that the text could choose.
+
+HyperPyYAML calls whatever a file names, and resolves references before it looks at tags. A stranger's file is therefore not given
+to it. The file is parsed into nodes, which builds nothing; every node must be of the small grammar below; and objects are built
+from these nodes, by the classes of :mod:`speechbrain_ext.model_folder.allowlist` alone.
+
+====================================== =======================================================================================
+mapping, list, number, text, null      plain values; keys are texts; no anchors, aliases, merges, and no text that begins with
+                                        "(", which HyperPyYAML would read as a tuple
+``!ref <key>``                          the value of another key of the file, the same object wherever it is referred to
+``!new:module.Class`` with arguments    an object
+``!name:module.Class`` with arguments   a class or function, with these arguments if there are any
+====================================== =======================================================================================
+
+SpeechBrain's own loader reads the same files and gives the same objects.
+"""
+
+import functools
+import re
+
+import ruamel.yaml
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+from speechbrain_ext.model_folder.allowlist import CLASSES, WITHOUT_ARGUMENTS, find_class, find_name
+from speechbrain_ext.utils.errors import UserError, one_line
+
+LARGEST_TEXT, MOST_NODES, DEEPEST = 2**17, 5_000, 40
+"""Limits of a file: bytes, nodes and nesting. Files of ours have 3 kB, 300 nodes and 5 levels."""
+
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
+_LIST, _MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
+_REFERENCE = re.compile(r"<(\w+)>")
+
+
+class Refused(UserError):
+    """A file that holds something outside the grammar; the message is what it holds."""
+
+
+def parse(text):
+    """The nodes of a file that keeps to the grammar.
+
+    Arguments
+    ---------
+    text : str
+        The content of a ``hyperparams.yaml``.
+
+    Returns
+    -------
+    dict
+        Nodes by top-level key.
+
+    Raises
+    ------
+    Refused
+        If it holds anything else; the message is what it holds.
+    UserError
+        If it is no YAML.
+
+    Example
+    -------
+    >>> list(parse("norm: !new:torch.nn.ModuleList []"))
+    ['norm']
+    >>> parse("norm: !apply:os.system [rm]")
+    Traceback (most recent call last):
+    speechbrain_ext.model_folder.build.Refused: !apply:os.system
+    """
+    if len(text) > LARGEST_TEXT:
+        raise Refused(f"{len(text)} characters")
+    try:
+        root = _compose(text)
+    except ruamel.yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"it is no YAML: {getattr(error, 'problem', None) or one_line(error)}{where}") from error
+    except (RecursionError, ValueError) as error:  # ValueError: characters that YAML does not allow
+        raise Refused(f"what is no YAML of ours ({one_line(error, 100)})") from error
+    if not isinstance(root, MappingNode) or root.tag != _MAPPING:
+        raise UserError("it holds no keys")
+    _check(root, set(), 0)
+    nodes = {key.value: value for key, value in root.value}
+    for node in _walk(root):
+        if node.tag == "!ref" and _REFERENCE.fullmatch(node.value)[1] not in nodes:
+            raise UserError(f"it refers to {node.value}, which is no key of it")
+    return nodes
+
+
+def build(text):
+    """The objects that a file describes.
+
+    Arguments
+    ---------
+    text : str
+        The content of a ``hyperparams.yaml``.
+
+    Returns
+    -------
+    dict
+        Values by top-level key.
+
+    Raises
+    ------
+    UserError
+        As :func:`parse`, or where a class does not take its arguments.
+
+    Example
+    -------
+    >>> build("size: 3\\nhead: !new:speechbrain.nnet.linear.Linear {input_size: !ref <size>, n_neurons: 2}")["head"].w.in_features
+    3
+    """
+    return _Builder(parse(text)).all()
+
+
+def _compose(text):
+    """The root node; building nothing, the tags as HyperPyYAML's loader sees them."""
+    loader = ruamel.yaml.SafeLoader(text)
+    try:
+        return loader.get_single_node()
+    finally:
+        loader.dispose() if hasattr(loader, "dispose") else None
+
+
+def _check(node, seen, depth):
+    """Refuse a node outside the grammar: its tag first, whatever it looks like."""
+    if id(node) in seen or getattr(node, "anchor", None):
+        raise Refused(f"the anchor or alias '{node.anchor}'")
+    seen.add(id(node))
+    if len(seen) > MOST_NODES or depth > DEEPEST:
+        raise Refused(f"more than {MOST_NODES} values" if depth <= DEEPEST else f"more than {DEEPEST} levels")
+    tag = str(node.tag)
+    if tag.startswith(("!new:", "!name:")):
+        kind, _, path = tag.partition(":")
+        if (find_class if kind == "!new" else find_name)(path) is None:
+            raise Refused(tag)
+        if isinstance(node, ScalarNode) and node.value:
+            raise Refused(f"{tag} with the text '{node.value[:40]}'")
+        if path in WITHOUT_ARGUMENTS and node.value:
+            raise Refused(f"{tag} with arguments")
+    elif isinstance(node, ScalarNode):
+        if tag == "!ref":
+            if not _REFERENCE.fullmatch(node.value):
+                raise Refused(f"!ref {node.value[:60]}")
+        elif tag not in _PLAIN:
+            raise Refused(tag)
+        elif node.value.startswith("("):
+            raise Refused(f"the text '{node.value[:60]}'")
+    elif tag != (_LIST if isinstance(node, SequenceNode) else _MAPPING):
+        raise Refused(tag)
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, ScalarNode) or str(key.tag) != "tag:yaml.org,2002:str" or key.anchor:
+                raise Refused(f"the key {str(getattr(key, 'value', ''))[:40]!r} ({key.tag})")
+            seen.add(id(key))
+            _check(value, seen, depth + 1)
+    elif isinstance(node, SequenceNode):
+        for child in node.value:
+            _check(child, seen, depth + 1)
+
+
+def _walk(node):
+    yield node
+    if isinstance(node, MappingNode):
+        for _, value in node.value:
+            yield from _walk(value)
+    elif isinstance(node, SequenceNode):
+        for child in node.value:
+            yield from _walk(child)
+
+
+class _Builder:
+    """Objects of checked nodes; each key is built once."""
+
+    def __init__(self, nodes):
+        self._nodes, self._built, self._open = nodes, {}, []
+        self._constructor = ruamel.yaml.SafeLoader("")
+
+    def all(self):
+        return {key: self._key(key) for key in self._nodes}
+
+    def _key(self, key):
+        if key in self._open:
+            raise UserError(f"its keys refer to one another in a circle: {', '.join(self._open)}")
+        if key not in self._built:
+            self._open.append(key)
+            self._built[key] = self._value(self._nodes[key])
+            self._open.pop()
+        return self._built[key]
+
+    def _value(self, node):
+        tag = str(node.tag)
+        if tag == "!ref":
+            return self._key(_REFERENCE.fullmatch(node.value)[1])
+        if isinstance(node, ScalarNode) and tag in _PLAIN:
+            return self._constructor.construct_object(node)
+        if isinstance(node, MappingNode):
+            args, kwargs = (), {key.value: self._value(value) for key, value in node.value}
+        elif isinstance(node, SequenceNode):
+            args, kwargs = [self._value(child) for child in node.value], {}
+        else:
+            args, kwargs = (), {}
+        if tag == _MAPPING:
+            return kwargs
+        if tag == _LIST:
+            return args
+        kind, _, path = tag.partition(":")
+        if kind == "!name":
+            target = find_name(path)
+            return functools.partial(target, *args, **kwargs) if args or kwargs else target
+        try:
+            return find_class(path)(*args, **kwargs)
+        except Exception as error:
+            # The call itself, or a class of another package, which raises what it likes; what another raises is a bug of it
+            if isinstance(error, UserError) or (path not in CLASSES and error.__traceback__.tb_next is not None):
+                raise
+            raise UserError(f"{path} does not take its arguments: {one_line(error)}") from error

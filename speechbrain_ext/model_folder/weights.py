@@ -1,0 +1,125 @@
+"""Weights as safetensors: a file of numbers. Reading it runs nothing, where a pickle may hold code."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from sentencepiece import SentencePieceProcessor
+from speechbrain.utils.fetching import FetchSource
+from speechbrain.utils.parameter_transfer import Pretrainer
+
+from speechbrain_ext.model_folder import TOKENIZER, WEIGHTS
+from speechbrain_ext.registry import loadable
+from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError
+from speechbrain_ext.utils.text import listing
+
+
+def save_weights(model, path):
+    """Write the weights and buffers of a model.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        The model. Tensors that share memory are written one by one, so that every name of its state is in the file.
+    path : str or os.PathLike
+        The file.
+
+    Example
+    -------
+    >>> import os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), WEIGHTS)
+    >>> first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    >>> save_weights(first, path)
+    >>> load_weights(second, path)
+    >>> torch.equal(first.weight, second.weight)
+    True
+    """
+    state = model.state_dict()
+    state = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    Path(path).write_bytes(safetensors.torch.save(state))  # its save_file would make a file that only its owner can read
+
+
+def load_weights(model, path):
+    """Load what :func:`save_weights` wrote.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        The model.
+    path : str or os.PathLike
+        The file.
+
+    Raises
+    ------
+    UserRuntimeError
+        If the file is damaged or no safetensors file, or its names, shapes or types are not those of the model.
+    """
+    name = Path(path).name
+    try:
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserRuntimeError(f"{name} is damaged, or no safetensors file ({error})") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # one line a group of names, or a name
+        flaws = listing([" ".join(line.split()) for line in str(error).splitlines()[1:]], most=2)
+        raise UserRuntimeError(f"{name} holds the weights of another model ({flaws[:300]})") from error
+
+
+def load_tokenizer(tokenizer, path):
+    """Load a SentencePiece model.
+
+    Arguments
+    ---------
+    tokenizer : sentencepiece.SentencePieceProcessor
+        The tokenizer, of which only the model file's numbers and pieces are taken.
+    path : str or os.PathLike
+        The file.
+
+    Raises
+    ------
+    UserRuntimeError
+        If it is damaged.
+    """
+    try:
+        tokenizer.load(str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserRuntimeError(f"{Path(path).name} is damaged, or no SentencePiece model") from error
+    if not tokenizer.vocab_size():
+        raise UserRuntimeError(f"{Path(path).name} is an empty SentencePiece model")
+
+
+@loadable
+class SafetensorsPretrainer(Pretrainer):
+    """SpeechBrain's Pretrainer for a model folder, for its own loader (``EncoderASR.from_hparams``).
+
+    Arguments
+    ---------
+    asr : torch.nn.Module
+        The model, whose weights are ``asr.safetensors``.
+    tokenizer : sentencepiece.SentencePieceProcessor
+        The tokenizer, which is ``tokenizer.ckpt``.
+
+    Raises
+    ------
+    UserTypeError
+        If they are of other types: nothing else is loaded.
+    """
+
+    def __init__(self, asr, tokenizer):
+        for value, kind in ((asr, torch.nn.Module), (tokenizer, SentencePieceProcessor)):
+            if not isinstance(value, kind):
+                raise UserTypeError(f"A model folder loads a {kind.__name__}, and this is a {type(value).__name__}.")
+        super().__init__(
+            loadables={"asr": asr, "tokenizer": tokenizer}, custom_hooks={"asr": load_weights, "tokenizer": load_tokenizer}
+        )
+
+    def collect_files(self, default_source=None, *args, **kwargs):
+        """As in SpeechBrain; the weights come from where the other files are."""
+        for key, name in (("asr", WEIGHTS), ("tokenizer", TOKENIZER)):
+            if isinstance(default_source, FetchSource):
+                path = FetchSource(default_source.FetchFrom, f"{default_source.path}/{name}")
+            else:
+                path = f"{default_source}/{name}"
+            self.add_paths({key: path})
+        return super().collect_files(default_source, *args, **kwargs)

@@ -1,0 +1,162 @@
+"""Checkpoints that survive an interruption at any moment, and that hold all that decides how training goes on."""
+
+import logging
+import os
+import random
+import shutil
+
+import numpy as np
+import torch
+from speechbrain.utils.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    ckpt_recency,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, get_rank, if_main_process
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ext.utils.errors import UserRuntimeError, one_line
+
+logger = get_logger(__name__)
+
+PARTIAL_PREFIX = "partial-"  # SpeechBrain takes only folders for checkpoints whose name begins with CKPT
+
+
+class DamagedCheckpoint(UserRuntimeError):
+    """A checkpoint that cannot be loaded; the message names it."""
+
+
+class AtomicCheckpointer(Checkpointer):
+    """SpeechBrain's Checkpointer, but a checkpoint is there completely or not at all.
+
+    SpeechBrain writes the file that makes a folder a checkpoint first, and deletes folders in place, so that a run that is
+    killed meanwhile leaves a checkpoint with files missing, which the next start tries to load. Here a checkpoint is written
+    under another name and renamed, and renamed before it is deleted. The latest checkpoint is never deleted.
+
+    Arguments
+    ---------
+    checkpoints_dir : str
+        Where to save.
+    recoverables : dict, optional
+        What to save, by name.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> checkpointer = AtomicCheckpointer(folder, {"model": torch.nn.Linear(1, 1)})
+    >>> checkpointer.save_and_keep_only(meta={"WER": 10.0}, min_keys=["WER"])
+    >>> checkpointer.save_and_keep_only(meta={"WER": 12.0}, min_keys=["WER"], keep_recent=False)
+    >>> sorted(checkpoint.meta["WER"] for checkpoint in checkpointer.list_checkpoints())
+    [10.0, 12.0]
+    """
+
+    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
+        """As in SpeechBrain."""
+        if if_main_process():
+            for leftover in self.checkpoints_dir.glob(PARTIAL_PREFIX + "*"):
+                shutil.rmtree(leftover)
+        partial = super().save_checkpoint(meta or {}, end_of_epoch, name, verbosity=logging.DEBUG)
+        ddp_barrier()  # other processes write to the folder, too
+        saved = None
+        if partial is not None:
+            path = partial.path.with_name(partial.path.name.removeprefix(PARTIAL_PREFIX))
+            os.replace(partial.path, path)
+            logger.log(verbosity, "Saved the checkpoint %s", path)
+            saved = Checkpoint(path, partial.meta, {name: path / file.name for name, file in partial.paramfiles.items()})
+        ddp_barrier()
+        return saved
+
+    def load_checkpoint(self, checkpoint):
+        """As in SpeechBrain, with one sentence where a file is missing or broken."""
+        try:
+            super().load_checkpoint(checkpoint)
+        except Exception as error:  # whatever unpickling a broken file comes to
+            cause = one_line(error)
+            raise DamagedCheckpoint(
+                f"The checkpoint {checkpoint.path} cannot be loaded; delete it to go on from the one before ({cause})."
+            ) from error
+
+    def _new_checkpoint_dirpath(self):
+        return self._partial(super()._new_checkpoint_dirpath())
+
+    def _custom_checkpoint_dirpath(self, name):
+        return self._partial(super()._custom_checkpoint_dirpath(name))
+
+    def delete_checkpoints(
+        self, *, num_to_keep=1, min_keys=None, max_keys=None, importance_keys=(ckpt_recency,), ckpt_predicate=None, **_
+    ):
+        """As in SpeechBrain, but each checkpoint vanishes at once, and the latest one stays."""
+        orders = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
+        orders += [{"importance_key": key} for key in importance_keys]
+        ddp_barrier()
+        if if_main_process():
+            latest = self.find_checkpoint()
+            found, kept = {}, {latest.path} if latest else set()
+            for order in orders:
+                ranked = self.find_checkpoints(ckpt_predicate=ckpt_predicate, **order)
+                found.update({checkpoint.path: checkpoint for checkpoint in ranked})
+                kept.update(checkpoint.path for checkpoint in ranked[:num_to_keep])
+            for path in found.keys() - kept:
+                partial = self._partial(path)
+                os.replace(path, partial)
+                shutil.rmtree(partial)
+        ddp_barrier()
+
+    @staticmethod
+    def _partial(path):
+        return path.with_name(PARTIAL_PREFIX + path.name)
+
+
+class RandomStates:
+    """The states of all random number generators, as something that a Checkpointer saves and recovers.
+
+    Each process of a distributed run has its own states. A process that the saved run did not have takes those of the first.
+
+    Example
+    -------
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "random_states.ckpt"
+    >>> RandomStates().save(path)
+    >>> number = torch.rand(1), np.random.rand(), random.random()
+    >>> RandomStates().load(path, end_of_epoch=True)
+    >>> number == (torch.rand(1), np.random.rand(), random.random())
+    True
+    """
+
+    @mark_as_saver
+    def save(self, path):
+        """Write the states to a file, plain enough for ``torch.load`` with ``weights_only``."""
+        name, keys, position, has_gauss, gauss = np.random.get_state()
+        states = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+            "python": random.getstate(),
+        }
+        torch.save(states, self._of_this_process(path))
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Take the states from a file."""
+        del end_of_epoch  # the states are the same at any moment
+        own = self._of_this_process(path)
+        states = torch.load(own if own.exists() else path)
+        torch.set_rng_state(states["torch"])
+        if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(states["cuda"])
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(states["python"])
+
+    @staticmethod
+    def _of_this_process(path):
+        rank = get_rank() or 0
+        # another suffix, so that a Checkpointer does not take it for a recoverable of its own
+        return path.with_suffix(f".rank{rank}") if rank else path
+
+
+register_checkpoint_hooks(RandomStates, save_on_main_only=False)

@@ -1,0 +1,95 @@
+"""The results table: one row for each test set and search of each run, as CSV."""
+
+import csv
+import dataclasses
+import fcntl
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from speechbrain_ext.utils.files import write_csv
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultRow:
+    """A row of the results table, as a run writes it; its fields are the columns."""
+
+    experiment: str
+    """Name of the run in its hparams."""
+    architecture: str
+    """Registered name of the encoder."""
+    hparams: str
+    """The hparams file."""
+    overrides: str
+    """What the command line changed of it, but for paths."""
+    corpus: str
+    train_set: str
+    """Splits, separated by blanks."""
+    train_hours: float
+    test_set: str
+    search: str
+    WER: float
+    """In %, as the next four are numbers of words."""
+    insertions: int
+    deletions: int
+    substitutions: int
+    words: int
+    parameters: int
+    audio_seconds_per_second: float
+    """Seconds of audio that a second of training took in."""
+    peak_memory_mib: int
+    steps: int
+    epochs: int
+    precision: str
+    commit: str
+    hardware: str
+    date: str
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(ResultRow))
+
+
+def append_rows(path, rows):
+    """Append rows to a CSV file, complete or not at all, also where several runs write to it at once.
+
+    Columns that only the new rows have are added at the end, and are empty in the rows that were there.
+
+    Arguments
+    ---------
+    path : str
+        The file; it is made where it is missing.
+    rows : list of dict or ResultRow
+        The rows.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "results.csv"
+    >>> append_rows(path, [{"model": "a", "WER": 5.0}])
+    >>> append_rows(path, [{"model": "b", "WER": 4.0, "steps": 100}])
+    >>> print(path.read_text().strip())
+    model,WER,steps
+    a,5.0,
+    b,4.0,100
+    """
+    path = Path(path)
+    rows = [dataclasses.asdict(row) if isinstance(row, ResultRow) else row for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        earlier, columns = [], []
+        if path.exists():
+            with open(path, encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                earlier, columns = list(reader), list(reader.fieldnames or ())
+        columns += [column for column in dict.fromkeys(key for row in rows for key in row) if column not in columns]
+        write_csv(path, columns, ([row.get(column) for column in columns] for row in [*earlier, *rows]))
+
+
+@contextmanager
+def _locked(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,298 @@
+"""The steps of a training run, one after the other; what a step gives is what it returns.
+
+Hparams -> corpus prepared -> manifests -> tokenizer -> datasets -> Brain -> training -> the model that is kept (the average of
+the best checkpoints, fused where the architecture can be) -> tests -> rows of the results table and a model folder.
+"""
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+import ruamel.yaml
+import sentencepiece
+import speechbrain as sb
+import torch
+from hyperpyyaml import resolve_references
+from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
+from speechbrain.utils.logger import get_logger
+from speechbrain.utils.seed import seed_everything
+
+from speechbrain_ext.dataio.datasets import loader_options, make_datasets, merge_manifests
+from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides
+from speechbrain_ext.model_folder.write import write_model_folder
+from speechbrain_ext.training.results import ResultRow, append_rows
+from speechbrain_ext.utils.errors import UserError, one_line, raised_in
+from speechbrain_ext.utils.files import write_text
+from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
+
+logger = get_logger(__name__)
+
+TRAIN, VALID = object(), object()  # keys beside the names of test splits, which may be any
+LISTS = ("train_splits", "test_splits")
+COUNTS = ("number_of_epochs", "average_checkpoints", "statistics_batches", "vocab_size", "grad_accumulation_factor")
+PATHS = ("data_folder", "output_folder", "results_file")
+
+
+class UsageError(UserError):
+    """Wrong arguments, found before anything was done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    rows: list
+    """A :class:`ResultRow` for each test set and search."""
+    folders: dict
+    """Model folders by name; ``pretrained`` is the one to use."""
+    output: Path
+    """The folder of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The hparams of a run."""
+
+    files: list
+    """The hparams file, and what overrides it."""
+    overrides: dict
+    """Of the command line."""
+
+    def text(self):
+        """All merged, references unresolved."""
+        return merge_hparams(self.files, self.overrides)
+
+    def plain(self):
+        """All merged, references resolved, before any object is built."""
+        return ruamel.yaml.YAML().load(resolve_references(self.text()))
+
+    def load(self):
+        """All merged and built."""
+        return load_hparams(self.files, self.overrides)
+
+    def replace(self, **overrides):
+        """The same with other overrides."""
+        return dataclasses.replace(self, overrides=self.overrides | overrides)
+
+
+def run(hparams_file, run_opts, overrides, corpus=None, fallback=None):
+    """Run all steps.
+
+    Arguments
+    ---------
+    hparams_file : str
+        An hparams file.
+    run_opts : speechbrain.utils.run_opts.RunOptions
+        Options of SpeechBrain's Brain.
+    overrides : str
+        YAML text, such as ``speechbrain.parse_arguments`` makes from the command line.
+    corpus : str, optional
+        A ``corpus.yaml`` that overrides the hparams file.
+    fallback : str, optional
+        The one that is taken where no ``data_folder`` is given.
+
+    Returns
+    -------
+    RunResult
+
+    Raises
+    ------
+    UsageError
+        If an argument is wrong; nothing was done then.
+    UserError, OSError
+        If something that the user can mend stops the run.
+    """
+    keep_freed_memory()
+    try:
+        setting = choose_setting(hparams_file, run_opts, overrides, corpus, fallback)
+        hparams = setting.load()
+        check_folder(Path(hparams["output_folder"]), setting.text())
+    except (UserError, OSError) as error:
+        raise UsageError(one_line(error, 1000)) from error
+    sb.create_experiment_directory(hparams["output_folder"])
+    logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
+
+    manifests = prepare_corpus(hparams)
+    # Not before: a mistyped data_folder is no run that later ones are compared with
+    run_on_main(write_text, [Path(hparams["output_folder"]) / "hyperparams.yaml", setting.text()])
+    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
+    if tokens < hparams["vocab_size"]:
+        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+        setting = setting.replace(vocab_size=tokens)
+        hparams = setting.load()
+    hparams["tokenizer"].load(str(tokenizer_file))
+    datasets = make_datasets(hparams, manifests)
+
+    # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
+    seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
+    brain = make_brain(hparams, run_opts)
+    options = {
+        key: loader_options(
+            dataset, hparams["train_batch_sampler" if key is TRAIN else "eval_batch_sampler"], hparams["num_workers"]
+        )
+        for key, dataset in datasets.items()
+    }
+    brain.fit(
+        hparams["epoch_counter"],
+        datasets[TRAIN],
+        datasets[VALID],
+        train_loader_kwargs=options[TRAIN],
+        valid_loader_kwargs=options[VALID],
+    )
+    models = brain.make_final(statistics_batches(brain, datasets[TRAIN], options[TRAIN]))
+    rows = []
+    for split in hparams["test_splits"]:
+        brain.evaluate(datasets[split], test_loader_kwargs=options[split])
+        rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN]))
+    return keep(brain, setting, models, tokenizer_file, rows)
+
+
+def choose_setting(hparams_file, run_opts, overrides, corpus, fallback):
+    """The files and the overrides that make the run: without a data folder, the fallback's are among them."""
+    overrides = parse_overrides(overrides)
+    for key in LISTS:
+        if isinstance(overrides.get(key), str):
+            overrides[key] = [overrides[key]]
+    if "data_folder" in overrides and not overrides["data_folder"]:
+        raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
+    for key in COUNTS:
+        if key in overrides and not (isinstance(overrides[key], int) and overrides[key] > 0):
+            raise UsageError(f"--{key} is {overrides[key]!r}; give a whole number above 0.")
+    setting = Setting([hparams_file, *([corpus] if corpus else [])], overrides)
+    plain = setting.plain()
+    if fallback and not corpus and not plain["data_folder"]:
+        if if_main_process():
+            print(
+                f"No data_folder: this runs on the embedded mini corpus with the overrides in {os.path.relpath(fallback)}. "
+                f"The real thing: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
+                flush=True,
+            )
+        setting = dataclasses.replace(setting, files=[*setting.files, fallback])
+    if run_opts.debug:  # a few batches should not pass for a result
+        folder = setting.plain()["output_folder"] + "_debug"
+        setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
+    return setting
+
+
+def check_folder(output, asked):
+    """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
+    path = output / "hyperparams.yaml"
+    if not path.exists():
+        return
+    yaml = ruamel.yaml.YAML()
+    before, now = yaml.load(path.read_text(encoding="utf-8")), yaml.load(asked)
+    fixed = {"data_folder", "train_splits", "token_type", "speech_encoder"}
+    fixed |= needed_keys(now, [now["speech_encoder"]])
+    for key in sorted(fixed, key=list(now).index):
+        old, new = (_plain(tree.get(key)) for tree in (before, now))
+        if old != new:
+            raise UsageError(f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder.")
+
+
+def _plain(node):
+    """A part of parsed hparams as text that says what it is, comments aside."""
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    return f"{tag} {node.value}" if tag else node
+
+
+def prepare_corpus(hparams):
+    """Have the corpus's own function write its manifests; returns their paths by TRAIN, VALID and the names of test splits."""
+    output = Path(hparams["output_folder"])
+    splits = {"tr_splits": hparams["train_splits"], "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
+    run_on_main(hparams["prepare"], kwargs={"data_folder": hparams["data_folder"], "save_folder": str(output), **splits})
+    merged = output / "train+merged.csv"  # which no split is called
+    run_on_main(merge_manifests, [[output / f"{split}.csv" for split in hparams["train_splits"]], merged])
+    paths = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
+    return {TRAIN: merged} | {key: output / f"{name}.csv" for key, name in paths.items()}
+
+
+def prepare_tokenizer(hparams, manifest):
+    """Train the tokenizer where it is missing; returns its file, and how many tokens it has."""
+    path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
+    special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
+    run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
+    return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+
+
+def make_brain(hparams, run_opts):
+    """The Brain that the hparams name, on a device and in a precision that there are."""
+    try:
+        torch.zeros(1, device=run_opts.device).item()
+        return hparams["brain"](hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"])
+    except (ValueError, RuntimeError, AssertionError) as error:
+        if isinstance(error, UserError) or raised_in(error, "speechbrain", "torch") or error.__traceback__.tb_next is None:
+            raise UsageError(one_line(error)) from error
+        raise
+
+
+def statistics_batches(brain, dataset, options):
+    """Training batches for BatchNorm statistics, the same ones whenever a run ends."""
+    options["batch_sampler"].set_epoch(1_000_000)  # beyond those that begin with the shortest utterances
+    return brain.make_dataloader(dataset, sb.Stage.VALID, ckpt_prefix=None, **options)
+
+
+def seconds_of(dataset):
+    """Audio in a dataset, in seconds."""
+    return sum(float(item["duration"]) for item in dataset.data.values())
+
+
+def make_rows(brain, split, hparams_file, setting, train_seconds):
+    """Rows of the results table for a test set, one for each search; the alignments go to files."""
+    hparams, rows = brain.hparams, []
+    changed = {key: value for key, value in setting.overrides.items() if key not in PATHS}
+    for search, error_rate in brain.error_rates.items():
+        result = error_rate.summarize()
+        if if_main_process():
+            with open(Path(hparams.output_folder) / f"wer_{split}_{search}.txt", "w", encoding="utf-8") as file:
+                error_rate.write_stats(file)
+        rows.append(
+            ResultRow(
+                experiment=hparams.experiment,
+                architecture=hparams.encoder,
+                hparams=Path(hparams_file).name,
+                overrides=" ".join(f"--{key} {_plain(value)}" for key, value in changed.items()),
+                corpus=hparams.corpus,
+                train_set=" ".join(hparams.train_splits),
+                train_hours=round(train_seconds / 3600, 2),
+                test_set=split,
+                search=search,
+                WER=round(result["WER"], 2),
+                insertions=result["insertions"],
+                deletions=result["deletions"],
+                substitutions=result["substitutions"],
+                words=result["num_scored_tokens"],
+                parameters=sum(parameter.numel() for parameter in hparams.model.parameters()),
+                audio_seconds_per_second=round(brain.audio_seconds / max(brain.train_seconds, 1e-9), 1),
+                peak_memory_mib=round(brain.peak_memory_mib),
+                steps=brain.optimizer_step,
+                epochs=hparams.epoch_counter.current,
+                precision=brain.precision,
+                **describe_machine(str(brain.device)),
+            )
+        )
+    return rows
+
+
+def keep(brain, setting, models, tokenizer_file, rows):
+    """Write the model folders and the results table, and say where all is."""
+    hparams = brain.hparams
+    output = Path(hparams.output_folder)
+    folders = {name: output / name for name in models}
+    if if_main_process():
+        for name, (weights, fused) in models.items():
+            write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused)
+        for row in rows:
+            print(
+                f"{row.test_set} {row.search}: WER {row.WER:.2f} % of {row.words} words "
+                f"({row.insertions} insertions, {row.deletions} deletions, {row.substitutions} substitutions)"
+            )
+        append_rows(hparams.results_file, rows)
+        print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}.")
+        print(f"Transcribe: python -m speechbrain_ext transcribe --model {folders['pretrained']} FILE...")
+    return RunResult(rows, folders, output)

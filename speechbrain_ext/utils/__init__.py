@@ -1,0 +1,1 @@
+"""Small helpers that every room uses: errors, files, text, the machine."""

@@ -1,0 +1,68 @@
+"""Errors that the user can mend: their message is one sentence that says what is wrong and what to do.
+
+The command line and ``train.py`` print such a message, and that of an operating-system error, without a traceback. Every other
+exception is a bug, in this package or in the user's own code, and keeps its traceback.
+"""
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Bad input: a value, a file or a setting. The message names it and the remedy."""
+
+
+class UserTypeError(UserError, TypeError):
+    """A key or argument that does not exist."""
+
+
+class UserRuntimeError(UserError, RuntimeError):
+    """Something that was found only while working, such as a damaged file."""
+
+
+class UserImportError(UserError, ImportError):
+    """A package that is missing; the message says how to install it."""
+
+
+def one_line(error, limit=300):
+    """The message of any error on one line.
+
+    Arguments
+    ---------
+    error : BaseException or str
+        The error.
+    limit : int
+        Longest result, in characters.
+
+    Returns
+    -------
+    str
+        The class's name where there is no message.
+
+    Example
+    -------
+    >>> one_line(ValueError("no\\n  such file"))
+    'no such file'
+    >>> one_line(KeyboardInterrupt())
+    'KeyboardInterrupt'
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def raised_in(error, *packages):
+    """Whether an error was raised by the code of some packages itself, and not by what that code has called.
+
+    Arguments
+    ---------
+    error : BaseException
+        An error that has been caught.
+    *packages : str
+        Their names.
+
+    Returns
+    -------
+    bool
+    """
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return any(package in Path(trace.tb_frame.f_code.co_filename).parts for package in packages)

@@ -1,0 +1,121 @@
+"""Files that are there completely or not at all."""
+
+import contextlib
+import csv
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from speechbrain_ext.utils.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w", **keys):
+    """A file to write that takes its place under its name only when it is complete.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file; one that is there stays as it is until the new one is complete.
+    mode : str
+        "w" for text (UTF-8), "wb" for bytes.
+    **keys
+        For :func:`open`.
+
+    Yields
+    ------
+    file
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
+    >>> with replacing(path) as file:
+    ...     _ = file.write("1 2 3")
+    >>> path.read_text(), len(list(path.parent.iterdir()))
+    ('1 2 3', 1)
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if "b" not in mode:
+        keys = {"encoding": "utf-8", **keys}
+    try:
+        with open(temporary, mode, **keys) as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, os.fspath(temporary)):  # such as a full disk: name the file that the user knows
+            error.filename = os.fspath(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file (UTF-8), completely or not at all."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_csv(path, fields, rows):
+    """Write rows as CSV, completely or not at all; folders are made if need be.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file.
+    fields : sequence of str
+        The columns.
+    rows : iterable of sequence
+        Values in the order of the columns.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # A name that is no UTF-8 is written with escapes
+    with replacing(path, newline="", errors="backslashreplace") as file:
+        csv.writer(file, lineterminator="\n").writerows([fields, *rows])
+
+
+@contextlib.contextmanager
+def replacing_folder(folder):
+    """A folder to fill that takes its place under its name only when it is complete.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        The folder; one that is there is replaced as a whole.
+
+    Yields
+    ------
+    pathlib.Path
+        The folder to write to.
+    """
+    folder = Path(folder)
+    partial, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def file_digest(path):
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_csv(path, fields=None):
+    """Rows of a CSV file as dictionaries; UserError if it has other than these fields."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
+            raise UserError(f"{path} is no file of this benchmark, or of another version of it; give another --output.")
+        return list(reader)

@@ -1,0 +1,61 @@
+"""Text for people: lists in a sentence, tables, fields of a line."""
+
+
+def listing(names, most=10):
+    """Names in one line, not too many.
+
+    Arguments
+    ---------
+    names : iterable of str
+        The names.
+    most : int
+        How many to show.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> listing(["a", "b", "c"], most=2), listing([])
+    ('a, b and 1 more', 'none')
+    """
+    names = list(map(str, names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
+
+
+def table(columns, rows):
+    """A Markdown table.
+
+    Arguments
+    ---------
+    columns : sequence of str
+        The header.
+    rows : iterable of sequence
+        The cells; None is an empty one.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> print(table(["a", "b"], [[1, None]]))
+    | a | b |
+    | --- | --- |
+    | 1 |  |
+    """
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines)
+
+
+def tab_field(text):
+    """A field of a line of tab-separated values: tabs, line ends and backslashes are escaped.
+
+    Example
+    -------
+    >>> tab_field("a\\tb")
+    'a\\\\tb'
+    """
+    return text.translate({ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})

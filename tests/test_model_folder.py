@@ -1,0 +1,358 @@
+"""What training leaves behind: loaded by SpeechBrain's classes and by ours, and transcribing the same."""
+
+import itertools
+import json
+import shutil
+import time
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
+from tiny import make_model, make_row
+
+from speechbrain_ext import registry
+from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.model_folder.build import build, parse
+from speechbrain_ext.model_folder.card import model_card
+from speechbrain_ext.model_folder.weights import SafetensorsPretrainer, load_weights, save_weights
+from speechbrain_ext.model_folder.write import inference_hparams
+from speechbrain_ext.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", params=[1, 0], ids=["joint", "ctc"])
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, make_model(folder, request.param), request.param
+
+
+def test_speechbrain_and_our_loader_agree(trained):
+    folder, _, decoder_layers = trained
+    theirs = (EncoderDecoderASR if decoder_layers else EncoderASR).from_hparams(
+        source=str(folder / "model"), run_opts={"device": "cpu"}
+    )
+    ours = load_model(folder / "model", "cpu")
+    assert isinstance(ours, type(theirs))
+    for name in ("short", "middle", "long"):
+        text = ours.transcribe_file(str(folder / f"{name}.flac"))
+        assert text and text.split() == theirs.transcribe_file(str(folder / f"{name}.flac")).split()
+
+
+def test_weights_and_statistics_are_those_of_training(trained):
+    folder, hparams, _ = trained
+    encoder = load_model(folder / "model", "cpu").mods.encoder
+    for name, value in hparams["Transformer"].state_dict().items():
+        assert torch.equal(value, encoder.transformer.state_dict()[name])
+    assert torch.equal(encoder.normalize.glob_mean, hparams["normalize"].glob_mean)
+    assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_batch_gives_the_same_as_each_file_alone(trained):
+    folder, *_ = trained
+    model = load_model(folder / "model", "cpu")
+    wavs = [model.load_audio(folder / f"{name}.flac") for name in ("short", "long", "middle")]
+    alone = [model.transcribe_batch(wav.unsqueeze(0), torch.ones(1)) for wav in wavs]
+    lengths = torch.tensor([len(wav) for wav in wavs]) / 25037
+    texts, tokens = model.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)
+    assert texts == [text[0] for text, _ in alone]
+    assert [list(map(int, ids)) for ids in tokens] == [list(map(int, ids[0])) for _, ids in alone]
+
+
+def test_the_folder_holds_inference_only(trained):
+    folder, _, decoder_layers = trained
+    text = (folder / "model" / "hyperparams.yaml").read_text()
+    for key in ("data_folder", "opt_class", "checkpointer", "augment", "brain", "epoch"):
+        assert f"\n{key}" not in text
+    assert ("seq_lin" in text) == bool(decoder_layers)
+    files = {path.name for path in (folder / "model").iterdir()}
+    assert files == {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tokenizer.ckpt"}
+    assert len({path.stat().st_mode for path in (folder / "model").iterdir()}) == 1  # who may read one may read all
+    assert "| test-tiny | ctc_greedy | 12.3 | 1 | 2 | 3 | 49 |" in (folder / "model" / "README.md").read_text()
+
+
+def test_a_second_writing_replaces_the_first_and_leaves_nothing_beside_it(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "x")
+    before = sorted(path.name for path in (tmp_path / "x").iterdir())
+    (tmp_path / "x" / "model" / "stale").touch()
+    make_model(tmp_path / "x", trained[2])
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == before
+    assert not (tmp_path / "x" / "model" / "stale").exists()
+
+
+def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    save_file({"0.nothing": torch.ones(1)}, folder / "asr.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_model(folder, "cpu")
+
+
+@pytest.mark.parametrize("name", ["asr.safetensors", "tokenizer.ckpt", "hyperparams.yaml", "config.json"])
+@pytest.mark.parametrize("content", ["", "no such thing", "d_model: [16"])
+def test_a_damaged_folder_is_named(name, content, trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises((RuntimeError, ValueError, FileNotFoundError), match=str(folder)):
+        load_model(folder, "cpu")
+
+
+def test_what_is_no_model_is_refused_in_one_sentence(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model folder .*gone"):
+        load_model(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="has no hyperparams.yaml"):
+        load_model(tmp_path)
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"speechbrain_interface": "Tacotron2"}))
+    with pytest.raises(ValueError, match="Tacotron2"):
+        load_model(folder)
+
+
+def test_shared_and_strided_weights_are_kept_by_every_name(tmp_path):
+    def build():
+        model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)])
+        model[1].weight = model[0].weight
+        return model
+
+    first, second = build(), build()
+    first[0].bias = torch.nn.Parameter(torch.arange(6.0)[::2])
+    first[1].bias = torch.nn.Parameter(first[1].bias.expand(3))
+    save_weights(first, tmp_path / "w")
+    assert load_file(tmp_path / "w").keys() == first.state_dict().keys()
+    load_weights(second, tmp_path / "w")
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+    assert second[1].weight is second[0].weight
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_weights(torch.nn.ModuleList([torch.nn.Linear(3, 3)]), tmp_path / "w")
+
+
+def test_a_folder_that_names_speechbrains_searcher_loads(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    text = (folder / "hyperparams.yaml").read_text()
+    assert ("decoders.searchers" in text) == ("decoders.ctc_prefix" in text) == bool(trained[2])
+    text = text.replace("speechbrain_ext.decoders.searchers", "speechbrain.decoders")
+    text = text.replace("speechbrain_ext.decoders.ctc_prefix", "speechbrain.decoders.scorer")
+    (folder / "hyperparams.yaml").write_text(text)
+    parse(text)
+    file = str(trained[0] / "middle.flac")
+    assert load_model(folder, "cpu").transcribe_file(file) == load_model(trained[0] / "model", "cpu").transcribe_file(file)
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("name", ["asr.safetensors", "tokenizer.ckpt"])
+def test_a_pickle_with_code_is_not_executed(name, trained, tmp_path, capfd):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    torch.save(Trap(), folder / name)
+    with pytest.raises(RuntimeError, match=str(folder)):
+        load_model(folder, "cpu")
+    assert "executed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("path", sorted((ROOT / "hparams").glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
+    keys = {"num_decoder_layers": layers, "output_folder": "x"}
+    keys |= {} if "size" in YAML().load(merge_hparams(path)) else {"d_model": 16, "nhead": 2, "d_ffn": 16}
+    tree, hparams = YAML().load(merge_hparams(path, keys)), load_hparams(path, keys)
+    text = inference_hparams(tree, hparams)
+    ours, theirs = build(text), load_hyperpyyaml(text)
+    states = [values["asr_model"].state_dict() for values in (ours, theirs)]
+    assert {name: value.shape for name, value in states[0].items()} == {name: value.shape for name, value in states[1].items()}
+    assert set(ours) == set(theirs) and ours["modules"].keys() == theirs["modules"].keys()
+    card = model_card(tree, "EncoderASR", [])
+    assert YAML(typ="safe").load(card.split("---\n")[1])["pipeline_tag"] == "automatic-speech-recognition"
+    assert ("--pass first" in card) == (tree["encoder"] == "cascade")
+
+
+# -------------------- a stranger's folder runs nothing
+
+TRACE = "os.mkdir"  # with the path of a folder that must not come to be
+TAGS = [
+    *(f"!{kind}:{TRACE}" for kind in ("new", "name", "module", "apply", "applyref")),
+    *(
+        "!module:os",
+        "!include:PATH.yaml",
+        "!ref",
+        "!copy",
+        "!tuple",
+        "!PLACEHOLDER",
+        "!other",
+        "!apply%3Aos.mkdir",
+        "!x!mkdir",
+    ),
+    *("!new:subprocess.Popen", "!name:subprocess.Popen", "!new:sentencepiece.SentencePieceProcessor"),
+    *("!new:speechbrain.utils.parameter_transfer.Pretrainer", "!new:speechbrain_ext.cli.os.mkdir"),
+    *("!name:torch.load", "!apply:torch.hub.load", "!new:functools.partial", "!apply:getattr", "!name:builtins.eval"),
+    *(f"!!python/{kind}" for kind in ("none", "tuple", "dict", "bytes", "object:os.mkdir", "object/new:os.mkdir")),
+    *(f"!!python/{kind}:{TRACE}" for kind in ("object/apply", "name", "module")),
+    *("!!python/module:os", "!<tag:yaml.org,2002:python/object/apply:os.mkdir>", "!!binary", "!!set", "!!omap", "!!timestamp"),
+]
+NODES = {
+    "nothing": "{tag}",
+    "text": "{tag} PATH",
+    "tuple-like": "{tag} (PATH)",
+    "quoted tuple-like": "{tag} '(PATH)'",
+    "tagged tuple-like": "{tag} (!!python/object/apply:os.mkdir [PATH])",
+    "quoted": '{tag} "PATH"',
+    "reference": "{tag} <other>",
+    "attribute": "{tag} <other.__class__>",
+    "sum": "{tag} <other> + (PATH)",
+    "list": "{tag} [PATH]",
+    "mapping": "{tag} {{path: PATH}}",
+    "nested in a list": "[{tag} [PATH]]",
+    "nested in a mapping": "{{a: {{b: {tag} [PATH]}}}}",
+    "inside of arguments": "!new:torch.nn.ModuleList [{tag} [PATH]]",
+    "inside of a name": "!name:torch.nn.GELU {{approximate: {tag} [PATH]}}",
+    "key": "{{? {tag} [PATH] : 1}}",
+    "text as key": "{{? {tag} PATH : 1}}",
+    "anchor": "&anchor {tag} [PATH]",
+    "alias": "[&anchor [{tag} [PATH]], *anchor]",
+    "merge": "{{<<: {{a: {tag} [PATH]}}}}",
+    "merged list": "{{<<: [{{a: {tag} [PATH]}}]}}",
+}
+# A file with all that files of ours have, in short
+FILE = """
+head: !new:speechbrain.nnet.linear.Linear
+  input_size: 16
+  n_neurons: 26
+  bias: true
+tokenizer: !new:sentencepiece.SentencePieceProcessor
+model: !new:torch.nn.ModuleList
+- - !ref <head>
+modules:
+  encoder: !ref <head>
+  kwargs:
+    activation: !name:torch.nn.GELU
+blank_index: 0
+"""
+PLACES = [": 16\n", ": true\n", ": !new:sentencepiece.SentencePieceProcessor\n", "- !ref <head>\n", ": !ref <head>\n"]
+PLACES += [": !name:torch.nn.GELU\n", ": 0\n"]
+# What stands alone is one of the few things that files of ours hold as well
+HARMLESS = {("!new:sentencepiece.SentencePieceProcessor", "nothing")}
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_stranger_s_file_runs_nothing(tag, tmp_path, monkeypatch):
+    """Every tag on every kind of node at every place: nothing but a refusal, and no trace."""
+    (tmp_path / "trace.yaml").write_text(f"a: !apply:{TRACE} [{tmp_path / 'trace'}]")
+    monkeypatch.setattr("os.mkdir", lambda *_: pytest.fail("something was run"))
+    assert len(build(FILE)) == 5
+    broken = 0
+    for (kind, node), place in itertools.product(NODES.items(), PLACES):
+        text = node.format(tag=tag).replace("PATH", str(tmp_path / "trace")).replace("<other", "<head")
+        assert place in FILE
+        text = FILE.replace(place, f"{place[0]} {text}\n", 1)
+        if tag == "!x!mkdir":
+            text = f"%TAG !x! !apply:os.\n---\n{text}"
+        if (tag, kind) in HARMLESS or (tag, kind) == ("!ref", "reference"):
+            continue
+        with pytest.raises(UserError) as refused:
+            build(text)
+        broken += "is no YAML" in str(refused.value)
+    assert broken < 40  # of 147: most are refused for what they hold
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.yaml"]
+
+
+def test_the_traps_above_do_snap(tmp_path):
+    """Without the check, the same texts leave a trace."""
+    for number, text in enumerate(("a: !apply:os.mkdir [PATH]", "a: !tuple (!!python/object/apply:os.mkdir [PATH])")):
+        load_hyperpyyaml(text.replace("PATH", str(tmp_path / str(number))))
+        assert (tmp_path / str(number)).is_dir()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+        "a: 10000000\nb: !ref <a> * 10000000",
+        "a: x\nb: !ref <a><a><a>",
+        "a: [" * 5000,
+        "a: [" + "1, " * 10_000 + "]",
+        "a: " + "x" * 200_000,
+        "a: !ref <b>\nb: !ref <a>",
+        "a: !ref <nothing>",
+        "- a",
+        "",
+        "a: \0",
+        "a: [1",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_file_that_keeps_busy_is_refused_at_once(text):
+    began = time.perf_counter()
+    with pytest.raises(UserError):
+        build(text)
+    assert time.perf_counter() - began < 5
+
+
+def test_a_folder_is_refused_in_one_sentence_that_says_what_to_do(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    with open(folder / "hyperparams.yaml", "a") as file:
+        file.write(f"trap: !apply:os.mkdir [{tmp_path / 'executed'}]\n")
+    with pytest.raises(UserError, match="has !apply:os.mkdir, which is no part of a model.*loadable.*trust=True"):
+        load_model(folder, "cpu")
+    assert not (tmp_path / "executed").exists()
+    load_model(folder, "cpu", trust=True)
+    assert (tmp_path / "executed").is_dir()
+
+
+def test_the_pretrainer_takes_known_types_only():
+    import os
+
+    for asr, tokenizer in ((torch.nn.Linear(1, 1), os), (os, SentencePieceProcessor())):
+        with pytest.raises(TypeError, match="and this is a module"):
+            SafetensorsPretrainer(asr, tokenizer)
+
+
+class FrontEnd(ConvolutionSubsampling):
+    """A front end of a user's own."""
+
+
+def test_a_front_end_of_one_s_own_loads_where_it_is_marked(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    text, path = (folder / "hyperparams.yaml").read_text(), f"{__name__}.FrontEnd"
+    (folder / "hyperparams.yaml").write_text(text.replace("speechbrain_ext.lobes.subsampling.ConvolutionSubsampling", path))
+    with pytest.raises(UserError, match=rf"has !new:{path}, .*loadable and import its module"):
+        load_model(folder, "cpu")
+    monkeypatch.setitem(registry._LOADABLE, path, FrontEnd)  # what the decorator does, undone after the test
+    assert isinstance(load_model(folder, "cpu").mods.encoder.subsampling, FrontEnd)
+    monkeypatch.delitem(registry._LOADABLE, path)
+    points = [EntryPoint(path, f"{__name__}:FrontEnd", registry.LOADABLE_GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.LOADABLE_GROUP else [])
+    assert isinstance(load_model(folder, "cpu").mods.encoder.subsampling, FrontEnd)
+
+
+def test_the_card_of_a_librispeech_model():
+    row = {"hparams": "x.yaml", "train_set": "train-clean-100 train-other-500", "search": "ctc_greedy", "WER": 5.25}
+    rows = [make_row(**row, test_set="test-clean"), make_row(**{**row, "search": "ctc_beam", "WER": 5.0}, test_set="test-clean")]
+    rows.append(make_row(**row, test_set="my-test"))
+    tree = YAML().load(merge_hparams(ROOT / "hparams" / "squeezeformer.yaml"))
+    card = model_card(tree, "EncoderASR", rows)
+    data = YAML(typ="safe").load(card.split("---\n")[1])
+    assert data["language"] == "en" and data["datasets"] == ["openslr/librispeech_asr"] and "license" not in data
+    clean, own = data["model-index"][0]["results"]
+    assert clean["dataset"] == {
+        "name": "LibriSpeech test-clean",
+        "type": "openslr/librispeech_asr",
+        "config": "clean",
+        "split": "test",
+    }
+    assert [metric["value"] for metric in clean["metrics"]] == [5.25, 5.0]
+    assert own["dataset"] == {"name": "my-test", "type": "my-test"}
+    assert "| d_model | 144 |" in card and "read aloud" in card
+    unknown = model_card(tree, "EncoderASR", [make_row(**{**row, "train_set": "train-clean-100 mine"}, test_set="test-clean")])
+    assert "datasets:" not in unknown and "language:" not in unknown and "LibriSpeech" not in unknown
