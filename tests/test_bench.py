@@ -34,7 +34,9 @@ def arguments(path, *more):
 def test_every_registered_encoder_and_size_is_there(tmp_path, monkeypatch):
     for name in list_encoders():  # the published ones take a second each
         if encoder_sizes(name):
-            smallest = {key: value for key, value in models.get_encoder(name).sizes.items() if key == encoder_sizes(name)[0]}
+            smallest = {
+                key: value for key, value in models.get_encoder(name).sizes.items() if key == next(iter(encoder_sizes(name)))
+            }
             monkeypatch.setattr(models.get_encoder(name), "sizes", smallest)
     table = run(Settings(**SHORT | {"parts": ("size",), "inputs": ("encoder",), "peers": ()}), tmp_path / "a.csv")
     found = {(row["encoder"], row["size"]) for row in table.rows}

@@ -20,6 +20,7 @@ from speechbrain_ext import cli
 from speechbrain_ext.cli import stream, transcribe
 from speechbrain_ext.dataio.audio import AudioError, load_audio, read_blocks
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.registry import build_encoder
 from speechbrain_ext.utils.errors import UserError
@@ -367,7 +368,7 @@ def test_an_output_that_cannot_be_is_wrong_usage(place, message, call, tmp_path)
 def test_an_output_folder_is_made_and_bad_files_leave_nothing_in_it(call, tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(1000), 16000)
     (tmp_path / "b.wav").write_text("no audio")
-    command = ["transcribe", "model", *(str(tmp_path / f"{name}.wav") for name in "abc")]
+    command = ["transcribe", "--model", "model", *(str(tmp_path / f"{name}.wav") for name in "abc")]
     assert cli.main([*command, "--output", str(tmp_path / "new/nested folder/ü")]) == 1
     assert sorted(path.name for path in (tmp_path / "new/nested folder/ü").iterdir()) == [
         ".a.jsonl.from",
@@ -397,7 +398,7 @@ def test_a_full_disk_is_named(call, tmp_path, monkeypatch, capsys):
     soundfile.write(tmp_path / "a.wav", noise(1000), 16000)
     with monkeypatch.context() as patch, open("/dev/full", "w") as full:
         patch.setattr(sys, "stdout", full)
-        status = cli.main(["transcribe", "model", str(tmp_path / "a.wav")])
+        status = cli.main(["transcribe", "--model", "model", str(tmp_path / "a.wav")])
     assert status == 1 and "No space left on device" in capsys.readouterr().err
 
 
@@ -407,7 +408,7 @@ def test_a_bug_is_no_wrong_usage(call, tmp_path, monkeypatch):
     def bug(*arguments):
         raise ValueError("bug")
 
-    monkeypatch.setattr(cli, "_segments", bug)
+    monkeypatch.setattr(files_to_text._Run, "_segments", bug)
     with pytest.raises(ValueError, match="bug"):
         call(["transcribe"], "a.wav")
     monkeypatch.setattr(StreamingRecognizer, "accept", bug)
@@ -601,7 +602,7 @@ def test_the_statistics_of_another_model(change, message, copy):
         ("nhead: 2", "nhead: 3", "3"),
         ("\nsample_rate: 16000", "\nsample_rate: 8000", "sample_rate of 8000, and its features are for 16000"),
         ("blank_index: 0", "blank_index: 500", "blank_index of"),
-        ("modules:", "others:", "has no modules, which EncoderASR needs"),
+        ("\nmodules:", "\nothers:", "has no modules, which EncoderASR needs"),
         ("\ntokenizer: !new", "\nothers: !new", "refers to <tokenizer>"),
         ("speech_encoder: ", "others: ", "refers to <speech_encoder>"),
         ("SpeechEncoder", "Nothing", "has !new:speechbrain_ext.speech_encoder.Nothing, which is no part"),
@@ -609,7 +610,7 @@ def test_the_statistics_of_another_model(change, message, copy):
         ("\nctc_lin: !new", "\nothers: !new", "refers to <ctc_lin>"),
         ("encoder_kwargs: {}", "encoder_kwargs: {", "line "),
         ("sample_rate", "\tsample_rate", "is no YAML"),
-        ("n_mels: 80", "n_mels: 80\nn_mels: 80", "duplicate key"),
+        ("  n_mels: 80", "  n_mels: 80\n  n_mels: 80", "duplicate key"),
     ],
 )
 def test_hparams_of_another_model(old, new, message, copy):

@@ -41,7 +41,7 @@ for argv in json.loads(sys.argv[1]):
     results.append([status, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
 """
-FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "normalizer.ckpt", "tokenizer.ckpt"}
+FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tokenizer.ckpt"}
 
 
 def client(home, url, *commands, **variables):

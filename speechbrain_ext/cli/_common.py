@@ -14,14 +14,18 @@ def say(message):
 
 
 @contextmanager
-def usage(*errors):
-    """Take errors of these types for wrong usage, and standard output for the results alone, whatever the libraries say."""
+def usage():
+    """Take what the user can mend for wrong usage, and standard output for the results alone, whatever the libraries say."""
     from speechbrain_ext.utils.errors import UserError
 
     with redirect_stdout(sys.stderr):
         try:
             yield
-        except (UserError, OSError, *errors) as error:
+        except OSError as error:
+            said = error.strerror is not None and error.filename is not None
+            cause = f"{error.filename} cannot be read or written: {error.strerror}; give another place." if said else str(error)
+            raise UsageError(cause) from error
+        except UserError as error:
             raise UsageError(str(error)) from error
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from speechbrain_ext.cli._common import UsageError, add_device, add_model, add_pass, load, say, usage
 
@@ -47,5 +48,9 @@ def run(arguments):
             with beside_bars(sys.stderr):
                 say(transcript.error)
         else:
+            if transcript.is_from_before:
+                with beside_bars(sys.stderr):
+                    name = f"{arguments.output}/{Path(transcript.file).stem}.jsonl"
+                    say(f"{name} is there already and left as it is; delete it to transcribe again.")
             with beside_bars(sys.stdout):
                 print(tab_field(transcript.file), transcript.text, sep="\t", flush=True)

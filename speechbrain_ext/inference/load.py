@@ -185,9 +185,7 @@ def _check_answer(source, model):
         raise UserError(
             f"The model {source} has a frame every {1000 * step:g} ms; only {1000 * FRAME_SECONDS:g} ms are supported."
         )
-    if model.ctc_head is not getattr(encoder, "head", None) and not any(
-        model.ctc_head is part for part in model.hparams.asr_model.modules()
-    ):
+    if not any(model.ctc_head is part for part in model.hparams.asr_model.modules()):
         raise UserError(f"The model {source} has no CTC head: its ctc_lin has no weights; train it with one.")
     statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), encoder.compute_features.compute_fbanks.n_mels
     if statistics.numel() not in (0, features):

@@ -29,6 +29,8 @@ class Transcript:
     segments: list
     error: UserError | None = None
     """Why there are no segments."""
+    is_from_before: bool = False
+    """Whether an earlier call has written it to the output folder."""
 
     @property
     def text(self):
@@ -118,7 +120,7 @@ class _Run:
             try:
                 seconds = count_samples(file, self.model.sample_rate) / self.model.sample_rate
                 if file in self.outputs and self.outputs[file].finished:
-                    found[file] = self._done(file, self.outputs[file].segments)
+                    found[file] = self._done(file, self.outputs[file].segments, is_from_before=True)
                 elif seconds > LONG_SECONDS or self.streaming:
                     found[file] = self._long(file, seconds)
                 else:
@@ -178,9 +180,9 @@ class _Run:
             self.outputs[file].finish()
         return self._done(file, segments)
 
-    def _done(self, file, segments):
+    def _done(self, file, segments, **keys):
         self.bar.update()
-        return Transcript(file, list(segments))
+        return Transcript(file, list(segments), **keys)
 
     def _failed(self, file, error):
         self.bar.update()

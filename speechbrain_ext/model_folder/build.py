@@ -146,7 +146,10 @@ def _check(node, seen, depth):
     elif tag != (_LIST if isinstance(node, SequenceNode) else _MAPPING):
         raise Refused(tag)
     if isinstance(node, MappingNode):
+        names = [key.value for key, _ in node.value if isinstance(key, ScalarNode)]
         for key, value in node.value:
+            if names.count(key.value) > 1:
+                raise UserError(f"it is no YAML: duplicate key {key.value}")
             if not isinstance(key, ScalarNode) or str(key.tag) != "tag:yaml.org,2002:str" or key.anchor:
                 raise Refused(f"the key {str(getattr(key, 'value', ''))[:40]!r} ({key.tag})")
             seen.add(id(key))

@@ -181,7 +181,7 @@ def test_impossible_keys(keys, error, message):
 
 
 def test_a_stream_of_the_first_pass_takes_chunks_of_the_first_stage():
-    encoder = build_encoder("cascade", d_model=16, nhead=2, num_layers=3, d_ffn=32, second="squeezeformer").eval()
+    encoder = build_encoder("cascade", d_model=16, nhead=2, num_layers=6, d_ffn=32, second="squeezeformer").eval()
     context = encoder.make_streaming_context(DynChunkTrainConfig(3), "first")  # no multiple of the Squeezeformer's 2
     assert len(context.layers) == 1
     with pytest.raises(ValueError, match="chunk size is 3"):
