@@ -171,7 +171,7 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
     -------
     >>> convert_nemo({"encoder.layers.0.self_attn.linear_q.weight": torch.ones(4, 4)})
     Traceback (most recent call last):
-    ValueError: These weights hold no Squeezeformer of NeMo: there is no key pre_ln.weight.
+    speechbrain_ext.utils.errors.UserError: These weights hold no Squeezeformer of NeMo: there is no key pre_ln.weight.
     """
     prefix = next((key[: -len("pre_ln.weight")] for key in state_dict if key.endswith("pre_ln.weight")), None)
     if prefix is None:

@@ -8,11 +8,12 @@ overrides ``a.yaml``, and the file both.
 
 import difflib
 import re
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
 import ruamel.yaml
-from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
 
 from speechbrain_ext.utils.errors import UserError, one_line, raised_in
@@ -54,7 +55,7 @@ def merge_hparams(paths, overrides=""):
     {'size': 4, 'double': 8}
     >>> load_hparams(folder / "large.yaml", "sice: 4")
     Traceback (most recent call last):
-    ValueError: Unknown key 'sice' for large.yaml; did you mean 'size'?
+    speechbrain_ext.utils.errors.UserError: Unknown key 'sice' for large.yaml; did you mean 'size'?
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     tree = None
@@ -100,12 +101,38 @@ def load_hparams(paths, overrides=""):
     >>> load_hparams(path)["letters"]["a"]
     3
     """
-    text = merge_hparams(paths, overrides)
+    with _explained():
+        return load_hyperpyyaml(merge_hparams(paths, overrides))
+
+
+def resolve_hparams(paths, overrides=""):
+    """The values of hparams files, references resolved, before any object is built.
+
+    Arguments
+    ---------
+    paths : str, os.PathLike, or a sequence of them
+        As in :func:`merge_hparams`.
+    overrides : str or dict
+        As in :func:`merge_hparams`.
+
+    Returns
+    -------
+    dict
+        What would be built is still a mapping or list with a tag.
+    """
+    with _explained():
+        return ruamel.yaml.YAML().load(resolve_references(merge_hparams(paths, overrides)))
+
+
+@contextmanager
+def _explained():
+    """HyperPyYAML's errors as the user's: a reference, a placeholder, a class that does not exist or does not take its keys.
+
+    What a class raises itself is a bug of that class, or a UserError already.
+    """
     try:
-        return load_hyperpyyaml(text)
+        yield
     except (TypeError, ValueError, ImportError) as error:
-        # HyperPyYAML's own: a reference, a placeholder, a class that does not exist or does not take its keys. What a class
-        # raises itself is a bug of that class, or a UserError already.
         if isinstance(error, UserError) or not raised_in(error, "hyperpyyaml", "yaml", "ruamel"):
             raise
         raise UserError(": ".join(one_line(part) for part in error.args)) from error

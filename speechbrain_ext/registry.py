@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 
 from speechbrain_ext.utils.errors import UserError, UserTypeError
 
+SHIPPED = "speechbrain_ext.encoders"
 ENTRY_POINT_GROUP = "speechbrain_ext.encoders"
 LOADABLE_GROUP = "speechbrain_ext.loadable"
 
@@ -70,10 +71,9 @@ def register_encoder(name: str):
 
 def _import_shipped() -> None:
     """Importing a shipped encoder's module registers it."""
-    from speechbrain_ext import encoders
-
+    encoders = importlib.import_module(SHIPPED)
     for module in pkgutil.iter_modules(encoders.__path__):
-        importlib.import_module(f"{encoders.__name__}.{module.name}")
+        importlib.import_module(f"{SHIPPED}.{module.name}")
 
 
 def list_encoders() -> list[str]:

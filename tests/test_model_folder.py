@@ -20,6 +20,7 @@ from speechbrain_ext import registry
 from speechbrain_ext.hparams import load_hparams, merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.model_folder import FORMAT_VERSION
 from speechbrain_ext.model_folder.build import build, parse
 from speechbrain_ext.model_folder.card import model_card
 from speechbrain_ext.model_folder.weights import SafetensorsPretrainer, load_weights, save_weights
@@ -356,3 +357,34 @@ def test_the_card_of_a_librispeech_model():
     assert "| d_model | 144 |" in card and "read aloud" in card
     unknown = model_card(tree, "EncoderASR", [make_row(**{**row, "train_set": "train-clean-100 mine"}, test_set="test-clean")])
     assert "datasets:" not in unknown and "language:" not in unknown and "LibriSpeech" not in unknown
+
+
+FIXTURES = sorted((ROOT / "tests" / "data" / "model_folders").iterdir())
+
+
+@pytest.mark.parametrize("folder", FIXTURES, ids=lambda path: path.name)
+def test_a_folder_of_every_kind_and_version_loads_for_ever(folder):
+    """Made by tests/data/make_model_folders.py; these files never change."""
+    expected = json.loads((folder / "expected.json").read_text())
+    model = load_model(folder, "cpu")
+    wav = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
+    answer = model.frames(wav, torch.ones(1))[0][0]
+    assert answer.argmax(-1).tolist() == expected["tokens"]
+    torch.testing.assert_close(answer[0], torch.tensor(expected["first"]), atol=1e-4, rtol=0)
+    interface = EncoderDecoderASR if "joint" in folder.name else EncoderASR
+    theirs = interface.from_hparams(source=str(folder), run_opts={"device": "cpu"})  # SpeechBrain's own loader
+    texts = theirs.transcribe_batch(wav, torch.ones(1))[0]
+    assert texts[0].split() == model.transcribe_batch(wav, torch.ones(1))[0][0].split()
+
+
+def test_there_is_a_folder_of_every_kind():
+    assert {folder.name for folder in FIXTURES} >= {f"{kind}-v{FORMAT_VERSION}" for kind in ("ctc", "joint", "cascade", "fused")}
+
+
+def test_a_folder_of_a_later_format_is_refused(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for version in (FORMAT_VERSION + 1, 0, None, "1"):
+        (folder / "config.json").write_text(json.dumps({**config, "format_version": version}))
+        with pytest.raises(UserError, match=f"format version {version!r}, and this speechbrain_ext reads 1 to"):
+            load_model(folder, "cpu")

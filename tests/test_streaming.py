@@ -7,6 +7,7 @@ from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.brains.asr import AsrModel
 from speechbrain_ext.lobes.features import SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 
@@ -131,3 +132,24 @@ def test_what_does_not_stream_says_so():
     encoder.subsampling = DepthwiseSubsampling(80, 8, padding="right")
     with pytest.raises(ValueError, match="padding 'right' does not stream"):
         encoder.encode_streaming(torch.zeros(1, 16_000), encoder.make_streaming_context(config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
+@pytest.mark.parametrize("samples", [40_123, 8_000])
+def test_training_hears_what_a_stream_hears(norm_type, samples):
+    """Under the same chunk setting, bit for bit: also after a silent start, where the loudest bin is still to come."""
+    encoder, config = speech_encoder("hyperconformer", norm_type=norm_type), DynChunkTrainConfig(4, 2)
+    head, encoder.head = encoder.head, None
+    wav = torch.cat((torch.zeros(1, 9_000), 1e-3 * speech(samples).unsqueeze(0), torch.randn(1, 5_000)), 1)
+    trained, streamed = [], []
+    encoder.subsampling.register_forward_pre_hook(lambda module, inputs: trained.append(inputs[0]))
+    AsrModel(encoder, head).eval()(wav, torch.ones(1), chunks=config)
+    features = encoder.make_streaming_context(config).features
+    for piece in wav.split(997, 1):
+        streamed += features.accept(piece)
+    streamed += features.finish()
+    assert torch.equal(trained[0], torch.cat(streamed, 1))
+    trained.clear()
+    AsrModel(encoder, head).eval()(*encoder.features(wav), is_features=True, chunks=config)  # the same from features in memory
+    assert torch.equal(trained[0], torch.cat(streamed, 1))

@@ -91,6 +91,7 @@ def make_model(folder, decoder_layers, name="hyperconformer", **keys):
         words=49,
     )
     text = merge_hparams(path, overrides)
+    (folder / "hparams.yaml").write_text(text)
     write_model_folder(folder / "model", text, hparams, model_parts(hparams), folder / "t.model", [row])
     generator = torch.Generator().manual_seed(0)
     for stem, samples in {"short": 9000, "long": 25037, "middle": 16000}.items():

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import NamedTuple
 from speechbrain.utils.parallel import parallel_map
 
 from speechbrain_ext.dataio.audio import SAMPLE_RATE, AudioError, check_audio
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError
 
 logger = logging.getLogger(__name__)
@@ -369,7 +369,7 @@ def normalise(text):
     >>> normalise("  don’t \\t stop\\r\\n")
     "DON'T STOP"
     """
-    return " ".join(unicodedata.normalize("NFC", text).replace("’", "'").upper().split())
+    return normal_form(text.replace("’", "'"), "upper")
 
 
 def _check(path):

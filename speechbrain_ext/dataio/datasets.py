@@ -8,6 +8,7 @@ from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.data_pipeline import provides, takes
 
 from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import write_csv
 
@@ -57,6 +58,9 @@ def make_datasets(hparams, manifests):
         raise UserError("cache_features is True, and wav_augment changes the waveforms each time; switch one of them off.")
     datasets = {name: DynamicItemDataset.from_csv(str(path)) for name, path in manifests.items()}
     every = list(datasets.values())
+    for dataset in every:
+        for item in dataset.data.values():
+            item["wrd"] = normal_form(item["wrd"])
     add_dynamic_item(every, _text_pipeline(hparams))
     add_dynamic_item(every, _cached_features(hparams) if hparams["cache_features"] else _waveforms)
     audio = "feats" if hparams["cache_features"] else "sig"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import replacing
 
@@ -45,7 +46,7 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     if path.exists():
         return
     with open(manifest, encoding="utf-8", newline="") as file:
-        transcripts = [row["wrd"] for row in csv.DictReader(file)]
+        transcripts = [normal_form(row["wrd"]) for row in csv.DictReader(file)]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -55,6 +56,7 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
+            normalization_rule_name="identity",  # the transcripts have their form already
             pad_id=blank_index,
             bos_id=bos_index,
             eos_id=eos_index,

@@ -4,6 +4,7 @@ import torch
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.decoders.alignment import align, group_words, make_segment
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
@@ -122,6 +123,7 @@ class _ExactLengths:
         """
         if wav.dim() != 1:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
+        text = normal_form(text)
         unknown = [piece for piece in self.tokenizer.encode_as_pieces(text) if self.tokenizer.is_unknown(self.tokenizer[piece])]
         if unknown:
             raise UserError(

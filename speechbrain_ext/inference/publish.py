@@ -62,7 +62,7 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     -------
     >>> publish("/no/such/folder", "model")
     Traceback (most recent call last):
-    ValueError: The repository is called 'model'; give user/model.
+    speechbrain_ext.utils.errors.UserError: The repository is called 'model'; give user/model.
     """
     try:
         validate_repo_id(repo_id)

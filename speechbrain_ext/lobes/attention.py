@@ -459,7 +459,7 @@ def build_attention(attention_type: str, *args, **kwargs) -> SelfAttention:
     -------
     >>> build_attention("relative", 32, 4)
     Traceback (most recent call last):
-    ValueError: Unknown attention_type 'relative'; the known ones are: RelPosMHAXL, RoPEMHA.
+    speechbrain_ext.utils.errors.UserError: Unknown attention_type 'relative'; the known ones are: RelPosMHAXL, RoPEMHA.
     """
     if attention_type not in ATTENTIONS:
         raise UserError(f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(ATTENTIONS)}.")

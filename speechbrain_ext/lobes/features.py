@@ -19,6 +19,9 @@ from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.distributed import sum_over_processes
 from speechbrain_ext.utils.errors import UserError
 
+FEWEST = 16
+"""Frames that are computed at once at least."""
+
 
 def raw_features(compute_features, wavs, wav_lens):
     """Features without clipping and with exact lengths: an utterance has the same number of frames alone and in any batch.
@@ -354,7 +357,10 @@ class FeatureStream:
         return (frames - 1) * self._hop + self._window
 
     def _take(self, frames):
-        feats = self._compute(self._samples[:, : self._needs(frames)])
+        samples = self._samples[:, : self._needs(frames)]
+        # Matrix products of few rows round in another way: with zeros behind, a chunk has the bits of the whole file
+        samples = F.pad(samples, (0, max(0, self._needs(FEWEST) - samples.shape[1])))
+        feats = self._compute(samples)[:, :frames]
         self._samples = self._samples[:, frames * self._hop :].clone()  # a view would keep what has been heard
         self._frames += frames
         peak = feats.amax((1, 2))

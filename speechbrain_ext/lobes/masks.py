@@ -135,7 +135,7 @@ def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
     -------
     >>> check_chunks(DynChunkTrainConfig(3), multiple=2)
     Traceback (most recent call last):
-    ValueError: The chunk size is 3 frames, but this encoder needs a positive multiple of 2.
+    speechbrain_ext.utils.errors.UserError: The chunk size is 3 frames, but this encoder needs a positive multiple of 2.
     """
     if config.chunk_size < 1 or config.chunk_size % multiple:
         needs = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"

@@ -13,14 +13,13 @@ import ruamel.yaml
 import sentencepiece
 import speechbrain as sb
 import torch
-from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_ext.dataio.datasets import loader_options, make_datasets, merge_manifests
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
-from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides
+from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.utils.errors import UserError, one_line, raised_in
@@ -66,7 +65,7 @@ class Setting:
 
     def plain(self):
         """All merged, references resolved, before any object is built."""
-        return ruamel.yaml.YAML().load(resolve_references(self.text()))
+        return resolve_hparams(self.files, self.overrides)
 
     def load(self):
         """All merged and built."""

@@ -1,6 +1,5 @@
 """Squeezeformer against the authors' model (golden vectors), the published counts, and NeMo's weights."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +48,7 @@ def model(d_model, padding="symmetric", head=None, device=None, **keys):
 
 @pytest.fixture(scope="module")
 def golden():
-    default = Path(__file__).resolve().parents[3] / "shared" / "specs" / "squeezeformer_golden.npz"
-    path = Path(os.environ.get("SQUEEZEFORMER_GOLDEN", default))
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at {path}; set SQUEEZEFORMER_GOLDEN to the file")
-    return np.load(path)
+    return np.load(Path(__file__).resolve().parents[1] / "data" / "squeezeformer_golden.npz")
 
 
 def tensors(golden, prefix):
