@@ -28,7 +28,7 @@ demo: $(VENV)/runtime
 	$(BIN)/python train.py hparams/hyperconformer.yaml --output_folder $(DEMO)
 	@echo
 	@echo "Transcripts of three voices that training has not heard:"
-	$(BIN)/python -m speechbrain_ext transcribe $(DEMO)/pretrained $$(cut -d, -f3 $(DEMO)/test-mini.csv | sed -n '2p;90p;200p')
+	$(BIN)/python -m speechbrain_ext transcribe --model $(DEMO)/pretrained $$(cut -d, -f3 $(DEMO)/test-mini.csv | sed -n '2p;90p;200p')
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -1,26 +1,38 @@
 """What the tests share: the registry's encoders at a small size, and real speech where it is at hand."""
 
+import importlib.util
 import os
+import re
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from speechbrain_ext.encoders.conformer import ConformerEncoder
 from speechbrain_ext.lobes.fusible import reestimate_statistics
-from speechbrain_ext.lobes.temporal_unet import nest
-from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders, register_encoder
+from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@register_encoder("test_unet_conformer")
-class UNetConformer(ConformerEncoder):
-    """A user's own encoder, made of the lobes: a Conformer whose upper half runs at half rate."""
+def import_readme_encoders():
+    """The encoders of the README's "Add an encoder", each from a file of its own, as a user would write it."""
+    names = []
+    folder = tempfile.mkdtemp(prefix="readme-encoders-")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        if name := re.search(r'@register_encoder\("(\w+)"\)', block):
+            path = Path(folder, f"readme_{name[1]}.py")
+            path.write_text(block)
+            specification = importlib.util.spec_from_file_location(path.stem, path)
+            sys.modules[path.stem] = importlib.util.module_from_spec(specification)
+            specification.loader.exec_module(sys.modules[path.stem])
+            names.append(name[1])
+    return names
 
-    def __init__(self, **keys):
-        super().__init__(**keys)
-        self.layers = nest(self.layers, self.d_model, reduce_before=[len(self.layers) // 2], recover_before=[len(self.layers)])
 
-
+README_ENCODERS = import_readme_encoders()
 SMALL = {"d_model": 32, "nhead": 4, "num_layers": 4, "d_ffn": 64, "dropout": 0.1}
 # Keys that change what an encoder computes; an encoder that is not listed is tested with its defaults.
 VARIANTS = {

@@ -321,7 +321,7 @@ def test_extreme_settings_work(option, value, call):
 
 def test_an_odd_chunk_is_refused_where_a_u_net_would_halve_it(call, folder, model, monkeypatch):
     halving = load_model(folder, "cpu")
-    encoder = build_encoder("test_unet_conformer", d_model=16, nhead=2, num_layers=2, d_ffn=32).eval()
+    encoder = build_encoder("unet_conformer", d_model=16, nhead=2, num_layers=2, d_ffn=32).eval()
     halving.mods.encoder.transformer.encoder = encoder
     with pytest.raises(ValueError, match="chunk size is 7 frames, but this encoder needs a positive multiple of 2"):
         StreamingRecognizer(halving, 7)

@@ -7,6 +7,9 @@ The contract, which SpeechBrain's TransformerASR, EncoderWrapper, searchers and 
     masks: ``pos_embs`` and ``src_mask`` are accepted and not needed.
 ``make_streaming_context(dynchunktrain_config)``, ``forward_streaming(src, context, pos_embs=None)``
     One chunk in, ``(its frames, [])`` out; the context holds all state and reports its size.
+``passes``
+    The names of its answers, the best one last; one for all but a cascade. An encoder with several takes ``pass_name`` in
+    ``forward`` and ``make_streaming_context``.
 ``fuse_()``
     Fold what inference allows into the weights, in place; encoders with nothing to fold return themselves.
 ``d_model``, ``chunk_multiple``, ``streamable``
@@ -14,6 +17,12 @@ The contract, which SpeechBrain's TransformerASR, EncoderWrapper, searchers and 
 ``sizes``
     Only on classes with a constructor key ``size``: a dictionary whose keys are the values that it takes.
 
+:class:`Encoder` has all of that around a :class:`~speechbrain_ext.lobes.stack.Stack` of blocks; start from it.
+
 Every registered encoder is held to: padding never reaches a valid frame; chunk by chunk gives what ``forward`` gives under the
 same setting; nothing looks past its chunk; any length; finite gradients for every parameter; exportable and compilable.
 """
+
+from speechbrain_ext.encoders._base import Encoder
+
+__all__ = ["Encoder"]

@@ -1,0 +1,119 @@
+"""What a user adds: an encoder, a front end, a corpus, as the README says it, each in his own files only."""
+
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+import speechbrain as sb
+import torch
+from conftest import README_ENCODERS, ROOT
+from test_recipe import rows, train
+from tiny import SENTENCES, SMALL, arguments, make_corpus
+
+from speechbrain_ext import registry
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.registry import register_encoder
+from speechbrain_ext.training.run import run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(language, mark):
+    (found,) = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if mark in text]
+    return found
+
+
+def train_here(hparams, corpus, **keys):
+    """A training run in this process, where an encoder of one's own has been imported."""
+    asked = arguments(**{**SMALL, "num_decoder_layers": 0, **keys})
+    path, run_opts, overrides = sb.parse_arguments([str(hparams), "--data_folder", str(corpus), "--device", "cpu", *asked])
+    return run(path, run_opts, overrides)
+
+
+def test_the_readme_has_an_encoder_of_one_s_own():
+    assert "mine" in README_ENCODERS  # conftest has registered it, so that the whole contract is run on it
+
+
+def test_an_encoder_of_one_s_own_trains_and_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        block("yaml", "encoder: mine").replace("conformer.yaml", f"{ROOT}/hparams/conformer.yaml")
+    )
+    result = train_here("mine.yaml", make_corpus(tmp_path / "corpus"))
+    assert [(row.architecture, row.experiment) for row in result.rows] == [("mine", "mine")]
+    model = load_model(result.folders["pretrained"], "cpu")
+    assert type(model.mods.encoder.transformer.encoder).__name__ == "MineEncoder"
+
+
+def test_a_bug_in_an_encoder_of_one_s_own_shows_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_ENCODERS", dict(registry._ENCODERS))
+
+    @register_encoder("buggy")
+    class Buggy(registry.get_encoder("mine")):
+        def after_layers(self, x, mask=None):
+            return x + None
+
+    corpus = make_corpus(tmp_path / "corpus")
+    for keys in ({"encoder": "buggy", "encoder_kwargs": "null"},):
+        with pytest.raises(TypeError) as caught:
+            train_here(ROOT / "hparams" / "conformer.yaml", corpus, **keys)
+        assert Path(caught.traceback[-1].path).name == Path(__file__).name
+
+
+def test_a_corpus_of_one_s_own_trains_with_one_command(tmp_path):
+    """Outside of the repository, with its own prepare function and layout; nothing is copied."""
+    mine, data = tmp_path / "mine", tmp_path / "data"
+    mine.mkdir()
+    (mine / "corpus.yaml").write_text(block("yaml", "prepare_mine.prepare"))
+    (mine / "prepare_mine.py").write_text(block("python", "def prepare("))
+    generator = torch.Generator().manual_seed(0)
+    for split, count in {"train": 12, "dev": 2, "test": 2}.items():
+        (data / split).mkdir(parents=True)
+        for index in range(count):
+            wav = 0.1 * torch.randn(16_000, generator=generator)
+            soundfile.write(data / split / f"{index}.wav", wav.numpy(), 16000)
+            (data / split / f"{index}.txt").write_text(SENTENCES[index % len(SENTENCES)].lower())
+    (tmp_path / "work").mkdir()
+    keys = {key: value for key, value in SMALL.items() if not key.endswith(("splits", "dev_split"))} | {"num_decoder_layers": 0}
+    command = [ROOT / "hparams" / "conformer.yaml", "--corpus", mine / "corpus.yaml", "--data_folder", data, "--device", "cpu"]
+    finished = train(tmp_path / "work", *command, *arguments(**keys))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (row,) = rows(tmp_path / "work")
+    assert (row["corpus"], row["train_set"], row["test_set"]) == ("Mine", "train", "test")
+    (card,) = (tmp_path / "work").glob("results/conformer/*/pretrained/README.md")
+    assert "Nothing is known of how it does on other speech" in card.read_text() and "LibriSpeech" not in card.read_text()
+    (text,) = (tmp_path / "work").glob("results/conformer/*/wer_test_ctc_greedy.txt")
+    assert re.search(r"the\s+;\s+cat\s+;\s+sat", text.read_text())  # the case is the corpus's
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("corpus: Mine\nprepare: !name:no_such_module.prepare\n", "no_such_module.prepare"),
+        ("corpus: [", "no valid YAML"),
+        ("", "should hold 'key: value' lines"),
+    ],
+)
+def test_a_bad_corpus_file_is_refused_in_one_sentence(text, message, tmp_path):
+    (tmp_path / "corpus.yaml").write_text(text)
+    command = [ROOT / "hparams" / "conformer.yaml", "--corpus", tmp_path / "corpus.yaml", "--data_folder", tmp_path]
+    finished = train(tmp_path, *command, "--device", "cpu")
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr and message in finished.stderr
+
+
+def test_without_tests_the_average_is_kept_and_fused(tmp_path, monkeypatch):
+    """--test_splits '[]': what training ends with does not depend on a test."""
+    corpus, states = make_corpus(tmp_path / "corpus"), []
+    for splits in ("[]", "[test-tiny]"):
+        folder = tmp_path / f"with {splits}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        keys = {"number_of_epochs": 2, "average_checkpoints": 2, "test_splits": splits}
+        result = train_here(ROOT / "hparams" / "fusionformer.yaml", corpus, **keys)
+        model = load_model(result.folders["pretrained"], "cpu")
+        assert not [name for name, _ in model.named_modules() if name.endswith("norm") and "normalize" not in name]
+        states.append(model.hparams.asr_model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], msg=name)

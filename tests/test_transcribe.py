@@ -1,0 +1,99 @@
+"""One way from audio to text: what Python gives and what the command line prints are the same, and a bug stays a bug."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from test_streaming import speech
+
+from speechbrain_ext import cli
+from speechbrain_ext.dataio.audio import AudioError
+from speechbrain_ext.inference import load_model
+
+FOLDERS = Path(__file__).parent / "data" / "model_folders"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Files of 5, 90 and 200 s: one goes through the model whole, the others in pieces."""
+    folder, paths = tmp_path_factory.mktemp("files"), []
+    for seconds in (5, 90, 200):
+        paths.append(folder / f"{seconds}.wav")
+        soundfile.write(paths[-1], 0.1 * speech(16_000 * seconds).numpy(), 16000)
+    return paths
+
+
+# A model that was trained in full context reads long files in windows, one that was trained to stream as a stream
+@pytest.mark.parametrize("name, pass_name", [("ctc-v1", None), ("fused-v1", None), ("cascade-v1", "first"), ("cascade-v1", None)])
+def test_python_and_the_command_line_give_the_same_text(name, pass_name, files, tmp_path, capsys):
+    model = load_model(FOLDERS / name, "cpu", pass_name)
+    texts = model.transcribe_files(files)
+    assert texts == [model.transcribe_file(file) for file in files] and all(texts)
+    asked = ["--pass", pass_name] if pass_name else []
+    command = ["transcribe", "--model", str(FOLDERS / name), "--device", "cpu", *asked, *map(str, files)]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
+    assert model.transcribe_files(files, output=tmp_path / "out") == texts
+    assert sorted(path.suffix for path in (tmp_path / "out").glob("200.*")) == [".jsonl", ".srt", ".vtt"]
+    assert model.transcribe_files(files, output=tmp_path / "out") == texts  # from what is there
+
+
+def test_a_bad_file_raises_in_python(files, tmp_path):
+    model = load_model(FOLDERS / "ctc-v1", "cpu")
+    with pytest.raises(AudioError, match="no audio file"):
+        model.transcribe_files([files[0], tmp_path / "gone.wav"])
+
+
+def test_an_unknown_pass_is_refused():
+    with pytest.raises(ValueError, match="The pass is 'third'; give first or second"):
+        load_model(FOLDERS / "cascade-v1", "cpu", "third")
+    with pytest.raises(ValueError, match="no cascade: it has one pass"):
+        load_model(FOLDERS / "ctc-v1", "cpu", "first")
+
+
+def test_a_bug_in_a_model_keeps_its_traceback(files, monkeypatch):
+    """Of the package or of a user's own encoder: no sentence could say which line it is in."""
+    model = load_model(FOLDERS / "ctc-v1", "cpu")
+    for bug in (TypeError("bug"), RuntimeError("shape '[3]' is invalid for input of size 2"), ValueError("bug")):
+
+        def forward(*arguments, bug=bug, **keys):
+            raise bug
+
+        monkeypatch.setattr(model.mods.encoder.transformer.encoder, "forward", forward)
+        with pytest.raises(type(bug)) as caught:
+            model.transcribe_file(files[0])
+        assert caught.value is bug
+
+
+def test_too_little_memory_is_the_file_s_error(files, monkeypatch):
+    model = load_model(FOLDERS / "ctc-v1", "cpu")
+
+    def forward(*arguments, **keys):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model.mods.encoder.transformer.encoder, "forward", forward)
+    with pytest.raises(ValueError, match="5.wav cannot be transcribed: .*allocate memory"):
+        model.transcribe_file(files[0])
+
+
+def test_importing_does_no_work():
+    """What starts up slowly is imported where it is used."""
+    code = """if True:
+        import sys
+        import speechbrain_ext.cli, speechbrain_ext.registry, speechbrain_ext.utils.errors
+        print([name for name in ("torch", "speechbrain", "onnx", "matplotlib", "huggingface_hub") if name in sys.modules])
+        import speechbrain_ext.inference
+        print([name for name in ("onnx", "onnxruntime", "matplotlib", "huggingface_hub.hf_api") if name in sys.modules])"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["[]", "[]"], run.stdout
+
+
+@torch.no_grad()
+def test_samples_of_any_batch_are_those_of_the_file(files):
+    model = load_model(FOLDERS / "joint-v1", "cpu")
+    wav = model.load_audio(files[0])
+    assert model.transcribe_batch(wav.unsqueeze(0), torch.ones(1))[0][0] == model.transcribe_file(files[0])
