@@ -2,7 +2,7 @@
 # make test   environment and all tests
 # make lint   style
 #
-# PYTHON=python3.12 make demo   another interpreter (3.11 or 3.12)
+# PYTHON=python3.12 make demo   another interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,15 +13,15 @@ DEMO := results/demo
 
 # A marker per set of packages, newer than what asks for them: an interrupted installation is done again.
 $(VENV)/runtime: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
-		{ echo "Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version); try: PYTHON=python3.11 make" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version); try: PYTHON=python3.11 make" >&2; exit 1; }
 	@echo "Setting up $(VENV) (PyTorch with CUDA is about 3 GB to download)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	touch $@
 
 $(VENV)/dev: $(VENV)/runtime
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/runtime

@@ -1,3 +1,3 @@
 """Efficient speech encoders for SpeechBrain: padding-exact, streaming, of any length."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16000
 """What models take unless they say otherwise."""
@@ -23,7 +22,13 @@ def ratio(rate, target=SAMPLE_RATE):
 
 def resample(samples, rate, target=SAMPLE_RATE):
     """Samples (T,) at another rate; the same array where the rates are equal."""
-    return samples if rate == target else resample_poly(samples, *ratio(rate, target))
+    return samples if rate == target else _resample_poly(samples, *ratio(rate, target))
+
+
+def _resample_poly(samples, up, down):
+    from scipy.signal import resample_poly  # importing it takes 0.15 s, which most files need not wait for
+
+    return resample_poly(samples, up, down)
 
 
 class Resampler:
@@ -72,7 +77,7 @@ class Resampler:
 
     def _resample(self, ready):
         x = self._samples[: ready + 2 * self._context]
-        y = resample_poly(x, self.up, self.down)
+        y = _resample_poly(x, self.up, self.down)
         self._samples = self._samples[ready:]
         begin = self._context // self.down * self.up
         return y[begin : begin + -(-ready * self.up // self.down)]
