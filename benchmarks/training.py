@@ -18,7 +18,7 @@ import torch
 from speechbrain import Stage
 from speechbrain.dataio.batch import PaddedBatch
 
-from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.brains.asr import AsrBrain, Predictions
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.hparams import load_hparams, parse_overrides
 from speechbrain_ext.utils.files import write_csv
@@ -58,12 +58,13 @@ test_search: null
 class SpeechBrainModules(AsrBrain):
     """The same Brain, with a front end that takes and gives no lengths."""
 
-    def forward_features(self, feats, lens, chunks, batch, stage):
+    def compute_forward(self, batch, stage):
         """As in SpeechBrain's recipe."""
-        enc, dec = self.modules.Transformer(
-            self.modules.subsampling(feats), batch.tokens_bos.data, lens, pad_idx=self.hparams.blank_index
-        )
-        return enc, lens, self.modules.ctc_lin(enc), self.modules.seq_lin(dec)
+        batch, hparams = batch.to(self.device), self.hparams
+        feats, lens = hparams.speech_encoder.features(*batch.sig)
+        feats = hparams.speech_encoder.normalized(feats, lens, epoch=hparams.epoch_counter.current)
+        enc, dec = hparams.Transformer(hparams.subsampling(feats), batch.tokens_bos.data, lens, pad_idx=hparams.blank_index)
+        return {None: Predictions(enc, lens, hparams.ctc_lin(enc), hparams.seq_lin(dec))}
 
 
 def make_brain(kind, folder, overrides):
@@ -98,14 +99,14 @@ def make_batch(utterances, vocab=5000):
 def assert_equal(ours, theirs):
     """Give our TransformerASR the weights of theirs, and compare."""
     hparams = ours.hparams
-    ours.modules.Transformer.load_state_dict(convert_speechbrain(theirs.modules.Transformer.state_dict(), hparams.nhead))
+    ours.hparams.Transformer.load_state_dict(convert_speechbrain(theirs.hparams.Transformer.state_dict(), hparams.nhead))
     inputs = (torch.randn(2, 100, 640), torch.randint(4, hparams.vocab_size, (2, 20)), torch.ones(2))
-    answers = [brain.modules.Transformer.eval()(*inputs, pad_idx=hparams.blank_index) for brain in (ours, theirs)]
+    answers = [brain.hparams.Transformer.eval()(*inputs, pad_idx=hparams.blank_index) for brain in (ours, theirs)]
     difference = max((a - b).abs().max().item() for a, b in zip(*answers, strict=True))
     if not difference <= 1e-4:
         raise RuntimeError(f"The same weights answer differently, by {difference:.3g}.")
     for brain in (ours, theirs):
-        brain.modules.Transformer.train()
+        brain.hparams.Transformer.train()
     return difference
 
 

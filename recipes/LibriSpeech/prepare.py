@@ -6,7 +6,6 @@ folders the caller names. What cannot be trained on or scored is left out, named
 much of it stops the run.
 """
 
-import csv
 import hashlib
 import json
 import logging
@@ -14,15 +13,18 @@ import math
 import os
 import re
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain.utils.parallel import parallel_map
 
-from speechbrain_ext.dataio.audio import SAMPLE_RATE, AudioError, check_audio
+from speechbrain_ext.dataio.audio import AudioError, check_audio
+from speechbrain_ext.dataio.datasets import MANIFEST_FIELDS
+from speechbrain_ext.dataio.resampling import SAMPLE_RATE
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError
+from speechbrain_ext.utils.files import file_digest, replacing, write_csv
+from speechbrain_ext.utils.text import listing
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,6 @@ ID = re.compile(r"\w+-\w+-\w+")
 PLACEHOLDER = re.compile(r"\$[\w.]")  # SpeechBrain substitutes $name in every field of a manifest, and fails on others
 MIN_SECONDS = 0.1  # nobody says a word in less; such a file is a slip of segmentation
 
-MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
 SKIPPED_FILE = "skipped.csv"
 MARKER_FILE = "prepared.json"
 VERSION = 1  # of the manifests; another one is prepared anew
@@ -182,16 +183,16 @@ def prepare_librispeech(
     for split in reversed(splits):  # test splits first: they keep an id that several splits claim
         rows[split], skips, total = prepare_split(split, root / split, files[split], taken, wanted[split])
         skipped += skips
-        _write_csv(save_folder / SKIPPED_FILE, Skipped._fields, sorted(skipped))
+        write_csv(save_folder / SKIPPED_FILE, Skipped._fields, sorted(skipped))
         _report(split, rows[split], skips, total, save_folder / SKIPPED_FILE, max_skipped)
 
     manifests = {f"{split}.csv": rows[split] for split in splits}
     if merge_name:
         manifests[merge_name] = [row for split in dict.fromkeys(merge_lst) for row in rows[split]]
     for name, lines in manifests.items():
-        _write_csv(save_folder / name, MANIFEST_FIELDS, (row[: len(MANIFEST_FIELDS)] for row in lines))
-    state["manifests"] = {name: _file_digest(save_folder / name) for name in [*manifests, SKIPPED_FILE]}
-    with _replacing(save_folder / MARKER_FILE) as file:
+        write_csv(save_folder / name, MANIFEST_FIELDS, (row[: len(MANIFEST_FIELDS)] for row in lines))
+    state["manifests"] = {name: file_digest(save_folder / name) for name in [*manifests, SKIPPED_FILE]}
+    with replacing(save_folder / MARKER_FILE) as file:
         json.dump(state, file, indent=2)
 
 
@@ -217,8 +218,8 @@ def find_corpus(data_folder, splits):
         return fitting[0]
     missing = [split for split in splits if split not in inside]
     raise FileNotFoundError(
-        f"{folder} should hold a folder for each split, but has none named {_listing(missing)}; "
-        f"the folders in it are: {_listing(inside)}."
+        f"{folder} should hold a folder for each split, but has none named {listing(missing)}; "
+        f"the folders in it are: {listing(inside)}."
     )
 
 
@@ -283,7 +284,7 @@ def prepare_split(split, folder, files, taken, wanted):
     if not audio or not texts:
         what = f"transcript (*{TRANSCRIPT_SUFFIX})" if audio else f"audio file ({', '.join(AUDIO_SUFFIXES)})"
         kinds = Counter(os.path.splitext(file.path)[1] or "no suffix" for file in files)
-        held = _listing([f"{count} x {kind}" for kind, count in kinds.most_common()])
+        held = listing([f"{count} x {kind}" for kind, count in kinds.most_common()])
         raise FileNotFoundError(f"There is no {what} anywhere in {folder}; the files in it are: {held}.")
 
     transcripts = read_transcripts(texts)
@@ -393,7 +394,7 @@ def _report(split, rows, skipped, total, listed_in, max_skipped):
         logger.info("%s: %d files have several channels; these are averaged when read.", split, several)
     odd = Counter(character for row in rows for character in set(row.wrd) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZ' "))
     if odd:
-        shown = _listing([f"{character} ({count})" for character, count in odd.most_common()])
+        shown = listing([f"{character} ({count})" for character, count in odd.most_common()])
         logger.warning("%s: transcripts hold characters other than A-Z and ' (in how many): %s", split, shown)
     if not skipped:
         return
@@ -422,7 +423,7 @@ def _check_merge(merge_lst, merge_name, splits):
     if not merge_lst:
         return None
     if unknown := [split for split in merge_lst if split not in splits]:
-        raise UserError(f"merge_lst names {_listing(unknown)}, not prepared here; the splits are: {_listing(splits)}.")
+        raise UserError(f"merge_lst names {listing(unknown)}, not prepared here; the splits are: {listing(splits)}.")
     if not merge_name or merge_name != os.path.basename(merge_name):
         raise UserError(f"merge_lst needs merge_name, a file name such as train.csv, and it is {merge_name!r}.")
     stem = merge_name.removesuffix(".csv")
@@ -448,7 +449,7 @@ def _is_prepared(save_folder, state):
     try:
         earlier = json.loads((save_folder / MARKER_FILE).read_text(encoding="utf-8"))
         manifests = earlier.pop("manifests")
-        intact = all(_file_digest(save_folder / name) == digest for name, digest in manifests.items())
+        intact = all(file_digest(save_folder / name) == digest for name, digest in manifests.items())
         return earlier == state and intact
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no marker, not ours, or a manifest is gone
         return False
@@ -461,38 +462,8 @@ def _digest(files):
     return digest.hexdigest()
 
 
-def _file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _replacing(path):
-    """A file to write that takes its place under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # a name that is no UTF-8 is shown with escapes in the list of what was skipped; a manifest never holds one
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_csv(path, fields, lines):
-    with _replacing(path) as file:
-        csv.writer(file, lineterminator="\n").writerows([fields, *lines])
-
-
 def _is_utf8(text):
     try:
         return bool(text.encode())
     except UnicodeEncodeError:
         return False
-
-
-def _listing(names, most=10):
-    """Names in one line, not too many."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more

@@ -4,9 +4,8 @@ Greedy decoding takes the best label of each frame; a beam search sums over the 
 work, and where the beam is wide enough they find the same text:
 
 * flashlight's (https://arxiv.org/abs/2201.12465) through ``torchaudio.models.decoder.ctc_decoder``, in C++, where the
-  package flashlight-text is installed; it reads language models by itself;
-* SpeechBrain's :class:`~speechbrain.decoders.ctc.CTCBeamSearcher`, in Python; for a language model it needs the packages
-  kenlm, which is compiled while it is installed, and pygtrie.
+  package flashlight-text is installed; only this one takes language models;
+* SpeechBrain's :class:`~speechbrain.decoders.ctc.CTCBeamSearcher`, in Python, which needs no further package.
 
 flashlight's own search with a word list is not used: it lets no frame repeat the last token of a word, which is right only
 where every word ends with a boundary token, and SentencePiece puts the boundary first. So the language model is called at
@@ -20,12 +19,10 @@ import os
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from speechbrain_ext.decoders.word_lm import (
-    UNKNOWN_WORD,
     arpa_words,
     check_arpa,
     check_spelling,
     flashlight_lm,
-    without_empty_words,
 )
 from speechbrain_ext.utils.errors import UserError, UserImportError
 
@@ -239,19 +236,11 @@ class CtcBeamSearch:
         searcher = CTCBeamSearcher(
             blank_index=self._kept.index(self.blank_index),
             vocab_list=[self.tokenizer.id_to_piece(index) for index in self._kept],
-            kenlm_model_path=self.lm_file,
-            unigrams=words,
-            alpha=self.lm_weight,
-            beta=self.word_score,
-            unk_score_offset=UNKNOWN_WORD,
             beam_size=self.beam_size,
             beam_prune_logp=-self.beam_threshold,
             token_prune_min_logp=TOKEN_FLOOR,
             prune_history=False,  # it drops alignments of the best text, and hypotheses from the beam
         )
-
-        if words is not None:
-            searcher.lm.score = without_empty_words(searcher.lm)
 
         def search(log_probs):  # (T, V)
             # In float32, numpy would lose digits of a long utterance's score
@@ -278,9 +267,8 @@ def _choose_backend(backend, lm_file):
                 "pip install --force-reinstall flashlight-text"
             )
         return FLASHLIGHT
-    if lm_file is not None and not (_importable("kenlm") and _importable("pygtrie")):
-        package = "flashlight-text" if backend is None else "kenlm pygtrie"
-        raise UserImportError(f"The language model {lm_file} needs packages that are missing; run: pip install {package}")
+    if lm_file is not None:
+        raise UserImportError(f"The language model {lm_file} needs a package that is missing; run: pip install flashlight-text")
     return SPEECHBRAIN
 
 

@@ -111,18 +111,3 @@ def flashlight_lm(path, words, pieces, weight, word_score):
             return history, weight * score + word_score - paid
 
     return WordLm()
-
-
-def without_empty_words(lm):
-    """How SpeechBrain's language model scores a word, but for an empty one, which it takes for an unknown word.
-
-    Such a word stands after a boundary at the end of an utterance, and is all that there is in silence.
-    """
-    score_word = lm.score
-
-    def score(state, word, is_last_word=False):
-        if word:
-            return score_word(state, word, is_last_word)
-        return (lm.alpha * math.log(10) * lm._get_raw_end_score(state.state) if is_last_word else 0.0), state
-
-    return score
