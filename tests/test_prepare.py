@@ -797,14 +797,17 @@ def test_flac_of_unknown_length(tmp_path):
         load_audio(path)
 
 
+NO_AUDIO = "is not audio that soundfile can read, or its header is damaged; convert it to WAV or FLAC."
+
+
 @pytest.mark.parametrize(
     "name, reason, message",
     [
         ("nowhere.wav", "missing", "There is no audio file {path}; check the path."),
         ("folder", "unreadable", "{path} is a folder, not an audio file; name a file in it."),
         ("empty.wav", "empty", "The audio file {path} is empty: it holds no samples."),
-        ("text.wav", "unreadable", "{path} is not audio that soundfile can read; convert it to WAV or FLAC."),
-        ("samples.raw", "unreadable", "{path} is not audio that soundfile can read; convert it to WAV or FLAC."),
+        ("text.wav", "unreadable", f"{{path}} {NO_AUDIO}"),
+        ("samples.raw", "unreadable", f"{{path}} {NO_AUDIO}"),
         ("inf.wav", "NaN samples", "The audio file {path} holds NaN or infinite samples; write it again."),
     ],
 )

@@ -161,7 +161,7 @@ def prepare_librispeech(
     if not 0 <= max_skipped <= 1:
         raise UserError(f"max_skipped is a part of a split, from 0 to 1, and it is {max_skipped}.")
     root = find_corpus(data_folder, splits)
-    save_folder = Path(save_folder).expanduser().absolute()
+    save_folder = Path(save_folder).absolute()
     save_folder.mkdir(parents=True, exist_ok=True)
 
     files = {split: list_files(root / split) for split in splits}
@@ -200,7 +200,7 @@ def find_corpus(data_folder, splits):
     """The folder that holds all splits: the one given, or where exactly one reading makes sense, a neighbour of it."""
     if not splits:
         raise UserError("No split is named: give at least one of tr_splits, dev_splits and te_splits.")
-    folder = Path(data_folder or "").expanduser().absolute()
+    folder = Path(data_folder or "").absolute()
     if not data_folder or not folder.is_dir():
         raise FileNotFoundError(f"The data folder '{data_folder}' is no folder; give the one that holds {splits[0]}.")
 

@@ -56,7 +56,7 @@ def run(arguments):
     try:
         for wav in _pieces(arguments, model.sample_rate):
             show(timer.accept(wav))
-    except KeyboardInterrupt:  # what was heard is still told
+    except KeyboardInterrupt:  # what was said until then is still printed
         status = 130
     except AudioError as error:
         say(error)
@@ -83,7 +83,7 @@ def _pieces(arguments, target, seconds=0.1):
     if sys.stdin is None:
         raise AudioError("Standard input is closed; send it raw samples of 16 bits.")
     resampler, kept, empty = Resampler(arguments.sample_rate, target), b"", True
-    while data := sys.stdin.buffer.read1(2 * round(seconds * arguments.sample_rate)):
+    for data in _raw_pieces(sys.stdin.buffer, 2 * round(seconds * arguments.sample_rate)):
         data = kept + data
         kept = data[len(data) // 2 * 2 :]  # half a sample
         samples = np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768
@@ -92,3 +92,21 @@ def _pieces(arguments, target, seconds=0.1):
     if empty:
         raise AudioError("Standard input holds no samples; send it raw samples of 16 bits.", "empty")
     yield torch.from_numpy(resampler.finish())
+
+
+def _raw_pieces(stdin, size):
+    """The bytes of standard input as they come, unless the first of them show that they are no raw samples."""
+    from speechbrain_ext.dataio.audio import AudioError
+    from speechbrain_ext.dataio.containers import container_name, head_size
+
+    head = b""
+    while len(head) < head_size(head) and (data := stdin.read1(size)):
+        head += data
+    if name := container_name(head):
+        raise AudioError(
+            f"Standard input begins like a file in {name} format, and - takes raw samples of 16 bits; give the file's name "
+            "instead of -, or convert it to raw samples."
+        )
+    yield head
+    while data := stdin.read1(size):
+        yield data

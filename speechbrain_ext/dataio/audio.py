@@ -4,12 +4,14 @@ libsndfile reads many broken files without a word: a truncated WAV at half its l
 nothing had been there. Training on such a file pairs speech with words that were never said, so whatever reads audio
 here (preparation, the recipe's pipeline, the command line) checks that the file is whole:
 
-* WAV states the size of its samples, which is compared with what follows;
-* every Ogg page (Opus, Vorbis) carries a checksum and a number, and the last one is marked;
-* FLAC and MP3 are decoded and must give the number of samples that they state. (An MP3 without a Xing header states
-  none; there a missing end cannot be seen.)
+* what its container states is compared with what the file holds, for every container that libsndfile reads
+  (:mod:`speechbrain_ext.dataio.containers`, which names what cannot be seen);
+* it is decoded from its first sample to its last without seeking, which some codecs cannot and others do inexactly, and
+  must give the number of samples that the header states; Ogg, whose pages carry checksums, is decoded only when read;
+* Ogg, MP3 and FLAC files that were joined are read part after part.
 """
 
+import io
 import math
 import os
 import stat
@@ -19,7 +21,7 @@ import soundfile
 import torch
 from speechbrain.dataio.audio_io import AudioInfo
 
-from speechbrain_ext.dataio.containers import container_flaw, has_xing_header
+from speechbrain_ext.dataio.containers import ContainerError, find_parts
 from speechbrain_ext.dataio.resampling import SAMPLE_RATE, Resampler, ratio, resample
 from speechbrain_ext.utils.errors import UserError
 
@@ -27,6 +29,15 @@ LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
 """Sample rates that audio has; others are those of a damaged header, and cost gigabytes to resample."""
 LOUDEST = 1e12
 """Full scale is 1, or 2 ** 31 in files of integers that nobody scaled; from 1e17 on, power spectra overflow float32."""
+
+BLOCK = 2**20
+"""Samples of all channels to decode at a time: a damaged header may state any number of them."""
+WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}
+"""Bytes per sample of the codecs that store each one by itself."""
+SEEKABLE = {"AIFF", "AU", "CAF", "FLAC", "NIST", "RF64", "W64", "WAV", "WAVEX"}
+"""Formats in which libsndfile finds a sample of such a codec exactly."""
+LONG = 64
+"""How many times longer than it is an MP3 without a Xing header is said to be, so that libsndfile reads all of it."""
 
 
 class AudioError(UserError):
@@ -38,7 +49,7 @@ class AudioError(UserError):
         The sentence.
     reason : str
         The kind of trouble in a word or two, to count by: ``missing``, ``unreadable``, ``empty``, ``truncated or
-        damaged``, ``NaN samples``, ``huge samples``, ``sample rate``.
+        damaged``, ``unfinished``, ``joined``, ``length unknown``, ``NaN samples``, ``huge samples``, ``sample rate``.
     """
 
     def __init__(self, message, reason="unreadable"):
@@ -77,10 +88,9 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
     ...     load_audio(f"{folder}/stereo.flac").shape
     torch.Size([16000])
     """
-    with _open(path) as file:
-        wav = _decode(file).mean(axis=1)
-        wav = resample(wav, file.samplerate, sample_rate)
-    return torch.from_numpy(wav)
+    recording = _Recording(path)
+    wav = np.concatenate(list(recording.blocks()))
+    return torch.from_numpy(resample(wav, recording.samplerate, sample_rate))
 
 
 def read_blocks(path, seconds=10.0, start=0, sample_rate=SAMPLE_RATE):
@@ -115,20 +125,18 @@ def read_blocks(path, seconds=10.0, start=0, sample_rate=SAMPLE_RATE):
     ...     [len(block) for block in read_blocks(f"{folder}/stereo.flac", 0.5)]
     [7840, 8000, 160]
     """
-    with _open(path) as file:
-        resampler = Resampler(file.samplerate, sample_rate)
-        first, surplus = resampler.position(start)
-        if first:
-            file.seek(min(first, file.frames))
-        for samples in _blocks(file, max(1, round(seconds * file.samplerate))):
-            block = resampler.accept(samples.mean(axis=1))
-            yield torch.from_numpy(block[surplus:])
-            surplus = max(0, surplus - len(block))
-        yield torch.from_numpy(resampler.finish()[surplus:])
+    recording = _Recording(path)
+    resampler = Resampler(recording.samplerate, sample_rate)
+    first, surplus = resampler.position(start)
+    for samples in recording.blocks(max(1, round(seconds * recording.samplerate)), first):
+        block = resampler.accept(samples)
+        yield torch.from_numpy(block[surplus:])
+        surplus = max(0, surplus - len(block))
+    yield torch.from_numpy(resampler.finish()[surplus:])
 
 
 def count_samples(path, sample_rate=SAMPLE_RATE):
-    """Number of samples in an audio file, as its header states it.
+    """Number of samples in an audio file, as its headers state it or its frames show it.
 
     Arguments
     ---------
@@ -144,15 +152,23 @@ def count_samples(path, sample_rate=SAMPLE_RATE):
     Raises
     ------
     AudioError
-        If the file cannot be opened as audio.
+        If the file cannot be opened as audio, or is seen to be cut without decoding it.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     soundfile.write(f"{folder}/a.wav", np.zeros(8000), 8000)
+    ...     count_samples(f"{folder}/a.wav")
+    16000
     """
-    with _open(path) as file:
-        up, down = ratio(file.samplerate, sample_rate)
-        return -(-file.frames * up // down)
+    recording = _Recording(path)
+    up, down = ratio(recording.samplerate, sample_rate)
+    return -(-recording.frames * up // down)
 
 
 def sample_flaw(samples):
-    """What no model can hear.
+    """What no model can make use of.
 
     Arguments
     ---------
@@ -206,85 +222,230 @@ def check_audio(path):
     ...     check_audio(f"{folder}/a.wav").duration
     0.5
     """
-    with _open(path) as file:
-        frames = file.frames if file.format == "OGG" else len(_decode(file))
-        if not frames:
-            raise _empty(path)
-        return AudioInfo(file.samplerate, frames, file.channels, file.subtype, file.format)
+    recording = _Recording(path)
+    decodes = recording.format != "OGG"
+    frames = sum(map(len, recording.blocks())) if decodes else recording.frames
+    if not frames:
+        raise _empty(path)
+    return AudioInfo(recording.samplerate, frames, recording.channels, recording.subtype, recording.format)
 
 
 def _empty(path):
     return AudioError(f"The audio file {path} is empty: it holds no samples.", "empty")
 
 
-def _open(path):
-    """Open a file whose container is whole."""
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        raise AudioError(f"{path} is a folder, not an audio file; name a file in it.")
-    try:
-        status = os.stat(path)
-        is_file = stat.S_ISREG(status.st_mode)
-        flaw = container_flaw(path) if is_file else ""  # opening a pipe would wait for whoever writes to it
-    except FileNotFoundError:
-        raise AudioError(f"There is no audio file {path}; check the path.", "missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise AudioError(f"The audio file {path} cannot be read: {getattr(error, 'strerror', error)}.") from error
-    if not is_file:
-        raise AudioError(f"{path} is a pipe or device, which cannot be read twice; write the audio to a file first.")
-    if not status.st_size:
-        raise _empty(path)
-    if flaw:
-        raise AudioError(f"The audio file {path} is truncated or damaged: {flaw}.", "truncated or damaged")
-    try:
-        # soundfile encodes names strictly, and would not find one that is no UTF-8
-        file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)
-    except (soundfile.SoundFileError, TypeError, ValueError) as error:  # TypeError: raw samples without a header
-        raise AudioError(f"{path} is not audio that soundfile can read; convert it to WAV or FLAC.") from error
-    try:
-        if file.frames == np.iinfo(np.int64).max:
-            raise AudioError(f"The header of {path} does not state its length, as one written to a pipe; encode it again.")
+def _damaged(path, flaw):
+    return AudioError(f"The audio file {path} is truncated or damaged: {flaw}.", "truncated or damaged")
+
+
+class _SoundFile(soundfile.SoundFile):
+    """A sound file that is read from front to end.
+
+    Where a file can be sought in, soundfile seeks after every read, which GSM 6.10 and G.721 refuse.
+    """
+
+    source = None
+    """The _Slice that it reads, unless libsndfile opened the file itself."""
+
+    def seekable(self):
+        return False
+
+    def close(self):
+        super().close()
+        if self.source:
+            self.source.close()
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as soundfile takes it in; ``length`` is what it is said to be long."""
+
+    def __init__(self, path, begin, end, length):
+        self._file, self._begin, self._end, self._length = open(path, "rb"), begin, end, length
+        self._position = 0
+        self.error = None
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        return self._position
+
+    def tell(self):
+        return self._position
+
+    def readinto(self, buffer):
+        position = self._begin + self._position
+        wanted = min(len(buffer), max(0, self._end - position))
+        data = b""
+        try:
+            self._file.seek(position)
+            data = self._file.read(wanted) if wanted else b""
+        except OSError as error:  # libsndfile cannot pass it on
+            self.error = error
+        if self._end - self._begin < self._length and self._position >= self._length - 128:
+            data = bytes(min(len(buffer), max(0, self._length - self._position)))  # where libsndfile looks for a tag
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+class _Recording:
+    """An audio file whose containers are whole.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+
+    Raises
+    ------
+    AudioError
+        If it cannot be opened, or its container is not whole.
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        self._parts = self._find_parts()
+        self.frames, self._lengths = 0, []
+        self.samplerate = None
+        for part in self._parts:
+            with self._open(part) as file:
+                self._check_header(part, file)
+                if self.samplerate not in (None, file.samplerate):
+                    raise AudioError(
+                        f"The audio file {self.path} was joined of parts with {self.samplerate} and {file.samplerate} samples "
+                        "per second; write each to a file of its own.",
+                        "joined",
+                    )
+                if self.samplerate is None:
+                    self.samplerate, self.channels = file.samplerate, file.channels
+                    self.subtype, self.format = file.subtype, file.format
+                self._lengths.append(file.frames if part.samples is None else part.samples)
+        self.frames = sum(self._lengths)
+
+    def blocks(self, frames=None, first=0):
+        """Decode the samples from the one numbered ``first`` on, the mean of the channels, so many at a time.
+
+        Yields
+        ------
+        numpy.ndarray
+            Samples (n,), float32.
+        """
+        count, skipped = 0, first
+        for part, length in zip(self._parts, self._lengths, strict=True):
+            if skipped and skipped >= length:
+                skipped -= length
+                continue
+            for samples in self._decode(part, length, frames, skipped):
+                count += len(samples)
+                yield samples
+            skipped = 0
+        if not count and not first:
+            raise _empty(self.path)
+
+    def _find_parts(self):
+        path = self.path
+        if os.path.isdir(path):
+            raise AudioError(f"{path} is a folder, not an audio file; name a file in it.")
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes to it
+                raise AudioError(
+                    f"{path} is a pipe or device, which cannot be read twice; write the audio to a file first.",
+                )
+            if not status.st_size:
+                raise _empty(path)
+            return find_parts(path)
+        except AudioError:
+            raise
+        except FileNotFoundError:
+            raise AudioError(f"There is no audio file {path}; check the path.", "missing") from None
+        except ContainerError as error:
+            raise AudioError(f"The audio file {path} {error}.", error.reason) from error
+        except Exception as error:  # ValueError: a name with a zero byte
+            raise AudioError(f"The audio file {path} cannot be read: {_words(error)}.") from error
+
+    def _open(self, part):
+        source = None
+        try:
+            if part.samples is None and not part.begin and part.end == os.path.getsize(self.path):
+                # soundfile encodes names strictly, and would not find one that is no UTF-8
+                return _SoundFile(os.fsencode(self.path) if os.name == "posix" else self.path)
+            length = (part.end - part.begin) * (1 if part.samples is None else LONG)
+            source = _Slice(self.path, part.begin, part.end, length)
+            file = _SoundFile(source)
+            file.source = source
+            return file
+        except Exception as error:
+            if source:
+                source.close()
+            if isinstance(error, (soundfile.SoundFileError, TypeError)):  # TypeError: raw samples without a header
+                raise AudioError(
+                    f"{self.path} is not audio that soundfile can read, or its header is damaged; convert it to WAV or FLAC."
+                ) from error
+            raise AudioError(f"The audio file {self.path} cannot be opened: {_words(error)}.") from error
+
+    def _check_header(self, part, file):
+        if file.format == "RAW" and file.subtype != "GSM610":
+            raise AudioError(
+                f"{self.path} has no header that says what it holds, and its name alone proves nothing; convert it to WAV."
+            )
         if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
             raise AudioError(
-                f"The header of {path} states {file.samplerate} samples per second, where audio has {LOWEST_RATE} to "
+                f"The header of {self.path} states {file.samplerate} samples per second, where audio has {LOWEST_RATE} to "
                 f"{HIGHEST_RATE}; write it again.",
                 "sample rate",
             )
-    except AudioError:
-        file.close()
-        raise
-    return file
-
-
-def _decode(file):
-    """All samples of an open file (T, channels), float32."""
-    return np.concatenate(list(_blocks(file, 2**20)))  # not at once: a damaged header may state any number of samples
-
-
-def _blocks(file, frames):
-    """The samples of an open file from where it stands (n, channels), float32, so many frames at a time."""
-    position = count = file.tell()
-    name = os.fsdecode(file.name)
-    while True:
-        try:
-            samples = file.read(frames, dtype="float32", always_2d=True)
-        except (soundfile.SoundFileError, ValueError) as error:
+        if part.samples is None and file.frames == np.iinfo(np.int64).max:
             raise AudioError(
-                f"The audio file {name} is truncated or damaged: it cannot be decoded to its end.",
-                "truncated or damaged",
-            ) from error
-        if not len(samples):
-            break
-        if flaw := sample_flaw(samples):
-            reason = "NaN samples" if "NaN" in flaw else "huge samples"
-            raise AudioError(f"The audio file {name} holds {flaw}; write it again.", reason)
-        count += len(samples)
-        yield samples
-    if count < file.frames and (file.format != "MP3" or has_xing_header(name)):
-        raise AudioError(
-            f"The audio file {name} is truncated or damaged: its header states {file.frames} samples "
-            f"and only {count} can be decoded.",
-            "truncated or damaged",
-        )
-    if not count - position and not position:
-        raise _empty(name)
+                f"The header of {self.path} does not state its length, as one written to a pipe; encode it again.",
+                "length unknown",
+            )
+        unit = part.end - part.begin if file.format == "SD2" else part.unit
+        width = WIDTHS.get(file.subtype, 1) * file.channels
+        if file.format == "PAF" and file.subtype == "PCM_24":
+            width = 32 * file.channels  # blocks of ten samples
+        if unit is not None and unit % width:
+            raise _damaged(self.path, f"its {unit} bytes of samples are not a whole number of {width} bytes each")
+
+    def _decode(self, part, length, frames, skipped):
+        with self._open(part) as file:
+            limit = max(1, BLOCK // file.channels)
+            wanted = limit if frames is None else min(frames, 16 * limit)
+            count = 0
+            if skipped and file.format in SEEKABLE and file.subtype in WIDTHS and part.samples is None:
+                count = self._call(file, file.seek, skipped)
+            while True:
+                ahead = skipped - count if count < skipped else wanted
+                samples = self._call(file, file.read, max(1, min(ahead, wanted, length - count)), "float32", True)
+                if not len(samples):
+                    break
+                count += len(samples)
+                if count <= skipped:
+                    continue
+                if flaw := sample_flaw(samples):
+                    reason = "NaN samples" if "NaN" in flaw else "huge samples"
+                    raise AudioError(f"The audio file {self.path} holds {flaw}; write it again.", reason)
+                yield samples.mean(axis=1)
+            if count < length:
+                states = "its header states" if part.samples is None else "its frames should hold"
+                raise _damaged(self.path, f"{states} {length} samples and only {count} can be decoded")
+
+    def _call(self, file, function, *arguments):
+        """Whatever libsndfile and soundfile find wrong, in one sentence."""
+        try:
+            result = function(*arguments)
+            if file.source and file.source.error:
+                raise file.source.error
+            return result
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise _damaged(self.path, f"it cannot be decoded to its end ({_words(error)})") from error
+        except Exception as error:
+            raise AudioError(f"The audio file {self.path} cannot be decoded: {_words(error)}.") from error
+
+
+def _words(error):
+    """What an error says, without a name and full stop."""
+    words = getattr(error, "strerror", None) or getattr(error, "error_string", None) or str(error) or type(error).__name__
+    return words.removeprefix("Error : ").rstrip(".\n").replace("\n", " ")

@@ -1,76 +1,707 @@
-"""Whether the container of an audio file is whole, by what it says of itself."""
+"""What the container of an audio file says of its own length, compared with what the file holds.
+
+libsndfile reads many broken files without a word: half of a W64 file as a shorter one, the first of two joined FLAC files
+as if it were all. Decoding is its work; here the headers, pages and frames are walked over, which shows three things:
+
+* whether all of the bytes that a header states are there (WAV, RF64, W64, AIFF, SVX, CAF, AU, NIST, VOC, AVR, HTK, MAT4,
+  MAT5, MPC2K, SDS, WVE, XI), every page of an Ogg stream with the right checksum, every frame of an MP3 file;
+* what comes after them: tags, further chunks and up to ``LONGEST_TRAILER`` bytes of any kind are left out, a second file
+  is not;
+* which parts a joined file has: Ogg, MP3 and FLAC files may be written one after the other, and each part is read.
+
+What no header or frame can reveal is taken for whole: an MP3 without a Xing header, or a headerless GSM 6.10 file, cut
+exactly between two frames; IRCAM, PAF, PVF and SD2 files (and WAV, AU or CAF written to a pipe), whose headers state no
+length, cut between two samples or followed by other bytes; an SD2 file joined to another; the end of a VOC file without
+its one-byte terminator; bits that flipped inside uncompressed samples.
+"""
 
 import os
+import re
 import struct
 import zlib
+from itertools import pairwise
+from typing import NamedTuple
 
-# A program that writes WAV to a pipe cannot know the size and states the largest it can: 0x7FFF0000 (SoX, rounded down
-# to a whole sample) up to 0xFFFFFFFF (ffmpeg).
 UNKNOWN_WAV_SIZE = 0x7FFF0000
+"""A program that writes WAV to a pipe cannot know the size and states the largest it can: from this (SoX, rounded down to a
+whole sample) up to 0xFFFFFFFF (ffmpeg)."""
+
+LONGEST_TRAILER = 1024
+"""Bytes of an unknown kind after the samples that are taken for padding; more may be samples, as when a recorder that
+writes its header again from time to time was stopped."""
 
 # Ogg's CRC runs over the bits of a byte in the other order than zlib's.
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
+HEAD = 64
+"""Bytes that show what a file is, unless it is MP3."""
 
-def container_flaw(path):
-    """What is wrong with the container of a WAV or Ogg file, else an empty string."""
+
+class ContainerError(ValueError):
+    """Something is wrong with a container.
+
+    Arguments
+    ---------
+    text : str
+        What is wrong and what to do, to go on from "The audio file NAME".
+    reason : str
+        The kind of trouble in a word or two.
+    """
+
+    def __init__(self, text, reason="truncated or damaged"):
+        super().__init__(text)
+        self.reason = reason
+
+
+class Part(NamedTuple):
+    """A stretch of a file that is a whole audio file: from byte ``begin`` to ``end``.
+
+    ``samples`` is their number per channel where frames were counted, as no header states it. ``unit`` is None, or the
+    number of bytes of samples in a format whose header states none: they should be whole samples.
+    """
+
+    begin: int
+    end: int
+    samples: int | None = None
+    unit: int | None = None
+
+
+class Chunks(NamedTuple):
+    """How the chunks of a family of containers are written."""
+
+    first: int
+    """Where the first chunk begins, from the start of the container."""
+    head: str
+    """The name and size of a chunk, as struct's format."""
+    align: int = 2
+    """Chunks are padded to multiples of this."""
+    own_head: int = 0
+    """Bytes of the head that the size includes."""
+    samples: bytes = b"data"
+    """Name of the chunk that holds the samples."""
+    lead: int = 0
+    """Bytes of that chunk in front of the samples."""
+
+
+RIFF = Chunks(12, "<4sI")
+RIFX = Chunks(12, ">4sI")
+W64 = Chunks(40, "<16sQ", 8, 24, b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a")
+AIFF = Chunks(12, ">4sI", samples=b"SSND", lead=8)
+SVX = Chunks(12, ">4sI", samples=b"BODY")
+CAF = Chunks(8, ">4sq", 1, samples=b"data", lead=4)
+
+
+def find_parts(path):
+    """The parts of an audio file, each a whole file.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+
+    Returns
+    -------
+    list of Part
+        One part, from the first byte to the last, if the container is unknown here.
+
+    Raises
+    ------
+    ContainerError
+        If the file is cut, damaged, or holds more than can be read.
+    OSError
+        If it cannot be read.
+
+    Example
+    -------
+    >>> import tempfile, numpy, soundfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "a.flac")
+    ...     soundfile.write(path, numpy.zeros(800), 16000)
+    ...     single = path.stat().st_size
+    ...     _ = path.write_bytes(2 * path.read_bytes())
+    ...     [(part.begin // single, part.end // single) for part in find_parts(path)]
+    [(0, 1), (1, 2)]
+    """
     with open(path, "rb") as file:
-        magic = file.read(12)
-        if magic[:4] in (b"RIFF", b"RIFX") and magic[8:] == b"WAVE":
-            return _wav_flaw(file, "<4sI" if magic[:4] == b"RIFF" else ">4sI")
-        if magic[:4] == b"OggS":
-            return _ogg_flaw(magic + file.read())
-    return ""
+        size = os.fstat(file.fileno()).st_size
+        begin = _after_id3(file, 0, size)
+        head = _read(file, begin, HEAD)
+        for pattern, _, walk in KINDS:
+            if pattern.match(head):
+                return walk(file, begin, size)
+        frames = begin + len(head) - len(head.lstrip(b"\0"))  # some tags are padded without counting the padding
+        if _is_mpeg_sync(_read(file, frames, 4)):
+            return _mpeg_parts(file, frames, size)
+        if os.fsencode(path).lower().endswith(b".mp3"):  # libsndfile takes the name's word for it
+            if (frames := _first_mpeg_frame(file, begin, size)) is None:
+                raise ContainerError("is no MP3 file: its first 64 KiB hold no two frames one after the other", "unreadable")
+            return _mpeg_parts(file, frames, size)
+        if os.fsencode(path).lower().endswith(b".gsm"):
+            return _gsm_parts(file, size)
+    return [Part(0, size)]
 
 
-def _wav_flaw(file, layout):
-    """Compare the size of the samples that a WAV file states with what follows; ``file`` stands at the first chunk."""
-    while len(head := file.read(8)) == 8:
-        name, stated = struct.unpack(layout, head)
-        if name == b"data":
-            present = os.fstat(file.fileno()).st_size - file.tell()
-            if present < stated < UNKNOWN_WAV_SIZE:
-                return f"its header states {stated} bytes of samples and only {present} follow"
-            return ""
-        file.seek(stated + stated % 2, os.SEEK_CUR)  # chunks are padded to an even size
-    return "it ends before its samples begin"
+def container_name(head):
+    """The name of the file format that some bytes begin with; such bytes are no raw samples.
+
+    Two bytes that look like something prove nothing, so signatures shorter than four bytes do not count, and the frame of
+    an MP3 file only if another one follows where it ends. :func:`head_size` says how many bytes that takes.
+
+    Arguments
+    ---------
+    head : bytes
+        The first bytes of a file or stream.
+
+    Returns
+    -------
+    str
+        Empty if they look like nothing in particular.
+
+    Example
+    -------
+    >>> container_name(b"RIFF\\x24\\0\\0\\0WAVEfmt "), container_name(b"\\0\\0\\1\\0\\2\\0\\1\\0" * 8)
+    ('WAV', '')
+    """
+    for pattern, name, _ in KINDS:
+        if name not in WEAK and pattern.match(head):
+            return name
+    for pattern, name in FOREIGN:
+        if pattern.match(head):
+            return name
+    frame = _mpeg_frame(head)
+    following = _mpeg_frame(head[frame.size :]) if frame else None
+    return "MP3" if following and following.form == frame.form else ""
 
 
-def _ogg_flaw(data):
-    """Walk over the pages of an Ogg file (RFC 3533, section 6)."""
-    position, due, unfinished = 0, {}, set()
-    while data[position : position + 4] == b"OggS":
-        head = position + 27
-        if head > len(data) or (body := head + data[head - 1]) > len(data):
+def head_size(head):
+    """How many bytes :func:`container_name` needs of a file or stream that begins with ``head``.
+
+    Example
+    -------
+    >>> head_size(b"RIFF"), head_size(b"\\xff\\xfb\\x90\\x64")
+    (64, 2048)
+    """
+    return 2048 if _is_mpeg_sync(head) else HEAD
+
+
+# -------------------- containers that state the size of their samples
+
+
+def _walk_chunks(file, position, size, style):
+    """Yield the name, begin and stated size of every chunk."""
+    length = struct.calcsize(style.head)
+    while position + length <= size:
+        name, stated = struct.unpack(style.head, _read(file, position, length))
+        stated -= style.own_head
+        yield name, position + length, stated
+        if stated < 0:  # up to the end, or nonsense
+            return
+        position += length + stated + -stated % style.align
+
+
+def _chunk_parts(style, name, to_end=False):
+    """Walks over the containers of a family; ``to_end``: libsndfile takes all that follows for samples."""
+
+    def walk(file, begin, size):
+        large, tag = None, None
+        for chunk, data, stated in _walk_chunks(file, begin + style.first, size, style):
+            if chunk == b"ds64":  # the 64-bit sizes of an RF64 file: of the file, of the samples
+                large = int.from_bytes(_read(file, data + 8, 8), "little")
+            elif chunk == b"fmt " and style in (RIFF, RIFX):
+                tag = int.from_bytes(_read(file, data, 2), "little" if style == RIFF else "big")
+            elif chunk == style.samples:
+                if large is not None and stated == 0xFFFFFFFF:
+                    stated = large
+                break
+        else:
+            raise ContainerError("is truncated or damaged: it ends before its samples begin")
+        present = size - data
+        unknown = stated < 0 if style == CAF else style in (RIFF, RIFX) and large is None and stated >= UNKNOWN_WAV_SIZE
+        if unknown and (stated < 0 or present < stated):
+            # of the RIFF header, only what comes after the size is the same in any file
+            repeated = _read(file, begin, 16)[8:] if style in (RIFF, RIFX) else _read(file, begin, 12)
+            _refuse_repeated(file, repeated, data, size, name)
+            end = size
+        else:
+            _compare(file, data + style.lead, stated - style.lead, size, style)
+            end = data + stated
+            _check_trailer(file, end + -stated % style.align, size, stated - style.lead, style)
+        if tag == 0x55:  # MP3 frames
+            return _mpeg_parts(file, data, end)
+        return [Part(begin, end if to_end else size)]
+
+    return walk
+
+
+def _stated_parts(measure, name, to_end=True):
+    """Walks over containers of which ``measure`` gives the begin of the samples and their size in bytes."""
+
+    def walk(file, begin, size):
+        try:
+            data, stated = measure(file, begin, size)
+        except (struct.error, ValueError) as error:
+            if isinstance(error, ContainerError):
+                raise
+            raise ContainerError("is truncated or damaged: it ends before its samples begin") from error
+        if name in WEAK and (stated <= 0 or data + stated > size + 2**31):
+            return [Part(0, size)]  # chance
+        if stated is None:
+            _refuse_repeated(file, _read(file, begin, 12), data, size, name)
+            return [Part(begin, size)]
+        _compare(file, data, stated, size)
+        _check_trailer(file, data + stated, size, stated)
+        return [Part(begin, data + stated if to_end else size)]
+
+    return walk
+
+
+def _unstated_parts(header, name):
+    """Walks over containers that state no size; ``header`` matches what is in front of the samples."""
+
+    def walk(file, begin, size):
+        match = header.match(_read(file, begin, 4096))
+        if not match:
+            raise ContainerError("is truncated or damaged: it ends before its samples begin")
+        _refuse_repeated(file, _read(file, begin, 12), begin + match.end(), size, name)
+        return [Part(begin, size, unit=size - begin - match.end())]
+
+    return walk
+
+
+def _compare(file, data, stated, size, style=None):
+    """Compare the size of the samples that a header states with what follows it."""
+    present = size - data
+    if stated > present:
+        raise ContainerError(
+            f"is truncated or damaged: its header states {stated} bytes of samples and only {max(0, present)} follow"
+        )
+    if stated <= 0 < present and not _is_trailer(file, data, size, style):
+        raise ContainerError(
+            f"is unfinished: its header states no samples and {present} bytes follow, as when the program that wrote it "
+            "was stopped; recover it with an audio editor, as raw samples",
+            "unfinished",
+        )
+
+
+def _check_trailer(file, position, size, stated, style=None):
+    """Refuse what comes after the samples if it may be samples, or is a second file."""
+    if not _is_trailer(file, position, size, style) and size - position > LONGEST_TRAILER:
+        states = "its last frame or page ends" if stated is None else f"the {stated} bytes of samples that its header states end"
+        raise ContainerError(
+            f"holds more than can be read: {states} at byte {position}, and {size - position} bytes that are no tags follow, as "
+            "when a recording was stopped or files were joined; recover it with an audio editor",
+            "unfinished",
+        )
+
+
+def _is_trailer(file, position, size, style=None):
+    """Whether bytes are chunks, tags or zeros; a second file among them is refused."""
+    while position < size:
+        head = _read(file, position, HEAD)
+        for pattern, name, _ in KINDS:
+            if name not in WEAK and pattern.match(head):
+                raise _joined(name, position)
+        if head.startswith((b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")):
+            following = _after_id3(file, position, size)
+            if following == position:
+                return True  # these are always last
+            position = following
+            continue
+        if head[0] == 0:
+            position += len(head) - len(head.lstrip(b"\0"))
+            continue
+        length = struct.calcsize(style.head) if style else size
+        if position + length > size:
+            return False
+        name, stated = struct.unpack(style.head, head[:length])
+        stated -= style.own_head
+        if not all(32 <= byte < 127 for byte in name[:4]) or not 0 <= stated <= size - position - length:
+            return False
+        position += length + stated + -stated % style.align
+    return True
+
+
+def _joined(name, position):
+    return ContainerError(
+        f"holds more than one file: the header of another {name} file is at byte {position}; write each to a file of its own",
+        "joined",
+    )
+
+
+def _refuse_repeated(file, needle, start, size, name):
+    """Where no size is stated, another file's header would be taken for samples."""
+    for position in _find(file, needle, start, size):
+        raise _joined(name, position)
+
+
+def _au(file, begin, size):
+    layout = "<" if _read(file, begin, 4) == b"dns." else ">"
+    data, stated = struct.unpack(layout + "II", _read(file, begin + 4, 8))
+    return begin + data, None if stated == 0xFFFFFFFF else stated
+
+
+def _nist(file, begin, size):
+    text = _read(file, begin, 1024).decode("latin-1")
+    fields = {name: int(value) for name, value in re.findall(r"^(\w+) -(?:i|s\d+) +(\d+)\s*$", text, re.M)}
+    if not {"sample_count", "channel_count", "sample_n_bytes"} <= fields.keys():
+        raise ValueError("fields are missing")
+    return begin + int(text[8:16]), fields["sample_count"] * fields["channel_count"] * fields["sample_n_bytes"]
+
+
+def _voc(file, begin, size):
+    """Blocks of a type (1 byte) and a size (3 bytes), up to one of type 0, which is one byte."""
+    (first,) = struct.unpack("<H", _read(file, begin + 20, 2))
+    position, sound = begin + first, None
+    while (head := _read(file, position, 4)) and head[0]:
+        stated = int.from_bytes(head[1:].ljust(3, b"\0"), "little")
+        if head[0] > 9:
             break
-        end = body + sum(data[head:body])
-        if end > len(data):
+        if head[0] in (1, 2, 3, 6, 9):  # samples, more samples, silence, a loop, samples
+            if sound:
+                raise ContainerError(
+                    f"holds more than one block of sound, of which soundfile reads only the first: another begins at byte "
+                    f"{position}; convert it to WAV with an audio editor",
+                    "joined",
+                )
+            sound = position + 4, stated
+        position += 4 + stated
+        if position >= size:
             break
-        flags, serial, number, checksum = struct.unpack_from("<5xB8xII4s", data, position)
-        page = data[position : position + 22] + bytes(4) + data[position + 26 : end]
+    if not sound:
+        raise ValueError("no sound")
+    # libsndfile refuses a file without the last block, and takes it for a sample elsewhere
+    terminated = sum(sound) == size or _read(file, sum(sound), 1) == b"\0"
+    return sound[0], sound[1] + (terminated and sum(sound) < size)
+
+
+def _avr(file, begin, size):
+    stereo, bits = struct.unpack(">hH", _read(file, begin + 12, 4))
+    (frames,) = struct.unpack(">I", _read(file, begin + 26, 4))
+    stated = frames * ((bits + 7) // 8)
+    # whether both channels are counted is not agreed on
+    return begin + 128, stated if size - begin - 128 == stated else stated * (2 if stereo else 1)
+
+
+def _mat4(file, begin, size):
+    """Two matrices, ``samplerate`` and ``wavedata``."""
+    position = begin
+    for _ in range(2):
+        layout = ">" if _read(file, position, 4)[:2] == b"\0\0" and _read(file, position, 4) != bytes(4) else "<"
+        kind, rows, columns, _, name = struct.unpack(layout + "5I", _read(file, position, 20))
+        data, stated = position + 20 + name, rows * columns * (8, 4, 4, 2, 2, 1)[min(5, kind // 10 % 10)]
+        position = data + stated
+    return data, stated
+
+
+def _mat5(file, begin, size):
+    """Two matrices, the sample rate and the samples, each of four elements: flags, dimensions, name, numbers."""
+    layout, position = ("<" if _read(file, begin + 126, 2) == b"IM" else ">"), begin + 128
+    for _ in range(2):
+        position += 8  # libsndfile itself states a wrong size for a matrix
+        for _ in range(4):
+            kind, stated = struct.unpack(layout + "II", _read(file, position, 8))
+            small = kind >> 16  # such an element is within its head
+            data, stated = (position + 4, small) if small else (position + 8, stated)
+            position = position + 8 if small else data + stated + -stated % 8
+    return data, stated
+
+
+def _mpc2k(file, begin, size):
+    channels, frames = struct.unpack("<B8xI", _read(file, begin + 21, 13))
+    return begin + 42, frames * 2 * (1 + channels)
+
+
+def _wve(file, begin, size):
+    return begin + 32, *struct.unpack(">I", _read(file, begin + 18, 4))
+
+
+def _xi(file, begin, size):
+    (stated,) = struct.unpack("<I", _read(file, begin + 298, 4))
+    return begin + 338, stated or None  # libsndfile itself writes 0
+
+
+def _htk(file, begin, size):
+    count, _, width = struct.unpack(">IIH", _read(file, begin, 10))
+    return begin + 12, count * width
+
+
+def _sds(file, begin, size):
+    """Packets of 127 bytes, 120 of them samples of 7 bits to a byte."""
+    bits, *length = struct.unpack("<B3x3B", _read(file, begin + 6, 7))
+    samples = sum(byte << 7 * index for index, byte in enumerate(length))
+    if not 8 <= bits <= 28:
+        raise ValueError("no number of bits")
+    return begin + 21, -(-samples // (120 // -(-bits // 7))) * 127
+
+
+# -------------------- containers of pages and frames
+
+
+def _ogg_parts(file, begin, size):
+    """Walk over the pages of an Ogg file (RFC 3533, section 6); streams may follow one another (section 4)."""
+    position, due, unfinished, starts, in_heads = begin, {}, set(), [begin], True
+    while (head := _read(file, position, 27))[:4] == b"OggS":
+        segments = file.read(head[26]) if len(head) == 27 else b""
+        body = file.read(sum(segments))
+        if len(head) < 27 or len(segments) < head[26] or len(body) < sum(segments):
+            break
+        flags, serial, number, checksum = struct.unpack_from("<5xB8xII4s", head)
+        page = head[:22] + bytes(4) + head[26:] + segments + body
         # zlib inverts the register before and after, Ogg does not
         if zlib.crc32(page.translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF != int.from_bytes(
             checksum.translate(REVERSED_BITS), "big"
         ):
-            return f"the checksum of the Ogg page at byte {position} is wrong"
+            raise ContainerError(f"is truncated or damaged: the checksum of the Ogg page at byte {position} is wrong")
+        if flags & 2 and not in_heads:  # the first page of a stream that follows another
+            if unfinished:
+                raise ContainerError(f"is truncated or damaged: the Ogg stream before byte {position} has no last page")
+            due, in_heads = {}, True
+            starts.append(position)
+        in_heads = in_heads and bool(flags & 2)
         if number != due.get(serial, number):
-            return f"Ogg pages are missing before byte {position}"
+            raise ContainerError(f"is truncated or damaged: Ogg pages are missing before byte {position}")
         due[serial] = number + 1
         unfinished.add(serial)
         if flags & 4:  # the last page of its stream
             unfinished.discard(serial)
+        position += len(page)
+    if unfinished or not due or _read(file, position, 4) == b"OggS":
+        raise ContainerError(f"is truncated or damaged: its Ogg stream breaks off at byte {position} of {size}")
+    _check_trailer(file, position, size, None)
+    return [Part(*pair) for pair in pairwise([*starts, position])]
+
+
+def _flac_parts(file, begin, size):
+    """The frames of FLAC state no size; a header in the middle begins another file (8 fixed bytes)."""
+    starts = [begin]
+    for needle in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"):
+        starts += _find(file, needle, begin + 1, size)
+    starts.sort()
+    for start in starts:
+        info = _read(file, start, 26)
+        if len(info) < 26:
+            raise ContainerError("is truncated or damaged: it ends before its samples begin")
+        if not int.from_bytes(info[21:26], "big") & 0xFFFFFFFFF:  # 36 bits
+            raise ContainerError(
+                "cannot be checked: its FLAC header does not state its length, as one written to a pipe; encode it again",
+                "length unknown",
+            )
+    return [Part(*pair) for pair in pairwise([*starts, size])]
+
+
+class _Frame(NamedTuple):
+    """The header of an MPEG audio frame: what must not change within a file, its size, its samples, its side information."""
+
+    form: tuple
+    size: int
+    samples: int
+    side: int
+
+
+# kbit/s, by layer, of MPEG 1; of MPEG 2 and 2.5, layers II and III have the same
+BIT_RATES = {
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def _is_mpeg_sync(head):
+    return len(head) >= 4 and head[0] == 0xFF and head[1] >= 0xE0 and head[1] & 0x18 != 8 and head[1] & 6 != 0
+
+
+def _mpeg_frame(head):
+    """The frame whose header some bytes begin with, else None."""
+    if not _is_mpeg_sync(head) or not 0 < head[2] >> 4 < 15 or head[2] & 12 == 12:
+        return None
+    version = (2.5, None, 2, 1)[head[1] >> 3 & 3]
+    layer = 4 - (head[1] >> 1 & 3)
+    rate = (44100, 48000, 32000)[head[2] >> 2 & 3] // {1: 1, 2: 2, 2.5: 4}[version]
+    bits = 1000 * BIT_RATES[min(2, int(version)), layer][(head[2] >> 4) - 1]
+    padding, mono = head[2] >> 1 & 1, head[3] >> 6 == 3
+    samples = 384 if layer == 1 else 576 if layer == 3 and version != 1 else 1152
+    size = (12 * bits // rate + padding) * 4 if layer == 1 else samples // 8 * bits // rate + padding
+    side = (17 if mono else 32) if version == 1 else (9 if mono else 17)
+    return _Frame((version, layer, rate, mono), size, samples, side)
+
+
+def _mpeg_tag(file, position, frame):
+    """Whether a frame of MP3 holds no samples but a Xing, Info or VBRI header; and the number of frames that this states."""
+    head = _read(file, position, 64)
+    if frame.form[1] != 3:
+        return False, None
+    if head[36:40] == b"VBRI":
+        return True, int.from_bytes(head[50:54], "big")
+    xing = head[4 + frame.side :]
+    if xing[:4] not in (b"Xing", b"Info") or len(xing) < 12:
+        return False, None
+    return True, int.from_bytes(xing[8:12], "big") if xing[7] & 1 else None
+
+
+def _mpeg_parts(file, begin, size):
+    """Walk over the frames of an MPEG audio file.
+
+    libsndfile estimates the length of a file without a Xing header from its first frame, and reads no further; so such a
+    part is given the number of samples that its frames hold.
+    """
+    parts, position = [], begin
+    frames, start, form = 0, None, None  # start and form: of the part
+    tag, stated, count, samples, first = False, None, 0, 0, begin
+
+    def finish():
+        if start is None:
+            return
+        if stated is not None and stated > count:
+            raise ContainerError(
+                f"is truncated or damaged: its header states {stated} MPEG frames and only {count} follow",
+            )
+        if stated == count and _read(file, start, 64)[36:40] != b"VBRI":
+            parts.append(Part(start, position))
+        elif count:  # the header is wrong or says nothing: without it, all frames are read
+            parts.append(Part(first, position, count * samples))
+
+    while position < size:
+        head = _read(file, position, 4)
+        frame = _mpeg_frame(head)
+        if frame is None and _is_mpeg_sync(head) and not head[2] >> 4:
+            raise ContainerError(
+                f"cannot be checked: the MPEG frame at byte {position} has a free bit rate and states no size; "
+                "convert it to WAV or FLAC",
+                "length unknown",
+            )
+        cut = frame is not None and position + frame.size > size
+        if not frames and (cut or frame is None) or frames == 1 and frame is None and not _is_trailer(file, position, size):
+            raise ContainerError("is truncated, damaged or no audio: it begins like an MPEG frame, and no second one follows")
+        if cut:
+            raise ContainerError(
+                f"is truncated or damaged: its last MPEG frame has {frame.size} bytes and only {size - position} follow"
+            )
+        if frame is None:
+            if (following := _after_id3(file, position, size)) == position:
+                break
+            finish()
+            start, position = None, following
+            continue
+        is_tag, number = _mpeg_tag(file, position, frame)
+        if start is None or is_tag or frame.form != form:
+            finish()
+            start, form, tag, stated, count = position, frame.form, is_tag, number, 0
+            first = position + frame.size if tag else position
+        count += not is_tag
+        samples = frame.samples
+        position += frame.size
+        frames += 1
+    finish()
+    _check_mpeg_trailer(file, position, size)
+    return parts or [Part(begin, size)]
+
+
+def _check_mpeg_trailer(file, position, size):
+    """After the last frame, nothing may follow that has frames again."""
+    if _is_trailer(file, position, size):
+        return
+    following = _first_mpeg_frame(file, position, size, 2**20)
+    if following is not None:
+        raise ContainerError(
+            f"is truncated or damaged: the {following - position} bytes from byte {position} on are no MPEG frames, others follow"
+        )
+    _check_trailer(file, position, size, None)
+
+
+def _first_mpeg_frame(file, position, size, reach=2**16):
+    """Where the first frame begins that another one follows; None if there is none within reach."""
+    data = _read(file, position, reach)
+    for match in re.finditer(rb"\xff[\xe2-\xff]", data):
+        frame = _mpeg_frame(data[match.start() : match.start() + 4])
+        following = frame and _mpeg_frame(data[match.start() + frame.size :][:4])
+        if following and following.form == frame.form:
+            return position + match.start()
+    return None
+
+
+def _gsm_parts(file, size):
+    """GSM 6.10 without a header: frames of 33 bytes that begin with the same four bits."""
+    file.seek(0)
+    data = file.read()
+    if any(byte >> 4 != 0xD for byte in data[::33]):
+        raise ContainerError("is no GSM 6.10 file, whose frames of 33 bytes all begin with the bits 1101; check its name")
+    if size % 33:
+        raise ContainerError(f"is truncated or damaged: its {size} bytes are not a whole number of GSM frames of 33 bytes")
+    return [Part(0, size)]
+
+
+# -------------------- reading
+
+
+def _read(file, position, count):
+    file.seek(position)
+    return file.read(count)
+
+
+def _after_id3(file, position, size):
+    """Where ID3v2 tags that begin at a position end; they may stand in front of anything."""
+    while len(head := _read(file, position, 10)) == 10 and ID3.match(head):
+        high, middle, low, lowest = head[6:]  # seven bits each
+        end = position + 10 + (high << 21 | middle << 14 | low << 7 | lowest) + (10 if head[5] & 16 else 0)
+        if end > size:
+            raise ContainerError(f"is truncated or damaged: it ends within the ID3 tag at byte {position}")
         position = end
-    return f"its Ogg stream breaks off at byte {position} of {len(data)}" if unfinished or not due else ""
+    return position
 
 
-def has_xing_header(path):
-    """Whether the first frame of an MP3 file states its length; without it, libsndfile estimates one from the size."""
-    with open(path, "rb") as file:
-        start = file.read(10)
-        if start[:3] == b"ID3":
-            high, middle, low, lowest = start[6:]  # seven bits each
-            file.seek(high << 21 | middle << 14 | low << 7 | lowest, os.SEEK_CUR)
-        else:
-            file.seek(0)
-        frame = file.read(64)  # the mark stands within the first 40 bytes
-    return b"Xing" in frame or b"Info" in frame
+def _find(file, needle, start, size, step=2**20):
+    """Yield the places from ``start`` on where some bytes are."""
+    while start < size:
+        block = _read(file, start, step + len(needle) - 1)  # the next block begins where a match could begin
+        at = block.find(needle)
+        while at >= 0:
+            yield start + at
+            at = block.find(needle, at + 1)
+        start += step
+
+
+def _kind(pattern, name, walk):
+    return re.compile(pattern, re.S), name, walk
+
+
+ID3 = re.compile(rb"ID3[\x02-\x04][^\xff][\0-\xff][\0-\x7f]{4}", re.S)
+
+KINDS = [
+    _kind(rb"(RIFF|RF64|BW64)....WAVE", "WAV", _chunk_parts(RIFF, "WAV")),
+    _kind(rb"RIFX....WAVE", "WAV", _chunk_parts(RIFX, "WAV")),
+    _kind(rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0", "W64", _chunk_parts(W64, "W64", to_end=True)),
+    _kind(rb"FORM....AIF[FC]", "AIFF", _chunk_parts(AIFF, "AIFF")),
+    _kind(rb"FORM....(8SVX|16SV)", "SVX", _chunk_parts(SVX, "SVX", to_end=True)),
+    _kind(rb"caff\0\x01", "CAF", _chunk_parts(CAF, "CAF")),
+    _kind(rb"fLaC", "FLAC", _flac_parts),
+    _kind(rb"OggS\0", "Ogg", _ogg_parts),
+    _kind(rb"\.snd\0|dns\....\0", "AU", _stated_parts(_au, "AU")),
+    _kind(rb"NIST_1A\n", "NIST", _stated_parts(_nist, "NIST")),
+    _kind(rb"Creative Voice File\x1a", "VOC", _stated_parts(_voc, "VOC")),
+    _kind(rb"2BIT", "AVR", _stated_parts(_avr, "AVR")),
+    _kind(rb"(\0{4}|\0\0\x03\xe8).{16}samplerate\0", "MAT4", _stated_parts(_mat4, "MAT4")),
+    _kind(rb"MATLAB 5\.0 MAT-file", "MAT5", _stated_parts(_mat5, "MAT5")),
+    _kind(rb"ALawSoundFile\*\*\0", "WVE", _stated_parts(_wve, "WVE")),
+    _kind(rb"Extended Instrument: ", "XI", _stated_parts(_xi, "XI")),
+    _kind(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", "IRCAM", _unstated_parts(re.compile(rb".{1024}", re.S), "IRCAM")),
+    _kind(rb" paf|fap ", "PAF", _unstated_parts(re.compile(rb".{2048}", re.S), "PAF")),
+    _kind(rb"PVF1\n", "PVF", _unstated_parts(re.compile(rb"PVF1\n[^\n]*\n"), "PVF")),
+    _kind(rb"\xf0\x7e.\x01", "SDS", _stated_parts(_sds, "SDS", to_end=False)),
+    _kind(rb"\x01\x04.{40}", "MPC2K", _stated_parts(_mpc2k, "MPC2K")),
+    _kind(rb".{4}\0\0[\0-\x27].\0\x02\0\0", "HTK", _stated_parts(_htk, "HTK")),
+]
+"""What libsndfile reads: how it begins, its name, and the function that walks over it."""
+
+WEAK = {"SDS", "MPC2K", "HTK"}
+"""Formats whose first bytes may well be samples."""
+
+FOREIGN = [
+    (ID3, "MP3"),
+    (re.compile(rb"....ftyp", re.S), "MP4"),
+    (re.compile(rb"\x1aE\xdf\xa3"), "Matroska or WebM"),
+    (re.compile(rb"#!AMR"), "AMR"),
+]
+"""Other formats that people send for raw samples."""
