@@ -119,11 +119,11 @@ def test_alignment_needs_enough_frames():
 
 
 def test_subtitles():
-    segments = [Segment(0.5, 1.25, "TOM & <JERRY>", 1.0), Segment(3599.9996, 3600.0, "B", 1.0)]
-    assert subtitles(segments, "srt").splitlines()[:3] == ["1", "00:00:00,500 --> 00:00:01,250", "TOM & <JERRY>"]
-    assert subtitles(segments, "srt").splitlines()[5] == "01:00:00,000 --> 01:00:00,000"
+    segments = [Segment(0.5, 1.25, "TOM & <JERRY>", 1.0), Segment(3599.9996, 3600.2, "B", 1.0)]
+    assert subtitles(segments, "srt").splitlines()[:3] == ["1", "00:00:00,500 --> 00:00:01,500", "TOM & <JERRY>"]
+    assert subtitles(segments, "srt").splitlines()[5] == "01:00:00,000 --> 01:00:00,200"
     vtt = subtitles(segments, "vtt").splitlines()
-    assert vtt[0] == "WEBVTT" and vtt[2:4] == ["00:00:00.500 --> 00:00:01.250", "TOM &amp; &lt;JERRY&gt;"]
+    assert vtt[0] == "WEBVTT" and vtt[2:4] == ["00:00:00.500 --> 00:00:01.500", "TOM &amp; &lt;JERRY&gt;"]
 
 
 # -------------------- with a model

@@ -21,6 +21,10 @@ def add(commands):
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
     parser.add_argument("--output", metavar="FOLDER", help="write FOLDER/NAME.jsonl, .srt and .vtt; goes on where it was stopped")
     parser.add_argument("--streaming", action="store_true", help="read files as a stream, whatever their length and the model")
+    parser.add_argument("--subtitle-lines", metavar="N", type=int, help="lines of a subtitle, at most (2)")
+    parser.add_argument("--subtitle-line-length", metavar="N", type=int, help="characters of a line, at most (42)")
+    parser.add_argument("--subtitle-seconds", metavar="S", type=float, help="seconds of a subtitle, at most (7)")
+    parser.add_argument("--word-times", action="store_true", default=None, help="write into .vtt when each word begins")
     parser.set_defaults(run=run)
 
 
@@ -28,6 +32,19 @@ def run(arguments):
     """Print the transcripts of files in their order; a file that cannot be transcribed is reported, and the others go on."""
     if arguments.output == "":
         raise UsageError("--output is empty; name a folder.")
+    asked = {
+        "max_lines": arguments.subtitle_lines,
+        "max_line_length": arguments.subtitle_line_length,
+        "max_seconds": arguments.subtitle_seconds,
+        "word_times": arguments.word_times,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and arguments.output is None:
+        raise UsageError("Options for subtitles need --output; name a folder.")
+    with usage():
+        from speechbrain_ext.inference.subtitles import SubtitleOptions
+
+        subtitle_options = SubtitleOptions(**asked) if asked else None
     model = load(arguments)
     with usage():
         from speechbrain_ext.inference.streaming import StreamingRecognizer
@@ -36,7 +53,9 @@ def run(arguments):
 
         if arguments.streaming:
             StreamingRecognizer(model)  # refuses now what it would refuse later
-        transcripts = transcribe_files(model, arguments.files, arguments.output, arguments.streaming, progress=True)
+        transcripts = transcribe_files(
+            model, arguments.files, arguments.output, arguments.streaming, progress=True, subtitle_options=subtitle_options
+        )
     failed = False
     while True:
         with redirect_stdout(sys.stderr):

@@ -131,7 +131,7 @@ class SegmentFile:
 
     While it is written, ``NAME.jsonl.partial`` holds what is done; a later run with the same audio, model and settings goes on
     there, and has in the end what one run would have written. A finished file is left as it is; ``.NAME.jsonl.from`` says of what
-    it was made.
+    it was made. The segments do not depend on how the subtitles are divided, so these can be written again from them.
 
     Arguments
     ---------
@@ -141,6 +141,8 @@ class SegmentFile:
         The audio file.
     settings : dict
         What the segments depend on.
+    subtitle_options : SubtitleOptions, optional
+        How subtitles are divided into cues.
 
     Raises
     ------
@@ -150,7 +152,8 @@ class SegmentFile:
         If the finished file was made of something else, or is damaged.
     """
 
-    def __init__(self, folder, path, settings):
+    def __init__(self, folder, path, settings, subtitle_options=None):
+        self._subtitle_options = subtitle_options
         self._final = Path(folder) / f"{Path(path).stem}.jsonl"
         self._partial = self._final.with_name(self._final.name + ".partial")
         self._final.parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +201,19 @@ class SegmentFile:
         if not self.segments:
             self._partial.unlink(missing_ok=True)
 
-    def finish(self):
-        """Write the subtitles, and give the file its name."""
+    def write_subtitles(self, seconds=None):
+        """Write the subtitles of all segments, within audio of so many seconds.
+
+        Those of a finished file are left as they are, for somebody may have corrected them, unless options are given.
+        """
         for style in ("srt", "vtt"):
-            write_text(self._final.with_suffix(f".{style}"), subtitles(self.segments, style))
+            path = self._final.with_suffix(f".{style}")
+            if not self.finished or self._subtitle_options is not None or not path.exists():
+                write_text(path, subtitles(self.segments, style, self._subtitle_options, seconds))
+
+    def finish(self, seconds=None):
+        """Write the subtitles, within audio of so many seconds, and give the file its name."""
+        self.write_subtitles(seconds)
         write_text(self._made_of, self._header)
         write_text(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
         self._partial.unlink()

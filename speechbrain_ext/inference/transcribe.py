@@ -38,7 +38,7 @@ class Transcript:
         return " ".join(segment.text for segment in self.segments)
 
 
-def transcribe_files(model, files, output=None, streaming=False, progress=False):
+def transcribe_files(model, files, output=None, streaming=False, progress=False, subtitle_options=None):
     """Transcripts of audio files of any length.
 
     Files of up to a minute are read whole, in batches of about the same length; where the memory is too small for a batch, one by
@@ -57,6 +57,9 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False)
         Whether all files go through the model as a stream, whatever their length and the model.
     progress : bool
         Whether to show bars on standard error.
+    subtitle_options : SubtitleOptions, optional
+        How subtitles are divided into cues, from :mod:`speechbrain_ext.inference.subtitles`; by default two lines of 42
+        characters and 7 s. Where they are given, subtitles of finished files are written again, from ``NAME.jsonl``.
 
     Returns
     -------
@@ -66,12 +69,15 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False)
     Raises
     ------
     UserError
-        If two files would have the same name in the output folder, or what is there is of something else.
+        If two files would have the same name in the output folder, or what is there is of something else, or if there are options
+        for subtitles and no output folder.
     OSError
         If the output folder cannot be written to.
     """
     files = [os.fspath(file) for file in files]
-    outputs = _outputs(model, files, output, streaming) if output is not None else {}
+    if output is None and subtitle_options is not None:
+        raise UserError("Subtitles are written to an output folder only; give output, or leave out subtitle_options.")
+    outputs = _outputs(model, files, output, streaming, subtitle_options) if output is not None else {}
     return _transcripts(_Run(model, streaming, outputs, progress), files)
 
 
@@ -89,7 +95,7 @@ def beside_bars(file):
         yield
 
 
-def _outputs(model, files, output, streaming):
+def _outputs(model, files, output, streaming, subtitle_options):
     """What is written for each file."""
     if not os.fspath(output):
         raise UserError("The output folder has no name; give one.")
@@ -100,7 +106,7 @@ def _outputs(model, files, output, streaming):
             raise UserError(f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give them one by one.")
         names[name] = file
     settings = settings_of(model, streaming)
-    return {file: SegmentFile(output, file, settings) for file in names.values() if os.path.isfile(file)}
+    return {file: SegmentFile(output, file, settings, subtitle_options) for file in names.values() if os.path.isfile(file)}
 
 
 class _Run:
@@ -120,6 +126,7 @@ class _Run:
             try:
                 seconds = count_samples(file, self.model.sample_rate) / self.model.sample_rate
                 if file in self.outputs and self.outputs[file].finished:
+                    self.outputs[file].write_subtitles(seconds)
                     found[file] = self._done(file, self.outputs[file].segments, is_from_before=True)
                 elif seconds > LONG_SECONDS or self.streaming:
                     found[file] = self._long(file, seconds)
@@ -151,7 +158,7 @@ class _Run:
                 return {files[0]: self._failed(files[0], error)}
             return {file: transcript for one in files for file, transcript in self._batch([one], wavs).items()}
         return {
-            file: self._keep(file, [] if segment is None else split_at_pauses(segment))
+            file: self._keep(file, [] if segment is None else split_at_pauses(segment), len(wavs[file]) / self.model.sample_rate)
             for file, segment in zip(files, segments, strict=True)
         }
 
@@ -165,19 +172,20 @@ class _Run:
         name = Path(file).name.encode("unicode_escape").decode()
         with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=name, disable=not self.progress) as bar:
             for segment in transcribe_long(self.model, file, self.streaming or None, start, bar.update):
-                segments.append(segment)
+                segments.append(_within(segment, seconds))
                 if kept is not None:
-                    kept.add(segment)
+                    kept.add(segments[-1])
         if kept is None:
             return self._done(file, segments)
-        kept.finish()
+        kept.finish(seconds)
         return self._done(file, kept.segments)
 
-    def _keep(self, file, segments):
+    def _keep(self, file, segments, seconds):
+        segments = [_within(segment, seconds) for segment in segments]
         if file in self.outputs:
             for segment in segments:
                 self.outputs[file].add(segment)
-            self.outputs[file].finish()
+            self.outputs[file].finish(seconds)
         return self._done(file, segments)
 
     def _done(self, file, segments, **keys):
@@ -191,6 +199,18 @@ class _Run:
         if not isinstance(error, UserError):
             error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
         return Transcript(file, [], error)
+
+
+def _within(segment, seconds):
+    """The segment without what is past the end of the audio: the last frame may be there in part."""
+    limit = math.floor(1000 * seconds + 1e-6) / 1000  # in milliseconds, as all times
+    if segment.end <= limit:
+        return segment
+
+    def within(part, **keys):
+        return dataclasses.replace(part, start=min(part.start, limit), end=min(part.end, limit), **keys)
+
+    return within(segment, words=tuple(map(within, segment.words)))
 
 
 def _of_memory(error):
