@@ -21,13 +21,16 @@ import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
-from speechbrain_ext.training.run import UsageError, run  # noqa: E402
+from speechbrain_ext.training.run import PATHS, UsageError, run  # noqa: E402
 from speechbrain_ext.utils.errors import UserError, one_line  # noqa: E402
 
 
 def main(argv=None):
     """Run; returns the exit status: 0 when all went well, 2 for wrong arguments, 130 when interrupted, 1 otherwise."""
-    argv, corpus = take_corpus(list(sys.argv[1:] if argv is None else argv))
+    argv, paths = take_paths(list(sys.argv[1:] if argv is None else argv))
+    corpus = paths.pop("corpus", None)
+    if corpus:
+        sys.path.insert(0, str(Path(corpus).resolve().parent))  # what it names may lie beside it
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     if run_opts.device == "cpu" or not torch.cuda.is_available():  # where SpeechBrain's default, nccl, cannot run
         run_opts = dataclasses.replace(
@@ -35,7 +38,7 @@ def main(argv=None):
         )
     try:
         ddp_init_group(run_opts)
-        run(hparams_file, run_opts, overrides, corpus, ROOT / "recipes" / "Synthetic" / "corpus.yaml")
+        run(hparams_file, run_opts, overrides, paths, corpus, ROOT / "recipes" / "Synthetic" / "corpus.yaml")
     except (UserError, OSError) as error:
         print(f"train.py: {one_line(error, 1000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -48,15 +51,17 @@ def main(argv=None):
     return 0
 
 
-def take_corpus(argv):
-    """The arguments without ``--corpus FILE``, and FILE; what it names may lie beside it."""
-    for i, argument in enumerate(argv):
-        if argument.split("=")[0] == "--corpus":
-            width = 1 if "=" in argument else 2
-            corpus = argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
-            sys.path.insert(0, str(Path(corpus).resolve().parent))
-            return argv[:i] + argv[i + width :], corpus
-    return argv, None
+def take_paths(argv):
+    """The other arguments, and paths by key, to the letter: SpeechBrain's parser would read them as YAML."""
+    others, paths = [], {}
+    while argv:
+        argument = argv.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or key not in ("corpus", *PATHS):
+            others.append(argument)
+        else:
+            paths[key] = value if equals else argv.pop(0) if argv and not argv[0].startswith("--") else ""
+    return others, paths
 
 
 if __name__ == "__main__":

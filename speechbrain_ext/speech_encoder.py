@@ -114,6 +114,10 @@ class SpeechEncoder(nn.Module):
             wav_lens = torch.ones(len(wavs), device=wavs.device)
         return raw_features(self.compute_features, wavs, wav_lens)
 
+    def count_frames(self, samples):
+        """Number of encoder frames of so many samples."""
+        return -(-(1 + samples // self.compute_features.compute_STFT.hop_length) // self.subsampling.factor)
+
     def normalized(self, feats, lens, dynchunktrain_config: DynChunkTrainConfig | None = None, **keys):
         """Clip and normalise features.
 

@@ -189,5 +189,5 @@ def test_meta_values_are_plain(corpus, tmp_path):
     assert run(tmp_path / "run", corpus, keys).returncode == 0
     meta = yaml.safe_load((last_checkpoint(tmp_path / "run") / "CKPT.yaml").read_text())
     assert {key: type(value) for key, value in meta.items()} == {
-        "WER": float, "epoch": int, "end-of-epoch": bool, "unixtime": float
+        "WER": float, "epoch": int, "end-of-epoch": bool, "unixtime": float, "processes": int
     }  # fmt: skip

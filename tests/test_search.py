@@ -76,13 +76,30 @@ def assert_same(expected, answer):
         torch.testing.assert_close(mine, theirs_, atol=1e-4, rtol=1e-6)
 
 
+def assert_same_as_alone(searches, enc, lengths):
+    """Ours on a batch is SpeechBrain's on each utterance alone, whose steps are then those of its own frames."""
+    theirs_search, our_search = searches
+    answers = our_search(enc, lengths)
+    for i, frames in enumerate((lengths * enc.shape[1]).round().long().tolist()):
+        alone = theirs_search(enc[i : i + 1, :frames], torch.ones(1))
+        if not our_search.return_topk:
+            assert answers[0][i] == alone[0][0]
+            continue
+        for k in range(alone[0].shape[1]):
+            size = round(float(alone[1][0, k]) * alone[0].shape[2])
+            assert torch.equal(answers[0][i, k, :size], alone[0][0, k, :size])
+            assert round(float(answers[1][i, k]) * answers[0].shape[2]) == size
+            torch.testing.assert_close(answers[2][i, k], alone[2][0, k], atol=1e-4, rtol=1e-6)
+            torch.testing.assert_close(answers[3][i, k, :size], alone[3][0, k, :size], atol=1e-4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("normalize_before", [True, False], ids=["pre-LN", "post-LN"])
 @pytest.mark.parametrize("kind", ["none", "partial", "full", "only", "coverage and partial", "language model"])
 def test_beam_search(kind, normalize_before):
     """All hypotheses of the beam, those that end early included."""
     searches = beam_searches(kind, normalize_before)
     enc = torch.randn(3, FRAMES, 32)
-    assert_same(*(search(enc, LENGTHS) for search in searches))
+    assert_same_as_alone(searches, enc, LENGTHS)
     assert_same(*(search(enc[:1, :17], torch.ones(1)) for search in searches))  # nothing remains of the search before
 
 
@@ -103,7 +120,7 @@ def test_settings(kind, keys):
     searches = beam_searches(kind, **keys)
     torch.manual_seed(3)  # no ties among hypotheses: rounding would choose
     enc = torch.randn(2, FRAMES, 32)
-    assert_same(*(search(enc, torch.tensor([0.6, 1.0])) for search in searches))
+    assert_same_as_alone(searches, enc, torch.tensor([0.6, 1.0]))
 
 
 def test_decoder_steps():
@@ -249,3 +266,35 @@ def test_log_probabilities_stay_the_callers():
     before = log_probs.clone()
     PrefixScores(log_probs, torch.tensor([1, 0]), 0, 2)
     assert torch.equal(log_probs, before)
+
+
+@pytest.mark.parametrize("ratios", [(0.0, 0.3), (0.5, 1.0), (0.0, 0.01)])
+def test_steps_are_those_of_the_utterance_whatever_its_batch(ratios):
+    """Also of an utterance so short that the ratio leaves no step: it takes one."""
+    low, high = ratios
+    _, search = beam_searches("partial", min_decode_ratio=low, max_decode_ratio=high, return_topk=False)
+    enc = torch.randn(3, FRAMES, 32)
+    frames = [FRAMES, 10, 2]
+    together = search(enc, torch.tensor(frames) / FRAMES)[0]
+    assert together == [search(enc[i : i + 1, :n], torch.ones(1))[0][0] for i, n in enumerate(frames)]
+
+
+def test_tokens_that_no_text_has_are_never_written():
+    net, seq_lin, ctc_lin = model()
+    seq_lin.w.bias.data[3] = 50  # the unknown token
+    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 3}
+    texts = {}
+    for excluded in ((), (0, 1, 3)):
+        search = ours.S2STransformerBeamSearcher(
+            [net, seq_lin], **keys, excluded=excluded, scorer=scorers("partial", ctc_prefix, ctc_lin)
+        )
+        texts[excluded] = search(torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0)), torch.ones(1))[0][0]
+    assert 3 in texts[()] and not {0, 1, 3} & set(texts[0, 1, 3])
+
+
+@pytest.mark.parametrize(
+    "keys", [{"min_decode_ratio": 0.5, "max_decode_ratio": 0.2}, {"max_decode_ratio": -1.0}, {"beam_size": 0}]
+)
+def test_impossible_settings_are_refused(keys):
+    with pytest.raises(ValueError, match="give"):
+        beam_searches(**keys)

@@ -36,7 +36,7 @@ SMALL = {
 }
 
 
-def make_corpus(folder):
+def make_corpus(folder, rate=16000):
     """Tones with noise and sentences, in LibriSpeech layout; an utterance is 0.8 to 1.4 seconds long."""
     generator = np.random.default_rng(0)
     for speaker, (split, count) in enumerate(UTTERANCES.items(), 1):
@@ -45,9 +45,9 @@ def make_corpus(folder):
         lines = []
         for index in range(count):
             name = f"{speaker}-1-{index:04d}"
-            time = np.arange(int(16000 * generator.uniform(0.8, 1.4))) / 16000
+            time = np.arange(int(rate * generator.uniform(0.8, 1.4))) / rate
             tone = np.sin(2 * np.pi * generator.uniform(100, 3000) * time) + 0.1 * generator.standard_normal(len(time))
-            soundfile.write(chapter / f"{name}.flac", 0.1 * tone, 16000)
+            soundfile.write(chapter / f"{name}.flac", 0.1 * tone, rate)
             lines.append(f"{name} {SENTENCES[index % len(SENTENCES)]}\n")
         (chapter / f"{speaker}-1.trans.txt").write_text("".join(lines))
     return folder

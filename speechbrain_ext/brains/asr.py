@@ -14,6 +14,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
+from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError
@@ -245,11 +246,31 @@ class AsrBrain(Brain):
 
     # ------------------------------------------------------------------ training
 
-    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
-        """As in SpeechBrain, which tells a sampler of its own the epoch, and now also one that it is given."""
-        if stage == Stage.TRAIN and ckpt_prefix is not None:
-            self.train_sampler = loader_kwargs.get("batch_sampler")
-        return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        # In place of SpeechBrain's wrapper, which drops or repeats batches where their number does not divide
+        world = torch.distributed.get_world_size() if self.distributed_launch else 1
+        self.train_sampler = BatchesOfProcess(loader_kwargs["batch_sampler"], self.rank if world > 1 else 0, world)
+        return {**loader_kwargs, "batch_sampler": self.train_sampler}
+
+    def fit_batch(self, batch):
+        """As in SpeechBrain, but what is left over at the end of an epoch takes a step, too; its gradient is the mean over it."""
+        batches, factor = len(self.train_sampler), self.grad_accumulation_factor
+        if self.debug:
+            batches = min(batches, self.debug_batches)
+        should_step = self.step % factor == 0 or self.step == batches
+        together = min(factor, batches - (self.step - 1) // factor * factor)  # batches of this optimizer step
+        self.on_fit_batch_start(batch, should_step)
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
+            scaled_loss = self.scaler.scale(loss / together)
+            self.check_loss_isfinite(scaled_loss)
+            scaled_loss.backward()
+        if should_step:
+            self.optimizers_step()
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        return loss.detach().cpu()
 
     def on_fit_start(self):
         """As in SpeechBrain, and no further epoch where the last one ended with the limit of optimizer steps."""
@@ -292,7 +313,8 @@ class AsrBrain(Brain):
 
     def _should_save_intra_epoch_ckpt(self, *args):
         # Not between two batches of one optimizer step: the gradients so far are in no checkpoint.
-        return self.step % self.grad_accumulation_factor == 0 and super()._should_save_intra_epoch_ckpt(*args)
+        is_between = self.step % self.grad_accumulation_factor == 0
+        return is_between and self.step < len(self.train_sampler) and super()._should_save_intra_epoch_ckpt(*args)
 
     # ------------------------------------------------------------------ stages
 

@@ -1,16 +1,19 @@
 """From manifests to batches: datasets, and the options of their loaders."""
 
 import csv
+import math
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset, add_dynamic_item, set_output_keys
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.data_pipeline import provides, takes
+from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import write_csv
+
+logger = get_logger(__name__)
 
 MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
 """Columns of a manifest: id, seconds, path of the audio, speaker, transcript."""
@@ -61,11 +64,60 @@ def make_datasets(hparams, manifests):
     for dataset in every:
         for item in dataset.data.values():
             item["wrd"] = normal_form(item["wrd"])
-    add_dynamic_item(every, _text_pipeline(hparams))
-    add_dynamic_item(every, _cached_features(hparams) if hparams["cache_features"] else _waveforms)
-    audio = "feats" if hparams["cache_features"] else "sig"
+    rate, audio = hparams["sample_rate"], "feats" if hparams["cache_features"] else "sig"
+    tokens = _Tokens(hparams["tokenizer"], hparams["bos_index"], hparams["eos_index"])
+    add_dynamic_item(every, tokens, "wrd", ["tokens", "tokens_bos", "tokens_eos"])
+    samples = _CachedFeatures(hparams["speech_encoder"], rate) if hparams["cache_features"] else _Waveforms(rate)
+    add_dynamic_item(every, samples, "wav", audio)
     set_output_keys(every, ["id", audio, "duration", "wrd", "tokens", "tokens_bos", "tokens_eos"])
     return datasets
+
+
+def drop_unfit(dataset, hparams, listed_in, name):
+    """Leave out the utterances whose transcript has more tokens than CTC can place in their frames: they would teach nothing.
+
+    Repeated tokens need a blank between them, and speed perturbation makes an utterance shorter.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        The training or development set; it is changed.
+    hparams : dict
+        The hparams of the run, its tokenizer trained.
+    listed_in : str or os.PathLike
+        A CSV file for those that are left out: ID, tokens that CTC needs, frames.
+    name : str
+        Of the dataset, for messages.
+
+    Raises
+    ------
+    UserError
+        If there are more than ``max_skipped`` allows.
+    """
+    speech_encoder, tokenizer = hparams["speech_encoder"], hparams["tokenizer"]
+    augmentations = getattr(hparams["wav_augment"], "augmentations", {})
+    fastest = max([100, *(speed for each in augmentations.values() for speed in getattr(each, "speeds", ()))]) / 100
+    unfit = []
+    for key, item in dataset.data.items():
+        ids = tokenizer.encode_as_ids(item["wrd"])
+        needed = len(ids) + sum(one == other for one, other in zip(ids, ids[1:], strict=False))
+        frames = speech_encoder.count_frames(int(float(item["duration"]) / fastest * hparams["sample_rate"]))
+        if needed > frames:
+            unfit.append((key, needed, frames))
+    if not unfit:
+        return
+    total = len(dataset.data)
+    write_csv(listed_in, ("ID", "tokens", "frames"), unfit)
+    found = f"{len(unfit)} of {total} utterances have transcripts of more tokens than frames, such as {unfit[0][0]}"
+    if len(unfit) > math.ceil(hparams["max_skipped"] * total):
+        raise UserError(
+            f"{name}: {found}, more than the allowed {hparams['max_skipped']:.0%}; they are listed in {listed_in}: mend the "
+            "transcripts, take larger tokens (vocab_size), or raise max_skipped."
+        )
+    logger.warning("%s: %s; they are left out, and listed in %s", name, found, listed_in)
+    for key, *_ in unfit:
+        del dataset.data[key]
+    dataset.data_ids = list(dataset.data)
 
 
 class ShortFirstBatchSampler(DynamicBatchSampler):
@@ -92,6 +144,63 @@ class ShortFirstBatchSampler(DynamicBatchSampler):
         super().set_epoch(epoch)
 
 
+class BatchesOfProcess:
+    """The batches of one process of distributed training: together, all processes visit each utterance of an epoch exactly once.
+
+    All processes take the same number of batches. Where the number of batches does not divide, the largest are split in two.
+
+    Arguments
+    ---------
+    sampler : DynamicBatchSampler
+        Gives the same batches in all processes.
+    rank, world : int
+        This process, and the number of processes.
+
+    Raises
+    ------
+    UserError
+        In use, if there are fewer utterances than processes.
+
+    Example
+    -------
+    >>> [list(BatchesOfProcess([[1, 2, 3], [4]], rank, 3)) for rank in range(3)]
+    [[[1]], [[4]], [[2, 3]]]
+    """
+
+    def __init__(self, sampler, rank=0, world=1):
+        self.sampler, self.rank, self.world = sampler, rank, world
+        self._batches = None
+
+    def set_epoch(self, epoch):
+        """Make the batches of an epoch."""
+        self._batches = None
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        yield from self._own()
+
+    def __len__(self):
+        return len(self._own())
+
+    def _own(self):
+        if self._batches is None:
+            self._batches = self._shared()[self.rank :: self.world]
+        return self._batches
+
+    def _shared(self):
+        batches = list(self.sampler)
+        while len(batches) % self.world or not batches:
+            longest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
+            if longest is None or len(batches[longest]) < 2:
+                utterances = sum(map(len, batches))
+                raise UserError(f"{utterances} utterances cannot be shared by {self.world} processes; start fewer.")
+            half = len(batches[longest]) // 2
+            batches[longest], rest = batches[longest][:half], batches[longest][half:]
+            batches.append(rest)
+        return batches
+
+
 def loader_options(dataset, batch_sampler, num_workers):
     """Options of the data loader for a dataset.
 
@@ -107,9 +216,22 @@ def loader_options(dataset, batch_sampler, num_workers):
     Returns
     -------
     dict
+
+    Raises
+    ------
+    UserError
+        If the sampler does not take its settings, or there is no utterance.
     """
+    if not len(dataset):
+        raise UserError("There is no utterance left to train or test on; see the lists of what was skipped.")
+    try:
+        sampler = batch_sampler(dataset)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TypeError) and "argument" not in str(error):
+            raise
+        raise UserError(f"The batch sampler does not take its settings: {one_line(error)}.") from error
     return {
-        "batch_sampler": batch_sampler(dataset),
+        "batch_sampler": sampler,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         # Its own generator: otherwise a loader draws from the global one when it starts, and a resumed run starts it again.
@@ -117,35 +239,39 @@ def loader_options(dataset, batch_sampler, num_workers):
     }
 
 
-@takes("wav")
-@provides("sig")
-def _waveforms(wav):
-    return load_audio(wav)
+# Callables with state of their own, not functions inside of functions: workers that are spawned, as on macOS, get them pickled
 
 
-def _cached_features(hparams):
-    cache, speech_encoder = {}, hparams["speech_encoder"]
+class _Waveforms:
+    """Samples of an audio file."""
 
-    @takes("wav")
-    @provides("feats")
-    def features(wav):
-        if wav not in cache:
+    def __init__(self, sample_rate):
+        self.sample_rate = sample_rate
+
+    def __call__(self, wav):
+        return load_audio(wav, self.sample_rate)  # (N,)
+
+
+class _CachedFeatures:
+    """Features of an audio file, kept in memory."""
+
+    def __init__(self, speech_encoder, sample_rate):
+        self.speech_encoder, self.sample_rate, self.cache = speech_encoder, sample_rate, {}
+
+    def __call__(self, wav):
+        if wav not in self.cache:
             with torch.no_grad():
-                cache[wav] = speech_encoder.features(load_audio(wav).unsqueeze(0))[0].squeeze(0)
-        return cache[wav]  # (T, F)
+                feats, _ = self.speech_encoder.features(load_audio(wav, self.sample_rate).unsqueeze(0))
+            self.cache[wav] = feats.squeeze(0)
+        return self.cache[wav]  # (T, F)
 
-    return features
 
+class _Tokens:
+    """Tokens of a transcript: as they are, after the token that begins, and before the token that ends."""
 
-def _text_pipeline(hparams):
-    tokenizer, bos, eos = hparams["tokenizer"], hparams["bos_index"], hparams["eos_index"]
+    def __init__(self, tokenizer, bos, eos):
+        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
 
-    @takes("wrd")
-    @provides("tokens", "tokens_bos", "tokens_eos")
-    def tokens(wrd):
-        ids = tokenizer.encode_as_ids(wrd)
-        yield torch.tensor(ids, dtype=torch.long)
-        yield torch.tensor([bos, *ids], dtype=torch.long)
-        yield torch.tensor([*ids, eos], dtype=torch.long)
-
-    return tokens
+    def __call__(self, wrd):
+        ids = self.tokenizer.encode_as_ids(wrd)
+        return tuple(torch.tensor(tokens, dtype=torch.long) for tokens in (ids, [self.bos, *ids], [*ids, self.eos]))

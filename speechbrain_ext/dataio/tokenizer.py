@@ -1,18 +1,22 @@
 """The tokenizer of a training run."""
 
 import csv
+import hashlib
 import io
+import json
 from pathlib import Path
 
 import sentencepiece
 
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.files import replacing
+from speechbrain_ext.utils.files import replacing, write_text
 
 
 def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_index, eos_index, unk_index):
-    """Train a SentencePiece tokenizer on the transcripts of a manifest, unless its file is there already.
+    """Train a SentencePiece tokenizer on the transcripts of a manifest, unless its file is there already, made of the same.
+
+    ``<path>.from`` says what the file was made of; where transcripts or settings have changed, it is made again.
 
     Arguments
     ---------
@@ -43,10 +47,13 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     'THE HAT'
     """
     path = Path(path)
-    if path.exists():
-        return
     with open(manifest, encoding="utf-8", newline="") as file:
         transcripts = [normal_form(row["wrd"]) for row in csv.DictReader(file)]
+    settings = [token_type, vocab_size, blank_index, bos_index, eos_index, unk_index]
+    origin = hashlib.sha256(json.dumps([settings, transcripts]).encode()).hexdigest()
+    made_of = path.with_name(f"{path.name}.from")
+    if path.exists() and made_of.exists() and made_of.read_text(encoding="utf-8") == origin:
+        return
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -74,3 +81,4 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         file.write(model.getvalue())
+    write_text(made_of, origin)

@@ -109,6 +109,9 @@ class CtcBeamSearch:
             raise UserError(f"beam_size is {beam_size!r}; give a whole number of 1 or more.")
         if not isinstance(blank_index, int) or blank_index < 0:
             raise UserError(f"blank_index is {blank_index!r}; give the index of a token.")
+        for name, value in (("lm_weight", lm_weight), ("word_score", word_score), ("beam_threshold", beam_threshold)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"{name} is {value!r}; give a number.")
         if not beam_threshold > 0:
             raise UserError(f"beam_threshold is {beam_threshold}; give a positive number.")
         if backend not in (None, FLASHLIGHT, SPEECHBRAIN):
@@ -125,6 +128,17 @@ class CtcBeamSearch:
         self.lm_weight = lm_weight
         self.word_score = word_score
         self._kept, self._search = None, None
+
+    def check(self):
+        """Build the search now that the tokenizer is loaded, and read the language model to its end.
+
+        Raises
+        ------
+        UserError
+            If the language model is damaged, or spelled in another way than the tokens.
+        """
+        if self._search is None:
+            self._build()
 
     def __call__(self, log_probs, lengths):
         """Search each utterance of a batch for itself.
@@ -162,8 +176,7 @@ class CtcBeamSearch:
             )
         if self.blank_index >= tokens:
             raise UserError(f"blank_index is {self.blank_index} and there are {tokens} tokens; give the index of the blank.")
-        if self._search is None:
-            self._build()
+        self.check()
         frames = (lengths * log_probs.shape[1]).round().long().clamp(max=log_probs.shape[1]).tolist()
         return [self._best_text(utterance[:count]) for utterance, count in zip(log_probs.detach(), frames, strict=True)]
 

@@ -4,8 +4,9 @@ import bisect
 import gzip
 import math
 import os
+import re
 
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, one_line
 
 # SpeechBrain's default, for both searches: log10, on top of what the language model says of <unk>.
 UNKNOWN_WORD = -10.0
@@ -18,15 +19,57 @@ def _open_arpa(path):
 
 
 def check_arpa(path):
+    """Refuse a file that is no whole ARPA file of a language model of words and their successions.
+
+    Arguments
+    ---------
+    path : str
+        The file, plain or gzipped.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    UserError
+        If it is in another format, begins with a byte order mark, is cut off, or has another number of entries than it states.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no language model {path}; check lm_file.")
-    with _open_arpa(path) as file:
-        # Comments may precede it
-        if "\\data\\" not in file.read(1 << 16):
-            raise UserError(
-                f"The language model {path} is not in ARPA format; give the ARPA file, also where there is a KenLM binary "
-                "of it, as that holds no list of words."
-            )
+    stated, found, order, ended = {}, {}, None, False
+    try:
+        with _open_arpa(path) as file:
+            if file.read(1) == "\ufeff":
+                raise UserError(f"The language model {path} begins with a byte order mark; write it without one.")
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if line.startswith("\\"):
+                    section = re.fullmatch(r"\\(\d+)-grams:", line)
+                    order, ended = (int(section[1]) if section else 0 if line == "\\data\\" else None), line == "\\end\\"
+                    if ended:
+                        break
+                elif order == 0 and (count := re.fullmatch(r"ngram\s+(\d+)\s*=\s*(\d+)", line)):
+                    stated[int(count[1])] = int(count[2])
+                elif order and line:
+                    found[order] = found.get(order, 0) + 1
+                    if len(line.split()) < order + 1:
+                        raise UserError(f"Line {number} of the language model {path} has too few fields; write it again.")
+                elif order is None and not stated and number > 10_000:
+                    break
+    except (OSError, EOFError) as error:
+        raise UserError(f"The language model {path} cannot be read to its end; write it again ({one_line(error)}).") from error
+    if not stated:
+        raise UserError(
+            f"The language model {path} is not in ARPA format; give the ARPA file, also where there is a KenLM binary "
+            "of it, as that holds no list of words."
+        )
+    if not ended or found != {order: count for order, count in stated.items() if count}:
+        raise UserError(
+            f"The language model {path} cannot be read; write it again (it states {stated} entries by order and holds {found}"
+            f"{'' if ended else ', and has no end'})."
+        )
+    if max(stated) < 2:
+        raise UserError(f"The language model {path} has single words only; give one of at least two words at a time (order 2).")
 
 
 def arpa_words(path):

@@ -110,7 +110,7 @@ def export_model(
     Traceback (most recent call last):
     FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
     if not path.parent.is_dir():

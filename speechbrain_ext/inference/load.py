@@ -1,5 +1,6 @@
 """Loading a trained model, from a folder or from Hugging Face."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPAR
 from speechbrain_ext.model_folder.build import Refused, build
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
+from speechbrain_ext.utils.files import file_digest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
@@ -60,7 +62,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
     """
     source = os.fspath(source)
-    folder = Path(source).expanduser()
+    folder = Path(source)
     is_local = bool(source) and folder.is_dir()
     _check_device(device)
     if not is_local:
@@ -82,6 +84,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
     model.hparams.asr_model.to(model.device)
     _check_answer(source, model)
+    model.fingerprint = hashlib.sha256("".join(file_digest(folder / name) for name in FILES).encode()).hexdigest()
     if pass_name is not None:
         model.choose_pass(pass_name)
     return model

@@ -4,6 +4,7 @@ import torch
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
+from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.decoders.alignment import align, group_words, make_segment
 from speechbrain_ext.inference.transcribe import transcribe_files
@@ -15,6 +16,8 @@ from speechbrain_ext.utils.errors import UserError
 class _ExactLengths:
     """What both classes below change of SpeechBrain's: lengths are those of the encoder frames, and so exact in any batch."""
 
+    fingerprint = ""
+    """A digest of all files that the model was loaded from."""
     pass_name = None
     """Of a cascade, the pass that answers; None = the last one."""
 
@@ -64,8 +67,9 @@ class _ExactLengths:
         paths : list of str or os.PathLike
             Audio files in any format that soundfile reads.
         **keys
-            ``output``, ``streaming`` and ``progress`` of :func:`speechbrain_ext.inference.transcribe.transcribe_files`, which
-            also gives segments with times, and goes on where a file is bad.
+            ``output``, ``streaming``, ``subtitle_options`` and ``progress`` of
+            :func:`speechbrain_ext.inference.transcribe.transcribe_files`, which also gives segments with times, and goes on where
+            a file is bad.
 
         Returns
         -------
@@ -121,6 +125,7 @@ class _ExactLengths:
         UserError
             If the audio is too short for the text, or the text has characters that the model does not know.
         """
+        wav = as_samples(wav)
         if wav.dim() != 1:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         text = normal_form(text)
@@ -144,12 +149,12 @@ class _ExactLengths:
     """From frames (T, D) to tokens and log-probabilities (T, V), where that is another search than greedy CTC."""
 
     def _encode(self, wavs, wav_lens):
+        wavs = as_samples(wavs)
         if wavs.dim() != 2 or not len(wavs) or wav_lens.shape != wavs.shape[:1]:
             shapes = f"{tuple(wavs.shape)} and {tuple(wav_lens.shape)}"
             raise UserError(f"Waveforms and relative lengths have the shapes {shapes}; give (B, N) and (B,), B > 0.")
         if not ((wav_lens >= 0) & (wav_lens <= 1)).all():
             raise UserError(f"The relative lengths are {wav_lens.tolist()}; give shares of the longest waveform, from 0 to 1.")
-        wavs = wavs.float()
         if flaw := sample_flaw(wavs):
             raise UserError(f"The waveforms hold {flaw}; leave out or mend what they were read from.")
         return self.mods.encoder.encode(wavs.to(self.device), wav_lens.to(self.device), pass_name=self.pass_name)

@@ -72,7 +72,7 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
         raise UserError(f"The repository is called '{repo_id}'; give user/model.")
     if license is not None and not re.fullmatch(r"[\w.-]+", license):
         raise UserError(f"The license is '{license}'; give one of Hugging Face's identifiers, such as cc-by-4.0.")
-    folder = Path(folder).expanduser()
+    folder = Path(folder)
     for name in (*FILES, CARD):
         if not (folder / name).is_file():
             raise FileNotFoundError(

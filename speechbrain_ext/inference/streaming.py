@@ -8,6 +8,7 @@ import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.dataio.audio import sample_flaw
+from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.registry import passes_of
@@ -73,8 +74,6 @@ class StreamingRecognizer:
             raise UserError(
                 f"The chunk size is {self._config.chunk_size} frames of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}."
             )
-        if not 0 <= start < math.inf:
-            raise UserError(f"start is {start}; give a number of seconds, 0 or more.")
         encoder = self._encoder.transformer.encoder
         # Of a cascade that answers with its last pass, the first one streams
         passes = passes_of(encoder)
@@ -82,13 +81,9 @@ class StreamingRecognizer:
         self._pass = passes[0] if len(passes) > 1 else None
         self._samples = frame_samples(model)
         search = None if self._cascade is None else self._second_pass
-        self._segmenter = Segmenter(
-            model.tokenizer, model.blank, endpoint, longest, search, restarts=True, start=round(start / FRAME_SECONDS)
-        )
-        self._patience = round(longest / FRAME_SECONDS)
-        self._small, self._small_samples = [], 0
-        self._audio, self._audio_start = torch.zeros(1, 0, device=model.device), self._segmenter.start
-        self._context = self._new_context()
+        self._segmenting = (model.tokenizer, model.blank, endpoint, longest, search)
+        self._patience = longest / FRAME_SECONDS
+        self.reset(start)
 
     @property
     def sample_rate(self):
@@ -125,8 +120,8 @@ class StreamingRecognizer:
 
         Arguments
         ---------
-        wav : torch.Tensor
-            (N,) samples at the model's rate, N >= 0.
+        wav : torch.Tensor or numpy.ndarray
+            (N,) samples at the model's rate, N >= 0: floats of full scale 1, or int16 or int32.
 
         Returns
         -------
@@ -135,12 +130,14 @@ class StreamingRecognizer:
 
         Raises
         ------
-        ValueError
-            If the samples are not a row of numbers, finite and of a size that audio has.
+        UserError
+            If the stream has ended, or the samples are not a row of numbers, finite and of a size that audio has.
         """
+        if self.finished:
+            raise UserError("This stream has ended; reset() starts the next one.")
+        wav = as_samples(wav)
         if wav.dim() != 1:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
-        wav = wav.float()
         if flaw := sample_flaw(wav):
             raise UserError(f"There are {flaw}; nothing was taken in.")
         self._small.append(wav.to(self._model.device).unsqueeze(0))
@@ -149,14 +146,36 @@ class StreamingRecognizer:
 
     @torch.inference_mode()
     def finish(self):
-        """End the stream.
+        """End the stream; a second call gives nothing more.
 
         Returns
         -------
         list of Segment
             Those that were still to come.
         """
-        return self._run(True) + self._segmenter.finish()
+        if self.finished:
+            return []
+        segments = self._run(True) + self._segmenter.finish()
+        self.finished = True
+        return segments
+
+    def reset(self, start=0.0):
+        """Begin a new stream with the same settings.
+
+        Arguments
+        ---------
+        start : float
+            Seconds before its first sample, as times count them.
+        """
+        if not 0 <= start < math.inf:
+            raise UserError(f"start is {start}; give a number of seconds, 0 or more.")
+        self._segmenter = Segmenter(*self._segmenting, restarts=True, start=round(start / FRAME_SECONDS))
+        self._small, self._small_samples = [], 0
+        self._audio = torch.zeros(1, 0, device=self._model.device)
+        self._audio_start = self._segmenter.start
+        self._context = self._new_context()
+        self.finished = False
+        """Whether the stream has ended."""
 
     def _run(self, last):
         wav, segments = torch.cat((self._audio[:, :0], *self._small), 1), []

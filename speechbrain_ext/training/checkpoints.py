@@ -1,5 +1,6 @@
 """Checkpoints that survive an interruption at any moment, and that hold all that decides how training goes on."""
 
+import json
 import logging
 import os
 import random
@@ -18,7 +19,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, get_rank, if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ext.utils.errors import UserRuntimeError, one_line
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 
 logger = get_logger(__name__)
 
@@ -55,11 +56,26 @@ class AtomicCheckpointer(Checkpointer):
     """
 
     def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
-        """As in SpeechBrain."""
+        """As in SpeechBrain, with the number of processes in the meta data.
+
+        Raises
+        ------
+        UserRuntimeError
+            If it cannot be written, as on a full disk; the checkpoints before are as they were.
+        """
         if if_main_process():
             for leftover in self.checkpoints_dir.glob(PARTIAL_PREFIX + "*"):
                 shutil.rmtree(leftover)
-        partial = super().save_checkpoint(meta or {}, end_of_epoch, name, verbosity=logging.DEBUG)
+        meta = {**(meta or {}), "processes": _processes()}
+        try:
+            partial = super().save_checkpoint(meta, end_of_epoch, name, verbosity=logging.DEBUG)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            if isinstance(error, RuntimeError) and "writ" not in str(error):
+                raise
+            raise UserRuntimeError(
+                f"No checkpoint can be written to {self.checkpoints_dir} ({one_line(error, 150)}); make room, and start the same "
+                "command again: those before are as they were."
+            ) from error
         ddp_barrier()  # other processes write to the folder, too
         saved = None
         if partial is not None:
@@ -70,10 +86,30 @@ class AtomicCheckpointer(Checkpointer):
         ddp_barrier()
         return saved
 
+    def recover_if_possible(self, *args, ckpt_predicate=None, **keys):
+        """As in SpeechBrain, but not from within an epoch that another number of processes has begun.
+
+        Each process has its own share of the batches, so that some utterances would be visited twice, and others never. The run
+        then goes on from the end of the epoch before.
+        """
+
+        def fits(checkpoint):
+            same = checkpoint.meta.get("processes") == _processes() or checkpoint.meta.get("end-of-epoch")
+            return same and (ckpt_predicate is None or ckpt_predicate(checkpoint))
+
+        latest = self.find_checkpoint(ckpt_predicate=ckpt_predicate)
+        if latest is not None and not fits(latest):
+            logger.warning(
+                "The run had %s processes, and has %s now: the epoch begins again.", latest.meta.get("processes"), _processes()
+            )
+        return super().recover_if_possible(*args, ckpt_predicate=fits, **keys)
+
     def load_checkpoint(self, checkpoint):
         """As in SpeechBrain, with one sentence where a file is missing or broken."""
         try:
             super().load_checkpoint(checkpoint)
+        except UserError:
+            raise
         except Exception as error:  # whatever unpickling a broken file comes to
             cause = one_line(error)
             raise DamagedCheckpoint(
@@ -109,6 +145,45 @@ class AtomicCheckpointer(Checkpointer):
     @staticmethod
     def _partial(path):
         return path.with_name(PARTIAL_PREFIX + path.name)
+
+
+class Origin:
+    """What a run was made of, as something that a Checkpointer saves, and compares where it recovers.
+
+    Arguments
+    ---------
+    **facts
+        Names and values, such as a digest of the training utterances.
+
+    Example
+    -------
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "origin.ckpt"
+    >>> Origin(utterances="a").save(path)
+    >>> Origin(utterances="b").load(path, end_of_epoch=True)
+    Traceback (most recent call last):
+    speechbrain_ext.utils.errors.UserError: This run was begun with other utterances; give another --output_folder.
+    """
+
+    def __init__(self, **facts):
+        self.facts = facts
+
+    @mark_as_saver
+    def save(self, path):
+        """Write the facts to a file."""
+        path.write_text(json.dumps(self.facts), encoding="utf-8")
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Compare them with those of a file."""
+        del end_of_epoch
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in self.facts.items():
+            if before.get(name) != value:
+                raise UserError(f"This run was begun with other {name}; give another --output_folder.")
+
+
+register_checkpoint_hooks(Origin)
 
 
 class RandomStates:
@@ -160,3 +235,7 @@ class RandomStates:
 
 
 register_checkpoint_hooks(RandomStates, save_on_main_only=False)
+
+
+def _processes():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

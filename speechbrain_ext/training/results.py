@@ -2,12 +2,9 @@
 
 import csv
 import dataclasses
-import fcntl
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
-from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.files import locked, write_csv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +72,7 @@ def append_rows(path, rows):
     path = Path(path)
     rows = [dataclasses.asdict(row) if isinstance(row, ResultRow) else row for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with locked(path.parent):
         earlier, columns = [], []
         if path.exists():
             with open(path, encoding="utf-8", newline="") as file:
@@ -83,13 +80,3 @@ def append_rows(path, rows):
                 earlier, columns = list(reader), list(reader.fieldnames or ())
         columns += [column for column in dict.fromkeys(key for row in rows for key in row) if column not in columns]
         write_csv(path, columns, ([row.get(column) for column in columns] for row in [*earlier, *rows]))
-
-
-@contextmanager
-def _locked(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -5,8 +5,11 @@ the best checkpoints, fused where the architecture can be) -> tests -> rows of t
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import ruamel.yaml
@@ -17,21 +20,28 @@ from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
-from speechbrain_ext.dataio.datasets import loader_options, make_datasets, merge_manifests
+from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams
 from speechbrain_ext.model_folder.write import write_model_folder
+from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.utils.errors import UserError, one_line, raised_in
-from speechbrain_ext.utils.files import write_text
+from speechbrain_ext.utils.files import locked, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
 
 logger = get_logger(__name__)
 
 TRAIN, VALID = object(), object()  # keys beside the names of test splits, which may be any
-LISTS = ("train_splits", "test_splits")
-COUNTS = ("number_of_epochs", "average_checkpoints", "statistics_batches", "vocab_size", "grad_accumulation_factor")
+COUNTS = ("number_of_epochs", "average_checkpoints", "statistics_batches", "vocab_size", "sample_rate")
 PATHS = ("data_folder", "output_folder", "results_file")
+"""Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
+REFUSED = {
+    "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
+    "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile_module_keys",
+    "data_parallel_backend": "start several processes with torchrun instead",
+}
+"""Options of SpeechBrain's Brain that are not supported, with what to do."""
 
 
 class UsageError(UserError):
@@ -76,7 +86,7 @@ class Setting:
         return dataclasses.replace(self, overrides=self.overrides | overrides)
 
 
-def run(hparams_file, run_opts, overrides, corpus=None, fallback=None):
+def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=None):
     """Run all steps.
 
     Arguments
@@ -87,6 +97,8 @@ def run(hparams_file, run_opts, overrides, corpus=None, fallback=None):
         Options of SpeechBrain's Brain.
     overrides : str
         YAML text, such as ``speechbrain.parse_arguments`` makes from the command line.
+    paths : dict, optional
+        Overrides of the keys in :data:`PATHS`, to the letter.
     corpus : str, optional
         A ``corpus.yaml`` that overrides the hparams file.
     fallback : str, optional
@@ -105,17 +117,27 @@ def run(hparams_file, run_opts, overrides, corpus=None, fallback=None):
     """
     keep_freed_memory()
     try:
-        setting = choose_setting(hparams_file, run_opts, overrides, corpus, fallback)
+        check_options(run_opts)
+        setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback)
         hparams = setting.load()
-        check_folder(Path(hparams["output_folder"]), setting.text())
+        output = Path(hparams["output_folder"])
+        check_folder(output, setting.text(), hparams["data_moved"])
+        check_writable(Path(hparams["results_file"]))
     except (UserError, OSError) as error:
         raise UsageError(one_line(error, 1000)) from error
-    sb.create_experiment_directory(hparams["output_folder"])
-    logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
+    run_on_main(sb.create_experiment_directory, [str(output)])
+    taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
+    with locked(output / ".lock", taken) if if_main_process() else nullcontext():
+        return _run(hparams_file, run_opts, setting, hparams)
 
+
+def _run(hparams_file, run_opts, setting, hparams):
+    """The steps, in an output folder that no other run writes to."""
+    logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
+    output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
     # Not before: a mistyped data_folder is no run that later ones are compared with
-    run_on_main(write_text, [Path(hparams["output_folder"]) / "hyperparams.yaml", setting.text()])
+    run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
     tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
     if tokens < hparams["vocab_size"]:
         logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
@@ -123,6 +145,12 @@ def run(hparams_file, run_opts, overrides, corpus=None, fallback=None):
         hparams = setting.load()
     hparams["tokenizer"].load(str(tokenizer_file))
     datasets = make_datasets(hparams, manifests)
+    for key, name in ((TRAIN, "train"), (VALID, "valid")):
+        drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
+    hparams["checkpointer"].add_recoverable("origin", Origin(utterances=digest_of(datasets[TRAIN])))
+    for search in ("ctc_search", "test_search"):
+        if hasattr(hparams[search], "check"):
+            hparams[search].check()  # now, and not after the training
 
     # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
@@ -148,18 +176,36 @@ def run(hparams_file, run_opts, overrides, corpus=None, fallback=None):
     return keep(brain, setting, models, tokenizer_file, rows)
 
 
-def choose_setting(hparams_file, run_opts, overrides, corpus, fallback):
+def check_options(run_opts):
+    """Refuse options of SpeechBrain's Brain that would end in a traceback, or do nothing."""
+    for option, remedy in REFUSED.items():
+        if getattr(run_opts, option):
+            raise UsageError(f"--{option} is not supported: {remedy}.")
+
+
+def check_writable(path):
+    """Refuse a results file that could not be written after all training."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise UsageError(f"The results_file {path} is a folder; give the name of a file.")
+    with open(path, "a") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
     """The files and the overrides that make the run: without a data folder, the fallback's are among them."""
-    overrides = parse_overrides(overrides)
-    for key in LISTS:
-        if isinstance(overrides.get(key), str):
-            overrides[key] = [overrides[key]]
-    if "data_folder" in overrides and not overrides["data_folder"]:
+    overrides = parse_overrides(overrides) | paths
+    files = [hparams_file, *([corpus] if corpus else [])]
+    if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
+    before = resolve_hparams(files)
+    # A name of digits, or a date, is still a name
+    overrides = {key: before[key] for key in PATHS if before.get(key) is not None} | overrides
+    overrides = check_types(overrides, before)
     for key in COUNTS:
-        if key in overrides and not (isinstance(overrides[key], int) and overrides[key] > 0):
+        if key in overrides and not overrides[key] > 0:
             raise UsageError(f"--{key} is {overrides[key]!r}; give a whole number above 0.")
-    setting = Setting([hparams_file, *([corpus] if corpus else [])], overrides)
+    setting = Setting(files, overrides)
     plain = setting.plain()
     if fallback and not corpus and not plain["data_folder"]:
         if if_main_process():
@@ -175,19 +221,77 @@ def choose_setting(hparams_file, run_opts, overrides, corpus, fallback):
     return setting
 
 
-def check_folder(output, asked):
+def check_types(overrides, before):
+    """The overrides, each of the type that its key has in the file; what is not is refused.
+
+    Arguments
+    ---------
+    overrides : dict
+        Values by key.
+    before : dict
+        The values of the hparams file.
+
+    Returns
+    -------
+    dict
+        The same, with single values as lists and numbers as texts where the key wants that.
+
+    Raises
+    ------
+    UsageError
+        If a value has another type.
+    """
+    checked = {}
+    for key, value in overrides.items():
+        old = before.get(key)
+        if key in PATHS:
+            value = f"./{value}" if str(value).startswith("(") else str(value)  # in parentheses, HyperPyYAML reads a tuple
+        elif isinstance(old, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        elif isinstance(old, list) and not _tag(old) and isinstance(value, (str, int, float)):
+            value = [value]
+        checked[key] = value
+        if key not in before or key in PATHS or value is None or _tag(value):
+            continue  # a key that does not exist is refused where files and overrides are merged
+        if old is None and isinstance(value, dict):
+            given = ", ".join(f"{name}: {item}" for name, item in value.items())
+            raise UsageError(
+                f"--{key} is {{{given}}}, and the hparams file has null there, which says no class to build with it; name it: "
+                f"--{key} '!new:package.Class {{{given}}}', or extend the file."
+            )
+        kinds = {
+            bool: "True or False",
+            int: "a whole number",
+            float: "a number",
+            str: "a text",
+            list: "a list",
+            dict: "a mapping",
+        }
+        wanted = next((kind for kind in kinds if isinstance(old, kind)), None)
+        if _tag(old):  # an object takes new arguments; of a value that is computed no type is known
+            wanted = dict if _tag(old).startswith(("!new:", "!name:")) else None
+        fits = wanted is None or isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+        if not fits or (wanted in (int, float) and isinstance(value, bool)):
+            raise UsageError(f"--{key} is {_plain(value)!r}; give {kinds[wanted]}, as in the hparams file.")
+    return checked
+
+
+def check_folder(output, asked, data_moved):
     """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
     path = output / "hyperparams.yaml"
     if not path.exists():
         return
     yaml = ruamel.yaml.YAML()
     before, now = yaml.load(path.read_text(encoding="utf-8")), yaml.load(asked)
-    fixed = {"data_folder", "train_splits", "token_type", "speech_encoder"}
+    fixed = {"train_splits", "token_type", "speech_encoder"} | (set() if data_moved else {"data_folder"})
     fixed |= needed_keys(now, [now["speech_encoder"]])
     for key in sorted(fixed, key=list(now).index):
         old, new = (_plain(tree.get(key)) for tree in (before, now))
         if old != new:
-            raise UsageError(f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder.")
+            moved = ", or --data_moved True if it is the same data in another place" if key == "data_folder" else ""
+            raise UsageError(
+                f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder{moved}."
+            )
 
 
 def _plain(node):
@@ -196,8 +300,11 @@ def _plain(node):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_plain(value) for value in node]
-    tag = getattr(getattr(node, "tag", None), "value", None)
-    return f"{tag} {node.value}" if tag else node
+    return f"{_tag(node)} {node.value}" if _tag(node) else node
+
+
+def _tag(node):
+    return getattr(getattr(node, "tag", None), "value", None)
 
 
 def prepare_corpus(hparams):
@@ -234,6 +341,14 @@ def statistics_batches(brain, dataset, options):
     """Training batches for BatchNorm statistics, the same ones whenever a run ends."""
     options["batch_sampler"].set_epoch(1_000_000)  # beyond those that begin with the shortest utterances
     return brain.make_dataloader(dataset, sb.Stage.VALID, ckpt_prefix=None, **options)
+
+
+def digest_of(dataset):
+    """What the utterances of a dataset are, wherever they lie: ids, durations and transcripts."""
+    digest = hashlib.sha256()
+    for key, item in dataset.data.items():
+        digest.update(f"{key}\t{float(item['duration']):.3f}\t{item['wrd']}\n".encode())
+    return digest.hexdigest()
 
 
 def seconds_of(dataset):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import os
 import shutil
@@ -104,6 +105,33 @@ def replacing_folder(folder):
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path, taken=None):
+    """A lock on a folder or file, held while the context lasts, and freed however the process ends.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        A folder, or a file, which is made where it is missing.
+    taken : str, optional
+        The message where another process holds it; without one, wait for it.
+
+    Raises
+    ------
+    UserError
+        If another process holds it.
+    """
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if taken is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(taken) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def file_digest(path):

@@ -1,0 +1,328 @@
+"""Faults that users of other toolkits met: a run that says it succeeded has done its job, a value means the same everywhere."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import speechbrain as sb
+import torch
+from conftest import ROOT
+from sentencepiece import SentencePieceProcessor
+from test_recipe import rows, train
+from tiny import SENTENCES, SMALL, arguments, make_corpus
+
+from speechbrain_ext import cli
+from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.training import run as training
+from speechbrain_ext.training.checkpoints import AtomicCheckpointer
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import locked
+from train import take_paths
+
+CTC = {**SMALL, "num_decoder_layers": 0}
+CONFORMER = ROOT / "hparams" / "conformer.yaml"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, corpus):
+    """Trains in this process, in a folder of its own, as train.py does with these arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more, hparams=CONFORMER, data=corpus, **keys):
+        argv = [str(hparams), "--device", "cpu", *map(str, more), *arguments(**{**CTC, **keys})]
+        argv, paths = take_paths(argv + (["--data_folder", str(data)] if data is not None else []))
+        file, run_opts, overrides = sb.parse_arguments(argv)
+        return training.run(file, run_opts, overrides, paths)
+
+    return run
+
+
+# -------------------- B. no empty success
+
+
+def test_what_is_left_over_takes_a_step(run):
+    """Also where an epoch has fewer batches than the factor; the gradient is the mean over what is there."""
+    batches, steps = "{max_batch_length: 2.5, num_buckets: 10}", {}
+    for factor in (1, 4, 1000):
+        result = run(grad_accumulation_factor=factor, train_batch_sampler=batches, output_folder=factor)
+        steps[factor] = result.rows[0].steps
+    assert steps[1] > 4 and steps[4] == -(-steps[1] // 4) and steps[1000] == 1
+
+
+def test_the_step_of_a_rest_is_that_of_the_rest_alone():
+    """Three batches with factor 2: the second step has the gradient of the third batch, not half of it."""
+    steps = []
+
+    class Brain(AsrBrain):
+        training_ctx = nullcontext()
+
+        def __init__(self):
+            self.weight = torch.zeros(1, requires_grad=True)
+            self.debug, self.grad_accumulation_factor, self.train_sampler = False, 2, [1, 2, 3]
+            self.scaler = SimpleNamespace(scale=lambda loss: loss)
+
+        def no_sync(self, use=True):
+            return nullcontext()
+
+        def on_fit_batch_start(self, *_):
+            pass
+
+        on_fit_batch_end = check_loss_isfinite = on_fit_batch_start
+
+        def compute_forward(self, batch, stage):
+            return self.weight * batch
+
+        def compute_objectives(self, outputs, batch, stage):
+            return outputs.sum()
+
+        def optimizers_step(self):
+            steps.append(self.weight.grad.item())
+            self.weight.grad = None
+
+    brain = Brain()
+    for brain.step, batch in enumerate([1.0, 3.0, 7.0], 1):
+        brain.fit_batch(batch)
+    assert steps == [2.0, 7.0]
+
+
+def test_transcripts_longer_than_their_frames_are_left_out_by_name(run, tmp_path):
+    long = make_corpus(tmp_path / "corpus")
+    transcripts = long / "train-tiny" / "1" / "1" / "1-1.trans.txt"
+    lines = transcripts.read_text().splitlines()
+    lines[3] = lines[3] + " " + " ".join(SENTENCES * 3)
+    transcripts.write_text("\n".join(lines) + "\n")
+    result = run(data=long, max_skipped=0.2)
+    (row,) = csv.DictReader((result.output / "unfit_train.csv").open())
+    assert row["ID"] == "1-1-0003" and int(row["tokens"]) > int(row["frames"])
+    transcripts.write_text("\n".join(f"{line} {' '.join(SENTENCES * 3)}" for line in lines) + "\n")
+    with pytest.raises(UserError, match="12 of 12 utterances have transcripts of more tokens than frames, .*raise max_skipped"):
+        run(data=long, output_folder="other")
+
+
+@pytest.mark.parametrize("name", ["hyperconformer_streaming", "squeezeformer"])
+def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
+    """8 kHz: training, model folder, files, streams and both ONNX graphs."""
+    corpus = make_corpus(tmp_path / "corpus", rate=8000)
+    folder = run(hparams=ROOT / "hparams" / f"{name}.yaml", data=corpus, sample_rate=8000).folders["pretrained"]
+    model = load_model(folder, "cpu")
+    assert model.sample_rate == 8000
+    file = next((corpus / "test-tiny").rglob("*.flac"))
+    samples, _ = soundfile.read(file, dtype="float32")
+    assert len(model.load_audio(file)) == len(samples)
+    assert model.transcribe_batch(torch.from_numpy(samples)[None], torch.ones(1))[0][0] == model.transcribe_file(file)
+    capsys.readouterr()
+    assert cli.main(["stream", "--model", str(folder), str(file), "--device", "cpu"]) == 0
+    more = ["--streaming"] if "streaming" in name else []  # exporting takes long: so each graph once
+    assert cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx"), "--audio", str(file), *more]) == 0
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"ctc_search": "{beam_size: 3}"}, "--ctc_search is {beam_size: 3}, and the hparams file has null there"),
+        ({"chunk_sampler": "{chunk_size_min: 3}"}, "name it: --chunk_sampler '!new:package.Class"),
+        ({"number_of_epochs": "many"}, "--number_of_epochs is 'many'; give a whole number"),
+        ({"number_of_epochs": "0"}, "--number_of_epochs is 0; give a whole number above 0"),
+        ({"lr": "fast"}, "--lr is 'fast'; give a number"),
+        ({"cache_features": "3"}, "--cache_features is 3; give True or False"),
+        ({"subsampling": "3"}, "--subsampling is 3; give a mapping"),
+        ({"train_splits": "{a: 1}"}, "give a list"),
+        ({"train_batch_sampler": "{max_batch_lenght: 3}"}, "max_batch_lenght"),
+        ({"results_file": "."}, "is a folder"),
+        ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
+    ],
+)
+def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message, run, monkeypatch):
+    monkeypatch.setattr(AsrBrain, "fit", lambda *_, **__: pytest.fail("the training began"))
+    with pytest.raises((UserError, OSError)) as refused:
+        run(**keys)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["--jit", "--data_parallel_backend"])
+def test_options_that_are_not_supported_are_refused(option, run):
+    with pytest.raises(training.UsageError, match=f"{option} is not supported"):
+        run(option)
+
+
+# -------------------- C. nothing stale
+
+
+def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    output = run(data=corpus).output
+    transcripts = corpus / "train-tiny" / "1" / "1" / "1-1.trans.txt"
+    transcripts.write_text(transcripts.read_text().replace("CAT", "KÄT"))
+    with pytest.raises(UserError, match="begun with other utterances; give another --output_folder"):
+        run(data=corpus, number_of_epochs=2)
+    (output / "save").rename(output / "elsewhere")  # as if it had been interrupted before the first checkpoint
+    run(data=corpus)
+    (model,) = output.glob("*.model")
+    tokenizer = SentencePieceProcessor(str(model))
+    assert tokenizer.unk_id() not in tokenizer.encode_as_ids("KÄT")
+
+
+def test_moved_data_goes_on_with_one_option(run, tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    run(data=corpus)
+    corpus.rename(tmp_path / "moved")
+    with pytest.raises(training.UsageError, match="--data_moved True"):
+        run(data=tmp_path / "moved", number_of_epochs=2)
+    assert run(data=tmp_path / "moved", number_of_epochs=2, data_moved=True).rows[0].epochs == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_all_processes_together_visit_each_utterance_once(world):
+    generator = np.random.default_rng(world)
+    for utterances in (5, 17, 40):
+        order = generator.permutation(utterances).tolist()
+        batches, start = [], 0
+        while start < utterances:
+            size = int(generator.integers(1, 7))
+            batches.append(order[start : start + size])
+            start += size
+        shares = [list(BatchesOfProcess(batches, rank, world)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1 and len(shares[0]) == len(BatchesOfProcess(batches, 0, world))
+        assert sorted(index for share in shares for batch in share for index in batch) == list(range(utterances))
+
+
+def test_more_processes_than_utterances_are_refused():
+    with pytest.raises(UserError, match="2 utterances cannot be shared by 3 processes"):
+        len(BatchesOfProcess([[1], [2]], 0, 3))
+
+
+def test_an_epoch_that_another_number_of_processes_has_begun_begins_again(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": model})
+    first = checkpointer.save_checkpoint(meta={"WER": 1.0})
+    within = checkpointer.save_checkpoint(end_of_epoch=False)
+    assert checkpointer.recover_if_possible().path == within.path
+    text = (within.path / "CKPT.yaml").read_text()
+    (within.path / "CKPT.yaml").write_text(text.replace("processes: 1", "processes: 2"))
+    assert checkpointer.recover_if_possible().path == first.path
+
+
+def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):
+    """A single batch is shared by both; a finished epoch goes on with any number of processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    keys = {**CTC, "train_splits": "[dev-tiny]", "train_batch_sampler": "{max_batch_length: 100, num_buckets: 1}"}
+    command = [CONFORMER, "--data_folder", corpus, "--device", "cpu"]
+    finished = train(tmp_path, *command, *arguments(**keys), launcher=launcher)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert rows(tmp_path)[-1]["steps"] == "1"
+    finished = train(tmp_path, *command, *arguments(**{**keys, "number_of_epochs": 2}))
+    assert finished.returncode == 0 and rows(tmp_path)[-1]["epochs"] == "2", finished.stdout + finished.stderr
+
+
+# -------------------- D. one reading
+
+TEXTS = [
+    "ทำไมน้ำ ขึ้น",
+    "ຄຳ ນ້ຳ",
+    "ＦＵＬＬ　ｗｉｄｔｈ",
+    "½ ¼ cups",
+    "\u202bשלום עולם\u202c\u200f",
+    "\ufeffBOM",
+    "ﬁne ﬂow",
+    "नमस्ते दुनिया",
+]
+TEXTS += ["می\u200cخواهم", "İstanbul ŉ", "a▁b", "e\u0301"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("token_type", ["char", "bpe", "unigram"])
+def test_a_perfect_model_makes_no_error_in_any_script(text, token_type, tmp_path):
+    (tmp_path / "train.csv").write_text(f"ID,wrd\na,{text}\nb,{text} {text}\n", encoding="utf-8")
+    train_tokenizer(tmp_path / "train.csv", tmp_path / "t.model", 60, token_type, 0, 1, 2, 3)
+    tokenizer = SentencePieceProcessor(str(tmp_path / "t.model"))
+    reference = normal_form(text)
+    ids = tokenizer.encode_as_ids(reference)
+    assert tokenizer.unk_id() not in ids and tokenizer.decode_ids(ids).split() == reference.split()
+    assert normal_form(reference) == reference  # which a second reading leaves as it is
+
+
+NAMES = ["corpus #2", "a: b", "&corpus", "2024", "2024-01-31", "~", "a=b", "(1)", "- x", "[x]", "null", "*a", "!x", "007", "1e3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_are_literal(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spaced, joined = ["--data_folder", name, "--output_folder", f"{name}.out"], [f"--data_folder={name}"]
+    for form in (spaced, [*joined, f"--output_folder={name}.out"]):
+        argv, paths = take_paths([str(CONFORMER), *form, "--device", "cpu"])
+        file, run_opts, overrides = sb.parse_arguments(argv)
+        hparams = training.choose_setting(file, run_opts, overrides, paths, None, None).load()
+        assert Path(hparams["data_folder"]) == Path(name) and Path(hparams["output_folder"]) == Path(f"{name}.out")
+        assert Path(hparams["checkpointer"].checkpoints_dir) == Path(f"{name}.out") / "save"
+
+
+def test_a_corpus_with_a_name_that_yaml_would_read(run, corpus, tmp_path):
+    (tmp_path / "corpus #2").symlink_to(corpus)
+    (tmp_path / "corpus").symlink_to("/nowhere")  # what it was once taken for
+    assert run(data="corpus #2", output_folder="2024").output == Path("2024")
+
+
+def test_paths_in_a_file_are_names_too(run, corpus, tmp_path):
+    (tmp_path / "2024").symlink_to(corpus)
+    (tmp_path / "own.yaml").write_text(f"extends: {CONFORMER}\ndata_folder: 2024\noutput_folder: 2024-01-31\n")
+    result = run(hparams="own.yaml", data=None, test_splits="[]")
+    assert result.folders["pretrained"].is_dir() and result.output == Path("2024-01-31")
+
+
+# -------------------- E. platforms
+
+
+def test_spawned_workers_read_audio(corpus, tmp_path):
+    """As on macOS: what workers get is pickled."""
+    script = tmp_path / "spawn.py"
+    script.write_text(
+        f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    import train\n"
+        "    sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, script, CONFORMER, "--data_folder", corpus, "--device", "cpu"]
+    command += arguments(**{**CTC, "num_workers": 1, "test_splits": "[]"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+# -------------------- H. concurrency
+
+
+def test_a_second_run_in_one_folder_is_refused(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="Another run writes to .*--output_folder"):
+        run(output_folder=tmp_path / "run")
+    run(output_folder=tmp_path / "run")
+
+
+def test_a_lock_waits_or_says_so(tmp_path):
+    code = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, 2); print(1, flush=True); time.sleep(2)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(UserError, match="taken"), locked(tmp_path / "x", "taken"):
+        pass
+    began = time.perf_counter()
+    with locked(tmp_path / "x"):
+        assert time.perf_counter() - began > 0.5
+    holder.wait()
