@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import README_ENCODERS, SMALL
@@ -342,6 +343,16 @@ def test_metadata_suffice_for_decoding_and_name_no_place(exported):
         ["batch"],
     ]
     assert str(ROOT).encode() not in (folder / "model.onnx").read_bytes()
+
+
+def test_lengths_beyond_the_samples_are_those_of_the_samples(exported):
+    folder, _ = exported
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    wav = 0.1 * np.random.default_rng(0).standard_normal((4, 9000)).astype(np.float32)
+    answers = session.run(None, {"waveform": wav, "lengths": np.array([10**6, 9000, 0, -5])})
+    expected = session.run(None, {"waveform": wav, "lengths": np.array([9000, 9000, 0, 0])})
+    for answer, right in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(answer, right)
 
 
 def test_metadata_of_streams_say_what_to_feed(exported_stream):

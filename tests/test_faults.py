@@ -2,10 +2,15 @@
 
 import csv
 import os
+import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +29,10 @@ from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.export import onnx_model
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference import transcribe as files_to_text
+from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer
 from speechbrain_ext.utils.errors import UserError
@@ -326,3 +334,203 @@ def test_a_lock_waits_or_says_so(tmp_path):
     with locked(tmp_path / "x"):
         assert time.perf_counter() - began > 0.5
     holder.wait()
+
+
+# -------------------- D. samples of any kind
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(ROOT / "tests" / "data" / "model_folders" / "ctc-v1", "cpu")
+
+
+def stream(model, wav):
+    recognizer = StreamingRecognizer(model)
+    pieces = [wav[i : i + 3001] for i in range(0, len(wav), 3001)]
+    return [segment for piece in pieces for segment in recognizer.accept(piece)] + recognizer.finish()
+
+
+def test_samples_are_scaled_by_their_type(model):
+    samples = (3000 * np.sin(np.arange(40_000) ** 1.3 / 50)).astype(np.int16)  # of no rounding in any type
+    kinds = [samples, samples.astype(">i2"), samples.astype(np.int32) << 16, samples / 2.0**15, np.float32(samples / 2.0**15)]
+    kinds += [torch.from_numpy(kind.astype(kind.dtype.newbyteorder("="))) for kind in kinds]
+    expected = model.frames(kinds[-1][None], torch.ones(1))[0][0]
+    segments = stream(model, kinds[-1])
+    for kind in kinds:
+        torch.testing.assert_close(model.frames(kind[None], torch.ones(1))[0][0], expected)
+        assert stream(model, kind) == segments
+    for method in (lambda wav: model.transcribe_batch(wav[None], torch.ones(1)), lambda wav: stream(model, wav)):
+        for kind in (samples.astype(np.uint8), torch.zeros(100, dtype=torch.int64), np.zeros(100, dtype=complex)):
+            with pytest.raises(TypeError, match="give a tensor or an array of floats of full scale 1, or of int16 or int32"):
+                method(kind)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.5, 3.0])
+def test_a_finished_stream_says_so_and_starts_anew(model, seconds):
+    wav = 0.1 * torch.randn(round(16_000 * seconds), generator=torch.Generator().manual_seed(0))
+    recognizer = StreamingRecognizer(model)
+    first = recognizer.accept(wav) + recognizer.finish()
+    assert recognizer.finished and recognizer.finish() == []
+    with pytest.raises(UserError, match=r"This stream has ended; reset\(\) starts the next one"):
+        recognizer.accept(wav)
+    recognizer.reset()
+    assert not recognizer.finished and recognizer.accept(wav) + recognizer.finish() == first
+    recognizer.reset(start=4.0)
+    assert [round(segment.start - 4.0, 3) for segment in recognizer.accept(wav) + recognizer.finish()] == [
+        segment.start for segment in first
+    ]
+
+
+# -------------------- H. language models, full disks
+
+ARPA = """\\data\\
+ngram 1=6
+ngram 2=1
+
+\\1-grams:
+-1\t<unk>\t0
+0\t<s>\t-0.3
+-1\t</s>
+-1\tTHE\t-0.3
+-1\tCAT\t-0.3
+-1\tSAT\t-0.3
+
+\\2-grams:
+-0.1\tTHE CAT
+
+\\end\\
+"""
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (str.lower, "give one in the spelling, upper or lower case, of the transcripts"),
+        (lambda text: text.replace("ngram 2=1\n", "").replace("\\2-grams:\n-0.1\tTHE CAT\n\n", ""), "single words only"),
+        (lambda text: text[:90], "cannot be read; write it again"),
+        (lambda text: text.replace("\n\\end\\\n", ""), "has no end"),
+        (lambda text: "\ufeff" + text, "begins with a byte order mark"),
+        (lambda text: text.replace("-1\tCAT\t-0.3", "-1"), "Line 10 .* has too few fields"),
+        (lambda text: text.replace("-1\tCAT\t-0.3\n", ""), "cannot be read; write it again"),
+        (lambda text: "words\n", "is not in ARPA format"),
+        (lambda text: "", "is not in ARPA format"),
+    ],
+    ids=["lower case", "one word", "cut", "no end", "mark", "one field", "a line less", "no ARPA", "empty"],
+)
+@pytest.mark.skipif(find_spec("flashlight") is None, reason="pip install flashlight-text to run this test")
+def test_a_faulty_language_model_is_refused_before_training(damage, message, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(AsrBrain, "fit", lambda *_, **__: pytest.fail("the training began"))
+    (tmp_path / "words.arpa").write_text(damage(ARPA), encoding="utf-8")
+    with pytest.raises(UserError, match=message) as refused:
+        run(hparams=ROOT / "hparams" / "squeezeformer.yaml", ctc_search="{lm_file: words.arpa}")
+    assert "words.arpa" in str(refused.value)
+
+
+@pytest.mark.parametrize("setting", ["lm_weight: .nan", "lm_weight: '0.5'", "beam_size: 0", "word_score: true"])
+def test_a_faulty_search_is_refused_before_training(setting, run, monkeypatch):
+    monkeypatch.setattr(AsrBrain, "fit", lambda *_, **__: pytest.fail("the training began"))
+    with pytest.raises(UserError, match=setting.split(":")[0]):
+        run(hparams=ROOT / "hparams" / "squeezeformer.yaml", ctc_search=f"{{{setting}}}")
+
+
+@contextmanager
+def largest_file(size):
+    """Files of more bytes cannot be written, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.parametrize("long_seconds", [60, 2], ids=["whole", "in pieces"])
+def test_a_full_disk_names_the_file_and_the_others_go_on(long_seconds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files_to_text, "LONG_SECONDS", long_seconds)
+    generator = np.random.default_rng(0)
+    files = [tmp_path / f"{name}.wav" for name in ("a", "b", "c")]
+    for file, seconds in zip(files, (1, 30, 1), strict=True):
+        soundfile.write(file, 0.1 * generator.standard_normal(16_000 * seconds), 16_000)
+    folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
+
+    def transcribe(output):
+        status = cli.main(["transcribe", "--model", str(folder), "--device", "cpu", *map(str, files), "--output", str(output)])
+        out, err = capsys.readouterr()
+        return status, out, [line for line in err.replace("\r", "\n").split("\n") if line.startswith("speechbrain_ext: ")]
+
+    assert transcribe(tmp_path / "usual")[0] == 0
+    sizes = {name: (tmp_path / "usual" / f"{name}.jsonl").stat().st_size for name in "abc"}
+    limit = 2000
+    assert max(sizes["a"], sizes["c"]) < limit < sizes["b"]
+    with largest_file(limit):
+        status, out, said = transcribe(tmp_path / "full")
+    assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == [str(files[0]), str(files[2])]
+    assert len(said) == 1 and re.search(r"full/b\.[a-z.]+ cannot be written: .*; what is done is kept\.", said[0])
+    assert not list((tmp_path / "full").glob(".*.tmp"))
+    assert transcribe(tmp_path / "full")[0] == 0  # goes on where there is room again
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl", "b.srt", "b.vtt"):
+        assert (tmp_path / "full" / name).read_text() == (tmp_path / "usual" / name).read_text()
+
+
+def test_two_that_write_one_transcript(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files_to_text, "LONG_SECONDS", 1)
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(32_000), 16_000)
+    arguments = ["transcribe", "--device", "cpu", "--model", str(ROOT / "tests" / "data" / "model_folders" / "ctc-v1")]
+    arguments += [str(tmp_path / "a.wav"), "--output", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / "a.jsonl.partial"):
+        assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "Another process writes" in err and "a.jsonl.partial; wait for it, or give another folder" in err
+    assert cli.main(arguments) == 0
+
+
+def test_a_full_disk_during_training(run, tmp_path):
+    """The checkpoint that cannot be written is named, and the training goes on from the one before."""
+    keys = {"number_of_epochs": 2, "output_folder": "run"}
+    run(**{**keys, "number_of_epochs": 1})
+    with largest_file(20_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; make room"):
+        run(**keys)
+    assert run(**keys).folders["pretrained"].is_dir()
+
+
+def test_a_stopped_export_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(graph, path, *_):
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(onnx_model, "_write", stopped)
+    folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx")])
+    assert stop.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_an_export_onto_a_full_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_model, "_write", lambda graph, path, *_: path.write_bytes(bytes(10_000)))
+    folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
+    with largest_file(1000):
+        assert cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx")]) == 1
+    assert "model.onnx cannot be written: File too large" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_transcript_is_tied_to_the_search(tmp_path, capsys):
+    """What has been written with another beam is not taken for what this model writes."""
+    folder = shutil.copytree(ROOT / "tests" / "data" / "model_folders" / "joint-v1", tmp_path / "model")
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+    arguments = [
+        "transcribe",
+        "--device",
+        "cpu",
+        "--model",
+        str(folder),
+        str(tmp_path / "a.wav"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert [cli.main(arguments), cli.main(arguments)] == [0, 0]
+    hyperparams = folder / "hyperparams.yaml"
+    text = hyperparams.read_text()
+    hyperparams.write_text(re.sub(r"beam_size: \d+", "beam_size: 1", text))
+    assert hyperparams.read_text() != text and cli.main(arguments) == 2
+    assert "is of other audio, another model or other settings" in capsys.readouterr().err

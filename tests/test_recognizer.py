@@ -296,12 +296,13 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
 
     def run(folder, stop=None):
         file = SegmentFile(folder, long_file, settings)
-        known = len(file.segments)
-        for count, segment in enumerate(transcribe_long(model, long_file, streaming, file.start)):
-            if count == stop:
-                return known
-            file.add(segment)
-        file.finish()
+        with file.opened():
+            known = len(file.segments)
+            for count, segment in enumerate(transcribe_long(model, long_file, streaming, file.start)):
+                if count == stop:
+                    return known
+                file.add(segment)
+            file.finish(file.segments)
         return known
 
     run(tmp_path / "once")
@@ -322,7 +323,9 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
     with pytest.raises(ValueError, match="talk.jsonl is of other audio, another model or other settings"):
         SegmentFile(tmp_path / "once", long_file, settings | {"model": "another"})
     run(tmp_path / "other", stop=5)
-    assert SegmentFile(tmp_path / "other", long_file, settings | {"model": "another"}).segments == []
+    file = SegmentFile(tmp_path / "other", long_file, settings | {"model": "another"})
+    with file.opened():
+        assert file.segments == []
 
 
 @pytest.mark.parametrize("folder", [0], ids=["ctc"], indirect=True)  # joint search on long segments takes minutes

@@ -5,9 +5,12 @@ Results go to standard output, all else to standard error. The exit status is 0 
 """
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 
 from speechbrain_ext.cli import bench, export, publish, stream, transcribe
 from speechbrain_ext.cli._common import UsageError, say
@@ -37,9 +40,23 @@ def main(argv=None):
         if isinstance(output, io.TextIOWrapper):  # a name or word that the terminal cannot show is no reason to stop
             output.reconfigure(errors="backslashreplace")
     try:
-        return _run(arguments)
+        with _stopped_in_order():
+            return _run(arguments)
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def _stopped_in_order():
+    """A context in which a stop by the system (SIGTERM) still removes what is half-written."""
+    if threading.current_thread() is not threading.main_thread():  # no other may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments):

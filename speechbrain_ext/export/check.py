@@ -89,7 +89,7 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
     ---------
     path : str or os.PathLike
         The ONNX file.
-    encoder : speechbrain_ext.asr.SpeechEncoder
+    encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The model's encoder.
     head : torch.nn.Module
         Its CTC head.

@@ -102,7 +102,7 @@ def export_model(
     ValueError
         If the model or the audio is not what it should be, or the model does not stream so.
     ExportError
-        If the encoder has operations that ONNX has not, or the comparison fails; then no file is left.
+        If the encoder has operations that ONNX has not, the comparison fails, or the disk is full; no file is left then.
 
     Example
     -------
@@ -125,7 +125,10 @@ def export_model(
     metadata = _metadata(model, graph, "int8" if int8 else "float32")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        _write(graph, partial, int8, metadata)
+        try:
+            _write(graph, partial, int8, metadata)
+        except OSError as error:  # such as a full disk
+            raise ExportError(f"{path} cannot be written: {error.strerror or one_line(error)}; give another path.") from error
         report = _check(partial, encoder, head, metadata, audio, model.pass_name)
         _refuse(report, int8, tolerance)
         os.replace(partial, path)

@@ -126,7 +126,7 @@ class Streaming(nn.Module):
 
     Arguments
     ---------
-    encoder : speechbrain_ext.asr.SpeechEncoder
+    encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder; it is copied, and what can be folded for inference is folded in the copy.
     head : torch.nn.Module
         The CTC head.

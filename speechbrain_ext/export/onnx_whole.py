@@ -160,7 +160,7 @@ class FullContext(nn.Module):
 
     Arguments
     ---------
-    encoder : speechbrain_ext.asr.SpeechEncoder
+    encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder; it is copied, and what can be folded for inference is folded in the copy.
     head : torch.nn.Module
         The CTC head.
@@ -198,7 +198,8 @@ class FullContext(nn.Module):
         self.eval()
 
     def forward(self, waveform, lengths):
-        """See the class."""
+        """See the class; a length below 0 counts as 0, and one above the number of samples as that."""
+        lengths = lengths.clamp(min=0, max=waveform.shape[1])
         x, frames = self.features(waveform, lengths)
         x, relative = self.subsampling(x, frames / x.shape[1])
         x = self.transformer.encode(x, relative, pass_name=self.pass_name)

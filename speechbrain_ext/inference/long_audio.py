@@ -1,11 +1,12 @@
 """Audio of any length with memory that does not grow: segment by segment, to files that an interrupted run goes on with.
 
-Models trained to stream do so. The others hear windows of 30 s, which overlap by 8 s. Of each the inner frames count, those with
-at least 4 s on both sides: every frame is heard with its surroundings, and side by side they are those of one long file.
+Models trained to stream do so. The others take windows of 30 s, which overlap by 8 s. Of each window the inner frames count,
+those with at least 4 s of audio on both sides. These frames, side by side, are close to those of one pass over the whole file.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_setting, frame_samples
 from speechbrain_ext.inference.subtitles import subtitles
 from speechbrain_ext.utils.errors import UserError
-from speechbrain_ext.utils.files import write_text
+from speechbrain_ext.utils.files import locked, write_text
 
 CORE = 550
 """Frames of a window that count, 22 s."""
@@ -129,9 +130,9 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
 class SegmentFile:
     """Segments of one audio file as JSON lines, with subtitles when all are there.
 
-    While it is written, ``NAME.jsonl.partial`` holds what is done; a later run with the same audio, model and settings goes on
-    there, and has in the end what one run would have written. A finished file is left as it is; ``.NAME.jsonl.from`` says of what
-    it was made. The segments do not depend on how the subtitles are divided, so these can be written again from them.
+    While segments come one by one, ``NAME.jsonl.partial`` holds what is done; a later run with the same audio, model and settings
+    goes on there, and has in the end what one run would have written. A finished file is left as it is; ``.NAME.jsonl.from`` says
+    of what it was made. The segments do not depend on how the subtitles are divided, so these can be written again from them.
 
     Arguments
     ---------
@@ -148,7 +149,7 @@ class SegmentFile:
     ------
     OSError
         If the folder cannot be written to.
-    ValueError
+    UserError
         If the finished file was made of something else, or is damaged.
     """
 
@@ -157,6 +158,8 @@ class SegmentFile:
         self._final = Path(folder) / f"{Path(path).stem}.jsonl"
         self._partial = self._final.with_name(self._final.name + ".partial")
         self._final.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self._final.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(self._final.parent))
         self._made_of = self._final.with_name(f".{self._final.name}.from")
         file = os.stat(path)
         self._header = json.dumps({"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns, **settings})
@@ -168,22 +171,38 @@ class SegmentFile:
                 raise UserError(
                     f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
                 )
-            self._partial.unlink(missing_ok=True)
             lines = self._final.read_bytes().decode("utf-8", "replace").rstrip("\n")
             lines = lines.split("\n") if lines else []
             self.segments = _parse(lines)
             if len(self.segments) < len(lines):
                 raise UserError(
-                    f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file to write it anew."
+                    f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file and transcribe again."
                 )
-            return
-        if self._partial.exists():
-            text = self._partial.read_bytes().decode("utf-8", "replace")
-            header, *lines = text.split("\n")[:-1] or [""]  # whole lines only
-            if header == self._header:
-                self.segments = _parse(lines)
-        text = "".join(f"{line}\n" for line in (self._header, *map(_line, self.segments)))
-        write_text(self._partial, text)
+
+    @contextlib.contextmanager
+    def opened(self):
+        """A context in which segments are added one by one, after those that an earlier run has written.
+
+        Raises
+        ------
+        UserError
+            If another process writes the same file.
+        """
+        taken = f"Another process writes {self._partial}; wait for it, or give another folder."
+        with locked(self._partial, taken):
+            with open(self._partial, "r+b") as file:
+                header, *lines = file.read().decode("utf-8", "replace").split("\n")[:-1] or [""]  # whole lines only
+                self.segments = _parse(lines) if header == self._header else []
+                # A line that a stop has cut is dropped, and all of it where it is of something else.
+                kept = [self._header, *lines[: len(self.segments)]] if header == self._header else []
+                file.truncate(sum(len(line.encode()) + 1 for line in kept))
+            if not kept:
+                self._append(self._header)
+            try:
+                yield
+            finally:
+                if not self.segments:
+                    self._partial.unlink(missing_ok=True)
 
     @property
     def start(self):
@@ -191,15 +210,17 @@ class SegmentFile:
         return self.segments[-1].resume if self.segments else 0.0
 
     def add(self, segment):
-        """Add a segment."""
+        """Add a segment, where the file is :meth:`opened`."""
         self.segments.append(segment)
-        with open(self._partial, "a", encoding="utf-8") as file:
-            file.write(_line(segment) + "\n")
+        self._append(_line(segment))
 
-    def abandon(self):
-        """Leave no file behind where no segment is known; otherwise what is known, for a later run."""
-        if not self.segments:
-            self._partial.unlink(missing_ok=True)
+    def _append(self, line):
+        try:
+            with open(self._partial, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:  # such as a full disk
+            error.filename = os.fspath(self._partial)
+            raise
 
     def write_subtitles(self, seconds=None):
         """Write the subtitles of all segments, within audio of so many seconds.
@@ -211,12 +232,13 @@ class SegmentFile:
             if not self.finished or self._subtitle_options is not None or not path.exists():
                 write_text(path, subtitles(self.segments, style, self._subtitle_options, seconds))
 
-    def finish(self, seconds=None):
-        """Write the subtitles, within audio of so many seconds, and give the file its name."""
+    def finish(self, segments, seconds=None):
+        """Write all segments, and their subtitles within audio of so many seconds."""
+        self.segments = list(segments)
         self.write_subtitles(seconds)
         write_text(self._made_of, self._header)
         write_text(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
-        self._partial.unlink()
+        self._partial.unlink(missing_ok=True)
 
 
 def settings_of(model, streaming=None):
@@ -233,10 +255,9 @@ def settings_of(model, streaming=None):
     -------
     dict
     """
-    weights = hashlib.sha256()
-    for value in model.hparams.asr_model.state_dict().values():
-        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"model": weights.hexdigest(), "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
+    if not model.fingerprint:
+        raise UserError("The model has no fingerprint, which an output folder needs; load it with load_model.")
+    return {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
 
 
 def _line(segment):

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from speechbrain_ext.dataio.audio import AudioError, count_samples
+from speechbrain_ext.dataio.audio import count_samples
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
 from speechbrain_ext.inference.segments import split_at_pauses
 from speechbrain_ext.utils.errors import UserError, one_line
@@ -72,7 +72,7 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
         If two files would have the same name in the output folder, or what is there is of something else, or if there are options
         for subtitles and no output folder.
     OSError
-        If the output folder cannot be written to.
+        If the output folder cannot be made. A transcript that cannot be written, such as on a full disk, has its error.
     """
     files = [os.fspath(file) for file in files]
     if output is None and subtitle_options is not None:
@@ -132,7 +132,7 @@ class _Run:
                     found[file] = self._long(file, seconds)
                 else:
                     wavs[file] = self.model.load_audio(file)
-            except AudioError as error:
+            except (UserError, OSError) as error:  # of the audio, or of the files that are written
                 found[file] = self._failed(file, error)
             except (RuntimeError, MemoryError) as error:
                 found[file] = self._failed(file, _of_memory(error))
@@ -167,25 +167,28 @@ class _Run:
         return self.model.transcribe_segments(pad_sequence(wavs, batch_first=True), lengths / lengths.max())
 
     def _long(self, file, seconds):
-        kept, segments = self.outputs.get(file), []
-        start = 0.0 if kept is None else kept.start
+        kept = self.outputs.get(file)
+        if kept is None:
+            return self._done(file, list(self._pieces(file, seconds, 0.0)))
+        with kept.opened():
+            for segment in self._pieces(file, seconds, kept.start):
+                kept.add(segment)
+            kept.finish(kept.segments, seconds)
+        return self._done(file, kept.segments)
+
+    def _pieces(self, file, seconds, start):
         name = Path(file).name.encode("unicode_escape").decode()
         with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=name, disable=not self.progress) as bar:
             for segment in transcribe_long(self.model, file, self.streaming or None, start, bar.update):
-                segments.append(_within(segment, seconds))
-                if kept is not None:
-                    kept.add(segments[-1])
-        if kept is None:
-            return self._done(file, segments)
-        kept.finish(seconds)
-        return self._done(file, kept.segments)
+                yield _within(segment, seconds)
 
     def _keep(self, file, segments, seconds):
         segments = [_within(segment, seconds) for segment in segments]
         if file in self.outputs:
-            for segment in segments:
-                self.outputs[file].add(segment)
-            self.outputs[file].finish(seconds)
+            try:
+                self.outputs[file].finish(segments, seconds)
+            except OSError as error:
+                return self._failed(file, error)
         return self._done(file, segments)
 
     def _done(self, file, segments, **keys):
@@ -194,8 +197,8 @@ class _Run:
 
     def _failed(self, file, error):
         self.bar.update()
-        if file in self.outputs:
-            self.outputs[file].abandon()
+        if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename is not None:
+            error = UserError(f"{error.filename} cannot be written: {error.strerror}; what is done is kept.")
         if not isinstance(error, UserError):
             error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
         return Transcript(file, [], error)

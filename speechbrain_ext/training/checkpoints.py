@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 
 import numpy as np
@@ -69,8 +70,8 @@ class AtomicCheckpointer(Checkpointer):
         meta = {**(meta or {}), "processes": _processes()}
         try:
             partial = super().save_checkpoint(meta, end_of_epoch, name, verbosity=logging.DEBUG)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            if isinstance(error, RuntimeError) and "writ" not in str(error):
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter, with one of these causes
+            if isinstance(error, RuntimeError) and not re.search("writ|iostream|unexpected pos", str(error)):
                 raise
             raise UserRuntimeError(
                 f"No checkpoint can be written to {self.checkpoints_dir} ({one_line(error, 150)}); make room, and start the same "
