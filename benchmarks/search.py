@@ -21,8 +21,8 @@ from speechbrain.decoders.scorer import CTCScorer, ScorerBuilder
 from speechbrain.nnet.linear import Linear
 
 from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.decoders import ctc_prefix, searchers
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
-from speechbrain_ext.inference import ctc_prefix, searchers
 from speechbrain_ext.utils.files import write_csv
 from speechbrain_ext.utils.measure import medians
 

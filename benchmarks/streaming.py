@@ -23,10 +23,10 @@ import soundfile
 import torch
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
-from speechbrain_ext.dataio.audio import SAMPLE_RATE
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.inference.segments import FRAME_SECONDS
 from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_setting
+from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.files import write_csv
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,8 +48,9 @@ FOREVER = {"endpoint": 1e6, "longest": 1e6}
 def name_of(model):
     """Encoder, and the pass of a cascade."""
     encoder = model.mods.encoder.transformer.encoder
-    answer = getattr(encoder, "answer", None)
-    return type(encoder).__name__.removesuffix("Encoder") + (f", {answer} pass" if answer else "")
+    passes = passes_of(encoder)
+    name = type(encoder).__name__.removesuffix("Encoder")
+    return f"{name}, {model.pass_name or passes[-1]} pass" if len(passes) > 1 else name
 
 
 def error_rate(references, hypotheses):
@@ -57,10 +58,10 @@ def error_rate(references, hypotheses):
     return round(accumulatable_wer_stats(references, [text.split() for text in hypotheses])["WER"], 2)
 
 
-def wer_rows(models, answer, manifests, chunk_sizes, limit):
+def wer_rows(models, pass_name, manifests, chunk_sizes, limit):
     """Rows for each model, test set and chunk size; whole files first."""
     for folder in models:
-        model = load_model(folder, "cpu", answer)
+        model = load_model(folder, "cpu", pass_name)
         _, left = chunk_setting(model)
         left = -1 if left is None else left
         for manifest in manifests:
@@ -68,7 +69,7 @@ def wer_rows(models, answer, manifests, chunk_sizes, limit):
                 rows = list(csv.DictReader(file))[:limit]
             wavs = [model.load_audio(row["wav"]) for row in rows]
             references = [row["wrd"].split() for row in rows]
-            seconds = sum(map(len, wavs)) / SAMPLE_RATE
+            seconds = sum(map(len, wavs)) / model.sample_rate
             began = time.perf_counter()
             texts = [model.transcribe_batch(wav[None], torch.ones(1))[0][0] for wav in wavs]
             factor = round((time.perf_counter() - began) / seconds, 4)
@@ -77,7 +78,7 @@ def wer_rows(models, answer, manifests, chunk_sizes, limit):
                 texts, first, latencies, computing = [], [], [], 0.0
                 for wav in wavs:
                     timer = Timer(StreamingRecognizer(model, size, left, **FOREVER))
-                    pieces = wav.split(SAMPLE_RATE // 10)
+                    pieces = wav.split(model.sample_rate // 10)
                     segments = [segment for piece in pieces for segment in timer.accept(piece)] + timer.finish()
                     texts.append(" ".join(segment.text for segment in segments))
                     first += timer.latencies[:1]
@@ -89,20 +90,20 @@ def wer_rows(models, answer, manifests, chunk_sizes, limit):
                 yield name_of(model), Path(manifest).stem, chunk, left, error_rate(references, texts), *times, factor
 
 
-def memory_rows(models, answer, minutes):
+def memory_rows(models, pass_name, minutes):
     """Peak resident memory of whole processes."""
     with tempfile.TemporaryDirectory() as folder:
         for length in minutes:
             path = Path(folder) / f"{length}.flac"
             generator = np.random.default_rng(0)
-            with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1) as file:
+            with soundfile.SoundFile(path, "w", 16000, 1) as file:
                 for second in range(60 * length):
-                    file.write(0.1 * (second % 7 < 5) * generator.standard_normal(SAMPLE_RATE).astype(np.float32))
+                    file.write(0.1 * (second % 7 < 5) * generator.standard_normal(16000).astype(np.float32))
             for model in models:
                 for mode in ("windows", "stream"):
                     command = [sys.executable, __file__, "run", "--models", model, "--mode", mode, "--audio", str(path)]
                     began = time.perf_counter()
-                    command += ["--pass", answer] if answer else []
+                    command += ["--pass", pass_name] if pass_name else []
                     name, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().rsplit(" ", 1)
                     seconds = time.perf_counter() - began
                     yield name, mode, length, round(int(peak) / 1024), round(seconds), round(seconds / length / 60, 4)
@@ -112,7 +113,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=("wer", "memory", "run"), help="run is one process of memory")
     parser.add_argument("--models", nargs="+", required=True, help="folders that training left behind")
-    parser.add_argument("--pass", dest="answer", choices=("first", "second"))
+    parser.add_argument("--pass", dest="pass_name", metavar="NAME")
     parser.add_argument("--manifests", nargs="+", default=(), help="CSV files with the columns wav and wrd")
     parser.add_argument("--chunk-sizes", nargs="+", type=int, default=(4, 16, 32), help="in frames of 40 ms")
     parser.add_argument("--limit", type=int, help="utterances per manifest")
@@ -125,16 +126,16 @@ def main():
     if arguments.part == "run":
         from speechbrain_ext.inference.long_audio import transcribe_long
 
-        model = load_model(arguments.models[0], "cpu", arguments.answer)
+        model = load_model(arguments.models[0], "cpu", arguments.pass_name)
         for _ in transcribe_long(model, arguments.audio, arguments.mode == "stream"):
             pass
         print(name_of(model), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     if arguments.part == "wer":
         given = arguments.manifests, arguments.chunk_sizes, arguments.limit
-        fields, found = WER_FIELDS, wer_rows(arguments.models, arguments.answer, *given)
+        fields, found = WER_FIELDS, wer_rows(arguments.models, arguments.pass_name, *given)
     else:
-        fields, found = MEMORY_FIELDS, memory_rows(arguments.models, arguments.answer, arguments.minutes)
+        fields, found = MEMORY_FIELDS, memory_rows(arguments.models, arguments.pass_name, arguments.minutes)
     rows = []
     for row in found:
         rows.append(row)

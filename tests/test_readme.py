@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def test_the_yaml_example_loads(tmp_path):
     (example,) = [block for block in blocks("yaml") if "TransformerASR" in block]
     (tmp_path / "example.yaml").write_text(example)
     assert load_hparams(tmp_path / "example.yaml")["Transformer"].encoder.d_model == 144
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_take_their_arguments(path, monkeypatch, capsys):
+    """Measuring takes hours; that everything is still where they import it from shows at once."""
+    monkeypatch.setattr("sys.argv", [str(path), "--help"])
+    try:
+        runpy.run_path(str(path), run_name="__main__" if "argparse" in path.read_text() else path.stem)
+    except SystemExit as end:
+        assert end.code == 0 and "usage:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:hparams|recipes|speechbrain_ext|benchmarks)/[\w./]+)`", README))))
