@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "README.md"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench"
-RESULTS = ROOT / "recipes" / "LibriSpeech" / "results" / "small_scale.csv"
+RESULTS = sorted((ROOT / "recipes").glob("*/results/results.csv"))
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
 SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
 FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
@@ -32,20 +32,27 @@ def columns(path, fields, header):
 
 
 def results():
-    """Word error rates of the runs at mini size, a row per run and training set."""
+    """Word error rates of the recipes' runs, a row per run and training set."""
     runs = {}
-    for row in read(RESULTS):
-        if not row["search"].endswith("ctc_greedy"):
-            continue
+    for row in (row for path in RESULTS for row in read(path) if row["search"].endswith("ctc_greedy")):
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
-        key = (row["train_set"], row["architecture"], row["parameters"], row["steps"], row["audio_seconds_per_second"])
-        runs.setdefault((*key, row["peak_memory_mib"]), []).append(
+        key = [row[name] for name in ("corpus", "train_hours", "experiment", "architecture", "parameters", "steps")]
+        runs.setdefault((*key, row["audio_seconds_per_second"], row["peak_memory_mib"]), []).append(
             f"{row['test_set']} {float(row['WER']):.1f}" + f" ({answer})" * bool(answer)
         )
-    header = ["trained on", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
+    header = ["trained on", "run", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
     rows = [
-        [train, encoder, f"{int(parameters):,}", steps, speed and f"{float(speed):.0f}x", f"{int(memory):,} MiB", ", ".join(wers)]
-        for (train, encoder, parameters, steps, speed, memory), wers in runs.items()
+        [
+            f"{corpus}, {float(hours):.3g} h",
+            run,
+            encoder,
+            f"{int(parameters):,}",
+            steps,
+            f"{float(speed):.0f}x",
+            f"{int(memory):,} MiB",
+        ]
+        + [", ".join(wers)]
+        for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
     return table(header, rows)
 

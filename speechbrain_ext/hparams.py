@@ -2,8 +2,8 @@
 
 A file whose first key is ``extends: other.yaml`` (a path relative to it) is an overrides text for that file, as HyperPyYAML's
 own ``overrides`` are: scalars and lists replace, mappings merge. Only a mapping with a tag of its own (``!new:...``) replaces
-what was there, as another class has other keys. Chains may have any depth. With ``extends: [a.yaml, b.yaml]``, ``b.yaml``
-overrides ``a.yaml``, and the file both.
+what was there, as another class has other keys, and so does ``card``. Chains may have any depth. With
+``extends: [a.yaml, b.yaml]``, ``b.yaml`` overrides ``a.yaml``, and the file both.
 """
 
 import difflib
@@ -19,6 +19,8 @@ from hyperpyyaml.core import recursive_update
 from speechbrain_ext.utils.errors import UserError, one_line, raised_in
 
 EXTENDS = "extends"
+WHOLE = ("card",)
+"""Keys whose mappings replace what was there: what is said of one corpus is not true of another."""
 
 
 def merge_hparams(paths, overrides=""):
@@ -128,14 +130,15 @@ def resolve_hparams(paths, overrides=""):
 def _explained():
     """HyperPyYAML's errors as the user's: a reference, a placeholder, a class that does not exist or does not take its keys.
 
-    What a class raises itself is a bug of that class, or a UserError already.
+    What a class of another package raises itself is a bug of that class, or a UserError already; SpeechBrain's classes refuse
+    settings so.
     """
     try:
         yield
-    except (TypeError, ValueError, ImportError) as error:
-        if isinstance(error, UserError) or not raised_in(error, "hyperpyyaml", "yaml", "ruamel"):
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
+        if isinstance(error, UserError) or not raised_in(error, "hyperpyyaml", "yaml", "ruamel", "speechbrain"):
             raise
-        raise UserError(": ".join(one_line(part) for part in error.args)) from error
+        raise UserError(": ".join(one_line(part) for part in error.args) or one_line(error)) from error
 
 
 def parse_overrides(text):
@@ -237,7 +240,7 @@ def _override(tree, overrides):
     if tree is None:
         return overrides
     for key, value in overrides.items():
-        if _is_tagged(value) or (isinstance(value, dict) and not isinstance(tree.get(key), dict)):
+        if key in WHOLE or _is_tagged(value) or (isinstance(value, dict) and not isinstance(tree.get(key), dict)):
             tree[key] = value  # where recursive_update would merge, or fail
         else:
             recursive_update(tree, {key: value})

@@ -407,7 +407,7 @@ def test_int8_keeps_the_front_end_in_float32(streaming, exported):
     graph = onnx.load(folder / "int8.onnx").graph
     types = {weight.name: weight.data_type for weight in graph.initializer}
     assert sum(kind == onnx.TensorProto.INT8 for name, kind in types.items()) > 5
-    front = [kind for name, kind in types.items() if name.startswith(("features.", "subsampling."))]
+    front = [kind for name, kind in types.items() if name.startswith(("features.", "encoder.subsampling."))]
     assert len(front) > 6 and set(front) == {onnx.TensorProto.FLOAT}
     assert {node.op_type for node in graph.node} >= {"MatMulInteger", "DynamicQuantizeLinear"}
 

@@ -154,6 +154,17 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"train_splits": "{a: 1}"}, "give a list"),
         ({"train_batch_sampler": "{max_batch_lenght: 3}"}, "max_batch_lenght"),
         ({"results_file": "."}, "is a folder"),
+        ({"lr": ".nan"}, "--lr is nan; give a number above 0"),
+        ({"lr": "-0.1"}, "--lr is -0.1"),
+        ({"warmup_steps": "0"}, "--warmup_steps is 0; give a whole number above 0"),
+        ({"num_workers": "-1"}, "--num_workers is -1"),
+        ({"dropout": "2.0"}, "--dropout is 2.0"),
+        ({"grad_accumulation_factor": "0"}, "--grad_accumulation_factor is 0"),
+        ({"train_batch_sampler": "{max_batch_length: 0}"}, "max_batch_length is 0; give seconds above 0"),
+        ({"train_splits": "[]"}, "--train_splits is empty"),
+        ({"bos_index": "2"}, "give four different ones"),
+        ({"ctc_search": "foo"}, "ctc_search is 'foo', which is no search"),
+        ({"output_folder": "x<seed>y"}, "would be read as a reference"),
         ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
     ],
 )
@@ -534,3 +545,97 @@ def test_a_transcript_is_tied_to_the_search(tmp_path, capsys):
     hyperparams.write_text(re.sub(r"beam_size: \d+", "beam_size: 1", text))
     assert hyperparams.read_text() != text and cli.main(arguments) == 2
     assert "is of other audio, another model or other settings" in capsys.readouterr().err
+
+
+def test_a_results_file_of_something_else(run, tmp_path):
+    (tmp_path / "rows.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(training.UsageError, match="rows.csv cannot be used"):
+        run(results_file="rows.csv")
+    (tmp_path / "rows.csv").write_text("a,b\n1,2,3\n")
+    with pytest.raises(training.UsageError, match="rows.csv has lines of another number of columns"):
+        run(results_file="rows.csv")
+
+
+def test_a_damaged_tokenizer_is_made_again(tmp_path):
+    (tmp_path / "train.csv").write_text("ID,wrd\n" + "".join(f"{i},{text}\n" for i, text in enumerate(SENTENCES)))
+    arguments = [tmp_path / "train.csv", tmp_path / "t.model", 30, "unigram", 0, 1, 2, 3]
+    train_tokenizer(*arguments)
+    model = (tmp_path / "t.model").read_bytes()
+    (tmp_path / "t.model").write_bytes(model[: len(model) // 2])
+    train_tokenizer(*arguments)
+    assert (tmp_path / "t.model").read_bytes() == model
+
+
+def test_a_callers_buffer_is_its_own(model):
+    """Microphones write into the same memory again."""
+    wav = 0.1 * np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
+    recognizer, buffer, segments = StreamingRecognizer(model), np.zeros(80, np.float32), []
+    for start in range(0, len(wav), 80):
+        buffer[:] = wav[start : start + 80]
+        segments += recognizer.accept(buffer)
+    buffer[:] = 0
+    assert segments + recognizer.finish() == stream(model, wav)
+
+
+@pytest.mark.parametrize("name", ["ctc", "joint"])
+def test_nothing_is_said_in_no_samples(name):
+    model = load_model(ROOT / "tests" / "data" / "model_folders" / f"{name}-v1", "cpu")
+    wav = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
+    assert model.transcribe_batch(wav, torch.tensor([0.0, 1.0]))[0][0] == ""
+    assert model.transcribe_segments(wav, torch.tensor([0.0, 1.0]))[0] is None
+    assert model.transcribe_batch(torch.zeros(1, 0), torch.ones(1))[0] == [""]
+    integers = (wav * 2**15).round().to(torch.int16)
+    torch.testing.assert_close(model.encode_batch(integers, torch.ones(2)), model.encode_batch(integers / 2**15, torch.ones(2)))
+
+
+def test_files_of_one_name_in_one_folder(model, tmp_path):
+    """Also where neither was there when the calls began."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "x.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+    calls = [files_to_text.transcribe_files(model, [tmp_path / folder / "x.wav"], tmp_path / "out") for folder in ("a", "b")]
+    assert [list(call)[0].error is None for call in calls] == [True, False]
+
+
+def test_the_form_of_a_text_is_final():
+    for text in ("\u1abb\u061c\u035c\u0c55", "e\u200e\u0301", "A\u061c\u030a"):
+        assert normal_form(normal_form(text)) == normal_form(text)
+
+
+def test_a_corpus_of_its_own_says_nothing_of_another(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare = "prepare: !name:recipes.LibriSpeech.prepare.prepare_librispeech\n"
+    for name, card in (("german", "card: {language: de, train_sets: [train-tiny]}\n"), ("bare", "")):
+        (tmp_path / f"{name}.yaml").write_text(f"corpus: {name}\n{prepare}train_splits: [train-tiny]\n{card}")
+        argv, paths = take_paths([str(CONFORMER), *arguments(**CTC), "--data_folder", str(corpus)])
+        file, run_opts, overrides = sb.parse_arguments([*argv, "--device", "cpu"])
+        result = training.run(file, run_opts, overrides, paths | {"output_folder": f"run-{name}"}, tmp_path / f"{name}.yaml")
+        text = (result.folders["pretrained"] / "README.md").read_text()
+        assert "librispeech" not in text.lower() and "books" not in text and ("language: de" in text) == bool(card)
+
+
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        ("pass", "There is no manifest .*train-tiny.csv; the corpus's prepare function writes it"),
+        (None, "has no column .*wrd; the corpus's prepare"),
+    ],
+)
+def test_a_corpus_that_prepares_nothing(prepare, message, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"prepare_{'nothing' if prepare else 'half'}"
+    writes = (
+        "    for split in 'train-tiny', 'dev-tiny', 'test-tiny':\n        open(f'{save_folder}/{split}.csv', 'w').write('ID\\na')"
+    )
+    (tmp_path / f"{name}.py").write_text(f"def prepare(save_folder, **_):\n    {prepare or ''}\n{'' if prepare else writes}\n")
+    (tmp_path / "mine.yaml").write_text(f"corpus: mine\nprepare: !name:{name}.prepare\n")
+    argv, paths = take_paths([str(CONFORMER), *arguments(**CTC), "--data_folder", str(corpus)])
+    file, run_opts, overrides = sb.parse_arguments([*argv, "--device", "cpu"])
+    with pytest.raises(UserError, match=message):
+        training.run(file, run_opts, overrides, paths, tmp_path / "mine.yaml")
+    with pytest.raises(training.UsageError, match="--corpus has no value"):
+        training.run(file, run_opts, overrides, paths, "")
+    paths.pop("data_folder")
+    with pytest.raises(training.UsageError, match="There is no data_folder for .*mine.yaml"):
+        training.run(file, run_opts, overrides, paths, tmp_path / "mine.yaml")

@@ -58,6 +58,8 @@ def test_imports_run_one_way(path):
         room = room_of(module)
         assert room in (None, own) or LEVEL[room] < LEVEL[own], f"{own} imports {module}"
         assert name is None or not name.startswith("_") or name == "__version__", f"{name} is private to {module}"
+        private = any(part.startswith("_") and part != "__main__" for part in module.split("."))
+        assert room == own or not private, f"{module} is private to {room}"
 
 
 def test_no_circle():

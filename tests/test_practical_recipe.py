@@ -112,7 +112,7 @@ def test_another_encoder_ends_in_one_sentence(corpus, tmp_path):
     )
     run = train(tmp_path, corpus, path=path)
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
-    assert "This recipe trains a cascade of two encoders; encoder is 'conformer', not 'cascade'." in run.stderr
+    assert "This recipe trains an encoder of two passes, such as cascade; encoder is 'conformer'." in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,7 @@ def _report(split, rows, skipped, total, listed_in, max_skipped):
     hours = sum(row.duration for row in rows) / 3600
     logger.info("%s: %d utterances, %.2f hours", split, len(rows), hours)
     for value, count in Counter(row.sample_rate for row in rows if row.sample_rate != SAMPLE_RATE).items():
-        logger.info("%s: %d files have %d Hz; they are resampled to %d Hz when read.", split, count, value, SAMPLE_RATE)
+        logger.info("%s: %d files have %d Hz; what is not the model's rate is resampled when read.", split, count, value)
     if several := sum(row.channels > 1 for row in rows):
         logger.info("%s: %d files have several channels; these are averaged when read.", split, several)
     odd = Counter(character for row in rows for character in set(row.wrd) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZ' "))

@@ -23,7 +23,7 @@ from scipy.signal import resample_poly
 from speechbrain.utils.parallel import parallel_map
 
 from recipes.LibriSpeech.prepare import prepare_librispeech
-from speechbrain_ext.utils.errors import UserError, UserRuntimeError
+from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError
 
 SAMPLE_RATE = 16000
 ESPEAK_SAMPLE_RATE = 22050
@@ -162,8 +162,8 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
     try:
         version = metadata.version("espeakng-loader")
     except metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            "The mini corpus needs the package espeakng-loader, which is missing: run 'pip install espeakng-loader'."
+        raise UserImportError(
+            "The mini corpus needs the package espeakng-loader, which is missing; install it with: pip install -e '.[recipes]'"
         ) from None
 
     settings = json.dumps([seed, sorted(utterances.items()), version]).encode()

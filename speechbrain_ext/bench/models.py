@@ -24,7 +24,7 @@ from speechbrain.nnet.attention import RelPosEncXL
 from torch import nn
 
 from speechbrain_ext.convert import convert_speechbrain
-from speechbrain_ext.encoders._streaming import StreamingContext
+from speechbrain_ext.encoders import StreamingContext
 from speechbrain_ext.lobes.fusible import PlainLinear, ScaledLinear
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_sizes, get_encoder

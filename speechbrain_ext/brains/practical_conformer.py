@@ -27,7 +27,7 @@ class PracticalConformerBrain(AsrBrain):
         self.encoder = self.hparams.Transformer.encoder
         self.passes = passes_of(self.encoder)
         if len(self.passes) != 2:
-            raise UserError(f"This recipe trains a cascade of two encoders; encoder is '{self.hparams.encoder}', not 'cascade'.")
+            raise UserError(f"This recipe trains an encoder of two passes, such as cascade; encoder is '{self.hparams.encoder}'.")
         share, interval = self.hparams.first_pass_prob, self.hparams.redraw_interval
         if not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise UserError(

@@ -10,9 +10,9 @@ as if it were all. Decoding is its work; here the headers, pages and frames are 
 * which parts a joined file has: Ogg, MP3 and FLAC files may be written one after the other, and each part is read.
 
 What no header or frame can reveal is taken for whole: an MP3 without a Xing header, or a headerless GSM 6.10 file, cut
-exactly between two frames; IRCAM, PAF, PVF and SD2 files (and WAV, AU or CAF written to a pipe), whose headers state no
-length, cut between two samples or followed by other bytes; an SD2 file joined to another; the end of a VOC file without
-its one-byte terminator; bits that flipped inside uncompressed samples.
+exactly between two frames; files whose headers state no length (IRCAM, PAF, PVF, SD2, XI as libsndfile writes it; WAV, AU
+or CAF written to a pipe), cut between two samples or followed by other bytes; an SD2 file joined to another; the end of a
+VOC file without its one-byte terminator; bits that flipped inside uncompressed samples.
 """
 
 import os

@@ -1,7 +1,7 @@
 """From manifests to batches: datasets, and the options of their loaders."""
 
-import csv
 import math
+import os
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset, add_dynamic_item, set_output_keys
@@ -10,8 +10,8 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.errors import UserError, one_line, raised_in
+from speechbrain_ext.utils.files import read_csv, write_csv
 
 logger = get_logger(__name__)
 
@@ -29,11 +29,35 @@ def merge_manifests(paths, path):
     path : str or os.PathLike
         The file to write.
     """
-    rows = []
-    for part in paths:
-        with open(part, encoding="utf-8", newline="") as file:
-            rows += [[row[field] for field in MANIFEST_FIELDS] for row in csv.DictReader(file)]
-    write_csv(path, MANIFEST_FIELDS, rows)
+    write_csv(path, MANIFEST_FIELDS, [[row[field] for field in MANIFEST_FIELDS] for part in paths for row in read_manifest(part)])
+
+
+def read_manifest(path):
+    """The rows of a manifest.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        A CSV file with the columns :data:`MANIFEST_FIELDS`, and any others.
+
+    Returns
+    -------
+    list of dict
+        Texts by column.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, or lacks a column.
+    """
+    expected = f"the corpus's prepare function writes it, with the columns {', '.join(MANIFEST_FIELDS)}."
+    if not os.path.isfile(path):
+        raise UserError(f"There is no manifest {path}; {expected}")
+    rows = read_csv(path)
+    missing = [field for field in MANIFEST_FIELDS if rows and rows[0].get(field) is None]
+    if missing:
+        raise UserError(f"The manifest {path} has no column {', '.join(missing)}; {expected}")
+    return rows
 
 
 def make_datasets(hparams, manifests):
@@ -227,8 +251,8 @@ def loader_options(dataset, batch_sampler, num_workers):
     try:
         sampler = batch_sampler(dataset)
     except (TypeError, ValueError) as error:
-        if isinstance(error, TypeError) and "argument" not in str(error):
-            raise
+        if error.__traceback__.tb_next is not None and not raised_in(error, "speechbrain", "speechbrain_ext"):
+            raise  # a bug of the sampler
         raise UserError(f"The batch sampler does not take its settings: {one_line(error)}.") from error
     return {
         "batch_sampler": sampler,

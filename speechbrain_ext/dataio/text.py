@@ -2,8 +2,6 @@
 
 import unicodedata
 
-CASES = ("none", "upper", "lower")
-
 _JOINERS = "\u200c\u200d"  # part of words in Persian and in Indic scripts
 
 
@@ -41,4 +39,5 @@ def normal_form(text, case="none"):
             kept.append(" ")
         elif category != "Cf" or character in _JOINERS:  # marks of direction, byte order and the like
             kept.append(character)
-    return " ".join("".join(kept).split())
+    # Once more: what stood on both sides of a removed character may belong together now
+    return unicodedata.normalize("NFKC", " ".join("".join(kept).split()))

@@ -10,7 +10,7 @@ import sentencepiece
 
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.files import replacing, write_text
+from speechbrain_ext.utils.files import file_digest, replacing, write_text
 
 
 def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_index, eos_index, unk_index):
@@ -52,7 +52,7 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     settings = [token_type, vocab_size, blank_index, bos_index, eos_index, unk_index]
     origin = hashlib.sha256(json.dumps([settings, transcripts]).encode()).hexdigest()
     made_of = path.with_name(f"{path.name}.from")
-    if path.exists() and made_of.exists() and made_of.read_text(encoding="utf-8") == origin:
+    if path.exists() and made_of.exists() and made_of.read_text(encoding="utf-8") == f"{origin} {file_digest(path)}":
         return
     model = io.BytesIO()
     try:
@@ -81,4 +81,4 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         file.write(model.getvalue())
-    write_text(made_of, origin)
+    write_text(made_of, f"{origin} {file_digest(path)}")

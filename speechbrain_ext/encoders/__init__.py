@@ -9,7 +9,8 @@ The contract, which SpeechBrain's TransformerASR, EncoderWrapper, searchers and 
     One chunk in, ``(its frames, [])`` out; the context holds all state and reports its size.
 ``passes``
     The names of its answers, the best one last; one for all but a cascade. An encoder with several takes ``pass_name`` in
-    ``forward`` and ``make_streaming_context``.
+    ``forward`` and ``make_streaming_context``, and has ``second_pass(frames)``, from the first pass's frames (B, T, D) of an
+    utterance to the last one's.
 ``fuse_()``
     Fold what inference allows into the weights, in place; encoders with nothing to fold return themselves.
 ``d_model``, ``chunk_multiple``, ``streamable``
@@ -23,6 +24,7 @@ Every registered encoder is held to: padding never reaches a valid frame; chunk 
 same setting; nothing looks past its chunk; any length; finite gradients for every parameter; exportable and compilable.
 """
 
-from speechbrain_ext.encoders._base import Encoder
+from speechbrain_ext.encoders._base import Encoder, LayerState
+from speechbrain_ext.encoders._streaming import StreamingContext
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "LayerState", "StreamingContext"]

@@ -196,7 +196,7 @@ def _write(graph, path, int8, metadata):
                 verbose=False,
             )
         except Exception as error:  # the exporter has a class of error per stage
-            name = type(graph.transformer.encoder).__name__
+            name = type(graph.encoder.transformer.encoder).__name__
             cause = one_line(error.__cause__ or error)
             raise ExportError(f"{name} has what ONNX export cannot express; rewrite that part of it: {cause}") from error
     proto = program.model_proto
@@ -217,7 +217,8 @@ def _floating(graph):
     return [
         node.name
         for node in graph.node
-        if _scope(node).startswith(("features", "subsampling")) or (node.op_type == "MatMul" and batched.intersection(node.input))
+        if _scope(node).startswith(("features", "encoder.subsampling"))
+        or (node.op_type == "MatMul" and batched.intersection(node.input))
     ]
 
 

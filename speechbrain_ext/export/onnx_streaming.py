@@ -18,7 +18,7 @@ import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASRStreamingContext
 from torch import nn
 
-from speechbrain_ext.export.onnx_whole import Features
+from speechbrain_ext.export.onnx_whole import Features, without_features
 from speechbrain_ext.lobes.features import moments_of, prior_of, standardized
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.registry import encoder_passes
@@ -162,18 +162,15 @@ class Streaming(nn.Module):
         super().__init__()
         self.config, self.pass_name = config, pass_name
         self.features = StreamingFeatures(encoder.compute_features, encoder.normalize)
-        self.subsampling, self.transformer = copy.deepcopy(encoder.subsampling), copy.deepcopy(encoder.transformer)
-        if hasattr(self.transformer, "decoder"):
-            del self.transformer.decoder
-        self.head = copy.deepcopy(head)
+        self.encoder = without_features(encoder, head)
         fuse_(self)
         self.eval()
-        frames, hop = self.subsampling.factor * config.chunk_size, self.features.hop_length
+        frames, hop = self.encoder.subsampling.factor * config.chunk_size, self.features.hop_length
         self.step, self.samples = frames * hop, (frames - 1) * hop + self.features.n_fft
         own = [State("features.peak", ["batch"])]
         if self.features.per_sentence:
             own.append(State("features.moments", [3, "batch", self.features.mels], torch.float64))
-        own.append(State("subsampling.left", ["batch", 0, self.features.mels], growth={1: self.subsampling.factor}))
+        own.append(State("subsampling.left", ["batch", 0, self.features.mels], growth={1: self.encoder.subsampling.factor}))
         self._own = len(own)
         self._template, self._parts, encoder_states = self._find_states()
         self.states = own + encoder_states
@@ -184,14 +181,14 @@ class Streaming(nn.Module):
         """See the class; the states are in the order of ``states``."""
         own, others = states[: self._own], states[self._own :]
         x, *heard = self.features(waveform, *own[:-1])
-        x, left = self.subsampling.stream(x, own[-1])
+        x, left = self.encoder.subsampling.stream(x, own[-1])
         given = {part: state for parts, state in zip(self._parts, others, strict=True) for part in parts}
         context = _rebuilt(self._template, given)
-        x = self.transformer.encode_streaming(x, TransformerASRStreamingContext(self.config, context))
+        x = self.encoder.transformer.encode_streaming(x, TransformerASRStreamingContext(self.config, context))
         left_behind = dict(_leaves(context))
         following = [left_behind[parts[0]] for parts in self._parts]
         heard = [tensor for tensor in heard if tensor is not None]
-        return self.head(x).log_softmax(dim=-1), *heard, left, *following
+        return self.encoder.head(x).log_softmax(dim=-1), *heard, left, *following
 
     def example_inputs(self):
         """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""
@@ -227,8 +224,8 @@ class Streaming(nn.Module):
             A context with all its tensors; for each state the names of its parts in there, several where layers count alike; and
             the states.
         """
-        name = type(self.transformer.encoder).__name__
-        if not getattr(self.transformer.encoder, "streamable", True):
+        name = type(self.encoder.transformer.encoder).__name__
+        if not getattr(self.encoder.transformer.encoder, "streamable", True):
             raise UserError(f"{name} does not stream; export it without --streaming.")
         _, first, before, last = self._stream_noise(2)
         context, _, _, wider = self._stream_noise(3)
@@ -257,13 +254,13 @@ class Streaming(nn.Module):
 
     def _stream_noise(self, batch):
         """A context after some chunks, and what it held before the first one, before the last one, and now."""
-        name = type(self.transformer.encoder).__name__
-        keys = encoder_passes(self.transformer.encoder, self.pass_name)
-        context = self.transformer.make_streaming_context(self.config, keys)
+        name = type(self.encoder.transformer.encoder).__name__
+        keys = encoder_passes(self.encoder.transformer.encoder, self.pass_name)
+        context = self.encoder.transformer.make_streaming_context(self.config, keys)
         held = [dict(_leaves(context.encoder_context, name))]
         for _ in range(3 + (self.config.left_context_size or 0)):  # by then nothing grows but what always does
-            features = torch.randn(batch, self.subsampling.factor * self.config.chunk_size, self.features.mels)
-            self.transformer.encode_streaming(self.subsampling.stream(features)[0], context)
+            features = torch.randn(batch, self.encoder.subsampling.factor * self.config.chunk_size, self.features.mels)
+            self.encoder.transformer.encode_streaming(self.encoder.subsampling.stream(features)[0], context)
             held.append(dict(_leaves(context.encoder_context, name)))
         return context.encoder_context, held[0], held[-2], held[-1]
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.speech_encoder import SpeechEncoder
 from speechbrain_ext.utils.errors import UserError
 
 
@@ -155,6 +156,26 @@ def _refuse_unknown(compute_features, normalize):
             )
 
 
+def without_features(encoder, head):
+    """A copy of a SpeechEncoder from features on, with the head behind it.
+
+    Arguments
+    ---------
+    encoder : speechbrain_ext.speech_encoder.SpeechEncoder
+        The encoder.
+    head : torch.nn.Module
+        What stands behind it.
+
+    Returns
+    -------
+    speechbrain_ext.speech_encoder.SpeechEncoder
+    """
+    transformer = copy.deepcopy(encoder.transformer)
+    if hasattr(transformer, "decoder"):
+        del transformer.decoder
+    return SpeechEncoder(None, None, copy.deepcopy(encoder.subsampling), transformer, copy.deepcopy(head))
+
+
 class FullContext(nn.Module):
     """Whole utterances: ``waveform`` (B, N) and ``lengths`` (B,) to ``log_probs`` (B, T, V) and ``frames`` (B,).
 
@@ -190,10 +211,7 @@ class FullContext(nn.Module):
         super().__init__()
         self.pass_name = pass_name
         self.features = Features(encoder.compute_features, encoder.normalize)
-        self.subsampling, self.transformer = copy.deepcopy(encoder.subsampling), copy.deepcopy(encoder.transformer)
-        if hasattr(self.transformer, "decoder"):
-            del self.transformer.decoder
-        self.head = copy.deepcopy(head)
+        self.encoder = without_features(encoder, head)
         fuse_(self)
         self.eval()
 
@@ -201,9 +219,8 @@ class FullContext(nn.Module):
         """See the class; a length below 0 counts as 0, and one above the number of samples as that."""
         lengths = lengths.clamp(min=0, max=waveform.shape[1])
         x, frames = self.features(waveform, lengths)
-        x, relative = self.subsampling(x, frames / x.shape[1])
-        x = self.transformer.encode(x, relative, pass_name=self.pass_name)
-        return self.head(x).log_softmax(dim=-1), absolute_lengths(relative, x.shape[1])
+        x, relative = self.encoder.encode_features(x, frames / x.shape[1], pass_name=self.pass_name)
+        return x.log_softmax(dim=-1), absolute_lengths(relative, x.shape[1])
 
     def example_inputs(self):
         """Inputs to trace with: two utterances, as an axis of one would be taken for a constant."""

@@ -167,10 +167,7 @@ class SegmentFile:
         """All that are known."""
         self.finished = self._final.exists()
         if self.finished:
-            if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
-                raise UserError(
-                    f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
-                )
+            self._refuse_other()
             lines = self._final.read_bytes().decode("utf-8", "replace").rstrip("\n")
             lines = lines.split("\n") if lines else []
             self.segments = _parse(lines)
@@ -178,6 +175,12 @@ class SegmentFile:
                 raise UserError(
                     f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file and transcribe again."
                 )
+
+    def _refuse_other(self):
+        if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
+            raise UserError(
+                f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
+            )
 
     @contextlib.contextmanager
     def opened(self):
@@ -190,6 +193,8 @@ class SegmentFile:
         """
         taken = f"Another process writes {self._partial}; wait for it, or give another folder."
         with locked(self._partial, taken):
+            if not self.finished and self._final.exists():  # another process or call has finished it meanwhile
+                self._refuse_other()
             with open(self._partial, "r+b") as file:
                 header, *lines = file.read().decode("utf-8", "replace").split("\n")[:-1] or [""]  # whole lines only
                 self.segments = _parse(lines) if header == self._header else []
@@ -201,7 +206,7 @@ class SegmentFile:
             try:
                 yield
             finally:
-                if not self.segments:
+                if not self.segments or self._final.exists():
                     self._partial.unlink(missing_ok=True)
 
     @property

@@ -138,6 +138,10 @@ class _ExactLengths:
         tokens = self.tokenizer.encode_as_ids(text)
         return group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
 
+    def encode_batch(self, wavs, wav_lens):
+        """As in SpeechBrain, with samples of any kind that :meth:`transcribe_batch` takes."""
+        return super().encode_batch(as_samples(wavs), wav_lens)
+
     @torch.no_grad()
     def frames(self, wavs, wav_lens):
         """Log-probabilities (T, V) of each waveform, and what :meth:`search_segment` takes."""
@@ -157,7 +161,9 @@ class _ExactLengths:
             raise UserError(f"The relative lengths are {wav_lens.tolist()}; give shares of the longest waveform, from 0 to 1.")
         if flaw := sample_flaw(wavs):
             raise UserError(f"The waveforms hold {flaw}; leave out or mend what they were read from.")
-        return self.mods.encoder.encode(wavs.to(self.device), wav_lens.to(self.device), pass_name=self.pass_name)
+        enc, lens = self.mods.encoder.encode(wavs.to(self.device), wav_lens.to(self.device), pass_name=self.pass_name)
+        # Features have a frame even where there is no sample, and nothing is said in it
+        return enc, lens.masked_fill(absolute_lengths(wav_lens, wavs.shape[1]).to(lens.device) == 0, 0.0)
 
     def _log_probs(self, enc):
         return (self.ctc_head(enc) if self.mods.encoder.head is None else enc).float().log_softmax(-1)

@@ -140,7 +140,7 @@ class StreamingRecognizer:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         if flaw := sample_flaw(wav):
             raise UserError(f"There are {flaw}; nothing was taken in.")
-        self._small.append(wav.to(self._model.device).unsqueeze(0))
+        self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # callers use their buffers again
         self._small_samples += len(wav)
         return self._run(False) if self._small_samples >= PIECE * self._model.sample_rate else []
 

@@ -186,8 +186,9 @@ class _Run:
         segments = [_within(segment, seconds) for segment in segments]
         if file in self.outputs:
             try:
-                self.outputs[file].finish(segments, seconds)
-            except OSError as error:
+                with self.outputs[file].opened():
+                    self.outputs[file].finish(segments, seconds)
+            except (UserError, OSError) as error:
                 return self._failed(file, error)
         return self._done(file, segments)
 

@@ -97,29 +97,6 @@ def clip_features(compute_features, feats, lens, chunk: int | None = None):
     return feats.maximum(peaks - compute_features.compute_fbanks.top_db)
 
 
-def extract_features(compute_features, wavs, wav_lens, chunk: int | None = None):
-    """:func:`raw_features` and :func:`clip_features`: what SpeechBrain's Fbank gives, with exact lengths.
-
-    Arguments
-    ---------
-    compute_features, wavs, wav_lens, chunk
-        As there.
-
-    Returns
-    -------
-    tuple
-        Features (B, T, F), and the relative lengths (B,) of these frames.
-
-    Example
-    -------
-    >>> wavs = torch.rand(1, 1600)
-    >>> torch.allclose(extract_features(Fbank(), wavs, torch.ones(1))[0], Fbank()(wavs), atol=1e-4)
-    True
-    """
-    feats, lens = raw_features(compute_features, wavs, wav_lens)
-    return clip_features(compute_features, feats, lens, chunk), lens
-
-
 def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwargs):
     """Normalise; with ``chunk``, "sentence" statistics are those of the utterance until the end of the frame's chunk.
 

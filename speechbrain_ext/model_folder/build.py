@@ -116,7 +116,8 @@ def _compose(text):
     try:
         return loader.get_single_node()
     finally:
-        loader.dispose() if hasattr(loader, "dispose") else None
+        if hasattr(loader, "dispose"):
+            loader.dispose()
 
 
 def _check(node, seen, depth):

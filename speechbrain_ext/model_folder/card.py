@@ -8,6 +8,7 @@ import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_ext.hparams import needed_keys
+from speechbrain_ext.registry import get_encoder, passes_of
 from speechbrain_ext.utils.text import table
 
 HERE = "path/to/pretrained"  # stands for the model in the card's commands; publishing puts its name there
@@ -70,7 +71,7 @@ or, with `speechbrain_ext` installed, with SpeechBrain's own class:
 
     from speechbrain.inference.ASR import {interface}
     print({interface}.from_hparams(source="{HERE}").transcribe_file("speech.wav"))
-{_CASCADE if values["encoder"] == "cascade" else ""}"""
+{_CASCADE if len(passes_of(get_encoder(values["encoder"]))) > 1 else ""}"""
 
 
 _RESULTS = {

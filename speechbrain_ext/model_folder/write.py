@@ -111,15 +111,13 @@ def interface(tree):
     return "EncoderDecoderASR" if tree["num_decoder_layers"] else "EncoderASR"
 
 
-def model_parts(hparams, fused_parts=None):
+def model_parts(hparams):
     """The weights of a model as a folder holds them.
 
     Arguments
     ---------
     hparams : dict
         Built training hparams.
-    fused_parts : dict, optional
-        Parts in place of those of the hparams.
 
     Returns
     -------
@@ -128,7 +126,7 @@ def model_parts(hparams, fused_parts=None):
     names = {"normalize": "normalize", "subsampling": "subsampling", "transformer": "Transformer", "ctc_lin": "ctc_lin"}
     if hparams["num_decoder_layers"]:
         names["seq_lin"] = "seq_lin"
-    return torch.nn.ModuleDict({name: hparams[key] for name, key in names.items()} | (fused_parts or {}))
+    return torch.nn.ModuleDict({name: hparams[key] for name, key in names.items()})
 
 
 def inference_hparams(tree, hparams, fused=False):

@@ -113,6 +113,11 @@ class AtomicCheckpointer(Checkpointer):
             raise
         except Exception as error:  # whatever unpickling a broken file comes to
             cause = one_line(error)
+            if "loading state_dict" in cause:
+                raise UserRuntimeError(
+                    f"The checkpoint {checkpoint.path} is whole, and of another model; go on with the code that wrote it, or "
+                    f"give another --output_folder ({cause})."
+                ) from error
             raise DamagedCheckpoint(
                 f"The checkpoint {checkpoint.path} cannot be loaded; delete it to go on from the one before ({cause})."
             ) from error

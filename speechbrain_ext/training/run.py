@@ -4,10 +4,12 @@ Hparams -> corpus prepared -> manifests -> tokenizer -> datasets -> Brain -> tra
 the best checkpoints, fused where the architecture can be) -> tests -> rows of the results table and a model folder.
 """
 
+import csv
 import dataclasses
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,20 +22,50 @@ from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
-from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests
+from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.utils.errors import UserError, one_line, raised_in
-from speechbrain_ext.utils.files import locked, write_text
+from speechbrain_ext.utils.files import locked, read_csv, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
 
 logger = get_logger(__name__)
 
 TRAIN, VALID = object(), object()  # keys beside the names of test splits, which may be any
-COUNTS = ("number_of_epochs", "average_checkpoints", "statistics_batches", "vocab_size", "sample_rate")
+WHOLE = "a whole number above 0"
+RANGES = {
+    **dict.fromkeys(
+        (
+            "number_of_epochs",
+            "average_checkpoints",
+            "statistics_batches",
+            "vocab_size",
+            "sample_rate",
+            "grad_accumulation_factor",
+            "warmup_steps",
+            "d_model",
+            "nhead",
+            "num_encoder_layers",
+            "d_ffn",
+            "n_mels",
+            "streaming_chunk_size",
+        ),
+        (1, 10**9, WHOLE),
+    ),
+    **dict.fromkeys(("num_workers", "num_decoder_layers", "seed"), (0, 2**32 - 1, "a whole number, 0 or more")),
+    "streaming_left_context": (-1, 10**9, "a number of chunks, or -1 for all"),
+    "lr": (1e-12, 1e3, "a number above 0"),
+    "dropout": (0, 0.999, "a number from 0 to less than 1"),
+    "max_skipped": (0, 1, "a share from 0 to 1"),
+    "ctc_weight": (0, 1, "a share from 0 to 1"),
+    "label_smoothing": (0, 0.999, "a number from 0 to less than 1"),
+    "train_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
+    "eval_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
+}
+"""Lowest and highest value by key, and what to give."""
 PATHS = ("data_folder", "output_folder", "results_file")
 """Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
 REFUSED = {
@@ -42,6 +74,17 @@ REFUSED = {
     "data_parallel_backend": "start several processes with torchrun instead",
 }
 """Options of SpeechBrain's Brain that are not supported, with what to do."""
+
+
+TRAINING_OPTIONS = (
+    "compile",
+    "compile_module_keys",
+    "compile_mode",
+    "grad_accumulation_factor",
+    "max_grad_norm",
+    "nonfinite_patience",
+    "skip_nonfinite_grads",
+)
 
 
 class UsageError(UserError):
@@ -67,7 +110,9 @@ class Setting:
     files: list
     """The hparams file, and what overrides it."""
     overrides: dict
-    """Of the command line."""
+    """What replaces single keys."""
+    asked: str = ""
+    """What the command line changed of the files, but for paths."""
 
     def text(self):
         """All merged, references unresolved."""
@@ -149,6 +194,8 @@ def _run(hparams_file, run_opts, setting, hparams):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
     hparams["checkpointer"].add_recoverable("origin", Origin(utterances=digest_of(datasets[TRAIN])))
     for search in ("ctc_search", "test_search"):
+        if hparams[search] is not None and not callable(hparams[search]):
+            raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
         if hasattr(hparams[search], "check"):
             hparams[search].check()  # now, and not after the training
 
@@ -185,28 +232,43 @@ def check_options(run_opts):
 
 def check_writable(path):
     """Refuse a results file that could not be written after all training."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise UsageError(f"The results_file {path} is a folder; give the name of a file.")
-    with open(path, "a") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
-        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
+        rows = read_csv(path) if path.exists() else []
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UsageError(f"The results_file {path} cannot be used ({one_line(error)}); give another --results_file.") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise UsageError(f"The results_file {path} has lines of another number of columns; mend it, or give another.")
 
 
 def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
     """The files and the overrides that make the run: without a data folder, the fallback's are among them."""
-    overrides = parse_overrides(overrides) | paths
+    overrides = parse_overrides(overrides)
+    asked = " ".join(f"--{key} {_plain(value)}" for key, value in (overrides | _brain_options(run_opts)).items())
+    overrides |= paths
     files = [hparams_file, *([corpus] if corpus else [])]
+    if corpus == "":
+        raise UsageError("--corpus has no value; name a corpus.yaml, or leave it out.")
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     before = resolve_hparams(files)
     # A name of digits, or a date, is still a name
     overrides = {key: before[key] for key in PATHS if before.get(key) is not None} | overrides
     overrides = check_types(overrides, before)
-    for key in COUNTS:
-        if key in overrides and not overrides[key] > 0:
-            raise UsageError(f"--{key} is {overrides[key]!r}; give a whole number above 0.")
-    setting = Setting(files, overrides)
+    if corpus:
+        own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
+        overrides = ({} if "card" in own else {"card": {}}) | overrides  # of the corpus that it replaces
+        if not {"data_folder", "extends"} & {*own, *overrides}:
+            raise UsageError(
+                f"There is no data_folder for {corpus}; give --data_folder, or state it there (null = it needs none)."
+            )
+    setting = Setting(files, overrides, asked)
     plain = setting.plain()
+    check_ranges(plain, run_opts)
     if fallback and not corpus and not plain["data_folder"]:
         if if_main_process():
             print(
@@ -219,6 +281,45 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
         folder = setting.plain()["output_folder"] + "_debug"
         setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
     return setting
+
+
+def check_ranges(plain, run_opts):
+    """Refuse numbers with which nothing would be learned, or that end in a traceback somewhere.
+
+    Arguments
+    ---------
+    plain : dict
+        Resolved hparams.
+    run_opts : speechbrain.utils.run_opts.RunOptions
+        Options of SpeechBrain's Brain.
+
+    Raises
+    ------
+    UsageError
+        If a number is outside its range, or two special tokens have the same index.
+    """
+    given = dict(plain)
+    if "grad_accumulation_factor" in run_opts.overridden_args:
+        given["grad_accumulation_factor"] = run_opts.grad_accumulation_factor
+    for key in ("train_batch_sampler", "eval_batch_sampler"):
+        if isinstance(plain.get(key), dict) and "max_batch_length" in plain[key]:
+            given[f"{key}: max_batch_length"] = plain[key]["max_batch_length"]
+    for key, (low, high, wanted) in RANGES.items():
+        value = given.get(key)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not low <= value <= high:  # of NaN, neither is true
+            raise UsageError(f"--{key} is {value!r}; give {wanted}.")
+    for key in ("train_splits", "dev_split"):
+        if not plain[key]:
+            raise UsageError(f"--{key} is empty; name what to train on.")
+    indices = [plain[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")]
+    if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
+        raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
+
+
+def _brain_options(run_opts):
+    """Options of the Brain that change what is learned, and have no column of their own."""
+    return {key: getattr(run_opts, key) for key in sorted(run_opts.overridden_args) if key in TRAINING_OPTIONS}
 
 
 def check_types(overrides, before):
@@ -244,6 +345,8 @@ def check_types(overrides, before):
     checked = {}
     for key, value in overrides.items():
         old = before.get(key)
+        if key in PATHS and re.search("<[^<>]*>", str(value)):
+            raise UsageError(f"--{key} is {str(value)!r}, and <...> in it would be read as a reference; give another name.")
         if key in PATHS:
             value = f"./{value}" if str(value).startswith("(") else str(value)  # in parentheses, HyperPyYAML reads a tuple
         elif isinstance(old, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -312,6 +415,8 @@ def prepare_corpus(hparams):
     output = Path(hparams["output_folder"])
     splits = {"tr_splits": hparams["train_splits"], "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
     run_on_main(hparams["prepare"], kwargs={"data_folder": hparams["data_folder"], "save_folder": str(output), **splits})
+    for split in [*hparams["train_splits"], hparams["dev_split"], *hparams["test_splits"]]:
+        read_manifest(output / f"{split}.csv")
     merged = output / "train+merged.csv"  # which no split is called
     run_on_main(merge_manifests, [[output / f"{split}.csv" for split in hparams["train_splits"]], merged])
     paths = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
@@ -359,7 +464,6 @@ def seconds_of(dataset):
 def make_rows(brain, split, hparams_file, setting, train_seconds):
     """Rows of the results table for a test set, one for each search; the alignments go to files."""
     hparams, rows = brain.hparams, []
-    changed = {key: value for key, value in setting.overrides.items() if key not in PATHS}
     for search, error_rate in brain.error_rates.items():
         result = error_rate.summarize()
         if if_main_process():
@@ -370,7 +474,7 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
                 experiment=hparams.experiment,
                 architecture=hparams.encoder,
                 hparams=Path(hparams_file).name,
-                overrides=" ".join(f"--{key} {_plain(value)}" for key, value in changed.items()),
+                overrides=setting.asked,
                 corpus=hparams.corpus,
                 train_set=" ".join(hparams.train_splits),
                 train_hours=round(train_seconds / 3600, 2),

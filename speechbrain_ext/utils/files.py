@@ -145,5 +145,5 @@ def read_csv(path, fields=None):
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
-            raise UserError(f"{path} is no file of this benchmark, or of another version of it; give another --output.")
+            raise UserError(f"{path} has other columns than {', '.join(fields)}; give another file.")
         return list(reader)
