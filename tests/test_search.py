@@ -1,6 +1,8 @@
 """The searchers and the CTC scorer give what SpeechBrain's give, and remember nothing of it."""
 
 import gc
+import math
+import re
 import weakref
 
 import pytest
@@ -17,9 +19,11 @@ from speechbrain_ext.decoders import ctc_prefix
 from speechbrain_ext.decoders import searchers as ours
 from speechbrain_ext.decoders.ctc_prefix import PrefixScores
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
+from speechbrain_ext.utils.errors import UserError
 
 VOCAB, FRAMES = 40, 40
 LENGTHS = torch.tensor([1.0, 0.5, 0.71])
+GIVEN = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.4, "beam_size": 5}
 
 
 def model(normalize_before=True):
@@ -293,8 +297,120 @@ def test_tokens_that_no_text_has_are_never_written():
 
 
 @pytest.mark.parametrize(
-    "keys", [{"min_decode_ratio": 0.5, "max_decode_ratio": 0.2}, {"max_decode_ratio": -1.0}, {"beam_size": 0}]
+    "keys, message",
+    [
+        ({"min_decode_ratio": 0.5, "max_decode_ratio": 0.2}, "min_decode_ratio is 0.5 and max_decode_ratio 0.2; give"),
+        ({"topk": 6}, "topk is 6 and beam_size 5; give"),
+        ({"bos_index": VOCAB}, "bos_index is 40 and there are 40 tokens; give"),
+        ({"eos_index": 999}, "eos_index is 999 and there are 40 tokens; give"),
+        ({"excluded": [0, 40]}, "excluded is 40 and there are 40 tokens; give"),
+        ({"excluded": [0, 2]}, r"excluded is \[0, 2\] and holds eos_index 2, which ends a text; leave it out"),
+        ({"modules": []}, r"modules is \[\]; give a list"),
+        *(
+            ({name: value}, f"^{name} is {re.escape(repr(value))}; give ")
+            for name, values in {
+                "temperature": [math.nan, math.inf, 0, -1, "1", True, None],
+                "eos_threshold": ["x", math.nan, 0.5],
+                "length_normalization": ["foo", 1, None],
+                "return_topk": ["yes"],
+                "using_eos_threshold": ["no"],
+                "using_max_attn_shift": [1],
+                "max_attn_shift": ["x", 0, 1.5, True],
+                "minus_inf": [0, "x", -math.inf, math.nan, -1e39],
+                "max_decode_ratio": [0.0, -1.0, "1", math.nan, math.inf, 1e20, True],
+                "min_decode_ratio": [-0.1, "0", math.nan, None],
+                "beam_size": [0, True, 2.0, "5", None],
+                "topk": [0, True, "1"],
+                "bos_index": [-1, "1", True, [1]],
+                "eos_index": [-1, 2.0, None],
+                "excluded": ["x", 0, [-1], ["0"], None],
+                "scorer": ["x"],
+            }.items()
+            for value in values
+        ),
+    ],
 )
-def test_impossible_settings_are_refused(keys):
-    with pytest.raises(ValueError, match="give"):
-        beam_searches(**keys)
+def test_impossible_settings_are_refused(keys, message):
+    net, seq_lin, _ = model()
+    with pytest.raises(UserError, match=message):
+        ours.S2STransformerBeamSearcher(**{"modules": [net, seq_lin], **GIVEN, **keys})
+
+
+@pytest.mark.parametrize(
+    "change, keys, message",
+    [
+        ({"weights": {"ctc": 0.4, "lm": 0.2}}, {}, "weights have lm 0.2, and the scorers are: ctc; name one"),
+        ({"weights": {"ctc": math.nan}}, {}, "weight of the scorer ctc is nan; give a number"),
+        ({"weights": {"ctc": "0.4"}}, {}, "weight of the scorer ctc is '0.4'; give a number"),
+        ({"scorer_beam_scale": "x"}, {}, "scorer_beam_scale is 'x'; give a positive number"),
+        ({"scorer_beam_scale": 0}, {}, "scorer_beam_scale is 0; give a positive number"),
+        ({}, {"eos_index": 3}, "eos_index is 3 and that of the scorer 2; give both the same"),
+        ({}, {"bos_index": 2}, "bos_index is 2, eos_index 2 and blank_index of the scorer 0; give three different ones"),
+        ({}, {"bos_index": 0}, "bos_index is 0, eos_index 2 and blank_index of the scorer 0; give three different ones"),
+    ],
+)
+def test_a_scorer_that_does_not_fit_is_refused(change, keys, message):
+    net, seq_lin, ctc_lin = model()
+    scorer = scorers("partial", ctc_prefix, ctc_lin)
+    vars(scorer).update(change)
+    with pytest.raises(UserError, match=message):
+        ours.S2STransformerBeamSearcher([net, seq_lin], **{**GIVEN, **keys}, scorer=scorer)
+
+
+def test_settings_that_exclude_each_other_are_refused():
+    with pytest.raises(UserError, match="length_normalization is True and the weight of the scorer length 0.5; set the first"):
+        net, seq_lin, ctc_lin = model()
+        ours.S2STransformerBeamSearcher([net, seq_lin], 1.0, **GIVEN, scorer=scorers("length", ctc_prefix, ctc_lin))
+    with pytest.raises(UserError, match="using_max_attn_shift is True and the weight of ctc 1"):
+        net, seq_lin, ctc_lin = model()
+        scorer = scorers("only", ctc_prefix, ctc_lin)
+        ours.S2STransformerBeamSearcher([net, seq_lin], **GIVEN, scorer=scorer, using_max_attn_shift=True)
+
+
+@pytest.mark.parametrize("kind", ["none", "partial", "full", "only", "coverage and partial", "language model"])
+@pytest.mark.parametrize(
+    "keys", [{}, {"beam_size": 1, "max_decode_ratio": 100}, {"min_decode_ratio": 0.4, "excluded": [0, 1, 3]}]
+)
+def test_a_check_searches_and_changes_nothing(kind, keys):
+    net, seq_lin, ctc_lin = model()
+    search = ours.S2STransformerBeamSearcher([net, seq_lin], **{**GIVEN, **keys}, scorer=scorers(kind, ctc_prefix, ctc_lin))
+    search.train()
+    net.decoder.layers[0].eval()
+    modes = [module.training for module in search.modules()]
+    state, values = torch.get_rng_state(), {name: value.clone() for name, value in search.state_dict().items()}
+    search.check()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in search.modules()] == modes
+    assert (search.min_decode_ratio, search.max_decode_ratio) == tuple(
+        {**GIVEN, **keys}[f"{m}_decode_ratio"] for m in ("min", "max")
+    )
+    assert all(torch.equal(value, values[name]) for name, value in search.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda keys: keys.update(return_topk=True, topk=5), "^test_search has return_topk True, .*; leave it at False"),
+        (lambda keys: keys.update(return_topk=True), "^test_search has return_topk True, .*; leave it at False"),
+        (lambda keys: keys.update(temperature=1e-300), "^test_search cannot search: its scores are no finite numbers; change"),
+        (lambda keys: keys["modules"].append(Linear(input_size=31, n_neurons=VOCAB)), "^test_search cannot search: .*31"),
+        (
+            lambda keys: keys.update(scorer=scorers("partial", ctc_prefix, Linear(input_size=32, n_neurons=VOCAB + 1))),
+            "^test_search cannot search: .*4[01]",
+        ),
+    ],
+)
+def test_what_fails_in_a_search_shows_in_the_check(change, message):
+    net, seq_lin, _ = model()
+    keys = {"modules": [net, seq_lin], **GIVEN}
+    change(keys)
+    keys["modules"] = [net, keys["modules"][-1]]
+    search = ours.S2STransformerBeamSearcher(**keys).train()
+    with pytest.raises(UserError, match=message):
+        search.check()
+    assert all(module.training for module in search.modules()) and search.max_decode_ratio == 0.4
+
+
+def test_there_is_nothing_to_check_without_a_decoder():
+    net = TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64)
+    ours.S2STransformerBeamSearcher([net, Linear(input_size=32, n_neurons=VOCAB)], **GIVEN).check()

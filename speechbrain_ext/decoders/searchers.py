@@ -7,11 +7,60 @@ SpeechBrain's RNN searchers; SpeechBrain's Transformer searchers give that of th
 
 import torch
 from speechbrain.decoders import seq2seq
+from speechbrain.decoders.scorer import ScorerBuilder
 
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserError, UserTypeError
+from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line
+
+# Frames of the utterances that check() searches: enough for a few steps, which show all that a search calls.
+CHECKED_FRAMES = 5
+
+
+def is_whole(value, least):
+    """Whether a setting is a whole number of ``least`` or more; True is none, though Python counts with it."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value, least=-1e30, most=1e30):
+    """Whether a setting is a number from ``least`` to ``most``: no text, no boolean, no NaN, no infinity."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_bool(value):
+    return isinstance(value, bool)
+
+
+def _is_token(value):
+    return is_whole(value, 0)
+
+
+def _are_tokens(value):
+    return isinstance(value, (list, tuple, set, frozenset, range)) and all(map(_is_token, value))
+
+
+# What each setting has to be, and how the message about it ends.
+SETTINGS = {
+    "bos_index": (_is_token, "the index of a token"),
+    "eos_index": (_is_token, "the index of a token"),
+    "excluded": (_are_tokens, "a list of indices of tokens"),
+    # More tokens than that for a frame would only overflow
+    "min_decode_ratio": (lambda value: is_number(value, 0, 100), "a share of the frames, 0 or more"),
+    "max_decode_ratio": (lambda value: is_number(value, 0, 100) and value > 0, "a share of the frames, more than 0"),
+    "beam_size": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
+    "topk": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
+    "temperature": (lambda value: is_number(value, 0) and value > 0, "a positive number"),
+    # Log-probabilities are negative: with less than 1, no text could end
+    "eos_threshold": (lambda value: is_number(value, 1), "a number of 1 or more"),
+    # The peak has to lie less than that before the last one: with 0, it could never stay where it is
+    "max_attn_shift": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
+    # Below all that a possible text scores, and not so low that sums overflow
+    "minus_inf": (lambda value: is_number(value, -1e30, -1e4), "a number from -1e30 to -1e4"),
+    "scorer": (lambda value: value is None or isinstance(value, ScorerBuilder), "a ScorerBuilder, or null"),
+} | dict.fromkeys(
+    ("return_topk", "using_eos_threshold", "length_normalization", "using_max_attn_shift"), (_is_bool, "True or False")
+)
 
 
 @loadable
@@ -32,7 +81,7 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
     TypeError
         If the first module is no such TransformerASR.
     UserError
-        If a ratio or the beam size is impossible.
+        If a setting is impossible, or does not fit the others, the output layer or the scorer.
 
     Example
     -------
@@ -51,16 +100,75 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
     3
     """
 
-    def __init__(self, modules, *args, excluded=(), **kwargs):
-        super().__init__(_checked(modules), *args, **kwargs)
+    def __init__(self, modules, temperature=1.0, *, excluded=(), **kwargs):
+        for name, value in {"temperature": temperature, "excluded": excluded, **kwargs}.items():
+            if name in SETTINGS and not SETTINGS[name][0](value):
+                raise UserError(f"{name} is {value!r}; give {SETTINGS[name][1]}.")
+        if kwargs.get("scorer") is not None:  # before SpeechBrain looks at it, whose errors name no setting
+            _check_scorer(**kwargs)
+        super().__init__(_checked(modules), temperature, **kwargs)
         self.excluded = list(excluded)
-        if not 0 <= self.min_decode_ratio <= self.max_decode_ratio:
+        if self.min_decode_ratio > self.max_decode_ratio:
             raise UserError(
                 f"min_decode_ratio is {self.min_decode_ratio} and max_decode_ratio {self.max_decode_ratio}; give shares of the "
-                "frames, the first one 0 or more and not above the second one."
+                "frames, the first one not above the second one."
             )
-        if not isinstance(self.beam_size, int) or self.beam_size < 1:
-            raise UserError(f"beam_size is {self.beam_size!r}; give a whole number of 1 or more.")
+        if self.topk > self.beam_size:
+            raise UserError(f"topk is {self.topk} and beam_size {self.beam_size}; give a topk that is not above it.")
+        if self.using_max_attn_shift and not self.attn_weight:
+            raise UserError(
+                "using_max_attn_shift is True and the weight of ctc 1, which takes no attention; set one of them lower."
+            )
+        self._check_tokens()
+
+    def _check_tokens(self):
+        """Indices against the output layer and against each other."""
+        scorers = {} if self.scorer is None else {**self.scorer.full_scorers, **self.scorer.partial_scorers}
+        tokens = [("bos_index", self.bos_index), ("eos_index", self.eos_index)]
+        tokens += [("excluded", token) for token in self.excluded]
+        if "ctc" in scorers:
+            tokens.append(("blank_index of the scorer", scorers["ctc"].blank_index))
+        count = self.set_n_out()
+        for name, token in tokens:
+            if not _is_token(token) or token >= count:
+                raise UserError(f"{name} is {token!r} and there are {count} tokens; give an index from 0 to {count - 1}.")
+        if self.eos_index in self.excluded:
+            raise UserError(f"excluded is {self.excluded} and holds eos_index {self.eos_index}, which ends a text; leave it out.")
+
+    def check(self):
+        """Search a few random frames, so that what does not fit shows before a training and not after it.
+
+        Nothing is changed: neither the random state nor whether the model trains. Without a decoder there is no search.
+
+        Raises
+        ------
+        UserError
+            If the search fails, or gives more texts than the best one.
+        """
+        if not hasattr(self.model, "decoder"):
+            return
+        if self.return_topk:
+            raise UserError("test_search has return_topk True, and a training run takes the best text alone; leave it at False.")
+        modes = [(module, module.training) for module in self.modules()]
+        ratios = self.min_decode_ratio, self.max_decode_ratio
+        # Without training it may end no text: a high ratio is no reason to run on
+        self.min_decode_ratio, self.max_decode_ratio = (min(ratio, 1.0) for ratio in ratios)
+        device = next(self.parameters()).device
+        width = self.model.positional_encoding_decoder.pe.shape[-1]
+        enc = torch.rand(2, CHECKED_FRAMES, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+        try:
+            self.eval()
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                scores = self(enc, torch.tensor([1.0, 0.6], device=device))[2]
+            if not scores.isfinite().all():
+                raise UserError("its scores are no finite numbers")
+        except Exception as error:
+            cause = one_line(error).rstrip(".")
+            raise UserError(f"test_search cannot search: {cause}; change its setting.") from error
+        finally:
+            self.min_decode_ratio, self.max_decode_ratio = ratios
+            for module, training in modes:
+                module.training = training
 
     def init_beam_search_data(self, enc_states, wav_len):
         """As in SpeechBrain, but the numbers of steps are those of each utterance, not of the padded length."""
@@ -104,9 +212,44 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
 
 
 def _checked(modules):
+    if not isinstance(modules, (list, tuple, torch.nn.ModuleList)) or len(modules) != 2:
+        raise UserError(f"modules is {one_line(repr(modules))}; give a list of a TransformerASR and its output layer.")
     if not isinstance(modules[0], TransformerASR):
         raise UserTypeError(
             f"The first of the modules is a {type(modules[0]).__module__}.{type(modules[0]).__name__}, which cannot decode token "
             "by token; take speechbrain_ext.asr.TransformerASR, or the searcher of speechbrain.decoders."
         )
+    if not hasattr(getattr(modules[1], "w", None), "out_features"):
+        raise UserTypeError(
+            f"The second of the modules is a {type(modules[1]).__module__}.{type(modules[1]).__name__}, which does not say how "
+            "many tokens there are; take speechbrain.nnet.linear.Linear."
+        )
     return modules
+
+
+def _check_scorer(scorer, bos_index=None, eos_index=None, length_normalization=True, **_):
+    """The weights against the scorers, and their settings against those of the search."""
+    scorers = {**scorer.full_scorers, **scorer.partial_scorers}
+    for name, weight in scorer.weights.items():
+        if not is_number(weight):
+            raise UserError(f"The weight of the scorer {name} is {weight!r}; give a number.")
+        if weight and name not in scorers:
+            raise UserError(f"The scorer's weights have {name} {weight}, and the scorers are: {', '.join(scorers)}; name one.")
+    scale = scorer.scorer_beam_scale
+    if not is_number(scale, 0) or not scale:
+        raise UserError(f"scorer_beam_scale is {scale!r}; give a positive number.")
+    if length_normalization and scorer.weights["length"] > 0:
+        raise UserError(
+            f"length_normalization is True and the weight of the scorer length {scorer.weights['length']}; set the first one to "
+            "False, or leave the scorer out."
+        )
+    if not scorer.weights["ctc"]:
+        return
+    ctc = scorers["ctc"]
+    if ctc.eos_index != eos_index:
+        raise UserError(f"eos_index is {eos_index} and that of the scorer {ctc.eos_index!r}; give both the same.")
+    if ctc.blank_index in (bos_index, eos_index) or bos_index == eos_index:
+        raise UserError(
+            f"bos_index is {bos_index}, eos_index {eos_index} and blank_index of the scorer {ctc.blank_index}; give three "
+            "different ones."
+        )
