@@ -14,6 +14,7 @@ from speechbrain.decoders.ctc import ctc_greedy_decode
 
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.word_lm import UNKNOWN_WORD
+from speechbrain_ext.utils.errors import UserError
 
 BACKENDS = {"flashlight": ["flashlight"], "speechbrain": []}
 LM_BACKENDS = {"flashlight": ["flashlight"]}
@@ -274,11 +275,52 @@ def test_a_missing_package_is_named(letters, tmp_path, monkeypatch):
         ({"beam_size": 0}, "beam_size is 0; give a whole number of 1 or more."),
         ({"beam_threshold": 0.0}, "beam_threshold is 0.0; give a positive number."),
         ({"backend": "kaldi"}, "There is no backend kaldi; the known ones are: flashlight, speechbrain."),
+        ({"backend": ["kaldi"]}, "There is no backend .*kaldi.*; the known ones are"),
+        ({"tokenizer": "x"}, "^tokenizer is 'x'; give a sentencepiece.SentencePieceProcessor."),
+        ({"tokenizer": None}, "^tokenizer is None; give"),
+        ({"beam_size": True}, "^beam_size is True; give"),
+        ({"beam_size": 5.0}, "^beam_size is 5.0; give"),
+        ({"blank_index": True}, "^blank_index is True; give"),
+        ({"blank_index": -1}, "^blank_index is -1; give"),
+        ({"blank_index": "0"}, "^blank_index is '0'; give"),
+        ({"lm_weight": math.nan}, "^lm_weight is nan; give"),
+        ({"word_score": True}, "^word_score is True; give"),
+        ({"beam_threshold": math.inf}, "^beam_threshold is inf; give"),
+        ({"lm_file": 5}, "^lm_file is 5; give the path of a file"),
     ],
 )
 def test_impossible_arguments_are_an_error(letters, keys, message):
-    with pytest.raises(ValueError, match=message):
-        CtcBeamSearch(letters, **keys)
+    with pytest.raises(UserError, match=message):
+        CtcBeamSearch(**{"tokenizer": letters, **keys})
+
+
+@each_backend
+def test_a_check_searches_and_leaves_the_random_state(backend, tokenizer):
+    search, state = CtcBeamSearch(tokenizer, backend=backend, beam_size=10), torch.get_rng_state()
+    search.check()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert search(*peaked([align(tokenizer, "NO NO")], tokenizer.vocab_size())) == ["NO NO"]
+
+
+@each_backend
+def test_a_blank_that_is_no_token_shows_in_the_check(backend, letters):
+    search = CtcBeamSearch(letters, backend=backend, blank_index=999)
+    for call in (search.check, lambda: search(torch.zeros(1, 3, 6), torch.ones(1))):
+        with pytest.raises(UserError, match="^blank_index is 999 and there are 6 tokens; give"):
+            call()
+
+
+def test_an_empty_tokenizer_shows_in_the_check():
+    with pytest.raises(UserError, match="The tokenizer of the CTC search is empty; load it"):
+        CtcBeamSearch(SentencePieceProcessor()).check()
+
+
+@each_backend
+def test_what_fails_in_a_search_shows_in_the_check(backend, letters, monkeypatch):
+    search = CtcBeamSearch(letters, backend=backend)
+    monkeypatch.setattr(search, f"_{backend}", lambda _: lambda _: 1 / 0)
+    with pytest.raises(UserError, match="^ctc_search cannot search: division by zero; change its setting."):
+        search.check()
 
 
 @each_backend

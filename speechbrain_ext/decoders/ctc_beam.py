@@ -16,15 +16,18 @@ import importlib
 import math
 import os
 
+import torch
+from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
+from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, is_number, is_whole
 from speechbrain_ext.decoders.word_lm import (
     arpa_words,
     check_arpa,
     check_spelling,
     flashlight_lm,
 )
-from speechbrain_ext.utils.errors import UserError, UserImportError
+from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
 
 FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
 
@@ -105,18 +108,22 @@ class CtcBeamSearch:
         word_score=1.5,
         backend=None,
     ):
-        if not isinstance(beam_size, int) or beam_size < 1:
+        if not isinstance(tokenizer, SentencePieceProcessor):
+            raise UserError(f"tokenizer is {one_line(repr(tokenizer))}; give a sentencepiece.SentencePieceProcessor.")
+        if not is_whole(beam_size, 1):
             raise UserError(f"beam_size is {beam_size!r}; give a whole number of 1 or more.")
-        if not isinstance(blank_index, int) or blank_index < 0:
+        if not is_whole(blank_index, 0):
             raise UserError(f"blank_index is {blank_index!r}; give the index of a token.")
         for name, value in (("lm_weight", lm_weight), ("word_score", word_score), ("beam_threshold", beam_threshold)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_number(value):
                 raise UserError(f"{name} is {value!r}; give a number.")
         if not beam_threshold > 0:
             raise UserError(f"beam_threshold is {beam_threshold}; give a positive number.")
         if backend not in (None, FLASHLIGHT, SPEECHBRAIN):
             raise UserError(f"There is no backend {backend}; the known ones are: {FLASHLIGHT}, {SPEECHBRAIN}.")
         if lm_file is not None:
+            if not isinstance(lm_file, (str, os.PathLike)):
+                raise UserError(f"lm_file is {lm_file!r}; give the path of a file.")
             lm_file = os.fspath(lm_file)
             check_arpa(lm_file)
         self.backend = _choose_backend(backend, lm_file)
@@ -130,15 +137,23 @@ class CtcBeamSearch:
         self._kept, self._search = None, None
 
     def check(self):
-        """Build the search now that the tokenizer is loaded, and read the language model to its end.
+        """Build the search now that the tokenizer is loaded, read the language model to its end, and search a few random frames.
+
+        The random state is not touched.
 
         Raises
         ------
         UserError
-            If the language model is damaged, or spelled in another way than the tokens.
+            If the language model is damaged, or spelled in another way than the tokens, or if the search fails.
         """
-        if self._search is None:
+        try:
             self._build()
+            log_probs = torch.rand(2, CHECKED_FRAMES, self.tokenizer.vocab_size(), generator=torch.Generator().manual_seed(0))
+            self(log_probs.log_softmax(-1), torch.tensor([1.0, 0.6]))
+        except (UserError, OSError):  # these say what to mend
+            raise
+        except Exception as error:
+            raise UserError(f"ctc_search cannot search: {one_line(error).rstrip('.')}; change its setting.") from error
 
     def __call__(self, log_probs, lengths):
         """Search each utterance of a batch for itself.
@@ -174,9 +189,7 @@ class CtcBeamSearch:
                 f"There are log probabilities of {log_probs.shape[2]} tokens and the tokenizer has {tokens}; "
                 "load the one that the model was trained with."
             )
-        if self.blank_index >= tokens:
-            raise UserError(f"blank_index is {self.blank_index} and there are {tokens} tokens; give the index of the blank.")
-        self.check()
+        self._build()
         frames = (lengths * log_probs.shape[1]).round().long().clamp(max=log_probs.shape[1]).tolist()
         return [self._best_text(utterance[:count]) for utterance, count in zip(log_probs.detach(), frames, strict=True)]
 
@@ -193,10 +206,18 @@ class CtcBeamSearch:
         return self._search(log_probs)
 
     def _build(self):
+        """The search, once; the tokenizer is loaded by now."""
+        if self._search is not None:
+            return
         tokenizer = self.tokenizer
+        tokens = tokenizer.vocab_size()
+        if not tokens:
+            raise UserError("The tokenizer of the CTC search is empty; load it before the search.")
+        if self.blank_index >= tokens:
+            raise UserError(f"blank_index is {self.blank_index} and there are {tokens} tokens; give the index of the blank.")
         self._kept = [
             index
-            for index in range(tokenizer.vocab_size())
+            for index in range(tokens)
             if index == self.blank_index
             or not (tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index))
         ]
