@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "README.md"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench"
-RESULTS = sorted((ROOT / "recipes").glob("*/results/results.csv"))
+RESULTS = sorted((ROOT / "recipes").glob("*/results/*.csv"))
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
 SQUEEZEFORMER = ROOT / "benchmarks" / "results" / "squeezeformer.csv"
 FUSIONFORMER = ROOT / "benchmarks" / "results" / "fusionformer.csv"
@@ -36,7 +36,8 @@ def results():
     runs = {}
     for row in (row for path in RESULTS for row in read(path) if row["search"].endswith("ctc_greedy")):
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
-        key = [row[name] for name in ("corpus", "train_hours", "experiment", "architecture", "parameters", "steps")]
+        run = " ".join((row["experiment"], row["overrides"])).strip()
+        key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
         runs.setdefault((*key, row["audio_seconds_per_second"], row["peak_memory_mib"]), []).append(
             f"{row['test_set']} {float(row['WER']):.1f}" + f" ({answer})" * bool(answer)
         )
