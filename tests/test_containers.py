@@ -243,6 +243,106 @@ def test_a_cut_part_of_a_joined_flac_is_refused(tmp_path):
     assert outcome(path, signal(48000)[:, 0])[1].reason == "truncated or damaged"
 
 
+def tags():
+    """Every kind of tag that stands at the end of a file, by name."""
+    id3v1 = b"TAG" + b"title".ljust(125)
+    items = b"\5\0\0\0\0\0\0\0Title\0hello"
+    head, foot, old = (
+        b"APETAGEX" + struct.pack("<4I8x", version, len(items) + 32, 1, flags)
+        for version, flags in ((2000, 0xA0000000), (2000, 0x80000000), (1000, 0))
+    )
+    lyrics = b"LYRICSBEGININD0000200LYR00005hello"
+    return {
+        "ID3v1": id3v1,
+        "TAG+": b"TAG+" + bytes(223) + id3v1,
+        "APE": head + items + foot,
+        "APE without a header": items + old,
+        "Lyrics3": b"LYRICSBEGINhello worldLYRICSEND" + id3v1,
+        "Lyrics3 version 2": lyrics + b"%06dLYRICS200" % len(lyrics) + id3v1,
+        "ID3v2": b"ID3\4\0\0\0\0\x10\0" + bytes(2048),
+        "several": head + items + foot + id3v1,
+    }
+
+
+@pytest.mark.parametrize("kind", tags())
+def test_a_tag_between_joined_files_hides_none(kind, tmp_path):
+    path, tag = tmp_path / "a", tags()[kind]
+    one, twice = signal(24000)[:, 0], np.concatenate([signal(24000)[:, 0]] * 2)
+    for form in ("MP3", "OGG", "FLAC", "WAV", "W64", "AIFF"):
+        data = encode(form)
+        path.write_bytes(data + tag)
+        assert outcome(path, one) == ("whole", None), form
+        path.write_bytes(data + tag + data + tag)
+        result, error = outcome(path, twice)
+        if form in ("MP3", "OGG", "FLAC"):
+            assert result == "whole", (form, error)
+        else:
+            assert error.reason == "joined", (form, error)
+    mp3 = encode("MP3")
+    frames = without_xing(mp3)
+    path.write_bytes(frames + tag + frames)
+    assert 48000 <= len(load_audio(path)) <= 48000 + 2 * BLOCK
+    path.write_bytes(mp3 + tag + encode("WAV"))
+    assert outcome(path, twice)[1].reason == "joined"
+
+
+def test_samples_that_begin_like_a_tag_are_no_tag(tmp_path):
+    path = tmp_path / "a.wav"
+    for begin in (b"TAG", b"TAG+", b"APETAGEX", b"LYRICSBEGIN", b"3DI"):
+        wav = bytearray(encode())
+        struct.pack_into("<I", wav, 40, 16000)  # the header was not written again
+        wav[44 + 16000 : 44 + 16000 + len(begin)] = begin
+        path.write_bytes(wav)
+        assert outcome(path, [])[1].reason == "unfinished", begin
+
+
+@pytest.mark.parametrize(
+    "form, subtype, chunk",
+    [
+        ("WAV", "PCM_16", b"data"),
+        ("W64", "PCM_16", b"data\xf3\xac"),
+        ("AIFF", "PCM_16", b"SSND"),
+        ("SVX", "PCM_S8", b"BODY"),
+        ("SVX", "PCM_16", b"BODY"),
+    ],
+)
+def test_a_second_chunk_of_samples_is_refused(form, subtype, chunk, tmp_path):
+    path, data = tmp_path / "a", encode(form, subtype=subtype)
+    path.write_bytes(data + data[data.index(chunk) :])
+    sentence = str(outcome(path, [])[1])
+    assert f"more than one chunk of samples, of which soundfile reads only one: another begins at byte {len(data)};" in sentence
+
+
+def pages(ogg):
+    position = 0
+    while position < len(ogg):
+        end = position + 27 + ogg[position + 26] + sum(ogg[position + 27 : position + 27 + ogg[position + 26]])
+        yield ogg[position:end]
+        position = end
+
+
+def test_ogg_streams_of_sound_side_by_side_are_refused(tmp_path):
+    path = tmp_path / "a.ogg"
+    for subtype in ("VORBIS", "OPUS"):
+        (one, *ones), (two, *twos) = pages(encode("OGG", subtype="VORBIS")), pages(encode("OGG", subtype=subtype))
+        path.write_bytes(one + two + b"".join(ones + twos))
+        assert "several streams of sound side by side" in str(outcome(path, [])[1])
+
+
+def test_zeros_in_the_place_of_mpeg_frames_are_refused(tmp_path):
+    path, mp3, one = tmp_path / "a.mp3", encode("MP3"), signal(24000)[:, 0]
+    frames = without_xing(mp3)
+    path.write_bytes(frames[: len(frames) // 2].ljust(len(frames), b"\0"))  # a download into a file of the full size
+    error = outcome(path, [])[1]
+    assert error.reason == "truncated or damaged" and "bytes of zeros follow its last MPEG frame" in str(error)
+    path.write_bytes(mp3 + frames[: len(frames) // 2].ljust(len(frames), b"\0"))
+    assert outcome(path, [])[1].reason == "truncated or damaged"
+    path.write_bytes(mp3 + bytes(9000))  # its header says that nothing is missing
+    assert outcome(path, one) == ("whole", None)
+    path.write_bytes(frames + bytes(900))
+    assert outcome(path, one) == ("whole", None)
+
+
 # -------------------- headers that were never finished
 
 
@@ -277,6 +377,40 @@ def test_a_recorder_that_was_stopped(tmp_path):
             struct.pack_into(">I", data, data.index(b"SSND") + 4, 8)
         path.write_bytes(data)
         assert outcome(path, [])[1].reason == "unfinished", form
+
+
+def test_sizes_as_written_to_a_pipe(tmp_path):
+    path, expected = tmp_path / "a", signal(24000)[:, 0]
+    largest = {"AIFF": (0xFFFFFFFF, 0x7F000008), "SVX": (0xFFFFFFFF,), "W64": (2**63, 2**63 - 1, 2**64 - 1)}
+    for form, sizes in largest.items():
+        name, code, file_size = {
+            "AIFF": (b"SSND", ">I", 4),
+            "SVX": (b"BODY", ">I", 4),
+            "W64": (b"data\xf3\xac", "<Q", 16),
+        }[form]
+        for size in sizes:
+            data = bytearray(encode(form, subtype="PCM_16"))
+            struct.pack_into(code, data, data.index(name) + file_size, size)
+            path.write_bytes(data)
+            assert outcome(path, expected) == ("whole", None), (form, size)
+            struct.pack_into(code, data, file_size, size)
+            path.write_bytes(data)
+            assert outcome(path, expected) == ("whole", None), (form, size)
+            path.write_bytes(2 * data)
+            assert outcome(path, [])[1].reason == "joined", (form, size)
+
+
+def test_what_soundfile_cannot_read_is_not_called_truncated(tmp_path):
+    path = tmp_path / "a"
+    nist = encode("NIST").replace(b"sample_coding -s3 pcm\n", b"sample_coding -s26 pcm,embedded-shorten-v2.00\n")
+    path.write_bytes(nist[:30000])
+    error = outcome(path, [])[1]
+    assert error.reason == "unreadable" and "is compressed (pcm,embedded-shorten-v2.00)" in str(error)
+    wav = encode()
+    listed = b"LIST" + struct.pack("<I", 4 + len(wav) - 36) + b"wavl" + wav[36:]
+    path.write_bytes(wav[:4] + struct.pack("<I", 28 + len(listed)) + wav[8:36] + listed)
+    error = outcome(path, [])[1]
+    assert error.reason == "unreadable" and "in a list of chunks (wavl)" in str(error)
 
 
 def test_chunks_and_tags_around_the_samples_are_left_out(tmp_path):

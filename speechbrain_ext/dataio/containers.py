@@ -6,8 +6,9 @@ as if it were all. Decoding is its work; here the headers, pages and frames are 
 * whether all of the bytes that a header states are there (WAV, RF64, W64, AIFF, SVX, CAF, AU, NIST, VOC, AVR, HTK, MAT4,
   MAT5, MPC2K, SDS, WVE, XI), every page of an Ogg stream with the right checksum, every frame of an MP3 file;
 * what comes after them: tags, further chunks and up to ``LONGEST_TRAILER`` bytes of any kind are left out, a second file
-  is not;
-* which parts a joined file has: Ogg, MP3 and FLAC files may be written one after the other, and each part is read.
+  is not, nor is a second chunk of samples;
+* which parts a joined file has: Ogg, MP3 and FLAC files may be written one after the other, with tags between them, and
+  each part is read.
 
 What no header or frame can reveal is taken for whole: an MP3 without a Xing header, or a headerless GSM 6.10 file, cut
 exactly between two frames; files whose headers state no length (IRCAM, PAF, PVF, SD2, XI as libsndfile writes it; WAV, AU
@@ -22,13 +23,16 @@ import zlib
 from itertools import pairwise
 from typing import NamedTuple
 
-UNKNOWN_WAV_SIZE = 0x7FFF0000
-"""A program that writes WAV to a pipe cannot know the size and states the largest it can: from this (SoX, rounded down to a
-whole sample) up to 0xFFFFFFFF (ffmpeg)."""
+UNKNOWN_WAV_SIZE, UNKNOWN_IFF_SIZE = 0x7FFF0000, 0x7EFF0000
+"""A program that writes WAV or AIFF to a pipe cannot know the size and states the largest it can: from this (SoX, rounded
+down to a whole sample) up to 0xFFFFFFFF (ffmpeg)."""
 
 LONGEST_TRAILER = 1024
 """Bytes of an unknown kind after the samples that are taken for padding; more may be samples, as when a recorder that
 writes its header again from time to time was stopped."""
+
+OGG_SOUNDS = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ", b"CELT    ", b"PCM     ")
+"""How the first packet of an Ogg stream of sound begins; others hold pictures, text or an index."""
 
 # Ogg's CRC runs over the bits of a byte in the other order than zlib's.
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -81,13 +85,15 @@ class Chunks(NamedTuple):
     """Name of the chunk that holds the samples."""
     lead: int = 0
     """Bytes of that chunk in front of the samples."""
+    unknown: int = 2**62
+    """The least size that a program states which writes to a pipe and cannot know it."""
 
 
-RIFF = Chunks(12, "<4sI")
-RIFX = Chunks(12, ">4sI")
+RIFF = Chunks(12, "<4sI", unknown=UNKNOWN_WAV_SIZE)
+RIFX = Chunks(12, ">4sI", unknown=UNKNOWN_WAV_SIZE)
 W64 = Chunks(40, "<16sQ", 8, 24, b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a")
-AIFF = Chunks(12, ">4sI", samples=b"SSND", lead=8)
-SVX = Chunks(12, ">4sI", samples=b"BODY")
+AIFF = Chunks(12, ">4sI", samples=b"SSND", lead=8, unknown=UNKNOWN_IFF_SIZE)
+SVX = Chunks(12, ">4sI", samples=b"BODY", unknown=UNKNOWN_IFF_SIZE)
 CAF = Chunks(8, ">4sq", 1, samples=b"data", lead=4)
 
 
@@ -209,6 +215,12 @@ def _chunk_parts(style, name, to_end=False):
                 large = int.from_bytes(_read(file, data + 8, 8), "little")
             elif chunk == b"fmt " and style in (RIFF, RIFX):
                 tag = int.from_bytes(_read(file, data, 2), "little" if style == RIFF else "big")
+            elif chunk == b"LIST" and _read(file, data, 4) == b"wavl":
+                raise ContainerError(
+                    "keeps its samples in a list of chunks (wavl), which soundfile does not read; convert it to a plain WAV with "
+                    "an audio editor",
+                    "unreadable",
+                )
             elif chunk == style.samples:
                 if large is not None and stated == 0xFFFFFFFF:
                     stated = large
@@ -216,10 +228,10 @@ def _chunk_parts(style, name, to_end=False):
         else:
             raise ContainerError("is truncated or damaged: it ends before its samples begin")
         present = size - data
-        unknown = stated < 0 if style == CAF else style in (RIFF, RIFX) and large is None and stated >= UNKNOWN_WAV_SIZE
+        unknown = stated < 0 if style == CAF else stated >= (style.unknown if large is None else 2**62)
         if unknown and (stated < 0 or present < stated):
-            # of the RIFF header, only what comes after the size is the same in any file
-            repeated = _read(file, begin, 16)[8:] if style in (RIFF, RIFX) else _read(file, begin, 12)
+            # of a header with a size of 32 bits, only what comes after the size is the same in any file
+            repeated = _read(file, begin, 12) if style in (W64, CAF) else _read(file, begin, 16)[8:]
             _refuse_repeated(file, repeated, data, size, name)
             end = size
         else:
@@ -285,10 +297,11 @@ def _compare(file, data, stated, size, style=None):
 
 def _check_trailer(file, position, size, stated, style=None):
     """Refuse what comes after the samples if it may be samples, or is a second file."""
-    if not _is_trailer(file, position, size, style) and size - position > LONGEST_TRAILER:
+    begin = _after_tags(file, position, size)
+    if not _is_trailer(file, begin, size, style) and size - begin > LONGEST_TRAILER:
         states = "its last frame or page ends" if stated is None else f"the {stated} bytes of samples that its header states end"
         raise ContainerError(
-            f"holds more than can be read: {states} at byte {position}, and {size - position} bytes that are no tags follow, as "
+            f"holds more than can be read: {states} at byte {position}, and {size - begin} bytes that are no tags follow, as "
             "when a recording was stopped or files were joined; recover it with an audio editor",
             "unfinished",
         )
@@ -301,10 +314,7 @@ def _is_trailer(file, position, size, style=None):
         for pattern, name, _ in KINDS:
             if name not in WEAK and pattern.match(head):
                 raise _joined(name, position)
-        if head.startswith((b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")):
-            following = _after_id3(file, position, size)
-            if following == position:
-                return True  # these are always last
+        if (following := _after_tags(file, position, size)) > position:
             position = following
             continue
         if head[0] == 0:
@@ -315,6 +325,12 @@ def _is_trailer(file, position, size, style=None):
             return False
         name, stated = struct.unpack(style.head, head[:length])
         stated -= style.own_head
+        if name == style.samples and stated > style.lead:
+            raise ContainerError(
+                f"holds more than one chunk of samples, of which soundfile reads only one: another begins at byte {position}; "
+                "convert it to WAV with an audio editor",
+                "joined",
+            )
         if not all(32 <= byte < 127 for byte in name[:4]) or not 0 <= stated <= size - position - length:
             return False
         position += length + stated + -stated % style.align
@@ -342,6 +358,11 @@ def _au(file, begin, size):
 
 def _nist(file, begin, size):
     text = _read(file, begin, 1024).decode("latin-1")
+    coding = re.search(r"^sample_coding -s\d+ +(\S+)", text, re.M)
+    if coding and "," in coding[1]:
+        raise ContainerError(
+            f"is compressed ({coding[1]}), which soundfile does not read; convert it to WAV, as with sph2pipe", "unreadable"
+        )
     fields = {name: int(value) for name, value in re.findall(r"^(\w+) -(?:i|s\d+) +(\d+)\s*$", text, re.M)}
     if not {"sample_count", "channel_count", "sample_n_bytes"} <= fields.keys():
         raise ValueError("fields are missing")
@@ -439,8 +460,17 @@ def _sds(file, begin, size):
 
 def _ogg_parts(file, begin, size):
     """Walk over the pages of an Ogg file (RFC 3533, section 6); streams may follow one another (section 4)."""
-    position, due, unfinished, starts, in_heads = begin, {}, set(), [begin], True
-    while (head := _read(file, position, 27))[:4] == b"OggS":
+    position, due, unfinished, starts, ends, in_heads, sounds = begin, {}, set(), [begin], [], True, 0
+    while True:
+        head = _read(file, position, 27)
+        if head[:4] != b"OggS" and due and not unfinished:  # between two files that were joined
+            following = _after_tags(file, position, size)
+            head = _read(file, following, 27)
+            if head[:4] == b"OggS" and len(head) == 27 and head[5] & 2:
+                ends.append(position)
+                position = following
+        if head[:4] != b"OggS":
+            break
         segments = file.read(head[26]) if len(head) == 27 else b""
         body = file.read(sum(segments))
         if len(head) < 27 or len(segments) < head[26] or len(body) < sum(segments):
@@ -455,9 +485,18 @@ def _ogg_parts(file, begin, size):
         if flags & 2 and not in_heads:  # the first page of a stream that follows another
             if unfinished:
                 raise ContainerError(f"is truncated or damaged: the Ogg stream before byte {position} has no last page")
-            due, in_heads = {}, True
+            due, in_heads, sounds = {}, True, 0
+            if len(ends) < len(starts):
+                ends.append(position)
             starts.append(position)
         in_heads = in_heads and bool(flags & 2)
+        sounds += in_heads and body.startswith(OGG_SOUNDS)
+        if sounds > 1:
+            raise ContainerError(
+                f"holds several streams of sound side by side, of which soundfile reads only one: another begins at byte "
+                f"{position}; write each to a file of its own",
+                "joined",
+            )
         if number != due.get(serial, number):
             raise ContainerError(f"is truncated or damaged: Ogg pages are missing before byte {position}")
         due[serial] = number + 1
@@ -468,7 +507,7 @@ def _ogg_parts(file, begin, size):
     if unfinished or not due or _read(file, position, 4) == b"OggS":
         raise ContainerError(f"is truncated or damaged: its Ogg stream breaks off at byte {position} of {size}")
     _check_trailer(file, position, size, None)
-    return [Part(*pair) for pair in pairwise([*starts, position])]
+    return [Part(*pair) for pair in zip(starts, [*ends, position], strict=True)]
 
 
 def _flac_parts(file, begin, size):
@@ -580,7 +619,7 @@ def _mpeg_parts(file, begin, size):
                 f"is truncated or damaged: its last MPEG frame has {frame.size} bytes and only {size - position} follow"
             )
         if frame is None:
-            if (following := _after_id3(file, position, size)) == position:
+            if (following := _after_tags(file, position, size)) == position:
                 break
             finish()
             start, position = None, following
@@ -595,13 +634,22 @@ def _mpeg_parts(file, begin, size):
         position += frame.size
         frames += 1
     finish()
-    _check_mpeg_trailer(file, position, size)
+    _check_mpeg_trailer(file, position, size, counted=stated == count)
     return parts or [Part(begin, size)]
 
 
-def _check_mpeg_trailer(file, position, size):
-    """After the last frame, nothing may follow that has frames again."""
+def _check_mpeg_trailer(file, position, size, counted):
+    """After the last frame, nothing may follow that has frames again.
+
+    Zeros may stand in the place of frames, as in a download that stopped, unless the frames were ``counted`` by a header.
+    """
     if _is_trailer(file, position, size):
+        zeros = 0 if counted else _count_zeros(file, _after_tags(file, position, size), size)
+        if zeros > LONGEST_TRAILER:
+            raise ContainerError(
+                f"is truncated or damaged: {zeros} bytes of zeros follow its last MPEG frame, as when a download stopped, and no "
+                "header states how many frames there should be"
+            )
         return
     following = _first_mpeg_frame(file, position, size, 2**20)
     if following is not None:
@@ -650,6 +698,57 @@ def _after_id3(file, position, size):
             raise ContainerError(f"is truncated or damaged: it ends within the ID3 tag at byte {position}")
         position = end
     return position
+
+
+def _after_tags(file, position, size):
+    """Where the tags that begin at a position end, by the sizes that they have; another file may follow.
+
+    Bytes that begin like a tag and do not end like one are none: they may be samples.
+    """
+    while position < size:
+        end = _after_id3(file, position, size)
+        if end == position:
+            end = _after_tag(file, position, size)
+        if not position < end <= size:
+            break
+        position = end
+    return position
+
+
+def _after_tag(file, position, size):
+    """Where a tag that is no ID3v2 ends; where it begins if there is none."""
+    head = _read(file, position, 32)
+    if head.startswith(b"TAG+"):  # the extension of ID3v1, always in front of it
+        return position + 227 if _read(file, position + 227, 3) == b"TAG" else position
+    if head.startswith(b"TAG"):
+        return position + 128
+    if head.startswith(b"3DI"):  # a footer of ID3v2
+        return position + 10
+    if head.startswith(b"LYRICSBEGIN"):
+        text = _read(file, position, 2**20)  # a size has six digits
+        for match in re.finditer(rb"(\d{6})LYRICS200|LYRICSEND", text):
+            if match[1] is None or int(match[1]) == match.start():
+                return position + match.end()
+        return position
+    if head.startswith(b"APETAGEX") and len(head) == 32:
+        _, stated, _, flags = struct.unpack("<4I", head[8:24])
+        return position + 32 + (stated if flags & 1 << 29 else 0)  # a header, or a footer, which is all that is left
+    for footer in _find(file, b"APETAGEX", position, min(size, position + 2**20)):  # version 1 has no header
+        if int.from_bytes(_read(file, footer + 12, 4), "little") == footer + 32 - position:
+            return footer + 32
+    return position
+
+
+def _count_zeros(file, position, size, step=2**20):
+    """How many bytes of zeros there are at a position."""
+    begin = position
+    while position < size:
+        block = _read(file, position, step)
+        zeros = len(block) - len(block.lstrip(b"\0"))
+        position += zeros
+        if not block or zeros < len(block):
+            break
+    return position - begin
 
 
 def _find(file, needle, start, size, step=2**20):
