@@ -1,5 +1,6 @@
 """Every container and codec that this libsndfile writes: read whole, or refused in a sentence that names the true reason."""
 
+import gzip
 import io
 import random
 import re
@@ -551,9 +552,47 @@ def test_a_file_on_standard_input_is_refused(form, monkeypatch, tmp_path):
         assert "give the file's name instead of -" in str(error.value)
 
 
+def adts(size):
+    return bytes([0xFF, 0xF1, 0x60, 0x40 | size >> 11, size >> 3 & 255, (size & 7) << 5 | 0x1F, 0xFC]).ljust(size, b"\x21")
+
+
+FOREIGN = {
+    "AVI": b"RIFF\x24\x10\0\0AVI LIST",
+    "ASF or WMA": bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
+    "AAC": adts(371) + adts(402),
+    "WavPack": b"wvpk\x60\x03\0\0\x10\x04",
+    "Monkey's Audio": b"MAC \x96\x0f\0\0",
+    "gzip": gzip.compress(bytes(9)),
+    "zip": b"PK\3\4\x14\0\0\0\x08\0",
+    "MPEG-TS": 9 * (b"G\x40\x11\x10" + bytes(184)),
+    "MPEG-PS": b"\0\0\1\xba\x44\0\4\0\4\1",
+    "FLV": b"FLV\1\5\0\0\0\x09",
+    "TTA": b"TTA1\1\0\1\0\x10\0",
+    "DSD": b"DSD \x1c\0\0\0",
+    "SoX": b".SoX\x1c\0\0\0",
+    "Shorten": b"ajkg\2\xfb\xb1",
+    "MP4": b"\0\0\0\x1cftypM4A ",
+    "HTML": b"\n<!DOCTYPE html>\n<title>404",
+    "text": "Größe: no samples, but words.\n".encode() * 9,
+    "UTF-16 text": "no samples, but words\n".encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_audio_on_standard_input_is_refused(name, monkeypatch):
+    noise = b"" if "text" in name else np.random.default_rng(0).bytes(20000)
+    for size in (1, 7, 5000):
+        raw = io.BytesIO(FOREIGN[name] + noise)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read1=lambda n, raw=raw, s=size: raw.read(s))))
+        with pytest.raises(AudioError, match=f"Standard input begins like a file in {name} format") as error:
+            list(stream._pieces(arguments(), 16000))
+        assert "give the file's name" not in str(error.value)  # it would not be read either
+
+
 def test_raw_samples_on_standard_input_are_taken(monkeypatch):
     raw = (signal(16000)[:, 0] * 32767).astype("<i2").tobytes()
-    for head in (b"", b"\xff\xfb\x90\x64", b"\x01\x04", b"\0\0", b"ID3", b"RIFF", b"MZ", b"OggS"[:3]):
+    likenesses = b"\xff\xfb\x90\x64", b"\xff\xf1\x60\x40", b"\x01\x04", b"\0\0", b"ID3", b"RIFF", b"MZ", b"Ogg", b"G", b"<p>"
+    for head in (b"", *likenesses):
         data = head + raw
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(data))))
         wav = torch.cat(list(stream._pieces(arguments(), 16000))).numpy()
@@ -565,6 +604,14 @@ def test_random_samples_look_like_no_file():
     for level in (3, 100, 32767):
         for _ in range(3000):
             assert container_name(generator.integers(-level, level, 1024).astype("<i2").tobytes()) == ""
+
+
+def test_text_looks_like_text():
+    for encoding in ("utf-8", "utf-8-sig", "latin-1"):
+        for text in ("Größe: words, no samples.\n", "hello", "\t1,2\r\n"):
+            assert container_name((4 * text).encode(encoding)) == "text"
+    assert container_name(30 * "日本語".encode()) == "text"
+    assert container_name(b"ab") == container_name(b"words\0") == ""
 
 
 def test_parts_of_a_file_cover_it(tmp_path):

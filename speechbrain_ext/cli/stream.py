@@ -97,15 +97,15 @@ def _pieces(arguments, target, seconds=0.1):
 def _raw_pieces(stdin, size):
     """The bytes of standard input as they come, unless the first of them show that they are no raw samples."""
     from speechbrain_ext.dataio.audio import AudioError
-    from speechbrain_ext.dataio.containers import container_name, head_size
+    from speechbrain_ext.dataio.containers import READABLE, container_name, head_size
 
     head = b""
     while len(head) < head_size(head) and (data := stdin.read1(size)):
         head += data
     if name := container_name(head):
         raise AudioError(
-            f"Standard input begins like a file in {name} format, and - takes raw samples of 16 bits; give the file's name "
-            "instead of -, or convert it to raw samples."
+            f"Standard input begins like a file in {name} format, and - takes raw samples of 16 bits; "
+            + ("give the file's name instead of -, or convert it to raw samples." if name in READABLE else "convert it to those.")
         )
     yield head
     while data := stdin.read1(size):

@@ -16,6 +16,7 @@ or CAF written to a pipe), cut between two samples or followed by other bytes; a
 VOC file without its one-byte terminator; bits that flipped inside uncompressed samples.
 """
 
+import codecs
 import os
 import re
 import struct
@@ -151,7 +152,8 @@ def container_name(head):
     """The name of the file format that some bytes begin with; such bytes are no raw samples.
 
     Two bytes that look like something prove nothing, so signatures shorter than four bytes do not count, and the frame of
-    an MP3 file only if another one follows where it ends. :func:`head_size` says how many bytes that takes.
+    an MP3 or AAC file, or the packet of an MPEG transport stream, only if others follow where it ends. :func:`head_size` says
+    how many bytes that takes. Four bytes or more that are all text are no samples either.
 
     Arguments
     ---------
@@ -176,7 +178,13 @@ def container_name(head):
             return name
     frame = _mpeg_frame(head)
     following = _mpeg_frame(head[frame.size :]) if frame else None
-    return "MP3" if following and following.form == frame.form else ""
+    if following and following.form == frame.form:
+        return "MP3"
+    if (size := _adts_size(head)) and _adts_size(head[size:]) and head[size : size + 3] == head[:3]:
+        return "AAC"
+    if len(head) >= TS_HEAD and any(all(head[at + n * size] == 0x47 for n in range(4)) for size, at in TS_PACKETS):
+        return "MPEG-TS"
+    return "text" if _is_text(head[:HEAD]) else ""
 
 
 def head_size(head):
@@ -187,7 +195,34 @@ def head_size(head):
     >>> head_size(b"RIFF"), head_size(b"\\xff\\xfb\\x90\\x64")
     (64, 2048)
     """
-    return 2048 if _is_mpeg_sync(head) else HEAD
+    if _is_mpeg_sync(head):
+        return 2048
+    if size := _adts_size(head):
+        return max(HEAD, size + 7)
+    return TS_HEAD if any(head[at : at + 1] == b"G" for _, at in TS_PACKETS) else HEAD
+
+
+TS_PACKETS, TS_HEAD = ((188, 0), (192, 4)), 640
+"""Bytes from one packet of an MPEG transport stream to the next, and where its mark is; and bytes that show four of them."""
+
+
+def _adts_size(head):
+    """The size of the AAC frame whose header some bytes begin with, else 0."""
+    if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
+        return 0
+    size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+    return size if size > 7 else 0
+
+
+def _is_text(head):
+    """Whether bytes are all text, in UTF-8 or an encoding of one byte per character."""
+    if len(head) < 4 or re.search(rb"[\0-\x08\x0b\x0e-\x1f\x7f]", head):
+        return False
+    try:
+        # the last character may be cut
+        return all(char.isprintable() or char.isspace() for char in codecs.getincrementaldecoder("utf-8-sig")().decode(head))
+    except UnicodeDecodeError:
+        return len(re.findall(rb"[ -~\s]", head)) >= 0.75 * len(head) >= 0.75 * 16
 
 
 # -------------------- containers that state the size of their samples
@@ -798,9 +833,48 @@ WEAK = {"SDS", "MPC2K", "HTK"}
 """Formats whose first bytes may well be samples."""
 
 FOREIGN = [
-    (ID3, "MP3"),
-    (re.compile(rb"....ftyp", re.S), "MP4"),
-    (re.compile(rb"\x1aE\xdf\xa3"), "Matroska or WebM"),
-    (re.compile(rb"#!AMR"), "AMR"),
+    (re.compile(pattern, re.S), name)
+    for pattern, name in (
+        (ID3.pattern, "MP3"),
+        (rb"....(ftyp|moov|mdat|wide|free|skip)", "MP4"),
+        (rb"\x1aE\xdf\xa3", "Matroska or WebM"),
+        (rb"#!AMR", "AMR"),
+        (rb"RIFF....AVI ", "AVI"),
+        (rb"(RIFF|RIFX|FORM)....[ -~]{4}", "RIFF or IFF"),
+        (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "ASF or WMA"),
+        (rb"ADIF", "AAC"),
+        (rb"wvpk", "WavPack"),
+        (rb"MAC ", "Monkey's Audio"),
+        (rb"TTA[12]", "TTA"),
+        (rb"DSD |FRM8", "DSD"),
+        (rb"\.SoX|XoS\.", "SoX"),
+        (rb"ajkg", "Shorten"),
+        (rb"MPCK|MP\+[\x07\x17\x27]", "Musepack"),
+        (rb"tBaK", "TAK"),
+        (rb"OFR ", "OptimFROG"),
+        (rb"\.ra\xfd|\.RMF", "RealAudio"),
+        (rb"\x7f\xfe\x80\x01", "DTS"),
+        (rb"MThd", "MIDI"),
+        (rb"FLV\x01", "FLV"),
+        (rb"\0\0\x01\xba[\x20-\x7f]", "MPEG-PS"),
+        (rb"APETAGEX", "APE tag"),
+        (rb"\x1f\x8b\x08[\0-\x1f]", "gzip"),
+        (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "zip"),
+        (rb"BZh[1-9]1AY&SY", "bzip2"),
+        (rb"\xfd7zXZ\0", "xz"),
+        (rb"\x28\xb5\x2f\xfd", "Zstandard"),
+        (rb"7z\xbc\xaf\x27\x1c", "7z"),
+        (rb"Rar!\x1a\x07", "RAR"),
+        (rb"\x93NUMPY", "NumPy"),
+        (rb"%PDF-", "PDF"),
+        (rb"\x89PNG\r\n", "PNG"),
+        (rb"\xff\xd8\xff[\xdb\xe0\xe1\xee]", "JPEG"),
+        (rb"\x7fELF", "ELF"),
+        (rb"(?i:(\xef\xbb\xbf)?\s*<(!doctype html|html))", "HTML"),
+        (rb"\xff\xfe([ -~\t\r\n]\0){8}|\xfe\xff(\0[ -~\t\r\n]){8}", "UTF-16 text"),
+    )
 ]
 """Other formats that people send for raw samples."""
+
+READABLE = {name for _, name, _ in KINDS} | {"MP3"}
+"""Names of the formats that can be read from a file."""
