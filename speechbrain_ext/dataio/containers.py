@@ -173,6 +173,8 @@ def container_name(head):
     for pattern, name, _ in KINDS:
         if name not in WEAK and pattern.match(head):
             return name
+    if _is_text(head[:HEAD]):  # before the others, as words may begin like a signature
+        return "HTML" if HTML.match(head) else "text"
     for pattern, name in FOREIGN:
         if pattern.match(head):
             return name
@@ -184,7 +186,7 @@ def container_name(head):
         return "AAC"
     if len(head) >= TS_HEAD and any(all(head[at + n * size] == 0x47 for n in range(4)) for size, at in TS_PACKETS):
         return "MPEG-TS"
-    return "text" if _is_text(head[:HEAD]) else ""
+    return ""
 
 
 def head_size(head):
@@ -832,6 +834,8 @@ KINDS = [
 WEAK = {"SDS", "MPC2K", "HTK"}
 """Formats whose first bytes may well be samples."""
 
+HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", re.I)
+
 FOREIGN = [
     (re.compile(pattern, re.S), name)
     for pattern, name in (
@@ -870,7 +874,6 @@ FOREIGN = [
         (rb"\x89PNG\r\n", "PNG"),
         (rb"\xff\xd8\xff[\xdb\xe0\xe1\xee]", "JPEG"),
         (rb"\x7fELF", "ELF"),
-        (rb"(?i:(\xef\xbb\xbf)?\s*<(!doctype html|html))", "HTML"),
         (rb"\xff\xfe([ -~\t\r\n]\0){8}|\xfe\xff(\0[ -~\t\r\n]){8}", "UTF-16 text"),
     )
 ]
