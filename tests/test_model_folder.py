@@ -140,13 +140,16 @@ def test_a_folder_that_names_speechbrains_searcher_loads(trained, tmp_path):
     folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
     text = (folder / "hyperparams.yaml").read_text()
     assert ("decoders.searchers" in text) == ("decoders.ctc_prefix" in text) == bool(trained[2])
+    text = re.sub(r"\n  excluded:(\n  - .*)+", "", text)  # which SpeechBrain's searcher does not know
+    (folder / "hyperparams.yaml").write_text(text)
+    file = str(trained[0] / "middle.flac")
+    ours = load_model(folder, "cpu").transcribe_file(file)
     text = text.replace("speechbrain_ext.decoders.searchers", "speechbrain.decoders")
     text = text.replace("speechbrain_ext.decoders.ctc_prefix", "speechbrain.decoders.scorer")
     text = re.sub(r"\n *excluded:(?: \[.*\]|(?:\n *- .*)+)", "", text)  # which theirs does not know
     (folder / "hyperparams.yaml").write_text(text)
     parse(text)
-    file = str(trained[0] / "middle.flac")
-    assert load_model(folder, "cpu").transcribe_file(file) == load_model(trained[0] / "model", "cpu").transcribe_file(file)
+    assert load_model(folder, "cpu").transcribe_file(file) == ours
 
 
 class Trap:
@@ -390,3 +393,102 @@ def test_a_folder_of_a_later_format_is_refused(trained, tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, "format_version": version}))
         with pytest.raises(UserError, match=f"format version {version!r}, and this speechbrain_ext reads 1 to"):
             load_model(folder, "cpu")
+
+
+# -------------------- a stranger's folder with values that no model has
+
+
+def edited(tmp_path, kind, old, new):
+    """A folder of tests/data with one change of its hyperparams.yaml."""
+    folder = shutil.copytree(ROOT / "tests" / "data" / "model_folders" / f"{kind}-v1", tmp_path / "edited")
+    text = (folder / "hyperparams.yaml").read_text()
+    assert old in text
+    (folder / "hyperparams.yaml").write_text(text.replace(old, new, 1))
+    return folder
+
+
+def refused(folder):
+    """The sentence that loading refuses a folder with, at once."""
+    began = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        load_model(folder, "cpu")
+    message = str(caught.value)
+    assert time.perf_counter() - began < 20
+    assert str(folder) in message and "\n" not in message and message.endswith("."), message
+    return message
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        *(("num_encoder_layers: 3", f"num_encoder_layers: {number}") for number in (10**9, 10**6, -(10**12))),
+        *(("num_decoder_layers: 1", f"num_decoder_layers: {number}") for number in (10**9, 10**6)),
+        *(("n_mels: 80", f"n_mels: {number}") for number in (10**9, 10**6)),
+        *(("d_model: 8", f"d_model: {number}") for number in (10**9, 10**6)),
+        *(("  - 4\n", f"  - {number}\n") for number in (10**9, 10**6)),
+        *(("kernel_size: 3", f"kernel_size: {number}") for number in (10**9 + 1, 10**6 - 1)),
+        *(("kernel_size: 3", f"kernel_size: 3\n  max_length: {number}") for number in (10**9, 10**6)),
+        ("n_neurons: 25", "n_neurons: 1000000"),
+        ("sample_rate: 16000", "sample_rate: 1000000000"),
+    ],
+)
+def test_a_model_larger_than_its_weights_is_refused_at_once(old, new, tmp_path):
+    message = refused(edited(tmp_path, "joint", old, new))
+    # What is larger by little enough to be built does not fit the weights
+    assert any(flaw in message for flaw in ("larger than 1000000", "far larger than its weights", "size mismatch"))
+
+
+VALUES = ["x", "[8]", "{a: 1}", "1.5", "-1", "!name:torch.nn.ReLU", "!!int abc", "!!float x", "!!bool x", "9" * 5000]
+
+
+@pytest.mark.parametrize("value", [*VALUES, ".nan"], ids=lambda value: value[:20])
+@pytest.mark.parametrize(
+    "old", ["d_model: 8", "num_encoder_layers: 3", "kernel_size: 3", "n_mels: 80", "tgt_vocab: 25", "nhead: 2", "  - 4"]
+)
+def test_a_size_that_is_none_is_refused_in_one_sentence(old, value, tmp_path):
+    assert "is damaged: hyperparams.yaml: " in refused(edited(tmp_path, "joint", old, f"{old[: old.rindex(' ')]} {value}"))
+
+
+@pytest.mark.parametrize("value", VALUES[-4:], ids=lambda value: value[:20])
+def test_a_value_that_its_tag_does_not_fit_is_refused(value, tmp_path):
+    assert "is no " in refused(edited(tmp_path, "ctc", "blank_index: 0", f"blank_index: {value}"))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("encoder_kwargs: {}", "encoder_kwargs: [1]"),
+        ("!name:torch.nn.GELU", "!name:speechbrain.decoders.ctc.ctc_greedy_decode"),
+        ("!name:torch.nn.GELU", "gelu"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(old, new, tmp_path):
+    assert "does not take its arguments" in refused(edited(tmp_path, "ctc", old, new))
+
+
+class Faulty(ConvolutionSubsampling):
+    """A front end of a user's own with a bug."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.width = None + 1
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_bug_of_a_front_end_of_one_s_own_keeps_its_traceback(trust, tmp_path, monkeypatch):
+    path = f"{__name__}.Faulty"
+    monkeypatch.setitem(registry._LOADABLE, path, Faulty)
+    folder = edited(tmp_path, "ctc", "speechbrain_ext.lobes.subsampling.ConvolutionSubsampling", path)
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        load_model(folder, "cpu", trust=trust)
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8, torch.bool])
+@pytest.mark.parametrize("name", ["", "normalize.glob_mean"])
+def test_weights_of_another_type_are_refused(name, dtype, tmp_path):
+    folder = edited(tmp_path, "ctc", "ctc", "ctc")
+    state = load_file(folder / "asr.safetensors")
+    change = {key for key, value in state.items() if value.is_floating_point() and key.startswith(name)}
+    save_file({key: value.to(dtype) if key in change else value for key, value in state.items()}, folder / "asr.safetensors")
+    assert f"is {str(dtype)[6:]} and not float32" in refused(folder)

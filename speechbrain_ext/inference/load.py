@@ -13,7 +13,7 @@ from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.inference.models import CLASSES
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import Refused, build
-from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights
+from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.files import file_digest
 
@@ -148,7 +148,7 @@ def _build(source, folder, trust):
     """The objects of hyperparams.yaml."""
     try:
         text = (folder / HYPERPARAMS).read_text(encoding="utf-8")
-        return load_hyperpyyaml(text) if trust else build(text)
+        return load_hyperpyyaml(text) if trust else build(text, weights_size(folder / WEIGHTS))
     except Refused as error:
         raise UserError(
             f"The {HYPERPARAMS} of {source} has {error}, which is no part of a model that training writes, and could run any "

@@ -15,17 +15,29 @@ mapping, list, number, text, null      plain values; keys are texts; no anchors,
 SpeechBrain's own loader reads the same files and gives the same objects.
 """
 
+import contextlib
 import functools
+import math
 import re
 
 import ruamel.yaml
+import torch
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from speechbrain_ext.model_folder.allowlist import CLASSES, WITHOUT_ARGUMENTS, find_class, find_name
+from speechbrain_ext.model_folder.allowlist import WITHOUT_ARGUMENTS, find_class, find_name, runs_foreign_code
 from speechbrain_ext.utils.errors import UserError, one_line
 
 LARGEST_TEXT, MOST_NODES, DEEPEST = 2**17, 5_000, 40
 """Limits of a file: bytes, nodes and nesting. Files of ours have 3 kB, 300 nodes and 5 levels."""
+
+LARGEST_NUMBER = 1_000_000
+"""Whole numbers of a file: sizes, counts, tokens and rates. What a loop or a table takes from it stays small."""
+SPARE_ELEMENTS, SPARE_CALLS = 50_000_000, 20_000
+"""What building may make beside the weights in the file, such as tables, and how often it may call PyTorch: seconds at most."""
+ELEMENTS_PER_BYTE, CALLS_PER_TENSOR = 2, 50
+"""Likewise, for what is in the file; ours make each weight once and call PyTorch some 5 times for it."""
 
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
 _LIST, _MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
@@ -84,13 +96,16 @@ def parse(text):
     return nodes
 
 
-def build(text):
+def build(text, weights=None):
     """The objects that a file describes.
 
     Arguments
     ---------
     text : str
         The content of a ``hyperparams.yaml``.
+    weights : tuple of int, optional
+        Bytes and number of the weights that the model will be given: a model that is far larger is refused, before it fills the
+        memory.
 
     Returns
     -------
@@ -100,14 +115,16 @@ def build(text):
     Raises
     ------
     UserError
-        As :func:`parse`, or where a class does not take its arguments.
+        As :func:`parse`, where a class does not take its arguments, or the model is larger than its weights.
 
     Example
     -------
     >>> build("size: 3\\nhead: !new:speechbrain.nnet.linear.Linear {input_size: !ref <size>, n_neurons: 2}")["head"].w.in_features
     3
     """
-    return _Builder(parse(text)).all()
+    nodes = parse(text)
+    with contextlib.nullcontext() if weights is None else _Budget(*weights):
+        return _Builder(nodes).all()
 
 
 def _compose(text):
@@ -144,6 +161,8 @@ def _check(node, seen, depth):
             raise Refused(tag)
         elif node.value.startswith("("):
             raise Refused(f"the text '{node.value[:60]}'")
+        else:
+            _plain(node)
     elif tag != (_LIST if isinstance(node, SequenceNode) else _MAPPING):
         raise Refused(tag)
     if isinstance(node, MappingNode):
@@ -158,6 +177,57 @@ def _check(node, seen, depth):
     elif isinstance(node, SequenceNode):
         for child in node.value:
             _check(child, seen, depth + 1)
+
+
+def _plain(node):
+    """The value of a number, text or null."""
+    try:
+        value = ruamel.yaml.SafeLoader("").construct_object(node)
+    except Exception as error:  # such as "!!int abc"; the constructors raise what their conversions raise
+        raise UserError(f"'{node.value[:40]}' is no {str(node.tag).rpartition(':')[2]}") from error
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise UserError(f"the number {node.value[:40]} is larger than {LARGEST_NUMBER}")
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"'{node.value[:40]}' is no number")
+    return value
+
+
+class _Budget(TorchDispatchMode):
+    """Refuses a tensor before it is made, if what has been made is then far more than the weights of the model."""
+
+    def __init__(self, size, tensors):
+        super().__init__()
+        self._elements = SPARE_ELEMENTS + ELEMENTS_PER_BYTE * size
+        self._calls = SPARE_CALLS + CALLS_PER_TENSOR * tensors
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._calls -= 1
+        if not function.__name__.partition(".")[0].endswith("_"):  # in place
+            self._elements -= _elements(function, args, kwargs)
+        if self._calls < 0 or self._elements < 0:
+            raise UserError("it describes a model that is far larger than its weights")
+        return function(*args, **kwargs)
+
+
+def _elements(function, args, kwargs):
+    """Number of elements that a call makes, found without memory; 0 for a view, and where the content decides."""
+    args, kwargs = tree_map(_without_memory, (args, kwargs))
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if not inputs or "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    try:
+        outputs = tree_leaves(function(*args, **kwargs))
+    except Exception:  # no such shape, or none without the content: the call itself answers
+        return 0
+    made = (leaf for leaf in outputs if isinstance(leaf, torch.Tensor) and not leaf._is_view())
+    return sum(leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in made)
+
+
+def _without_memory(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _walk(node):
@@ -175,7 +245,6 @@ class _Builder:
 
     def __init__(self, nodes):
         self._nodes, self._built, self._open = nodes, {}, []
-        self._constructor = ruamel.yaml.SafeLoader("")
 
     def all(self):
         return {key: self._key(key) for key in self._nodes}
@@ -194,7 +263,7 @@ class _Builder:
         if tag == "!ref":
             return self._key(_REFERENCE.fullmatch(node.value)[1])
         if isinstance(node, ScalarNode) and tag in _PLAIN:
-            return self._constructor.construct_object(node)
+            return _plain(node)
         if isinstance(node, MappingNode):
             args, kwargs = (), {key.value: self._value(value) for key, value in node.value}
         elif isinstance(node, SequenceNode):
@@ -212,7 +281,8 @@ class _Builder:
         try:
             return find_class(path)(*args, **kwargs)
         except Exception as error:
-            # The call itself, or a class of another package, which raises what it likes; what another raises is a bug of it
-            if isinstance(error, UserError) or (path not in CLASSES and error.__traceback__.tb_next is not None):
+            # Ours and those of the packages below raise what they like where a value is none for them. What a user's own code
+            # raises is a bug of it, and keeps its traceback.
+            if isinstance(error, UserError) or runs_foreign_code(error):
                 raise
             raise UserError(f"{path} does not take its arguments: {one_line(error)}") from error

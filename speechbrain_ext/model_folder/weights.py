@@ -39,6 +39,22 @@ def save_weights(model, path):
     Path(path).write_bytes(safetensors.torch.save(state))  # its save_file would make a file that only its owner can read
 
 
+def weights_size(path):
+    """Bytes and number of the weights in a file, without reading them.
+
+    Raises
+    ------
+    UserRuntimeError
+        If the file is damaged or no safetensors file.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:  # whose header has to fit the length of the file
+            return path.stat().st_size, len(file.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserRuntimeError(f"{path.name} is damaged, or no safetensors file ({error})") from error
+
+
 def load_weights(model, path):
     """Load what :func:`save_weights` wrote.
 
@@ -59,6 +75,10 @@ def load_weights(model, path):
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserRuntimeError(f"{name} is damaged, or no safetensors file ({error})") from error
+    for key, value in model.state_dict().items():  # PyTorch would convert some of them in silence, and keep others as they are
+        if key in state and state[key].dtype != value.dtype:
+            kinds = f"{state[key].dtype} and not {value.dtype}".replace("torch.", "")
+            raise UserRuntimeError(f"{name} holds the weights of another model ({key} is {kinds})")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # one line a group of names, or a name
