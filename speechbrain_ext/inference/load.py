@@ -1,17 +1,24 @@
 """Loading a trained model, from a folder or from Hugging Face."""
 
+import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.decoders.ctc import ctc_greedy_decode
+from speechbrain.decoders.seq2seq import S2SBeamSearcher
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
-from speechbrain_ext.inference.models import CLASSES
+from speechbrain_ext.inference.models import CLASSES, CtcModel
+from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
+from speechbrain_ext.model_folder.allowlist import is_known, runs_foreign_code
 from speechbrain_ext.model_folder.build import Refused, build
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
@@ -20,6 +27,8 @@ from speechbrain_ext.utils.files import file_digest
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
 """Of hyperparams.yaml, which loading needs."""
+LARGEST_BEAM, LARGEST_RATIO = 1000, 10
+"""Of a search: hypotheses, and tokens per frame. Searches of ours have 66 at most, and 1."""
 
 
 def load_model(source, device=None, pass_name=None, revision=None, trust=False):
@@ -75,15 +84,18 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     kind = CLASSES[_interface(source, folder)]
     values = _build(source, folder, trust)
     _check_keys(source, values, kind)
-    try:
-        load_weights(values["asr_model"], folder / WEIGHTS)
-        load_tokenizer(values["tokenizer"], folder / TOKENIZER)
-    except UserError as error:
-        raise _damaged(source, error) from error
-    model = kind(modules=values["modules"], hparams=values, run_opts={"device": device} if device else None)
-    # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
-    model.hparams.asr_model.to(model.device)
-    _check_answer(source, model)
+    own = trust or _has_own_code(values)
+    with _blaming(source, own):
+        try:
+            load_weights(values["asr_model"], folder / WEIGHTS)
+            load_tokenizer(values["tokenizer"], folder / TOKENIZER)
+        except UserError as error:
+            raise _damaged(source, error) from error
+        _check_decoding_function(source, values, kind, own)
+        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device} if device else None)
+        # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
+        model.hparams.asr_model.to(model.device)
+        _check_answer(source, model)
     model.fingerprint = hashlib.sha256("".join(file_digest(folder / name) for name in FILES).encode()).hexdigest()
     if pass_name is not None:
         model.choose_pass(pass_name)
@@ -169,11 +181,40 @@ def _check_keys(source, values, kind):
             missing = ["modules"]
         else:
             missing = [name for name in kind.MODULES_NEEDED if not isinstance(modules.get(name), torch.nn.Module)]
+            missing += [key for key in ("asr_model", "ctc_lin") if not isinstance(values[key], torch.nn.Module)]
     if missing:
         raise UserError(
             f"The {HYPERPARAMS} of {source} has no {missing[0]}, which {kind.__mro__[2].__name__} needs; it is damaged, or its "
             f"{CONFIG} is that of another model."
         )
+
+
+def _has_own_code(values):
+    """Whether the objects of hyperparams.yaml have parts of a user's own classes."""
+    parts = list(values.values())
+    parts += [part for value in parts if isinstance(value, dict) for part in value.values()]
+    parts += [part for value in parts if isinstance(value, torch.nn.Module) for part in value.modules()]
+    return not all(is_known(type(part).__module__) for part in parts)
+
+
+@contextlib.contextmanager
+def _blaming(source, own):
+    """Blame the folder for what fails; but an error with a user's own code in it may be a bug, and keeps its traceback."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if own or runs_foreign_code(error):
+            raise
+        raise _damaged(source, error) from error
+
+
+def _check_decoding_function(source, values, kind, own):
+    """A function that decodes, before SpeechBrain looks at it."""
+    function = values.get("decoding_function")
+    if kind is CtcModel and not own and getattr(function, "func", None) is not ctc_greedy_decode:
+        raise _damaged(source, f"{HYPERPARAMS}: its decoding_function is not ctc_greedy_decode with a blank_id")
 
 
 def _check_answer(source, model):
@@ -188,6 +229,9 @@ def _check_answer(source, model):
         raise UserError(
             f"The model {source} has a frame every {1000 * step:g} ms; only {1000 * FRAME_SECONDS:g} ms are supported."
         )
+    if stft.n_fft > rate:  # the spectrum of a frame would have more values than a second has samples
+        raise _damaged(source, f"its features have an n_fft of {stft.n_fft}")
+    _check_chunks(source, encoder)
     if not any(model.ctc_head is part for part in model.hparams.asr_model.modules()):
         raise UserError(f"The model {source} has no CTC head: its ctc_lin has no weights; train it with one.")
     statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), encoder.compute_features.compute_fbanks.n_mels
@@ -202,10 +246,63 @@ def _check_answer(source, model):
             f"The {TOKENIZER} of {source} has {tokens} tokens and the model {log_probs.shape[1]}; give it the one that it was "
             "trained with."
         )
-    if model.blank not in range(tokens):
+    if not _is_whole(model.blank, 0, tokens - 1):
         raise UserError(f"The blank_index of {source} is {model.blank}; give one of its {tokens} tokens, in training mostly 0.")
     if not log_probs.isfinite().all():
         raise UserError(f"The model {source} answers NaN: its weights or statistics are no numbers; take an earlier checkpoint.")
+    _check_search(source, model, tokens)
+    try:
+        model.transcribe_batch(torch.zeros(1, rate // 10), torch.ones(1))
+    except UserError as error:
+        raise _damaged(source, error) from error
+
+
+def _check_chunks(source, encoder):
+    """What a stream and long files take from the model."""
+    size, left, multiple = encoder.chunk_size, encoder.left_context, getattr(encoder.transformer.encoder, "chunk_multiple", 1)
+    if size is not None and not (_is_whole(size, 1, LARGEST_CHUNK) and size % multiple == 0):
+        raise _damaged(source, f"its chunk_size is {size!r}; chunks have 1 to {LARGEST_CHUNK} frames, a multiple of {multiple}")
+    if left is not None and not _is_whole(left, 0, math.inf):
+        raise _damaged(source, f"its left_context is {left!r}, and no number of chunks")
+
+
+def _check_search(source, model, tokens):
+    """What a search would find wrong in the midst of a file only, or not at all."""
+    function, search = getattr(model, "decoding_function", None), getattr(model.mods, "decoder", None)
+    if isinstance(function, functools.partial) and function.func is ctc_greedy_decode:
+        blank = function.keywords.get("blank_id", -1)
+        if not _is_whole(blank, -tokens, tokens - 1) or blank % tokens != model.blank:
+            raise _damaged(source, f"its blank_index is {model.blank}, and the blank_id of its decoding_function {blank!r}")
+    if not isinstance(search, S2SBeamSearcher):
+        return
+    for name in ("bos_index", "eos_index"):
+        if not _is_whole(getattr(search, name), 0, tokens - 1):
+            raise _damaged(source, f"its {name} is {getattr(search, name)!r}, and none of its {tokens} tokens")
+    if not all(_is_whole(token, 0, tokens - 1) for token in getattr(search, "excluded", ())):
+        raise _damaged(source, f"its search excludes {search.excluded}, which are not all of its {tokens} tokens")
+    if not _is_whole(search.beam_size, 1, LARGEST_BEAM):
+        raise _damaged(source, f"its beam_size is {search.beam_size!r}; searches have 1 to {LARGEST_BEAM} hypotheses")
+    if not _is_number(search.max_decode_ratio, 0, LARGEST_RATIO):
+        raise _damaged(source, f"its max_decode_ratio is {search.max_decode_ratio!r}, and no number up to {LARGEST_RATIO}")
+    temperature = getattr(search, "temperature", 1)  # of the searchers for Transformers
+    if not _is_number(temperature, 1e-3, 1e3):
+        raise _damaged(source, f"its temperature is {temperature!r}, and no number from 0.001 to 1000")
+    scorer = getattr(search, "scorer", None)
+    for part in [*getattr(scorer, "full_scorers", {}).values(), *getattr(scorer, "partial_scorers", {}).values()]:
+        for name, stated in (("blank_index", model.blank), ("eos_index", search.eos_index)):
+            if getattr(part, name, stated) != stated:
+                raise _damaged(source, f"its {name} is {stated}, and that of a scorer {getattr(part, name)!r}")
+    for name, weight in getattr(scorer, "weights", {}).items():
+        if not _is_number(weight, -1e3, 1e3):
+            raise _damaged(source, f"its scorer {name} has the weight {weight!r}")
+
+
+def _is_whole(value, least, most):
+    return type(value) is int and least <= value <= most
+
+
+def _is_number(value, least, most):
+    return type(value) in (int, float) and least <= value <= most  # NaN is not
 
 
 def _damaged(source, error):
