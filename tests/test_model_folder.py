@@ -178,6 +178,8 @@ def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monk
     states = [values["asr_model"].state_dict() for values in (ours, theirs)]
     assert {name: value.shape for name, value in states[0].items()} == {name: value.shape for name, value in states[1].items()}
     assert set(ours) == set(theirs) and ours["modules"].keys() == theirs["modules"].keys()
+    sizes = [value.nbytes for value in states[0].values()]
+    assert build(text, (sum(sizes), len(sizes))).keys() == ours.keys()  # no larger than its weights allow
     card = model_card(tree, "EncoderASR", [])
     assert YAML(typ="safe").load(card.split("---\n")[1])["pipeline_tag"] == "automatic-speech-recognition"
     assert ("--pass first" in card) == (tree["encoder"] == "cascade")
