@@ -13,6 +13,8 @@ from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError
 from speechbrain_ext.utils.text import listing
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def save_weights(model, path):
     """Write the weights and buffers of a model.
@@ -56,7 +58,7 @@ def weights_size(path):
 
 
 def load_weights(model, path):
-    """Load what :func:`save_weights` wrote.
+    """Load what :func:`save_weights` wrote; floating-point weights may be kept in another precision than the model's.
 
     Arguments
     ---------
@@ -75,8 +77,10 @@ def load_weights(model, path):
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserRuntimeError(f"{name} is damaged, or no safetensors file ({error})") from error
-    for key, value in model.state_dict().items():  # PyTorch would convert some of them in silence, and keep others as they are
-        if key in state and state[key].dtype != value.dtype:
+    for key, value in model.state_dict().items():  # PyTorch would convert some of them, and keep others as they are
+        if key in state and value.is_floating_point() and state[key].dtype in FLOATS:
+            state[key] = state[key].to(value.dtype)
+        elif key in state and state[key].dtype != value.dtype:
             kinds = f"{state[key].dtype} and not {value.dtype}".replace("torch.", "")
             raise UserRuntimeError(f"{name} holds the weights of another model ({key} is {kinds})")
     try:
