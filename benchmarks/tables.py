@@ -36,7 +36,7 @@ def results():
     runs = {}
     for row in (row for path in RESULTS for row in read(path) if row["search"].endswith("ctc_greedy")):
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
-        run = " ".join((row["experiment"], row["overrides"])).strip()
+        run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
         key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
         runs.setdefault((*key, row["audio_seconds_per_second"], row["peak_memory_mib"]), []).append(
             f"{row['test_set']} {float(row['WER']):.1f}" + f" ({answer})" * bool(answer)

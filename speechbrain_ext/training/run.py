@@ -248,7 +248,8 @@ def check_writable(path):
 def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
     """The files and the overrides that make the run: without a data folder, the fallback's are among them."""
     overrides = parse_overrides(overrides)
-    asked = " ".join(f"--{key} {_plain(value)}" for key, value in (overrides | _brain_options(run_opts)).items())
+    given = {key: value for key, value in (overrides | _brain_options(run_opts)).items() if key != "experiment"}
+    asked = " ".join(f"--{key} {_plain(value)}" for key, value in given.items())
     overrides |= paths
     files = [hparams_file, *([corpus] if corpus else [])]
     if corpus == "":
