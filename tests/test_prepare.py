@@ -368,6 +368,7 @@ def test_harmless_oddities_of_transcripts(small, save):
 
 
 def test_odd_characters_are_reported(small, save, caplog):
+    caplog.set_level(logging.WARNING)  # a training run before it in the same process lets more through
     prepare_train(small, save)
     assert not caplog.text
     small.edit("train-a", "100-1-0000", b"0000 THE", "0000 ÇA 4".encode())
@@ -508,7 +509,7 @@ def test_other_rates_and_channels_are_accepted(small, save, caplog):
     prepare_train(small, save)
     row = read_csv(save / "train-a.csv")[0]
     assert float(row["duration"]) == 1.5 and len(load_audio(row["wav"])) == 24000
-    assert "1 files have 44100 Hz; they are resampled to 16000 Hz when read" in caplog.text
+    assert "1 files have 44100 Hz; what is not the model's rate is resampled when read" in caplog.text
     assert "1 files have several channels" in caplog.text
 
 

@@ -129,7 +129,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(mini_corpus.metadata, "version", missing)
-    with pytest.raises(ModuleNotFoundError, match="pip install espeakng-loader"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[recipes\]'"):
         build_mini_corpus(tmp_path)
 
 

@@ -145,5 +145,5 @@ def read_csv(path, fields=None):
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
-            raise UserError(f"{path} has other columns than {', '.join(fields)}; give another file.")
+            raise UserError(f"{path} has the columns of something else, or of another version; give another file.")
         return list(reader)
