@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -182,6 +184,18 @@ def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monk
     card = model_card(tree, "EncoderASR", [])
     assert YAML(typ="safe").load(card.split("---\n")[1])["pipeline_tag"] == "automatic-speech-recognition"
     assert ("--pass first" in card) == (tree["encoder"] == "cascade")
+
+
+@pytest.mark.parametrize("name", ["ctc", "joint", "cascade", "fused"])
+def test_loading_does_not_import_pytorchs_compiler(name):
+    """It takes a second, for nothing."""
+    folder = ROOT / "tests" / "data" / "model_folders" / f"{name}-v1"
+    code = (
+        f"import sys; from speechbrain_ext.inference import load_model; load_model({str(folder)!r}, 'cpu'); "
+        "print(sorted({'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 # -------------------- a stranger's folder runs nothing

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import re
+from itertools import zip_longest
 
 import ruamel.yaml
 import torch
@@ -193,7 +194,11 @@ def _plain(node):
 
 
 class _Budget(TorchDispatchMode):
-    """Refuses a tensor before it is made, if what has been made is then far more than the weights of the model."""
+    """Refuses what is made beyond the weights of the model by far; a tensor that may be large, before it is made."""
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled here, and saying so to PyTorch would import its whole compiler
 
     def __init__(self, size, tensors):
         super().__init__()
@@ -202,26 +207,57 @@ class _Budget(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._calls -= 1
-        if not function.__name__.partition(".")[0].endswith("_"):  # in place
-            self._elements -= _elements(function, args, kwargs)
+        self._spend(calls=1)
+        if function.__name__.partition(".")[0].endswith("_"):  # in place
+            return function(*args, **kwargs)
+        if _most_elements(function, (args, kwargs)) > SPARE_ELEMENTS:
+            self._spend(_elements_without_memory(function, args, kwargs))
+            return function(*args, **kwargs)
+        outputs = function(*args, **kwargs)
+        self._spend(_elements(outputs))
+        return outputs
+
+    def _spend(self, elements=0, calls=0):
+        self._elements -= elements
+        self._calls -= calls
         if self._calls < 0 or self._elements < 0:
             raise UserError("it describes a model that is far larger than its weights")
-        return function(*args, **kwargs)
 
 
-def _elements(function, args, kwargs):
-    """Number of elements that a call makes, found without memory; 0 for a view, and where the content decides."""
+def _most_elements(function, arguments):
+    """A number of elements that the call makes no more of."""
+    leaves = tree_leaves(arguments)
+    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if function.is_view:
+        return 0
+    if shapes and torch.Tag.pointwise in function.tags:
+        # Broadcast, from the last axis on; PyTorch's own function would import its compiler
+        return math.prod(max(sizes) for sizes in zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1))
+    most = math.prod((math.prod(shape) + 1.0) ** 2 for shape in shapes)  # squared, as of a diagonal
+    for leaf in leaves:
+        if isinstance(leaf, int):
+            most *= abs(leaf) + 1.0
+        elif isinstance(leaf, float) and leaf:  # a step between numbers may be small
+            most *= (abs(leaf) + 1) * (1 / abs(leaf) + 1)
+    return most
+
+
+def _elements(outputs):
+    """Number of elements of the tensors that a call has made; those of a view are counted where it comes from."""
+    made = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and not leaf._is_view())
+    return sum(leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in made)
+
+
+def _elements_without_memory(function, args, kwargs):
+    """The same before the call; 0 where the content decides."""
     args, kwargs = tree_map(_without_memory, (args, kwargs))
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not inputs or "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("meta")}
     try:
-        outputs = tree_leaves(function(*args, **kwargs))
+        return _elements(function(*args, **kwargs))
     except Exception:  # no such shape, or none without the content: the call itself answers
         return 0
-    made = (leaf for leaf in outputs if isinstance(leaf, torch.Tensor) and not leaf._is_view())
-    return sum(leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in made)
 
 
 def _without_memory(value):
