@@ -21,8 +21,8 @@ import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
-from speechbrain_ext.training.run import PATHS, UsageError, run  # noqa: E402
-from speechbrain_ext.utils.errors import UserError, one_line  # noqa: E402
+from speechbrain_ext.training.run import PATHS, run  # noqa: E402
+from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
 
 def main(argv=None):

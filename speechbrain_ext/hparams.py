@@ -199,8 +199,12 @@ def _references(node):
         return set().union(*map(_references, node.values()))
     if isinstance(node, list):
         return set().union(*map(_references, node))
-    tag = getattr(getattr(node, "tag", None), "value", None)
-    return set(re.findall(r"<([^>.\[]+)", node.value)) if tag in ("!ref", "!copy") else set()
+    return set(re.findall(r"<([^>.\[]+)", node.value)) if tag_of(node) in ("!ref", "!copy") else set()
+
+
+def tag_of(node):
+    """The tag of a part of parsed hparams, such as ``!new:package.Class``; empty where it has none."""
+    return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
 def _read(path, extended_by=()):
@@ -248,4 +252,4 @@ def _override(tree, overrides):
 
 
 def _is_tagged(value):
-    return isinstance(value, ruamel.yaml.comments.CommentedMap) and value.tag.value is not None
+    return isinstance(value, dict) and bool(tag_of(value))

@@ -28,6 +28,7 @@ from speechbrain_ext.encoders import StreamingContext
 from speechbrain_ext.lobes.fusible import PlainLinear, ScaledLinear
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_sizes, get_encoder
+from speechbrain_ext.utils.errors import one_line
 
 BASELINE = "conformer"
 FEATURES = 80
@@ -358,7 +359,7 @@ def build(group, dims, frames):
         except Exception as error:  # whatever stops one model, the others go on
             if candidate is group[0]:
                 raise
-            errors[candidate] = sentence(error)
+            errors[candidate] = one_line(error)
             continue
         if twin is not None:
             try:
@@ -370,15 +371,10 @@ def build(group, dims, frames):
             except EqualityError:
                 raise
             except Exception as error:
-                errors[twin] = f"it cannot be compared with {candidate.name}: {sentence(error)}"
+                errors[twin] = f"it cannot be compared with {candidate.name}: {one_line(error)}"
                 del models[twin]
         models[candidate] = model.eval()
     return {candidate: models[candidate] for candidate in group if candidate in models}, errors, found
-
-
-def sentence(error):
-    """The message of an error in one line, for a note."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _keys(candidate, dims, converts):

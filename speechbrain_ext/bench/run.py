@@ -31,12 +31,11 @@ from speechbrain_ext.bench.models import (
     folded,
     groups,
     in_int8,
-    sentence,
     with_front_end,
 )
 from speechbrain_ext.registry import build_encoder, list_encoders
 from speechbrain_ext.utils import measure
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import read_csv, write_csv
 
 FRAMES_PER_SECOND = 25
@@ -408,12 +407,12 @@ class _Group:
                 if "int8" in self.settings.forms and self.common["device"] == "cpu":
                     self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
             except Exception as error:  # whatever stops one form, the others go on
-                self.errors |= {(candidate, form): f"failed: {sentence(error)}" for form in FORMS if form != "plain"}
+                self.errors |= {(candidate, form): f"failed: {one_line(error)}" for form in FORMS if form != "plain"}
         for pair, model in list(self.models.items()):
             try:
                 model.to(self.settings.device)
             except Exception as error:  # of memory
-                self.errors[pair] = f"failed: {sentence(error)}"
+                self.errors[pair] = f"failed: {one_line(error)}"
                 del self.models[pair]
         self.fronts = {}
         if self.settings.compiled:
@@ -472,7 +471,7 @@ class _Group:
                     rows[pair]["parameters"] = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
                     rows[pair]["gmacs"] = round(self._macs(cell, pair), 4)
                 except Exception as error:  # whatever stops one model, the others go on
-                    rows[pair]["note"] = f"failed: {sentence(error)}"
+                    rows[pair]["note"] = f"failed: {one_line(error)}"
             return rows
         calls, rounds, states = {}, {}, {}
         for pair in pairs:
@@ -490,13 +489,13 @@ class _Group:
                 rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
             except Exception as error:  # whatever stops one model, the others go on
                 calls.pop(pair, None)
-                rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {sentence(error)}"
+                rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {one_line(error)}"
                 if self.common["device"] == "cuda":
                     torch.cuda.empty_cache()
         failed = {}
         times = measure.alternate(calls, {pair: rounds[pair] for pair in calls}, device=self.settings.device, failed=failed)
         for pair, error in failed.items():
-            rows[pair]["note"] = f"failed: {sentence(error)}"
+            rows[pair]["note"] = f"failed: {one_line(error)}"
         for pair, values in times.items():
             rows[pair] |= self._results(cell, pair, values)
             if pair in states:

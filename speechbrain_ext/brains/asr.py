@@ -347,7 +347,7 @@ class AsrBrain(Brain):
             self.hparams.train_logger.log_stats({"epoch": self.hparams.epoch_counter.current}, test_stats=stats)
 
     def on_evaluate_start(self, max_key=None, min_key=None):
-        """Nothing: what is tested is the model as it is."""
+        """Load no checkpoint: the model is tested as it is."""
 
     # ------------------------------------------------------------------ the trained model
 

@@ -13,7 +13,8 @@ import sys
 import threading
 
 from speechbrain_ext.cli import bench, export, publish, stream, transcribe
-from speechbrain_ext.cli._common import UsageError, say
+from speechbrain_ext.cli._common import say
+from speechbrain_ext.utils.errors import UsageError, UserError
 
 COMMANDS = (transcribe, stream, export, publish, bench)
 
@@ -60,8 +61,6 @@ def _stopped_in_order():
 
 
 def _run(arguments):
-    from speechbrain_ext.utils.errors import UserError
-
     try:
         return arguments.run(arguments)
     except UsageError as error:

@@ -3,9 +3,7 @@
 import sys
 from contextlib import contextmanager, redirect_stdout
 
-
-class UsageError(Exception):
-    """Wrong arguments; the message says what to change."""
+from speechbrain_ext.utils.errors import UsageError, UserError
 
 
 def say(message):
@@ -16,8 +14,6 @@ def say(message):
 @contextmanager
 def usage():
     """Take what the user can mend for wrong usage, and standard output for the results alone, whatever the libraries say."""
-    from speechbrain_ext.utils.errors import UserError
-
     with redirect_stdout(sys.stderr):
         try:
             yield

@@ -6,8 +6,8 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from speechbrain_ext.cli._common import UsageError, say
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.cli._common import say
+from speechbrain_ext.utils.errors import UsageError, UserError
 
 
 def add(commands):
@@ -44,7 +44,7 @@ def add(commands):
     how.add_argument("--stream-seconds", type=int, nargs="+", metavar="N", help="moments of a stream; 60 600")
     how.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of 40 ms per chunk; 16")
     how.add_argument("--left-context", type=int, nargs="+", metavar="CHUNKS", help="-1 = all; -1 10")
-    how.add_argument("--rounds", type=int, metavar="N", help="of which the median counts; 15")
+    how.add_argument("--rounds", type=int, metavar="N", help="repetitions, of which the median is reported; 15")
     how.add_argument("--retry", action="store_true", help="try again what has left a note in place of figures")
     how.add_argument("--budget", type=float, metavar="SECONDS", help="that one model may take in one cell; 120")
     parser.set_defaults(run=run)

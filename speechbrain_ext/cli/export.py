@@ -1,6 +1,7 @@
 """``export``: a model as an ONNX file."""
 
-from speechbrain_ext.cli._common import UsageError, add_model, add_pass, say, usage
+from speechbrain_ext.cli._common import add_model, add_pass, say, usage
+from speechbrain_ext.utils.errors import UsageError
 
 
 def add(commands):

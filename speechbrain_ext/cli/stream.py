@@ -3,7 +3,8 @@
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import UsageError, add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.utils.errors import UsageError
 
 
 def add(commands):

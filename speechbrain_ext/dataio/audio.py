@@ -28,7 +28,8 @@ from speechbrain_ext.utils.errors import UserError
 LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
 """Sample rates that audio has; others are those of a damaged header, and cost gigabytes to resample."""
 LOUDEST = 1e12
-"""Full scale is 1, or 2 ** 31 in files of integers that nobody scaled; from 1e17 on, power spectra overflow float32."""
+"""The largest sample that audio has: full scale is 1, or 2 ** 31 where integers were not scaled. Power spectra overflow float32
+from 1e17 on."""
 
 BLOCK = 2**20
 """Samples of all channels to decode at a time: a damaged header may state any number of them."""

@@ -168,8 +168,9 @@ class SegmentFile:
         self.finished = self._final.exists()
         if self.finished:
             self._refuse_other()
-            lines = self._final.read_bytes().decode("utf-8", "replace").rstrip("\n")
-            lines = lines.split("\n") if lines else []
+            self._partial.unlink(missing_ok=True)  # of a run that was stopped at its very end
+            lines = self._final.read_bytes().rstrip(b"\n").split(b"\n")
+            lines = lines if lines[0] else []
             self.segments = _parse(lines)
             if len(self.segments) < len(lines):
                 raise UserError(
@@ -196,12 +197,12 @@ class SegmentFile:
             if not self.finished and self._final.exists():  # another process or call has finished it meanwhile
                 self._refuse_other()
             with open(self._partial, "r+b") as file:
-                header, *lines = file.read().decode("utf-8", "replace").split("\n")[:-1] or [""]  # whole lines only
-                self.segments = _parse(lines) if header == self._header else []
+                header, *lines = file.read().split(b"\n")[:-1] or [b""]  # whole lines only
+                goes_on = header == self._header.encode()
+                self.segments = _parse(lines) if goes_on else []
                 # A line that a stop has cut is dropped, and all of it where it is of something else.
-                kept = [self._header, *lines[: len(self.segments)]] if header == self._header else []
-                file.truncate(sum(len(line.encode()) + 1 for line in kept))
-            if not kept:
+                file.truncate(sum(len(line) + 1 for line in (header, *lines[: len(self.segments)])) if goes_on else 0)
+            if not goes_on:
                 self._append(self._header)
             try:
                 yield
@@ -243,7 +244,6 @@ class SegmentFile:
         self.write_subtitles(seconds)
         write_text(self._made_of, self._header)
         write_text(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
-        self._partial.unlink(missing_ok=True)
 
 
 def settings_of(model, streaming=None):

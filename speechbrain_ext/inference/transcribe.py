@@ -198,9 +198,9 @@ class _Run:
 
     def _failed(self, file, error):
         self.bar.update()
-        if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename is not None:
+        if isinstance(error, OSError) and error.filename is not None:
             error = UserError(f"{error.filename} cannot be written: {error.strerror}; what is done is kept.")
-        if not isinstance(error, UserError):
+        elif not isinstance(error, UserError):
             error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
         return Transcript(file, [], error)
 

@@ -10,7 +10,7 @@ import torch
 from hyperpyyaml.core import recursive_resolve
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from speechbrain_ext.hparams import needed_keys
+from speechbrain_ext.hparams import needed_keys, tag_of
 from speechbrain_ext.lobes.features import keeps_statistics
 from speechbrain_ext.model_folder import CARD, CONFIG, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.card import model_card
@@ -179,7 +179,7 @@ class _Plain:
         self._tree, self._hparams = tree, hparams
 
     def __call__(self, node):
-        tag = _tag(node)
+        tag = tag_of(node)
         if tag in ("!ref", "!copy"):
             return self._referred(node)
         if isinstance(node, dict):
@@ -200,7 +200,7 @@ class _Plain:
             target = self._tree[single[1]]
             if _is_object(target):
                 return node
-            if _tag(target).startswith("!apply:"):
+            if tag_of(target).startswith("!apply:"):
                 return _number(self._hparams[single[1]], node.value)
             return self(target)
         attribute = re.fullmatch(r"<(\w+)\.(\w+)>", node.value)
@@ -211,11 +211,7 @@ class _Plain:
 
 def _is_object(node):
     """Whether a value is built by a class, so that who refers to it means that object."""
-    return _tag(node).startswith(("!new:", "!name:"))
-
-
-def _tag(node):
-    return getattr(getattr(node, "tag", None), "value", None) or ""
+    return tag_of(node).startswith(("!new:", "!name:"))
 
 
 def _number(value, said):

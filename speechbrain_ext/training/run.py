@@ -24,11 +24,11 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
-from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams
+from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
-from speechbrain_ext.utils.errors import UserError, one_line, raised_in
+from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import locked, read_csv, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
 
@@ -74,8 +74,6 @@ REFUSED = {
     "data_parallel_backend": "start several processes with torchrun instead",
 }
 """Options of SpeechBrain's Brain that are not supported, with what to do."""
-
-
 TRAINING_OPTIONS = (
     "compile",
     "compile_module_keys",
@@ -85,10 +83,7 @@ TRAINING_OPTIONS = (
     "nonfinite_patience",
     "skip_nonfinite_grads",
 )
-
-
-class UsageError(UserError):
-    """Wrong arguments, found before anything was done."""
+"""Options of the Brain that change what is learned, and have no column of their own in the results table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +243,8 @@ def check_writable(path):
 def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
     """The files and the overrides that make the run: without a data folder, the fallback's are among them."""
     overrides = parse_overrides(overrides)
-    given = {key: value for key, value in (overrides | _brain_options(run_opts)).items() if key != "experiment"}
-    asked = " ".join(f"--{key} {_plain(value)}" for key, value in given.items())
+    options = {key: getattr(run_opts, key) for key in TRAINING_OPTIONS if key in run_opts.overridden_args}
+    asked = " ".join(f"--{key} {_plain(value)}" for key, value in (overrides | options).items() if key != "experiment")
     overrides |= paths
     files = [hparams_file, *([corpus] if corpus else [])]
     if corpus == "":
@@ -269,7 +264,6 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
             )
     setting = Setting(files, overrides, asked)
     plain = setting.plain()
-    check_ranges(plain, run_opts)
     if fallback and not corpus and not plain["data_folder"]:
         if if_main_process():
             print(
@@ -278,8 +272,10 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
                 flush=True,
             )
         setting = dataclasses.replace(setting, files=[*setting.files, fallback])
+        plain = setting.plain()
+    check_ranges(plain, run_opts)
     if run_opts.debug:  # a few batches should not pass for a result
-        folder = setting.plain()["output_folder"] + "_debug"
+        folder = plain["output_folder"] + "_debug"
         setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
     return setting
 
@@ -318,11 +314,6 @@ def check_ranges(plain, run_opts):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
 
 
-def _brain_options(run_opts):
-    """Options of the Brain that change what is learned, and have no column of their own."""
-    return {key: getattr(run_opts, key) for key in sorted(run_opts.overridden_args) if key in TRAINING_OPTIONS}
-
-
 def check_types(overrides, before):
     """The overrides, each of the type that its key has in the file; what is not is refused.
 
@@ -352,10 +343,10 @@ def check_types(overrides, before):
             value = f"./{value}" if str(value).startswith("(") else str(value)  # in parentheses, HyperPyYAML reads a tuple
         elif isinstance(old, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
-        elif isinstance(old, list) and not _tag(old) and isinstance(value, (str, int, float)):
+        elif isinstance(old, list) and not tag_of(old) and isinstance(value, (str, int, float)):
             value = [value]
         checked[key] = value
-        if key not in before or key in PATHS or value is None or _tag(value):
+        if key not in before or key in PATHS or value is None or tag_of(value):
             continue  # a key that does not exist is refused where files and overrides are merged
         if old is None and isinstance(value, dict):
             given = ", ".join(f"{name}: {item}" for name, item in value.items())
@@ -372,8 +363,8 @@ def check_types(overrides, before):
             dict: "a mapping",
         }
         wanted = next((kind for kind in kinds if isinstance(old, kind)), None)
-        if _tag(old):  # an object takes new arguments; of a value that is computed no type is known
-            wanted = dict if _tag(old).startswith(("!new:", "!name:")) else None
+        if tag_of(old):  # an object takes new arguments; of a value that is computed no type is known
+            wanted = dict if tag_of(old).startswith(("!new:", "!name:")) else None
         fits = wanted is None or isinstance(value, wanted) or (wanted is float and isinstance(value, int))
         if not fits or (wanted in (int, float) and isinstance(value, bool)):
             raise UsageError(f"--{key} is {_plain(value)!r}; give {kinds[wanted]}, as in the hparams file.")
@@ -404,11 +395,7 @@ def _plain(node):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_plain(value) for value in node]
-    return f"{_tag(node)} {node.value}" if _tag(node) else node
-
-
-def _tag(node):
-    return getattr(getattr(node, "tag", None), "value", None)
+    return f"{tag_of(node)} {node.value}" if tag_of(node) else node
 
 
 def prepare_corpus(hparams):
@@ -416,12 +403,13 @@ def prepare_corpus(hparams):
     output = Path(hparams["output_folder"])
     splits = {"tr_splits": hparams["train_splits"], "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
     run_on_main(hparams["prepare"], kwargs={"data_folder": hparams["data_folder"], "save_folder": str(output), **splits})
-    for split in [*hparams["train_splits"], hparams["dev_split"], *hparams["test_splits"]]:
-        read_manifest(output / f"{split}.csv")
     merged = output / "train+merged.csv"  # which no split is called
     run_on_main(merge_manifests, [[output / f"{split}.csv" for split in hparams["train_splits"]], merged])
-    paths = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
-    return {TRAIN: merged} | {key: output / f"{name}.csv" for key, name in paths.items()}
+    names = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
+    paths = {key: output / f"{name}.csv" for key, name in names.items()}
+    for path in paths.values():
+        read_manifest(path)  # as those of the training set have been
+    return {TRAIN: merged} | paths
 
 
 def prepare_tokenizer(hparams, manifest):

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Bad input: a value, a file or a setting. The message names it and the remedy."""
 
 
+class UsageError(UserError):
+    """Wrong arguments of a command, found before anything was done."""
+
+
 class UserTypeError(UserError, TypeError):
     """A key or argument that does not exist."""
 
