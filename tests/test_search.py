@@ -414,3 +414,12 @@ def test_what_fails_in_a_search_shows_in_the_check(change, message):
 def test_there_is_nothing_to_check_without_a_decoder():
     net = TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64)
     ours.S2STransformerBeamSearcher([net, Linear(input_size=32, n_neurons=VOCAB)], **GIVEN).check()
+
+
+def test_a_bug_of_a_decoder_of_ones_own_keeps_its_traceback(monkeypatch):
+    net, seq_lin, _ = model()
+    search = ours.S2STransformerBeamSearcher([net, seq_lin], **GIVEN)
+    monkeypatch.setattr(net, "decode_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size") as bug:
+        search.check()
+    assert not isinstance(bug.value, UserError)

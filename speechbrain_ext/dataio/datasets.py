@@ -10,7 +10,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.utils.errors import UserError, one_line, raised_in
+from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import read_csv, write_csv
 
 logger = get_logger(__name__)
@@ -251,8 +251,8 @@ def loader_options(dataset, batch_sampler, num_workers):
     try:
         sampler = batch_sampler(dataset)
     except (TypeError, ValueError) as error:
-        if error.__traceback__.tb_next is not None and not raised_in(error, "speechbrain", "speechbrain_ext"):
-            raise  # a bug of the sampler
+        if runs_foreign_code(error):
+            raise  # a bug of a sampler of the user's own
         raise UserError(f"The batch sampler does not take its settings: {one_line(error)}.") from error
     return {
         "batch_sampler": sampler,

@@ -5,6 +5,8 @@ SpeechBrain's RNN searchers; SpeechBrain's Transformer searchers give that of th
 ``using_max_attn_shift`` look for its peak over the prefix, where these look over the encoder frames.
 """
 
+import math
+
 import torch
 from speechbrain.decoders import seq2seq
 from speechbrain.decoders.scorer import ScorerBuilder
@@ -12,15 +14,15 @@ from speechbrain.decoders.scorer import ScorerBuilder
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line
+from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, runs_foreign_code
 
 # Frames of the utterances that check() searches: enough for a few steps, which show all that a search calls.
 CHECKED_FRAMES = 5
 
 
-def is_whole(value, least):
-    """Whether a setting is a whole number of ``least`` or more; True is none, though Python counts with it."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_whole(value, least, most=math.inf):
+    """Whether a setting is a whole number from ``least`` to ``most``; True is none, though Python counts with it."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value, least=-1e30, most=1e30):
@@ -163,6 +165,8 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             if not scores.isfinite().all():
                 raise UserError("its scores are no finite numbers")
         except Exception as error:
+            if runs_foreign_code(error):
+                raise  # a bug of a decoder or scorer of the user's own
             cause = one_line(error).rstrip(".")
             raise UserError(f"test_search cannot search: {cause}; change its setting.") from error
         finally:

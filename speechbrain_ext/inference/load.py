@@ -15,13 +15,13 @@ from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.decoders.seq2seq import S2SBeamSearcher
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
+from speechbrain_ext.decoders.searchers import is_number, is_whole
 from speechbrain_ext.inference.models import CLASSES, CtcModel
 from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
-from speechbrain_ext.model_folder.allowlist import is_known, runs_foreign_code
 from speechbrain_ext.model_folder.build import Refused, build
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
-from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -246,7 +246,7 @@ def _check_answer(source, model):
             f"The {TOKENIZER} of {source} has {tokens} tokens and the model {log_probs.shape[1]}; give it the one that it was "
             "trained with."
         )
-    if not _is_whole(model.blank, 0, tokens - 1):
+    if not is_whole(model.blank, 0, tokens - 1):
         raise UserError(f"The blank_index of {source} is {model.blank}; give one of its {tokens} tokens, in training mostly 0.")
     if not log_probs.isfinite().all():
         raise UserError(f"The model {source} answers NaN: its weights or statistics are no numbers; take an earlier checkpoint.")
@@ -260,9 +260,9 @@ def _check_answer(source, model):
 def _check_chunks(source, encoder):
     """What a stream and long files take from the model."""
     size, left, multiple = encoder.chunk_size, encoder.left_context, getattr(encoder.transformer.encoder, "chunk_multiple", 1)
-    if size is not None and not (_is_whole(size, 1, LARGEST_CHUNK) and size % multiple == 0):
+    if size is not None and not (is_whole(size, 1, LARGEST_CHUNK) and size % multiple == 0):
         raise _damaged(source, f"its chunk_size is {size!r}; chunks have 1 to {LARGEST_CHUNK} frames, a multiple of {multiple}")
-    if left is not None and not _is_whole(left, 0, math.inf):
+    if left is not None and not is_whole(left, 0, math.inf):
         raise _damaged(source, f"its left_context is {left!r}, and no number of chunks")
 
 
@@ -271,21 +271,21 @@ def _check_search(source, model, tokens):
     function, search = getattr(model, "decoding_function", None), getattr(model.mods, "decoder", None)
     if isinstance(function, functools.partial) and function.func is ctc_greedy_decode:
         blank = function.keywords.get("blank_id", -1)
-        if not _is_whole(blank, -tokens, tokens - 1) or blank % tokens != model.blank:
+        if not is_whole(blank, -tokens, tokens - 1) or blank % tokens != model.blank:
             raise _damaged(source, f"its blank_index is {model.blank}, and the blank_id of its decoding_function {blank!r}")
     if not isinstance(search, S2SBeamSearcher):
         return
     for name in ("bos_index", "eos_index"):
-        if not _is_whole(getattr(search, name), 0, tokens - 1):
+        if not is_whole(getattr(search, name), 0, tokens - 1):
             raise _damaged(source, f"its {name} is {getattr(search, name)!r}, and none of its {tokens} tokens")
-    if not all(_is_whole(token, 0, tokens - 1) for token in getattr(search, "excluded", ())):
+    if not all(is_whole(token, 0, tokens - 1) for token in getattr(search, "excluded", ())):
         raise _damaged(source, f"its search excludes {search.excluded}, which are not all of its {tokens} tokens")
-    if not _is_whole(search.beam_size, 1, LARGEST_BEAM):
+    if not is_whole(search.beam_size, 1, LARGEST_BEAM):
         raise _damaged(source, f"its beam_size is {search.beam_size!r}; searches have 1 to {LARGEST_BEAM} hypotheses")
-    if not _is_number(search.max_decode_ratio, 0, LARGEST_RATIO):
+    if not is_number(search.max_decode_ratio, 0, LARGEST_RATIO):
         raise _damaged(source, f"its max_decode_ratio is {search.max_decode_ratio!r}, and no number up to {LARGEST_RATIO}")
     temperature = getattr(search, "temperature", 1)  # of the searchers for Transformers
-    if not _is_number(temperature, 1e-3, 1e3):
+    if not is_number(temperature, 1e-3, 1e3):
         raise _damaged(source, f"its temperature is {temperature!r}, and no number from 0.001 to 1000")
     scorer = getattr(search, "scorer", None)
     for part in [*getattr(scorer, "full_scorers", {}).values(), *getattr(scorer, "partial_scorers", {}).values()]:
@@ -293,16 +293,8 @@ def _check_search(source, model, tokens):
             if getattr(part, name, stated) != stated:
                 raise _damaged(source, f"its {name} is {stated}, and that of a scorer {getattr(part, name)!r}")
     for name, weight in getattr(scorer, "weights", {}).items():
-        if not _is_number(weight, -1e3, 1e3):
+        if not is_number(weight, -1e3, 1e3):
             raise _damaged(source, f"its scorer {name} has the weight {weight!r}")
-
-
-def _is_whole(value, least, most):
-    return type(value) is int and least <= value <= most
-
-
-def _is_number(value, least, most):
-    return type(value) in (int, float) and least <= value <= most  # NaN is not
 
 
 def _damaged(source, error):

@@ -6,7 +6,6 @@ take numbers, names and one another, open no file and call nothing by its name.
 
 import importlib
 import importlib.util
-import sys
 
 from speechbrain_ext.registry import find_loadable
 
@@ -33,8 +32,6 @@ NAMES = {
     "torch.nn.SiLU",
 }
 """What may be named without being built."""
-KNOWN = {PACKAGE, "numpy", "safetensors", "sentencepiece", "speechbrain", "torch", "torchaudio", *sys.stdlib_module_names}
-"""Packages that all of these run in. An error of theirs is one of the folder's values; that of any other code is a bug."""
 
 
 def find_class(path):
@@ -70,21 +67,6 @@ def find_class(path):
 def find_name(path):
     """A class or function that a folder may name without building it; None where it may not."""
     return _locate(path) if path in NAMES else find_class(path)
-
-
-def is_known(module):
-    """Whether a module, by its name, is of :data:`KNOWN`, and not a user's own."""
-    return str(module).partition(".")[0] in KNOWN
-
-
-def runs_foreign_code(error):
-    """Whether a user's own code has a part in an error that has been caught."""
-    trace = error.__traceback__
-    while trace is not None:
-        if not is_known(trace.tb_frame.f_globals.get("__name__")):
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def _locate(path):

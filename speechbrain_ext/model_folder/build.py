@@ -27,8 +27,8 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from speechbrain_ext.model_folder.allowlist import WITHOUT_ARGUMENTS, find_class, find_name, runs_foreign_code
-from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.model_folder.allowlist import WITHOUT_ARGUMENTS, find_class, find_name
+from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code
 
 LARGEST_TEXT, MOST_NODES, DEEPEST = 2**17, 5_000, 40
 """Limits of a file: bytes, nodes and nesting. Files of ours have 3 kB, 300 nodes and 5 levels."""

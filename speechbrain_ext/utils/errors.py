@@ -4,7 +4,20 @@ The command line and ``train.py`` print such a message, and that of an operating
 exception is a bug, in this package or in the user's own code, and keeps its traceback.
 """
 
+import sys
 from pathlib import Path
+
+KNOWN = {
+    "speechbrain_ext",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "speechbrain",
+    "torch",
+    "torchaudio",
+    *sys.stdlib_module_names,
+}
+"""Packages whose errors are about the values that they were given; an error of any other code may be a bug of a user's own."""
 
 
 class UserError(ValueError):
@@ -70,3 +83,18 @@ def raised_in(error, *packages):
     while trace.tb_next is not None:
         trace = trace.tb_next
     return any(package in Path(trace.tb_frame.f_code.co_filename).parts for package in packages)
+
+
+def is_known(module):
+    """Whether a module, by its name, is of :data:`KNOWN`, and not a user's own."""
+    return str(module).partition(".")[0] in KNOWN
+
+
+def runs_foreign_code(error):
+    """Whether a user's own code has a part in an error that has been caught."""
+    trace = error.__traceback__
+    while trace is not None:
+        if not is_known(trace.tb_frame.f_globals.get("__name__")):
+            return True
+        trace = trace.tb_next
+    return False
