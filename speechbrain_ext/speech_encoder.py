@@ -114,9 +114,10 @@ class SpeechEncoder(nn.Module):
             wav_lens = torch.ones(len(wavs), device=wavs.device)
         return raw_features(self.compute_features, wavs, wav_lens)
 
-    def count_frames(self, samples):
-        """Number of encoder frames of so many samples."""
-        return -(-(1 + samples // self.compute_features.compute_STFT.hop_length) // self.subsampling.factor)
+    def count_frames(self, length, is_features: bool = False):
+        """Number of encoder frames of so many samples, or of so many feature frames; of one utterance or of a tensor of them."""
+        frames = length if is_features else 1 + length // self.compute_features.compute_STFT.hop_length
+        return -(-frames // self.subsampling.factor)
 
     def normalized(self, feats, lens, dynchunktrain_config: DynChunkTrainConfig | None = None, **keys):
         """Clip and normalise features.
