@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 import yaml
 from speechbrain import Brain, Stage
-from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, batch_statistics, reestimate_statistics
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
@@ -247,7 +247,7 @@ class AsrBrain(Brain):
     def search(self, prediction, ctc_log_probs, stage):
         """Texts by the name of the search; the slow ones on test sets only."""
         hparams = self.hparams
-        texts = {GREEDY: self.decode(ctc_greedy_decode(ctc_log_probs, prediction.lengths, hparams.blank_index))}
+        texts = {GREEDY: self.decode(greedy_tokens(ctc_log_probs, prediction.lengths, hparams.blank_index))}
         if stage == Stage.TEST and hparams.ctc_search:
             texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
         if stage == Stage.TEST and prediction.seq_logits is not None:

@@ -368,8 +368,13 @@ def batch_statistics(updates: bool = True):
         yield
     finally:
         _scope.current = outer
-    if updates:
-        _update(scope.found)
+    groups = {}
+    for one in scope.found if updates else ():
+        norm, *_, count, ratio = one
+        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(count), id(ratio)
+        groups.setdefault(key, []).append(one)
+    for group in groups.values():
+        _update(group)
 
 
 def _frames_of(x, mask, eps):
@@ -392,26 +397,21 @@ def _count_frames(x, mask, eps):
 
 
 @torch.no_grad()
-def _update(found):
-    """Update running statistics, in few launches.
+def _update(group):
+    """Update the running statistics of norms with one momentum and one mask, in few launches.
 
     Each is a norm, the sum over its valid frames, the mean over all frames of their squared deviations (padded ones have none),
     the number of valid frames, and the ratio of all frames to these.
     """
-    groups = {}
-    for norm, total, spread, count, ratio in found:
-        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(count), id(ratio)
-        groups.setdefault(key, (count, ratio, []))[-1].append((norm, total, spread))
-    for (momentum, dtype, *_), (count, ratio, group) in groups.items():
-        norms, totals, spreads = zip(*group, strict=True)
-        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        means = torch.cat(totals) / count.clamp(min=1)
-        variances = torch.cat(spreads) * (ratio * count / (count - 1).clamp(min=1))
-        now, before = torch.cat((means, variances)).to(dtype), torch.cat(running)
-        # A batch that training leaves out, because its loss is not finite, has passed through here before that is known.
-        usable = now.isfinite().all() & (count > 0)
-        after = torch.where(usable, before.lerp(now, momentum), before)
-        torch._foreach_copy_(running, after.split([part.numel() for part in running]))
+    norms, totals, spreads, (count, *_), (ratio, *_) = zip(*group, strict=True)
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    means = torch.cat(totals) / count.clamp(min=1)
+    variances = torch.cat(spreads) * (ratio * count / (count - 1).clamp(min=1))
+    now, before = torch.cat((means, variances)).to(running[0].dtype), torch.cat(running)
+    # A batch that training leaves out, because its loss is not finite, has passed through here before that is known.
+    usable = now.isfinite().all() & (count > 0)
+    after = torch.where(usable, before.lerp(now, norms[0].momentum), before)
+    torch._foreach_copy_(running, after.split([part.numel() for part in running]))
 
 
 class _Normalize(torch.autograd.Function):
