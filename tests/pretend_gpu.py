@@ -55,6 +55,7 @@ PRODUCTS = {"aten::addmm", "aten::baddbmm", "aten::bmm", "aten::convolution", "a
 class _Backend(_DummyBackendModule):
     def is_available(self):
         return False  # nobody takes it unasked
+
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]
 

@@ -154,6 +154,12 @@ class AsrBrain(Brain):
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        if self.compile and self.hparams.activation_checkpointing:
+            raise UserError("activation_checkpointing is True, and --compile decides what it keeps itself; leave one out.")
+        if self.compile and self.hparams.chunk_sampler:
+            raise UserError("There is a chunk_sampler, and --compile would compile anew for each chunk size; leave it out.")
+        if self.hparams.activation_checkpointing:
+            self.hparams.speech_encoder.recompute_activations()
         # Of training, over all starts of the run
         self.audio_seconds = 0.0
         self.train_seconds = 0.0
@@ -297,6 +303,14 @@ class AsrBrain(Brain):
             if math.isfinite(value):
                 avg_loss += (value - avg_loss) / step
         return avg_loss
+
+    def _compile(self):
+        """What ``--compile`` compiles: front end and encoder, in place, once for all lengths."""
+        if not self.compile:
+            return
+        encoder = self.hparams.speech_encoder
+        for part in (encoder.subsampling, encoder.transformer.encoder):
+            part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
 
     def init_optimizers(self):
         """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch."""

@@ -324,8 +324,9 @@ def _attend(query_u, query_v, key, value, positions, blocked, scratch, scale, dr
     plain, columns = torch.compiler.is_compiling() or not scores.requires_grad, keys if where is None else where.shape[3]
     bias = _relative_shift(scores, columns) if plain else _Shift.apply(scores, columns)
     if where is not None:
-        fill = bias.masked_fill if torch.compiler.is_compiling() or scores.requires_grad else bias.masked_fill_
-        bias = fill(where, _lowest(bias.dtype))[..., :keys]
+        # A copy has aligned rows, which fused kernels want; a CPU takes them as they are
+        in_place = not (torch.compiler.is_compiling() or scores.requires_grad or _has_fused_kernels(scores))
+        bias = (bias.masked_fill_ if in_place else bias.masked_fill)(where, _lowest(bias.dtype))[..., :keys]
     return _sdpa(query_u, key, value, bias, scale, dropout)
 
 

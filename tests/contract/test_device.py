@@ -13,11 +13,14 @@ from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.decoders.ctc_prefix import CTCScorer
 from speechbrain_ext.decoders.searchers import S2STransformerBeamSearcher
+from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.lobes.features import InputNormalization, SentenceNormalization
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
+from speechbrain_ext.registry import encoder_sizes
 from speechbrain_ext.speech_encoder import SpeechEncoder
+from tests import tiny
 from tests.pretend_gpu import DEVICE, DeviceMixError, Pretend, PretendGpu
 
 CHUNKS = {"whole": None, "left 2": (4, 2), "left all": (4, None), "left 0": (4, 0)}
@@ -241,3 +244,26 @@ def test_search(search, syncs):
         else:
             greedy_tokens(ctc_lin(x).log_softmax(-1), lens, 0)
     assert recorder.sync_count() <= syncs, dict(recorder.syncs)
+
+
+# ------------------------------------------------------------------ attention at published sizes
+
+SIZES = [(path.stem, None) for path in sorted((tiny.ROOT / "hparams").glob("*.yaml"))]
+SIZES += [(name, size) for name in ("squeezeformer", "practical_conformer") for size in encoder_sizes(name)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "size"), SIZES)
+@pytest.mark.parametrize("key", ["whole", "left 2"])
+@torch.no_grad()
+def test_attention_has_a_fused_kernel(name, size, dtype, key):
+    """At the widths and heads of each hparams file, with padding: no scores multiplied out, no copy of the bias."""
+    overrides = {"num_encoder_layers": 4, "num_decoder_layers": 0, "d_ffn": 8, "vocab_size": 30, "data_folder": "unused"}
+    overrides |= {} if size is None else {"size": size}
+    encoder = load_hparams(tiny.ROOT / "hparams" / f"{name}.yaml", overrides)["Transformer"].encoder.eval()
+    setting, encoder = setting_of(encoder, key), on_device(encoder.to(dtype))
+    with PretendGpu() as recorder:
+        x, mask = torch.randn(2, 17, encoder.d_model, dtype=dtype, device=DEVICE), torch.arange(17, device=DEVICE) > 9
+        encoder(x, src_key_padding_mask=mask.expand(2, -1), dynchunktrain_config=setting)
+    assert set(recorder.attention) <= {"flash", "efficient"}
+    assert recorder.attention or "hyperconformer" in name
