@@ -68,9 +68,9 @@ class StreamingRecognizer:
     def __init__(self, model, chunk_size=None, left_context=None, endpoint=0.8, longest=30.0, start=0.0):
         self._model, self._encoder = model, model.mods.encoder
         size, left = chunk_setting(model)
-        for name, value, least in (("chunk_size", chunk_size, 1), ("left_context", left_context, -1)):
-            if value is not None and not is_whole(value, least):
-                raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        for name, value in (("chunk_size", chunk_size), ("left_context", left_context)):
+            if value is not None and not is_whole(value, -math.inf):
+                raise UserError(f"{name} is {value!r}; give a whole number.")
         if left_context is not None:
             left = None if left_context == -1 else left_context
         self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)
