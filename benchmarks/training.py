@@ -67,25 +67,27 @@ class SpeechBrainModules(AsrBrain):
         return {None: Predictions(enc, lens, hparams.ctc_lin(enc), hparams.seq_lin(dec))}
 
 
-def make_brain(kind, folder, overrides):
-    """A Brain before its first batch."""
-    hparams = load_hparams(ROOT / "hparams" / "hyperconformer.yaml", EQUAL | overrides | {"output_folder": str(folder)})
+def make_brain(kind, folder, overrides, file="hyperconformer.yaml"):
+    """A Brain before its first batch; without a kind, that of the hparams file."""
+    hparams = load_hparams(ROOT / "hparams" / file, EQUAL | overrides | {"output_folder": str(folder)})
+    kind = kind or hparams["brain"]
     brain = kind(hparams["modules"], hparams["opt_class"], hparams, {"device": "cpu"}, hparams["checkpointer"])
     brain.on_fit_start()
+    brain.train_sampler = [None]  # an epoch of one batch
     brain.on_stage_start(Stage.TRAIN, epoch=1)
     brain.modules.train()
     return brain
 
 
-def make_batch(utterances, vocab=5000):
+def make_batch(utterances, seconds=SECONDS, tokens_per_second=TOKENS_PER_SECOND, vocab=5000):
     """Noise with tokens, all of one length: nobody pads."""
-    tokens = torch.randint(4, vocab, (utterances, SECONDS * TOKENS_PER_SECOND))
+    tokens = torch.randint(4, vocab, (utterances, round(seconds * tokens_per_second)))
     edge = torch.ones(1, dtype=torch.long)
     items = [
         {
             "id": str(number),
-            "duration": float(SECONDS),
-            "sig": torch.randn(16000 * SECONDS),
+            "duration": float(seconds),
+            "sig": torch.randn(16000 * seconds),
             "tokens": ids,
             "tokens_bos": torch.cat((edge, ids)),
             "tokens_eos": torch.cat((ids, 2 * edge)),
