@@ -79,7 +79,7 @@ TINY = {
 HELD_OUT = 0.03
 """Share of the training data to validate on."""
 VALIDATIONS = 12
-FEATURES = "features.pt"
+MERGED, DEV, FEATURES = "train+merged.csv", "train+held-out.csv", "features.pt"
 
 
 def setting_of(name, work, tiny, splits=((), ())):
@@ -138,18 +138,18 @@ def prepare(work, data, test, device, tiny):
     corpus.mkdir(parents=True)
     splits = link_splits(data, corpus), link_splits(test, corpus)
     prepare_librispeech(corpus, work, splits[0], [], splits[1])
-    merged = work / "train+merged.csv"
+    merged = work / MERGED
     merge_manifests([work / f"{split}.csv" for split in splits[0]], merged)
     rows = read_manifest(merged)
     if len(rows) < 2:
         raise UserError(f"There are {len(rows)} utterances in {', '.join(map(str, data))}; give more to train on.")
-    for path, part in zip((merged, work / "dev.csv"), hold_out(rows), strict=True):
+    for path, part in zip((merged, work / DEV), hold_out(rows), strict=True):
         write_csv(path, MANIFEST_FIELDS, [[row[field] for field in MANIFEST_FIELDS] for row in part])
     setting = setting_of("hyperconformer", work, tiny, splits).replace(output_folder=str(work))
     hparams = setting.load()
     prepare_tokenizer(hparams, merged)
     features = compute_features(
-        hparams["speech_encoder"], [merged, work / "dev.csv", *(work / f"{name}.csv" for name in splits[1])], device
+        hparams["speech_encoder"], [merged, work / DEV, *(work / f"{name}.csv" for name in splits[1])], device
     )
     torch.save(features | {"splits": splits}, work / FEATURES)
     return splits
@@ -337,14 +337,12 @@ def train(name, work, out, until, device, precision, tiny):
     setting = setting_of(name, work, tiny, splits)
     (work / name).mkdir()
     hparams = setting.load()
-    tokenizer_file, tokens = prepare_tokenizer(hparams | {"output_folder": str(work)}, work / "train+merged.csv")
+    tokenizer_file, tokens = prepare_tokenizer(hparams | {"output_folder": str(work)}, work / MERGED)
     if tokens < hparams["vocab_size"]:
         setting = setting.replace(vocab_size=tokens)
         hparams = setting.load()
     hparams["tokenizer"].load(str(tokenizer_file))
-    manifests = {TRAIN: work / "train+merged.csv", VALID: work / "dev.csv"} | {
-        split: work / f"{split}.csv" for split in splits[1]
-    }
+    manifests = {TRAIN: work / MERGED, VALID: work / DEV} | {split: work / f"{split}.csv" for split in splits[1]}
     datasets = make_datasets(hparams, manifests)
     for key in (TRAIN, VALID):
         drop_unfit(datasets[key], hparams, work / name / "unfit.csv", name)
@@ -361,7 +359,7 @@ def train(name, work, out, until, device, precision, tiny):
     audio, began = seconds_of(datasets[TRAIN]), time.time()
     machine = describe_machine(str(brain.device))
 
-    def report(brain, split="dev", **found):
+    def report(brain, split="held-out", **found):
         row = {
             "architecture": name,
             "set": split,

@@ -27,9 +27,9 @@ import gpu_training  # noqa: E402
 def start(folder, *argv):
     """Start the script in a folder."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", *map(str, argv)],
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *map(str, argv)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=200,
@@ -61,7 +61,7 @@ def test_it_runs_to_its_end(tmp_path):
     training = read_csv(out / "training.csv")
     for name in gpu_training.ARCHITECTURES:
         *curve, last = (row for row in training if row["architecture"] == name)
-        assert [row["epochs"] for row in curve if row["set"] == "dev"] == ["1.0", "2.0"]
+        assert [row["epochs"] for row in curve if row["set"] == "held-out"] == ["1.0", "2.0"]
         assert last["set"] == "test-tiny" and last["steps"] == "12" and float(last["audio_seconds_per_second"]) > 0
 
     with zipfile.ZipFile(out / "fusionformer.zip") as archive:
@@ -92,7 +92,7 @@ def test_all_parts_run_and_the_exit_status_says_that_one_failed(tmp_path, monkey
 
     monkeypatch.setattr(gpu, "contract", fails)
     monkeypatch.setattr(gpu, "table", lambda arguments, until: called.append("table"))
-    assert gpu.main(["--parts", "table,contract", "--out", str(tmp_path)]) == 1
+    assert gpu.main(["--parts", "table,contract", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert called == ["contract", "table"]
     assert "contract failed: it ended with 1" in capsys.readouterr().out
 
@@ -114,9 +114,11 @@ def test_processes_are_ended_when_the_time_is_over(tmp_path):
         ([], "--data and --test name the speech"),
         (["--tiny", "--data", "."], "--data and --test name the speech"),
         (["--data", "gone", "--test", "."], "gone is no folder"),
+        (["--parts", "table"], "PyTorch sees no GPU here; give --tiny to try the script, or --device cpu"),
     ],
 )
-def test_wrong_usage(argv, message, capsys):
+def test_wrong_usage(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
         gpu.parse(argv)
     assert end.value.code == 2 and message in capsys.readouterr().err
@@ -182,7 +184,7 @@ def test_batches_on_the_device_are_those_of_the_loader(corpus, tmp_path):
     stored = torch.load(work / gpu_training.FEATURES)
     hparams = gpu_training.setting_of("conformer", work, True, splits).load()
     hparams["tokenizer"].load(str(next(work.glob("*.model"))))
-    dataset = gpu_training.make_datasets(hparams, {"dev": work / "train+merged.csv"})["dev"]
+    dataset = gpu_training.make_datasets(hparams, {"dev": work / gpu_training.MERGED})["dev"]
     there = gpu_training.OnDevice(dataset, stored["features"], gpu_training.places_of(stored))
     indices = [3, 0, 5]
     batch, expected = there.collate(indices), PaddedBatch([dataset[index] for index in indices])
@@ -213,4 +215,4 @@ def test_training_ends_with_the_time(corpus, tmp_path):
     late = ["--work", str(work), "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32", "--tiny", "--until", "0"]
     assert gpu_training.main(["hyperconformer", *late]) == 0
     dev, test = read_csv(tmp_path / "training.csv")
-    assert (dev["set"], test["set"]) == ("dev", "test-tiny") and dev["steps"] == test["steps"] == "1"
+    assert (dev["set"], test["set"]) == ("held-out", "test-tiny") and dev["steps"] == test["steps"] == "1"
