@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -216,3 +217,13 @@ def test_training_ends_with_the_time(corpus, tmp_path):
     assert gpu_training.main(["hyperconformer", *late]) == 0
     dev, test = read_csv(tmp_path / "training.csv")
     assert (dev["set"], test["set"]) == ("held-out", "test-tiny") and dev["steps"] == test["steps"] == "1"
+
+
+def test_waits_of_the_host_are_counted(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with gpu_contract.counted_waits("cuda") as waits:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert len(waits) == 2 and modes == ["warn", "default"]
