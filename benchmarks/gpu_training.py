@@ -344,8 +344,8 @@ def train(name, work, out, until, device, precision, tiny):
     hparams["tokenizer"].load(str(tokenizer_file))
     manifests = {TRAIN: work / MERGED, VALID: work / DEV} | {split: work / f"{split}.csv" for split in splits[1]}
     datasets = make_datasets(hparams, manifests)
-    for key in (TRAIN, VALID):
-        drop_unfit(datasets[key], hparams, work / name / "unfit.csv", name)
+    for key, part in ((TRAIN, "train"), (VALID, "held-out")):
+        drop_unfit(datasets[key], hparams, work / name / f"unfit_{part}.csv", part)
     hparams["brain"] = type("TimedBrain", (ByTheClock, hparams["brain"]), {})
     file, run_opts, _ = sb.parse_arguments([f"{name}.yaml", "--device", device, "--precision", precision, "--noprogressbar"])
     brain = make_brain(hparams, run_opts)

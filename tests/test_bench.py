@@ -14,10 +14,10 @@ from speechbrain_ext import cli
 from speechbrain_ext.bench import models, report
 from speechbrain_ext.bench.graphs import StaticStream
 from speechbrain_ext.bench.models import PEERS, Dimensions, EqualityError, Model
-from speechbrain_ext.bench.run import INPUTS, PRECISIONS, QUICK, Cell, Settings, cells, run
+from speechbrain_ext.bench.run import FIELDS, INPUTS, PRECISIONS, QUICK, Cell, Settings, cells, run
 from speechbrain_ext.registry import build_encoder, encoder_sizes, list_encoders
 from speechbrain_ext.utils import measure
-from speechbrain_ext.utils.files import read_csv
+from speechbrain_ext.utils.files import read_csv, write_csv
 
 TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3}
 SHORT = QUICK | TINY | {"counted": (2,), "seconds": (2,), "train_seconds": 2, "stream_seconds": (2,), "rounds": 2}
@@ -348,6 +348,14 @@ def test_from_audio_on(tmp_path):
     text = report.write(tmp_path / "a.csv")
     assert "to tokens there (greedy CTC), float32, eager, batch 3 padded by up to 10 %" in text
     assert "from audio files, which 4 processes read" in text
+
+
+def test_streams_as_graphs_have_a_table_of_their_own(tmp_path):
+    chosen = {"encoders": ("conformer",), "peers": (), "parts": ("streaming",)}
+    (row,) = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+    write_csv(tmp_path / "a.csv", FIELDS, [row.values(), (row | {"mode": "graph"}).values()])
+    text = report.write(tmp_path / "a.csv")
+    assert "10 chunks of left context: ms" in text and "10 chunks of left context, as CUDA graphs: ms" in text
 
 
 @pytest.mark.parametrize("part", ["encoder", "front end"])
