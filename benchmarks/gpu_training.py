@@ -194,7 +194,7 @@ def places_of(stored):
 
 @dataclasses.dataclass
 class Batch:
-    """What a Brain takes of a batch, already on its device."""
+    """What a Brain takes of a :class:`speechbrain_ext.dataio.datasets.Batch`, already on its device."""
 
     id: list
     wrd: list
@@ -203,8 +203,9 @@ class Batch:
     tokens: PaddedData
     tokens_bos: PaddedData
     tokens_eos: PaddedData
+    host_lengths: dict
 
-    def to(self, *args, **keys):
+    def to(self, device):
         """Nothing is elsewhere."""
         return self
 
@@ -250,15 +251,17 @@ class OnDevice(torch.utils.data.Dataset):
         if self.features.is_cuda:
             index = index.pin_memory().to(self.features.device, non_blocking=True)
         frames = max(self.frames[i] for i in indices)
+        host_lengths = {"feats": torch.tensor([self.frames[i] / frames for i in indices])}
         positions = self.starts[index].unsqueeze(1) + torch.arange(frames, device=index.device)
         lengths = self.frames_there[index]
         feats = zero_padding(self.features[positions.clamp(max=len(self.features) - 1)], padding_mask(lengths, frames))
         tokens = {}
         for key, (padded, lengths_here, lengths_there) in self.tokens.items():
             longest = max(lengths_here[i] for i in indices)
+            host_lengths[key] = torch.tensor([lengths_here[i] / max(1, longest) for i in indices])
             tokens[key] = PaddedData(padded[index, :longest], lengths_there[index] / max(1, longest))
         ids, texts = ([values[i] for i in indices] for values in (self.ids, self.texts))
-        return Batch(ids, texts, durations, PaddedData(feats, lengths / frames), **tokens)
+        return Batch(ids, texts, durations, PaddedData(feats, lengths / frames), **tokens, host_lengths=host_lengths)
 
     def options(self, dataset, batch_sampler):
         """Of a loader."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from speechbrain import Stage
-from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_ext.brains.asr import AsrBrain, Predictions
 from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.hparams import load_hparams, parse_overrides
 from speechbrain_ext.utils.files import write_csv
 from speechbrain_ext.utils.measure import alternate, peak_memory, quartiles
@@ -61,6 +61,7 @@ class SpeechBrainModules(AsrBrain):
     def compute_forward(self, batch, stage):
         """As in SpeechBrain's recipe."""
         batch, hparams = batch.to(self.device), self.hparams
+        self.frames = None  # which that front end does not tell
         feats, lens = hparams.speech_encoder.features(*batch.sig)
         feats = hparams.speech_encoder.normalized(feats, lens, epoch=hparams.epoch_counter.current)
         enc, dec = hparams.Transformer(hparams.subsampling(feats), batch.tokens_bos.data, lens, pad_idx=hparams.blank_index)
@@ -94,7 +95,7 @@ def make_batch(utterances, seconds=SECONDS, tokens_per_second=TOKENS_PER_SECOND,
         }
         for number, ids in enumerate(tokens)
     ]
-    return PaddedBatch(items)
+    return Batch(items)
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from tiny import make_corpus
 
+from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.utils.files import read_csv
@@ -188,14 +188,16 @@ def test_batches_on_the_device_are_those_of_the_loader(corpus, tmp_path):
     dataset = gpu_training.make_datasets(hparams, {"dev": work / gpu_training.MERGED})["dev"]
     there = gpu_training.OnDevice(dataset, stored["features"], gpu_training.places_of(stored))
     indices = [3, 0, 5]
-    batch, expected = there.collate(indices), PaddedBatch([dataset[index] for index in indices])
+    batch, expected = there.collate(indices), Batch([dataset[index] for index in indices])
     assert batch.id == expected.id and batch.wrd == expected.wrd
     torch.testing.assert_close(batch.duration, torch.tensor([float(value) for value in expected.duration], dtype=torch.float64))
+    assert batch.host_lengths.keys() == expected.host_lengths.keys()
     for name in ("feats", "tokens", "tokens_bos", "tokens_eos"):
         ours, theirs = getattr(batch, name), getattr(expected, name)
         torch.testing.assert_close(ours.data, theirs.data, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(ours.lengths, theirs.lengths)
-    assert batch.to("cpu", non_blocking=True) is batch and [there[index] for index in indices] == indices
+        torch.testing.assert_close(batch.host_lengths[name], expected.host_lengths[name])
+    assert batch.to("cpu") is batch and [there[index] for index in indices] == indices
 
 
 def test_the_rate_follows_the_clock(monkeypatch):

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.lobes.features import Fbank
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from speechbrain_ext.bench.models import FEATURES
 from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.dataio.resampling import SAMPLE_RATE
 from speechbrain_ext.lobes.features import InputNormalization, clip_features, normalize_features, raw_features
 
@@ -111,12 +111,12 @@ def make_loader(paths, device):
     Returns
     -------
     torch.utils.data.DataLoader
-        Of :class:`speechbrain.dataio.batch.PaddedBatch`.
+        Of :class:`speechbrain_ext.dataio.datasets.Batch`.
     """
     return DataLoader(
         _Speech(paths),
         batch_size=len(paths),
-        collate_fn=PaddedBatch,
+        collate_fn=Batch,
         num_workers=WORKERS,
         persistent_workers=True,
         pin_memory=torch.device(device).type == "cuda",

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.nnet.losses import ctc_loss
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
@@ -39,6 +38,7 @@ from speechbrain_ext.bench.models import (
     with_front_end,
 )
 from speechbrain_ext.dataio.resampling import SAMPLE_RATE
+from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.registry import build_encoder, list_encoders
 from speechbrain_ext.utils import measure
@@ -622,10 +622,12 @@ class _Group:
             def over_files():
                 for batch in loader:
                     optimizer.zero_grad(set_to_none=True)
-                    batch = batch.to(device, non_blocking=True)
+                    batch = batch.to(device)
                     with precision():
-                        log_probs, lens = net(*batch.sig)
-                    step(ctc_loss(log_probs, batch.tokens.data, lens, batch.tokens.lengths, 0, "batchmean"))
+                        log_probs, _ = net(*batch.sig)
+                    # With lengths of the host the loss need not wait for those of the device
+                    lens = batch.host_lengths
+                    step(ctc_loss(log_probs, batch.tokens.data, lens["sig"], lens["tokens"], 0, "batchmean"))
 
             return over_files
         inputs = self._inputs(cell, pair)
@@ -658,7 +660,7 @@ class _Group:
 
         def recognise():
             with torch.no_grad(), precision():
-                return ctc_greedy_decode(*net(wavs.to(device, non_blocking=True), lens.to(device, non_blocking=True)), 0)
+                return greedy_tokens(*net(wavs.to(device, non_blocking=True), lens.to(device, non_blocking=True)))
 
         return recognise
 
