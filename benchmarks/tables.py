@@ -23,6 +23,7 @@ STREAMING = ROOT / "benchmarks" / "results" / "streaming.csv"
 LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
+MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -138,9 +139,17 @@ def training():
     return columns(TRAINING, fields, header)
 
 
+def memory():
+    """Seconds of audio in a training step that fit on GPUs."""
+    sizes = [field.removeprefix("seconds_") for field in read(MEMORY)[0] if field.startswith("seconds_")]
+    rows = [[f"`{row['hparams']}`", *(f"{int(row[f'seconds_{size}']):,}" for size in sizes)] for row in read(MEMORY)]
+    return table(["file", *(f"{size} GB" for size in sizes)], rows)
+
+
 def fill(text):
     """The README's text with its tables made anew."""
-    for make in (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer):
+    makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
+    for make in (*makers, memory):
         text = put(text, make.__name__, make())
     return text
 

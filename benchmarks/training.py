@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from speechbrain import Stage
-from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_ext.brains.asr import AsrBrain, Predictions
 from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.hparams import load_hparams, parse_overrides
 from speechbrain_ext.utils.files import write_csv
 from speechbrain_ext.utils.measure import alternate, peak_memory, quartiles
@@ -61,38 +61,41 @@ class SpeechBrainModules(AsrBrain):
     def compute_forward(self, batch, stage):
         """As in SpeechBrain's recipe."""
         batch, hparams = batch.to(self.device), self.hparams
+        self.frames = None  # which that front end does not tell
         feats, lens = hparams.speech_encoder.features(*batch.sig)
         feats = hparams.speech_encoder.normalized(feats, lens, epoch=hparams.epoch_counter.current)
         enc, dec = hparams.Transformer(hparams.subsampling(feats), batch.tokens_bos.data, lens, pad_idx=hparams.blank_index)
         return {None: Predictions(enc, lens, hparams.ctc_lin(enc), hparams.seq_lin(dec))}
 
 
-def make_brain(kind, folder, overrides):
-    """A Brain before its first batch."""
-    hparams = load_hparams(ROOT / "hparams" / "hyperconformer.yaml", EQUAL | overrides | {"output_folder": str(folder)})
+def make_brain(kind, folder, overrides, file="hyperconformer.yaml"):
+    """A Brain before its first batch; without a kind, that of the hparams file."""
+    hparams = load_hparams(ROOT / "hparams" / file, EQUAL | overrides | {"output_folder": str(folder)})
+    kind = kind or hparams["brain"]
     brain = kind(hparams["modules"], hparams["opt_class"], hparams, {"device": "cpu"}, hparams["checkpointer"])
     brain.on_fit_start()
+    brain.train_sampler = [None]  # an epoch of one batch
     brain.on_stage_start(Stage.TRAIN, epoch=1)
     brain.modules.train()
     return brain
 
 
-def make_batch(utterances, vocab=5000):
+def make_batch(utterances, seconds=SECONDS, tokens_per_second=TOKENS_PER_SECOND, vocab=5000):
     """Noise with tokens, all of one length: nobody pads."""
-    tokens = torch.randint(4, vocab, (utterances, SECONDS * TOKENS_PER_SECOND))
+    tokens = torch.randint(4, vocab, (utterances, round(seconds * tokens_per_second)))
     edge = torch.ones(1, dtype=torch.long)
     items = [
         {
             "id": str(number),
-            "duration": float(SECONDS),
-            "sig": torch.randn(16000 * SECONDS),
+            "duration": float(seconds),
+            "sig": torch.randn(16000 * seconds),
             "tokens": ids,
             "tokens_bos": torch.cat((edge, ids)),
             "tokens_eos": torch.cat((ids, 2 * edge)),
         }
         for number, ids in enumerate(tokens)
     ]
-    return PaddedBatch(items)
+    return Batch(items)
 
 
 @torch.no_grad()

@@ -51,23 +51,31 @@ VARIANTS = {
 CASES = [(name, keys) for name in list_encoders() for keys in ({}, *VARIANTS.get(name, []))]
 
 
+def case_name(name, keys):
+    """Of an encoder with its keys."""
+    return "-".join([name, *map(str, keys.values())])
+
+
 def pytest_generate_tests(metafunc):
     if "encoder_case" in metafunc.fixturenames:
-        ids = ["-".join([name, *map(str, keys.values())]) for name, keys in CASES]
-        metafunc.parametrize("encoder_case", CASES, ids=ids)
+        metafunc.parametrize("encoder_case", CASES, ids=[case_name(*case) for case in CASES])
 
 
-@pytest.fixture
-def encoder(encoder_case):
-    """Every registered encoder in turn, small, in evaluation mode, with weights that are not special."""
-    name, keys = encoder_case
+def make_encoder(name, keys, **sizes):
+    """A registered encoder, small, in evaluation mode, with weights that are not special."""
     torch.manual_seed(0)
-    encoder = build_encoder(name, **SMALL, **keys).eval()
+    encoder = build_encoder(name, **SMALL | sizes, **keys).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     reestimate_statistics(encoder, [torch.randn(4, 60, encoder.d_model)], encoder)
     return encoder
+
+
+@pytest.fixture
+def encoder(encoder_case):
+    """Every registered encoder in turn."""
+    return make_encoder(*encoder_case)
 
 
 @pytest.fixture

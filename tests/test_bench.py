@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext import cli
 from speechbrain_ext.bench import models, report
+from speechbrain_ext.bench.graphs import StaticStream
 from speechbrain_ext.bench.models import PEERS, Dimensions, EqualityError, Model
-from speechbrain_ext.bench.run import QUICK, Cell, Settings, cells, run
+from speechbrain_ext.bench.run import FIELDS, INPUTS, PRECISIONS, QUICK, Cell, Settings, cells, run
 from speechbrain_ext.registry import build_encoder, encoder_sizes, list_encoders
 from speechbrain_ext.utils import measure
-from speechbrain_ext.utils.files import read_csv
+from speechbrain_ext.utils.files import read_csv, write_csv
 
 TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3}
 SHORT = QUICK | TINY | {"counted": (2,), "seconds": (2,), "train_seconds": 2, "stream_seconds": (2,), "rounds": 2}
@@ -115,7 +117,7 @@ def test_different_outputs_stop_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models.TorchaudioModel, "forward", lambda self, x: x @ x)
+    monkeypatch.setattr(models.TorchaudioModel, "forward", lambda self, x, mask=None: x @ x)
     settings = Settings(
         **SHORT | {"encoders": ("conformer",), "peers": ("torchaudio_conformer",), "parts": ("size", "inference")}
     )
@@ -141,7 +143,7 @@ def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch, capsys):
 
 
 def test_a_peer_that_cannot_be_compared_leaves_a_note(tmp_path, monkeypatch):
-    monkeypatch.setattr(models.SpeechBrainModel, "forward", lambda self, x: x @ x)
+    monkeypatch.setattr(models.SpeechBrainModel, "forward", lambda self, x, mask=None: x @ x)
     chosen = {"encoders": ("hyperconformer",), "peers": ("speechbrain_hyperconformer",), "parts": ("inference",)}
     rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
     assert {(row["encoder"], bool(row["ms"])) for row in rows} == {
@@ -221,6 +223,9 @@ def test_what_would_take_too_much_is_left_out(tmp_path, monkeypatch, budget, fre
         (["--threads", "-1"], "--threads is -1"),
         (["--budget", "0"], "--budget is 0"),
         (["--left-context", "-2"], "--left-context is -2"),
+        (["--padding", "100"], "--padding is 100; give percent"),
+        (["--graphs"], "--graphs are CUDA graphs, which a CPU does not have; leave it out, or give --device cuda."),
+        (["--precision", "float32", "tf32"], "--precision is 'tf32', which a CPU does not have"),
         (["--device", "abacus"], "--device is 'abacus'; give cpu, cuda"),
         (["--device", "cuda:99"], "--device is 'cuda:99', but PyTorch sees"),
         (["--report"], "There are no results at"),
@@ -289,8 +294,11 @@ def test_compiled(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path):
     chosen = {"encoders": ("hyperconformer",), "peers": ("speechbrain_hyperconformer",), "device": "cuda", "seconds": (2, 60)}
+    chosen |= {"precision": PRECISIONS, "inputs": INPUTS, "batch": (1, 2), "graphs": True}
     rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
     assert {row["device"] for row in rows} == {"cuda"} and not any(row["note"].startswith("failed") for row in rows)
+    assert {row["precision"] for row in rows if row["task"] == "training" and row["ms"]} == set(PRECISIONS)
+    assert any(row["ms"] for row in rows if row["mode"] == "graph") and all(", host " in row["machine"] for row in rows)
 
 
 def test_plot_of_error_rates_against_cost(tmp_path):
@@ -317,14 +325,88 @@ def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch, capsys):
 def test_cells_of_the_full_run():
     everything = list(cells(Settings(compiled=True)))
     assert len(everything) == len(set(everything))
-    assert Cell("inference", "front end", "bfloat16", "compiled", 8, 160) in everything
+    assert Cell("inference", "front end", "bfloat16", "compiled", 8, 160, padding=10) in everything
+    assert Cell("training", "audio", "bfloat16", "eager", 8, 10, padding=10) in everything
+    assert {cell.padding for cell in everything if cell.batch == 1} == {0}
     assert {cell.seconds for cell in everything if cell.task == "streaming"} == {60, 600}
 
 
-def test_bfloat16_batches_and_unlimited_streams(tmp_path):
-    chosen = {"encoders": ("conformer",), "peers": (), "precision": ("bfloat16",), "batch": (2,), "left_context": (-1,)}
+def test_half_precision_batches_and_unlimited_streams(tmp_path):
+    chosen = {"encoders": ("conformer",), "peers": (), "precision": ("bfloat16", "float16"), "batch": (2,), "left_context": (-1,)}
     rows = run(Settings(**SHORT | chosen | {"parts": ("inference", "training", "streaming")}), tmp_path / "a.csv").rows
-    assert len(rows) == 3 and all(row["ms"] and not row["note"] for row in rows)
+    assert len(rows) == 5 and all(row["ms"] and not row["note"] for row in rows)
+
+
+def test_from_audio_on(tmp_path):
+    chosen = {"encoders": ("fusionformer",), "peers": ("speechbrain_conformer",), "inputs": ("audio",), "batch": (1, 3)}
+    chosen |= {"seconds": (1,), "train_seconds": 1, "own_sizes": False}
+    rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+    assert {row["task"] for row in rows} == {"inference", "training", "streaming"}  # sizes are those with front end
+    assert all(row["ms"] and not row["note"].startswith("failed") for row in rows if row["input"] == "audio")
+    (row,) = (row for row in rows if (row["encoder"], row["form"], row["batch"]) == ("fusionformer", "fused", "3"))
+    assert float(row["real_time_factor"]) == pytest.approx(float(row["ms"]) / 1e3 / (1 + 0.95 + 0.9), rel=0.01)
+    text = report.write(tmp_path / "a.csv")
+    assert "to tokens there (greedy CTC), float32, eager, batch 3 padded by up to 10 %" in text
+    assert "from audio files, which 4 processes read" in text
+
+
+def test_streams_as_graphs_have_a_table_of_their_own(tmp_path):
+    chosen = {"encoders": ("conformer",), "peers": (), "parts": ("streaming",)}
+    (row,) = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
+    write_csv(tmp_path / "a.csv", FIELDS, [row.values(), (row | {"mode": "graph"}).values()])
+    text = report.write(tmp_path / "a.csv")
+    assert "10 chunks of left context: ms" in text and "10 chunks of left context, as CUDA graphs: ms" in text
+
+
+@pytest.mark.parametrize("part", ["encoder", "front end"])
+def test_batches_are_padded_and_a_single_utterance_is_not(part, tmp_path, monkeypatch):
+    masks = {}
+    for kind in (Model, models.SpeechBrainModel, models.TorchaudioModel):
+
+        def forward(self, x, mask=None, real=kind.forward):
+            masks.setdefault(type(self).__name__, {})[len(x)] = mask
+            return real(self, x, mask)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    chosen = {"peers": ("speechbrain_conformer", "torchaudio_conformer"), "inputs": (part,), "batch": (1, 3), "padding": 50}
+    run(Settings(**SHORT | chosen | {"encoders": ("conformer",), "parts": ("inference", "training")}), tmp_path / "a.csv")
+    assert masks.keys() == {"Model", "SpeechBrainModel", "TorchaudioModel"}
+    for by_batch in masks.values():
+        assert by_batch[1] is None
+        assert [row.sum().item() for row in by_batch[3]] == [0, 12, 25] and by_batch[3].shape == (3, 50)
+        assert [row.sum().item() for row in by_batch[2]] == [0, 25]  # of the training step
+
+
+@pytest.mark.parametrize("left", [None, 2])
+@torch.no_grad()
+def test_a_stream_in_fixed_memory_gives_the_same(left):
+    """What a CUDA graph replays."""
+    built, _, _ = models.build(
+        models.groups(list_encoders(), list(PEERS), Dimensions(**TINY), own_sizes=False)[0], Dimensions(**TINY), 50
+    )
+    config, constant = DynChunkTrainConfig(4, left), set()
+    for candidate, model in built.items():
+        try:
+            usual, static = (model.make_context(config) for _ in range(2))
+        except models.Unsupported:
+            continue
+        for chunk in torch.randn(4, 1, 4, 16):
+            model.stream(chunk, usual)
+            model.stream(chunk, static)
+        stream = StaticStream(model, static, chunk)
+        places = [tensor.data_ptr() for tensor in stream.state]
+        try:
+            for chunk in torch.randn(6, 1, 4, 16):
+                stream.chunk.copy_(chunk)
+                torch.testing.assert_close(stream.step(), model.stream(chunk, usual), atol=1e-6, rtol=0)
+                assert model.state_bytes(static) >= model.state_bytes(usual)
+            assert [tensor.data_ptr() for tensor in stream.state] == places
+            constant.add(candidate.name)
+        except models.Unsupported as error:
+            assert "its state grows" in str(error)
+    streams = {"conformer", "squeezeformer", "fusionformer", "cascade", "speechbrain_conformer"}
+    assert {"hyperconformer", "practical_conformer"} | (streams if left else set()) <= constant
+    assert left or not streams & constant
 
 
 def test_readme_block(tmp_path):

@@ -1,7 +1,7 @@
 """What is compared: every registered encoder, and what one would use otherwise, at equal work.
 
-Equal work: all get the same frames and the same number of blocks, width, heads, feed-forward width and kernel; no call has a
-padding mask, so that none pays for padding. With front end, all get the same features: ours go through
+Equal work: all get the same frames, and have the same number of blocks, width, heads, feed-forward width and kernel. Batches are
+padded and have a mask, as in training; a single utterance has neither. With front end, all get the same features: ours go through
 :class:`speechbrain_ext.lobes.subsampling.ConvolutionSubsampling`, the others through SpeechBrain's ``ConvolutionFrontEnd`` with
 the settings of its published recipes, which has the same parameters; then through a linear layer of the encoder's width.
 
@@ -26,6 +26,7 @@ from torch import nn
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.encoders import StreamingContext
 from speechbrain_ext.lobes.fusible import PlainLinear, ScaledLinear
+from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_sizes, get_encoder
 from speechbrain_ext.utils.errors import one_line
@@ -66,9 +67,9 @@ class Model(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, x):
-        """Whole utterances without padding."""
-        return self.encoder(x)[0]
+    def forward(self, x, mask=None):
+        """Whole utterances; the mask is (B, T) bool, True = padding."""
+        return self.encoder(x, src_key_padding_mask=mask)[0]
 
     def make_context(self, config):
         """Of a new stream."""
@@ -95,9 +96,10 @@ class SpeechBrainModel(Model):
         super().__init__(encoder)
         self.positions = RelPosEncXL(d_model) if relative else None
 
-    def forward(self, x):
-        """Whole utterances without padding."""
-        return self.encoder(x, pos_embs=self.positions(x) if self.positions is not None else None)[0]
+    def forward(self, x, mask=None):
+        """Whole utterances; the mask is (B, T) bool, True = padding."""
+        positions = self.positions(x) if self.positions is not None else None
+        return self.encoder(x, src_key_padding_mask=mask, pos_embs=positions)[0]
 
     def make_context(self, config):
         """Of a new stream."""
@@ -118,13 +120,13 @@ class SpeechBrainModel(Model):
 
 
 class TorchaudioModel(Model):
-    """torchaudio's Conformer; its own forward always makes a padding mask, which costs it time, so that its layers are called."""
+    """torchaudio's Conformer; its own forward makes a padding mask of lengths, always, so that its layers are called."""
 
-    def forward(self, x):
-        """Whole utterances without padding."""
+    def forward(self, x, mask=None):
+        """Whole utterances; the mask is (B, T) bool, True = padding."""
         x = x.transpose(0, 1)
         for layer in self.encoder.conformer_layers:
-            x = layer(x, None)
+            x = layer(x, mask)
         return x.transpose(0, 1)
 
     def make_context(self, config):
@@ -139,17 +141,21 @@ class WithFrontEnd(nn.Module):
         super().__init__()
         self.front_end = front_end
         with torch.no_grad():
-            width = _frames(front_end(torch.zeros(1, 8, FEATURES))).shape[2]
+            width = self._frames(torch.zeros(1, 8, FEATURES))[0].shape[2]
         self.input = nn.Sequential(nn.Linear(width, d_model), nn.Dropout(0.1))
         self.model = model
 
-    def forward(self, x):
-        """(B, T, F) to (B, ceil(T / 4), D)."""
-        return self.model(self.input(_frames(self.front_end(x))))
+    def forward(self, x, lens=None):
+        """(B, T, F), with relative lengths (B,) where some are padded, to (B, ceil(T / 4), D)."""
+        x, lens = self._frames(x, lens)
+        mask = None if lens is None else padding_mask(absolute_lengths(lens, x.shape[1]), x.shape[1])
+        return self.model(self.input(x), mask)
 
-
-def _frames(x):
-    return (x[0] if isinstance(x, tuple) else x).flatten(2)
+    def _frames(self, x, lens=None):
+        if isinstance(self.front_end, ConvolutionFrontEnd):  # which knows no lengths
+            return self.front_end(x).flatten(2), lens
+        x, lens = self.front_end(x, lens)
+        return x.flatten(2), lens
 
 
 def our_front_end():

@@ -5,6 +5,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from speechbrain_ext.bench.audio import WORKERS
 from speechbrain_ext.bench.models import BASELINE
 from speechbrain_ext.bench.run import EQUAL, FIELDS
 from speechbrain_ext.utils.errors import UserError, UserImportError
@@ -15,7 +16,8 @@ The real-time factor is seconds of computation per second of audio, of all utter
 Times are medians. Ratios are to the `{BASELINE}` timed alternately with the model, and can differ from the quotient of two
 rows. Peak memory is what a call adds, without the weights. "fused" has its normalisation folded into the weights; int8 is
 the fused form, where there is one, with linear layers in 8 bits. `{BASELINE}` and `squeezeformer` have relative positions,
-as published; what has rotary ones does less work, and compares with "{BASELINE}, RoPEMHA". Empty cells were not asked for."""
+as published; what has rotary ones does less work, and compares with "{BASELINE}, RoPEMHA". In a padded batch the shortest
+utterance is so much shorter than the longest, and the others lie evenly between. Empty cells were not asked for."""
 
 
 def table(header, rows):
@@ -159,8 +161,18 @@ def _sizes(rows):
         yield table(header, [[line[0], parameters[line[0]], *line[1:]] for line in lines])
 
 
-def _part(name):
-    return "encoder alone" if name == "encoder" else "with front end"
+FROM_AUDIO = {
+    ("inference", "audio"): "from samples in the host's memory to tokens there (greedy CTC)",
+    ("training", "audio"): f"from audio files, which {WORKERS} processes read, to the step (CTC)",
+}
+
+
+def _part(name, task=None):
+    return FROM_AUDIO.get((task, name), "encoder alone" if name == "encoder" else "with front end")
+
+
+def _batch(batch, padding):
+    return f"batch {batch}" + f" padded by up to {padding} %" * (padding != "0")
 
 
 def _speedup(row):
@@ -172,8 +184,9 @@ def _spread(row):
 
 
 def _inference(rows):
-    for (part, precision, mode, batch), mine in _cells(rows, "inference", "input", "precision", "mode", "batch").items():
-        how = f"by seconds of audio, {_part(part)}, {precision}, {mode}, batch {batch}"
+    keys = "input", "precision", "mode", "batch", "padding"
+    for (part, precision, mode, *batch), mine in _cells(rows, "inference", *keys).items():
+        how = f"by seconds of audio, {_part(part, 'inference')}, {precision}, {mode}, {_batch(*batch)}"
         columns, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{row['real_time_factor']}{_speedup(row)}")
         header = ["encoder", *(f"{name} s" for name in columns)]
         yield f"**Real-time factor** {how} (times as fast as `{BASELINE}`):"
@@ -194,7 +207,7 @@ def _mib(row):
 
 
 def _streaming(rows):
-    for (left, chunk), mine in _cells(rows, "streaming", "left_context", "chunk").items():
+    for (mode, left, chunk), mine in _cells(rows, "streaming", "mode", "left_context", "chunk").items():
 
         def cell(row):
             return f"{float(row['ms']):.2f}{_speedup(row)}, {int(row['state_bytes']) / 1000:,.0f}"
@@ -203,6 +216,7 @@ def _streaming(rows):
         if not lines:
             continue
         context = "unlimited left context" if left == "-1" else f"{left} chunks of left context"
+        context += ", as CUDA graphs" * (mode == "graph")
         yield (
             f"**Streams**, chunks of {40 * int(chunk)} ms, {context}: ms per chunk (times as fast as `{BASELINE}`), and state in "
             "kB, after so many seconds:"
@@ -211,10 +225,9 @@ def _streaming(rows):
 
 
 def _training(rows):
-    for (part, precision, mode, batch, seconds), mine in _cells(
-        rows, "training", "input", "precision", "mode", "batch", "seconds"
-    ).items():
-        yield f"**Training step**, {batch} x {seconds} s, {_part(part)}, {precision}, {mode}:"
+    keys = "input", "precision", "mode", "seconds", "batch", "padding"
+    for (part, precision, mode, seconds, *batch), mine in _cells(rows, "training", *keys).items():
+        yield f"**Training step**, {seconds} s, {_batch(*batch)}, {_part(part, 'training')}, {precision}, {mode}:"
         lines = [[_label(row), f"{float(row['ms']):,.0f}", _spread(row), row["speedup"], _mib(row)] for row in mine if row["ms"]]
         yield table(["encoder", "ms", "quartiles", f"times as fast as `{BASELINE}`", "peak MiB"], lines)
 

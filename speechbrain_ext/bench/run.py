@@ -3,23 +3,27 @@
 A row is in the CSV file as soon as its cell is done, and a cell whose rows are all there is not measured again: the same command
 goes on where it was stopped. ``ms`` is a median, with the quartiles beside it, and ``speedup`` is the baseline's time in the same
 cell over it. ``gemm_share`` is the share of this machine's measured matrix-product rate that the model's operations reach.
+``padding`` is by how many percent of the longest utterance of a batch the shortest is shorter; the others lie evenly between.
 """
 
 import contextlib
 import datetime
 import importlib.metadata
-import platform
 import re
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from speechbrain.nnet.losses import ctc_loss
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext import __version__
+from speechbrain_ext.bench.audio import BATCHES, Recognizer, make_loader, write_files
+from speechbrain_ext.bench.graphs import StaticStream
 from speechbrain_ext.bench.models import (
     BASELINE,
     FEATURES,
@@ -33,17 +37,23 @@ from speechbrain_ext.bench.models import (
     in_int8,
     with_front_end,
 )
+from speechbrain_ext.dataio.resampling import SAMPLE_RATE
+from speechbrain_ext.decoders.alignment import greedy_tokens
+from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.registry import build_encoder, list_encoders
 from speechbrain_ext.utils import measure
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import read_csv, write_csv
+from speechbrain_ext.utils.machine import cpu_name
 
 FRAMES_PER_SECOND = 25
 PARTS = ("size", "inference", "training", "streaming")
-INPUTS = ("encoder", "front end")
-PRECISIONS = ("float32", "bfloat16")
+INPUTS = ("encoder", "front end", "audio")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+"""Autocast's types, or none. In all but "float32" a GPU takes TensorFloat-32 for what stays in float32, as SpeechBrain sets it:
+"tf32" is nothing but that."""
 EQUAL = "largest difference from ours "
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "graph")
 FORMS = ("plain", "fused", "int8")
 PROBES = (5, 20)  # seconds, to foretell what longer ones take
 
@@ -67,14 +77,18 @@ class Settings:
     device: str = "cpu"
     threads: int = 0
     """0 = PyTorch's choice."""
-    precision: tuple = PRECISIONS
+    precision: tuple = ("float32", "bfloat16")
     compiled: bool = False
+    graphs: bool = False
+    """Whether streams are measured as CUDA graphs, too."""
     counted: tuple = (10, 30, 60)
     """Seconds, for the table of sizes."""
     seconds: tuple = (5, 10, 20, 40, 80, 160)
     batch: tuple = (1, 8)
     train_seconds: int = 10
     train_batch: int = 8
+    padding: int = 10
+    """Percent by which the shortest utterance of a batch is shorter than the longest."""
     stream_seconds: tuple = (60, 600)
     chunk_size: int = 16
     left_context: tuple = (-1, 10)
@@ -125,10 +139,12 @@ def check(settings):
         values = getattr(settings, entry.name)
         for value in values if isinstance(values, tuple) else (values,):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_number and entry.name not in ("threads", "left_context") and not value > 0:
+            if is_number and entry.name not in ("threads", "left_context", "padding") and not value > 0:
                 raise UserError(f"{_flag(entry.name)} is {value}; give at least 1.")
     if settings.threads < 0:
         raise UserError(f"--threads is {settings.threads}; give at least 1.")
+    if not 0 <= settings.padding < 100:
+        raise UserError(f"--padding is {settings.padding}; give percent, from 0 to 99.")
     for value in settings.left_context:
         if value < -1:
             raise UserError(f"--left-context is {value}; give a number of chunks, or -1 for all.")
@@ -146,6 +162,10 @@ def check(settings):
         raise UserError(f"--device is '{settings.device}'; give cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is '{settings.device}', but PyTorch sees {torch.cuda.device_count()} GPUs here; give cpu.")
+    if device.type == "cpu" and settings.graphs:
+        raise UserError("--graphs are CUDA graphs, which a CPU does not have; leave it out, or give --device cuda.")
+    if device.type == "cpu" and "tf32" in settings.precision:
+        raise UserError("--precision is 'tf32', which a CPU does not have; leave it out, or give --device cuda.")
 
 
 def _flag(key):
@@ -170,6 +190,8 @@ def machine(settings):
 def origin(settings):
     """What must be the same for all rows of a file: the machine, its part that is used, and the versions of what is compared.
 
+    Of a GPU the machine is that and the processor of its host, which launches all kernels.
+
     Example
     -------
     >>> origin(Settings(threads=2))["threads"]
@@ -178,16 +200,12 @@ def origin(settings):
     device = torch.device(settings.device).type
     threads = "" if device == "cuda" else str(settings.threads or torch.get_num_threads())
     versions = [f"speechbrain_ext {__version__}", *map(_version, ("torch", "speechbrain", "torchaudio"))]
-    return dict(zip(ORIGIN, (_device_name(settings), device, threads, ", ".join(versions)), strict=True))
+    host = f", host {cpu_name()}" if device == "cuda" else ""
+    return dict(zip(ORIGIN, (_device_name(settings) + host, device, threads, ", ".join(versions)), strict=True))
 
 
 def _device_name(settings):
-    if torch.device(settings.device).type == "cuda":
-        return torch.cuda.get_device_name(settings.device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(settings.device) if torch.device(settings.device).type == "cuda" else cpu_name()
 
 
 @dataclass(frozen=True)
@@ -202,13 +220,27 @@ class Cell:
     seconds: int = 10
     chunk: int = 0
     left_context: int = 0
+    padding: int = 0
 
     def __str__(self):
-        text = f"{self.task}, {self.input}, {self.seconds} s x {self.batch}, {self.precision}, {self.mode}"
+        padding = f", padding {self.padding} %" * bool(self.padding)
+        text = f"{self.task}, {self.input}, {self.seconds} s x {self.batch}{padding}, {self.precision}, {self.mode}"
         if self.task == "streaming":
             left = "all" if self.left_context < 0 else f"{self.left_context} chunks"
-            text = f"streaming, after {self.seconds} s, chunks of {self.chunk} frames, left context {left}, {self.precision}"
+            text = f"streaming, after {self.seconds} s, chunks of {self.chunk} frames, left context {left}, {self.mode}"
         return text
+
+    @property
+    def lens(self):
+        """Relative lengths of the utterances, the longest first.
+
+        Example
+        -------
+        >>> Cell("training", batch=3, padding=20).lens
+        [1.0, 0.9, 0.8]
+        """
+        shorter = self.padding / 100 / max(1, self.batch - 1)
+        return [1 - number * shorter for number in range(self.batch)]
 
 
 def cells(settings):
@@ -222,27 +254,32 @@ def cells(settings):
     Example
     -------
     >>> [str(cell) for cell in cells(Settings(parts=("training",), inputs=("encoder",), precision=("float32",)))]
-    ['training, encoder, 10 s x 8, float32, eager']
+    ['training, encoder, 10 s x 8, padding 10 %, float32, eager']
     """
-    modes = MODES if settings.compiled else MODES[:1]
+    modes = MODES[:2] if settings.compiled else MODES[:1]
     if "size" in settings.parts:
-        yield from (Cell("size", part, seconds=seconds) for part in settings.inputs for seconds in settings.counted)
+        parts = [part for part in settings.inputs if part != "audio"]  # features and head are the same for all
+        yield from (Cell("size", part, seconds=seconds) for part in parts for seconds in settings.counted)
     if "inference" in settings.parts:
         for precision in settings.precision:
             for mode in modes:
                 for part in settings.inputs:
                     for batch in settings.batch:
                         for seconds in settings.seconds:
-                            yield Cell("inference", part, precision, mode, batch, seconds)
+                            padding = settings.padding if batch > 1 else 0
+                            yield Cell("inference", part, precision, mode, batch, seconds, padding=padding)
     if "streaming" in settings.parts:
         for left in settings.left_context:
             for seconds in settings.stream_seconds:
-                yield Cell("streaming", seconds=seconds, chunk=settings.chunk_size, left_context=left)
+                for mode in ("eager", "graph") if settings.graphs else ("eager",):
+                    yield Cell("streaming", mode=mode, seconds=seconds, chunk=settings.chunk_size, left_context=left)
     if "training" in settings.parts:
         for precision in settings.precision:
             for mode in modes:
                 for part in settings.inputs:
-                    yield Cell("training", part, precision, mode, settings.train_batch, settings.train_seconds)
+                    sizes = settings.train_batch, settings.train_seconds
+                    padding = settings.padding if settings.train_batch > 1 else 0
+                    yield Cell("training", part, precision, mode, *sizes, padding=padding)
 
 
 KEY = ("task", "input", "encoder", "size", "dims", "form", "device", "threads", *list(Cell.__dataclass_fields__)[2:])
@@ -372,10 +409,15 @@ class _Group:
         self.common = origin(settings)
         self.models = None
         self.costs, self.counts = {}, {}
-        self.gemm = {}
+        self.gemm, self.loaders = {}, {}
 
     def run(self):
         """Measure all cells whose rows are missing."""
+        with tempfile.TemporaryDirectory() as self.folder:  # of audio files
+            self._run()
+        self.models, self.counts, self.loaders = None, {}, {}
+
+    def _run(self):
         todo = list(cells(self.settings))
         for index, cell in enumerate(todo):
             missing = [pair for pair in self._pairs(cell) if self._row(cell, *pair) not in self.table]
@@ -387,9 +429,9 @@ class _Group:
             if cell.task != "size" and baseline not in missing:
                 missing.insert(0, baseline)  # ratios are of one cell
             print(f"[{self.number}, {index + 1}/{len(todo)}] {cell}", file=sys.stderr, flush=True)
-            rows = self._measure(cell, missing)
+            with _tf32(cell.precision != "float32"):
+                rows = self._measure(cell, missing)
             self.table.add([self._row(cell, *pair) | values for pair, values in rows.items()])
-        self.models, self.counts = None, {}
 
     def _build(self):
         longest = max(*self.settings.seconds, *self.settings.counted, *self.settings.stream_seconds, self.settings.train_seconds)
@@ -441,25 +483,32 @@ class _Group:
         key = (pair, cell.input, cell.mode)
         if key not in self.fronts:
             net = model
-            if cell.input == "front end":
+            if cell.input != "encoder":
                 net = with_front_end(pair[0], model, self._width(pair)).to(self.settings.device)
                 if pair[1] == "int8":
                     net.input = in_int8(net.input)
-            self.fronts[key] = torch.compile(net, dynamic=True) if cell.mode == "compiled" else net
+            net = torch.compile(net, dynamic=True) if cell.mode == "compiled" else net
+            if cell.input == "audio":
+                net = Recognizer(net, self._width(pair)).eval().to(self.settings.device)
+            self.fronts[key] = net
         return self.fronts[key]
 
-    def _shape(self, cell, pair, seconds, batch):
+    def _inputs(self, cell, pair):
+        """What a net is called with."""
+        frames, device = FRAMES_PER_SECOND * cell.seconds, self.settings.device
+        lens = torch.tensor(cell.lens, device=device) if cell.padding else None
         if cell.input == "front end":
-            return batch, 4 * FRAMES_PER_SECOND * seconds, FEATURES
-        return batch, FRAMES_PER_SECOND * seconds, self._width(pair)
+            return torch.randn(cell.batch, 4 * frames, FEATURES, device=device), lens
+        mask = None if lens is None else padding_mask(absolute_lengths(lens, frames), frames)
+        return torch.randn(cell.batch, frames, self._width(pair), device=device), mask
 
     def _macs(self, cell, pair):
-        """10^9, of the plain form: what is folded or rounded does the same."""
-        pair = (pair[0], "plain")
+        """10^9, of the plain form: what is folded or rounded does the same. From audio, features and head are left out."""
+        pair, cell = (pair[0], "plain"), replace(cell, input="encoder" if cell.input == "encoder" else "front end", mode="eager")
         key = (pair[0], cell.input, cell.seconds)
         if key not in self.counts:
-            x = torch.randn(self._shape(cell, pair, cell.seconds, 1), device=self.settings.device)
-            self.counts[key] = measure.count_macs(self._net(replace(cell, mode="eager"), pair), x) / 1e9
+            x, _ = self._inputs(replace(cell, batch=1, padding=0), pair)
+            self.counts[key] = measure.count_macs(self._net(cell, pair), x) / 1e9
         return cell.batch * self.counts[key]
 
     def _measure(self, cell, pairs):
@@ -527,14 +576,16 @@ class _Group:
         return max(1, round(factor * self.settings.rounds))
 
     def _results(self, cell, pair, times):
-        middle, lower, upper = measure.quartiles(times)
-        audio = cell.chunk / FRAMES_PER_SECOND if cell.task == "streaming" else cell.batch * cell.seconds
+        steps = BATCHES if (cell.task, cell.input) == ("training", "audio") else 1
+        middle, lower, upper = (time / steps for time in measure.quartiles(times))
+        audio = cell.chunk / FRAMES_PER_SECOND if cell.task == "streaming" else sum(cell.lens) * cell.seconds
         row = {"ms": round(middle, 3), "ms_lower": round(lower, 3), "ms_upper": round(upper, 3), "rounds": len(times)}
         if cell.task != "training":
             row["real_time_factor"] = f"{middle / 1e3 / audio:.3g}"
         if cell.task == "inference":
             if cell.precision not in self.gemm:
-                self.gemm[cell.precision] = measure.gemm_rate(self.settings.device, cell.precision)
+                dtype = "float32" if cell.precision == "tf32" else cell.precision
+                self.gemm[cell.precision] = measure.gemm_rate(self.settings.device, dtype)
             rate = self.gemm[cell.precision]
             row["gemm_gmacs"] = round(rate, 1)
             with contextlib.suppress(Exception):  # whatever does not let itself be counted has its time
@@ -545,51 +596,104 @@ class _Group:
     def _call(self, cell, pair, states):
         """What is timed: a forward pass, one more chunk of a stream, or a training step."""
         device = self.settings.device
+        kind = torch.device(device).type
 
         def precision():
-            return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cell.precision == "bfloat16")
+            half = cell.precision in ("bfloat16", "float16")
+            return torch.autocast(kind, getattr(torch, cell.precision) if half else None, enabled=half)
 
         if cell.task == "streaming":
             return self._stream(cell, pair, states)
         net = self._net(cell, pair)
-        x = torch.randn(self._shape(cell, pair, cell.seconds, cell.batch), device=device)
         if cell.task == "inference":
-
-            def forward():
-                with torch.no_grad(), precision():
-                    return net(x)
-
-            return forward
+            return self._recognition(cell, net, precision) if cell.input == "audio" else self._forward(cell, pair, net, precision)
         net.train()
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the weights stay those that were compared
+        scaler = torch.amp.GradScaler(kind, enabled=cell.precision == "float16")
+
+        def step(loss):
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        if cell.input == "audio":
+            loader = self._loader(cell)
+
+            def over_files():
+                for batch in loader:
+                    optimizer.zero_grad(set_to_none=True)
+                    batch = batch.to(device)
+                    with precision():
+                        log_probs, _ = net(*batch.sig)
+                    # With lengths of the host the loss need not wait for those of the device
+                    lens = batch.host_lengths
+                    step(ctc_loss(log_probs, batch.tokens.data, lens["sig"], lens["tokens"], 0, "batchmean"))
+
+            return over_files
+        inputs = self._inputs(cell, pair)
         target = torch.randn(cell.batch, FRAMES_PER_SECOND * cell.seconds, self._width(pair), device=device)
 
-        def step():
+        def one_step():
             optimizer.zero_grad(set_to_none=True)
             with precision():
-                y = net(x)
-            (y.float() - target).square().mean().backward()
-            optimizer.step()
+                y = net(*inputs)
+            step((y.float() - target).square().mean())
 
-        return step
+        return one_step
+
+    def _forward(self, cell, pair, net, precision):
+        """A forward pass from what lies on the device."""
+        inputs = self._inputs(cell, pair)
+
+        def forward():
+            with torch.no_grad(), precision():
+                return net(*inputs)
+
+        return forward
+
+    def _recognition(self, cell, net, precision):
+        """From samples in the host's memory to token ids there."""
+        device = self.settings.device
+        wavs, lens = 0.1 * torch.randn(cell.batch, SAMPLE_RATE * cell.seconds), torch.tensor(cell.lens)
+        if torch.device(device).type == "cuda":
+            wavs, lens = wavs.pin_memory(), lens.pin_memory()
+
+        def recognise():
+            with torch.no_grad(), precision():
+                return greedy_tokens(*net(wavs.to(device, non_blocking=True), lens.to(device, non_blocking=True)))
+
+        return recognise
+
+    def _loader(self, cell):
+        """Of files of a cell's lengths."""
+        key = (cell.seconds, *cell.lens)
+        if key not in self.loaders:
+            paths = write_files(self.folder, cell.seconds, cell.lens)
+            self.loaders = {key: make_loader(paths, self.settings.device)}  # whose workers end
+        return self.loaders[key]
 
     def _width(self, pair):
         return getattr(self.models[pair].encoder, "d_model", self.settings.d_model)
 
     @torch.no_grad()
     def _stream(self, cell, pair, states):
-        """The next chunk of a stream, which is half through with its calls after so many seconds; then its state is looked at."""
+        """The next chunk of a stream, which is half through with its calls after so many seconds; then its state is looked at.
+        As a graph the stream stands there."""
         model, chunk = self.models[pair], torch.randn(1, cell.chunk, self._width(pair), device=self.settings.device)
         config = DynChunkTrainConfig(cell.chunk, None if cell.left_context < 0 else cell.left_context)
         context = model.make_context(config)
         chunks = round(cell.seconds * FRAMES_PER_SECOND / cell.chunk)
         done = max(0, chunks - self._rounds(cell))  # each round has two calls
+        if cell.mode == "graph":
+            done = max(1, done, cell.left_context)  # from then on all has its size
         began = time.perf_counter()
         for _ in range(done):
             model.stream(chunk, context)
             if time.perf_counter() - began > self.settings.budget:
                 raise Unsupported(f"left out: the stream does not get there in {self.settings.budget:g} s (--budget)")
         states[pair] = model.state_bytes(context)
+        if cell.mode == "graph":
+            return StaticStream(model, context, chunk).capture()
 
         def following():
             nonlocal done
@@ -610,11 +714,13 @@ class _Group:
             raise Unsupported(reason)
         if cell.task == "streaming" or cell.seconds * cell.batch <= 2 * PROBES[-1]:
             return
+        # Reading and features take next to nothing beside the rest
+        cell = replace(cell, input="encoder" if cell.input == "encoder" else "front end", mode="eager", padding=0)
         key = (cell.task, cell.input, cell.precision, pair)
         if key not in self.costs:
             found = []
             for seconds in PROBES:
-                call = self._call(replace(cell, seconds=seconds, batch=1, mode="eager"), pair, {})
+                call = self._call(replace(cell, seconds=seconds, batch=1), pair, {})
                 memory = measure.peak_memory(call, self.settings.device)
                 found.append((memory, min(measure.timed(call, self.settings.device) for _ in range(2)) / 1e3))
             self.costs[key] = list(zip(*found, strict=True))
@@ -624,6 +730,20 @@ class _Group:
             raise Unsupported(f"left out: it would take about {memory:,.0f} MiB, and {free:,.0f} MiB are free")
         if seconds > self.settings.budget:
             raise Unsupported(f"left out: one call would take about {seconds:.0f} s, more than --budget {self.settings.budget:g}")
+
+
+@contextlib.contextmanager
+def _tf32(allowed):
+    """Whether a GPU may round what goes into matrix products to TensorFloat-32, which SpeechBrain switches on."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = allowed
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
 
 
 def _extrapolate(values, seconds):

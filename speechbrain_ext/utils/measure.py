@@ -188,7 +188,7 @@ def gemm_rate(device="cpu", precision="float32", rounds=20):
     device : str
         Where to multiply.
     precision : str
-        "float32" or "bfloat16".
+        "float32", "bfloat16" or "float16".
     rounds : int
         The median of so many products counts.
 

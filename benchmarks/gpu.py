@@ -1,0 +1,200 @@
+"""All that is to be known of a GPU, in one command with a time limit: what is right on it, what is fast, and what trains.
+
+    python benchmarks/gpu.py --minutes 9 --data FOLDER [FOLDER ...] --test FOLDER [FOLDER ...] --out FOLDER
+    python benchmarks/gpu.py --minutes 9 --parts contract,table --out FOLDER
+    python benchmarks/gpu.py --minutes 2 --tiny
+
+contract  every encoder, its outputs and gradients beside the CPU's (gpu_contract.py): contract.csv
+table     training steps, recognition of batches, streams, with peak memory, of the encoders and of SpeechBrain's and
+          torchaudio's at the size of the published 8M models, then at the encoders' own sizes (as
+          ``python -m speechbrain_ext bench``): table.csv
+train     five architectures side by side on ``--data``, in what is left of the time, and their word error rates on
+          ``--test`` (gpu_training.py): training.csv and, of each, an archive with its model folder
+
+Each row is in its file as soon as it is measured, and each part is a process of its own, whose failure stops no other. The
+folders hold speech in LibriSpeech layout, 5 to 15 hours to train on. The exit status is 0 where all parts came to their end; a
+table that the time cuts short has the rows that it had time for. ``--tiny`` goes through all parts in a minute, with small
+encoders, on tones with sentences where no folders are given, and without a GPU on the CPU.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests")]
+PARTS = ("contract", "table", "train")
+SHARES = {"contract": 0.25, "table": 0.35}
+"""Of the time that is left, what a part may take where training is to come."""
+RESERVE = 75
+"""Seconds at the end of training for averages, tests and model folders; at most a third of the time."""
+LAST = 10
+"""Seconds before the limit by which all processes have ended."""
+STEP = {"parts": ("training",), "inputs": ("front end",), "train_seconds": 15, "train_batch": 40}
+TABLE = (
+    STEP | {"precision": ("bfloat16", "float32", "tf32", "float16")},
+    {"parts": ("inference",), "inputs": ("audio",), "precision": ("float32", "bfloat16"), "batch": (32,), "seconds": (15,)},
+    {"parts": ("streaming",), "stream_seconds": (30,), "left_context": (10, -1), "graphs": True},
+    {"parts": ("training",), "inputs": ("audio",), "precision": ("bfloat16",), "train_seconds": 15, "train_batch": 40},
+    {"parts": ("inference",), "inputs": ("front end",), "batch": (1,), "seconds": (10, 60), "precision": ("float32",)},
+    STEP | {"precision": ("bfloat16",), "own_sizes": True, "peers": ()},
+)
+"""What the table is made of, the most important first: settings of speechbrain_ext.bench.run."""
+TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3, "rounds": 1, "seconds": (1,), "batch": (2,)}
+TINY |= {"train_seconds": 1, "train_batch": 2, "stream_seconds": (2,), "precision": ("float32",), "own_sizes": False}
+TINY |= {"peers": (), "forms": ("plain", "fused")}
+ENDED = "it was ended, as the time was over"
+
+
+class Failed(Exception):
+    """A part, or a process of it, that did not come to its end."""
+
+
+def run(commands, until):
+    """Run processes side by side until they end or the time is over; returns the exit status of each, None where it was ended."""
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} | os.environ
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    started = [
+        subprocess.Popen([sys.executable, *map(str, command)], env=environment, start_new_session=True) for command in commands
+    ]
+    ends = []
+    try:
+        for process in started:
+            try:
+                ends.append(process.wait(max(0.1, until - time.time())))
+            except subprocess.TimeoutExpired:
+                ends.append(None)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+                process.wait()
+    return ends
+
+
+def contract(arguments, until):
+    """The contract's rows."""
+    command = [HERE / "gpu_contract.py", "--device", arguments.device, "--output", arguments.out / "contract.csv"]
+    (end,) = run([command + ["--first"] * arguments.tiny], until)
+    if end != 0:
+        raise Failed(ENDED if end is None else f"it ended with {end}")
+
+
+def table(arguments, until):
+    """The table's rows; the time may cut it short, and then what is returned says so."""
+    options = ["--out", arguments.out, "--device", arguments.device, *["--tiny"] * arguments.tiny]
+    (end,) = run([[__file__, "--only-table", *options]], until)
+    if end:
+        raise Failed(f"it ended with {end}")
+    return "has the rows that there was time for," if end is None else None
+
+
+def measure(arguments):
+    """The table, in a process of its own."""
+    from speechbrain_ext.bench.run import Settings
+    from speechbrain_ext.bench.run import run as bench
+
+    failed = 0
+    for settings in TABLE:
+        settings = {"own_sizes": False, "device": arguments.device, "rounds": 9, "budget": 10.0} | settings
+        settings |= TINY if arguments.tiny else {}
+        if arguments.device == "cpu":  # which has neither
+            chosen = settings.get("precision", ("float32",))
+            settings |= {"graphs": False, "precision": tuple(precision for precision in chosen if precision != "tf32")}
+        rows = bench(Settings(**settings), arguments.out / "table.csv").added
+        for row in (row for row in rows if row["note"].startswith("failed")):
+            failed += 1
+            print(f"gpu.py: {row['encoder']}, {row['task']}, {row['precision']}: {row['note']}", flush=True)
+    return int(failed > 0)
+
+
+def train(arguments, until):
+    """The training's rows and models."""
+    from gpu_training import ARCHITECTURES
+
+    script = HERE / "gpu_training.py"
+    with tempfile.TemporaryDirectory() as work:
+        data, test = arguments.data, arguments.test
+        if not data:
+            from tiny import make_corpus
+
+            corpus = make_corpus(Path(work, "tiny"))
+            data, test = [corpus / "train-tiny"], [corpus / "test-tiny"]
+        usual = ["--work", Path(work, "run"), "--device", arguments.device, *["--tiny"] * arguments.tiny]
+        (end,) = run([[script, "prepare", *usual, "--data", *data, "--test", *test]], until)
+        if end != 0:
+            raise Failed(f"before training {ENDED}" if end is None else f"preparing the data ended with {end}")
+        left = until - time.time()
+        usual += ["--until", until - min(RESERVE, left / 3), "--out", arguments.out]
+        usual += ["--precision", "bf16" if arguments.device.startswith("cuda") else "fp32"]
+        ends = run([[script, name, *usual] for name in ARCHITECTURES], until)
+    faults = {
+        name: ENDED if end is None else f"it ended with {end}" for name, end in zip(ARCHITECTURES, ends, strict=True) if end != 0
+    }
+    if failed := [f"{name}: {fault}" for name, fault in faults.items()]:
+        raise Failed("; ".join(failed))
+
+
+def parse(argv):
+    """The arguments, refused where they could not work."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9, help="all that it may take; 9")
+    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="speech to train on, in LibriSpeech layout")
+    parser.add_argument("--test", nargs="+", metavar="FOLDER", help="speech to test on")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="where the results go; gpu")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="PART,PART", help=f"of {', '.join(PARTS)}; all")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default the GPU")
+    parser.add_argument("--tiny", action="store_true", help="small encoders and a few utterances, to try it")
+    parser.add_argument("--only-table", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    parts = [part for part in arguments.parts.split(",") if part]
+    if not parts or set(parts) - set(PARTS):
+        parser.error(f"--parts is {arguments.parts!r}; give some of {','.join(PARTS)}")
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes is {arguments.minutes:g}; give a number above 0")
+    if "train" in parts and not arguments.only_table:
+        if bool(arguments.data) != bool(arguments.test) or not (arguments.data or arguments.tiny):
+            parser.error("--data and --test name the speech to train and to test on; give both, or leave train out of --parts")
+        for folder in [*(arguments.data or ()), *(arguments.test or ())]:
+            if not Path(folder).is_dir():
+                parser.error(f"{folder} is no folder; give one that holds speech in LibriSpeech layout")
+    arguments.parts = [part for part in PARTS if part in parts]
+    if arguments.device is None:
+        import torch
+
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if arguments.device == "cpu" and not arguments.tiny:
+            parser.error("PyTorch sees no GPU here; give --tiny to try the script, or --device cpu to measure this CPU")
+    return arguments
+
+
+def main(argv=None):
+    """Run the parts; the exit status is 0 where all came to their end."""
+    arguments = parse(argv)
+    until = time.time() + 60 * arguments.minutes - LAST
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.only_table:
+        return measure(arguments)
+    failed = []
+    for part, call in ((part, globals()[part]) for part in arguments.parts):
+        began = time.time()
+        share = SHARES.get(part, 1) if "train" in arguments.parts else {"contract": 0.4}.get(part, 1)
+        try:
+            ending = call(arguments, began + share * (until - began)) or "came to its end"
+        except Failed as error:
+            failed.append(part)
+            ending = f"failed: {error}"
+        print(f"gpu.py: {part} {ending} after {time.time() - began:.0f} s", flush=True)
+    print(f"gpu.py: results are in {arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

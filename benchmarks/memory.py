@@ -1,0 +1,163 @@
+"""How many seconds of audio a training step of each hparams file can take on a GPU of so many GB, computed, not measured there.
+
+    nice python benchmarks/memory.py [--files hyperconformer conformer ...] [--output benchmarks/results/memory.csv]
+
+A step needs weights, gradients and the optimizer's states; what autograd keeps for the backward pass, over features, encoder,
+decoder and both losses, and the predictions beside it; a tenth of that for tensors that backward makes and frees; and a GiB for
+CUDA itself and what its allocator cannot use. What is kept is counted on the CPU by hooks on saved tensors, each storage once, in
+float32, at a few lengths; per utterance it is a linear and a quadratic function of the length. Two operations keep more on a CPU
+than on a GPU, and are counted as there: fused attention keeps queries, keys, values, bias and output; dropout a byte a number.
+Seconds are those of utterances of 17 s, the most that LibriSpeech's usually have, at the slowest speed of speed perturbation, and
+models that train with dynamic chunks have the setting that takes the most. In bfloat16 and float16 more seconds fit.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from speechbrain import Stage
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from speechbrain_ext.hparams import load_hparams
+from speechbrain_ext.utils.files import write_csv
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training import ROOT, make_batch, make_brain  # noqa: E402
+
+LENGTHS = (5, 10, 20)
+UTTERANCE = 17
+SIZES = (8, 12, 24, 40, 80)
+BACKWARD, CUDA = 1.1, 1024
+# By number of unigram tokens, counted in 13 h of LibriSpeech
+TOKENS_PER_SECOND = {128: 8.1, 1000: 4.6, 5000: 3.4}
+FIELDS = ("hparams", "parameters", "state_mib", "mib_per_s", "mib_per_s2", *(f"seconds_{size}" for size in SIZES))
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention that keeps what a fused kernel of a GPU keeps; its gradients are zeros, of the right shapes."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, dropout, scale):
+        """As ``scaled_dot_product_attention``."""
+        out = _attention(query, key, value, bias, 0.0, scale=scale)
+        ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Zeros."""
+        query, key, value, bias, *_ = ctx.saved_tensors
+        learned = bias is not None and bias.is_floating_point()
+        return (
+            *(torch.zeros_like(tensor) for tensor in (query, key, value)),
+            torch.zeros_like(bias) if learned else None,
+            None,
+            None,
+        )
+
+
+_attention = F.scaled_dot_product_attention
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """In the place of ``scaled_dot_product_attention``."""
+    return FusedAttention.apply(query, key, value, attn_mask, dropout_p, scale)
+
+
+def dropout(x, p=0.5, training=True, inplace=False):
+    """In the place of ``torch.nn.functional.dropout``."""
+    return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
+def kept_mib(brain, batch):
+    """What a step keeps until its backward pass, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in brain.modules.parameters()}
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    as_on_a_gpu = mock.patch.multiple(F, scaled_dot_product_attention=fused_attention, dropout=dropout)
+    with as_on_a_gpu, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        predictions = brain.compute_forward(batch, Stage.TRAIN)
+        loss = brain.compute_objectives(predictions, batch, Stage.TRAIN)
+    for tensor in (batch.sig.data, *(tensor for prediction in predictions.values() for tensor in prediction)):
+        if tensor is not None:
+            keep(tensor)
+    loss.backward()  # lets all of it go
+    return sum(held.values()) / 2**20
+
+
+def state_mib(brain):
+    """Weights, gradients and the optimizer's states, after a step."""
+    brain.optimizers_step()
+    states = [tensor for state in brain.optimizer.state.values() for tensor in state.values() if isinstance(tensor, torch.Tensor)]
+    weights = list(brain.modules.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*weights, *weights, *states]) / 2**20
+
+
+def chunk_settings(sampler):
+    """Full context and, of a model that trains with dynamic chunks, the smallest ones."""
+    return [None, DynChunkTrainConfig(sampler.chunk_size_min, sampler.left_context_chunks_min)] if sampler else [None]
+
+
+def needs(file, overrides, lengths=LENGTHS):
+    """Parameters, state in MiB, and what an utterance keeps in MiB per second, and per second squared."""
+    with tempfile.TemporaryDirectory() as folder:
+        brain = make_brain(None, folder, overrides, file)
+        hparams = brain.hparams
+        brain.passes_of = lambda stage: brain.passes[-1:]  # the one that runs all
+        rate = TOKENS_PER_SECOND.get(hparams.vocab_size, max(TOKENS_PER_SECOND.values()))
+        kept = []
+        for length in lengths:
+            found = []
+            for config in chunk_settings(hparams.chunk_sampler):
+                brain.draw_chunks = lambda stage, config=config: config
+                found.append(kept_mib(brain, make_batch(2, length, rate, hparams.vocab_size)) / 2)
+            kept.append(max(found))
+        # Errors count as shares
+        terms = np.array([[1, length] for length in lengths])
+        (linear, square), *_ = np.linalg.lstsq(terms, np.array(kept) / np.array(lengths), rcond=None)
+        parameters = sum(parameter.numel() for parameter in brain.modules.parameters())
+        return parameters, state_mib(brain), linear, max(0.0, square)
+
+
+def seconds_that_fit(gib, state, linear, square, utterance=UTTERANCE, slowest=1.0):
+    """Seconds of audio in a batch, rounded down to tens."""
+    room = 1024 * gib - CUDA - state
+    return max(0, int(room / BACKWARD / (linear + square * utterance / slowest) * slowest // 10 * 10))
+
+
+def slowest_speed(file):
+    """Of speed perturbation, 1 without."""
+    with tempfile.TemporaryDirectory() as folder:
+        augment = load_hparams(ROOT / "hparams" / file, {"output_folder": folder})["wav_augment"]
+    return min([100, *getattr(augment, "speeds", ())]) / 100
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", nargs="+", metavar="NAME", help="of hparams/, without .yaml; by default all")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.csv")
+    arguments = parser.parse_args()
+    names = arguments.files or sorted(path.stem for path in (ROOT / "hparams").glob("*.yaml"))
+    rows = []
+    for name in names:
+        parameters, state, linear, square = needs(f"{name}.yaml", {})
+        speed = slowest_speed(f"{name}.yaml")
+        fitting = [seconds_that_fit(size, state, linear, square, slowest=speed) for size in SIZES]
+        rows.append((f"{name}.yaml", parameters, round(state), round(linear, 3), round(square, 4), *fitting))
+        print(*rows[-1], sep="\t", flush=True)
+    write_csv(arguments.output, FIELDS, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The script for the day when a GPU is there: it runs to its end, and what it finds wrong is said."""
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_corpus
+
+from speechbrain_ext.dataio.datasets import Batch
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.registry import list_encoders
+from speechbrain_ext.utils.files import read_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import gpu_contract  # noqa: E402
+import gpu_training  # noqa: E402
+
+
+def start(folder, *argv):
+    """Start the script in a folder."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *map(str, argv)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def test_it_runs_to_its_end(tmp_path):
+    run = start(tmp_path, "--minutes", 4, "--tiny", "--out", "found")
+    assert run.returncode == 0, run.stdout + run.stderr
+    out = tmp_path / "found"
+    archives = {f"{name}.zip" for name in gpu_training.ARCHITECTURES}
+    assert {path.name for path in out.iterdir()} == archives | {"contract.csv", "table.csv", "training.csv"}
+
+    contract = read_csv(out / "contract.csv")
+    assert {row["encoder"] for row in contract} >= set(list_encoders()) and {row["passed"] for row in contract} == {"True"}
+    table = read_csv(out / "table.csv")
+    assert {(row["task"], row["input"]) for row in table} == {
+        ("training", "front end"),
+        ("training", "audio"),
+        ("inference", "front end"),
+        ("inference", "audio"),
+        ("streaming", "encoder"),
+    }
+    training = read_csv(out / "training.csv")
+    for name in gpu_training.ARCHITECTURES:
+        *curve, last = (row for row in training if row["architecture"] == name)
+        assert [row["epochs"] for row in curve if row["set"] == "held-out"] == ["1.0", "2.0"]
+        assert last["set"] == "test-tiny" and last["steps"] == "12" and float(last["audio_seconds_per_second"]) > 0
+
+    with zipfile.ZipFile(out / "fusionformer.zip") as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "fusionformer"
+    (row,) = read_csv(folder / "results.csv")
+    assert row["architecture"] == "fusionformer" and (folder / "wer_test-tiny_ctc_greedy.txt").is_file()
+    model = load_model(folder / "pretrained", "cpu")
+    assert model.transcribe_batch(torch.randn(1, 16000), torch.ones(1))[0]
+    assert (folder / "pretrained" / "asr.safetensors").stat().st_size < 2.2 * sum(p.numel() for p in model.parameters()) + 20000
+
+
+def test_what_fails_stops_nothing_else(tmp_path, corpus):
+    (tmp_path / "empty").mkdir()
+    given = ["--parts", "train", "--data", corpus / "train-tiny", "--test", tmp_path / "empty"]
+    run = start(tmp_path, "--tiny", *given)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "gpu_training.py: There is no audio file" in run.stderr
+    assert "gpu.py: train failed: preparing the data ended with 1" in run.stdout
+
+
+def test_all_parts_run_and_the_exit_status_says_that_one_failed(tmp_path, monkeypatch, capsys):
+    called = []
+
+    def fails(arguments, until):
+        called.append("contract")
+        raise gpu.Failed("it ended with 1")
+
+    monkeypatch.setattr(gpu, "contract", fails)
+    monkeypatch.setattr(gpu, "table", lambda arguments, until: called.append("table"))
+    assert gpu.main(["--parts", "table,contract", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert called == ["contract", "table"]
+    assert "contract failed: it ended with 1" in capsys.readouterr().out
+
+
+def test_processes_are_ended_when_the_time_is_over(tmp_path):
+    script, began = tmp_path / "sleeps.py", time.time()
+    script.write_text(
+        "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\ntime.sleep(60)"
+    )
+    assert gpu.run([[script], ["-c", "pass"]], time.time() + 2) == [None, 0]
+    assert time.time() - began < 20
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--parts", "contract,tabel"], "--parts is 'contract,tabel'; give some of contract,table,train"),
+        (["--minutes", "0"], "--minutes is 0; give a number above 0"),
+        ([], "--data and --test name the speech"),
+        (["--tiny", "--data", "."], "--data and --test name the speech"),
+        (["--data", "gone", "--test", "."], "gone is no folder"),
+        (["--parts", "table"], "PyTorch sees no GPU here; give --tiny to try the script, or --device cpu"),
+    ],
+)
+def test_wrong_usage(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.parse(argv)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_encoder_that_answers_otherwise_does_not_pass(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_contract, "CASES", [("hyperconformer", {})])
+    real = gpu_contract.run_whole
+
+    def differs(encoder, x, mask, config, weights, half=None):
+        out, gradients = real(encoder, x, mask, config, weights, half)
+        answers.append(out)
+        return out + (1e-3 if len(answers) == 2 else 0), gradients  # on the device, of the first way
+
+    def fails(*arguments):
+        raise RuntimeError("no kernel for this")
+
+    answers = []
+    monkeypatch.setattr(gpu_contract, "run_whole", differs)
+    monkeypatch.setattr(gpu_contract, "run_stream", fails)
+    assert gpu_contract.main(["--device", "cpu", "--output", str(tmp_path / "a.csv")]) == 1
+    first, *others, last = read_csv(tmp_path / "a.csv")
+    assert first["passed"] == "False" and first["output_difference"] == "1.0e-03"
+    assert {row["passed"] for row in others} == {"True"}
+    assert last["passed"] == "False" and last["note"] == "no kernel for this"
+    assert "5 of 7 ways" in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_missing_or_wrong_does_not_pass():
+    value = {"a": torch.ones(2), "b": torch.zeros(2)}
+    assert gpu_contract.gradient_difference(value, value) == 0
+    assert gpu_contract.gradient_difference({"a": torch.ones(2), "b": torch.full((2,), 0.5)}, value) == 0.5
+    assert not gpu_contract.gradient_difference({"a": torch.ones(2), "b": torch.full((2,), float("nan"))}, value) < 1
+    with pytest.raises(RuntimeError, match="b has no gradient"):
+        gpu_contract.gradient_difference({"a": torch.ones(2), "b": None}, value)
+
+
+def test_whole_speakers_are_held_out():
+    rows = [
+        {"ID": f"{speaker}-{i}", "spk_id": f"{speaker}-7", "duration": "1"} for speaker in range(1, 6) for i in range(4 * speaker)
+    ]
+    train, dev = gpu_training.hold_out(rows)
+    assert {row["spk_id"] for row in dev} == {"1-7"} and len(train) + len(dev) == 60
+    train, dev = gpu_training.hold_out(rows[-20:])  # one speaker
+    assert len(dev) == 1 and len(train) == 19
+
+
+def test_folders_get_names_of_their_own(tmp_path):
+    folders = [tmp_path / "a" / "train", tmp_path / "b" / "train"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    names = gpu_training.link_splits(folders, corpus)
+    assert names == ["train", "train-more"] and [(corpus / name).resolve() for name in names] == folders
+
+
+def test_batches_on_the_device_are_those_of_the_loader(corpus, tmp_path):
+    """Features, tokens and lengths as the project's own datasets give them one by one."""
+    work = tmp_path / "work"
+    splits = gpu_training.prepare(work, [corpus / "train-tiny"], [corpus / "test-tiny"], "cpu", True)
+    assert splits == (["train-tiny"], ["test-tiny"])
+    stored = torch.load(work / gpu_training.FEATURES)
+    hparams = gpu_training.setting_of("conformer", work, True, splits).load()
+    hparams["tokenizer"].load(str(next(work.glob("*.model"))))
+    dataset = gpu_training.make_datasets(hparams, {"dev": work / gpu_training.MERGED})["dev"]
+    there = gpu_training.OnDevice(dataset, stored["features"], gpu_training.places_of(stored))
+    indices = [3, 0, 5]
+    batch, expected = there.collate(indices), Batch([dataset[index] for index in indices])
+    assert batch.id == expected.id and batch.wrd == expected.wrd
+    torch.testing.assert_close(batch.duration, torch.tensor([float(value) for value in expected.duration], dtype=torch.float64))
+    assert batch.host_lengths.keys() == expected.host_lengths.keys()
+    for name in ("feats", "tokens", "tokens_bos", "tokens_eos"):
+        ours, theirs = getattr(batch, name), getattr(expected, name)
+        torch.testing.assert_close(ours.data, theirs.data, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.lengths, theirs.lengths)
+        torch.testing.assert_close(batch.host_lengths[name], expected.host_lengths[name])
+    assert batch.to("cpu") is batch and [there[index] for index in indices] == indices
+
+
+def test_the_rate_follows_the_clock(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    clock = gpu_training.Clock(0.002, until=1100.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    rates = []
+    for now in (1000, 1005, 1010, 1055, 1100, 1200):
+        monkeypatch.setattr(time, "time", lambda now=now: float(now))
+        clock(optimizer)
+        rates.append(round(optimizer.param_groups[0]["lr"], 6))
+    assert rates == [0, 0.001, 0.002, 0.001, 0, 0]
+
+
+def test_training_ends_with_the_time(corpus, tmp_path):
+    work = tmp_path / "work"
+    gpu_training.prepare(work, [corpus / "train-tiny"], [corpus / "test-tiny"], "cpu", True)
+    late = ["--work", str(work), "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32", "--tiny", "--until", "0"]
+    assert gpu_training.main(["hyperconformer", *late]) == 0
+    dev, test = read_csv(tmp_path / "training.csv")
+    assert (dev["set"], test["set"]) == ("held-out", "test-tiny") and dev["steps"] == test["steps"] == "1"
+
+
+def test_waits_of_the_host_are_counted(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with gpu_contract.counted_waits("cuda") as waits:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert len(waits) == 2 and modes == ["warn", "default"]
