@@ -257,6 +257,28 @@ def check_audio(path):
     return AudioInfo(recording.samplerate, frames, recording.channels, recording.subtype, recording.format)
 
 
+def split_location(path):
+    """What a path means: a file, or a part of one.
+
+    Arguments
+    ---------
+    path : str
+
+    Returns
+    -------
+    file : str
+    offset, size : int or None
+        The first byte and the number of bytes of the part; None for the whole file.
+
+    Example
+    -------
+    >>> split_location("a/shard.tar?offset=512&size=81234"), split_location("a/b.wav")
+    (('a/shard.tar', 512, 81234), ('a/b.wav', None, None))
+    """
+    match = LOCATION.fullmatch(path) if isinstance(path, str) else None
+    return (match[1], int(match[2]), int(match[3])) if match and not os.path.exists(path) else (path, None, None)
+
+
 def _empty(path):
     return AudioError(f"The audio file {path} is empty: it holds no samples.", "empty")
 
@@ -333,7 +355,7 @@ def _checked_recording(path, stop):
     except AudioError:  # such as a file of joined parts
         pass
     try:
-        status = os.stat(_located(path)[0])
+        status = os.stat(split_location(path)[0])
     except (OSError, ValueError):
         return _Recording(path)  # which says what is wrong
     return _walked_recording(os.fspath(path), status.st_size, status.st_mtime_ns)
@@ -342,12 +364,6 @@ def _checked_recording(path, stop):
 @lru_cache(4096)
 def _walked_recording(path, size, modified):
     return _Recording(path)
-
-
-def _located(path):
-    """The file that a path means, and the first byte and the number of bytes of the part of it, else None."""
-    match = LOCATION.fullmatch(path) if isinstance(path, str) else None
-    return (match[1], int(match[2]), int(match[3])) if match and not os.path.exists(path) else (path, None, None)
 
 
 class _Recording:
@@ -367,7 +383,7 @@ class _Recording:
 
     def __init__(self, path, walk=True):
         self.path = os.fspath(path)
-        self._file, self._begin, self._size = _located(self.path)
+        self._file, self._begin, self._size = split_location(self.path)
         self._parts = self._find_parts(walk)
         self.frames, self._lengths = 0, []
         self.samplerate = None
