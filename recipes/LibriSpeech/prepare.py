@@ -176,6 +176,38 @@ def find_corpus(data_folder, splits):
     )
 
 
+def first_there(data_folder, *splits):
+    """Choose a split for a corpus that may hold only some of its parts.
+
+    Arguments
+    ---------
+    data_folder : str
+        As for :func:`prepare_librispeech`.
+    *splits : str
+        Names, the best one first.
+
+    Returns
+    -------
+    str
+        The first one that is there; the first one of all if none is.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "dev-clean").mkdir()
+    >>> first_there(folder, "dev-clean-2", "dev-clean"), first_there(folder, "test-clean")
+    ('dev-clean', 'test-clean')
+    """
+    for split in splits:
+        try:
+            find_corpus(data_folder, [split])
+        except FileNotFoundError:
+            continue
+        return split
+    return splits[0]
+
+
 def list_files(folder):
     """All files under a folder in the order of their paths, without hidden ones; links are followed, each folder once.
 

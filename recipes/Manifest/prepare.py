@@ -39,9 +39,10 @@ def prepare_manifests(
 ):
     """Write the manifest ``<split>.csv`` of every split from manifests in the formats of :mod:`speechbrain_ext.dataio.manifests`.
 
-    The columns are ``ID, duration, wav, spk_id, wrd``, and ``start, stop, channel`` where some utterances are segments or
-    channels of recordings. Each recording is checked once and to its end. What is left out is listed in ``skipped.csv`` (``split,
-    ID, file, reason, detail``). A later call with the same arguments and the same files returns at once.
+    The columns are ``ID, duration, wav, start, stop, channel, spk_id, wrd``; of these ``start``, ``stop`` and ``channel`` are there
+    where some utterances are segments or channels of recordings. Each recording is checked once and to its end. What is left out
+    is listed in ``skipped.csv`` (``split, ID, file, reason, detail``). A later call with the same arguments and the same files
+    returns at once.
 
     Arguments
     ---------
@@ -82,7 +83,7 @@ def prepare_manifests(
     >>> prepare_manifests(None, folder / "save", ["train"], ["dev"], [], [folder / "train.jsonl"], [folder / "dev.jsonl"])
     >>> header, row = (folder / "save" / "dev.csv").read_text().splitlines()
     >>> header, row.replace(str(folder), "")
-    ('ID,duration,wav,spk_id,wrd,start,stop', 'talk-3.000-5.000,2.0,/talk.wav,unknown,The text,48000,80000')
+    ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
     """
     tests = _tests(test_manifest)
     given = {tr_splits[0]: train_manifest, dev_splits[0]: valid_manifest} | {name: [tests[name]] for name in te_splits}

@@ -32,7 +32,8 @@ def write_manifest(path, rows):
     rows : list of dict
         Values by column; others than a manifest's are left out.
     """
-    fields = [*MANIFEST_FIELDS, *(field for field in SEGMENT_FIELDS if any(row.get(field) not in ("", None) for row in rows))]
+    used = [field for field in SEGMENT_FIELDS if any(row.get(field) not in ("", None) for row in rows)]
+    fields = [*MANIFEST_FIELDS[:3], *used, *MANIFEST_FIELDS[3:]]
     write_csv(path, fields, [[row.get(field) for field in fields] for row in rows])
 
 

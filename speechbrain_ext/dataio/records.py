@@ -202,7 +202,7 @@ def _cut_records(place, cut):
         recording = cut.get("recording")
         if not recording:
             raise Unusable("cut without recording", "features alone do not do")
-        if recording.get("transforms"):
+        if any(transform["name"] != "Resample" for transform in recording.get("transforms") or ()):
             raise Unusable("recording with transforms", "save the audio as it should be")
         channel = cut.get("channel", 0)
         source = next((source for source in recording["sources"] if channel in source["channels"]), None)
