@@ -39,9 +39,9 @@ def prepare_manifests(
 ):
     """Write the manifest ``<split>.csv`` of every split from manifests in the formats of :mod:`speechbrain_ext.dataio.manifests`.
 
-    The columns are ``ID, duration, wav, start, stop, channel, spk_id, wrd``; of these ``start``, ``stop`` and ``channel`` are there
-    where some utterances are segments or channels of recordings. Each recording is checked once and to its end. What is left out
-    is listed in ``skipped.csv`` (``split, ID, file, reason, detail``). A later call with the same arguments and the same files
+    The columns are ``ID, duration, wav, start, stop, channel, spk_id, wrd``; ``start``, ``stop`` and ``channel`` are there only
+    where some utterances are segments or channels of recordings. Each recording is checked once, to its end. What is left out is
+    listed in ``skipped.csv`` (``split, ID, file, reason, detail``). A later call with the same arguments and the same files
     returns at once.
 
     Arguments
@@ -99,7 +99,7 @@ def prepare_manifests(
     status = {}
     state = {
         "version": VERSION,
-        "manifests": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
+        "given": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
         "data_folder": str(data_folder),
         "text_normalization": text_normalization,
         "max_duration": max_duration,
@@ -120,7 +120,7 @@ def prepare_manifests(
     write_manifests(Path(save_folder).absolute(), list(given), make, state, max_skipped)
 
 
-def test_names(test_manifest):
+def names_of_tests(test_manifest):
     """Names of test sets.
 
     Arguments
@@ -134,7 +134,7 @@ def test_names(test_manifest):
 
     Example
     -------
-    >>> test_names(["near=my/near.jsonl", "my/far.jsonl.gz"])
+    >>> names_of_tests(["near=my/near.jsonl", "my/far.jsonl.gz"])
     ['near', 'far']
     """
     return list(_tests(test_manifest))

@@ -157,7 +157,7 @@ def _json_records(path, text):
         if all(isinstance(item, Exception) for _, item in items):
             raise UserError(f"{path} is no valid JSON: {one_line(error)}; mend it.") from error
     else:
-        tree = tree if isinstance(tree, list) else [tree]
+        tree = tree if isinstance(tree, list) else [tree] if tree else []
         if tree and isinstance(tree[0], tuple):
             items = [(f"{path}, {name}", {"ID": name} | dict(values)) for name, values in tree]
         else:
