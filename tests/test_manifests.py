@@ -31,7 +31,7 @@ from speechbrain_ext.dataio.manifests import read_entries
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.training.run import UsageError, run, take_paths
+from speechbrain_ext.training.run import UsageError, choose_setting, prepare_corpus, run, take_paths
 from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError
 
 RATE = 16000
@@ -532,7 +532,7 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
         (
             "m.txt",
             "utt1 some text\n",
-            "{path} is no manifest that is known, as it begins with 'utt1 some text'; giveBrain's CSV",
+            "{path} is no manifest that is known, as it begins with 'utt1 some text'; give",
         ),
         ("wav.scp", "utt1 a.wav\n", "{path} is one of the files of a Kaldi folder; give the folder."),
         ("m.jsonl", "{}".encode("utf-16"), "{path} is no text in UTF-8; give"),
@@ -732,10 +732,10 @@ def train_here(tmp_path, monkeypatch):
     """Trains in this process, as train.py does with these arguments."""
     monkeypatch.chdir(tmp_path)
 
-    def train_here(*argv, hparams=CONFORMER, **keys):
+    def train_here(*argv, hparams=CONFORMER, corpus=None, **keys):
         argv, paths = take_paths(list(map(str, [hparams, "--device", "cpu", *argv, *arguments(**{**TINY, **keys})])))
         file, run_opts, overrides = sb.parse_arguments(argv)
-        return run(file, run_opts, overrides, paths, of_manifests=OF_MANIFESTS)
+        return run(file, run_opts, overrides, paths, corpus, of_manifests=OF_MANIFESTS)
 
     return train_here
 
@@ -896,6 +896,40 @@ def test_a_corpus_of_manifests_may_be_a_file(audio, train_here, tmp_path):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["corpus #2", "a: b", "2024", "2024-01-31", "~", "(1)", "null", "a=b", "!x", "1e3", "[x]"])
+def test_names_of_manifests_are_literal(name, audio, train_here, tmp_path):
+    for part, rows in zip(("t", "v"), utterances(audio), strict=True):
+        wenet(tmp_path / part, rows).rename(tmp_path / f"{part}{name}")
+    (tmp_path / f"t{name}").rename(tmp_path / name)
+    argv, paths = take_paths(
+        [str(CONFORMER), "--train_manifest", name, f"--valid_manifest=v{name}", "--test_manifest", f"v{name}"]
+    )
+    file, run_opts, overrides = sb.parse_arguments([*argv, "--device", "cpu"])
+    hparams = choose_setting(file, run_opts, overrides, paths, None, None, OF_MANIFESTS).load()
+    prepare_corpus(hparams)
+    assert len(read_csv(Path(hparams["output_folder"], "train.csv"))) == 9 and hparams["test_splits"] == names_of_tests(
+        [f"v{name}"]
+    )
+
+
+def test_a_corpus_file_may_state_the_rest(audio, train_here, tmp_path):
+    (tmp_path / "corpus.yaml").write_text("corpus: Mine\ntext_normalization: upper\n")
+    train, valid = (wenet(tmp_path / name, part) for name, part in zip("tv", utterances(audio), strict=True))
+    finished = train_here(
+        "--train_manifest", train, "--valid_manifest", valid, "--test_manifest", valid, corpus=tmp_path / "corpus.yaml"
+    )
+    assert finished.rows[0].corpus == "Mine" and read_csv(finished.output / "train.csv")[0]["wrd"] == "THE CAT SAT."
+    card = (finished.folders["pretrained"] / "README.md").read_text()
+    assert "| case of transcripts | upper |" in card
+
+
+@pytest.mark.parametrize("key", ["--train_manifest", "--text_normalization"])
+def test_what_a_prepare_function_does_not_take_is_refused(key, train_here, tmp_path):
+    (tmp_path / "corpus.yaml").write_text("corpus: Mine\nprepare: !name:recipes.LibriSpeech.prepare.prepare_librispeech\n")
+    with pytest.raises(UsageError, match=f"{key} is given, and the prepare function of Mine does not take it; leave it out"):
+        train_here(key, "lower", "--data_folder", tmp_path, corpus=tmp_path / "corpus.yaml")
 
 
 def test_the_readme_s_command_runs(audio, tmp_path):

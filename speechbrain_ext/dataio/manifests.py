@@ -75,20 +75,21 @@ def read_entries(path, data_folder=None):
     path = Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"There is no manifest {path}; check the path.")
-    files = []
-    records = list(read_records(path, files))
-    if not records:
+    base = path if path.is_dir() else path.parent
+    files, columns, names, entries = [], {}, [], []
+    for record in read_records(path, files):
+        columns |= dict.fromkeys(record.values)
+        names.append(record.name)
+        entries.append(_entry(record, base, data_folder, files))
+    if not entries:
         raise UserError(f"The manifest {path} holds no utterances; give one that does.")
-    columns = dict.fromkeys(column for record in records for column in record.values)
     for field in ("wav", "wrd"):
         if columns and columns.keys().isdisjoint(COLUMNS[field]):
             raise UserError(
                 f"{path} has no column {field}, nor any of {', '.join(COLUMNS[field][1:])}; rename one of those that it has: "
                 f"{listing(columns)}."
             )
-    base = path if path.is_dir() else path.parent
-    entries = [_entry(record, base, data_folder, files) for record in records]
-    return _with_ids(entries, [record.name for record in records]), list(map(str, files))
+    return _with_ids(entries, names), list(map(str, files))
 
 
 def _entry(record, base, data_folder, files):

@@ -153,24 +153,26 @@ def _json_records(path, text):
     try:
         tree = _load_json(text)
     except (ValueError, RecursionError) as error:
-        items = list(_json_lines(path, text))
-        if all(isinstance(item, Exception) for _, item in items):
-            raise UserError(f"{path} is no valid JSON: {one_line(error)}; mend it.") from error
+        failed, items = error, _json_lines(path, text)
     else:
-        tree = tree if isinstance(tree, list) else [tree] if tree else []
+        failed, tree = None, tree if isinstance(tree, list) else [tree] if tree else []
         if tree and isinstance(tree[0], tuple):
-            items = [(f"{path}, {name}", {"ID": name} | dict(values)) for name, values in tree]
+            items = ((f"{path}, {name}", {"ID": name} | dict(values)) for name, values in tree)
         else:
-            items = [(f"{path}, item {number}", item) for number, item in enumerate(tree, start=1)]
+            items = ((f"{path}, item {number}", item) for number, item in enumerate(tree, start=1))
     for place, item in items:
         if isinstance(item, Exception):
             yield Record(place, {}, "no valid JSON", one_line(item))
-        elif not isinstance(item, dict):
+            continue
+        failed = None
+        if not isinstance(item, dict):
             yield Record(place, {}, "no JSON object", f"{item!r:.60}")
         elif {"supervisions", "recording"} & item.keys() or str(item.get("type", "")).endswith("Cut"):
             yield from _cut_records(place, item)
         else:
             yield Record(place, item)
+    if failed:  # no line was any better than the whole
+        raise UserError(f"{path} is no valid JSON: {one_line(failed)}; mend it.")
 
 
 def _json_lines(path, text):

@@ -295,8 +295,9 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     before = resolve_hparams(files)
-    if of_manifests and not {*MANIFESTS}.isdisjoint(overrides) and MANIFESTS[0] not in before:
-        files.append(of_manifests)
+    given = not {*MANIFESTS}.isdisjoint(overrides)
+    if of_manifests and given and MANIFESTS[0] not in before:
+        files.insert(1, of_manifests)
         before = resolve_hparams(files)
     # A name of digits, or a date, is still a name
     overrides = {key: before[key] for key in (*PATHS, *MANIFESTS) if before.get(key) is not None} | overrides
@@ -304,12 +305,16 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     if corpus:
         own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
         overrides = ({} if "card" in own else {"card": {}}) | overrides  # of the corpus that it replaces
-        if not {"data_folder", "extends"} & {*own, *overrides}:
+        if not given and not {"data_folder", "extends"} & {*own, *overrides}:
             raise UsageError(
                 f"There is no data_folder for {corpus}; give --data_folder, or state it there (null = it needs none)."
             )
     setting = Setting(files, overrides, asked)
     plain = setting.plain()
+    taken = plain["prepare"] if isinstance(plain["prepare"], dict) else ()
+    for key in (*MANIFESTS, "text_normalization"):
+        if overrides.get(key) and key not in taken:
+            raise UsageError(f"--{key} is given, and the prepare function of {plain['corpus']} does not take it; leave it out.")
     if fallback and not corpus and not plain["data_folder"] and MANIFESTS[0] not in plain:
         if if_main_process():
             print(
