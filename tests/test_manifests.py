@@ -682,6 +682,11 @@ def test_an_id_of_the_training_set_in_a_test_set_is_refused(audio, valid, tmp_pa
     test[0]["ID"] = "utt5"
     with pytest.raises(UserError, match="1 utterances of the test set test have the same id as some in training, such as utt5"):
         prepare(tmp_path / "save", wenet(tmp_path / "t", train), valid, [f"test={wenet(tmp_path / 'e', test)}"])
+    with pytest.raises(UserError, match="the same id as some in training, such as utt5"):  # also where two of them have it
+        twice = [wenet(tmp_path / name, train) for name in ("1", "2")]
+        prepare_manifests(
+            None, tmp_path / "save", ["train"], ["valid"], ["test"], twice, [valid], [f"test={tmp_path}/e/data.list"]
+        )
     for folder, row in (("t", train[0]), ("e", test[1])):  # one that was made of the name of the file is not meant
         (tmp_path / folder).mkdir(exist_ok=True)
         row["wav"] = write_wav(tmp_path / folder / "1.flac", row["seconds"])

@@ -58,7 +58,7 @@ def prepare_manifests(
         ``name=path``, or a path whose file gives the name.
     text_normalization : str
         Case of the transcripts: "none", as they are, "upper" or "lower".
-    max_duration : float
+    max_duration : float, optional
         Seconds; longer utterances are not trained on.
     max_skipped : float
         The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
@@ -90,13 +90,12 @@ def prepare_manifests(
     if len(given) < 2 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
         names = listing([*tr_splits, *dev_splits, *te_splits])
         raise UserError(f"The sets are called {names}; give each a name of its own, and none of {listing(TAKEN)}.")
-    entries, sources = {}, {}
+    entries, sources, ids, status = {}, {}, {}, {}
     for split, paths in given.items():
-        entries[split], sources[split] = read_split(paths, data_folder)
+        entries[split], sources[split], ids[split] = read_split(paths, data_folder)
     train, *others = given
     for test in te_splits:
-        _refuse_common(sorted(_stated_ids(entries[train]) & _stated_ids(entries[test])), test, "the same id")
-    status = {}
+        _refuse_common(sorted(ids[train] & ids[test]), test, "the same id")
     state = {
         "version": VERSION,
         "given": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
@@ -110,7 +109,7 @@ def prepare_manifests(
 
     def make(split):
         utterances, flawed = select(split, entries[split], text_normalization)
-        longest = max_duration if split == train else math.inf
+        longest = math.inf if split != train or max_duration is None else max_duration
         rows[split], skipped = check_utterances(split, utterances, longest)
         if split == train:
             for other in others:
@@ -175,12 +174,15 @@ def read_split(paths, data_folder=None):
         Where two manifests have an id, it has the name of its manifest in front.
     files : list of str
         All files that were read.
+    ids : set of str
+        All that the manifests state.
     """
     parts, files = [], []
     for path in paths:
         entries, read = read_entries(path, data_folder)
         parts.append(entries)
         files += read
+    ids = {entry.utterance.ID for entries in parts for entry in entries if entry.given}
     counts = Counter(name for entries in parts for name in {entry.utterance.ID for entry in entries})
     names = [_name_of(path) for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
@@ -190,7 +192,7 @@ def read_split(paths, data_folder=None):
             if counts[entry.utterance.ID] > 1 and entry.utterance.ID:
                 entry = entry._replace(utterance=entry.utterance._replace(ID=f"{name}-{entry.utterance.ID}"))
             merged.append(entry)
-    return merged, files
+    return merged, files, ids
 
 
 def select(split, entries, case):
@@ -225,10 +227,6 @@ def select(split, entries, case):
     return utterances, skipped
 
 
-def _stated_ids(entries):
-    return {entry.utterance.ID for entry in entries if entry.given}
-
-
 def _files(entries, sources, status):
     """The files of a split, and into ``status`` what the system knows of them."""
     audio = (split_location(entry.utterance.wav)[0] for entry in entries if entry.utterance.wav)
@@ -258,7 +256,7 @@ def _refuse_common(names, test, what):
     if names:
         raise UserError(
             f"{len(names)} utterances of the test set {test} have {what} as some in training, such as {listing(names, 3)}: "
-            "leave them out of either."
+            "leave them out of one of the two."
         )
 
 
