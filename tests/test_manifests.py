@@ -1,11 +1,13 @@
 """Own corpora from manifests: every format gives the same manifests and the same training, and what is no good is named."""
 
+import contextlib
 import csv
 import gzip
 import io
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import sys
@@ -587,6 +589,25 @@ def test_a_folder_that_is_no_manifest_is_refused(files, message, tmp_path):
         (tmp_path / name).write_text("x y\n")
     with pytest.raises(UserError, match=message):
         read_entries(tmp_path)
+
+
+@pytest.mark.parametrize("write", [speechbrain_csv, speechbrain_json, nemo, kaldi, wenet, tar, saved_dataset])
+def test_a_damaged_manifest_is_read_or_refused(write, audio, tmp_path):
+    """Bytes that are cut out, repeated or replaced: there is a sentence, and no traceback."""
+    whole = write(tmp_path / "whole", segments(audio, False)[0] if write is kaldi else utterances(audio)[0])
+    generator = random.Random(0)
+    for _ in range(40):
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged", dirs_exist_ok=True)
+        file = generator.choice(sorted(path for path in (tmp_path / "damaged").iterdir()))
+        data = bytearray(file.read_bytes())
+        begin, end = sorted(generator.randrange(len(data) + 1) for _ in range(2))
+        end = generator.choice([end, begin, begin + 5, begin + 30])
+        data[begin:end] = generator.choice(
+            [b"", b"\n", b'"', b"{", b"\0\xff", b"null", b"-1e999", bytes(data[begin : begin + 50])]
+        )
+        file.write_bytes(data)
+        with contextlib.suppress(UserError, OSError):
+            read_entries(tmp_path / "damaged" / whole.name if whole.is_file() else tmp_path / "damaged", audio)
 
 
 def test_a_shell_command_is_refused(tmp_path):

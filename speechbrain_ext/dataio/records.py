@@ -287,18 +287,19 @@ def _kaldi_records(folder, files):
                 "file, and name that file in its place."
             )
     recordings, texts, speakers, durations = (dict(tables.get(name, ())) for name in ("wav.scp", "text", "utt2spk", "utt2dur"))
-    lines = tables.get("segments") or [(name, (name, place)) for name, (_, place) in tables["wav.scp"]]
+    segments = tables.get("segments")
+    lines = segments or [(name, (name, place)) for name, (_, place) in tables["wav.scp"]]
     for name, (line, place) in lines:
-        recording, *times = line.split() if "segments" in tables else [line]
+        recording, *span = (line.split() or [""]) if segments else [line]
         values = {"ID": name, "wav": recordings.get(recording, [None])[0], "wrd": texts.get(name, [None])[0]}
         values |= {"speaker": speakers.get(name, [None])[0], "duration": durations.get(name, [None])[0]}
         flaw = ()
-        if "segments" in tables and len(times) != 2:
-            flaw = "line of other columns", f"{2 + len(times)} in place of 4"
+        if segments and len(span) != 2:
+            flaw = "line of other columns", "four are an id, a recording, its beginning and its end"
         elif values["wav"] is None:
             flaw = "no audio path", f"wav.scp has no {recording}"
-        elif times:
-            values |= {"start": times[0], "end": None if re.fullmatch(r"-1(\.0*)?", times[1]) else times[1]}
+        elif segments:
+            values |= {"start": span[0], "end": None if re.fullmatch(r"-1(\.0*)?", span[1]) else span[1]}
         yield Record(place, values, *flaw)
     heard = {name for name, _ in lines}
     for name, (text, place) in tables["text"]:

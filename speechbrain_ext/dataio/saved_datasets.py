@@ -50,6 +50,7 @@ def read_rows(folder, files):
             whole = pyarrow.memory_map(str(files[-1])).read_buffer()
             row = 0
             for batch in pyarrow.ipc.open_stream(whole):
+                batch.validate(full=True)  # of a damaged one, pyarrow would read outside of the file
                 audio = [field.name for field in batch.schema if _is_audio(field.type)]
                 others = batch.select([name for name in batch.schema.names if name not in audio]).to_pylist()
                 places = _places(batch.column(audio[0]), files[-1], whole.address) if audio else [(None, "")] * len(others)
