@@ -646,8 +646,8 @@ def test_without_pyarrow_a_sentence_says_how_to_install_it(tmp_path, monkeypatch
         (["=a.csv"], "'=a.csv' has no name"),
         (["test="], "'test=' has no name"),
         ([".x=a.csv"], "has no name"),
-        (["skipped=a.csv"], "none of skipped, train.merged"),
-        (["valid=a.csv"], "The sets are called train, valid, valid; give each a name of its own"),
+        (["skipped=a.csv"], "but none of skipped, train.merged"),
+        (["valid=a.csv"], "The sets are called train, valid, valid; give each test set a name of its own"),
     ],
 )
 def test_names_of_test_sets_are_free_and_differ(given, message, tmp_path):

@@ -89,7 +89,9 @@ def prepare_manifests(
     given = {tr_splits[0]: train_manifest, dev_splits[0]: valid_manifest} | {name: [tests[name]] for name in te_splits}
     if len(given) < 2 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
         names = listing([*tr_splits, *dev_splits, *te_splits])
-        raise UserError(f"The sets are called {names}; give each a name of its own, and none of {listing(TAKEN)}.")
+        raise UserError(
+            f"The sets are called {names}; give each test set a name of its own, as name=path, but none of {listing(TAKEN)}."
+        )
     entries, sources, ids, status = {}, {}, {}, {}
     for split, paths in given.items():
         entries[split], sources[split], ids[split] = read_split(paths, data_folder)
