@@ -163,6 +163,9 @@ class TransformerASR(SpeechBrainTransformerASR):
             # The table is deterministic; saving it would tie checkpoints to max_length.
             table = self.positional_encoding_decoder
             table.register_buffer("pe", table.pe, persistent=False)
+            for attention in self._decoder_attentions():
+                attention.gives_weights = False
+                attention.register_forward_pre_hook(_weights_if_wanted, with_kwargs=True)
 
     def forward(
         self,
@@ -286,7 +289,14 @@ class TransformerASR(SpeechBrainTransformerASR):
         tuple
             Decoder output (B, U, D), and the last layer's attention on the encoder frames.
         """
-        return self._decode(tgt, encoder_out, enc_len)
+        attentions = self._decoder_attentions()
+        try:
+            for attention in attentions:
+                attention.gives_weights = True
+            return self._decode(tgt, encoder_out, enc_len)
+        finally:
+            for attention in attentions:
+                attention.gives_weights = False
 
     @torch.no_grad()
     def make_decoder_cache(self, encoder_out, enc_len=None, beam_size=1):
@@ -376,8 +386,11 @@ class TransformerASR(SpeechBrainTransformerASR):
     def _flat(src):
         return src.flatten(2) if src.dim() == 4 else src
 
+    def _decoder_attentions(self):
+        return [attention.att for layer in self.decoder.layers for attention in (layer.self_attn, layer.multihead_attn)]
+
     def _decode(self, tgt, encoder_out, lengths, tgt_padding=None):
-        """Decoder output, and the last layer's attention on the encoder frames."""
+        """Decoder output, and the last layer's attention on the encoder frames or None."""
         embedded = self.custom_tgt_module(tgt)
         out, _, attention = self.decoder(
             tgt=embedded + self.positional_encoding_decoder(embedded).to(embedded.dtype),
@@ -395,3 +408,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         mask = padding_mask(lengths, encoder_out.shape[1])
         mask[:, 0] = False  # an utterance of no frames attends to a zero, not to nothing, which would be NaN
         return mask
+
+
+def _weights_if_wanted(attention, args, kwargs):
+    """Before a call of the decoder's attention: only ``decode`` wants the weights, and without them it is one fused kernel."""
+    return args, kwargs | {"need_weights": attention.gives_weights}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speechbrain_ext.hparams import load_hparams
-from speechbrain_ext.lobes.spec_augment import SpecAugment
+from speechbrain_ext.lobes.augment import SpecAugment
 
 FILE = Path(__file__).resolve().parents[1] / "hparams" / "squeezeformer.yaml"
 

@@ -1,21 +1,25 @@
 """What the Brains of all architectures share: joint CTC/attention training, search, error rates and checkpoints."""
 
+import functools
+import inspect
 import itertools
 import math
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import yaml
 from speechbrain import Brain, Stage
-from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics
+from speechbrain_ext.decoders.alignment import greedy_tokens
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, batch_statistics, reestimate_statistics
+from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError
 from speechbrain_ext.utils.machine import peak_memory_mib
@@ -112,18 +116,19 @@ class AsrModel(torch.nn.Module):
         list of Predictions
             One for each pass.
         """
-        encoder = self.speech_encoder
-        feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
-        feats = encoder.normalized(feats, lens, chunks, **norm_keys)
-        if augment is not None:
-            feats, lens = augment(feats, lens)
-        predictions = []
-        for pass_name in passes:
-            frames, frame_lens = encoder.encode_features(feats, lens, chunks, pass_name)
-            decoded = encoder.transformer.decode_targets(targets, frames, frame_lens, pad_index) if self.seq_lin else None
-            seq_logits = None if decoded is None else self.seq_lin(decoded)
-            predictions.append(Predictions(frames, frame_lens, self.ctc_lin(frames), seq_logits))
-        return predictions
+        with batch_statistics() if self.training else nullcontext():
+            encoder = self.speech_encoder
+            feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
+            feats = encoder.normalized(feats, lens, chunks, **norm_keys)
+            if augment is not None:
+                feats, lens = augment(feats, lens)
+            predictions = []
+            for pass_name in passes:
+                frames, frame_lens = encoder.encode_features(feats, lens, chunks, pass_name)
+                decoded = encoder.transformer.decode_targets(targets, frames, frame_lens, pad_index) if self.seq_lin else None
+                seq_logits = None if decoded is None else self.seq_lin(decoded)
+                predictions.append(Predictions(frames, frame_lens, self.ctc_lin(frames), seq_logits))
+            return predictions
 
 
 @register_checkpoint_hooks
@@ -149,10 +154,17 @@ class AsrBrain(Brain):
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        if self.compile and self.hparams.activation_checkpointing:
+            raise UserError("activation_checkpointing is True, and --compile decides what it keeps itself; leave one out.")
+        if self.compile and self.hparams.chunk_sampler:
+            raise UserError("There is a chunk_sampler, and --compile would compile anew for each chunk size; leave it out.")
+        if self.hparams.activation_checkpointing:
+            self.hparams.speech_encoder.recompute_activations()
         # Of training, over all starts of the run
         self.audio_seconds = 0.0
         self.train_seconds = 0.0
         self.peak_memory_mib = 0.0
+        self.unread = []  # losses on the device, with step and utterances, since the last optimizer step
 
     # ------------------------------------------------------------------ one batch
 
@@ -176,6 +188,7 @@ class AsrBrain(Brain):
         signal, lens = batch.feats if hparams.cache_features else batch.sig
         if hparams.wav_augment and augments:
             signal, lens = hparams.wav_augment(signal, lens)
+        self.frames = self.count_frames(batch, signal.shape[1], augments)
         passes = self.passes_of(stage)
         predictions = self.modules.model(
             signal,
@@ -189,6 +202,16 @@ class AsrBrain(Brain):
             epoch=hparams.epoch_counter.current,
         )
         return dict(zip(passes, predictions, strict=True))
+
+    def count_frames(self, batch, length, augments):
+        """Encoder frames (B,) of a batch of signals of this length, as the host knows them before the device has computed them;
+        None where augmentation may have changed the relative lengths."""
+        hparams = self.hparams
+        augmentations = [hparams.wav_augment, hparams.fea_augment] if augments else []
+        if not all(getattr(each, "keeps_lengths", False) for each in augmentations if each):
+            return None
+        lens = batch.host_lengths["feats" if hparams.cache_features else "sig"]
+        return hparams.speech_encoder.count_frames(absolute_lengths(lens, length), is_features=hparams.cache_features)
 
     def passes_of(self, stage):
         """The passes that run in a stage; by default all."""
@@ -217,8 +240,10 @@ class AsrBrain(Brain):
 
     def loss(self, prediction, ctc_log_probs, batch):
         """The loss of one pass."""
-        hparams = self.hparams
-        loss = hparams.ctc_cost(ctc_log_probs, batch.tokens.data, prediction.lengths, batch.tokens.lengths)
+        hparams, frames = self.hparams, ctc_log_probs.shape[1]
+        # From the device, the loss would fetch the lengths, and wait for all that comes before them
+        lengths = prediction.lengths if self.frames is None else self.frames / frames
+        loss = hparams.ctc_cost(ctc_log_probs, batch.tokens.data, lengths, batch.host_lengths["tokens"])
         if prediction.seq_logits is None:
             return loss
         seq_log_probs = prediction.seq_logits.float().log_softmax(-1)
@@ -228,7 +253,7 @@ class AsrBrain(Brain):
     def search(self, prediction, ctc_log_probs, stage):
         """Texts by the name of the search; the slow ones on test sets only."""
         hparams = self.hparams
-        texts = {GREEDY: self.decode(ctc_greedy_decode(ctc_log_probs, prediction.lengths, hparams.blank_index))}
+        texts = {GREEDY: self.decode(greedy_tokens(ctc_log_probs, prediction.lengths, hparams.blank_index))}
         if stage == Stage.TEST and hparams.ctc_search:
             texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
         if stage == Stage.TEST and prediction.seq_logits is not None:
@@ -264,13 +289,36 @@ class AsrBrain(Brain):
             with self.training_ctx:
                 outputs = self.compute_forward(batch, Stage.TRAIN)
                 loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-            scaled_loss = self.scaler.scale(loss / together)
-            self.check_loss_isfinite(scaled_loss)
-            scaled_loss.backward()
-        if should_step:
-            self.optimizers_step()
+            self.scaler.scale(loss / together).backward()
+        self.unread.append((loss.detach(), self.step, batch.id))
+        read = self.optimizers_step() if should_step else []
         self.on_fit_batch_end(batch, outputs, loss, should_step)
-        return loss.detach().cpu()
+        return read
+
+    def update_average(self, loss, avg_loss):
+        """As in SpeechBrain; in training, with the losses that :meth:`fit_batch` has read, as (loss, step)."""
+        if not isinstance(loss, list):
+            return super().update_average(loss, avg_loss)
+        for value, step in loss:
+            if math.isfinite(value):
+                avg_loss += (value - avg_loss) / step
+        return avg_loss
+
+    def _compile(self):
+        """What ``--compile`` compiles: front end and encoder, in place, once for all lengths."""
+        if not self.compile:
+            return
+        encoder = self.hparams.speech_encoder
+        for part in (encoder.subsampling, encoder.transformer.encoder):
+            part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
+
+    def init_optimizers(self):
+        """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch."""
+        opt_class, fused = self.opt_class, {"fused": True} if self.device_type == "cuda" else {}
+        if fused and "fused" in inspect.signature(opt_class).parameters:
+            self.opt_class = functools.partial(opt_class, **(fused | getattr(opt_class, "keywords", {})))
+        super().init_optimizers()
+        self.opt_class = opt_class
 
     def on_fit_start(self):
         """As in SpeechBrain, and no further epoch where the last one ended with the limit of optimizer steps."""
@@ -278,16 +326,49 @@ class AsrBrain(Brain):
         if self.step == 0 and self._optimizer_step_limit_exceeded:
             self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
 
-    def on_fit_batch_start(self, batch, should_step):
-        """Keep what a message would name."""
-        self.batch_ids = batch.id
+    def optimizers_step(self):
+        """As in SpeechBrain, with one wait for the device: the losses since the last step and the gradients' norm come at once.
 
-    def check_loss_isfinite(self, loss):
+        The learning rate is set before the step: otherwise the first one would have the peak rate.
+
+        Returns
+        -------
+        list
+            (loss, step of the epoch) of the batches that made the gradients.
+
+        Raises
+        ------
+        UserRuntimeError
+            If more losses of the epoch were not finite than ``nonfinite_patience`` allows.
+        """
+        self.hparams.lr_annealing(self.optimizer)
+        optimizers, norms = self.freeze_optimizers(self.optimizers_dict).values(), []
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).to(self.device))
+        *losses, norm = torch.stack([*(loss.float() for loss, *_ in self.unread), torch.stack(norms).float().sum()]).tolist()
+        read = [(loss, step, ids) for loss, (_, step, ids) in zip(losses, self.unread, strict=True)]
+        self.unread = []
+        for loss, step, ids in read:
+            if not math.isfinite(loss):
+                self.count_nonfinite(loss, step, ids)
+        if not math.isfinite(norm) and all(math.isfinite(loss) for loss in losses) and not self.scaler.is_enabled():
+            logger.warning("The gradients are not finite at step %d of the epoch; the step is left out.", self.step)
+        # With float16 the scaler leaves such steps out, and needs to see them
+        if self.scaler.is_enabled() or math.isfinite(norm) or not self.skip_nonfinite_grads:
+            for optimizer in optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+        return [(loss, step) for loss, step, _ in read]
+
+    def count_nonfinite(self, loss, step, ids):
         """Count losses that are not finite, and stop with the names of the utterances where there are too many."""
-        if torch.isfinite(loss):
-            return
         self.nonfinite_count += 1
-        message = f"The loss is {loss.item()} at step {self.step} of the epoch, for the utterances {', '.join(self.batch_ids)}"
+        message = f"The loss is {loss} at step {step} of the epoch, for the utterances {', '.join(ids)}"
         if self.nonfinite_count > self.nonfinite_patience:
             raise UserRuntimeError(
                 f"{message}; it was so {self.nonfinite_count} times in this epoch, more often than nonfinite_patience allows: "
@@ -295,16 +376,11 @@ class AsrBrain(Brain):
             )
         logger.warning("%s; the step is left out.", message)
 
-    def optimizers_step(self):
-        """As in SpeechBrain, with the learning rate set before: otherwise the first step would have the peak one."""
-        self.hparams.lr_annealing(self.optimizer)
-        super().optimizers_step()
-
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Measure."""
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
         now = time.perf_counter()
-        seconds, longest = float(sum(batch.duration)), float(max(batch.duration))
+        seconds, longest = float(batch.duration.sum()), float(batch.duration.max())  # on the host
         self.audio_seconds += world * seconds
         self.epoch_seconds += seconds
         self.padded_seconds += len(batch.duration) * longest

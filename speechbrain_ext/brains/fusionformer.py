@@ -3,11 +3,11 @@
 import copy
 
 from speechbrain import Stage
-from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_ext.brains.asr import GREEDY, AsrBrain
+from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.utils.errors import UserError
@@ -54,7 +54,7 @@ class FusionFormerBrain(AsrBrain):
         difference = (predictions[None].ctc_logits.float().softmax(-1) - log_probs.exp()).abs().amax(2)
         padded = padding_mask(absolute_lengths(unfused.lengths, difference.shape[1]), difference.shape[1])
         self.difference = max(self.difference, difference.masked_fill(padded, 0.0).max().item())
-        texts = self.decode(ctc_greedy_decode(log_probs, unfused.lengths, self.hparams.blank_index))
+        texts = self.decode(greedy_tokens(log_probs, unfused.lengths, self.hparams.blank_index))
         self.score(self.unfused_errors, batch, texts)
         return predictions
 

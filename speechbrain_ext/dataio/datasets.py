@@ -4,6 +4,7 @@ import math
 import os
 
 import torch
+from speechbrain.dataio.batch import PaddedBatch, PaddedData
 from speechbrain.dataio.dataset import DynamicItemDataset, add_dynamic_item, set_output_keys
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.logger import get_logger
@@ -20,6 +21,8 @@ MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
 SEGMENT_FIELDS = ("start", "stop", "channel")
 """Columns that it may have, too, where an utterance is a segment of a recording or one of its channels: the first sample and the
 one after the last, at the recording's own rate, and the channel, counted from 0. Empty is all of it."""
+LARGE = 2**16
+"""Numbers in a tensor that goes to a device by itself."""
 
 
 def write_manifest(path, rows):
@@ -164,8 +167,9 @@ def drop_unfit(dataset, hparams, listed_in, name):
         If there are more than ``max_skipped`` allows.
     """
     speech_encoder, tokenizer = hparams["speech_encoder"], hparams["tokenizer"]
-    augmentations = getattr(hparams["wav_augment"], "augmentations", {})
-    fastest = max([100, *(speed for each in augmentations.values() for speed in getattr(each, "speeds", ()))]) / 100
+    augment = hparams["wav_augment"]
+    augments = augment, *getattr(augment, "augmentations", {}).values()  # SpeechBrain's Augmenter holds several
+    fastest = max([100, *(speed for each in augments for speed in getattr(each, "speeds", ()))]) / 100
     unfit = []
     for key, item in dataset.data.items():
         ids = tokenizer.encode_as_ids(item["wrd"])
@@ -187,6 +191,55 @@ def drop_unfit(dataset, hparams, listed_in, name):
     for key, *_ in unfit:
         del dataset.data[key]
     dataset.data_ids = list(dataset.data)
+
+
+class Batch(PaddedBatch):
+    """SpeechBrain's PaddedBatch that goes to a device in few copies: one of each large tensor, one of all small ones of a type.
+
+    Only what is padded goes there. Plain numbers, such as durations, stay on the host, and so does a copy of the lengths: the
+    device would have to be waited for.
+
+    Arguments
+    ---------
+    examples : list of dict
+        Items of a dataset.
+
+    Example
+    -------
+    >>> batch = Batch([{"id": "a", "duration": 1.5, "sig": torch.ones(3)}, {"id": "b", "duration": 1.0, "sig": torch.ones(2)}])
+    >>> batch.to("cpu").sig.data.shape, batch.host_lengths["sig"]
+    (torch.Size([2, 3]), tensor([1.0000, 0.6667]))
+    """
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.padded = [key for key in examples[0] if isinstance(getattr(self, key), PaddedData)]
+        self.host_lengths = {key: getattr(self, key).lengths for key in self.padded}
+        tensors = [tensor for key in self.padded for tensor in getattr(self, key)]
+        self.shapes = [tensor.shape for tensor in tensors]
+        groups = {}
+        for i, tensor in enumerate(tensors):
+            groups.setdefault(i if tensor.numel() > LARGE else tensor.dtype, []).append(i)
+        self.groups = list(groups.values())
+        flat = [[tensors[i].flatten() for i in group] for group in self.groups]
+        self.flat = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in flat]
+
+    def pin_memory(self):
+        """In place, so that copies to a GPU need not be waited for."""
+        return self._replace(torch.Tensor.pin_memory)
+
+    def to(self, device):
+        """To a device, in place; returns itself."""
+        return self._replace(lambda tensor: tensor.to(device, non_blocking=torch.device(device).type != "cpu"))
+
+    def _replace(self, move):
+        self.flat, parts = [move(tensor) for tensor in self.flat], {}
+        for group, tensor in zip(self.groups, self.flat, strict=True):
+            pieces = tensor.split([self.shapes[i].numel() for i in group])
+            parts |= {i: piece.view(self.shapes[i]) for i, piece in zip(group, pieces, strict=True)}
+        for place, key in enumerate(self.padded):
+            setattr(self, key, PaddedData(parts[2 * place], parts[2 * place + 1]))
+        return self
 
 
 class ShortFirstBatchSampler(DynamicBatchSampler):
@@ -301,6 +354,8 @@ def loader_options(dataset, batch_sampler, num_workers):
         raise UserError(f"The batch sampler does not take its settings: {one_line(error)}.") from error
     return {
         "batch_sampler": sampler,
+        "collate_fn": Batch,
+        "pin_memory": torch.cuda.is_available(),
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         # Its own generator: otherwise a loader draws from the global one when it starts, and a resumed run starts it again.

@@ -20,6 +20,7 @@ import torch
 from speechbrain.decoders import scorer
 
 from speechbrain_ext.lobes.masks import padding_mask
+from speechbrain_ext.lobes.precision import widest
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError
 
@@ -119,12 +120,12 @@ class PrefixScores:
         self.psi = self.psi_next[hypotheses, tokens].unsqueeze(1)
         is_same = (tokens == self.tokens[hypotheses]).unsqueeze(1)
         before = torch.where(is_same, self.before_same[hypotheses], self.before[hypotheses])
-        log_probs = self.log_probs.flatten(0, 1)[self.batch * vocab + tokens].double()
+        log_probs = widest(self.log_probs.flatten(0, 1)[self.batch * vocab + tokens])
         self.in_token = _linear_recursion(before, log_probs)
         self.in_blank = _linear_recursion(self._shift(self.in_token, -torch.inf), self._blank_log_probs())
 
     def _blank_log_probs(self):
-        return self.log_probs[:, self.blank_index].double()[self.batch]
+        return widest(self.log_probs[:, self.blank_index])[self.batch]
 
     def _shift(self, x, first):
         """From x(t) to x(t - 1), where t is no padding."""
@@ -140,7 +141,7 @@ class PrefixScores:
         largest = terms.amax(-1, keepdim=True).clamp_min_(_MINUS_INF)
         # On a CPU, exponentials that are denormal take 90 times as long; e^-80 adds nothing to a sum that has a 1
         total = (terms - largest).clamp_min_(-80.0).exp_().sum(-1)
-        return (total.log_() + largest.squeeze(-1)).double() + peak
+        return widest(total.log_() + largest.squeeze(-1)) + peak
 
 
 @loadable

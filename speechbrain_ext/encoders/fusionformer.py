@@ -21,6 +21,7 @@ from speechbrain_ext.lobes.activations import ReLU, Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, Unchanged
+from speechbrain_ext.lobes.precision import autocasts
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
 from speechbrain_ext.utils.errors import UserError
@@ -244,6 +245,10 @@ class FusionFormerEncoder(Encoder):
         self.output = parts.linear(d_model, d_model) if parts.variant.behind else parts.before(d_model)
         if fused:
             self.fuse_()
+
+    def before_layers(self, x):
+        """Under autocast the residual stream is float32, as LayerNorm makes it in a Conformer; what is added to it is not."""
+        return x.float() if autocasts(x) else x
 
     def after_layers(self, x, mask=None):
         """The last layer."""

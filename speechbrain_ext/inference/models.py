@@ -1,12 +1,13 @@
 """Trained models: SpeechBrain's inference classes, with exact lengths, files of any length, and times of words."""
 
 import torch
+from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.decoders.alignment import align, group_words, make_segment
+from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import encoder_passes
@@ -189,6 +190,8 @@ class CtcModel(_ExactLengths, EncoderASR):
     """A model without a decoder."""
 
     def _search(self, logits, lens):
+        if getattr(self.decoding_function, "func", None) is ctc_greedy_decode:
+            return greedy_tokens(logits, lens, self.blank)
         return self.decoding_function(logits, lens)
 
 

@@ -15,11 +15,16 @@ from torch import library, nn
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids
+from speechbrain_ext.lobes.precision import widest_dtype
 from speechbrain_ext.utils.errors import UserError
 
 QUERY_BLOCK = 256
-"""Queries that the relative form handles at once: its scores take heads x QUERY_BLOCK x 2 T numbers, not heads x T x 2 T. Of a
-batch on a CPU, a quarter of each utterance's (8 x 20 s: 0.44 s, and 0.50 s with as many)."""
+"""Queries that the relative form handles at once on a CPU: its scores take heads x QUERY_BLOCK x 2 T numbers, not
+heads x T x 2 T. Of a batch a quarter of each utterance's (8 x 20 s: 0.44 s, and 0.50 s with as many)."""
+MOST_SCORES = 2**28
+"""Scores that it makes at once on other devices, where each launch takes the host some time: 1 GiB in float32."""
+ALIGNMENT = 8
+"""Fused kernels of CUDA want head sizes and rows of the bias in multiples of so many numbers; in float32 half of it is enough."""
 
 
 @dataclass
@@ -88,14 +93,14 @@ class SelfAttention(nn.Module):
         Returns
         -------
         tuple
-            The second one is bool, broadcasts to (B, heads, T, T), and is None where nothing is blocked.
+            The second one is a :class:`_Blocked`, and None where nothing is blocked.
         """
         frames = x.shape[1]
         blocked = None if mask is None else mask[:, None, None, :]
         if config is not None or self.causal:
             chunks = chunk_mask(frames, config or DynChunkTrainConfig(1), x.device, self.causal)[None, None]
             blocked = chunks if blocked is None else blocked | chunks
-        return self._table(frames, 0, 0, x), blocked, mask
+        return self._table(frames, 0, 0, x), _Blocked.of(blocked), mask
 
     def mix(self, x, shared):
         """Attend over a whole utterance.
@@ -150,7 +155,7 @@ class SelfAttention(nn.Module):
         if cached and state.left_frames is not None and isinstance(state.frames, torch.Tensor):
             empty = torch.arange(cached + frames, device=x.device)[None, None, None] < state.left_frames - state.frames
             blocked = empty if blocked is None else blocked | empty
-        return self._table(frames, cached, state.frames, x), blocked
+        return self._table(frames, cached, state.frames, x), _Blocked.of(blocked)
 
     def stream(self, x, state: AttentionState, shared):
         """Attend from one chunk over the cache and itself, and update the cache.
@@ -180,7 +185,10 @@ class SelfAttention(nn.Module):
 
     def _project(self, x, table, mask=None):
         """(B, T, D) to query, key and value, each (B, heads, T, head size)."""
-        return self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self._project_all(x, mask).unbind(0)
+
+    def _project_all(self, x, mask):
+        return self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4)
 
     def _table(self, frames: int, cached: int, before: int, x):
         """Positions of ``frames`` frames, with ``cached`` ones in the cache, and ``before`` ones in all, before them."""
@@ -190,9 +198,52 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
 
+class _Blocked:
+    """What queries may not see: made once for all layers.
+
+    Arguments
+    ---------
+    where : torch.Tensor
+        Bool, broadcasts to (B, heads, Q, K). Off the CPU its rows may be longer, see :data:`ALIGNMENT`; the rest is blocked.
+    keys : int
+        K.
+    """
+
+    def __init__(self, where, keys):
+        self.where, self.keys = where, keys
+        self._bias = None
+
+    @classmethod
+    def of(cls, where):
+        """From a tensor with rows of K, or None."""
+        if where is None:
+            return None
+        keys = where.shape[3]
+        if _has_fused_kernels(where) and not torch.compiler.is_compiling():
+            where = F.pad(where, (0, -keys % ALIGNMENT), value=True)
+        return cls(where, keys)
+
+    def rows(self, start, end):
+        """That of some queries."""
+        return self if self.where.shape[2] == 1 else _Blocked(self.where[:, :, start:end], self.keys)
+
+    def bias(self, dtype):
+        """The same as a bias on scores."""
+        if self._bias is None or self._bias.dtype != dtype:
+            self._bias = torch.zeros_like(self.where, dtype=dtype).masked_fill(self.where, _lowest(dtype))[..., : self.keys]
+        return self._bias
+
+
+def _has_fused_kernels(x):
+    return x.device.type not in ("cpu", "meta")
+
+
 def _sdpa(query, key, value, bias, scale, dropout):
+    size = query.shape[-1]
+    if _has_fused_kernels(query) and size % ALIGNMENT:  # zeros change nothing: the scale is given
+        query, key, value = (F.pad(part, (0, -size % ALIGNMENT)) for part in (query, key, value))
     y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
-    return y.transpose(1, 2).flatten(2)
+    return y[..., :size].transpose(1, 2).flatten(2)
 
 
 def _lowest(dtype):
@@ -259,34 +310,39 @@ class RelativeSelfAttention(SelfAttention):
         # A traced graph cannot have a loop over a free length, so that all queries are one block in it. A compiled one calls the
         # loop as an operator of its own; an exported one must do without. (Inside torch.compile ``is_exporting`` is true, too, in
         # torch 2.11; ``is_dynamo_compiling`` is true in a strict export, too.)
-        compiling = torch.compiler.is_dynamo_compiling() and query.device.type == "cpu"
-        if not compiling or torch.is_grad_enabled() or self.training:
+        if not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or self.training:
             return _attend(*tensors, blocked, scratch, self.scale, dropout)
         tensors = (tensor.to(value.dtype) for tensor in tensors)  # as autocast would, of whose rules an operator knows nothing
-        return torch.ops.speechbrain_ext.relative_attention(*tensors, blocked, self.scale)
+        return torch.ops.speechbrain_ext.relative_attention(*tensors, None if blocked is None else blocked.where, self.scale)
 
 
 def _attend(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout):
     """Attention of all queries at once."""
-    scores = scratch.product(query_v, positions)
-    plain = torch.compiler.is_compiling() or not scores.requires_grad
-    bias = _relative_shift(scores, key.shape[2]) if plain else _Shift.apply(scores, key.shape[2])
-    if blocked is not None:
-        fill = bias.masked_fill if torch.compiler.is_compiling() or scores.requires_grad else bias.masked_fill_
-        bias = fill(blocked, _lowest(bias.dtype))
+    scores, keys = scratch.product(query_v, positions), key.shape[2]
+    # Of the columns beyond the keys, which align the rows, there are as many as there are queries
+    where = None if blocked is None else blocked.where[..., : keys + min(blocked.where.shape[3] - keys, query_v.shape[2] - 1)]
+    plain, columns = torch.compiler.is_compiling() or not scores.requires_grad, keys if where is None else where.shape[3]
+    bias = _relative_shift(scores, columns) if plain else _Shift.apply(scores, columns)
+    if where is not None:
+        # A copy has aligned rows, which fused kernels want; a CPU takes them as they are
+        in_place = not (torch.compiler.is_compiling() or scores.requires_grad or _has_fused_kernels(scores))
+        bias = (bias.masked_fill_ if in_place else bias.masked_fill)(where, _lowest(bias.dtype))[..., :keys]
     return _sdpa(query_u, key, value, bias, scale, dropout)
 
 
 def _attend_in_blocks(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout):
     """The same, some queries at a time."""
     queries, keys = query_u.shape[2], key.shape[2]
-    block = QUERY_BLOCK if len(key) == 1 or key.device.type != "cpu" else max(1, QUERY_BLOCK // 4)
+    if key.device.type == "cpu":
+        block = QUERY_BLOCK if len(key) == 1 else max(1, QUERY_BLOCK // 4)
+    else:
+        block = max(1, MOST_SCORES // (key.shape[0] * key.shape[1] * positions.shape[2]))
     if queries <= block:
         return _attend(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout)
     blocks = []
     for start in range(0, queries, block):
         end = min(start + block, queries)
-        rows = blocked if blocked is None or blocked.shape[2] == 1 else blocked[:, :, start:end]
+        rows = None if blocked is None else blocked.rows(start, end)
         seen = positions[..., queries - end : queries - start + keys]
         some = query_u[:, :, start:end], query_v[:, :, start:end], key, value, seen, rows
         blocks.append(_attend(*some, scratch, scale, dropout))
@@ -304,7 +360,7 @@ def _compiled(
     scale: float,
 ) -> torch.Tensor:
     """What compiled graphs call on a CPU without a gradient; 40 s take a Conformer 2.3 times as long with all queries at once."""
-    return _attend_in_blocks(query_u, query_v, key, value, positions, blocked, _Scratch(), scale, 0.0)
+    return _attend_in_blocks(query_u, query_v, key, value, positions, _Blocked.of(blocked), _Scratch(), scale, 0.0)
 
 
 @_compiled.register_fake
@@ -407,19 +463,17 @@ class RotarySelfAttention(SelfAttention):
 
     def _table(self, frames, cached, before, x):
         """Cosines and signed sines, (2, frames, head size)."""
-        positions = before + torch.arange(frames, dtype=torch.float64, device=x.device)
+        positions = before + torch.arange(frames, dtype=widest_dtype(x.device), device=x.device)
         sine, cosine = sinusoids(positions, x.shape[2] // self.nhead).to(x.dtype).unflatten(1, (-1, 2)).unbind(2)
         return torch.stack((torch.cat((cosine, cosine), dim=1), torch.cat((-sine, sine), dim=1)))
 
     def _project(self, x, table, mask=None):
-        query, key, value = super()._project(x, table, mask)
-        table = table.to(query.dtype)
-        return _rotate(query, table), _rotate(key, table), value
+        turned, value = self._project_all(x, mask).split((2, 1))
+        query, key = _rotate(turned, table.to(turned.dtype)).unbind(0)
+        return query, key, value.squeeze(0)
 
     def _attend(self, query, key, value, table, blocked):
-        bias = None
-        if blocked is not None:
-            bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill(blocked, _lowest(query.dtype))
+        bias = None if blocked is None else blocked.bias(query.dtype)
         return _sdpa(query, key, value, bias, self.scale, self.dropout if self.training else 0.0)
 
 

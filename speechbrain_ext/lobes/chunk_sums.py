@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from speechbrain_ext.lobes.precision import widest
+
 
 def window_sum(sums: torch.Tensor, left_chunks: int | None) -> torch.Tensor:
     """For every chunk the sum over itself and its left context.
@@ -29,7 +31,7 @@ def window_sum(sums: torch.Tensor, left_chunks: int | None) -> torch.Tensor:
     >>> window_sum(torch.ones(4, 1, 1), 1).flatten()
     tensor([1., 2., 2., 2.])
     """
-    running = sums.double().cumsum(-3)
+    running = widest(sums).cumsum(-3)
     if left_chunks is not None:
         before = min(left_chunks + 1, sums.shape[-3])
         running = running - F.pad(running, (0, 0, 0, 0, before, 0))[..., : sums.shape[-3], :, :]
@@ -70,7 +72,7 @@ class ChunkSums:
         """Take in the sum of a chunk, and give that over its left context alone."""
         if self.sums is None:
             before = torch.zeros_like(now)
-            self.sums = now.double().unsqueeze(0) if self.left_chunks is None else now.unsqueeze(0)[: self.left_chunks].clone()
+            self.sums = widest(now).unsqueeze(0) if self.left_chunks is None else now.unsqueeze(0)[: self.left_chunks].clone()
             return before
         before = (self.sums[0] if self.left_chunks is None else self.sums.sum(0)).to(now.dtype)
         if self.left_chunks is None:

@@ -211,7 +211,10 @@ class DepthwiseModule(nn.Module):
         fill = -frames % size
         # For chunks a, b, c of 4 frames and 2 frames of context: 00aaaa00, aabbbb00, bbcccc00.
         x = F.pad(x, (0, 0, self.context, fill)).unfold(1, size + self.context, size)  # (B, chunks, D, context + size)
-        x = F.pad(x.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.look_ahead))
+        if x.device.type == "cpu":
+            x = F.pad(x.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.look_ahead))
+        else:  # elsewhere the kernel wants time last, as it lies in the view
+            x = F.pad(x, (0, self.look_ahead)).flatten(0, 1).transpose(1, 2)
         return self._after(self._convolve(x).reshape(batch, frames + fill, width)[:, :frames], mask)
 
     def stream(self, x, state):

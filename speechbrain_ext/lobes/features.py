@@ -7,6 +7,7 @@ first (:func:`raw_features`); these do not depend on the chunk setting, and can 
 """
 
 import copy
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from speechbrain.processing.features import InputNormalization as SpeechBrainInp
 from speechbrain.processing.features import make_padding_mask
 
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.lobes.precision import widest
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.distributed import sum_over_processes
 from speechbrain_ext.utils.errors import UserError
@@ -50,7 +52,7 @@ def raw_features(compute_features, wavs, wav_lens):
     """
     samples = absolute_lengths(wav_lens, wavs.shape[1])
     wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
-    feats = (_without_clipping(compute_features) if clips(compute_features) else compute_features)(wavs)
+    feats = (_without_clipping(compute_features, wavs.device) if clips(compute_features) else compute_features)(wavs)
     frames = 1 + samples // compute_features.compute_STFT.hop_length  # the STFT is centred: one frame per hop, and one more
     relative = frames / feats.shape[1]
     # SpeechBrain's normalisation counts the frames below relative * T without rounding: rounding must never push that up.
@@ -286,9 +288,9 @@ class FeatureStream:
 
     def __init__(self, compute_features, normalize, chunk: int):
         check_streamable(compute_features)
-        self._compute, self._top_db = _without_clipping(compute_features), compute_features.compute_fbanks.top_db
-        stft = self._compute.compute_STFT
-        stft.center = False  # this class cuts what each frame needs out of the stream
+        self._features, self._top_db = compute_features, compute_features.compute_fbanks.top_db
+        self._compute = None
+        stft = compute_features.compute_STFT
         self._hop, self._window, self._chunk = stft.hop_length, stft.n_fft, chunk
         self._normalize, self._grows = normalize, _grows(normalize)
         self._samples = None  # (B, n), from the beginning of the next frame's window on
@@ -335,6 +337,9 @@ class FeatureStream:
 
     def _take(self, frames):
         samples = self._samples[:, : self._needs(frames)]
+        if self._compute is None:
+            self._compute = _without_clipping(self._features, samples.device)
+            self._compute.compute_STFT.center = False  # this class cuts what each frame needs out of the stream
         # Matrix products of few rows round in another way: with zeros behind, a chunk has the bits of the whole file
         samples = F.pad(samples, (0, max(0, self._needs(FEWEST) - samples.shape[1])))
         feats = self._compute(samples)[:, :frames]
@@ -374,12 +379,42 @@ def check_streamable(compute_features):
         raise UserError("Features whose STFT is not centred do not stream; leave center at True.")
 
 
-def _without_clipping(compute_features):
-    """A view of the features that clips nothing, with the same filters and window."""
-    view = _view(compute_features)
-    view.compute_STFT, view.compute_fbanks = _view(view.compute_STFT), _view(view.compute_fbanks)
+def _without_clipping(compute_features, device):
+    """A view of the features that clips nothing, with the same filters and window, which lie on the device."""
+    view, fbanks = _view(compute_features), compute_features.compute_fbanks
+    view.compute_STFT, view.compute_fbanks = _view(view.compute_STFT), _view(fbanks)
     view.compute_fbanks.top_db = torch.inf
+    if fbanks.freeze and not fbanks.param_rand_factor:  # others are new in each call
+        view.compute_STFT.window, matrix = _constants(compute_features, device)
+        view.compute_fbanks = _Filters(view.compute_fbanks, matrix)
     return view
+
+
+_CONSTANTS = weakref.WeakKeyDictionary()
+
+
+def _constants(compute_features, device):
+    """Window and filters, made once for each device: SpeechBrain makes the filters anew in each call, on the CPU."""
+    kept = {} if torch.compiler.is_compiling() else _CONSTANTS.setdefault(compute_features, {})
+    if device not in kept:
+        fbanks, window = compute_features.compute_fbanks, compute_features.compute_STFT.window
+        with torch.inference_mode(False), torch.no_grad():  # for training, too, whoever asks first
+            centres, bands = (part.unsqueeze(1).expand_as(fbanks.all_freqs_mat) for part in (fbanks.f_central, fbanks.band))
+            kept[device] = window.to(device), fbanks._create_fbank_matrix(centres, bands).to(device)
+    return kept[device]
+
+
+class _Filters(torch.nn.Module):
+    """SpeechBrain's filter banks with the matrix that is given."""
+
+    def __init__(self, fbanks, matrix):
+        super().__init__()
+        self.fbanks, self.matrix = fbanks, matrix
+
+    def forward(self, spectrogram):
+        """(B, T, n_fft / 2 + 1) to (B, T, F)."""
+        feats = spectrogram @ self.matrix
+        return self.fbanks._amplitude_to_DB(feats) if self.fbanks.log_mel else feats
 
 
 def _view(module):
@@ -403,8 +438,8 @@ def _chunked(x, chunk, fill=0):
 
 def moments_of(feats, valid, dim):
     """Number, sum and sum of squares of the valid frames (..., F), one behind the other: (3, ..., F), float64."""
-    feats = feats.double().masked_fill(~valid, 0.0)
-    return torch.stack((valid.sum(dim).double().expand_as(feats.select(dim, 0)), feats.sum(dim), feats.square().sum(dim)))
+    feats = widest(feats).masked_fill(~valid, 0.0)
+    return torch.stack((valid.sum(dim).to(feats.dtype).expand_as(feats.select(dim, 0)), feats.sum(dim), feats.square().sum(dim)))
 
 
 def prior_of(normalize, moments):

@@ -3,14 +3,18 @@
 Layers here are called with ``(x, mask)``, the mask (B, T) bool, True = padding, or None.
 """
 
+import threading
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from speechbrain_ext.lobes.masks import zero_padding
-from speechbrain_ext.lobes.precision import at_least_float32, full_precision
-from speechbrain_ext.utils.distributed import sum_over_processes
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest, widest_dtype
+from speechbrain_ext.utils.distributed import gather_from_processes, is_distributed, sum_over_processes
 from speechbrain_ext.utils.errors import UserError
 
 
@@ -166,9 +170,9 @@ class ScaledLinear(nn.Linear):
         """Fold scale and shift into weight and bias, in place."""
         if self.scale is None:
             return
-        weight = self.weight.double()
-        self.bias.copy_(self.bias.double() + weight @ self.shift.double())
-        self.weight.copy_(weight * self.scale.double())
+        weight = widest(self.weight)
+        self.bias.copy_(widest(self.bias) + weight @ widest(self.shift))
+        self.weight.copy_(weight * widest(self.scale))
         self.scale = self.shift = None
 
 
@@ -233,13 +237,12 @@ class MaskedBatchNorm(nn.Module):
             scale, shift = self._affine(torch.promote_types(x.dtype, torch.float32))
             return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
         with full_precision(x):
-            x, mean, variance, count = _Normalize.apply(x, mask, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            unbiased = variance * (count / (count - 1).clamp(min=1))
-            # A batch that training leaves out, because its loss is not finite, has passed through here before that is known.
-            usable = (mean + variance).isfinite().all() & (count > 0)
-            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.copy_(torch.where(usable, running.lerp(now.to(running.dtype), self.momentum), running))
+            x, *found = _Normalize.apply(x, mask, _frames_of(x, mask, self.eps), self.weight, self.bias)
+        scope = None if torch.compiler.is_compiling() else _scope.current
+        if scope is None:
+            _update([(self, *found)])
+        else:
+            scope.found.append((self, *found))
         return x
 
     @torch.no_grad()
@@ -253,9 +256,9 @@ class MaskedBatchNorm(nn.Module):
         """
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros_like(self.bias), requires_grad=layer.weight.requires_grad)
-        scale, shift = self._affine(torch.float64)
-        layer.weight.copy_(layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1)))
-        layer.bias.copy_(torch.addcmul(shift, layer.bias.double(), scale))
+        scale, shift = self._affine(widest_dtype(layer.weight.device))
+        layer.weight.copy_(widest(layer.weight) * scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.copy_(torch.addcmul(shift, widest(layer.bias), scale))
 
     def _affine(self, dtype):
         """The (D,) scale and shift that evaluation amounts to."""
@@ -303,50 +306,173 @@ class NormLinear(nn.Module):
             self.norm = None
 
 
+class _Frames(NamedTuple):
+    """What a mask says to a BatchNorm."""
+
+    valid: torch.Tensor | None
+    """(B, T, 1), 1 in valid frames and 0 in padded ones; None where all are valid."""
+    share: torch.Tensor
+    """(B, T, 1) or (), the same divided by the number of valid frames."""
+    count: torch.Tensor
+    """() number of valid frames."""
+    divisor: torch.Tensor
+    """() the same, at least 1."""
+    ratio: torch.Tensor
+    """() all frames, padded ones too, to the divisor."""
+    eps: torch.Tensor
+    """() what is added to variances."""
+
+
+class _Scope:
+    """What the BatchNorms of one pass share."""
+
+    def __init__(self):
+        self.frames = {}
+        self.found = []
+
+
+class _Current(threading.local):
+    current = None
+
+
+_scope = _Current()
+
+
+@contextmanager
+def batch_statistics(updates: bool = True):
+    """Context of one pass in training: its BatchNorms count each mask once, and update their statistics at its end, all at once.
+
+    An inner one leaves it to the outer one.
+
+    Arguments
+    ---------
+    updates : bool
+        Whether statistics are updated; not where a pass is done a second time, for the gradient.
+
+    Example
+    -------
+    >>> norms = nn.ModuleList(MaskedBatchNorm(2, momentum=1.0) for _ in range(2))
+    >>> with batch_statistics():
+    ...     _ = norms[1](norms[0](torch.ones(1, 3, 2)))
+    ...     norms[0].running_mean
+    tensor([0., 0.])
+    >>> norms[0].running_mean
+    tensor([1., 1.])
+    """
+    outer = _scope.current
+    if outer is not None and updates:
+        yield
+        return
+    _scope.current = scope = _Scope()
+    try:
+        yield
+    finally:
+        _scope.current = outer
+    groups = {}
+    for one in scope.found if updates else ():
+        norm, *_, count, ratio = one
+        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(count), id(ratio)
+        groups.setdefault(key, []).append(one)
+    for group in groups.values():
+        _update(group)
+
+
+def _frames_of(x, mask, eps):
+    scope = None if torch.compiler.is_compiling() else _scope.current
+    if scope is None:
+        return _count_frames(x, mask, eps)
+    key = x.dtype, eps, x.shape[:2] if mask is None else id(mask)
+    if key not in scope.frames:  # with the mask, which lives as long, so that no other one gets its id
+        scope.frames[key] = _count_frames(x, mask, eps), mask
+    return scope.frames[key][0]
+
+
+def _count_frames(x, mask, eps):
+    dtype, every = torch.promote_types(x.dtype, torch.float32), x.shape[0] * x.shape[1]
+    valid = None if mask is None else (~mask).unsqueeze(-1).to(dtype)
+    count = torch.full((), every, dtype=dtype, device=x.device) if mask is None else valid.sum()
+    divisor = count.clamp(min=1)
+    share = (1.0 if valid is None else valid) / divisor
+    return _Frames(valid, share, count, divisor, every / divisor, torch.full((), eps, dtype=dtype, device=x.device))
+
+
+@torch.no_grad()
+def _update(group):
+    """Update the running statistics of norms with one momentum and one mask, in few launches.
+
+    Each is a norm, the sum over its valid frames, the mean over all frames of their squared deviations (padded ones have none),
+    the number of valid frames, and the ratio of all frames to these.
+    """
+    norms, totals, spreads, (count, *_), (ratio, *_) = zip(*group, strict=True)
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    means = torch.cat(totals) / count.clamp(min=1)
+    variances = torch.cat(spreads) * (ratio * count / (count - 1).clamp(min=1))
+    now, before = torch.cat((means, variances)).to(running[0].dtype), torch.cat(running)
+    # A batch that training leaves out, because its loss is not finite, has passed through here before that is known.
+    usable = now.isfinite().all() & (count > 0)
+    after = torch.where(usable, before.lerp(now, norms[0].momentum), before)
+    torch._foreach_copy_(running, after.split([part.numel() for part in running]))
+
+
 class _Normalize(torch.autograd.Function):
-    """Training-time normalisation: keeps its input for the gradient, and nothing else of that size."""
+    """Training-time normalisation: keeps one tensor of the size of its input for the gradient."""
 
     @staticmethod
-    def forward(ctx, x, mask, weight, bias, eps):
-        x = zero_padding(x, mask)  # NaN included; from here on a product, which takes a quarter of the time, keeps it zero
+    def forward(ctx, x, mask, frames, weight, bias):
+        x = zero_padding(x, mask)  # NaN included; from here on products keep it zero
         wide = at_least_float32(x)
-        valid = None if mask is None else (~mask).to(wide.dtype)
-        count = wide.new_full((1,), wide[..., 0].numel()) if mask is None else valid.sum().view(1)
-        total, frames = sum_over_processes(wide.sum((0, 1)), count)
-        count = frames.clamp(min=1)
-        mean = total / count
-        centred = wide - mean
-        if mask is not None:
-            centred.mul_(valid.unsqueeze(-1))
-        (squares,) = sum_over_processes(centred.square().sum((0, 1)))
-        variance = squares / count
-        inverse = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, valid, weight, mean, inverse, count)
-        ctx.mark_non_differentiable(mean, variance, frames)
-        y = torch.addcmul(bias, centred, inverse * weight)
+        valid, share, count, divisor, ratio, eps = frames
+        total = wide.sum((0, 1))
+        centred = torch.addcmul(wide, share, total, value=-1)
+        spread = _mean_square(centred)
+        if is_distributed():
+            counts, totals, squares = gather_from_processes(count.view(1), total, spread * (x.shape[0] * x.shape[1]))
+            count, total = counts.sum(), totals.sum(0)
+            divisor = count.clamp(min=1)
+            share, ratio = (1.0 if valid is None else valid) / divisor, torch.ones_like(divisor)
+            # Each process knows the squares around its own mean
+            spread = squares.sum(0) + (counts * (totals / counts.clamp(min=1) - total / divisor).square()).sum(0)
+            spread = spread / divisor
+            centred = torch.addcmul(wide, share, total, value=-1)
+        inverse = torch.addcmul(eps, spread, ratio).rsqrt()
+        normal = centred.mul_(inverse)
+        narrow = x.dtype != wide.dtype
+        ctx.save_for_backward(x if narrow else normal, total if narrow else None, valid, share, inverse, weight)
+        ctx.mark_non_differentiable(total, spread, count, ratio)
+        ctx.set_materialize_grads(False)
+        y = torch.addcmul(bias, normal, weight)
         # Without a condition, torch.compile (2.11) would silently lose the gradient of this function where the types are equal.
-        return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance, frames
+        return (y.to(x.dtype) if narrow else y), total, spread, count, ratio
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None, None, None
         with full_precision(grad):
-            return _Normalize._gradients(ctx, at_least_float32(grad))
+            return _Normalize._gradients(ctx, at_least_float32(grad), grad.dtype)
 
     @staticmethod
-    def _gradients(ctx, grad):
-        x, valid, weight, mean, inverse, count = ctx.saved_tensors
-        centred = at_least_float32(x) - mean
-        if valid is None:
-            grad_bias = grad.sum((0, 1))
-        else:
-            centred.mul_(valid.unsqueeze(-1))
-            grad_bias = valid.flatten() @ grad.flatten(0, 1)
-        grad_weight = (grad * centred).sum((0, 1)) * inverse
+    def _gradients(ctx, grad, dtype):
+        normal, total, valid, share, inverse, weight = ctx.saved_tensors
+        if total is not None:
+            normal = torch.addcmul(at_least_float32(normal), share, total, value=-1).mul_(inverse)
+        if valid is None or torch.compiler.is_compiling():
+            grad = grad if valid is None else grad * valid
+            grad_bias, grad_weight = grad.sum((0, 1)), (grad * normal).sum((0, 1))
+        else:  # both sums in one launch
+            products = grad.new_empty(2, *grad.shape)
+            grad = torch.mul(grad, valid, out=products[0])
+            torch.mul(grad, normal, out=products[1])
+            grad_bias, grad_weight = products.sum((1, 2))
         shared_bias, shared_weight = sum_over_processes(grad_bias, grad_weight)
-        scale = inverse * weight
-        grad_x = torch.addcmul(shared_bias * scale / -count, centred, shared_weight * inverse * scale / -count)
-        grad_x.addcmul_(grad, scale)
-        if valid is not None:
-            grad_x.mul_(valid.unsqueeze(-1))
-        return grad_x.to(x.dtype), None, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+        common = torch.addcmul(shared_bias, normal, shared_weight)
+        grad_x = torch.addcmul(grad, common, share, value=-1).mul_(inverse * weight)
+        return grad_x.to(dtype), None, None, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _mean_square(x):
+    """Mean of the squares over the frames of x (B, T, D), whose mean is zero."""
+    if x.device.type == "cpu" or torch.compiler.is_compiling():
+        return x.square().mean((0, 1))  # there, the variance takes ten times as long
+    return x.var((0, 1), correction=0)  # reads x once, and writes nothing of its size

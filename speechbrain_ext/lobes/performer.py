@@ -37,7 +37,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.chunk_sums import ChunkSums
 from speechbrain_ext.lobes.fusible import PlainLinear
-from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest
 from speechbrain_ext.utils.errors import UserError
 
 BLOCK = 64
@@ -324,8 +324,9 @@ def _attend_in_blocks(query, key, value, config, causal):
 
     Blocks are whole chunks: what a block's last chunk sees before the block is a sum; the rest lies in the block itself, and,
     with a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left
-    the sight of the block's last chunk but not yet of the query's. Only sums over blocks are subtracted, in float64. With a
-    limited left context a causal block is at least as long as a chunk.
+    the sight of the block's last chunk but not yet of the query's. What has left the sight altogether is subtracted from the sum:
+    the same numbers that were added, in float64, so that nothing of them is left. With a limited left context a causal block is
+    at least as long as a chunk.
     """
     size, left = (1, None) if config is None else (config.chunk_size, config.left_context_size)
     if causal and left is None:
@@ -359,21 +360,30 @@ def _attend_in_blocks(query, key, value, config, causal):
         shift = min(shift, frames + rest)
         return F.pad(tensor, (0, 0, shift, rest))[:, :, : frames + rest].reshape(-1, block, tensor.shape[3])
 
-    def sums(keys, values):
-        """Over all frames of each block, (B, H, blocks, m, e + 1)."""
-        return torch.bmm(keys.transpose(1, 2), values).unflatten(0, (*query.shape[:2], -1)).double()
+    def sums(start, end):
+        """Over frames ``start`` to ``end`` of each block, (B, H, blocks, m, e + 1)."""
+        each = torch.bmm(keys[:, start:end].transpose(1, 2), values[:, start:end])
+        return widest(each.unflatten(0, (*query.shape[:2], -1)))
+
+    def later(tensor, blocks):
+        """The same some blocks later, zeros first."""
+        blocks = min(blocks, count)
+        return F.pad(tensor, (0, 0, 0, 0, blocks, -blocks))
 
     queries, keys, values = cut(query), cut(key), cut(value)
     if left == 0:
-        seen = sums(keys, values) * alone
+        seen = sums(0, block) * alone
+    elif left is None:
+        seen = sums(0, block).cumsum(2)
+        seen = seen if alone else later(seen, 1)
     else:
-        # Differences need float64 from the start: what is subtracted may be far larger than what remains.
-        seen = (sums(keys, values) if left is None else sums(keys.double(), values.double())).cumsum(2)
+        # What is out of sight begins at no block's beginning: blocks are summed in two parts
+        gone, rest_of_block = divmod((left + 1) * size, block)
+        first = sums(0, block - rest_of_block)
+        running = (first + sums(block - rest_of_block, block) if rest_of_block else first).cumsum(2)
+        seen = (running if alone else later(running, 1)) - later(running, gone + 1) - later(first, gone)
         if not alone:
-            seen = F.pad(seen, (0, 0, 0, 0, 1, -1))
-        if left is not None:
             old_keys, old_values = (cut(tensor, (left + 1) * size) for tensor in (key, value))
-            seen = seen - sums(old_keys.double(), old_values.double()).cumsum(2)
     y = torch.bmm(queries, seen.to(query.dtype).flatten(0, 2))
     if not alone:
         future, gone = inside()

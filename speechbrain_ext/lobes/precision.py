@@ -1,6 +1,6 @@
 """Where half precision must not go."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -32,7 +32,9 @@ def _enabled(device):
 
 
 def full_precision(x: torch.Tensor):
-    """Context in which autocast leaves float32 alone; without autocast it does nothing, and leaves no trace in a graph.
+    """Context in which float32 stays float32: autocast leaves it alone, and on CUDA no product is made in TF32.
+
+    Where neither would change anything, it does nothing, and leaves no trace in a graph.
 
     Arguments
     ---------
@@ -51,7 +53,48 @@ def full_precision(x: torch.Tensor):
     torch.float32
     """
     device = x.device.type
+    if device == "cuda" and not torch.compiler.is_compiling():
+        return _without_tf32()
     return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
+
+
+@contextmanager
+def _without_tf32():
+    # SpeechBrain switches TF32 on
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def widest(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as float64, for sums over hours; as float32 on devices that have no float64 (Apple's).
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Any tensor.
+
+    Returns
+    -------
+    torch.Tensor
+
+    Example
+    -------
+    >>> widest(torch.ones(1)).dtype
+    torch.float64
+    """
+    return x.to(widest_dtype(x.device))
+
+
+def widest_dtype(device) -> torch.dtype:
+    """The type that :func:`widest` gives on a device."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,13 @@
     What a chunk length must divide by.
 """
 
-from torch import nn
+from contextlib import nullcontext
 
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from speechbrain_ext.lobes.fusible import batch_statistics
 from speechbrain_ext.utils.errors import UserError
 
 
@@ -38,6 +43,9 @@ class Stack(nn.ModuleList):
     torch.Size([2, 10, 16])
     """
 
+    recomputes = False
+    """Whether training keeps the input of each block alone for the gradient, and computes the rest again."""
+
     def __init__(self, layers):
         super().__init__(layers)
         if not len(self):
@@ -54,7 +62,8 @@ class Stack(nn.ModuleList):
         for layer in self:
             if shared is None:
                 shared = layer.prepare(x, mask, config)
-            x = layer(x, shared, mask, config)
+            again = self.recomputes and not any(isinstance(part, Stack) for part in layer.modules())  # else its own blocks do
+            x = recompute(layer, x, shared, mask, config) if again else layer(x, shared, mask, config)
         return x
 
     def initial_state(self, config) -> list:
@@ -69,3 +78,35 @@ class Stack(nn.ModuleList):
                 shared = layer.prepare_stream(x, state)
             x = layer.stream(x, state, shared)
         return x
+
+
+def recompute(module, *args):
+    """Call a module that keeps its inputs alone for the gradient, and computes the rest again: activation checkpointing.
+
+    What is drawn is drawn again the same, and statistics are updated once.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        What to call.
+    *args
+        What to call it with.
+
+    Returns
+    -------
+    Whatever the module gives.
+
+    Example
+    -------
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> recompute(nn.GELU(), x).sum().backward()
+    >>> x.grad.shape
+    torch.Size([2])
+    """
+    if not (module.training and torch.is_grad_enabled()):
+        return module(*args)
+    return checkpoint(module, *args, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts():
+    return nullcontext(), batch_statistics(updates=False)

@@ -75,13 +75,13 @@ MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
-    "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile_module_keys",
+    "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
+    "compile_module_keys": "--compile compiles front end and encoder, and nothing else gains by it",
     "data_parallel_backend": "start several processes with torchrun instead",
 }
 """Options of SpeechBrain's Brain that are not supported, with what to do."""
 TRAINING_OPTIONS = (
     "compile",
-    "compile_module_keys",
     "compile_mode",
     "grad_accumulation_factor",
     "max_grad_norm",

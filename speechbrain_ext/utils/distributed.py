@@ -1,6 +1,11 @@
-"""Sums over the processes of distributed training."""
+"""What the processes of distributed training know together."""
 
 import torch
+
+
+def is_distributed():
+    """Whether this is one process of a distributed training."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def sum_over_processes(*tensors):
@@ -20,8 +25,34 @@ def sum_over_processes(*tensors):
     >>> sum_over_processes(torch.ones(2))
     (tensor([1., 1.]),)
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return tensors
     message = torch.cat(tensors)
     torch.distributed.all_reduce(message)
     return message.split([tensor.numel() for tensor in tensors])
+
+
+def gather_from_processes(*tensors):
+    """Vectors of all processes, in one message.
+
+    Arguments
+    ---------
+    *tensors : torch.Tensor
+        Each (N,), of one type and on one device.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Each (processes, N).
+
+    Example
+    -------
+    >>> gather_from_processes(torch.ones(2))
+    (tensor([[1., 1.]]),)
+    """
+    if not is_distributed():
+        return tuple(tensor.unsqueeze(0) for tensor in tensors)
+    message = torch.cat(tensors)
+    parts = [torch.empty_like(message) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, message)
+    return torch.stack(parts).split([tensor.numel() for tensor in tensors], dim=1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
+from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import build_encoder, list_encoders
 
 CHUNKS = [(16, 2), (16, None), (4, 0), (2, 5), (6, 1)]
@@ -195,6 +196,36 @@ class Masked(torch.nn.Module):
 
     def forward(self, x, mask):
         return self.encoder(x, src_key_padding_mask=mask)[0]
+
+
+def test_recomputed_activations_give_the_same_gradients(encoder):
+    """And the same statistics, with what is dropped drawn alike, while a third at most is kept for the gradient."""
+    twin, kept = copy.deepcopy(encoder).train(), []
+    for part in twin.modules():
+        if isinstance(part, Stack):
+            part.recomputes = True
+            for layer in part:
+                layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].nbytes))  # held by the checkpoint itself
+    x, mask, sizes = torch.randn(3, 60, encoder.d_model), padding((60, 40, 20), 60), []
+    for model in (encoder.train(), twin):
+        tensors = {}
+        torch.manual_seed(0)
+
+        def pack(tensor, tensors=tensors):
+            tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y, _ = model(x, src_key_padding_mask=mask)
+        weights = {parameter.data_ptr() for parameter in model.parameters()}
+        sizes.append(sum(size for place, size in tensors.items() if place not in weights))
+        kept, before = [], sum(kept)
+        y.square().mean().backward()
+    assert sizes[1] + before <= sizes[0] / 3
+    for (name, ours), theirs in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+    for (name, ours), theirs in zip(encoder.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 @torch.no_grad()

@@ -1,0 +1,148 @@
+"""Augmentation of waveforms and features that runs where they lie, without a wait for the device.
+
+Both classes are called with a batch and relative lengths, and give a batch and relative lengths.
+"""
+
+import torch
+from speechbrain.augment import time_domain
+
+from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.utils.errors import UserError
+
+
+class SpeedPerturb(time_domain.SpeedPerturb):
+    """SpeechBrain's SpeedPerturb, on the device of the waveforms: the batch is made slower or faster, by resampling.
+
+    Arguments
+    ---------
+    orig_freq : int
+        Samples per second.
+    speeds : list of int
+        Speeds to draw from, in percent.
+
+    Example
+    -------
+    >>> wavs, lens = SpeedPerturb(16000, [110])(torch.rand(2, 11000), torch.tensor([1.0, 0.5]))
+    >>> wavs.shape
+    torch.Size([2, 10000])
+    """
+
+    keeps_lengths = True  # the relative ones
+
+    def forward(self, wavs, lens):
+        """(B, N) samples to (B, N'); the relative lengths (B,) stay."""
+        self.device = wavs.device
+        return super().forward(wavs), lens
+
+
+class SpecAugment:
+    """SpecAugment with time masks in proportion to each utterance's own length, and zeros in the masks.
+
+    For features that are normalised, so that zero is their mean. Torchaudio's and SpeechBrain's know only the length of the
+    batch, so that its short utterances lose too much or nothing.
+
+    Source: Park et al. 2020, https://arxiv.org/abs/1912.05533, section 3.1, with the settings of the Squeezeformer's authors.
+
+    Arguments
+    ---------
+    time_masks : int
+        Number of time masks.
+    time_mask_ratio : float
+        Time masks are narrower than this part of the utterance.
+    frequency_masks : int
+        Number of frequency masks.
+    frequency_mask_width : int or list of int
+        Frequency masks are narrower than so many bins; of two numbers the first is the narrowest.
+    time_mask_width : int or list of int, optional
+        Likewise for time masks, in frames, where ``time_mask_ratio`` leaves as many.
+    time_warp : int
+        First of all, a frame of each utterance is moved by up to so many frames, and the rest is stretched; 0 = not.
+
+    Raises
+    ------
+    UserError
+        If a width is no number, or no pair of numbers of which the second is the larger.
+
+    Example
+    -------
+    >>> feats, lens = SpecAugment(time_masks=5)(torch.ones(2, 100, 80), torch.tensor([1.0, 0.5]))
+    >>> feats.shape
+    torch.Size([2, 100, 80])
+    """
+
+    keeps_lengths = True
+
+    def __init__(
+        self,
+        time_masks: int,
+        time_mask_ratio: float = 0.05,
+        frequency_masks: int = 2,
+        frequency_mask_width=27,
+        time_mask_width=None,
+        time_warp: int = 0,
+    ):
+        self.time_masks = time_masks
+        self.time_mask_ratio = time_mask_ratio
+        self.time_mask_width = (0, torch.inf) if time_mask_width is None else _width("time_mask_width", time_mask_width)
+        self.frequency_masks = frequency_masks
+        self.frequency_mask_width = _width("frequency_mask_width", frequency_mask_width)
+        self.time_warp = time_warp
+
+    def __call__(self, feats, lens):
+        """Warp and mask.
+
+        Arguments
+        ---------
+        feats : torch.Tensor
+            (B, T, F).
+        lens : torch.Tensor
+            (B,) relative lengths.
+
+        Returns
+        -------
+        tuple
+            The changed features and the same lengths.
+        """
+        frames, bins = absolute_lengths(lens, feats.shape[1]), torch.full_like(lens, feats.shape[2])
+        if self.time_warp:
+            feats = _warp(feats, frames, self.time_warp)
+        time = _masks(self.time_masks, self.time_mask_width, self.time_mask_ratio * frames, frames, feats.shape[1])
+        frequency = _masks(self.frequency_masks, self.frequency_mask_width, bins, bins, feats.shape[2])
+        return feats.masked_fill(time.unsqueeze(2) | frequency.unsqueeze(1), 0.0), lens
+
+
+def _width(name, value):
+    """The narrowest mask, and what masks are narrower than."""
+    low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (0, value)
+    numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (low, high))
+    if not numbers or not 0 <= low < high:
+        raise UserError(f"{name} is {value!r}; give what masks are narrower than, or the narrowest mask and that: [15, 25].")
+    return low, high
+
+
+def _masks(count, width, limits, sizes, length):
+    """(B, length) bool, True in ``count`` masks of a width (low, high), narrower than (B,) limits, in the first (B,) sizes."""
+    high = limits.clamp(max=width[1]).unsqueeze(1)
+    low = high.clamp(max=width[0])
+    widths = (low + torch.rand(len(limits), count, device=limits.device) * (high - low)).floor()
+    starts = (torch.rand_like(widths) * (sizes.unsqueeze(1) - widths + 1)).floor().unsqueeze(2)
+    position = torch.arange(length, device=limits.device)
+    return ((position >= starts) & (position < starts + widths.unsqueeze(2))).any(1)
+
+
+def _warp(feats, frames, most):
+    """Features (B, T, F) stretched and squeezed around one frame each, padding as it was; linear between frames."""
+    last = (frames - 1).unsqueeze(1).to(feats.dtype)  # it stays where it is, as the first one does
+    free = (last - 2 * most).clamp(min=0)
+    anchor = most + torch.rand_like(free) * free
+    moved = anchor + torch.where(free > 0, torch.rand_like(free) * (2 * most) - most, 0.0)
+    position = torch.arange(feats.shape[1], device=feats.device, dtype=feats.dtype).unsqueeze(0)
+    before = position * anchor / moved.clamp(min=1e-6)
+    behind = anchor + (position - moved) * (last - anchor) / (last - moved).clamp(min=1e-6)
+    source = torch.where(position > last, position, torch.where(position < moved, before, behind))
+    source = torch.where(free > 0, source, position)
+    left = source.floor().clamp(0, feats.shape[1] - 1)
+    part = (source - left).unsqueeze(2).clamp(0, 1)
+    left = left.long().unsqueeze(2).expand_as(feats)
+    right = (left + 1).clamp(max=feats.shape[1] - 1)
+    return torch.lerp(feats.gather(1, left), feats.gather(1, right), part)

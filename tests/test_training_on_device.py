@@ -1,0 +1,158 @@
+"""Whole training runs on a device, held to a budget for each optimizer step, without a GPU: see tests/pretend_gpu.py."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from speechbrain.utils.run_opts import RunOptions
+from torch._dynamo.testing import CompileCounter
+from torch.utils._pytree import tree_map
+
+import train
+from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.hparams import load_hparams
+from speechbrain_ext.registry import build_encoder
+from tests import tiny
+from tests.pretend_gpu import PretendGpu, Recorder, to_pretend
+
+HPARAMS = sorted(path.stem for path in (tiny.ROOT / "hparams").glob("*.yaml"))
+SYNCS = 1
+"""Times that the host waits for the device in an optimizer step, whatever the number of batches, utterances and parameters."""
+UPLOADS = 3
+"""Copies from the host for each batch."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    """Trains on the device; gives a Recorder of each batch, in lists by optimizer step."""
+
+    def load(*args, map_location=None, original=torch.load, **keys):
+        loaded = original(*args, map_location="cpu", **keys)
+        return tree_map(to_pretend, loaded) if str(map_location).startswith("pretend") else loaded
+
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.chdir(tiny.ROOT)
+    mode, steps = PretendGpu(), [[]]
+    fit_batch = AsrBrain.fit_batch
+
+    @functools.wraps(fit_batch)
+    def recorded(brain, batch):
+        before = brain.optimizer_step
+        mode.recorder = Recorder.current = recorder = Recorder()
+        try:
+            return fit_batch(brain, batch)
+        finally:
+            mode.recorder = Recorder.current = Recorder()
+            steps[-1].append((recorder, len(batch)))
+            if brain.optimizer_step > before:
+                steps.append([])
+
+    monkeypatch.setattr(AsrBrain, "fit_batch", recorded)
+
+    def start(name, **keys):
+        files = {"data_folder": corpus, "output_folder": tmp_path / "run", "results_file": tmp_path / "results.csv"}
+        keys = {**tiny.SMALL, **files, "device": "pretend:0", **keys}
+        with mode:
+            assert train.main([f"hparams/{name}.yaml", *tiny.arguments(**keys)]) == 0
+        assert not steps.pop()
+        return steps
+
+    return start
+
+
+@pytest.mark.parametrize("name", HPARAMS)
+def test_a_step_waits_once_and_computes_nothing_on_the_host(run, name):
+    *_, step = run(name, number_of_epochs=2, test_splits="[]", train_batch_sampler="{max_batch_length: 9}")
+    for recorder, utterances in step:
+        assert recorder.syncs.total() <= SYNCS, dict(recorder.syncs)
+        assert recorder.uploads.total() <= UPLOADS, dict(recorder.uploads)
+        assert max(recorder.host_elements.values()) <= utterances, dict(recorder.host_elements)
+        assert not recorder.double_products
+
+
+def test_accumulation_waits_once_for_all_its_batches(run):
+    keys = {"grad_accumulation_factor": 3, "number_of_epochs": 2, "test_splits": "[]"}
+    *_, step = run("hyperconformer", train_batch_sampler="{max_batch_length: 4}", **keys)
+    assert len(step) > 1
+    assert sum(recorder.syncs.total() for recorder, _ in step) <= SYNCS
+    assert all(recorder.uploads.total() <= UPLOADS for recorder, _ in step)
+
+
+def test_norms_take_few_launches(run):
+    """The FusionFormer of published depth, whose step has had 10,405."""
+    layers = {"num_encoder_layers": 12, "num_decoder_layers": 4}
+    *_, step = run("fusionformer", number_of_epochs=2, test_splits="[]", chunk_sampler="{chunkwise_prob: 1.0}", **layers)
+    ((recorder, _),) = step
+    assert recorder.launches.total() <= 3500
+
+
+def small_hparams(name, **keys):
+    keys = {**tiny.SMALL, "data_folder": "unused", "num_decoder_layers": 0, **keys}
+    return load_hparams(tiny.ROOT / "hparams" / f"{name}.yaml", "\n".join(f"{key}: {value}" for key, value in keys.items()))
+
+
+def test_compiling_is_done_once_for_all_lengths(monkeypatch, tmp_path):
+    """What --compile compiles, counted over 20 batches of different lengths."""
+    counter = CompileCounter()
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compile_in_place(self, backend=counter, dynamic=True))
+    hparams, options = small_hparams("hyperconformer", output_folder=tmp_path), {"device": "cpu", "compile": True}
+    brain = AsrBrain(hparams["modules"], hparams["opt_class"], hparams, RunOptions(**options, overridden_args=set(options)))
+    brain._compile()
+    encoder, compiled = brain.modules.model.speech_encoder.train(), set()
+    for step in range(20):
+        frames, _ = encoder.encode_features(torch.randn(2 + step % 3, 60 + 7 * step, 80), torch.linspace(0.5, 1, 2 + step % 3))
+        frames.square().mean().backward()
+        compiled.add(counter.frame_count)
+    assert len(compiled) == 1 and compiled.pop() > 0
+    assert not any("_orig_mod" in name for name in brain.modules.model.state_dict())  # checkpoints are those of eager training
+
+
+@pytest.mark.parametrize("name", ["hyperconformer", "conformer", "squeezeformer", "practical_conformer", "fusionformer"])
+def test_float16_training_overflows_nowhere(name, tmp_path):
+    """With losses scaled as on a GPU, no gradient is infinite."""
+    hparams = small_hparams(name, output_folder=tmp_path)
+    model, optimizer = hparams["model"].train(), None
+    optimizer = hparams["opt_class"](model.parameters())
+    scaler, losses = torch.GradScaler("cpu", init_scale=2.0**10), []
+    torch.manual_seed(0)
+    feats, lens = 10 * torch.randn(3, 120, 80), torch.tensor([1.0, 0.7, 0.4])
+    targets = torch.randint(4, 30, (3, 5))
+    for _ in range(4):
+        with torch.autocast("cpu", torch.float16):
+            (prediction,) = model(feats, lens, is_features=True, epoch=1)
+        log_probs = prediction.ctc_logits.float().log_softmax(-1)
+        loss = hparams["ctc_cost"](log_probs, targets, prediction.lengths, torch.ones(3))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert scaler.get_scale() == 2.0**10  # it is lowered where a gradient is infinite
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_residual_stream_without_layer_norms_is_float32(dtype):
+    encoder, types = build_encoder("fusionformer", d_model=32, nhead=4, num_layers=2, d_ffn=64), []
+    for layer in encoder.layers:
+        layer.register_forward_hook(lambda _, inputs, output: types.extend((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype):
+        encoder(torch.randn(2, 20, 32).to(dtype))
+    assert set(types) == {torch.float32}
+
+
+def test_a_run_on_a_device_ends_with_a_model_for_any(run, tmp_path):
+    """Averaged, fused, searched and tested there; its folder loads here."""
+    from speechbrain_ext.inference import load_model
+
+    run("fusionformer")
+    model = load_model(tmp_path / "run" / "pretrained")
+    text, _ = model.transcribe_batch(torch.randn(1, 16000), torch.ones(1))
+    assert len(text) == 1 and Path(tmp_path / "results.csv").stat().st_size
