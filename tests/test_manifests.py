@@ -29,6 +29,7 @@ from recipes.Manifest.prepare import names_of_tests, prepare_manifests
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.dataio.datasets import make_datasets
 from speechbrain_ext.dataio.manifests import read_entries
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
@@ -744,6 +745,39 @@ def test_what_is_prepared_is_not_prepared_again_until_something_changes(change, 
     change(tmp_path)
     prepare(tmp_path / "save", train, valid)
     assert len(checked) == 24
+
+
+# -------------------- what a prepare function of one's own writes
+
+
+def datasets_of(path):
+    keys = {"cache_features": False, "wav_augment": None, "sample_rate": RATE, "tokenizer": None, "bos_index": 1, "eos_index": 2}
+    return make_datasets(keys, {"test": path})["test"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("", "has no utterances"),
+        ("a,1,a.wav,s,A,,\na,1,a.wav,s,A,,\n", "has the id a twice; make ids unique"),
+        ("a,long,a.wav,s,A,,\n", "has the duration 'long' for a; give seconds"),
+        ("a,,a.wav,s,A,,\n", "has the duration '' for a; give seconds"),
+        ("a,1,a.wav,s,A,1.5,\n", "has the start '1.5' for a; give a whole number, 0 or more"),
+        ("a,1,a.wav,s,A,,-1\n", "has the channel '-1' for a; give a whole number"),
+    ],
+)
+def test_a_manifest_with_other_values_is_refused(rows, message, tmp_path):
+    (tmp_path / "m.csv").write_text("ID,duration,wav,spk_id,wrd,start,channel\n" + rows)
+    with pytest.raises(UserError, match=re.escape(message)):
+        datasets_of(tmp_path / "m.csv")
+
+
+def test_a_manifest_may_hold_anything_in_a_transcript(audio, tmp_path):
+    """SpeechBrain's own reading would substitute $5, or fail."""
+    (tmp_path / "m.csv").write_text(f"ID,duration,wav,spk_id,wrd,stop\na,1,{audio}/utt3.flac,s,costs $5 {{or}} $word,8000\n")
+    dataset = datasets_of(tmp_path / "m.csv")
+    dataset.set_output_keys(["sig", "wrd", "duration"])
+    assert dataset[0]["wrd"] == "costs $5 {or} $word" and len(dataset[0]["sig"]) == 8000 and dataset[0]["duration"] == 1.0
 
 
 # -------------------- training
