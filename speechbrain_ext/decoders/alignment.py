@@ -85,7 +85,8 @@ def greedy_tokens(log_probs, lens, blank=0):
 
     Example
     -------
-    >>> greedy_tokens(torch.eye(3)[[[1, 1, 0, 2], [2, 0, 2, 2]]], torch.tensor([1.0, 0.5]))
+    >>> best = torch.tensor([[1, 1, 0, 2], [2, 0, 2, 2]])
+    >>> greedy_tokens(torch.eye(3)[best], torch.tensor([1.0, 0.5]))
     [[1, 2], [2]]
     """
     best, frames = log_probs.argmax(-1), absolute_lengths(lens, log_probs.shape[1])
