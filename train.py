@@ -3,6 +3,8 @@
 
     python train.py hparams/hyperconformer.yaml --data_folder /path/to/LibriSpeech
     python train.py hparams/hyperconformer.yaml                                      embedded mini corpus, minutes
+    python train.py hparams/hyperconformer.yaml --train_manifest my/train.jsonl --valid_manifest my/dev.jsonl \\
+        --test_manifest test=my/test.jsonl
     python train.py hparams/hyperconformer.yaml --corpus my/corpus.yaml --data_folder /path/to/mine
     python train.py hparams/hyperconformer.yaml --data_folder ... --precision bf16 --number_of_epochs 50
     torchrun --nproc_per_node 4 train.py hparams/hyperconformer.yaml --data_folder ...
@@ -21,7 +23,7 @@ import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
-from speechbrain_ext.training.run import PATHS, run  # noqa: E402
+from speechbrain_ext.training.run import run, take_paths  # noqa: E402
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
 
@@ -38,7 +40,8 @@ def main(argv=None):
         )
     try:
         ddp_init_group(run_opts)
-        run(hparams_file, run_opts, overrides, paths, corpus, ROOT / "recipes" / "Synthetic" / "corpus.yaml")
+        corpora = (ROOT / "recipes" / name / "corpus.yaml" for name in ("Synthetic", "Manifest"))
+        run(hparams_file, run_opts, overrides, paths, corpus, *corpora)
     except (UserError, OSError) as error:
         print(f"train.py: {one_line(error, 1000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -49,19 +52,6 @@ def main(argv=None):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # without it, gloo sometimes aborts at exit
     return 0
-
-
-def take_paths(argv):
-    """The other arguments, and paths by key, to the letter: SpeechBrain's parser would read them as YAML."""
-    others, paths = [], {}
-    while argv:
-        argument = argv.pop(0)
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or key not in ("corpus", *PATHS):
-            others.append(argument)
-        else:
-            paths[key] = value if equals else argv.pop(0) if argv and not argv[0].startswith("--") else ""
-    return others, paths
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import soundfile
 import torch
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
+from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.dataio.datasets import SEGMENT_FIELDS
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_setting
@@ -67,7 +69,8 @@ def wer_rows(models, pass_name, manifests, chunk_sizes, limit):
         for manifest in manifests:
             with open(manifest, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))[:limit]
-            wavs = [model.load_audio(row["wav"]) for row in rows]
+            segments = [{field: int(row[field]) for field in SEGMENT_FIELDS if row.get(field)} for row in rows]
+            wavs = [load_audio(row["wav"], model.sample_rate, **segment) for row, segment in zip(rows, segments, strict=True)]
             references = [row["wrd"].split() for row in rows]
             seconds = sum(map(len, wavs)) / model.sample_rate
             began = time.perf_counter()

@@ -153,6 +153,7 @@ class Recorder:
         self.host = Counter()  # (operator, line): computed on the CPU
         self.host_elements = Counter()  # line: the largest CPU tensor there
         self.double_products = Counter()  # line: products in float64, 64 times as slow on many GPUs
+        self.doubles = Counter()  # line: float64 tensors that were made
         self.attention = Counter()  # kernel that CUDA would choose
 
     def sync_count(self):
@@ -205,6 +206,8 @@ def _run(func, args, kwargs, recorder, mode=None):
     if name in ("aten::_local_scalar_dense", "aten::equal") or not on_device:
         return out
     out = tree_map(to_pretend, out)
+    if recorder is not None and any(x.dtype == torch.float64 for x in _tensors(out)):
+        recorder.doubles[where()] += 1
     if not pretend:
         return out
     if torch.is_inference_mode_enabled():  # whose tensors have no versions
@@ -251,6 +254,8 @@ def _copy(func, name, args, kwargs, device, recorder):
     if name == "aten::_to_copy":
         inner_kwargs = {key: x for key, x in inner_kwargs.items() if key not in ("device", "non_blocking", "pin_memory")}
         out = func(*inner_args, **inner_kwargs)
+        if recorder is not None and to_device and out.dtype == torch.float64:
+            recorder.doubles[where()] += 1
         return to_pretend(out) if to_device else out
     func(*inner_args, **{key: x for key, x in inner_kwargs.items() if key != "non_blocking"})
     return args[0]

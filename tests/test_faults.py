@@ -84,7 +84,7 @@ def test_the_step_of_a_rest_is_that_of_the_rest_alone():
         def __init__(self):
             self.weight = torch.zeros(1, requires_grad=True)
             self.debug, self.grad_accumulation_factor, self.train_sampler = False, 2, [1, 2, 3]
-            self.scaler = SimpleNamespace(scale=lambda loss: loss)
+            self.scaler, self.unread = SimpleNamespace(scale=lambda loss: loss), []
 
         def no_sync(self, use=True):
             return nullcontext()
@@ -92,10 +92,10 @@ def test_the_step_of_a_rest_is_that_of_the_rest_alone():
         def on_fit_batch_start(self, *_):
             pass
 
-        on_fit_batch_end = check_loss_isfinite = on_fit_batch_start
+        on_fit_batch_end = on_fit_batch_start
 
         def compute_forward(self, batch, stage):
-            return self.weight * batch
+            return self.weight * batch.value
 
         def compute_objectives(self, outputs, batch, stage):
             return outputs.sum()
@@ -105,8 +105,8 @@ def test_the_step_of_a_rest_is_that_of_the_rest_alone():
             self.weight.grad = None
 
     brain = Brain()
-    for brain.step, batch in enumerate([1.0, 3.0, 7.0], 1):
-        brain.fit_batch(batch)
+    for brain.step, value in enumerate([1.0, 3.0, 7.0], 1):
+        brain.fit_batch(SimpleNamespace(id=["a"], value=value))
     assert steps == [2.0, 7.0]
 
 

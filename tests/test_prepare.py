@@ -23,6 +23,7 @@ from speechbrain.utils.distributed import run_on_main
 
 from recipes.LibriSpeech import prepare
 from recipes.LibriSpeech.prepare import normalise, prepare_librispeech
+from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import AudioError, check_audio, load_audio
 
 FORMATS = {
@@ -336,6 +337,15 @@ def test_bad_transcript(corpus, save, change, reason):
     assert len(ids(save)) == 59 and "100-1-0002" not in ids(save)
 
 
+def test_the_case_of_transcripts_is_a_choice(small, save):
+    small.edit("train-a", "100-1-0000", b"THE SENTENCE A", "Don’t say „Größe“!".encode())
+    for case, text in {"upper": "DON'T SAY „GRÖSSE“!", "lower": "don't say „größe“!", "none": "Don't say „Größe“!"}.items():
+        prepare_train(small, save, text_normalization=case)
+        assert read_csv(save / "train-a.csv")[0]["wrd"] == text
+    with pytest.raises(ValueError, match="text_normalization is 'title'; give none, upper or lower"):
+        prepare_train(small, save, text_normalization="title")
+
+
 def test_transcript_without_audio(corpus, save):
     corpus.path("train-a", "101-2-0001").unlink()
     prepare_train(corpus, save)
@@ -570,7 +580,7 @@ def checked(monkeypatch):
         seen.extend(paths)
         return map(check, paths)
 
-    monkeypatch.setattr(prepare, "parallel_map", count)
+    monkeypatch.setattr(preparation, "parallel_map", count)
     return seen
 
 
@@ -616,6 +626,7 @@ def test_a_change_starts_over(small, save, checked, change):
     [
         {"select_n_sentences": [2]},
         {"max_skipped": 0.5},
+        {"text_normalization": "none"},
         {"dev_splits": ["dev-a"]},
         {"merge_lst": ["train-a"], "merge_name": "b"},
     ],
@@ -663,8 +674,8 @@ def test_interrupted_while_writing(corpus, save, monkeypatch, at):
 def test_killed_while_checking(corpus, save):
     """A process that is killed outright leaves no manifest at all on a first run."""
     code = (
-        "import os\nfrom recipes.LibriSpeech import prepare\n"
-        "prepare.parallel_map = lambda *_, **__: os._exit(9)\n"
+        "import os\nfrom recipes.LibriSpeech import prepare\nfrom speechbrain_ext.dataio import preparation\n"
+        "preparation.parallel_map = lambda *_, **__: os._exit(9)\n"
         f"prepare.prepare_librispeech({str(corpus.root)!r}, {str(save)!r}, ['train-a'])\n"
     )
     root = Path(prepare.__file__).parents[2]
@@ -679,7 +690,7 @@ def die(path):
 
 
 def test_a_worker_that_dies_stops_the_run(small, save, monkeypatch):
-    monkeypatch.setattr(prepare, "_check", die)
+    monkeypatch.setattr(preparation, "_check", die)
     with pytest.raises(BrokenProcessPool):
         prepare_train(small, save)
     assert not list(save.iterdir())

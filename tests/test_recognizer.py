@@ -235,7 +235,11 @@ def test_bad_samples_are_refused_and_nothing_is_taken_in(model):
         with pytest.raises(ValueError, match=message):
             recognizer.accept(wav)
     assert recognizer.finish() == []
-    for keys, message in (({"chunk_size": 0}, "chunk size is 0"), ({"endpoint": -1}, "endpoint is -1")):
+    for keys, message in (
+        ({"chunk_size": "16"}, "chunk_size is '16'"),
+        ({"chunk_size": 0}, "chunk size is 0"),
+        ({"endpoint": -1}, "endpoint is -1"),
+    ):
         with pytest.raises(ValueError, match=message):
             StreamingRecognizer(model, **keys)
 

@@ -6,25 +6,25 @@ folders the caller names. What cannot be trained on or scored is left out, named
 much of it stops the run.
 """
 
-import hashlib
-import json
 import logging
-import math
 import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain.utils.parallel import parallel_map
-
-from speechbrain_ext.dataio.audio import AudioError, check_audio
-from speechbrain_ext.dataio.datasets import MANIFEST_FIELDS
-from speechbrain_ext.dataio.resampling import SAMPLE_RATE
+from speechbrain_ext.dataio.preparation import (
+    SKIPPED_FILE,
+    File,
+    Skipped,
+    Utterance,
+    check_utterances,
+    files_digest,
+    write_manifests,
+)
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.utils.errors import UserError, UserRuntimeError
-from speechbrain_ext.utils.files import file_digest, replacing, write_csv
-from speechbrain_ext.utils.text import listing
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.text import is_utf8, listing
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,8 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3")
 TRANSCRIPT_SUFFIX = ".trans.txt"
 ID = re.compile(r"\w+-\w+-\w+")
 PLACEHOLDER = re.compile(r"\$[\w.]")  # SpeechBrain substitutes $name in every field of a manifest, and fails on others
-MIN_SECONDS = 0.1  # nobody says a word in less; such a file is a slip of segmentation
 
-SKIPPED_FILE = "skipped.csv"
-MARKER_FILE = "prepared.json"
-VERSION = 1  # of the manifests; another one is prepared anew
-
-
-class File(NamedTuple):
-    """A file of the corpus and what tells whether it has changed."""
-
-    path: str
-    size: int
-    modified: int
+VERSION = 2  # of the manifests; another one is prepared anew
 
 
 class Transcript(NamedTuple):
@@ -53,28 +42,6 @@ class Transcript(NamedTuple):
     text: str
     file: str
     flaw: str
-
-
-class Skipped(NamedTuple):
-    """Something that was left out, and why: ``reason`` is one of a few kinds, ``detail`` the particulars."""
-
-    split: str
-    ID: str
-    file: str
-    reason: str
-    detail: str = ""
-
-
-class Row(NamedTuple):
-    """A line of a manifest, and what is worth a note about its audio."""
-
-    ID: str
-    duration: float
-    wav: str
-    spk_id: str
-    wrd: str
-    sample_rate: int
-    channels: int
 
 
 def prepare_librispeech(
@@ -89,11 +56,12 @@ def prepare_librispeech(
     create_lexicon=False,
     skip_prep=False,
     max_skipped=0.05,
+    text_normalization="upper",
 ):
     """Write the manifest ``<split>.csv`` of every split, ready for SpeechBrain's ``DynamicItemDataset.from_csv``.
 
     The columns are ``ID, duration, wav, spk_id, wrd``: seconds, absolute path, ``<speaker>-<chapter>`` as in
-    SpeechBrain's recipe, and the transcript in upper case. The audio may have any sample rate and number of channels:
+    SpeechBrain's recipe, and the transcript, by default in upper case. The audio may have any sample rate and number of channels:
     read it with :func:`speechbrain_ext.dataio.audio.load_audio`, which gives 16 kHz mono.
 
     All audio is checked to its end, in parallel. What is left out is listed in ``skipped.csv`` (``split, ID, file,
@@ -126,6 +94,8 @@ def prepare_librispeech(
         If True, do nothing: the manifests are there already.
     max_skipped : float
         The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+    text_normalization : str
+        Case of the transcripts: "upper", "lower" or "none", as they are.
 
     Raises
     ------
@@ -158,12 +128,7 @@ def prepare_librispeech(
     splits = list(dict.fromkeys(tr_splits + dev_splits + te_splits))
     merge_name = _check_merge(merge_lst, merge_name, splits)
     wanted = _wanted_of_each(select_n_sentences, tr_splits + dev_splits + te_splits)
-    if not 0 <= max_skipped <= 1:
-        raise UserError(f"max_skipped is a part of a split, from 0 to 1, and it is {max_skipped}.")
     root = find_corpus(data_folder, splits)
-    save_folder = Path(save_folder).absolute()
-    save_folder.mkdir(parents=True, exist_ok=True)
-
     files = {split: list_files(root / split) for split in splits}
     state = {
         "version": VERSION,
@@ -171,29 +136,17 @@ def prepare_librispeech(
         "splits": [tr_splits, dev_splits, te_splits],
         "select_n_sentences": [wanted[split] for split in splits],
         "merge": [merge_lst, merge_name],
+        "text_normalization": text_normalization,
         "max_skipped": max_skipped,
-        "corpus": {split: _digest(files[split]) for split in splits},
+        "corpus": {split: files_digest(files[split]) for split in splits},
     }
-    if _is_prepared(save_folder, state):
-        logger.info("The manifests in %s are complete and up to date: nothing to prepare.", save_folder)
-        return
-    (save_folder / MARKER_FILE).unlink(missing_ok=True)
+    taken = {}  # test splits come first: they keep an id that several splits claim
 
-    taken, rows, skipped = {}, {}, []
-    for split in reversed(splits):  # test splits first: they keep an id that several splits claim
-        rows[split], skips, total = prepare_split(split, root / split, files[split], taken, wanted[split])
-        skipped += skips
-        write_csv(save_folder / SKIPPED_FILE, Skipped._fields, sorted(skipped))
-        _report(split, rows[split], skips, total, save_folder / SKIPPED_FILE, max_skipped)
+    def make(split):
+        return prepare_split(split, root / split, files[split], taken, wanted[split], text_normalization)
 
-    manifests = {f"{split}.csv": rows[split] for split in splits}
-    if merge_name:
-        manifests[merge_name] = [row for split in dict.fromkeys(merge_lst) for row in rows[split]]
-    for name, lines in manifests.items():
-        write_csv(save_folder / name, MANIFEST_FIELDS, (row[: len(MANIFEST_FIELDS)] for row in lines))
-    state["manifests"] = {name: file_digest(save_folder / name) for name in [*manifests, SKIPPED_FILE]}
-    with replacing(save_folder / MARKER_FILE) as file:
-        json.dump(state, file, indent=2)
+    merged = {merge_name: list(dict.fromkeys(merge_lst))} if merge_name else {}
+    write_manifests(Path(save_folder).absolute(), splits, make, state, max_skipped, merged)
 
 
 def find_corpus(data_folder, splits):
@@ -221,6 +174,38 @@ def find_corpus(data_folder, splits):
         f"{folder} should hold a folder for each split, but has none named {listing(missing)}; "
         f"the folders in it are: {listing(inside)}."
     )
+
+
+def first_there(data_folder, *splits):
+    """Choose a split for a corpus that may hold only some of its parts.
+
+    Arguments
+    ---------
+    data_folder : str
+        As for :func:`prepare_librispeech`.
+    *splits : str
+        Names, the best one first.
+
+    Returns
+    -------
+    str
+        The first one that is there; the first one of all if none is.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "dev-clean").mkdir()
+    >>> first_there(folder, "dev-clean-2", "dev-clean"), first_there(folder, "test-clean")
+    ('dev-clean', 'test-clean')
+    """
+    for split in splits:
+        try:
+            find_corpus(data_folder, [split])
+        except FileNotFoundError:
+            continue
+        return split
+    return splits[0]
 
 
 def list_files(folder):
@@ -255,7 +240,7 @@ def list_files(folder):
     return files
 
 
-def prepare_split(split, folder, files, taken, wanted):
+def prepare_split(split, folder, files, taken, wanted, case):
     """Match audio with transcripts and check both.
 
     Arguments
@@ -270,6 +255,8 @@ def prepare_split(split, folder, files, taken, wanted):
         Path of each id in the splits before; the ids of this split are added.
     wanted : int or None
         How many utterances to take, all if None.
+    case : str
+        Of the transcripts: "upper", "lower" or "none".
 
     Returns
     -------
@@ -287,13 +274,13 @@ def prepare_split(split, folder, files, taken, wanted):
         held = listing([f"{count} x {kind}" for kind, count in kinds.most_common()])
         raise FileNotFoundError(f"There is no {what} anywhere in {folder}; the files in it are: {held}.")
 
-    transcripts = read_transcripts(texts)
+    transcripts = read_transcripts(texts, case)
     skipped, candidates, heard = [], [], set()
     for path in audio:
         name = os.path.splitext(os.path.basename(path))[0]
         transcript = transcripts.get(name)
         heard.add(name)
-        if not _is_utf8(path):
+        if not is_utf8(path):
             skipped.append(Skipped(split, name, path, "file name not UTF-8"))
         elif not ID.fullmatch(name):
             skipped.append(Skipped(split, name, path, "file name not <speaker>-<chapter>-<utterance>"))
@@ -317,30 +304,31 @@ def prepare_split(split, folder, files, taken, wanted):
     while len(rows) < wanted and position < len(candidates):  # again only where some of the first n were no good
         batch = candidates[position : position + wanted - len(rows)]
         position += len(batch)
-        bar = {"desc": f"Checking {split}", "unit": " files", "smoothing": 0.02}
-        results = parallel_map(_check, [taken[name] for name in batch], progress_bar_kwargs=bar)
-        for name, result in zip(batch, results, strict=True):
-            if isinstance(result, tuple):
-                skipped.append(Skipped(split, name, taken[name], *result))
-            else:
-                speaker = name.rsplit("-", 1)[0]
-                text = transcripts[name].text
-                rows.append(Row(name, result.duration, taken[name], speaker, text, result.sample_rate, result.channels))
+        utterances = [Utterance(name, taken[name], name.rsplit("-", 1)[0], transcripts[name].text) for name in batch]
+        found, skips = check_utterances(split, utterances)
+        rows += found
+        skipped += skips
+    odd = Counter(character for row in rows for character in set(row.wrd.upper()) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZ' "))
+    if odd:
+        shown = listing([f"{character} ({count})" for character, count in odd.most_common()])
+        logger.warning("%s: transcripts hold characters other than A-Z and ' (in how many): %s", split, shown)
     return rows, skipped, total
 
 
-def read_transcripts(paths):
+def read_transcripts(paths, case):
     """Read transcript files.
 
     Arguments
     ---------
     paths : list of str
         Files with a line ``<id> <text>`` for each utterance; any line ends, with or without a byte order mark.
+    case : str
+        Of the texts: "upper", "lower" or "none".
 
     Returns
     -------
     dict
-        From id to Transcript, its text in upper case with single blanks.
+        From id to Transcript, its text with single blanks.
     """
     transcripts = {}
     for path in paths:
@@ -351,7 +339,7 @@ def read_transcripts(paths):
             if not name:
                 continue
             try:
-                text = normalise(b"".join(rest).decode())
+                text = normalise(b"".join(rest).decode(), case)
                 flaw = "transcript not UTF-8" if b"\0" in line else "" if text else "empty transcript"
             except UnicodeDecodeError:
                 text, flaw = "", "transcript not UTF-8"
@@ -362,51 +350,15 @@ def read_transcripts(paths):
     return transcripts
 
 
-def normalise(text):
-    """LibriSpeech's spelling: upper case, the plain apostrophe, single blanks.
+def normalise(text, case="upper"):
+    """LibriSpeech's spelling: upper case unless told otherwise, the plain apostrophe, single blanks.
 
     Example
     -------
     >>> normalise("  don’t \\t stop\\r\\n")
     "DON'T STOP"
     """
-    return normal_form(text.replace("’", "'"), "upper")
-
-
-def _check(path):
-    """In a worker process: what is worth knowing about an audio file, or the reason and detail why it is no good."""
-    try:
-        info = check_audio(path)
-    except AudioError as error:
-        return error.reason, str(error)
-    if info.duration < MIN_SECONDS:
-        return f"shorter than {MIN_SECONDS} s", f"{info.duration:.4f} s"
-    return info
-
-
-def _report(split, rows, skipped, total, listed_in, max_skipped):
-    """Log what a split holds and what it lost; stop where that is too much."""
-    hours = sum(row.duration for row in rows) / 3600
-    logger.info("%s: %d utterances, %.2f hours", split, len(rows), hours)
-    for value, count in Counter(row.sample_rate for row in rows if row.sample_rate != SAMPLE_RATE).items():
-        logger.info("%s: %d files have %d Hz; what is not the model's rate is resampled when read.", split, count, value)
-    if several := sum(row.channels > 1 for row in rows):
-        logger.info("%s: %d files have several channels; these are averaged when read.", split, several)
-    odd = Counter(character for row in rows for character in set(row.wrd) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZ' "))
-    if odd:
-        shown = listing([f"{character} ({count})" for character, count in odd.most_common()])
-        logger.warning("%s: transcripts hold characters other than A-Z and ' (in how many): %s", split, shown)
-    if not skipped:
-        return
-    reasons = Counter(skip.reason for skip in skipped).most_common()
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
-    logger.warning("%s: %d of %d utterances skipped: %s; listed in %s", split, len(skipped), total, counts, listed_in)
-    if not rows or len(skipped) > math.ceil(max_skipped * total):
-        raise UserRuntimeError(
-            f"{len(skipped)} of {total} utterances in {split} cannot be used, more than the allowed {max_skipped:.0%}, "
-            f"most often because of '{reasons[0][0]}' ({reasons[0][1]}); they are listed in {listed_in}: "
-            "mend the corpus, or raise max_skipped."
-        )
+    return normal_form(text.replace("’", "'"), case)
 
 
 def _as_names(names):
@@ -442,28 +394,3 @@ def _wanted_of_each(select_n_sentences, splits):
             f"and it is {list(select_n_sentences)}."
         )
     return dict(zip(splits, select_n_sentences, strict=True))
-
-
-def _is_prepared(save_folder, state):
-    """Whether an earlier call with this state came to its end and its manifests are as it left them."""
-    try:
-        earlier = json.loads((save_folder / MARKER_FILE).read_text(encoding="utf-8"))
-        manifests = earlier.pop("manifests")
-        intact = all(file_digest(save_folder / name) == digest for name, digest in manifests.items())
-        return earlier == state and intact
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no marker, not ours, or a manifest is gone
-        return False
-
-
-def _digest(files):
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(f"{file.path}\0{file.size}\0{file.modified}\n"))
-    return digest.hexdigest()
-
-
-def _is_utf8(text):
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False

@@ -100,7 +100,7 @@ class Speaker:
     sentences: tuple
 
 
-def prepare_synthetic(data_folder, save_folder, tr_splits=(), dev_splits=(), te_splits=()):
+def prepare_synthetic(data_folder, save_folder, tr_splits=(), dev_splits=(), te_splits=(), text_normalization="upper"):
     """Build the corpus where it is missing, and write its manifests.
 
     Arguments
@@ -111,9 +111,12 @@ def prepare_synthetic(data_folder, save_folder, tr_splits=(), dev_splits=(), te_
         Where the manifests go.
     tr_splits, dev_splits, te_splits : list of str
         Names of splits.
+    text_normalization : str
+        Case of the transcripts: "upper", "lower" or "none", as they are.
     """
     folder = data_folder or build_mini_corpus()
-    prepare_librispeech(folder, save_folder, tr_splits=tr_splits, dev_splits=dev_splits, te_splits=te_splits)
+    splits = {"tr_splits": tr_splits, "dev_splits": dev_splits, "te_splits": te_splits}
+    prepare_librispeech(folder, save_folder, **splits, text_normalization=text_normalization)
 
 
 def build_mini_corpus(folder=None, seed=1986, utterances=None):

@@ -15,6 +15,8 @@ from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, m
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
+from torch.nn import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.decoders.alignment import greedy_tokens
@@ -303,6 +305,20 @@ class AsrBrain(Brain):
             if math.isfinite(value):
                 avg_loss += (value - avg_loss) / step
         return avg_loss
+
+    def _wrap_distributed(self):
+        """As in SpeechBrain; gradients lie in the buffers that are sent, and are not copied there."""
+        if not self.distributed_launch:
+            return
+        devices = None if self.distributed_backend == "gloo" else [self.device]
+        for name, module in self.modules.items():
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                self.modules[name] = DistributedDataParallel(
+                    SyncBatchNorm.convert_sync_batchnorm(module),
+                    device_ids=devices,
+                    find_unused_parameters=self.find_unused_parameters,
+                    gradient_as_bucket_view=True,
+                )
 
     def _compile(self):
         """What ``--compile`` compiles: front end and encoder, in place, once for all lengths."""

@@ -6,22 +6,29 @@ here (preparation, the recipe's pipeline, the command line) checks that the file
 
 * what its container states is compared with what the file holds, for every container that libsndfile reads
   (:mod:`speechbrain_ext.dataio.containers`, which names what cannot be seen);
-* it is decoded from its first sample to its last without seeking, which some codecs cannot and others do inexactly, and
-  must give the number of samples that the header states; Ogg, whose pages carry checksums, is decoded only when read;
+* it is decoded from its first sample to its last, and must give the number of samples that the header states; Ogg, whose
+  pages carry checksums, is decoded only when read;
 * Ogg, MP3 and FLAC files that were joined are read part after part.
+
+A segment of a file that was checked before is read alone: codecs that find a sample exactly are sought in.
+
+The path ``shard.tar?offset=512&size=81234`` is so many bytes of a file from a byte on, such as a member of an uncompressed tar
+file, and reads as a file of its own.
 """
 
 import io
 import math
 import os
+import re
 import stat
+from functools import lru_cache
 
 import numpy as np
 import soundfile
 import torch
 from speechbrain.dataio.audio_io import AudioInfo
 
-from speechbrain_ext.dataio.containers import ContainerError, find_parts
+from speechbrain_ext.dataio.containers import ContainerError, Part, find_parts
 from speechbrain_ext.dataio.resampling import SAMPLE_RATE, Resampler, ratio, resample
 from speechbrain_ext.utils.errors import UserError
 
@@ -33,10 +40,19 @@ from 1e17 on."""
 
 BLOCK = 2**20
 """Samples of all channels to decode at a time: a damaged header may state any number of them."""
+LOCATION = re.compile(r"(.+)\?offset=(\d+)&size=(\d+)", re.DOTALL)
+"""A part of a file: path, first byte, number of bytes."""
 WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}
 """Bytes per sample of the codecs that store each one by itself."""
-SEEKABLE = {"AIFF", "AU", "CAF", "FLAC", "NIST", "RF64", "W64", "WAV", "WAVEX"}
-"""Formats in which libsndfile finds a sample of such a codec exactly."""
+SEEKABLE = {*WIDTHS, "IMA_ADPCM", "MS_ADPCM", "ALAC_16", "ALAC_20", "ALAC_24", "ALAC_32", "VORBIS"}
+"""Codecs in which libsndfile finds a sample, and decodes from there what it decodes otherwise."""
+WHOLE = {"PAF", "SDS"}
+"""Formats whose last block it decodes as a whole or not at all."""
+VORBIS_PAGE = 2**20
+"""The most samples on a page, 255 packets of 4096: on the last one, which may end early, libsndfile does not find them."""
+LEADS = {"MPEG_LAYER_I": 0.5, "MPEG_LAYER_II": 0.5, "MPEG_LAYER_III": 0.5, "OPUS": 0.5}
+"""Seconds to decode in front of a segment in a codec whose frames depend on earlier ones. Then MPEG differs by 1e-7 from what
+decoding from the first sample gives, and Opus by noise of up to 5e-3, which no lead makes smaller."""
 LONG = 64
 """How many times longer than it is an MP3 without a Xing header is said to be, so that libsndfile reads all of it."""
 
@@ -58,10 +74,12 @@ class AudioError(UserError):
         self.reason = reason
 
 
-def load_audio(path, sample_rate=SAMPLE_RATE):
-    """Read an audio file as models take it: one channel, at one rate.
+def load_audio(path, sample_rate=SAMPLE_RATE, start=0, stop=None, channel=None):
+    """Read an audio file, or a segment of it, as models take it: one channel, at one rate.
 
-    Several channels are averaged, other sample rates are resampled.
+    Several channels are averaged, other sample rates are resampled. A segment is what the same samples in a file of their own
+    would give; in Opus, but for its noise. Where the codec allows it, only the segment is decoded, and that the rest is whole is
+    left to :func:`check_audio`.
 
     Arguments
     ---------
@@ -69,6 +87,10 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
         A file in any format that soundfile reads.
     sample_rate : int
         Samples per second of the result.
+    start, stop : int
+        The first sample, and the one after the last, counted at the file's own rate; None is the end.
+    channel : int, optional
+        The only channel to take, counted from 0.
 
     Returns
     -------
@@ -79,18 +101,22 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
     ------
     AudioError
         If the file is missing, a folder or pipe, empty, not audio, truncated or damaged, holds NaN, infinite or absurdly large
-        samples, or states a sample rate that no audio has.
+        samples, states a sample rate that no audio has, or ends before the segment does.
 
     Example
     -------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     soundfile.write(f"{folder}/stereo.flac", np.zeros((44100, 2)), 44100)
-    ...     load_audio(f"{folder}/stereo.flac").shape
-    torch.Size([16000])
+    ...     load_audio(f"{folder}/stereo.flac").shape, load_audio(f"{folder}/stereo.flac", start=22050, channel=1).shape
+    (torch.Size([16000]), torch.Size([8000]))
     """
-    recording = _Recording(path)
-    wav = np.concatenate(list(recording.blocks()))
+    if start or stop is not None:
+        recording = _checked_recording(path, stop)
+        stop = recording.frames if stop is None else stop
+    else:
+        recording = _Recording(path)
+    wav = np.concatenate(list(recording.blocks(first=start, stop=stop, channel=channel)))
     return torch.from_numpy(resample(wav, recording.samplerate, sample_rate))
 
 
@@ -231,6 +257,28 @@ def check_audio(path):
     return AudioInfo(recording.samplerate, frames, recording.channels, recording.subtype, recording.format)
 
 
+def split_location(path):
+    """What a path means: a file, or a part of one.
+
+    Arguments
+    ---------
+    path : str
+
+    Returns
+    -------
+    file : str
+    offset, size : int or None
+        The first byte and the number of bytes of the part; None for the whole file.
+
+    Example
+    -------
+    >>> split_location("a/shard.tar?offset=512&size=81234"), split_location("a/b.wav")
+    (('a/shard.tar', 512, 81234), ('a/b.wav', None, None))
+    """
+    match = LOCATION.fullmatch(path) if isinstance(path, str) else None
+    return (match[1], int(match[2]), int(match[3])) if match and not os.path.exists(path) else (path, None, None)
+
+
 def _empty(path):
     return AudioError(f"The audio file {path} is empty: it holds no samples.", "empty")
 
@@ -276,6 +324,12 @@ class _Slice(io.RawIOBase):
     def tell(self):
         return self._position
 
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
     def readinto(self, buffer):
         position = self._begin + self._position
         wanted = min(len(buffer), max(0, self._end - position))
@@ -292,12 +346,34 @@ class _Slice(io.RawIOBase):
         return len(data)
 
 
+def _checked_recording(path, stop):
+    """A file that was checked before, without reading all of it once more where libsndfile finds the samples itself."""
+    try:
+        recording = _Recording(path, walk=False)
+        if stop is not None and stop <= recording.frames and not recording.subtype.startswith("MPEG"):
+            return recording
+    except AudioError:  # such as a file of joined parts
+        pass
+    try:
+        status = os.stat(split_location(path)[0])
+    except (OSError, ValueError):
+        return _Recording(path)  # which says what is wrong
+    return _walked_recording(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(4096)
+def _walked_recording(path, size, modified):
+    return _Recording(path)
+
+
 class _Recording:
     """An audio file whose containers are whole.
 
     Arguments
     ---------
     path : str or os.PathLike
+    walk : bool
+        If False, take what libsndfile finds in it for all that there is.
 
     Raises
     ------
@@ -305,9 +381,10 @@ class _Recording:
         If it cannot be opened, or its container is not whole.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, walk=True):
         self.path = os.fspath(path)
-        self._parts = self._find_parts()
+        self._file, self._begin, self._size = split_location(self.path)
+        self._parts = self._find_parts(walk)
         self.frames, self._lengths = 0, []
         self.samplerate = None
         for part in self._parts:
@@ -325,56 +402,79 @@ class _Recording:
                 self._lengths.append(file.frames if part.samples is None else part.samples)
         self.frames = sum(self._lengths)
 
-    def blocks(self, frames=None, first=0):
-        """Decode the samples from the one numbered ``first`` on, the mean of the channels, so many at a time.
+    def blocks(self, frames=None, first=0, stop=None, channel=None):
+        """Decode the samples from ``first`` up to ``stop``, so many at a time: those of a channel, or the mean of all channels.
 
         Yields
         ------
         numpy.ndarray
             Samples (n,), float32.
         """
-        count, skipped = 0, first
+        if channel is not None and not 0 <= channel < self.channels:
+            raise AudioError(f"{self.path} has {self.channels} channels and no channel {channel}; the first one is 0.")
+        if stop is not None and not first < stop <= self.frames:
+            raise AudioError(f"{self.path} has {self.frames} samples, and none from {first} up to {stop}; check the segment.")
+        count, skipped, left = 0, first, math.inf if stop is None else stop
         for part, length in zip(self._parts, self._lengths, strict=True):
             if skipped and skipped >= length:
                 skipped -= length
+                left -= length
                 continue
-            for samples in self._decode(part, length, frames, skipped):
+            for samples in self._decode(part, length, frames, skipped, left):
                 count += len(samples)
-                yield samples
+                yield samples.mean(axis=1) if channel is None else samples[:, channel]
             skipped = 0
+            left -= length
+            if left <= 0:
+                break
         if not count and not first:
             raise _empty(self.path)
 
-    def _find_parts(self):
+    def _find_parts(self, walk):
         path = self.path
         if os.path.isdir(path):
             raise AudioError(f"{path} is a folder, not an audio file; name a file in it.")
         try:
-            status = os.stat(path)
+            status = os.stat(self._file)
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes to it
                 raise AudioError(
                     f"{path} is a pipe or device, which cannot be read twice; write the audio to a file first.",
                 )
-            if not status.st_size:
+            if self._size is None:
+                self._begin, self._size = 0, status.st_size
+            elif self._begin + self._size > status.st_size:
+                raise _damaged(path, f"the file has only {status.st_size} bytes")
+            if not self._size:
                 raise _empty(path)
-            return find_parts(path)
+            if not walk:
+                return [Part(0, self._size)]
+            if self._file == path:
+                return find_parts(path)
+            source = self._slice(Part(0, self._size))
+            parts = find_parts(path, io.BufferedReader(source))
+            if source.error:
+                raise source.error
+            return parts
         except AudioError:
             raise
         except FileNotFoundError:
-            raise AudioError(f"There is no audio file {path}; check the path.", "missing") from None
+            raise AudioError(f"There is no audio file {self._file}; check the path.", "missing") from None
         except ContainerError as error:
             raise AudioError(f"The audio file {path} {error}.", error.reason) from error
         except Exception as error:  # ValueError: a name with a zero byte
             raise AudioError(f"The audio file {path} cannot be read: {_words(error)}.") from error
 
+    def _slice(self, part):
+        length = (part.end - part.begin) * (1 if part.samples is None else LONG)
+        return _Slice(self._file, self._begin + part.begin, self._begin + part.end, length)
+
     def _open(self, part):
         source = None
         try:
-            if part.samples is None and not part.begin and part.end == os.path.getsize(self.path):
+            if part.samples is None and not part.begin and self._file == self.path and part.end == os.path.getsize(self.path):
                 # soundfile encodes names strictly, and would not find one that is no UTF-8
                 return _SoundFile(os.fsencode(self.path) if os.name == "posix" else self.path)
-            length = (part.end - part.begin) * (1 if part.samples is None else LONG)
-            source = _Slice(self.path, part.begin, part.end, length)
+            source = self._slice(part)
             file = _SoundFile(source)
             file.source = source
             return file
@@ -410,26 +510,32 @@ class _Recording:
         if unit is not None and unit % width:
             raise _damaged(self.path, f"its {unit} bytes of samples are not a whole number of {width} bytes each")
 
-    def _decode(self, part, length, frames, skipped):
+    def _decode(self, part, length, frames, skipped, stop):
         with self._open(part) as file:
             limit = max(1, BLOCK // file.channels)
             wanted = limit if frames is None else min(frames, 16 * limit)
+            whole = file.format in WHOLE
             count = 0
-            if skipped and file.format in SEEKABLE and file.subtype in WIDTHS and part.samples is None:
-                count = self._call(file, file.seek, skipped)
-            while True:
-                ahead = skipped - count if count < skipped else wanted
-                samples = self._call(file, file.read, max(1, min(ahead, wanted, length - count)), "float32", True)
+            if skipped and file.subtype in SEEKABLE and not whole:
+                latest = length - VORBIS_PAGE if file.subtype == "VORBIS" else skipped
+                count = self._call(file, file.seek, max(0, min(skipped, latest)))
+            elif skipped and file.subtype in LEADS and stop < math.inf:
+                count = self._call(file, file.seek, max(0, skipped - round(LEADS[file.subtype] * file.samplerate)))
+            while count < stop:
+                ahead = skipped - count if count < skipped and not whole else wanted
+                due = (length if whole else min(length, stop)) - count
+                samples = self._call(file, file.read, max(1, min(ahead, wanted, due)), "float32", True)
                 if not len(samples):
                     break
-                count += len(samples)
-                if count <= skipped:
+                begin, count = count, count + len(samples)
+                samples = samples[max(0, skipped - begin) : min(stop, count) - begin]
+                if not len(samples):
                     continue
                 if flaw := sample_flaw(samples):
                     reason = "NaN samples" if "NaN" in flaw else "huge samples"
                     raise AudioError(f"The audio file {self.path} holds {flaw}; write it again.", reason)
-                yield samples.mean(axis=1)
-            if count < length:
+                yield samples
+            if count < min(length, stop):
                 states = "its header states" if part.samples is None else "its frames should hold"
                 raise _damaged(self.path, f"{states} {length} samples and only {count} can be decoded")
 

@@ -98,12 +98,15 @@ SVX = Chunks(12, ">4sI", samples=b"BODY", unknown=UNKNOWN_IFF_SIZE)
 CAF = Chunks(8, ">4sq", 1, samples=b"data", lead=4)
 
 
-def find_parts(path):
+def find_parts(path, file=None):
     """The parts of an audio file, each a whole file.
 
     Arguments
     ---------
     path : str or os.PathLike
+        The file; its name counts where the content does not show what it is.
+    file : binary file, optional
+        What to read in its place; it is closed.
 
     Returns
     -------
@@ -129,8 +132,8 @@ def find_parts(path):
     ...     [(part.begin // single, part.end // single) for part in find_parts(path)]
     [(0, 1), (1, 2)]
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with file or open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
         begin = _after_id3(file, 0, size)
         head = _read(file, begin, HEAD)
         for pattern, _, walk in KINDS:

@@ -18,8 +18,26 @@ logger = get_logger(__name__)
 
 MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
 """Columns of a manifest: id, seconds, path of the audio, speaker, transcript."""
+SEGMENT_FIELDS = ("start", "stop", "channel")
+"""Columns that it may have, too, where an utterance is a segment of a recording or one of its channels: the first sample and the
+one after the last, at the recording's own rate, and the channel, counted from 0. Empty is all of it."""
 LARGE = 2**16
 """Numbers in a tensor that goes to a device by itself."""
+
+
+def write_manifest(path, rows):
+    """Write a manifest, completely or not at all; columns of :data:`SEGMENT_FIELDS` are in it where a row has a value there.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file to write.
+    rows : list of dict
+        Values by column; others than a manifest's are left out.
+    """
+    used = [field for field in SEGMENT_FIELDS if any(row.get(field) not in ("", None) for row in rows)]
+    fields = [*MANIFEST_FIELDS[:3], *used, *MANIFEST_FIELDS[3:]]
+    write_csv(path, fields, [[row.get(field) for field in fields] for row in rows])
 
 
 def merge_manifests(paths, path):
@@ -28,11 +46,11 @@ def merge_manifests(paths, path):
     Arguments
     ---------
     paths : list of str or os.PathLike
-        CSV files with the columns :data:`MANIFEST_FIELDS`.
+        CSV files as :func:`read_manifest` reads them.
     path : str or os.PathLike
         The file to write.
     """
-    write_csv(path, MANIFEST_FIELDS, [[row[field] for field in MANIFEST_FIELDS] for part in paths for row in read_manifest(part)])
+    write_manifest(path, [row for part in paths for row in read_manifest(part)])
 
 
 def read_manifest(path):
@@ -81,23 +99,50 @@ def make_datasets(hparams, manifests):
 
     Raises
     ------
-    ValueError
-        If waveforms should be augmented and features be cached.
+    UserError
+        If waveforms should be augmented and features be cached, or a manifest has no utterances, an id twice, or something else
+        where a number should be.
     """
     if hparams["cache_features"] and hparams["wav_augment"]:
         raise UserError("cache_features is True, and wav_augment changes the waveforms each time; switch one of them off.")
-    datasets = {name: DynamicItemDataset.from_csv(str(path)) for name, path in manifests.items()}
+    datasets = {name: DynamicItemDataset(_items(path)) for name, path in manifests.items()}
     every = list(datasets.values())
-    for dataset in every:
-        for item in dataset.data.values():
-            item["wrd"] = normal_form(item["wrd"])
     rate, audio = hparams["sample_rate"], "feats" if hparams["cache_features"] else "sig"
     tokens = _Tokens(hparams["tokenizer"], hparams["bos_index"], hparams["eos_index"])
     add_dynamic_item(every, tokens, "wrd", ["tokens", "tokens_bos", "tokens_eos"])
     samples = _CachedFeatures(hparams["speech_encoder"], rate) if hparams["cache_features"] else _Waveforms(rate)
-    add_dynamic_item(every, samples, "wav", audio)
+    add_dynamic_item(every, samples, ["wav", *SEGMENT_FIELDS], audio)
     set_output_keys(every, ["id", audio, "duration", "wrd", "tokens", "tokens_bos", "tokens_eos"])
     return datasets
+
+
+def _items(path):
+    """The rows of a manifest by id. SpeechBrain's own reading would substitute every $name in them, transcripts included."""
+    items = {}
+    for row in read_manifest(path):
+        key = row["ID"]
+        if key in items:
+            raise UserError(f"The manifest {path} has the id {key} twice; make ids unique.")
+        item = {field: row[field] for field in ("wav", "spk_id")} | {"wrd": normal_form(row["wrd"])}
+        item["duration"] = _number(float, row, "duration", path)
+        item["start"] = _number(int, row, "start", path) or 0
+        item |= {field: _number(int, row, field, path) for field in ("stop", "channel")}
+        items[key] = item
+    if not items:
+        raise UserError(f"The manifest {path} has no utterances; see what was skipped.")
+    return items
+
+
+def _number(kind, row, field, path):
+    """A number of a row; None where there is none."""
+    try:
+        value = kind(row[field]) if row.get(field) or kind is float else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not 0 <= value < math.inf:  # of NaN, neither is true
+        wanted = "seconds" if kind is float else "a whole number, 0 or more"
+        raise UserError(f"The manifest {path} has the {field} {row[field]!r} for {row['ID']}; give {wanted}.")
+    return value
 
 
 def drop_unfit(dataset, hparams, listed_in, name):
@@ -327,8 +372,8 @@ class _Waveforms:
     def __init__(self, sample_rate):
         self.sample_rate = sample_rate
 
-    def __call__(self, wav):
-        return load_audio(wav, self.sample_rate)  # (N,)
+    def __call__(self, wav, start, stop, channel):
+        return load_audio(wav, self.sample_rate, start, stop, channel)  # (N,)
 
 
 class _CachedFeatures:
@@ -337,12 +382,13 @@ class _CachedFeatures:
     def __init__(self, speech_encoder, sample_rate):
         self.speech_encoder, self.sample_rate, self.cache = speech_encoder, sample_rate, {}
 
-    def __call__(self, wav):
-        if wav not in self.cache:
+    def __call__(self, *place):
+        if place not in self.cache:
+            wav, *segment = place
             with torch.no_grad():
-                feats, _ = self.speech_encoder.features(load_audio(wav, self.sample_rate).unsqueeze(0))
-            self.cache[wav] = feats.squeeze(0)
-        return self.cache[wav]  # (T, F)
+                feats, _ = self.speech_encoder.features(load_audio(wav, self.sample_rate, *segment).unsqueeze(0))
+            self.cache[place] = feats.squeeze(0)
+        return self.cache[place]  # (T, F)
 
 
 class _Tokens:

@@ -2,6 +2,9 @@
 
 import unicodedata
 
+from speechbrain_ext.utils.errors import UserError
+
+CASES = ("none", "upper", "lower")
 _JOINERS = "\u200c\u200d"  # part of words in Persian and in Indic scripts
 
 
@@ -22,6 +25,11 @@ def normal_form(text, case="none"):
     -------
     str
 
+    Raises
+    ------
+    UserError
+        If the case is another one.
+
     Example
     -------
     >>> normal_form("\\ufeffＡbc  ½\\u200f")
@@ -29,6 +37,8 @@ def normal_form(text, case="none"):
     >>> normal_form("straße", "upper")
     'STRASSE'
     """
+    if case not in CASES:
+        raise UserError(f"text_normalization is {case!r}; give none, upper or lower.")
     text = unicodedata.normalize("NFKC", text)
     if case != "none":
         text = unicodedata.normalize("NFKC", text.upper() if case == "upper" else text.lower())

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import sentencepiece
@@ -82,3 +83,37 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     with replacing(path, "wb") as file:
         file.write(model.getvalue())
     write_text(made_of, f"{origin} {file_digest(path)}")
+
+
+def unknown_characters(tokenizer, transcripts):
+    """Characters of transcripts that no token of a tokenizer stands for.
+
+    Arguments
+    ---------
+    tokenizer : sentencepiece.SentencePieceProcessor
+        The tokenizer.
+    transcripts : iterable of str
+        In the form of :func:`~speechbrain_ext.dataio.text.normal_form`.
+
+    Returns
+    -------
+    collections.Counter
+        In how many transcripts each is.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "train.csv").write_text("ID,wrd\\na,THE CAT SAT\\nb,A CAT AND THE HAT\\n")
+    >>> train_tokenizer(folder / "train.csv", folder / "t.model", 1000, "unigram", 0, 1, 2, 3)
+    >>> unknown_characters(sentencepiece.SentencePieceProcessor(str(folder / "t.model")), ["THE ÄTHER", "THE FEAST"])
+    Counter({'Ä': 1, 'R': 1, 'F': 1})
+    """
+    counts, transcripts = Counter(), list(transcripts)
+    unknown = tokenizer.unk_id()
+    doubtful = {character for character in set("".join(transcripts)) if unknown in tokenizer.encode_as_ids(character)}
+    for text in transcripts:
+        if not doubtful.isdisjoint(text):  # which may still be part of a longer token
+            pieces = tokenizer.encode_as_immutable_proto(text).pieces
+            counts.update({character for piece in pieces if piece.id == unknown for character in piece.surface})
+    return counts

@@ -10,6 +10,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain_ext.dataio.audio import sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse
+from speechbrain_ext.decoders.searchers import is_whole
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError
@@ -67,6 +68,9 @@ class StreamingRecognizer:
     def __init__(self, model, chunk_size=None, left_context=None, endpoint=0.8, longest=30.0, start=0.0):
         self._model, self._encoder = model, model.mods.encoder
         size, left = chunk_setting(model)
+        for name, value in (("chunk_size", chunk_size), ("left_context", left_context)):
+            if value is not None and not is_whole(value, -math.inf):
+                raise UserError(f"{name} is {value!r}; give a whole number.")
         if left_context is not None:
             left = None if left_context == -1 else left_context
         self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)

@@ -4,6 +4,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+WITHOUT_FLOAT64 = {"mps"}
+"""Devices that have no float64."""
+
 
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast would change the type of a tensor in a matrix product; never that of float64.
@@ -73,7 +76,7 @@ def _without_tf32():
 
 
 def widest(x: torch.Tensor) -> torch.Tensor:
-    """A tensor as float64, for sums over hours; as float32 on devices that have no float64 (Apple's).
+    """A tensor as float64, for sums over hours; as float32 on Apple's devices, which have no float64.
 
     Arguments
     ---------
@@ -94,7 +97,7 @@ def widest(x: torch.Tensor) -> torch.Tensor:
 
 def widest_dtype(device) -> torch.dtype:
     """The type that :func:`widest` gives on a device."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -143,7 +143,8 @@ def _metadata(encoder, rows, corpus):
 
 def _values(tree):
     """What the card says of the hparams, references resolved."""
-    keys = [key for key in ("encoder", "sample_rate", "vocab_size", "token_type", "card", *_SIZES) if key in tree]
+    said = ("encoder", "sample_rate", "vocab_size", "token_type", "text_normalization", "card", *_SIZES)
+    keys = [key for key in said if key in tree]
     needed = {*keys, *needed_keys(tree, [tree[key] for key in keys])}
     text = StringIO()
     ruamel.yaml.YAML().dump({key: tree[key] for key in tree if key in needed}, text)
@@ -153,6 +154,8 @@ def _values(tree):
 def _training(values, rows):
     lines = {"encoder": values["encoder"]} | {key: _plain(values[key]) for key in _SIZES if values.get(key) not in (None, {})}
     lines["tokens"] = f"{values['vocab_size']} {values['token_type']}"
+    if "text_normalization" in values:
+        lines["case of transcripts"] = values["text_normalization"].replace("none", "as they are")
     if rows:
         lines |= {name: rows[0][key] for name, key in _RUN.items()}
     return table(["", ""], lines.items()) + "\n"

@@ -23,7 +23,8 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
-from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.dataio.text import CASES
+from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
@@ -31,6 +32,7 @@ from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import locked, read_csv, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
+from speechbrain_ext.utils.text import listing
 
 logger = get_logger(__name__)
 
@@ -60,6 +62,7 @@ RANGES = {
     "lr": (1e-12, 1e3, "a number above 0"),
     "dropout": (0, 0.999, "a number from 0 to less than 1"),
     "max_skipped": (0, 1, "a share from 0 to 1"),
+    "max_duration": (1e-3, 1e9, "seconds above 0"),
     "ctc_weight": (0, 1, "a share from 0 to 1"),
     "label_smoothing": (0, 0.999, "a number from 0 to less than 1"),
     "train_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
@@ -68,6 +71,8 @@ RANGES = {
 """Lowest and highest value by key, and what to give."""
 PATHS = ("data_folder", "output_folder", "results_file")
 """Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
+MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
+"""Keys of the same kind that take several values."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -126,7 +131,7 @@ class Setting:
         return dataclasses.replace(self, overrides=self.overrides | overrides)
 
 
-def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=None):
+def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=None, of_manifests=None):
     """Run all steps.
 
     Arguments
@@ -138,11 +143,13 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     overrides : str
         YAML text, such as ``speechbrain.parse_arguments`` makes from the command line.
     paths : dict, optional
-        Overrides of the keys in :data:`PATHS`, to the letter.
+        Overrides of the keys in :data:`PATHS` and :data:`MANIFESTS`, to the letter.
     corpus : str, optional
         A ``corpus.yaml`` that overrides the hparams file.
     fallback : str, optional
         The one that is taken where no ``data_folder`` is given.
+    of_manifests : str, optional
+        The one that is taken where manifests are given, and no file says what to do with them.
 
     Returns
     -------
@@ -158,7 +165,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     keep_freed_memory()
     try:
         check_options(run_opts)
-        setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback)
+        setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
         hparams = setting.load()
         output = Path(hparams["output_folder"])
         check_folder(output, setting.text(), hparams["data_moved"])
@@ -185,6 +192,8 @@ def _run(hparams_file, run_opts, setting, hparams):
         hparams = setting.load()
     hparams["tokenizer"].load(str(tokenizer_file))
     datasets = make_datasets(hparams, manifests)
+    for key, dataset in datasets.items():
+        report_unknown(dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key))
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
     hparams["checkpointer"].add_recoverable("origin", Origin(utterances=digest_of(datasets[TRAIN])))
@@ -218,6 +227,40 @@ def _run(hparams_file, run_opts, setting, hparams):
     return keep(brain, setting, models, tokenizer_file, rows)
 
 
+def take_paths(argv):
+    """Take paths from a command line to the letter: SpeechBrain's parser would read them as YAML.
+
+    Arguments
+    ---------
+    argv : list of str
+        The command line.
+
+    Returns
+    -------
+    others : list of str
+        The other arguments.
+    paths : dict
+        Those of ``--corpus`` and :data:`PATHS` by key, and lists of those of :data:`MANIFESTS`.
+
+    Example
+    -------
+    >>> take_paths(["a.yaml", "--train_manifest", "x #1.csv", "y", "--lr", "1", "--output_folder=2024"])
+    (['a.yaml', '--lr', '1'], {'train_manifest': ['x #1.csv', 'y'], 'output_folder': '2024'})
+    """
+    others, paths, argv = [], {}, list(argv)
+    while argv:
+        argument = argv.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or key not in ("corpus", *PATHS, *MANIFESTS):
+            others.append(argument)
+            continue
+        values = [value] if equals else []
+        while not equals and argv and not argv[0].startswith("--") and (key in MANIFESTS or not values):
+            values.append(argv.pop(0))
+        paths[key] = paths.get(key, []) + values if key in MANIFESTS else "".join(values)
+    return others, paths
+
+
 def check_options(run_opts):
     """Refuse options of SpeechBrain's Brain that would end in a traceback, or do nothing."""
     for option, remedy in REFUSED.items():
@@ -240,8 +283,8 @@ def check_writable(path):
         raise UsageError(f"The results_file {path} has lines of another number of columns; mend it, or give another.")
 
 
-def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
-    """The files and the overrides that make the run: without a data folder, the fallback's are among them."""
+def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, of_manifests=None):
+    """The files and the overrides that make the run: the corpus's, that of manifests or, without any data, the fallback."""
     overrides = parse_overrides(overrides)
     options = {key: getattr(run_opts, key) for key in TRAINING_OPTIONS if key in run_opts.overridden_args}
     asked = " ".join(f"--{key} {_plain(value)}" for key, value in (overrides | options).items() if key != "experiment")
@@ -252,19 +295,27 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback):
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     before = resolve_hparams(files)
+    given = not {*MANIFESTS}.isdisjoint(overrides)
+    if of_manifests and given and MANIFESTS[0] not in before:
+        files.insert(1, of_manifests)
+        before = resolve_hparams(files)
     # A name of digits, or a date, is still a name
-    overrides = {key: before[key] for key in PATHS if before.get(key) is not None} | overrides
+    overrides = {key: before[key] for key in (*PATHS, *MANIFESTS) if before.get(key) is not None} | overrides
     overrides = check_types(overrides, before)
     if corpus:
         own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
         overrides = ({} if "card" in own else {"card": {}}) | overrides  # of the corpus that it replaces
-        if not {"data_folder", "extends"} & {*own, *overrides}:
+        if not given and not {"data_folder", "extends"} & {*own, *overrides}:
             raise UsageError(
                 f"There is no data_folder for {corpus}; give --data_folder, or state it there (null = it needs none)."
             )
     setting = Setting(files, overrides, asked)
     plain = setting.plain()
-    if fallback and not corpus and not plain["data_folder"]:
+    taken = plain["prepare"] if isinstance(plain["prepare"], dict) else ()
+    for key in (*MANIFESTS, "text_normalization"):
+        if overrides.get(key) and key not in taken:
+            raise UsageError(f"--{key} is given, and the prepare function of {plain['corpus']} does not take it; leave it out.")
+    if fallback and not corpus and not plain["data_folder"] and MANIFESTS[0] not in plain:
         if if_main_process():
             print(
                 f"No data_folder: this runs on the embedded mini corpus with the overrides in {os.path.relpath(fallback)}. "
@@ -306,9 +357,11 @@ def check_ranges(plain, run_opts):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not low <= value <= high:  # of NaN, neither is true
             raise UsageError(f"--{key} is {value!r}; give {wanted}.")
-    for key in ("train_splits", "dev_split"):
-        if not plain[key]:
+    for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
+        if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; name what to train on.")
+    if plain.get("text_normalization", "none") not in CASES:
+        raise UsageError(f"--text_normalization is {plain['text_normalization']!r}; give {', '.join(CASES)}.")
     indices = [plain[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
@@ -337,16 +390,16 @@ def check_types(overrides, before):
     checked = {}
     for key, value in overrides.items():
         old = before.get(key)
-        if key in PATHS and re.search("<[^<>]*>", str(value)):
-            raise UsageError(f"--{key} is {str(value)!r}, and <...> in it would be read as a reference; give another name.")
         if key in PATHS:
-            value = f"./{value}" if str(value).startswith("(") else str(value)  # in parentheses, HyperPyYAML reads a tuple
+            value = _literal(key, value)
+        elif key in MANIFESTS:
+            value = [_literal(key, item) for item in (value if isinstance(value, list) else [value])]
         elif isinstance(old, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         elif isinstance(old, list) and not tag_of(old) and isinstance(value, (str, int, float)):
             value = [value]
         checked[key] = value
-        if key not in before or key in PATHS or value is None or tag_of(value):
+        if key not in before or key in (*PATHS, *MANIFESTS) or value is None or tag_of(value):
             continue  # a key that does not exist is refused where files and overrides are merged
         if old is None and isinstance(value, dict):
             given = ", ".join(f"{name}: {item}" for name, item in value.items())
@@ -369,6 +422,13 @@ def check_types(overrides, before):
         if not fits or (wanted in (int, float) and isinstance(value, bool)):
             raise UsageError(f"--{key} is {_plain(value)!r}; give {kinds[wanted]}, as in the hparams file.")
     return checked
+
+
+def _literal(key, value):
+    """A path as a text that HyperPyYAML leaves as it is."""
+    if re.search("<[^<>]*>", str(value)):
+        raise UsageError(f"--{key} is {str(value)!r}, and <...> in it would be read as a reference; give another name.")
+    return f"./{value}" if str(value).startswith("(") else str(value)  # in parentheses, it would be a tuple
 
 
 def check_folder(output, asked, data_moved):
@@ -418,6 +478,14 @@ def prepare_tokenizer(hparams, manifest):
     special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
     run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
     return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+
+
+def report_unknown(dataset, tokenizer, name):
+    """Tell the characters of a dataset that no token can stand for."""
+    unknown = unknown_characters(tokenizer, [item["wrd"] for item in dataset.data.values()])
+    if unknown:
+        shown = listing([f"{character} ({count})" for character, count in unknown.most_common()])
+        logger.warning("%s: transcripts hold characters that the tokenizer lacks (in how many): %s", name, shown)
 
 
 def make_brain(hparams, run_opts):

@@ -59,3 +59,18 @@ def tab_field(text):
     'a\\\\tb'
     """
     return text.translate({ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
+
+
+def is_utf8(text):
+    """Whether a text, such as a file's name, can be written in UTF-8.
+
+    Example
+    -------
+    >>> is_utf8("é"), is_utf8(b"caf\\xe9".decode(errors="surrogateescape"))
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

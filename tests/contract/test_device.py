@@ -163,6 +163,22 @@ def test_stream(encoder, key):
     assert launches[9] == launches[19]
 
 
+@pytest.mark.parametrize("key", ["whole", "left 2", "left all"])
+@torch.no_grad()
+def test_devices_without_float64(encoder, key, monkeypatch):
+    """As Apple's: whole and as a stream."""
+    monkeypatch.setattr("speechbrain_ext.lobes.precision.WITHOUT_FLOAT64", {"mps", DEVICE.type})
+    setting, encoder = setting_of(encoder, key), on_device(encoder)
+    with PretendGpu() as recorder:
+        x = torch.randn(1, 20 if setting is None else setting.chunk_size, encoder.d_model, device=DEVICE)
+        encoder(x, dynchunktrain_config=setting)
+        if setting is not None:
+            context = encoder.make_streaming_context(setting)
+            for _ in range(3):
+                encoder.forward_streaming(x, context)
+    assert not recorder.doubles, dict(recorder.doubles)
+
+
 # ------------------------------------------------------------------ what stands around them
 
 

@@ -8,7 +8,14 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, ScaledLinear, fuse_, reestimate_statistics
+from speechbrain_ext.lobes.fusible import (
+    MaskedBatchNorm,
+    NormLinear,
+    ScaledLinear,
+    batch_statistics,
+    fuse_,
+    reestimate_statistics,
+)
 
 LENGTHS = (9, 4, 1)
 
@@ -94,10 +101,13 @@ def _process(rank, folder):
     x, mask = batch()
     norm, _ = pair()
     rows = slice(0, 1) if rank == 0 else slice(1, 3)
-    mine = x[rows].clone().requires_grad_()
+    mine, messages = x[rows].clone().requires_grad_(), []
+    for name in ("all_gather", "all_reduce"):
+        send = getattr(torch.distributed, name)
+        setattr(torch.distributed, name, lambda *args, send=send, name=name: (messages.append(name), send(*args)))
     out = norm(mine, mask[rows])
     out.masked_fill(mask[rows].unsqueeze(-1), 0.0).sin().sum().backward()
-    torch.save((out, mine.grad, norm.running_mean, norm.running_var), f"{folder}/{rank}.pt")
+    torch.save((out, mine.grad, norm.running_mean, norm.running_var, messages), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -119,6 +129,7 @@ def test_two_processes_have_the_statistics_of_one(tmp_path):
     for part in parts:
         torch.testing.assert_close(part[2], norm.running_mean)
         torch.testing.assert_close(part[3], norm.running_var)
+        assert part[4] == ["all_gather", "all_reduce"]  # one message each way
 
 
 @pytest.mark.parametrize(
@@ -158,6 +169,29 @@ def test_scaled_linear_is_scale_then_linear():
         fuse_(net)
         assert [name for name, _ in net.named_parameters()] == ["0.weight", "0.bias"]
         torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_of_one_pass_are_updated_together_at_its_end():
+    torch.manual_seed(0)
+    norms, x = torch.nn.ModuleList(MaskedBatchNorm(6, momentum) for momentum in (0.2, 0.2, 0.5)), batch()
+    expected = copy.deepcopy(norms)
+    for norm in expected:
+        norm(*x)
+    with batch_statistics():
+        with batch_statistics():
+            for norm in norms:
+                norm(*x)
+        assert not any(norm.running_mean.any() for norm in norms)
+    with batch_statistics(updates=False):
+        norms[0](*x)
+    for norm, other in zip(norms, expected, strict=True):
+        torch.testing.assert_close(norm.running_mean, other.running_mean, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(norm.running_var, other.running_var, atol=1e-5, rtol=1e-6)
+    before = norms[0].running_mean.clone()
+    with pytest.raises(RuntimeError), batch_statistics():
+        norms[0](*x)
+        raise RuntimeError
+    assert torch.equal(norms[0].running_mean, before)  # of a pass that failed, nothing is learned
 
 
 @torch.no_grad()

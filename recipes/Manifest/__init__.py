@@ -1,0 +1,1 @@
+"""Any corpus that comes as manifests."""

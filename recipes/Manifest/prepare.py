@@ -1,0 +1,303 @@
+"""Manifests in the formats of other toolkits -> validated manifests.
+
+What they say is held against the audio. What cannot be trained on or scored is left out, named in ``skipped.csv`` and counted;
+too much of it stops the run, and so does an utterance that is in the training set and in a test set.
+"""
+
+import logging
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+from speechbrain_ext.dataio.audio import split_location
+from speechbrain_ext.dataio.manifests import read_entries
+from speechbrain_ext.dataio.preparation import File, Skipped, check_utterances, files_digest, write_manifests
+from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.text import listing
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of the manifests; another one is prepared anew
+TAKEN = ("skipped", "train+merged", "unfit_train", "unfit_valid", "results")
+"""Names of other CSV files in the folder of a run."""
+
+
+def prepare_manifests(
+    data_folder,
+    save_folder,
+    tr_splits,
+    dev_splits,
+    te_splits,
+    train_manifest,
+    valid_manifest,
+    test_manifest=(),
+    text_normalization="none",
+    max_duration=40,
+    max_skipped=0.05,
+):
+    """Write the manifest ``<split>.csv`` of every split from manifests in the formats of :mod:`speechbrain_ext.dataio.manifests`.
+
+    The columns are ``ID, duration, wav, start, stop, channel, spk_id, wrd``; ``start``, ``stop`` and ``channel`` are there only
+    where some utterances are segments or channels of recordings. Each recording is checked once, to its end. What is left out is
+    listed in ``skipped.csv`` (``split, ID, file, reason, detail``). A later call with the same arguments and the same files
+    returns at once.
+
+    Arguments
+    ---------
+    data_folder : str, optional
+        What a placeholder at the beginning of a path, such as ``$data_root``, stands for.
+    save_folder : str
+        Where the manifests go; created if need be.
+    tr_splits, dev_splits, te_splits : list of str
+        Names of the training set, of the validation set, and of the test sets to prepare.
+    train_manifest, valid_manifest : list of str
+        Files or folders. Several become one set; an id that two of them have gets the name of its file in front.
+    test_manifest : list of str
+        ``name=path``, or a path whose file gives the name.
+    text_normalization : str
+        Case of the transcripts: "none", as they are, "upper" or "lower".
+    max_duration : float, optional
+        Seconds; longer utterances are not trained on.
+    max_skipped : float
+        The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a manifest is not there.
+    UserError
+        If a manifest cannot be read, or an utterance is in the training set and in a test set.
+    UserRuntimeError
+        If too much of a split would be left out.
+
+    Example
+    -------
+    >>> import tempfile, numpy, soundfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> soundfile.write(folder / "talk.wav", numpy.zeros(160000), 16000)
+    >>> line = '{{"audio_filepath": "talk.wav", "offset": {}, "duration": 2, "text": "The text"}}'
+    >>> for second, name in enumerate(("train", "dev")):
+    ...     _ = (folder / f"{name}.jsonl").write_text(line.format(3 * second))
+    >>> prepare_manifests(None, folder / "save", ["train"], ["dev"], [], [folder / "train.jsonl"], [folder / "dev.jsonl"])
+    >>> header, row = (folder / "save" / "dev.csv").read_text().splitlines()
+    >>> header, row.replace(str(folder), "")
+    ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
+    """
+    tests = _tests(test_manifest)
+    given = {tr_splits[0]: train_manifest, dev_splits[0]: valid_manifest} | {name: [tests[name]] for name in te_splits}
+    if len(given) < 2 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
+        names = listing([*tr_splits, *dev_splits, *te_splits])
+        raise UserError(
+            f"The sets are called {names}; give each test set a name of its own, as name=path, but none of {listing(TAKEN)}."
+        )
+    entries, sources, ids, status = {}, {}, {}, {}
+    for split, paths in given.items():
+        entries[split], sources[split], ids[split] = read_split(paths, data_folder)
+    train, *others = given
+    for test in te_splits:
+        _refuse_common(sorted(ids[train] & ids[test]), test, "the same id")
+    state = {
+        "version": VERSION,
+        "given": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
+        "data_folder": str(data_folder),
+        "text_normalization": text_normalization,
+        "max_duration": max_duration,
+        "max_skipped": max_skipped,
+        "corpus": {split: files_digest(_files(entries[split], sources[split], status)) for split in given},
+    }
+    rows = {}
+
+    def make(split):
+        utterances, flawed = select(split, entries[split], text_normalization)
+        longest = math.inf if split != train or max_duration is None else max_duration
+        rows[split], skipped = check_utterances(split, utterances, longest)
+        if split == train:
+            for other in others:
+                _compare(rows[train], rows[other], other, status, refuse=other in te_splits)
+        return rows[split], flawed + skipped, len(entries[split])
+
+    write_manifests(Path(save_folder).absolute(), list(given), make, state, max_skipped)
+
+
+def names_of_tests(test_manifest):
+    """Names of test sets.
+
+    Arguments
+    ---------
+    test_manifest : list of str
+        ``name=path``, or a path whose file gives the name.
+
+    Returns
+    -------
+    list of str
+
+    Example
+    -------
+    >>> names_of_tests(["near=my/near.jsonl", "my/far.jsonl.gz"])
+    ['near', 'far']
+    """
+    return list(_tests(test_manifest))
+
+
+def _tests(test_manifest):
+    """Paths of test manifests by name."""
+    tests = {}
+    for given in test_manifest:
+        name, equals, path = given.partition("=")
+        if not equals or "/" in name or os.path.exists(given):
+            name, path = _name_of(given), given
+        if not name or name.startswith(".") or not path or name in tests:
+            raise UserError(f"The test manifest '{given}' has no name, or that of another one; give it as name=path.")
+        tests[name] = path
+    return tests
+
+
+def _name_of(path):
+    """The name of a file without what says its kind, or that of a folder."""
+    name = Path(path).name
+    return name if os.path.isdir(path) else os.path.splitext(name.removesuffix(".gz"))[0]
+
+
+def read_split(paths, data_folder=None):
+    """Read manifests as one.
+
+    Arguments
+    ---------
+    paths : list of str
+        Manifests.
+    data_folder : str, optional
+        What a placeholder at the beginning of a path stands for.
+
+    Returns
+    -------
+    entries : list of Entry
+        Where two manifests have an id, it has the name of its manifest in front.
+    files : list of str
+        All files that were read.
+    ids : set of str
+        All that the manifests state.
+    """
+    parts, files = [], []
+    for path in paths:
+        entries, read = read_entries(path, data_folder)
+        parts.append(entries)
+        files += read
+    ids = {entry.utterance.ID for entries in parts for entry in entries if entry.given}
+    counts = Counter(name for entries in parts for name in {entry.utterance.ID for entry in entries})
+    names = [_name_of(path) for path in paths]
+    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    merged = []
+    for name, entries in zip(names, parts, strict=True):
+        for entry in entries:
+            if counts[entry.utterance.ID] > 1 and entry.utterance.ID:
+                entry = entry._replace(utterance=entry.utterance._replace(ID=f"{name}-{entry.utterance.ID}"))
+            merged.append(entry)
+    return merged, files, ids
+
+
+def select(split, entries, case):
+    """Choose the utterances whose audio is worth a look.
+
+    Arguments
+    ---------
+    split : str
+        The name of the split.
+    entries : list of Entry
+    case : str
+        Of the transcripts: "none", "upper" or "lower".
+
+    Returns
+    -------
+    utterances : list of Utterance
+        With transcripts in their final form.
+    skipped : list of Skipped
+    """
+    utterances, skipped, taken = [], [], {}
+    for utterance, place, _, flaw, detail in entries:
+        text = "" if flaw else normal_form(utterance.wrd, case)
+        if not flaw and not text:
+            flaw = "empty transcript"
+        elif not flaw and utterance.ID in taken:
+            flaw, detail = "duplicate id", f"same as {taken[utterance.ID]}"
+        if flaw:
+            skipped.append(Skipped(split, utterance.ID, place, flaw, detail))
+        else:
+            taken[utterance.ID] = place
+            utterances.append(utterance._replace(wrd=text))
+    return utterances, skipped
+
+
+def _files(entries, sources, status):
+    """The files of a split, and into ``status`` what the system knows of them."""
+    audio = (split_location(entry.utterance.wav)[0] for entry in entries if entry.utterance.wav)
+    for path in dict.fromkeys([*sources, *audio]):
+        if path not in status:
+            try:
+                status[path] = os.stat(path)
+            except (OSError, ValueError):  # which the check of its audio will name
+                status[path] = None
+        found = status[path]
+        yield File(path, found.st_size, found.st_mtime_ns) if found else File(path, 0, 0)
+
+
+def _compare(train, rows, name, status, refuse):
+    """Refuse, or only tell, what is in the training set and in another one: the same audio, or most of it; the same speakers."""
+    shared = sorted(_common(train, rows, status))
+    if refuse:
+        _refuse_common(shared, name, "the same audio")
+    elif shared:
+        logger.warning("%s: %d utterances have audio of the training set, such as %s", name, len(shared), listing(shared, 3))
+    speakers = ({row.spk_id for row in train} & {row.spk_id for row in rows}) - {"unknown"}
+    if speakers:
+        logger.warning("%s: %d speakers are in the training set, too: %s", name, len(speakers), listing(sorted(speakers), 3))
+
+
+def _refuse_common(names, test, what):
+    if names:
+        raise UserError(
+            f"{len(names)} utterances of the test set {test} have {what} as some in training, such as {listing(names, 3)}: "
+            "leave them out of one of the two."
+        )
+
+
+def _common(train, rows, status):
+    """Ids of rows that share more than half of their samples, or of those of a training row, with one."""
+    heard = {}
+    for row in rows:
+        heard.setdefault(_place(row, status), []).append(_Span(row, True))
+    for row in train:
+        if (place := _place(row, status)) in heard:
+            heard[place].append(_Span(row, False))
+    for spans in heard.values():
+        yield from {span.row.ID for pair in _overlapping(spans) for span in pair if span.tested}
+
+
+def _place(row, status):
+    """What audio a row is of, by whatever name."""
+    path, offset, _ = split_location(row.wav)
+    return status[path].st_dev, status[path].st_ino, offset
+
+
+class _Span:
+    """The samples of a row, of the test set or not."""
+
+    def __init__(self, row, tested):
+        self.row, self.tested, self.begin = row, tested, row.start or 0
+        self.length = round(row.duration * row.sample_rate)
+        self.end = self.begin + self.length
+
+
+def _overlapping(spans):
+    """Pairs of a row that is tested and one that is not."""
+    current = []
+    for span in sorted(spans, key=lambda span: span.begin):
+        current = [other for other in current if other.end > span.begin]
+        for other in current:
+            channels = {span.row.channel, other.row.channel}
+            shared = min(span.end, other.end) - span.begin
+            if span.tested != other.tested and (len(channels) == 1 or None in channels):
+                if 2 * shared > min(span.length, other.length):
+                    yield span, other
+        current.append(span)

@@ -1,0 +1,195 @@
+"""Manifests as other toolkits write them, and what they say of each utterance.
+
+* a table in CSV (SpeechBrain, Hugging Face ``metadata.csv``), JSON lines (NeMo, WeNet, Hugging Face ``metadata.jsonl``) or JSON
+  (SpeechBrain), with the columns that these toolkits use, see :data:`COLUMNS`;
+* cuts of lhotse, in JSON lines or JSON;
+* a folder of Kaldi: ``wav.scp``, ``text``, and where they are there ``segments``, ``utt2spk`` and ``utt2dur``;
+* a folder of Hugging Face: ``metadata.csv`` or ``metadata.jsonl``, or what ``save_to_disk`` writes, which takes pyarrow;
+* an uncompressed tar file that holds, for each utterance, an audio file and a ``.txt`` or ``.json`` file of the same stem; or a
+  list of such tar files, one a line.
+
+The format is recognised by what is found. Text files may be compressed by gzip. Relative paths are relative to the manifest.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from speechbrain_ext.dataio.preparation import Utterance
+from speechbrain_ext.dataio.records import COLUMNS, Unusable, read_records
+from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.text import is_utf8, listing
+
+
+class Entry(NamedTuple):
+    """What a manifest says of an utterance."""
+
+    utterance: Utterance
+    place: str
+    """File and line, for messages."""
+    given: bool = True
+    """Whether the manifest states the id; else it was made of the path."""
+    flaw: str = ""
+    """Why it cannot be used, if so."""
+    detail: str = ""
+
+
+def read_entries(path, data_folder=None):
+    """Read a manifest.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        A file or folder in one of the formats above.
+    data_folder : str, optional
+        What a placeholder at the beginning of a path, such as ``$data_root``, stands for.
+
+    Returns
+    -------
+    entries : list of Entry
+        In the order of the manifest; ids may be there twice.
+    files : list of str
+        All files that were read.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is missing.
+    UserError
+        If it is in no known format, is damaged or empty, names shell commands in place of audio, or needs a ``data_folder``.
+    UserImportError
+        If it takes a package that is not installed.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "train.jsonl"
+    >>> _ = path.write_text('{"audio_filepath": "wav/a.wav", "duration": 3.2, "text": "The text"}')
+    >>> (entry,), _ = read_entries(path)
+    >>> entry.utterance.ID, entry.utterance.wrd, os.path.relpath(entry.utterance.wav, path.parent)
+    ('a', 'The text', 'wav/a.wav')
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"There is no manifest {path}; check the path.")
+    base = path if path.is_dir() else path.parent
+    files, columns, names, entries = [], {}, [], []
+    for record in read_records(path, files):
+        columns |= dict.fromkeys(record.values)
+        names.append(record.name)
+        entries.append(_entry(record, base, data_folder, files))
+    if not entries:
+        raise UserError(f"The manifest {path} holds no utterances; give one that does.")
+    for field in ("wav", "wrd"):
+        if columns and columns.keys().isdisjoint(COLUMNS[field]):
+            raise UserError(
+                f"{path} has no column {field}, nor any of {', '.join(COLUMNS[field][1:])}; rename one of those that it has: "
+                f"{listing(columns)}."
+            )
+    return _with_ids(entries, names), list(map(str, files))
+
+
+def _entry(record, base, data_folder, files):
+    """The entry of a record, with the id that it states, if any."""
+    values = {
+        field: next((record.values[name] for name in names if record.values.get(name) is not None), None)
+        for field, names in COLUMNS.items()
+    }
+    if isinstance(values["wav"], dict):  # of SpeechBrain, with start and stop, or of Hugging Face
+        record = record._replace(values=record.values | values["wav"])
+        values["wav"] = values["wav"].get("file") or values["wav"].get("path")
+    name = str(values["ID"]) if isinstance(values["ID"], str | int | float) else ""
+    utterance, flaw, detail = Utterance(name, ""), record.flaw, record.detail
+    if not flaw:
+        try:
+            wav = _audio_path(values["wav"], base, data_folder, record.place)
+            speaker = str(values["spk_id"]) if values["spk_id"] not in (None, "") else "unknown"
+            text = _text(record.values, values["wrd"], base, files)
+            utterance = Utterance(name, wav, speaker, text, **_segment(record.values))
+            if not is_utf8("".join((name, wav, speaker, text))):
+                raise Unusable("not UTF-8")
+        except Unusable as error:
+            flaw, detail = error.reason, error.detail
+    return Entry(utterance, record.place, bool(name), flaw, detail)
+
+
+def _audio_path(value, base, data_folder, place):
+    if not isinstance(value, str) or not value:
+        raise Unusable("no audio path", "" if value in (None, "") else f"{value!r:.60}")
+    placeholder = re.match(r"\$\w+|\{\w+\}", value)
+    if placeholder and data_folder:
+        return os.path.abspath(str(data_folder) + value[placeholder.end() :])
+    path = os.path.abspath(os.path.join(base, value))
+    if placeholder and not os.path.exists(path):
+        raise UserError(
+            f"{place}: the audio path begins with the placeholder {placeholder[0]}; give its folder as --data_folder."
+        )
+    return path
+
+
+def _text(values, text, base, files):
+    if text is None:
+        raise Unusable("no transcript")
+    if not isinstance(text, str):
+        raise Unusable("transcript is no text", f"{text!r:.60}")
+    if text != values.get("text_filepath"):
+        return text
+    path = os.path.join(base, text)
+    files.append(path)
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    except (OSError, ValueError) as error:
+        raise Unusable("no transcript", one_line(error)) from error
+
+
+def _segment(values):
+    """Where the utterance is in its audio, as keys of an Utterance."""
+    names = ("offset", "start", "end", "stop", "channel", *COLUMNS["duration"])
+    numbers = {name: _number(name, values[name]) for name in names if values.get(name) not in (None, "")}
+    keys = {"duration": next((numbers[name] for name in COLUMNS["duration"] if name in numbers), None)}
+    if "channel" in numbers:
+        keys["channel"] = int(numbers["channel"])
+    if "offset" in numbers:
+        start = numbers["offset"]
+        return keys | {"start": start, "stop": None if keys["duration"] is None else start + keys["duration"]}
+    if "stop" in values and not numbers.keys().isdisjoint(("start", "stop")):
+        return keys | {"start": numbers.get("start"), "stop": numbers.get("stop"), "in_samples": True}
+    if "end" in values:
+        return keys | {"start": numbers.get("start"), "stop": numbers.get("end")}
+    if "start" in numbers:
+        raise Unusable("start without end or stop", "end is in seconds, stop in samples")
+    return keys
+
+
+def _number(name, value):
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not abs(number) < 1e12 or (name in ("stop", "channel") and number % 1):  # of NaN, the first is not true
+        raise Unusable("no number where one should be", f"{name}: {value!r:.60}")
+    return number
+
+
+def _with_ids(entries, names):
+    """Ids where the manifest states none: the stem of the path and the segment, or the whole path where stems are alike."""
+
+    def named(entry, name):
+        utterance = entry.utterance
+        if utterance.start is None and utterance.stop is None:
+            return name
+        stop = "end" if utterance.stop is None else f"{utterance.stop:.3f}"
+        return f"{name}-{utterance.start or 0:.3f}-{stop}"
+
+    paths = [name or entry.utterance.wav for name, entry in zip(names, entries, strict=True)]
+    stems = ["" if entry.given else named(entry, Path(path).stem) for path, entry in zip(paths, entries, strict=True)]
+    counts, whole = Counter(stems), []
+    for path, stem, entry in zip(paths, stems, entries, strict=True):
+        if stem:
+            name = stem if counts[stem] == 1 else named(entry, path)
+            entry = entry._replace(utterance=entry.utterance._replace(ID=name))
+        whole.append(entry)
+    return whole

@@ -1,0 +1,320 @@
+"""The lines of manifests in the formats of :mod:`speechbrain_ext.dataio.manifests`: columns and values, before these are read."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from typing import NamedTuple
+
+from speechbrain_ext.dataio.preparation import SLACK_SECONDS
+from speechbrain_ext.dataio.saved_datasets import read_rows
+from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.text import listing
+
+COLUMNS = {
+    "ID": ("ID", "id", "key", "utt_id"),
+    "wav": ("wav", "audio_filepath", "audio_filename", "file_path", "file_name", "path", "audio"),
+    "spk_id": ("spk_id", "speaker", "speaker_id", "spk"),
+    "wrd": ("wrd", "words", "text", "txt", "transcript", "transcription", "sentence", "text_filepath", "normalized_text"),
+    "duration": ("duration", "length"),
+}
+"""Names of a column, in the order in which they count. There are also ``channel``, counted from 0, and for a segment ``offset``
+(seconds) with a ``duration``, ``start`` and ``end`` (seconds), or ``start`` and ``stop`` (samples)."""
+AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".sph", ".w64")
+"""Of members of a tar file."""
+KALDI = ("wav.scp", "text", "segments", "utt2spk", "utt2dur")
+FORMATS = (
+    "SpeechBrain's CSV or JSON, JSON lines of NeMo or WeNet, cuts of lhotse, an uncompressed tar file of audio and texts, or a "
+    "folder of Kaldi (wav.scp, text) or Hugging Face (metadata.csv, metadata.jsonl, a saved dataset)"
+)
+
+
+class Record(NamedTuple):
+    """A line of a manifest."""
+
+    place: str
+    """File and line, for messages."""
+    values: dict
+    """By column."""
+    flaw: str = ""
+    """Why it cannot be used, if so: the kind of trouble in a few words."""
+    detail: str = ""
+    name: str = ""
+    """Of the audio, where its path is none."""
+
+
+class Unusable(Exception):
+    """What is wrong with a line: one of a few kinds, and the particulars."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def read_records(path, files):
+    """Read the lines of a manifest.
+
+    Arguments
+    ---------
+    path : pathlib.Path
+        A file or folder that is there.
+    files : list
+        All files that are read are added to it.
+
+    Yields
+    ------
+    Record
+
+    Raises
+    ------
+    UserError
+        If it is in no known format, damaged, or names shell commands in place of audio.
+    UserImportError
+        If it takes a package that is not installed.
+    """
+    if path.is_dir():
+        yield from _folder_records(path, files)
+    elif path.is_file():
+        yield from _file_records(path, files)
+    else:
+        raise UserError(f"The manifest {path} is a pipe or device, which cannot be read twice; write it to a file first.")
+
+
+# -------------------- files
+
+
+def _file_records(path, files):
+    files.append(path)
+    with open(path, "rb") as file:
+        is_tar = _is_tar(file.read(512)) or path.suffix == ".tar"
+    if is_tar:
+        yield from _tar_records(path)
+        return
+    text = _read_text(path)
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        return
+    if lines[0].lstrip().startswith(("{", "[")):
+        yield from _json_records(path, text)
+        return
+    columns = [column.strip() for column in lines[0].split(",")]
+    if any(column in names for column in columns for names in COLUMNS.values()):
+        yield from _csv_records(path, text)
+    elif all(line.strip().endswith(".tar") for line in lines):
+        for line in lines:
+            files.append(path.parent / line.strip())
+            yield from _tar_records(files[-1])
+    elif path.name in KALDI:
+        raise UserError(f"{path} is one of the files of a Kaldi folder; give the folder.")
+    else:
+        raise UserError(f"{path} is no manifest that is known, as it begins with {lines[0]!r:.60}; give {FORMATS}.")
+
+
+def _is_tar(head):
+    return head[257:262] == b"ustar"
+
+
+def _read_text(path):
+    """The text of a file; bytes that are no UTF-8 become what cannot be written in it."""
+    data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"The manifest {path} cannot be decompressed ({one_line(error)}); write it again.") from error
+        if _is_tar(data[:512]):
+            raise UserError(f"{path} is a compressed tar file, whose members cannot be read one by one; decompress it.")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1024]:
+        raise UserError(f"{path} is no text in UTF-8; give {FORMATS}.")
+    return data.decode("utf-8-sig", "surrogateescape")
+
+
+def _csv_records(path, text):
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        columns = [column.strip() for column in next(row for row in reader if row)]
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if len(row) == len(columns):
+                yield Record(place, dict(zip(columns, row, strict=True)))
+            elif row:
+                yield Record(place, {}, "line of other columns", f"{len(row)} in place of {len(columns)}")
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}, is no valid CSV: {one_line(error)}; mend it.") from error
+
+
+def _json_records(path, text):
+    """An object of objects (SpeechBrain), an array of objects, or an object on each line."""
+    try:
+        tree = _load_json(text)
+    except (ValueError, RecursionError) as error:
+        failed, items = error, _json_lines(path, text)
+    else:
+        failed, tree = None, tree if isinstance(tree, list) else [tree] if tree else []
+        if tree and isinstance(tree[0], tuple):
+            items = ((f"{path}, {name}", {"ID": name} | dict(values)) for name, values in tree)
+        else:
+            items = ((f"{path}, item {number}", item) for number, item in enumerate(tree, start=1))
+    for place, item in items:
+        if isinstance(item, Exception):
+            yield Record(place, {}, "no valid JSON", one_line(item))
+            continue
+        failed = None
+        if not isinstance(item, dict):
+            yield Record(place, {}, "no JSON object", f"{item!r:.60}")
+        elif {"supervisions", "recording"} & item.keys() or str(item.get("type", "")).endswith("Cut"):
+            yield from _cut_records(place, item)
+        else:
+            yield Record(place, item)
+    if failed:  # no line was any better than the whole
+        raise UserError(f"{path} is no valid JSON: {one_line(failed)}; mend it.")
+
+
+def _json_lines(path, text):
+    """Places of lines, and what they hold or the error that they give."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", _load_json(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{path}, line {number}", error
+
+
+def _load_json(text):
+    """Parsed JSON; an object of objects, where a key may be there twice, as a list of pairs."""
+
+    def as_pairs(pairs):
+        return pairs if pairs and all(isinstance(value, dict) for _, value in pairs) else dict(pairs)
+
+    return json.loads(text, object_pairs_hook=as_pairs)
+
+
+def _cut_records(place, cut):
+    """The supervisions of a cut of lhotse."""
+    nothing = {"ID": cut.get("id"), "wav": None, "wrd": None}
+    try:
+        kind = cut.get("type", "MonoCut")
+        if kind != "MonoCut":
+            raise Unusable(f"cut of type {kind}", "only a MonoCut is a piece of a recording as it is")
+        recording = cut.get("recording")
+        if not recording:
+            raise Unusable("cut without recording", "features alone do not do")
+        if any(transform["name"] != "Resample" for transform in recording.get("transforms") or ()):
+            raise Unusable("recording with transforms", "save the audio as it should be")
+        channel = cut.get("channel", 0)
+        source = next((source for source in recording["sources"] if channel in source["channels"]), None)
+        if source is None:
+            raise Unusable("no such channel", str(channel))
+        if source["type"] != "file":
+            raise Unusable(f"source of type {source['type']}", "only a file is read")
+        if not cut.get("supervisions"):
+            raise Unusable("no transcript", "the cut has no supervision")
+        for said in cut["supervisions"]:
+            start, end = said["start"], said["start"] + said["duration"]
+            values = {"ID": said["id"], "wav": source["source"], "channel": source["channels"].index(channel)}
+            values |= {"start": cut["start"] + start, "end": cut["start"] + end}
+            values |= {"speaker": said.get("speaker"), "wrd": said.get("text")}
+            inside = start > -SLACK_SECONDS and end < cut["duration"] + SLACK_SECONDS
+            yield Record(place, values, *(() if inside else ("supervision outside of its cut", f"{start:g} to {end:g} s")))
+    except Unusable as error:
+        yield Record(place, nothing, error.reason, error.detail)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        yield Record(place, nothing, "incomplete cut", f"{type(error).__name__}: {one_line(error)}")
+
+
+def _tar_records(path):
+    """The audio files of a tar file, each where it is in there, with what stands in the .txt or .json file of the same stem."""
+    members = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stem, suffix = os.path.splitext(member.name)
+                if not member.isfile() or member.issparse() or os.path.basename(member.name).startswith("."):
+                    continue
+                found = members.setdefault(stem, {"audio": []})
+                if suffix.lower() in AUDIO_SUFFIXES:
+                    found["audio"].append(f"{path}?offset={member.offset_data}&size={member.size}")
+                elif suffix in (".txt", ".json"):
+                    found[suffix] = tar.extractfile(member).read().decode("utf-8-sig", "surrogateescape")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as a tar file ({one_line(error)}); give one that is whole and uncompressed."
+        ) from error
+    members = {stem: found for stem, found in members.items() if found["audio"] or len(found) > 1}
+    names = Counter(os.path.basename(stem) for stem in members)
+    for stem, found in members.items():
+        name, audio, flaw = os.path.basename(stem), found["audio"], ()
+        values = {"ID": name if names[name] == 1 else stem, "wav": audio[0] if audio else None, "wrd": found.get(".txt")}
+        try:
+            values |= {key: value for key, value in dict(_load_json(found.get(".json", "{}"))).items() if values.get(key) is None}
+        except (ValueError, TypeError, RecursionError) as error:
+            flaw = "no valid JSON", one_line(error)
+        if len(audio) != 1:
+            flaw = ("several audio files of one name",) if audio else ("transcript without audio",)
+        yield Record(f"{path}, {stem}", values, *flaw)
+
+
+# -------------------- folders
+
+
+def _folder_records(path, files):
+    names = {entry.name for entry in os.scandir(path)}
+    metadata = [name for name in ("metadata.csv", "metadata.jsonl") if name in names]
+    if "wav.scp" in names:
+        yield from _kaldi_records(path, files)
+    elif metadata:
+        yield from _file_records(path / metadata[0], files)
+    elif "state.json" in names:
+        yield from (Record(place, values, name=name) for place, values, name in read_rows(path, files))
+    elif "dataset_dict.json" in names:
+        raise UserError(f"{path} holds several saved datasets; give the folder of one of them.")
+    else:
+        raise UserError(f"{path} is no manifest that is known, as this folder holds {listing(sorted(names))}; give {FORMATS}.")
+
+
+def _kaldi_records(folder, files):
+    there = [name for name in KALDI if name in ("wav.scp", "text") or (folder / name).exists()]
+    tables = {name: _kaldi_table(folder / name, files) for name in there}
+    for name, (value, place) in tables["wav.scp"]:
+        if value.endswith("|"):
+            raise UserError(
+                f"{place}: the audio of {name} is a shell command ({value:.60}), and none is run; write what it prints to a "
+                "file, and name that file in its place."
+            )
+    recordings, texts, speakers, durations = (dict(tables.get(name, ())) for name in ("wav.scp", "text", "utt2spk", "utt2dur"))
+    segments = tables.get("segments")
+    lines = segments or [(name, (name, place)) for name, (_, place) in tables["wav.scp"]]
+    for name, (line, place) in lines:
+        recording, *span = (line.split() or [""]) if segments else [line]
+        values = {"ID": name, "wav": recordings.get(recording, [None])[0], "wrd": texts.get(name, [None])[0]}
+        values |= {"speaker": speakers.get(name, [None])[0], "duration": durations.get(name, [None])[0]}
+        flaw = ()
+        if segments and len(span) != 2:
+            flaw = "line of other columns", "four are an id, a recording, its beginning and its end"
+        elif values["wav"] is None:
+            flaw = "no audio path", f"wav.scp has no {recording}"
+        elif segments:
+            values |= {"start": span[0], "end": None if re.fullmatch(r"-1(\.0*)?", span[1]) else span[1]}
+        yield Record(place, values, *flaw)
+    heard = {name for name, _ in lines}
+    for name, (text, place) in tables["text"]:
+        if name not in heard:
+            yield Record(place, {"ID": name, "wav": None, "wrd": text}, "transcript without audio")
+
+
+def _kaldi_table(path, files):
+    """The first word of each line, with the rest of the line and its place."""
+    if not path.exists():
+        raise UserError(f"The Kaldi folder {path.parent} has no file {path.name}; it takes wav.scp and text.")
+    files.append(path)
+    rows = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        first, *rest = re.split(r"[ \t]+", line.decode("utf-8", "surrogateescape").strip(" \t\r"), maxsplit=1)
+        if first:
+            rows.append((first, ("".join(rest), f"{path}, line {number}")))
+    return rows

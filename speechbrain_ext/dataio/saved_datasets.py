@@ -1,0 +1,81 @@
+"""Datasets as Hugging Face's ``save_to_disk`` writes them. Audio inside of an Arrow file is read from there, not copied."""
+
+import json
+
+import numpy as np
+
+from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
+
+
+def read_rows(folder, files):
+    """Read the rows of a saved dataset.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        What ``save_to_disk`` has written.
+    files : list
+        All files that are read are added to it.
+
+    Yields
+    ------
+    place : str
+        File and row.
+    values : dict
+        By column. ``wav`` is the path of the audio, or which part of the Arrow file it is.
+    name : str
+        What the audio was called, where it is inside; may be empty.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    UserImportError
+        If pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+    except ModuleNotFoundError:
+        raise UserImportError(
+            f"{folder} is a saved dataset of Hugging Face, and the package pyarrow, which reads it, is missing; install it with: "
+            "pip install -e '.[arrow]'"
+        ) from None
+    files.append(folder / "state.json")
+    try:
+        state = json.loads(files[-1].read_text(encoding="utf-8"))
+        if state.get("_indices_files"):
+            raise UserError(f"The saved dataset {folder} is a selection from others; save it again after flatten_indices().")
+        for part in state["_data_files"]:
+            files.append(folder / part["filename"])
+            whole = pyarrow.memory_map(str(files[-1])).read_buffer()
+            row = 0
+            for batch in pyarrow.ipc.open_stream(whole):
+                batch.validate(full=True)  # of a damaged one, pyarrow would read outside of the file
+                audio = [field.name for field in batch.schema if _is_audio(field.type)]
+                others = batch.select([name for name in batch.schema.names if name not in audio]).to_pylist()
+                places = _places(batch.column(audio[0]), files[-1], whole.address) if audio else [(None, "")] * len(others)
+                for values, (wav, name) in zip(others, places, strict=True):
+                    row += 1
+                    yield f"{files[-1]}, row {row}", values | ({"wav": wav} if audio else {}), name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"The saved dataset {folder} cannot be read ({one_line(error)}); save it again.") from error
+
+
+def _is_audio(kind):
+    """Whether a column is of Hugging Face's type Audio."""
+    return str(kind).startswith("struct") and {field.name for field in kind} == {"bytes", "path"}
+
+
+def _places(column, file, begin):
+    """Where the audio of a column is, and its name where that is inside of the file, which is in memory from ``begin`` on."""
+    content, paths = column.field("bytes"), column.field("path").to_pylist()
+    _, ends, data = content.buffers()
+    ends = np.frombuffer(ends, np.int64 if str(content.type) == "large_binary" else np.int32)[content.offset :] if paths else ()
+    for index, (path, inside) in enumerate(zip(paths, content.is_valid().to_pylist(), strict=True)):
+        if inside:
+            offset, size = data.address - begin + int(ends[index]), int(ends[index + 1] - ends[index])
+            yield f"{file}?offset={offset}&size={size}", path or ""
+        else:
+            yield path, ""

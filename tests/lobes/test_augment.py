@@ -1,0 +1,51 @@
+"""Augmentation on its own; masks in proportion to the length are in tests/test_squeezeformer_recipe.py."""
+
+import pytest
+import torch
+
+from speechbrain_ext.lobes.augment import SpecAugment, SpeedPerturb
+
+
+def test_masks_have_the_widths_that_are_given():
+    torch.manual_seed(0)
+    augment = SpecAugment(1, time_mask_ratio=1.0, time_mask_width=[15, 25], frequency_masks=1, frequency_mask_width=[10, 20])
+    feats, _ = augment(torch.ones(500, 200, 80), torch.ones(500))
+    frames, bins = (feats == 0).all(2).sum(1), (feats == 0).all(1).sum(1)
+    assert set(frames.tolist()) == set(range(15, 25)) and set(bins.tolist()) == set(range(10, 20))
+
+
+def test_short_utterances_keep_what_the_ratio_leaves_them():
+    augment = SpecAugment(4, time_mask_ratio=0.1, time_mask_width=[15, 25], frequency_masks=0)
+    feats, _ = augment(torch.ones(200, 60, 4), torch.full((200,), 0.5))
+    masked = (feats == 0).all(2)
+    assert masked[:, :30].sum(1).max() <= 4 * 3 and not masked[:, 30:].any()
+
+
+def test_warping_moves_frames_of_each_utterance_and_leaves_padding():
+    torch.manual_seed(0)
+    ramp = torch.arange(100.0).view(1, 100, 1).expand(300, 100, 2)
+    lengths = torch.tensor([100, 60, 6]).repeat(100)
+    feats, _ = SpecAugment(0, frequency_masks=0, time_warp=5)(ramp, lengths / 100)
+    moved = feats[..., 0] - ramp[..., 0]
+    for i, length in enumerate(lengths.tolist()):
+        assert not moved[i, length:].any() and moved[i, 0].abs() < 1e-4 and moved[i, length - 1].abs() < 1e-3
+        assert (feats[i, 1:length, 0] >= feats[i, : length - 1, 0]).all()  # time goes forward
+    assert 3 < moved[lengths == 100].abs().max() <= 5 and not moved[lengths == 6].any()  # too short to be warped
+    assert len({tuple(row) for row in moved[lengths == 60].tolist()}) == 100
+
+
+def test_speeds_change_the_number_of_samples_and_no_relative_length():
+    torch.manual_seed(0)
+    augment, lens = SpeedPerturb(16000, [90, 100, 110]), torch.tensor([1.0, 0.5])
+    found = {}
+    for _ in range(20):
+        wavs, same = augment(torch.ones(2, 9900), lens)
+        assert same is lens
+        found[wavs.shape[1]] = found.get(wavs.shape[1], 0) + 1
+    assert set(found) == {11000, 9900, 9000}
+
+
+@pytest.mark.parametrize("width", [[25, 15], [1, 2, 3], "8", -1, True, None])
+def test_impossible_widths_are_refused(width):
+    with pytest.raises(ValueError, match="frequency_mask_width is .*; give what masks are narrower than"):
+        SpecAugment(1, frequency_mask_width=width)
