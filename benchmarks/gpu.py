@@ -48,7 +48,7 @@ TABLE = (
 """What the table is made of, the most important first: settings of speechbrain_ext.bench.run."""
 TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3, "rounds": 1, "seconds": (1,), "batch": (2,)}
 TINY |= {"train_seconds": 1, "train_batch": 2, "stream_seconds": (2,), "precision": ("float32",), "own_sizes": False}
-TINY |= {"peers": (), "forms": ("plain", "fused")}
+TINY |= {"encoders": ("hyperconformer", "fusionformer"), "peers": (), "forms": ("plain", "fused")}
 ENDED = "it was ended, as the time was over"
 
 

@@ -248,8 +248,7 @@ class OnDevice(torch.utils.data.Dataset):
         """A batch of these utterances."""
         index = torch.tensor(indices)
         durations = self.durations[index]
-        if self.features.is_cuda:
-            index = index.pin_memory().to(self.features.device, non_blocking=True)
+        index = (index.pin_memory() if self.features.is_cuda else index).to(self.features.device, non_blocking=True)
         frames = max(self.frames[i] for i in indices)
         host_lengths = {"feats": torch.tensor([self.frames[i] / frames for i in indices])}
         positions = self.starts[index].unsqueeze(1) + torch.arange(frames, device=index.device)
@@ -416,11 +415,14 @@ def main(argv=None):
     parser.add_argument("--data", nargs="+", help="folders to train on, in LibriSpeech layout")
     parser.add_argument("--test", nargs="+", help="folders to test on")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the results")
-    parser.add_argument("--until", type=float, default=float("inf"), help="when training ends, in seconds as of time.time()")
+    parser.add_argument("--until", type=float, help="when training ends, in seconds as of time.time()")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args(argv)
+    needed = ("data", "test") if arguments.step == "prepare" else ("until",)
+    if missing := [f"--{key}" for key in needed if getattr(arguments, key) is None]:
+        parser.error(f"{arguments.step} needs {' and '.join(missing)}")
     keep_freed_memory()
     try:
         if arguments.step == "prepare":

@@ -6,12 +6,14 @@ A step needs weights, gradients and the optimizer's states; what autograd keeps 
 decoder and both losses, and the predictions beside it; a tenth of that for tensors that backward makes and frees; and a GiB for
 CUDA itself and what its allocator cannot use. What is kept is counted on the CPU by hooks on saved tensors, each storage once, in
 float32, at a few lengths; per utterance it is a linear and a quadratic function of the length. Two operations keep more on a CPU
-than on a GPU, and are counted as there: fused attention keeps queries, keys, values, bias and output; dropout a byte a number.
+than on a GPU, and are counted as there: fused attention keeps queries, keys, values, bias and output, dropout a byte a number.
 Seconds are those of utterances of 17 s, the most that LibriSpeech's usually have, at the slowest speed of speed perturbation, and
-models that train with dynamic chunks have the setting that takes the most. In bfloat16 and float16 more seconds fit.
+models that train with dynamic chunks have the setting that takes the most. In bfloat16 and float16 more seconds fit. With
+``activation_checkpointing`` a step keeps what goes into the front end and each block, and once what the largest of them keeps.
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from speechbrain import Stage
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.utils.files import write_csv
@@ -35,7 +39,8 @@ SIZES = (8, 12, 24, 40, 80)
 BACKWARD, CUDA = 1.1, 1024
 # By number of unigram tokens, counted in 13 h of LibriSpeech
 TOKENS_PER_SECOND = {128: 8.1, 1000: 4.6, 5000: 3.4}
-FIELDS = ("hparams", "parameters", "state_mib", "mib_per_s", "mib_per_s2", *(f"seconds_{size}" for size in SIZES))
+FIELDS = ("hparams", "activation_checkpointing", "parameters", "state_mib", "mib_per_s", "mib_per_s2")
+FIELDS += tuple(f"seconds_{size}" for size in SIZES)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -74,26 +79,56 @@ def dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
-def kept_mib(brain, batch):
-    """What a step keeps until its backward pass, without the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in brain.modules.parameters()}
-    held = {}
+class Kept:
+    """Bytes of storages that are kept, without those of some weights.
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Arguments
+    ---------
+    weights : list of torch.Tensor
+        What does not count.
+    """
+
+    def __init__(self, weights):
+        self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.storages = {}
+
+    def add(self, tree):
+        """All tensors of a tree."""
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tree
+
+    @property
+    def mib(self):
+        """In all."""
+        return sum(self.storages.values()) / 2**20
+
+    def of_autograd(self):
+        """A context in which what autograd keeps is added."""
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+
+def kept_mib(brain, batch):
+    """What a step keeps until its backward pass, without the weights, and what the largest block that is computed again keeps."""
+    weights, again = list(brain.modules.parameters()), [0]
+    kept = Kept(weights)
+
+    def recomputed(module, *inputs, **keys):
+        kept.add(inputs)
+        inside = Kept(weights)
+        with torch.random.fork_rng(), inside.of_autograd():
+            module(*inputs)
+        again.append(inside.mib)
+        return checkpoint(module, *inputs, **keys)
 
     as_on_a_gpu = mock.patch.multiple(F, scaled_dot_product_attention=fused_attention, dropout=dropout)
-    with as_on_a_gpu, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with as_on_a_gpu, mock.patch("speechbrain_ext.lobes.stack.checkpoint", recomputed), kept.of_autograd():
         predictions = brain.compute_forward(batch, Stage.TRAIN)
         loss = brain.compute_objectives(predictions, batch, Stage.TRAIN)
-    for tensor in (batch.sig.data, *(tensor for prediction in predictions.values() for tensor in prediction)):
-        if tensor is not None:
-            keep(tensor)
-    loss.backward()  # lets all of it go
-    return sum(held.values()) / 2**20
+        kept.add([batch.sig, *predictions.values()])
+        loss.backward()  # lets all of it go
+    return kept.mib + max(again)
 
 
 def state_mib(brain):
@@ -136,6 +171,7 @@ def seconds_that_fit(gib, state, linear, square, utterance=UTTERANCE, slowest=1.
     return max(0, int(room / BACKWARD / (linear + square * utterance / slowest) * slowest // 10 * 10))
 
 
+@functools.cache
 def slowest_speed(file):
     """Of speed perturbation, 1 without."""
     with tempfile.TemporaryDirectory() as folder:
@@ -150,11 +186,11 @@ def main():
     arguments = parser.parse_args()
     names = arguments.files or sorted(path.stem for path in (ROOT / "hparams").glob("*.yaml"))
     rows = []
-    for name in names:
-        parameters, state, linear, square = needs(f"{name}.yaml", {})
-        speed = slowest_speed(f"{name}.yaml")
-        fitting = [seconds_that_fit(size, state, linear, square, slowest=speed) for size in SIZES]
-        rows.append((f"{name}.yaml", parameters, round(state), round(linear, 3), round(square, 4), *fitting))
+    for name, checkpointing in ((name, checkpointing) for name in names for checkpointing in (False, True)):
+        file = f"{name}.yaml"
+        parameters, state, linear, square = needs(file, {"activation_checkpointing": checkpointing})
+        fitting = [seconds_that_fit(size, state, linear, square, slowest=slowest_speed(file)) for size in SIZES]
+        rows.append((file, checkpointing, parameters, round(state), round(linear, 3), round(square, 4), *fitting))
         print(*rows[-1], sep="\t", flush=True)
     write_csv(arguments.output, FIELDS, rows)
 

@@ -141,9 +141,12 @@ def training():
 
 def memory():
     """Seconds of audio in a training step that fit on GPUs."""
-    sizes = [field.removeprefix("seconds_") for field in read(MEMORY)[0] if field.startswith("seconds_")]
-    rows = [[f"`{row['hparams']}`", *(f"{int(row[f'seconds_{size}']):,}" for size in sizes)] for row in read(MEMORY)]
-    return table(["file", *(f"{size} GB" for size in sizes)], rows)
+    fields = [field for field in read(MEMORY)[0] if field.startswith("seconds_")]
+    files = {}
+    for row in read(MEMORY):
+        files.setdefault(row["hparams"], {})[row["activation_checkpointing"]] = [f"{int(row[field]):,}" for field in fields]
+    rows = [[f"`{name}`", *map(" / ".join, zip(found["False"], found["True"], strict=True))] for name, found in files.items()]
+    return table(["file", *(f"{field.removeprefix('seconds_')} GB" for field in fields)], rows)
 
 
 def fill(text):

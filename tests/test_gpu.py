@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_corpus
+from torch.utils._pytree import tree_map
 
 from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.utils.files import read_csv
+from tests.pretend_gpu import PretendGpu, Recorder, to_pretend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -212,13 +214,44 @@ def test_the_rate_follows_the_clock(monkeypatch):
     assert rates == [0, 0.001, 0.002, 0.001, 0, 0]
 
 
+def train(corpus, folder, device, until):
+    """Prepare the data and train a HyperConformer; returns the rows."""
+    work = folder / "work"
+    gpu_training.prepare(work, [corpus / "train-tiny"], [corpus / "test-tiny"], device, True)
+    usual = ["--work", work, "--out", folder, "--device", device, "--precision", "fp32", "--tiny", "--until", until]
+    assert gpu_training.main(["hyperconformer", *map(str, usual)]) == 0
+    return read_csv(folder / "training.csv")
+
+
 def test_training_ends_with_the_time(corpus, tmp_path):
-    work = tmp_path / "work"
-    gpu_training.prepare(work, [corpus / "train-tiny"], [corpus / "test-tiny"], "cpu", True)
-    late = ["--work", str(work), "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32", "--tiny", "--until", "0"]
-    assert gpu_training.main(["hyperconformer", *late]) == 0
-    dev, test = read_csv(tmp_path / "training.csv")
+    dev, test = train(corpus, tmp_path, "cpu", 0)
     assert (dev["set"], test["set"]) == ("held-out", "test-tiny") and dev["steps"] == test["steps"] == "1"
+
+
+def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, monkeypatch):
+    """On the device that tests pretend: nothing is mixed, and what a batch needs is one upload."""
+    mode, batches = PretendGpu(), []
+    collate, load = gpu_training.OnDevice.collate, torch.load
+
+    def recorded(self, indices):
+        mode.recorder = Recorder.current = recorder = Recorder()
+        try:
+            return collate(self, indices)
+        finally:
+            batches.append(recorder)
+            mode.recorder = Recorder.current = Recorder()
+
+    def on_cpu(*args, map_location=None, **keys):
+        loaded = load(*args, map_location="cpu", **keys)
+        return tree_map(to_pretend, loaded) if str(map_location).startswith("pretend") else loaded
+
+    monkeypatch.setattr(gpu_training.OnDevice, "collate", recorded)
+    monkeypatch.setattr(torch, "load", on_cpu)
+    with mode:
+        *_, before, after, test = train(corpus, tmp_path, "pretend:0", time.time() + 20)
+    assert test["set"] == "test-tiny" and float(after["train_loss"]) < float(before["train_loss"])
+    for recorder in batches:
+        assert recorder.uploads.total() == 1 and not recorder.syncs, (dict(recorder.uploads), dict(recorder.syncs))
 
 
 def test_waits_of_the_host_are_counted(monkeypatch):

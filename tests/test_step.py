@@ -17,12 +17,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory  # noqa: E402
 import training  # noqa: E402
 
-SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn")
+SIZES = ("d_model", "nhead", "num_encoder_layers", "d_ffn")
 
 
 def test_the_table_has_every_file():
     rows = read_csv(ROOT / "benchmarks" / "results" / "memory.csv", memory.FIELDS)
-    assert [row["hparams"] for row in rows] == sorted(path.name for path in (ROOT / "hparams").glob("*.yaml"))
+    files = sorted(path.name for path in (ROOT / "hparams").glob("*.yaml"))
+    pairs = [(row["hparams"], row["activation_checkpointing"]) for row in rows]
+    assert pairs == [(name, text) for name in files for text in ("False", "True")]
     for row in rows:
         given = (float(row[key]) for key in ("state_mib", "mib_per_s", "mib_per_s2"))
         seconds = [int(row[f"seconds_{size}"]) for size in memory.SIZES]
@@ -31,9 +33,11 @@ def test_the_table_has_every_file():
         assert seconds[2] == pytest.approx(fits, rel=0.02), "run python benchmarks/memory.py"
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["conformer", "hyperconformer_streaming", "practical_conformer", "fusionformer"])
-def test_what_is_kept_grows_as_foretold(name, tmp_path):
-    overrides = parse_overrides("\n".join(f"{key}: {SMALL[key]}" for key in SIZES if key != "num_decoder_layers"))
+def test_what_is_kept_grows_as_foretold(name, checkpointing, tmp_path):
+    overrides = parse_overrides("\n".join(f"{key}: {SMALL[key]}" for key in SIZES))
+    overrides["activation_checkpointing"] = checkpointing
     parameters, state, linear, square = memory.needs(f"{name}.yaml", overrides, lengths=(2, 4, 8))
     brain = training.make_brain(None, tmp_path, overrides, f"{name}.yaml")
     assert parameters == sum(parameter.numel() for parameter in brain.modules.parameters())
@@ -45,6 +49,19 @@ def test_what_is_kept_grows_as_foretold(name, tmp_path):
         brain.draw_chunks = lambda stage, config=config: config
         kept.append(memory.kept_mib(brain, training.make_batch(3, 6, rate, brain.hparams.vocab_size)))
     assert max(kept) == pytest.approx(3 * (6 * linear + 36 * square), rel=0.03)
+
+
+def test_what_is_computed_again_is_counted_once(tmp_path):
+    """Of equal blocks all keep their inputs, and one the rest."""
+    kept = {}
+    for layers in (2, 4, 6):
+        overrides = {"num_encoder_layers": layers, "num_decoder_layers": 0, "activation_checkpointing": True}
+        brain = training.make_brain(None, tmp_path / str(layers), overrides, "hyperconformer.yaml")
+        batch = training.make_batch(1, 4)
+        torch.manual_seed(0)
+        kept[layers] = memory.kept_mib(brain, batch)
+    assert kept[6] - kept[4] == pytest.approx(kept[4] - kept[2])
+    assert kept[4] - kept[2] == pytest.approx(2 * 4 * 101 * 144 / 2**20, rel=0.01)  # frames of 144 numbers
 
 
 def test_attention_and_dropout_keep_what_they_keep_on_a_gpu():
