@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend_gpu import PretendGpu, Recorder, to_pretend
 from tiny import make_corpus
 from torch.utils._pytree import tree_map
 
@@ -17,7 +18,6 @@ from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.utils.files import read_csv
-from tests.pretend_gpu import PretendGpu, Recorder, to_pretend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

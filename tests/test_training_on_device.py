@@ -4,7 +4,9 @@ import functools
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from pretend_gpu import PretendGpu, Recorder, to_pretend
 from speechbrain.utils.run_opts import RunOptions
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_map
@@ -13,8 +15,6 @@ import train
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.registry import build_encoder
-from tests import tiny
-from tests.pretend_gpu import PretendGpu, Recorder, to_pretend
 
 HPARAMS = sorted(path.stem for path in (tiny.ROOT / "hparams").glob("*.yaml"))
 SYNCS = 1

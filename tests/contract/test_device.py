@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import tiny
 import torch
+from pretend_gpu import DEVICE, DeviceMixError, Pretend, PretendGpu
 from speechbrain.decoders.scorer import ScorerBuilder
 from speechbrain.lobes.features import Fbank
 from speechbrain.nnet.linear import Linear
@@ -20,8 +22,6 @@ from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 from speechbrain_ext.registry import encoder_sizes
 from speechbrain_ext.speech_encoder import SpeechEncoder
-from tests import tiny
-from tests.pretend_gpu import DEVICE, DeviceMixError, Pretend, PretendGpu
 
 CHUNKS = {"whole": None, "left 2": (4, 2), "left all": (4, None), "left 0": (4, 0)}
 LAUNCHES = 75
