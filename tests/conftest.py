@@ -16,10 +16,13 @@ from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
 ROOT = Path(__file__).resolve().parents[1]
 
 
+FOLDER = tempfile.TemporaryDirectory(prefix="readme-encoders-")  # for as long as the tests run
+
+
 def import_readme_encoders():
     """The encoders of the README's "Add an encoder", each from a file of its own, as a user would write it."""
     names = []
-    folder = tempfile.mkdtemp(prefix="readme-encoders-")
+    folder = FOLDER.name
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         if name := re.search(r'@register_encoder\("(\w+)"\)', block):
