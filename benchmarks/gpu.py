@@ -12,9 +12,10 @@ train     five architectures side by side on ``--data``, in what is left of the 
           ``--test`` (gpu_training.py): training.csv and, of each, an archive with its model folder
 
 Rows are in their file as soon as they are measured (of the table, all models of a comparison together), and each part is a
-process of its own, whose failure stops no other. The folders hold speech in LibriSpeech layout, 5 to 15 hours to train on. The exit
-status is 0 where all parts came to their end; a table that the time cuts short has the rows that it had time for. ``--tiny`` goes through all parts in a minute, with small
-encoders, on tones with sentences where no folders are given, and without a GPU on the CPU.
+process of its own, whose failure stops no other. The folders hold speech in LibriSpeech layout, 5 to 15 hours to train on. The
+exit status is 0 where all parts came to their end; a table that the time cuts short has the rows that it had time for.
+``--tiny`` goes through all parts in a minute, with small encoders, on tones with sentences where no folders are given, and
+without a GPU on the CPU.
 """
 
 import argparse
