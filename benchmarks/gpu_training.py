@@ -53,6 +53,7 @@ from speechbrain_ext.training.run import (  # noqa: E402
     prepare_tokenizer,
     seconds_of,
     statistics_batches,
+    with_tokenizer,
 )
 from speechbrain_ext.utils.errors import UserError, one_line  # noqa: E402
 from speechbrain_ext.utils.files import replacing, write_csv  # noqa: E402
@@ -340,10 +341,7 @@ def train(name, work, out, until, device, precision, tiny):
     (work / name).mkdir()
     hparams = setting.load()
     tokenizer_file, tokens = prepare_tokenizer(hparams | {"output_folder": str(work)}, work / MERGED)
-    if tokens < hparams["vocab_size"]:
-        setting = setting.replace(vocab_size=tokens)
-        hparams = setting.load()
-    hparams["tokenizer"].load(str(tokenizer_file))
+    setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     manifests = {TRAIN: work / MERGED, VALID: work / DEV} | {split: work / f"{split}.csv" for split in splits[1]}
     datasets = make_datasets(hparams, manifests)
     for key, part in ((TRAIN, "train"), (VALID, "held-out")):

@@ -346,3 +346,23 @@ class PretendGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {}, self.recorder, self)
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """Inside: a part with a Recorder of its own, which is the variable."""
+        before, self.recorder = self.recorder, Recorder()
+        Recorder.current = self.recorder
+        try:
+            yield self.recorder
+        finally:
+            self.recorder = Recorder.current = before
+
+
+def load_there(monkeypatch):
+    """Let ``torch.load`` put tensors on ``DEVICE``, where ``map_location`` asks for it."""
+
+    def load(*args, map_location=None, original=torch.load, **keys):
+        loaded = original(*args, map_location="cpu", **keys)
+        return tree_map(to_pretend, loaded) if str(map_location).startswith(NAME) else loaded
+
+    monkeypatch.setattr(torch, "load", load)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretend_gpu import PretendGpu, Recorder, to_pretend
+from pretend_gpu import PretendGpu, load_there
 from tiny import make_corpus
-from torch.utils._pytree import tree_map
 
 from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.inference import load_model
@@ -231,22 +230,15 @@ def test_training_ends_with_the_time(corpus, tmp_path):
 def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, monkeypatch):
     """On the device that tests pretend: nothing is mixed, and what a batch needs is one upload."""
     mode, batches = PretendGpu(), []
-    collate, load = gpu_training.OnDevice.collate, torch.load
+    collate = gpu_training.OnDevice.collate
 
     def recorded(self, indices):
-        mode.recorder = Recorder.current = recorder = Recorder()
-        try:
-            return collate(self, indices)
-        finally:
+        with mode.recorded() as recorder:
             batches.append(recorder)
-            mode.recorder = Recorder.current = Recorder()
-
-    def on_cpu(*args, map_location=None, **keys):
-        loaded = load(*args, map_location="cpu", **keys)
-        return tree_map(to_pretend, loaded) if str(map_location).startswith("pretend") else loaded
+            return collate(self, indices)
 
     monkeypatch.setattr(gpu_training.OnDevice, "collate", recorded)
-    monkeypatch.setattr(torch, "load", on_cpu)
+    load_there(monkeypatch)
     with mode:
         *_, before, after, test = train(corpus, tmp_path, "pretend:0", time.time() + 20)
     assert test["set"] == "test-tiny" and float(after["train_loss"]) < float(before["train_loss"])

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from pretend_gpu import PretendGpu, Recorder, to_pretend
+from pretend_gpu import PretendGpu, load_there
 from speechbrain.utils.run_opts import RunOptions
 from torch._dynamo.testing import CompileCounter
-from torch.utils._pytree import tree_map
 
 import train
 from speechbrain_ext.brains.asr import AsrBrain
@@ -31,12 +30,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
     """Trains on the device; gives a Recorder of each batch, in lists by optimizer step."""
-
-    def load(*args, map_location=None, original=torch.load, **keys):
-        loaded = original(*args, map_location="cpu", **keys)
-        return tree_map(to_pretend, loaded) if str(map_location).startswith("pretend") else loaded
-
-    monkeypatch.setattr(torch, "load", load)
+    load_there(monkeypatch)
     monkeypatch.chdir(tiny.ROOT)
     mode, steps = PretendGpu(), [[]]
     fit_batch = AsrBrain.fit_batch
@@ -44,14 +38,12 @@ def run(corpus, tmp_path, monkeypatch):
     @functools.wraps(fit_batch)
     def recorded(brain, batch):
         before = brain.optimizer_step
-        mode.recorder = Recorder.current = recorder = Recorder()
-        try:
-            return fit_batch(brain, batch)
-        finally:
-            mode.recorder = Recorder.current = Recorder()
-            steps[-1].append((recorder, len(batch)))
-            if brain.optimizer_step > before:
-                steps.append([])
+        with mode.recorded() as recorder:
+            read = fit_batch(brain, batch)
+        steps[-1].append((recorder, len(batch)))
+        if brain.optimizer_step > before:
+            steps.append([])
+        return read
 
     monkeypatch.setattr(AsrBrain, "fit_batch", recorded)
 

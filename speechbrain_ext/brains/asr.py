@@ -5,7 +5,6 @@ import inspect
 import itertools
 import math
 import time
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.decoders.alignment import greedy_tokens
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, batch_statistics, reestimate_statistics
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError
@@ -118,7 +117,7 @@ class AsrModel(torch.nn.Module):
         list of Predictions
             One for each pass.
         """
-        with batch_statistics() if self.training else nullcontext():
+        with statistics_of(self):
             encoder = self.speech_encoder
             feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
             feats = encoder.normalized(feats, lens, chunks, **norm_keys)

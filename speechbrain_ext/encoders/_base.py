@@ -1,6 +1,5 @@
 """What the encoders here share: SpeechBrain's call around a stack of blocks, whole utterances or chunk by chunk."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.encoders._streaming import StreamingContext
-from speechbrain_ext.lobes.fusible import batch_statistics, fuse_
+from speechbrain_ext.lobes.fusible import fuse_, statistics_of
 from speechbrain_ext.lobes.masks import check_chunks, zero_padding
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.utils.errors import UserError
@@ -143,7 +142,7 @@ class Encoder(nn.Module):
         """
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self.chunk_multiple)
-        with batch_statistics() if self.training and not torch.compiler.is_compiling() else nullcontext():
+        with statistics_of(self):
             x = self.before_layers(zero_padding(src, src_key_padding_mask))  # whatever lies there, NaN included
             x = self.layers(x, src_key_padding_mask, dynchunktrain_config)
             return zero_padding(self.after_layers(x, src_key_padding_mask), src_key_padding_mask), []

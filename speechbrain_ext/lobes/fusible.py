@@ -4,7 +4,7 @@ Layers here are called with ``(x, mask)``, the mask (B, T) bool, True = padding,
 """
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -238,7 +238,7 @@ class MaskedBatchNorm(nn.Module):
             return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
         with full_precision(x):
             x, *found = _Normalize.apply(x, mask, _frames_of(x, mask, self.eps), self.weight, self.bias)
-        scope = None if torch.compiler.is_compiling() else _scope.current
+        scope = _current_scope()
         if scope is None:
             _update([(self, *found)])
         else:
@@ -377,8 +377,26 @@ def batch_statistics(updates: bool = True):
         _update(group)
 
 
+def statistics_of(module: nn.Module):
+    """The context of a pass through a module: :func:`batch_statistics` in training; a compiled graph does without it.
+
+    Example
+    -------
+    >>> norm = MaskedBatchNorm(2, momentum=1.0)
+    >>> with statistics_of(norm):
+    ...     _ = norm(torch.ones(1, 3, 2))
+    >>> norm.running_mean
+    tensor([1., 1.])
+    """
+    return batch_statistics() if module.training and not torch.compiler.is_compiling() else nullcontext()
+
+
+def _current_scope():
+    return None if torch.compiler.is_compiling() else _scope.current
+
+
 def _frames_of(x, mask, eps):
-    scope = None if torch.compiler.is_compiling() else _scope.current
+    scope = _current_scope()
     if scope is None:
         return _count_frames(x, mask, eps)
     key = x.dtype, eps, x.shape[:2] if mask is None else id(mask)

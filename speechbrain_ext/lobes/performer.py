@@ -378,10 +378,10 @@ def _attend_in_blocks(query, key, value, config, causal):
         seen = seen if alone else later(seen, 1)
     else:
         # What is out of sight begins at no block's beginning: blocks are summed in two parts
-        gone, rest_of_block = divmod((left + 1) * size, block)
-        first = sums(0, block - rest_of_block)
-        running = (first + sums(block - rest_of_block, block) if rest_of_block else first).cumsum(2)
-        seen = (running if alone else later(running, 1)) - later(running, gone + 1) - later(first, gone)
+        blocks, cut_off = divmod((left + 1) * size, block)
+        first = sums(0, block - cut_off)
+        running = (first + sums(block - cut_off, block) if cut_off else first).cumsum(2)
+        seen = (running if alone else later(running, 1)) - later(running, blocks + 1) - later(first, blocks)
         if not alone:
             old_keys, old_values = (cut(tensor, (left + 1) * size) for tensor in (key, value))
     y = torch.bmm(queries, seen.to(query.dtype).flatten(0, 2))

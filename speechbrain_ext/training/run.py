@@ -186,11 +186,7 @@ def _run(hparams_file, run_opts, setting, hparams):
     # Not before: a mistyped data_folder is no run that later ones are compared with
     run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
     tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
-    if tokens < hparams["vocab_size"]:
-        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
-        setting = setting.replace(vocab_size=tokens)
-        hparams = setting.load()
-    hparams["tokenizer"].load(str(tokenizer_file))
+    setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
     for key, dataset in datasets.items():
         report_unknown(dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key))
@@ -478,6 +474,16 @@ def prepare_tokenizer(hparams, manifest):
     special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
     run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
     return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+
+
+def with_tokenizer(setting, hparams, path, tokens):
+    """Load the tokenizer of this file and number of tokens; returns setting and hparams of a model that has no more of them."""
+    if tokens < hparams["vocab_size"]:
+        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+        setting = setting.replace(vocab_size=tokens)
+        hparams = setting.load()
+    hparams["tokenizer"].load(str(path))
+    return setting, hparams
 
 
 def report_unknown(dataset, tokenizer, name):
