@@ -72,7 +72,7 @@ TINY = {
     "nhead": 2,
     "num_encoder_layers": 2,
     "d_ffn": 32,
-    "vocab_size": 30,
+    "vocab_size": 32,
     "number_of_epochs": 2,
     "average_checkpoints": 1,
     "train_batch_sampler": {"max_batch_length": 5},
