@@ -39,9 +39,10 @@ LAST = 10
 """Seconds before the limit by which all processes have ended."""
 STEP = {"parts": ("training",), "inputs": ("front end",), "train_seconds": 15, "train_batch": 40}
 TABLE = (
-    STEP | {"precision": ("bfloat16", "float32", "tf32", "float16")},
+    STEP | {"precision": ("bfloat16",)},
     {"parts": ("inference",), "inputs": ("audio",), "precision": ("float32", "bfloat16"), "batch": (32,), "seconds": (15,)},
     {"parts": ("streaming",), "stream_seconds": (30,), "left_context": (10, -1), "graphs": True},
+    STEP | {"precision": ("float32", "tf32", "float16")},
     {"parts": ("training",), "inputs": ("audio",), "precision": ("bfloat16",), "train_seconds": 15, "train_batch": 40},
     {"parts": ("inference",), "inputs": ("front end",), "batch": (1,), "seconds": (10, 60), "precision": ("float32",)},
     STEP | {"precision": ("bfloat16",), "own_sizes": True, "peers": ()},
@@ -104,7 +105,7 @@ def measure(arguments):
 
     failed = 0
     for settings in TABLE:
-        settings = {"own_sizes": False, "device": arguments.device, "rounds": 9, "budget": 10.0} | settings
+        settings = {"own_sizes": False, "device": arguments.device, "rounds": 15, "budget": 10.0} | settings
         settings |= TINY if arguments.tiny else {}
         if arguments.device == "cpu":  # which has neither
             chosen = settings.get("precision", ("float32",))
@@ -186,7 +187,7 @@ def main(argv=None):
     failed = []
     for part, call in ((part, globals()[part]) for part in arguments.parts):
         began = time.time()
-        share = SHARES.get(part, 1) if "train" in arguments.parts else {"contract": 0.4}.get(part, 1)
+        share = SHARES.get(part, 1) if "train" in arguments.parts else {"contract": 0.6}.get(part, 1)
         try:
             ending = call(arguments, began + share * (until - began)) or "came to its end"
         except Failed as error:

@@ -57,7 +57,7 @@ def counted_waits(device):
         finally:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-        caught[:] = [warning for warning in caught if "synchroniz" in str(warning.message)]
+        caught[:] = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
 def run_whole(encoder, x, mask, config, weights, half=None):

@@ -6,7 +6,7 @@ from speechbrain.lobes.models.transformer.TransformerASR import get_key_padding_
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.lobes.attention import ATTENTIONS
+from speechbrain_ext.lobes.attention import ATTENTIONS, any_length
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, loadable
@@ -392,13 +392,14 @@ class TransformerASR(SpeechBrainTransformerASR):
     def _decode(self, tgt, encoder_out, lengths, tgt_padding=None):
         """Decoder output, and the last layer's attention on the encoder frames or None."""
         embedded = self.custom_tgt_module(tgt)
-        out, _, attention = self.decoder(
-            tgt=embedded + self.positional_encoding_decoder(embedded).to(embedded.dtype),
-            memory=encoder_out,
-            tgt_mask=get_lookahead_mask(tgt).bool(),  # -inf = blocked = True, the type of the padding masks
-            tgt_key_padding_mask=tgt_padding,
-            memory_key_padding_mask=self._memory_mask(encoder_out, lengths),
-        )
+        with any_length(embedded):
+            out, _, attention = self.decoder(
+                tgt=embedded + self.positional_encoding_decoder(embedded).to(embedded.dtype),
+                memory=encoder_out,
+                tgt_mask=get_lookahead_mask(tgt).bool(),  # -inf = blocked = True, the type of the padding masks
+                tgt_key_padding_mask=tgt_padding,
+                memory_key_padding_mask=self._memory_mask(encoder_out, lengths),
+            )
         return out, attention[-1]
 
     @staticmethod

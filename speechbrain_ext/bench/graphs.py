@@ -83,15 +83,15 @@ class StaticStream:
             for _ in range(3):
                 self.step()
         torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.step()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self.step()
+        return self.replay  # with it lives the memory that the graph reads and writes
 
-        def replay():
-            graph.replay()
-            return out
-
-        return replay
+    def replay(self):
+        """What :meth:`capture` has recorded, once more; of what is in :attr:`chunk`."""
+        self.graph.replay()
+        return self.out
 
     def _put_back(self):
         for (owner, key), tensor in zip(self.places, self.state, strict=True):

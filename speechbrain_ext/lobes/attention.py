@@ -5,12 +5,14 @@ multiply-accumulates (plus the position projection of the relative form), and th
 With an unlimited left context M grows with the audio.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import library, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
@@ -25,6 +27,8 @@ MOST_SCORES = 2**28
 """Scores that it makes at once on other devices, where each launch takes the host some time: 1 GiB in float32."""
 ALIGNMENT = 8
 """Fused kernels of CUDA want head sizes and rows of the bias in multiples of so many numbers; in float32 half of it is enough."""
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, which PyTorch would take first: it makes a plan for each new length, and batches of speech have all lengths."""
 
 
 @dataclass
@@ -238,11 +242,17 @@ def _has_fused_kernels(x):
     return x.device.type not in ("cpu", "meta")
 
 
+def any_length(x):
+    """Context in which attention on CUDA takes none of the kernels that make a plan for each length; see :data:`KERNELS`."""
+    return sdpa_kernel(KERNELS) if x.is_cuda else nullcontext()
+
+
 def _sdpa(query, key, value, bias, scale, dropout):
     size = query.shape[-1]
     if _has_fused_kernels(query) and size % ALIGNMENT:  # zeros change nothing: the scale is given
         query, key, value = (F.pad(part, (0, -size % ALIGNMENT)) for part in (query, key, value))
-    y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+    with any_length(query):
+        y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
     return y[..., :size].transpose(1, 2).flatten(2)
 
 

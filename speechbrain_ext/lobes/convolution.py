@@ -58,8 +58,11 @@ def channels_last_conv(x, weight, bias=None, stride: int = 1, padding=(0, 0), gr
 
 
 def _conv(x, weight, bias, stride, padding, groups):
+    x = x.permute(0, 3, 1, 2)
+    if groups > 1 and x.is_cuda:
+        x = x.contiguous()  # PyTorch's own kernel; for channels last it takes cuDNN's, which makes a plan for each new length
     with full_precision(x):
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups).permute(0, 2, 3, 1)
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups).permute(0, 2, 3, 1)
 
 
 @library.custom_op("speechbrain_ext::conv", mutates_args=())

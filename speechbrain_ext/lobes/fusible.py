@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from speechbrain_ext.lobes.masks import zero_padding
-from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest, widest_dtype
+from speechbrain_ext.lobes.precision import at_least_float32, widest, widest_dtype
 from speechbrain_ext.utils.distributed import gather_from_processes, is_distributed, sum_over_processes
 from speechbrain_ext.utils.errors import UserError
 
@@ -236,8 +236,7 @@ class MaskedBatchNorm(nn.Module):
             # In float32 for half types, too: where the mean is far from zero, rounded products would leave little behind.
             scale, shift = self._affine(torch.promote_types(x.dtype, torch.float32))
             return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
-        with full_precision(x):
-            x, *found = _Normalize.apply(x, mask, _frames_of(x, mask, self.eps), self.weight, self.bias)
+        x, *found = _Normalize.apply(x, mask, _frames_of(x, mask, self.eps), self.weight, self.bias)
         scope = _current_scope()
         if scope is None:
             _update([(self, *found)])
@@ -467,8 +466,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return None, None, None, None, None
-        with full_precision(grad):
-            return _Normalize._gradients(ctx, at_least_float32(grad), grad.dtype)
+        return _Normalize._gradients(ctx, at_least_float32(grad), grad.dtype)
 
     @staticmethod
     def _gradients(ctx, grad, dtype):

@@ -1,6 +1,6 @@
 """Where half precision must not go."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
@@ -57,22 +57,32 @@ def full_precision(x: torch.Tensor):
     """
     device = x.device.type
     if device == "cuda" and not torch.compiler.is_compiling():
-        return _without_tf32()
+        return _WithoutTF32()
     return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
 
 
-@contextmanager
-def _without_tf32():
-    # SpeechBrain switches TF32 on
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        with torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+def _tf32_switches():
+    """Where PyTorch keeps whether CUDA may round to TF32: module, attribute, and the value that forbids it."""
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        return (backends.cuda.matmul, "fp32_precision", "ieee"), (backends.cudnn.conv, "fp32_precision", "ieee")
+    return (backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)  # before torch 2.9
+
+
+class _WithoutTF32:
+    """What SpeechBrain, or the user, has switched on by whichever of PyTorch's two ways, is as before after it."""
+
+    def __enter__(self):
+        self.before = [getattr(module, key) for module, key, _ in _tf32_switches()]
+        for module, key, forbidden in _tf32_switches():
+            setattr(module, key, forbidden)
+        self.autocast = torch.autocast("cuda", enabled=False) if _enabled("cuda") else nullcontext()
+        self.autocast.__enter__()
+
+    def __exit__(self, *error):
+        self.autocast.__exit__(*error)
+        for (module, key, _), value in zip(_tf32_switches(), self.before, strict=True):
+            setattr(module, key, value)
 
 
 def widest(x: torch.Tensor) -> torch.Tensor:
