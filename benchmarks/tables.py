@@ -23,6 +23,7 @@ STREAMING = ROOT / "benchmarks" / "results" / "streaming.csv"
 LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
+GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
@@ -149,10 +150,32 @@ def memory():
     return table(["file", *(f"{field.removeprefix('seconds_')} GB" for field in fields)], rows)
 
 
+def gpu():
+    """What ``gpu.py`` has trained: each architecture's last row on speech held out, and its error rates on test sets."""
+    rows, found = read(GPU), {}
+    for row in rows:
+        found.setdefault(row["architecture"], {})[row["set"], row["search"]] = row
+    lines = []
+    for name, ends in found.items():
+        held_out = next(row for (part, _), row in reversed(ends.items()) if part == "held-out")
+        answers = {
+            search.removesuffix("ctc_greedy").replace("_", " ").strip(): row
+            for (part, search), row in ends.items()
+            if part != "held-out"
+        }
+        lines.append(
+            [name, f"{int(held_out['parameters']):,}", held_out["steps"], held_out["epochs"]]
+            + [f"{float(held_out['audio_seconds_per_second']):,.0f}x", held_out["train_loss"], held_out["loss"], held_out["WER"]]
+            + [", ".join(f"{row['set']} {row['WER']}" + f" ({answer})" * bool(answer) for answer, row in answers.items())]
+        )
+    header = ["encoder", "parameters", "steps", "epochs", "audio / training time", "loss", "loss held out", "WER % held out"]
+    return table([*header, "WER %, greedy CTC"], lines)
+
+
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory):
+    for make in (*makers, memory, gpu):
         text = put(text, make.__name__, make())
     return text
 

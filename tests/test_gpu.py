@@ -1,20 +1,28 @@
 """The script for the day when a GPU is there: it runs to its end, and what it finds wrong is said."""
 
+import gc
 import os
 import subprocess
 import sys
 import time
 import warnings
+import weakref
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from pretend_gpu import PretendGpu, load_there
 from tiny import make_corpus
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from speechbrain_ext.bench.graphs import StaticStream
 from speechbrain_ext.dataio.datasets import Batch
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes import attention, convolution, precision
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.utils.files import read_csv
 
@@ -254,3 +262,78 @@ def test_waits_of_the_host_are_counted(monkeypatch):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert len(waits) == 2 and modes == ["warn", "default"]
+
+
+# ---------------------------------------------------------------------- what only CUDA does, without CUDA
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_as_before_after_full_precision(allowed, new):
+    """PyTorch keeps it in two ways, and refuses to answer where they say different things."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if new and not hasattr(cudnn, "conv"):
+        pytest.skip("this PyTorch has one way only")
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        if new:
+            matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+        else:
+            matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        read = [lambda: matmul.fp32_precision, lambda: cudnn.conv.fp32_precision] if new else []
+        read += [] if new else [lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision]
+        expected = [call() for call in read]
+        with precision.full_precision(SimpleNamespace(device=torch.device("cuda"))):
+            for module, key, forbidden in precision._tf32_switches():
+                assert getattr(module, key) == forbidden
+        assert [call() for call in read] == expected
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+    # As one does who wants none: it raised, where full_precision had left the two ways with different answers
+    assert matmul.allow_tf32 == before[0] and torch.get_float32_matmul_precision() in ("highest", "high")
+
+
+def test_new_lengths_need_no_plans(monkeypatch):
+    """Attention and depthwise convolutions of cuDNN plan for each new length, for up to a second (H100, torch 2.11)."""
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                seen.append(("convolution", args[0].is_contiguous()))
+            return function(*args, **(kwargs or {}))
+
+    def attention_there(query, *args, **kwargs):
+        seen.append(("attention", not torch.backends.cuda.cudnn_sdp_enabled()))
+        return query
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_there)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with FakeTensorMode(), torch.no_grad(), Recorder():
+        x = torch.empty(2, 12, 10, 8, device="cuda")
+        convolution.channels_last_conv(x, torch.empty(8, 1, 3, 3, device="cuda"), groups=8)
+        with torch.device("cuda"):
+            layer, x = attention.RotarySelfAttention(16, 2), torch.empty(2, 12, 16)
+        layer.mix(x, layer.prepare(x, None, None))
+    assert seen == [("convolution", True), ("attention", True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_captured_stream_keeps_its_memory(monkeypatch):
+    """A graph knows addresses alone: memory that is freed beneath it is an illegal access, or someone else's numbers."""
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    state = weakref.WeakSet()
+
+    def capture():
+        context = SimpleNamespace(layers=[{"state": torch.ones(3)}])
+        stream = StaticStream(SimpleNamespace(stream=lambda chunk, context: chunk + 1), context, torch.zeros(1, 2, 3))
+        state.update([*stream.state, stream.chunk])
+        return stream.capture()
+
+    replay = capture()
+    gc.collect()
+    assert len(state) == 2 and replay().shape == (1, 2, 3)
+    del replay
+    gc.collect()
+    assert not state
