@@ -1,4 +1,5 @@
-"""Speed of the searches: greedy CTC, CTC beam, and the joint CTC/attention search with SpeechBrain's classes and with those here.
+"""Speed of the searches: greedy CTC, CTC beam in Python (SpeechBrain's) and in C++ (flashlight's), and the joint CTC/attention
+search with SpeechBrain's classes and with those here.
 
     python benchmarks/search.py [--threads N] [--rounds N] [--seconds 5 15 30] [--output benchmarks/results/search.csv]
 
@@ -22,7 +23,7 @@ from speechbrain.nnet.linear import Linear
 
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.decoders import ctc_prefix, searchers
-from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
+from speechbrain_ext.decoders.ctc_beam import FLASHLIGHT, SPEECHBRAIN, CtcBeamSearch
 from speechbrain_ext.utils.files import write_csv
 from speechbrain_ext.utils.measure import medians
 
@@ -84,30 +85,31 @@ def compare(seconds, rounds, tokenizer, parts):
     enc, whole = make_frames(ctc_lin, seconds), torch.ones(1)
     theirs = joint_search(*parts, S2STransformerBeamSearcher, CTCScorer)
     ours = joint_search(*parts, searchers.S2STransformerBeamSearcher, ctc_prefix.CTCScorer)
-    beam = CtcBeamSearch(tokenizer, BLANK, BEAM)
+    beams = {name: CtcBeamSearch(tokenizer, BLANK, BEAM, backend=name) for name in (FLASHLIGHT, SPEECHBRAIN)}
     expected, answer = theirs(enc, whole), ours(enc, whole)
     if expected[0] != answer[0] or (expected[2] - answer[2]).abs().max() > 1e-4:
         raise RuntimeError(f"The joint searches differ on {seconds} s: {expected[0]} and {answer[0]}.")
     ms = medians(
         {
             "ctc_greedy": lambda: ctc_greedy_decode(ctc_lin(enc).log_softmax(-1), whole, BLANK),
-            f"ctc_beam, {beam.backend}": lambda: beam(ctc_lin(enc).log_softmax(-1), whole),
+            "ctc_beam, SpeechBrain": lambda: beams[SPEECHBRAIN](ctc_lin(enc).log_softmax(-1), whole),
+            "ctc_beam": lambda: beams[FLASHLIGHT](ctc_lin(enc).log_softmax(-1), whole),
             "joint_beam, SpeechBrain": lambda: theirs(enc, whole),
             "joint_beam": lambda: ours(enc, whole),
         },
         rounds,
     )
     for name, time in ms.items():
-        is_joint = name.startswith("joint")
+        base = ms.get(f"{name.split(',')[0]}, SpeechBrain")
         yield {
             "search": name,
             "beam": 1 if name == "ctc_greedy" else BEAM,
             "seconds": seconds,
             "threads": torch.get_num_threads(),
-            "tokens": len(answer[0][0]) if is_joint else "",
+            "tokens": len(answer[0][0]) if name.startswith("joint") else "",
             "ms": round(time, 1),
             "rtfx": round(1000 * seconds / time, 1),
-            "times_speechbrain": round(ms["joint_beam, SpeechBrain"] / time, 1) if is_joint else "",
+            "times_speechbrain": round(base / time, 1) if base else "",
         }
 
 
