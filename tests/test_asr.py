@@ -9,9 +9,12 @@ from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR a
 from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from tiny import ROOT, SMALL
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.brains.asr import disagreement
 from speechbrain_ext.convert import convert_speechbrain
+from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.lobes.features import clip_features, raw_features
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
@@ -189,3 +192,31 @@ def test_features_ignore_what_lies_behind_an_utterance():
     expected = clip_features(Fbank(), *raw_features(Fbank(), wavs, lengths))
     wavs[1, 2000:] = 1e4
     assert torch.equal(clip_features(Fbank(), *raw_features(Fbank(), wavs, lengths)), expected)
+
+
+def test_two_views_of_a_batch():
+    """CR-CTC: views that are the same agree, and what is padded has no say."""
+    hparams = load_hparams(ROOT / "hparams" / "hyperconformer.yaml", "\n".join(f"{key}: {value}" for key, value in SMALL.items()))
+    model, lens = hparams["model"].eval(), torch.tensor([1.0, 0.4])
+    feats, targets = torch.randn(2, 60, 80), torch.randint(4, 30, (2, 5))
+    hparams["normalize"](feats, lens, epoch=0)
+    keys = {"is_features": True, "epoch": 1}
+    (once,), (twice,) = (model(feats, lens, targets, views=views, **keys) for views in (1, 2))
+    for field in ("frames", "lengths", "ctc_logits", "seq_logits"):
+        torch.testing.assert_close(getattr(twice, field), torch.cat([getattr(once, field)] * 2), atol=1e-5, rtol=0)
+    log_probs = twice.ctc_logits.log_softmax(-1)
+    assert disagreement(log_probs, twice.lengths).abs() < 1e-6
+    # By hand: the first frame of the first utterance, which one view knows and the other does not
+    other, sure = log_probs.clone(), torch.full((log_probs.shape[2],), 1e-6)
+    sure[3] = 1 - sure[1:].sum()
+    other[0, 0] = sure.log()
+    p, q = other[0, 0].exp(), log_probs[0, 0].exp()
+    expected = ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 4
+    torch.testing.assert_close(disagreement(other, twice.lengths), expected)
+    padded = log_probs.clone()
+    padded[1, -1] = sure.log()
+    assert disagreement(padded, twice.lengths).abs() < 1e-6
+    # Each is drawn to the other, which is held fixed
+    leaf = other.clone().requires_grad_()
+    disagreement(leaf, twice.lengths).backward()
+    torch.testing.assert_close(leaf.grad[0, 0], -log_probs[0, 0].exp() / 4)

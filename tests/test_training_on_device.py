@@ -76,6 +76,14 @@ def test_accumulation_waits_once_for_all_its_batches(run):
     assert all(recorder.uploads.total() <= UPLOADS for recorder, _ in step)
 
 
+@pytest.mark.parametrize("name", ["hyperconformer", "cascade_hyperconformer_squeezeformer"])
+def test_two_views_stay_in_the_budget(run, name):
+    """CR-CTC, beside a decoder and in a cascade."""
+    *_, step = run(name, number_of_epochs=2, test_splits="[]", consistency=0.2, augment_warmup=0)
+    assert sum(recorder.syncs.total() for recorder, _ in step) <= SYNCS
+    assert all(recorder.uploads.total() <= UPLOADS for recorder, _ in step)
+
+
 def test_norms_take_few_launches(run):
     """The FusionFormer of published depth, whose step has had 10,405."""
     layers = {"num_encoder_layers": 12, "num_decoder_layers": 4}

@@ -8,6 +8,7 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import yaml
 from speechbrain import Brain, Stage
 from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, mark_as_saver, register_checkpoint_hooks
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
-from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError
 from speechbrain_ext.utils.machine import peak_memory_mib
@@ -41,6 +42,40 @@ class Predictions(NamedTuple):
     """(B, T, V)."""
     seq_logits: torch.Tensor | None
     """(B, U, V) of the decoder; None without one."""
+
+
+def repeated(batch, views):
+    """A tensor (B, ...) or None, so many times, one behind the other."""
+    return batch if batch is None or views == 1 else torch.cat([batch] * views)
+
+
+def disagreement(log_probs, lengths):
+    """How far the frames of two views are from each other, in nats per utterance: the loss of CR-CTC.
+
+    Source: Yao et al. 2024, https://arxiv.org/abs/2410.05101, equation 5: each view is drawn to the other, which is held fixed.
+
+    Arguments
+    ---------
+    log_probs : torch.Tensor
+        (2 B, T, V), one view of a batch behind the other.
+    lengths : torch.Tensor
+        (2 B,) relative lengths.
+
+    Returns
+    -------
+    torch.Tensor
+        (), Kullback-Leibler divergences summed over valid frames, mean over both directions and the utterances.
+
+    Example
+    -------
+    >>> view = torch.tensor([[[0.5, 0.5]]]).log()
+    >>> disagreement(torch.cat((view, view)), torch.ones(2)).item()
+    0.0
+    """
+    other = log_probs.detach().roll(len(log_probs) // 2, 0)
+    divergence = F.kl_div(log_probs, other, reduction="none", log_target=True).sum(2, keepdim=True)
+    mask = padding_mask(absolute_lengths(lengths, log_probs.shape[1]), log_probs.shape[1])
+    return zero_padding(divergence, mask).sum() / len(log_probs)
 
 
 class AsrModel(torch.nn.Module):
@@ -86,6 +121,7 @@ class AsrModel(torch.nn.Module):
         chunks: DynChunkTrainConfig | None = None,
         passes: tuple = (None,),
         augment=None,
+        views: int = 1,
         pad_index: int = 0,
         **norm_keys,
     ):
@@ -107,6 +143,8 @@ class AsrModel(torch.nn.Module):
             Which of the encoder's passes answer; None for its usual one.
         augment : callable, optional
             From normalised features and their lengths to augmented ones.
+        views : int
+            How often the batch is augmented; the predictions are then of all these views, one behind the other.
         pad_index : int
             The token that pads ``targets``.
         **norm_keys
@@ -121,6 +159,7 @@ class AsrModel(torch.nn.Module):
             encoder = self.speech_encoder
             feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
             feats = encoder.normalized(feats, lens, chunks, **norm_keys)
+            feats, lens, targets = (repeated(each, views) for each in (feats, lens, targets))
             if augment is not None:
                 feats, lens = augment(feats, lens)
             predictions = []
@@ -199,6 +238,7 @@ class AsrBrain(Brain):
             chunks=self.draw_chunks(stage),
             passes=passes,
             augment=hparams.fea_augment if augments else None,
+            views=2 if augments and hparams.consistency else 1,
             pad_index=hparams.blank_index,
             epoch=hparams.epoch_counter.current,
         )
@@ -242,13 +282,19 @@ class AsrBrain(Brain):
     def loss(self, prediction, ctc_log_probs, batch):
         """The loss of one pass."""
         hparams, frames = self.hparams, ctc_log_probs.shape[1]
+        views = len(ctc_log_probs) // len(batch.tokens.data)
         # From the device, the loss would fetch the lengths, and wait for all that comes before them
-        lengths = prediction.lengths if self.frames is None else self.frames / frames
-        loss = hparams.ctc_cost(ctc_log_probs, batch.tokens.data, lengths, batch.host_lengths["tokens"])
+        lengths = prediction.lengths if self.frames is None else repeated(self.frames / frames, views)
+        tokens, token_lengths = (repeated(each, views) for each in (batch.tokens.data, batch.host_lengths["tokens"]))
+        loss = hparams.ctc_cost(ctc_log_probs, tokens, lengths, token_lengths)
+        if views > 1:
+            ramp = min(1.0, self.optimizer_step / max(1, hparams.consistency_warmup))
+            loss = loss + ramp * hparams.consistency * disagreement(ctc_log_probs, prediction.lengths)
         if prediction.seq_logits is None:
             return loss
         seq_log_probs = prediction.seq_logits.float().log_softmax(-1)
-        seq_loss = hparams.seq_cost(seq_log_probs, batch.tokens_eos.data, length=batch.tokens_eos.lengths)
+        seq_lengths = repeated(batch.tokens_eos.lengths, views)
+        seq_loss = hparams.seq_cost(seq_log_probs, repeated(batch.tokens_eos.data, views), length=seq_lengths)
         return hparams.ctc_weight * loss + (1 - hparams.ctc_weight) * seq_loss
 
     def search(self, prediction, ctc_log_probs, stage):
