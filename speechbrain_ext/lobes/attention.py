@@ -82,6 +82,11 @@ class SelfAttention(nn.Module):
         for projection in self.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(projection)
 
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.out
+
     def prepare(self, x, mask, config):
         """What all layers of an encoder share in one forward: (position table, blocked keys, padding mask).
 
