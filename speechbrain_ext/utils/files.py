@@ -134,6 +134,38 @@ def locked(path, taken=None):
         os.close(handle)
 
 
+def read_bytes(path, most):
+    """The content of a file that somebody else may have made.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file.
+    most : int
+        Bytes that it may have.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    UserError
+        If it has more; no more are read.
+    OSError
+        If it cannot be read; with its name.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+    if len(data) > most:
+        raise UserError(f"{Path(path).name} has more than {most} bytes")
+    return data
+
+
 def file_digest(path):
     """The SHA-256 of a file's content, as hexadecimal digits."""
     with open(path, "rb") as file:
