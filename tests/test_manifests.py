@@ -562,6 +562,40 @@ def test_a_file_that_is_no_manifest_is_refused(name, content, message, tmp_path)
         read_entries(path)
 
 
+@pytest.mark.parametrize("after", ["", 'e,5.wav,"quoted"\nf,6.wav,TEXT\n'])
+@pytest.mark.parametrize("columns", [3, 4])
+def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
+    """CSV lets a quoted text go on over lines, so that one mark too many would make the utterances below part of a transcript."""
+    path, more = tmp_path / "m.csv", "x," * (columns - 3)
+    head = f"ID,wav,{'spk_id,' * (columns - 3)}wrd\n"
+    path.write_text(head + f'a,1.wav,{more}TEXT\nb,2.wav,{more}"TEXT\nc,3.wav,{more}TEXT\nd,4.wav,{more}TEXT\n{after}')
+    with pytest.raises(
+        UserError, match=f"{path}, line 3: a quotation mark begins a field there, and it takes in the [234] lines"
+    ):
+        read_entries(path)
+    path.write_text(head + f'a,1.wav,{more}"First, he said.\nSecond, ""a.wav"", he said.\n"\nb,2.wav,{more}5" nails\n')
+    assert [entry.utterance.ID for entry in read_entries(path)[0]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"m.csv": "ID,wav,wrd,wrd\na,1.wav,ONE,TWO\n"}, "has two columns wrd"),
+        ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text is there twice"),
+        ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: a is there already, with something else"),
+        (
+            {"wav.scp": "r 1.wav\nr 2.wav\n", "text": "a ONE\n", "segments": "a r 0 1\n"},
+            "wav.scp, line 2: r is there already, with something else",
+        ),
+    ],
+)
+def test_two_values_for_one_are_refused(files, message, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_entries(tmp_path / name if len(files) == 1 else tmp_path)
+
+
 def test_tar_files_that_are_cut_or_compressed_are_refused(audio, tmp_path):
     whole = tar(tmp_path / "t", utterances(audio)[0]).parent / "0.tar"
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:30_000])

@@ -136,16 +136,32 @@ def _read_text(path):
 
 def _csv_records(path, text):
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    lines, read = re.split("\r\n|\n|\r", text), 0
     try:
         columns = [column.strip() for column in next(row for row in reader if row)]
+        if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
+            raise UserError(f"{path} has two columns {twice[0]}; rename one of them.")
+        read = reader.line_num
+        wav = next((index for index, column in enumerate(columns) if column in COLUMNS["wav"]), len(columns))
         for row in reader:
             place = f"{path}, line {reader.line_num}"
+            within, read = lines[read + 1 : reader.line_num], reader.line_num
+            alone = [next(csv.reader([line], skipinitialspace=True), []) for line in within]
+            if _suffix(row, wav) and any(_suffix(line, wav) == _suffix(row, wav) for line in alone):  # lines as of utterances
+                raise UserError(
+                    f"{path}, line {read - len(within)}: a quotation mark begins a field there, and it takes in the "
+                    f"{len(within)} lines below; close it, or double it where it is part of the text."
+                )
             if len(row) == len(columns):
                 yield Record(place, dict(zip(columns, row, strict=True)))
             elif row:
                 yield Record(place, {}, "line of other columns", f"{len(row)} in place of {len(columns)}")
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}, is no valid CSV: {one_line(error)}; mend it.") from error
+
+
+def _suffix(fields, index):
+    return os.path.splitext(fields[index])[1] if index < len(fields) else ""
 
 
 def _json_records(path, text):
@@ -186,10 +202,20 @@ def _json_lines(path, text):
 
 
 def _load_json(text):
-    """Parsed JSON; an object of objects, where a key may be there twice, as a list of pairs."""
+    """Parsed JSON; an object of objects, where a key may be there twice, as a list of pairs.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or says two things of one.
+    """
 
     def as_pairs(pairs):
-        return pairs if pairs and all(isinstance(value, dict) for _, value in pairs) else dict(pairs)
+        if pairs and all(isinstance(value, dict) for _, value in pairs):
+            return pairs
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"the key {twice[0]} is there twice")
+        return dict(pairs)
 
     return json.loads(text, object_pairs_hook=as_pairs)
 
@@ -280,6 +306,12 @@ def _folder_records(path, files):
 def _kaldi_records(folder, files):
     there = [name for name in KALDI if name in ("wav.scp", "text") or (folder / name).exists()]
     tables = {name: _kaldi_table(folder / name, files) for name in there}
+    for name, table in tables.items():
+        first = {}
+        for key, (value, place) in table:
+            # The same id twice in the list of utterances is left to whoever reads it, who names both
+            if first.setdefault(key, value) != value and name != ("segments" if "segments" in tables else "wav.scp"):
+                raise UserError(f"{place}: {key} is there already, with something else; delete one of the two lines.")
     for name, (value, place) in tables["wav.scp"]:
         if value.endswith("|"):
             raise UserError(
