@@ -433,7 +433,14 @@ def check_folder(output, asked, data_moved):
     if not path.exists():
         return
     yaml = ruamel.yaml.YAML()
-    before, now = yaml.load(path.read_text(encoding="utf-8")), yaml.load(asked)
+    now = yaml.load(asked)
+    try:
+        before = dict(yaml.load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
+            "--output_folder."
+        ) from error
     fixed = {"train_splits", "token_type", "speech_encoder"} | (set() if data_moved else {"data_folder"})
     fixed |= needed_keys(now, [now["speech_encoder"]])
     for key in sorted(fixed, key=list(now).index):
