@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from speechbrain_ext.dataio.audio import count_samples
+from speechbrain_ext.decoders.alignment import within
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
 from speechbrain_ext.inference.segments import split_at_pauses
 from speechbrain_ext.utils.errors import UserError, one_line
@@ -180,10 +181,10 @@ class _Run:
         name = Path(file).name.encode("unicode_escape").decode()
         with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=name, disable=not self.progress) as bar:
             for segment in transcribe_long(self.model, file, self.streaming or None, start, bar.update):
-                yield _within(segment, seconds)
+                yield within(segment, seconds)
 
     def _keep(self, file, segments, seconds):
-        segments = [_within(segment, seconds) for segment in segments]
+        segments = [within(segment, seconds) for segment in segments]
         if file in self.outputs:
             try:
                 with self.outputs[file].opened():
@@ -203,18 +204,6 @@ class _Run:
         elif not isinstance(error, UserError):
             error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
         return Transcript(file, [], error)
-
-
-def _within(segment, seconds):
-    """The segment without what is past the end of the audio: the last frame may be there in part."""
-    limit = math.floor(1000 * seconds + 1e-6) / 1000  # in milliseconds, as all times
-    if segment.end <= limit:
-        return segment
-
-    def within(part, **keys):
-        return dataclasses.replace(part, start=min(part.start, limit), end=min(part.end, limit), **keys)
-
-    return within(segment, words=tuple(map(within, segment.words)))
 
 
 def _of_memory(error):
