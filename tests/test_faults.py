@@ -163,6 +163,10 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"train_batch_sampler": "{max_batch_length: 0}"}, "max_batch_length is 0; give seconds above 0"),
         ({"train_splits": "[]"}, "--train_splits is empty"),
         ({"bos_index": "2"}, "give four different ones"),
+        ({"token_type": "foo"}, "--token_type is 'foo'; give unigram, bpe, char"),
+        ({"output_folder": ""}, "--output_folder has no value"),
+        ({"results_file": ""}, "--results_file has no value"),
+        ({"output_folder": "/proc/nowhere"}, "/proc/nowhere cannot be read or written: No such file or directory; give another"),
         ({"ctc_search": "foo"}, "ctc_search is 'foo', which is no search"),
         ({"output_folder": "x<seed>y"}, "would be read as a reference"),
         ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
@@ -196,6 +200,16 @@ def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
     (model,) = output.glob("*.model")
     tokenizer = SentencePieceProcessor(str(model))
     assert tokenizer.unk_id() not in tokenizer.encode_as_ids("KÄT")
+
+
+def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "prepare_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            run(output_folder="x")
+    assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
+    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, and this one has 16"):
+        run(output_folder="x")
 
 
 def test_moved_data_goes_on_with_one_option(run, tmp_path):

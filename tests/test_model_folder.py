@@ -566,7 +566,7 @@ def test_weights_of_a_million_names_are_refused_at_once(copied):
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [len(rest), len(rest)]}
     head = json.dumps(head | {f"x{number}": empty for number in range(100_000)}).encode()
     path.write_bytes(len(head).to_bytes(8, "little") + head + rest)
-    assert "Unexpected key(s): x0, x1 and 99998 more" in refused(copied)
+    assert 'Unexpected key(s) in state_dict: "x0", "x1" and 99998 more' in refused(copied)
 
 
 def test_a_file_is_not_blamed_for_another(copied):

@@ -215,6 +215,7 @@ def test_a_checkpoint_that_holds_code_runs_nothing(tmp_path, capfd):
 
 @pytest.mark.parametrize("content", [b"", b"a: [b", b"- 1", b"3", b"\xe9", b"a: 1\na: 2"])
 def test_a_run_whose_settings_are_damaged_is_named(content, tmp_path):
+    (tmp_path / "pretrained").mkdir()
     (tmp_path / "hyperparams.yaml").write_bytes(content)
     with pytest.raises(UsageError, match="hyperparams.yaml is damaged .*; give another --output_folder"):
         check_folder(tmp_path, "data_folder: a\nspeech_encoder: 1\n", False)

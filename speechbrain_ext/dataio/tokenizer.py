@@ -13,6 +13,8 @@ from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import file_digest, replacing, write_text
 
+TOKEN_TYPES = ("unigram", "bpe", "char")
+
 
 def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_index, eos_index, unk_index):
     """Train a SentencePiece tokenizer on the transcripts of a manifest, unless its file is there already, made of the same.
@@ -73,7 +75,7 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
             max_sentence_length=100_000,  # bytes; longer transcripts would be left out
             minloglevel=2,
         )
-    except (RuntimeError, OSError, SyntaxError) as error:  # the last one for an unknown token_type
+    except (RuntimeError, OSError) as error:
         characters = len(set("".join(transcripts)))
         raise UserError(
             f"No {token_type} tokenizer of {vocab_size} tokens can be made from transcripts with {characters} different "

@@ -79,7 +79,8 @@ def load_weights(model, path):
         with safetensors.safe_open(path, "pt") as file:
             names = set(file.keys())
         groups = {"Missing": wanted.keys() - names, "Unexpected": names - wanted.keys()}
-        flaws = [f"{what} key(s): {listing(sorted(group), most=2):.150}" for what, group in groups.items() if group]
+        quoted = {what: [f'"{key}"' for key in sorted(group)] for what, group in groups.items() if group}
+        flaws = [f"{what} key(s) in state_dict: {listing(keys, most=2):.150}" for what, keys in quoted.items()]
         if flaws:  # before any is read: they may be many
             raise UserRuntimeError(f"{name} holds the weights of another model ({'; '.join(flaws)})")
         state = safetensors.torch.load_file(path)

@@ -24,7 +24,7 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
 from speechbrain_ext.dataio.text import CASES
-from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
+from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
@@ -170,8 +170,12 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         output = Path(hparams["output_folder"])
         check_folder(output, setting.text(), hparams["data_moved"])
         check_writable(Path(hparams["results_file"]))
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise UsageError(one_line(error, 1000)) from error
+    except OSError as error:
+        said = error.strerror is not None and error.filename is not None
+        cause = f"{error.filename} cannot be read or written: {error.strerror}; give another place." if said else str(error)
+        raise UsageError(cause) from error
     run_on_main(sb.create_experiment_directory, [str(output)])
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
@@ -288,6 +292,9 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     files = [hparams_file, *([corpus] if corpus else [])]
     if corpus == "":
         raise UsageError("--corpus has no value; name a corpus.yaml, or leave it out.")
+    for key in PATHS[1:]:
+        if overrides.get(key, "x") in (None, ""):
+            raise UsageError(f"--{key} has no value; name one, or leave it out.")
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     before = resolve_hparams(files)
@@ -356,6 +363,8 @@ def check_ranges(plain, run_opts):
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; name what to train on.")
+    if plain["token_type"] not in TOKEN_TYPES:
+        raise UsageError(f"--token_type is {plain['token_type']!r}; give {', '.join(TOKEN_TYPES)}.")
     if plain.get("text_normalization", "none") not in CASES:
         raise UsageError(f"--text_normalization is {plain['text_normalization']!r}; give {', '.join(CASES)}.")
     indices = [plain[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")]
@@ -430,7 +439,8 @@ def _literal(key, value):
 def check_folder(output, asked, data_moved):
     """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
     path = output / "hyperparams.yaml"
-    if not path.exists():
+    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
+    if not path.exists() or not has_weights:  # such as of a run that stopped before it had learned anything
         return
     yaml = ruamel.yaml.YAML()
     now = yaml.load(asked)
