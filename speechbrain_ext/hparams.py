@@ -16,7 +16,7 @@ import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
 
-from speechbrain_ext.utils.errors import UserError, one_line, raised_in
+from speechbrain_ext.utils.errors import UserError, one_line, raised_in, yaml_problem
 
 EXTENDS = "extends"
 WHOLE = ("card",)
@@ -231,10 +231,7 @@ def _parse(text, name):
     try:
         tree = ruamel.yaml.YAML().load(text)
     except ruamel.yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}," if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"{name}{where} is no valid YAML: {problem}.") from error
+        raise UserError("{} is no valid YAML: {}{}.".format(name, *yaml_problem(error))) from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} should hold 'key: value' lines, and it is: {text.strip()[:60]!r}.")
     return tree

@@ -51,7 +51,7 @@ def test_several_files_override_one_another(write):
         ("extends: gone.yaml\n", r"no hparams file .*gone\.yaml, which .*bad\.yaml extends"),
         ("extends: bad.yaml\n", "extends itself"),
         ("a: 1\nextends: base.yaml\n", "must be the first"),
-        ("a: [1\n", r"bad\.yaml, line \d+, is no valid YAML"),
+        ("a: [1\n", r"bad\.yaml is no valid YAML: .* in line \d+"),
         ("a: 1\na: 2\n", "no valid YAML: found duplicate key"),
         ("only words\n", "should hold 'key: value' lines"),
         ("", "should hold 'key: value' lines"),
