@@ -34,6 +34,7 @@ from speechbrain_ext.dataio.manifests import read_entries
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.features import KaldiFbank
 from speechbrain_ext.training.run import UsageError, choose_setting, prepare_corpus, run, take_paths
 from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError
 
@@ -1027,5 +1028,6 @@ def test_mini_librispeech_takes_what_is_there(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
         hparams = load_hparams([CONFORMER, corpus], "\n".join(f"{key}: {value}" for key, value in keys.items()))
         assert (hparams["dev_split"], hparams["test_splits"]) == (expected or ("dev-clean-2", ["test-clean"]))
+        assert isinstance(hparams["speech_encoder"].compute_features, KaldiFbank)
     (tmp_path / "dev-clean-2").rmdir()
     assert first_there(tmp_path, "dev-clean-2", "dev-clean") == "dev-clean"

@@ -18,6 +18,7 @@ from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.decoders.searchers import is_number, is_whole
 from speechbrain_ext.inference.models import CLASSES, CtcModel
 from speechbrain_ext.inference.streaming import LARGEST_CHUNK
+from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import Refused, build
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
@@ -220,21 +221,21 @@ def _check_decoding_function(source, values, kind, own):
 def _check_answer(source, model):
     """What loads may still not belong together: refused now, so that it does not answer with words that nobody said."""
     encoder, rate = model.mods.encoder, model.sample_rate
-    stft = getattr(encoder.compute_features, "compute_STFT", None)
-    if not isinstance(rate, int) or stft is None or stft.sample_rate != rate:
-        stated = getattr(stft, "sample_rate", None)
+    front = front_end(encoder.compute_features)
+    if not isinstance(rate, int) or front is None or front.sample_rate != rate:
+        stated = getattr(front, "sample_rate", None)
         raise UserError(f"The model {source} states a sample_rate of {rate!r}, and its features are for {stated}.")
-    step = encoder.subsampling.factor * stft.hop_length / rate
+    step = encoder.subsampling.factor * front.framing.hop / rate
     if step != FRAME_SECONDS:
         raise UserError(
             f"The model {source} has a frame every {1000 * step:g} ms; only {1000 * FRAME_SECONDS:g} ms are supported."
         )
-    if stft.n_fft > rate:  # the spectrum of a frame would have more values than a second has samples
-        raise _damaged(source, f"its features have an n_fft of {stft.n_fft}")
+    if front.n_fft > rate:  # the spectrum of a frame would have more values than a second has samples
+        raise _damaged(source, f"its features have an n_fft of {front.n_fft}")
     _check_chunks(source, encoder)
     if not any(model.ctc_head is part for part in model.hparams.asr_model.modules()):
         raise UserError(f"The model {source} has no CTC head: its ctc_lin has no weights; train it with one.")
-    statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), encoder.compute_features.compute_fbanks.n_mels
+    statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), front.n_mels
     if statistics.numel() not in (0, features):
         raise UserError(f"The model {source} has statistics of {statistics.numel()} features and {features} features.")
     if encoder.normalize.norm_type == "global" and not statistics.numel():
