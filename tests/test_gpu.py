@@ -16,7 +16,9 @@ import pytest
 import torch
 from pretend_gpu import PretendGpu, load_there
 from tiny import make_corpus
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ext.bench.graphs import StaticStream
@@ -291,6 +293,49 @@ def test_tf32_is_as_before_after_full_precision(allowed, new):
         matmul.allow_tf32, cudnn.allow_tf32 = before
     # As one does who wants none: it raised, where full_precision had left the two ways with different answers
     assert matmul.allow_tf32 == before[0] and torch.get_float32_matmul_precision() in ("highest", "high")
+
+
+def test_tf32_is_as_before_where_contexts_overlap():
+    """Of two threads, the one that began first may end first."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, x = (matmul.allow_tf32, cudnn.allow_tf32), SimpleNamespace(device=torch.device("cuda"))
+
+    def switches():
+        return [getattr(module, key) for module, key, _ in precision._tf32_switches()]
+
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        allowed, forbidden = switches(), [value for *_, value in precision._tf32_switches()]
+        first, second = precision.full_precision(x), precision.full_precision(x)
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert switches() == forbidden
+        second.__exit__(None, None, None)
+        assert switches() == allowed != forbidden
+        with pytest.raises(ZeroDivisionError), precision.full_precision(x), precision.full_precision(x):
+            raise ZeroDivisionError
+        assert switches() == allowed
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_attention_allows_no_kernel_that_the_user_has_excluded():
+    with sdpa_kernel(SDPBackend.MATH):
+        with attention.any_length(SimpleNamespace(is_cuda=True)):
+            assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", attention.ATTENTIONS)
+def test_attention_without_plans_compiles(name, monkeypatch):
+    """What is compiled for a GPU has the same context, and no graph break for it."""
+    on_gpu, original = SimpleNamespace(is_cuda=True), attention.any_length
+    monkeypatch.setattr(attention, "any_length", lambda x: original(on_gpu))
+    layer, counter = attention.ATTENTIONS[name](16, 2), CompileCounter()
+    compiled = torch.compile(lambda x: layer.mix(x, layer.prepare(x, None, None)), backend=counter, dynamic=True, fullgraph=True)
+    for frames in (7, 9, 20):
+        compiled(torch.randn(2, frames, 16))
+    assert counter.frame_count == 1 and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_new_lengths_need_no_plans(monkeypatch):
