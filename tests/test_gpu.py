@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,21 @@ def test_processes_are_ended_when_the_time_is_over(tmp_path):
     )
     assert gpu.run([[script], ["-c", "pass"]], time.time() + 2) == [None, 0]
     assert time.time() - began < 20
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """As where a scheduler ends it: a table would go on for hours."""
+    code = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    paths = f"import sys, time; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})"
+    script = f"{paths}; import gpu; gpu.run([['-c', {code!r}]], time.time() + 60)"
+    process, began = subprocess.Popen([sys.executable, "-c", script]), time.time()
+    while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+        assert time.time() - began < 30
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
 @pytest.mark.parametrize(
@@ -366,9 +382,16 @@ def test_new_lengths_need_no_plans(monkeypatch):
 
 def test_a_captured_stream_keeps_its_memory(monkeypatch):
     """A graph knows addresses alone: memory that is freed beneath it is an illegal access, or someone else's numbers."""
-    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph", "device"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    state = weakref.WeakSet()
+    state, usual = weakref.WeakSet(), torch.cuda.Stream
+
+    def new_stream():  # on whichever GPU the chunk is
+        assert torch.cuda.device.call_args.args == (torch.device("cpu"),)
+        assert torch.cuda.device.return_value.__enter__.called and not torch.cuda.device.return_value.__exit__.called
+        return usual()
+
+    monkeypatch.setattr(torch.cuda, "Stream", new_stream)
 
     def capture():
         context = SimpleNamespace(layers=[{"state": torch.ones(3)}])
