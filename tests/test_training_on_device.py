@@ -114,6 +114,25 @@ def test_compiling_is_done_once_for_all_lengths(monkeypatch, tmp_path):
     assert not any("_orig_mod" in name for name in brain.modules.model.state_dict())  # checkpoints are those of eager training
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "keys", "fused"),
+    [
+        ("AdamW", {}, True),
+        ("SGD", {}, True),
+        ("AdamW", {"fused": False}, False),
+        ("AdamW", {"foreach": True}, None),  # the two together are refused
+        ("Adadelta", {}, None),
+    ],
+)
+def test_the_fused_optimizer_is_taken_where_there_is_one(optimizer, keys, fused, tmp_path):
+    hparams = small_hparams("hyperconformer", output_folder=tmp_path)
+    opt_class = functools.partial(getattr(torch.optim, optimizer), lr=0.1, **keys)
+    brain = AsrBrain(hparams["modules"], opt_class, hparams, RunOptions(device="cpu"))
+    brain.device_type = "cuda"
+    brain.init_optimizers()
+    assert brain.optimizer.defaults.get("fused") is fused and brain.opt_class is opt_class
+
+
 @pytest.mark.parametrize("name", ["hyperconformer", "conformer", "squeezeformer", "practical_conformer", "fusionformer"])
 def test_float16_training_overflows_nowhere(name, tmp_path):
     """With losses scaled as on a GPU, no gradient is infinite."""

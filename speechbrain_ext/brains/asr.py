@@ -374,10 +374,11 @@ class AsrBrain(Brain):
             part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
 
     def init_optimizers(self):
-        """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch."""
-        opt_class, fused = self.opt_class, {"fused": True} if self.device_type == "cuda" else {}
-        if fused and "fused" in inspect.signature(opt_class).parameters:
-            self.opt_class = functools.partial(opt_class, **(fused | getattr(opt_class, "keywords", {})))
+        """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch, unless hparams say how."""
+        opt_class = self.opt_class
+        given = {"fused", "foreach", "differentiable"} & getattr(opt_class, "keywords", {}).keys()
+        if self.device_type == "cuda" and "fused" in inspect.signature(opt_class).parameters and not given:
+            self.opt_class = functools.partial(opt_class, fused=True)
         super().init_optimizers()
         self.opt_class = opt_class
 
