@@ -23,7 +23,7 @@ from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
-from speechbrain_ext.utils.errors import UserError, UserRuntimeError
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.machine import peak_memory_mib
 
 logger = get_logger(__name__)
@@ -325,20 +325,33 @@ class AsrBrain(Brain):
         return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
     def fit_batch(self, batch):
-        """As in SpeechBrain, but what is left over at the end of an epoch takes a step, too; its gradient is the mean over it."""
+        """As in SpeechBrain, but what is left over at the end of an epoch takes a step, too; its gradient is the mean over it.
+
+        Raises
+        ------
+        UserRuntimeError
+            If a GPU has too little memory.
+        """
         batches, factor = len(self.train_sampler), self.grad_accumulation_factor
         if self.debug:
             batches = min(batches, self.debug_batches)
         should_step = self.step % factor == 0 or self.step == batches
         together = min(factor, batches - (self.step - 1) // factor * factor)  # batches of this optimizer step
         self.on_fit_batch_start(batch, should_step)
-        with self.no_sync(not should_step):
-            with self.training_ctx:
-                outputs = self.compute_forward(batch, Stage.TRAIN)
-                loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-            self.scaler.scale(loss / together).backward()
-        self.unread.append((loss.detach(), self.step, batch.id))
-        read = self.optimizers_step() if should_step else []
+        try:
+            with self.no_sync(not should_step):
+                with self.training_ctx:
+                    outputs = self.compute_forward(batch, Stage.TRAIN)
+                    loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
+                self.scaler.scale(loss / together).backward()
+            self.unread.append((loss.detach(), self.step, batch.id))
+            read = self.optimizers_step() if should_step else []
+        except torch.OutOfMemoryError as error:
+            raise UserRuntimeError(
+                f"There is too little memory on {self.device} for a batch of {len(batch.id)} utterances and "
+                f"{float(batch.duration.sum()):.0f} s ({one_line(error, 100)}); lower max_batch_length of train_batch_sampler, "
+                "set activation_checkpointing to True, or give --precision bf16."
+            ) from error
         self.on_fit_batch_end(batch, outputs, loss, should_step)
         return read
 
@@ -374,10 +387,11 @@ class AsrBrain(Brain):
             part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
 
     def init_optimizers(self):
-        """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch."""
-        opt_class, fused = self.opt_class, {"fused": True} if self.device_type == "cuda" else {}
-        if fused and "fused" in inspect.signature(opt_class).parameters:
-            self.opt_class = functools.partial(opt_class, **(fused | getattr(opt_class, "keywords", {})))
+        """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch, unless hparams say how."""
+        opt_class = self.opt_class
+        given = {"fused", "foreach", "differentiable"} & getattr(opt_class, "keywords", {}).keys()
+        if self.device_type == "cuda" and "fused" in inspect.signature(opt_class).parameters and not given:
+            self.opt_class = functools.partial(opt_class, fused=True)
         super().init_optimizers()
         self.opt_class = opt_class
 

@@ -13,6 +13,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.decoders.seq2seq import S2SBeamSearcher
+from speechbrain.utils.distributed import infer_device
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.decoders.searchers import is_number, is_whole
@@ -42,7 +43,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     ---------
     source : str
         A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``.
-    device : str, optional
+    device : str or torch.device, optional
         Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     pass_name : str, optional
         Of a cascade, the pass that answers: "second", the default, or "first".
@@ -74,7 +75,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     source = os.fspath(source)
     folder = Path(source)
     is_local = bool(source) and folder.is_dir()
-    _check_device(device)
+    device = _device_name(device)
     if not is_local:
         folder = _download(source, revision)
     elif revision is not None:
@@ -93,7 +94,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
         except UserError as error:
             raise _damaged(source, error) from error
         _check_decoding_function(source, values, kind, own)
-        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device} if device else None)
+        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device})
         # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
         model.hparams.asr_model.to(model.device)
         _check_answer(source, model)
@@ -132,12 +133,16 @@ def _download(source, revision):
         ) from error
 
 
-def _check_device(device):
+def _device_name(device):
+    """A device as SpeechBrain wants it: as text, a GPU with its number; without one an accelerator if there is one."""
+    device = infer_device() if device is None else device
     try:
-        torch.zeros(1, device=device).item()
+        place = torch.zeros(1, device=device)
+        place.item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # such as no driver, PyTorch without it, and "meta"
         cause = " ".join(str(error).split(". ")[0].split())[:100]
         raise UserError(f"The device {device} cannot be used here ({cause}); give cpu, or a device that there is.") from error
+    return str(place.device)
 
 
 def _interface(source, folder):

@@ -236,12 +236,12 @@ class MaskedBatchNorm(nn.Module):
             # In float32 for half types, too: where the mean is far from zero, rounded products would leave little behind.
             scale, shift = self._affine(torch.promote_types(x.dtype, torch.float32))
             return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
-        x, *found = _Normalize.apply(x, mask, _frames_of(x, mask, self.eps), self.weight, self.bias)
-        scope = _current_scope()
+        frames, scope = _frames_of(x, mask, self.eps), _current_scope()
+        x, *found = _Normalize.apply(x, mask, frames, self.weight, self.bias)
         if scope is None:
             _update([(self, *found)])
         else:
-            scope.found.append((self, *found))
+            scope.found.append((frames, (self, *found)))
         return x
 
     @torch.no_grad()
@@ -368,9 +368,10 @@ def batch_statistics(updates: bool = True):
     finally:
         _scope.current = outer
     groups = {}
-    for one in scope.found if updates else ():
-        norm, *_, count, ratio = one
-        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(count), id(ratio)
+    for frames, one in scope.found if updates else ():
+        # Of the same frames, count and ratio are equal: where there are several processes, too, though each norm has its own then
+        norm = one[0]
+        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(frames)
         groups.setdefault(key, []).append(one)
     for group in groups.values():
         _update(group)
