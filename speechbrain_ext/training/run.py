@@ -24,13 +24,15 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
 from speechbrain_ext.dataio.text import CASES
-from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
+from speechbrain_ext.dataio.tokenizer import arrange_tokenizer, train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
-from speechbrain_ext.model_folder.write import write_model_folder
+from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
+from speechbrain_ext.training.sources import locate, read_source
+from speechbrain_ext.training.warm_start import warm_start
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
-from speechbrain_ext.utils.files import locked, read_csv, write_text
+from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
 from speechbrain_ext.utils.text import listing
 
@@ -69,10 +71,12 @@ RANGES = {
     "eval_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
 }
 """Lowest and highest value by key, and what to give."""
-PATHS = ("data_folder", "output_folder", "results_file")
+PATHS = ("data_folder", "output_folder", "results_file", "init_from", "tokenizer_from")
 """Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
 MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
+WARM_START = ("init_from", "init_include", "init_exclude", "tokenizer_from")
+"""Keys of what a run begins with; they stay as they are while it goes on."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -166,33 +170,38 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     try:
         check_options(run_opts)
         setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
+        setting, model = find_model(setting)
         hparams = setting.load()
         output = Path(hparams["output_folder"])
         check_folder(output, setting.text(), hparams["data_moved"])
+        source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
         check_writable(Path(hparams["results_file"]))
     except (UserError, OSError) as error:
         raise UsageError(one_line(error, 1000)) from error
     run_on_main(sb.create_experiment_directory, [str(output)])
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
-        return _run(hparams_file, run_opts, setting, hparams)
+        return _run(hparams_file, run_opts, setting, hparams, source)
 
 
-def _run(hparams_file, run_opts, setting, hparams):
+def _run(hparams_file, run_opts, setting, hparams, source):
     """The steps, in an output folder that no other run writes to."""
     logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
     output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
     # Not before: a mistyped data_folder is no run that later ones are compared with
     run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
-    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
+    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], source)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
     for key, dataset in datasets.items():
         report_unknown(dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key))
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
-    hparams["checkpointer"].add_recoverable("origin", Origin(utterances=digest_of(datasets[TRAIN])))
+    origin = {"utterances": digest_of(datasets[TRAIN])}
+    if source is not None:
+        origin |= {"initial weights": source.digest, "tokens": file_digest(tokenizer_file)}
+    hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
     for search in ("ctc_search", "test_search"):
         if hparams[search] is not None and not callable(hparams[search]):
             raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
@@ -201,6 +210,8 @@ def _run(hparams_file, run_opts, setting, hparams):
 
     # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
+    if source is not None and hparams["checkpointer"].find_checkpoint() is None:
+        begin_with(source, hparams, tokenizer_file)
     brain = make_brain(hparams, run_opts)
     options = {
         key: loader_options(
@@ -283,9 +294,14 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     """The files and the overrides that make the run: the corpus's, that of manifests or, without any data, the fallback."""
     overrides = parse_overrides(overrides)
     options = {key: getattr(run_opts, key) for key in TRAINING_OPTIONS if key in run_opts.overridden_args}
-    asked = " ".join(f"--{key} {_plain(value)}" for key, value in (overrides | options).items() if key != "experiment")
+    weights = {key: paths[key] for key in WARM_START if key in paths}
+    asked = overrides | options | weights
+    asked = " ".join(f"--{key} {_plain(value)}" for key, value in asked.items() if key != "experiment")
     overrides |= paths
     files = [hparams_file, *([corpus] if corpus else [])]
+    for key in weights:
+        if not paths[key]:
+            raise UsageError(f"--{key} has no value; name a model or file, or leave it out.")
     if corpus == "":
         raise UsageError("--corpus has no value; name a corpus.yaml, or leave it out.")
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
@@ -434,7 +450,7 @@ def check_folder(output, asked, data_moved):
         return
     yaml = ruamel.yaml.YAML()
     before, now = yaml.load(path.read_text(encoding="utf-8")), yaml.load(asked)
-    fixed = {"train_splits", "token_type", "speech_encoder"} | (set() if data_moved else {"data_folder"})
+    fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
     fixed |= needed_keys(now, [now["speech_encoder"]])
     for key in sorted(fixed, key=list(now).index):
         old, new = (_plain(tree.get(key)) for tree in (before, now))
@@ -468,18 +484,58 @@ def prepare_corpus(hparams):
     return {TRAIN: merged} | paths
 
 
-def prepare_tokenizer(hparams, manifest):
-    """Train the tokenizer where it is missing; returns its file, and how many tokens it has."""
-    path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
+def find_model(setting):
+    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
+    plain = setting.plain()
+    if plain["init_from"] is None:
+        return setting, None
+    record = Path(plain["output_folder"]) / "hyperparams.yaml"
+    before = ruamel.yaml.YAML().load(record.read_text(encoding="utf-8")).get("init_from") if record.exists() else None
+    run_on_main(locate, [plain["init_from"], before])  # the other processes find it in the cache
+    name, path = locate(plain["init_from"], before)
+    return setting.replace(init_from=name), path
+
+
+def begin_with(source, hparams, tokenizer_file):
+    """Give the model its initial weights."""
+    parts, chosen = model_parts(hparams), hparams["tokenizer_from"]
+    warm_start(
+        parts,
+        source,
+        Path(tokenizer_file).read_bytes(),
+        {role: hparams[f"{role}_index"] for role in ("blank", "bos", "eos", "unk")},
+        hparams["init_include"],
+        hparams["init_exclude"],
+        chosen not in ("init", "new"),
+        hparams["seed"],
+    )
+
+
+def prepare_tokenizer(hparams, manifest, source=None):
+    """Take the tokenizer that the run names, or train one where it is missing; returns its file, and how many tokens it has."""
     special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
-    run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
+    chosen = hparams["tokenizer_from"]
+    if chosen == "new" or chosen == "init" and source is None:
+        path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
+        run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
+        tokens = sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+        if tokens < hparams["vocab_size"]:
+            logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+    else:
+        if chosen == "init" and source.tokenizer is None:
+            raise UserError(
+                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
+                "one, --tokenizer_from new."
+            )
+        model = source.tokenizer if chosen == "init" else Path(chosen).read_bytes()
+        path = Path(hparams["output_folder"]) / "taken.model"
+        run_on_main(write_bytes, [path, arrange_tokenizer(model, **special)])
     return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
 
 
 def with_tokenizer(setting, hparams, path, tokens):
-    """Load the tokenizer of this file and number of tokens; returns setting and hparams of a model that has no more of them."""
-    if tokens < hparams["vocab_size"]:
-        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+    """Load the tokenizer of this file and number of tokens; returns setting and hparams of a model that has as many of them."""
+    if tokens != hparams["vocab_size"]:
         setting = setting.replace(vocab_size=tokens)
         hparams = setting.load()
     hparams["tokenizer"].load(str(path))
