@@ -13,6 +13,8 @@ from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.training.results import ResultRow
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = sorted(path for path in (ROOT / "hparams").glob("*.yaml") if path.stem != "finetune")
+"""The hparams files that state an architecture; finetune.yaml goes with any of them."""
 
 SENTENCES = ["THE CAT SAT", "A HAT AND A CAT", "THE TEA IS HOT", "A HOT DAY", "SHE HAS A HAT", "THE DAY IS SAD"]
 UTTERANCES = {"train-tiny": 12, "dev-tiny": 2, "test-tiny": 2}

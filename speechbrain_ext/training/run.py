@@ -6,6 +6,7 @@ the best checkpoints, fused where the architecture can be) -> tests -> rows of t
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -22,14 +23,22 @@ from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
-from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
+from speechbrain_ext.dataio.datasets import (
+    MIXED,
+    MixedBatches,
+    drop_unfit,
+    loader_options,
+    make_datasets,
+    merge_manifests,
+    read_manifest,
+)
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer, train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
-from speechbrain_ext.training.sources import locate, read_source
+from speechbrain_ext.training.sources import locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import warm_start
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
@@ -59,7 +68,7 @@ RANGES = {
         ),
         (1, 10**9, WHOLE),
     ),
-    **dict.fromkeys(("num_workers", "num_decoder_layers", "seed"), (0, 2**32 - 1, "a whole number, 0 or more")),
+    **dict.fromkeys(("num_workers", "num_decoder_layers", "seed", "freeze_steps"), (0, 2**32 - 1, "a whole number, 0 or more")),
     "streaming_left_context": (-1, 10**9, "a number of chunks, or -1 for all"),
     "lr": (1e-12, 1e3, "a number above 0"),
     "dropout": (0, 0.999, "a number from 0 to less than 1"),
@@ -75,7 +84,7 @@ PATHS = ("data_folder", "output_folder", "results_file", "init_from", "tokenizer
 """Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
 MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
-WARM_START = ("init_from", "init_include", "init_exclude", "tokenizer_from")
+WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of what a run begins with; they stay as they are while it goes on."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -213,12 +222,12 @@ def _run(hparams_file, run_opts, setting, hparams, source):
     if source is not None and hparams["checkpointer"].find_checkpoint() is None:
         begin_with(source, hparams, tokenizer_file)
     brain = make_brain(hparams, run_opts)
-    options = {
-        key: loader_options(
-            dataset, hparams["train_batch_sampler" if key is TRAIN else "eval_batch_sampler"], hparams["num_workers"]
-        )
-        for key, dataset in datasets.items()
-    }
+    samplers = {key: hparams["eval_batch_sampler"] for key in datasets} | {TRAIN: hparams["train_batch_sampler"]}
+    mixed = ids_of_mixed(hparams)
+    if mixed:
+        keys = {"make": samplers[TRAIN], "mixed": mixed, "share": hparams["mix"]["share"], "seed": hparams["seed"]}
+        samplers[TRAIN] = functools.partial(MixedBatches, **keys)
+    options = {key: loader_options(dataset, samplers[key], hparams["num_workers"]) for key, dataset in datasets.items()}
     brain.fit(
         hparams["epoch_counter"],
         datasets[TRAIN],
@@ -230,8 +239,8 @@ def _run(hparams_file, run_opts, setting, hparams, source):
     rows = []
     for split in hparams["test_splits"]:
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])
-        rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN]))
-    return keep(brain, setting, models, tokenizer_file, rows)
+        rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
+    return keep(brain, setting, models, tokenizer_file, rows, provenance(setting, hparams, source))
 
 
 def take_paths(argv):
@@ -298,7 +307,6 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     asked = overrides | options | weights
     asked = " ".join(f"--{key} {_plain(value)}" for key, value in asked.items() if key != "experiment")
     overrides |= paths
-    files = [hparams_file, *([corpus] if corpus else [])]
     for key in weights:
         if not paths[key]:
             raise UsageError(f"--{key} has no value; name a model or file, or leave it out.")
@@ -306,6 +314,8 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         raise UsageError("--corpus has no value; name a corpus.yaml, or leave it out.")
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
+    architecture = architecture_of(hparams_file, paths.get("init_from"))
+    files = [*architecture, hparams_file, *([corpus] if corpus else [])]
     before = resolve_hparams(files)
     given = not {*MANIFESTS}.isdisjoint(overrides)
     if of_manifests and given and MANIFESTS[0] not in before:
@@ -334,7 +344,9 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
                 f"The real thing: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
                 flush=True,
             )
-        setting = dataclasses.replace(setting, files=[*setting.files, fallback])
+        # Its sizes give way to those of a model
+        files = [files[0], fallback, *files[1:]] if architecture else [*files, fallback]
+        setting = dataclasses.replace(setting, files=files)
         plain = setting.plain()
     check_ranges(plain, run_opts)
     if run_opts.debug:  # a few batches should not pass for a result
@@ -374,6 +386,15 @@ def check_ranges(plain, run_opts):
             raise UsageError(f"--{key} is empty; name what to train on.")
     if plain.get("text_normalization", "none") not in CASES:
         raise UsageError(f"--text_normalization is {plain['text_normalization']!r}; give {', '.join(CASES)}.")
+    mix = plain["mix"]
+    if not isinstance(mix["share"], (int, float)) or not 0 < mix["share"] < 1:
+        raise UsageError(f"The share of --mix is {mix['share']!r}; give a number above 0 and below 1.")
+    takes_manifest = isinstance(plain["prepare"], dict) and "mix_manifest" in plain["prepare"]
+    if mix["manifest"] and not takes_manifest and (not isinstance(mix["manifest"], str) or "/" in mix["manifest"]):
+        raise UsageError(
+            f"The manifest of --mix is {mix['manifest']!r}, and {plain['corpus']} has splits; name one of them, or give all data "
+            "as manifests (--train_manifest)."
+        )
     indices = [plain[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
@@ -470,18 +491,71 @@ def _plain(node):
     return f"{tag_of(node)} {node.value}" if tag_of(node) else node
 
 
+def mixed_split(hparams):
+    """The name of the split that is mixed in, None without one."""
+    manifest = hparams["mix"]["manifest"]
+    return "mixed" if manifest and "mix_manifest" in getattr(hparams["prepare"], "keywords", ()) else manifest
+
+
+def sets_of_training(hparams):
+    """Names of the splits that are trained on; the last one is mixed in, if one is."""
+    mixed = mixed_split(hparams)
+    return [*hparams["train_splits"], *([mixed] if mixed else [])]
+
+
+def ids_of_mixed(hparams):
+    """Ids of the utterances that are mixed in, as the training set has them."""
+    mixed = mixed_split(hparams)
+    path = Path(hparams["output_folder"]) / f"{mixed}.csv"
+    return {MIXED + row["ID"] for row in read_manifest(path)} if mixed else set()
+
+
 def prepare_corpus(hparams):
     """Have the corpus's own function write its manifests; returns their paths by TRAIN, VALID and the names of test splits."""
-    output = Path(hparams["output_folder"])
-    splits = {"tr_splits": hparams["train_splits"], "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
+    output, mixed = Path(hparams["output_folder"]), mixed_split(hparams)
+    splits = {"tr_splits": sets_of_training(hparams), "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
     run_on_main(hparams["prepare"], kwargs={"data_folder": hparams["data_folder"], "save_folder": str(output), **splits})
     merged = output / "train+merged.csv"  # which no split is called
-    run_on_main(merge_manifests, [[output / f"{split}.csv" for split in hparams["train_splits"]], merged])
+    parts = [output / f"{split}.csv" for split in hparams["train_splits"]]
+    run_on_main(merge_manifests, [parts, merged, output / f"{mixed}.csv" if mixed else None])
     names = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
     paths = {key: output / f"{name}.csv" for key, name in names.items()}
     for path in paths.values():
         read_manifest(path)  # as those of the training set have been
     return {TRAIN: merged} | paths
+
+
+def architecture_of(hparams_file, init_from=None):
+    """What an hparams file lacks that states no encoder: the file that the initial model was trained with, and the keys in which
+    the model differs from it.
+
+    Arguments
+    ---------
+    hparams_file : str
+        An hparams file.
+    init_from : str, optional
+        The initial model; by default the one in the file.
+
+    Returns
+    -------
+    list
+        Nothing where the file states an encoder.
+    """
+    tree = parse_overrides(merge_hparams(hparams_file))
+    if "encoder" in tree:
+        return []
+    init_from = init_from or tree.get("init_from")
+    if not init_from:
+        raise UsageError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
+    run_on_main(locate, [init_from])
+    file, keys = read_architecture(*locate(init_from))
+    path = Path(hparams_file).with_name(file)
+    if not path.is_file():
+        raise UsageError(
+            f"{init_from} was trained with {file}, which is not beside {hparams_file}; name the architecture in a file that "
+            "extends it and finetune.yaml."
+        )
+    return [str(path), keys]
 
 
 def find_model(setting):
@@ -509,6 +583,12 @@ def begin_with(source, hparams, tokenizer_file):
         chosen not in ("init", "new"),
         hparams["seed"],
     )
+    normalize = hparams["normalize"]
+    if normalize.norm_type == "global" and not normalize.glob_mean.numel() and normalize.update_until_epoch <= 1:
+        raise UserError(
+            f"No statistics of features come from {source.name}, and update_until_epoch of normalize lets none be learned; raise "
+            "it: --normalize '{update_until_epoch: 4}'."
+        )
 
 
 def prepare_tokenizer(hparams, manifest, source=None):
@@ -575,9 +655,9 @@ def digest_of(dataset):
     return digest.hexdigest()
 
 
-def seconds_of(dataset):
-    """Audio in a dataset, in seconds."""
-    return sum(float(item["duration"]) for item in dataset.data.values())
+def seconds_of(dataset, without=()):
+    """Audio in a dataset, in seconds, but for some of its ids."""
+    return sum(float(item["duration"]) for key, item in dataset.data.items() if key not in without)
 
 
 def make_rows(brain, split, hparams_file, setting, train_seconds):
@@ -595,7 +675,7 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
                 hparams=Path(hparams_file).name,
                 overrides=setting.asked,
                 corpus=hparams.corpus,
-                train_set=" ".join(hparams.train_splits),
+                train_set=" ".join(sets_of_training(vars(hparams))),
                 train_hours=round(train_seconds / 3600, 2),
                 test_set=split,
                 search=search,
@@ -616,14 +696,40 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
     return rows
 
 
-def keep(brain, setting, models, tokenizer_file, rows):
+def provenance(setting, hparams, source):
+    """Where a model comes from: architecture, data, tokenizer and weights, as plain values by name.
+
+    Of paths the ends stay, as they tell more than they give away.
+    """
+    known = {"hparams": Path(setting.files[0]).name, "corpus": hparams["corpus"], "train_sets": sets_of_training(hparams)}
+    known |= {key: [_end_of(path) for path in hparams[key]] for key in MANIFESTS[:1] if hparams.get(key)}
+    if hparams["mix"]["manifest"]:
+        mixed = hparams["mix"]["manifest"]
+        known["mixed_with"] = [_end_of(path) for path in (mixed if isinstance(mixed, list) else [mixed])]
+    chosen = hparams["tokenizer_from"]
+    if chosen == "new" or chosen == "init" and source is None:
+        known["tokenizer"] = "trained on the transcripts"
+    else:
+        known["tokenizer"] = "that of the initial model" if chosen == "init" else _end_of(chosen)
+    if source is not None:
+        known |= {"init_from": _end_of(source.name), "init_weights": f"sha256:{source.digest}"}
+    return known
+
+
+def _end_of(path):
+    """The last three parts of a path, which no reader takes for a tuple."""
+    parts = Path(path).parts
+    return "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])).replace("(", "[").replace(")", "]")
+
+
+def keep(brain, setting, models, tokenizer_file, rows, origin):
     """Write the model folders and the results table, and say where all is."""
     hparams = brain.hparams
     output = Path(hparams.output_folder)
     folders = {name: output / name for name in models}
     if if_main_process():
         for name, (weights, fused) in models.items():
-            write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused)
+            write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused, origin)
         for row in rows:
             print(
                 f"{row.test_set} {row.search}: WER {row.WER:.2f} % of {row.words} words "

@@ -81,6 +81,44 @@ def locate(given, before=None):
     return f"{repository}@{folder.name}", folder
 
 
+def read_architecture(name, path):
+    """What a model folder says of the model, as keys of training hparams.
+
+    Arguments
+    ---------
+    name : str
+        What messages call it.
+    path : str or os.PathLike
+        The folder.
+
+    Returns
+    -------
+    hparams : str
+        The name of the hparams file that it was trained with.
+    keys : dict
+        Features, sizes and encoder.
+
+    Raises
+    ------
+    UserError
+        If it is no model folder, or does not say what it was trained with.
+    """
+    path = Path(path) / HYPERPARAMS
+    remedy = "name the architecture in a file that extends it and finetune.yaml, see the top of hparams/finetune.yaml."
+    if not path.is_file() or not path.with_name(WEIGHTS).is_file():
+        raise UserError(f"{name} is no model folder of this package, and so has no architecture to take; {remedy}")
+    tree = _settings(name, path)
+    file = (tree.get("provenance") or {}).get("hparams")
+    if not isinstance(file, str):
+        raise UserError(f"The model {name} does not say which hparams file it was trained with; {remedy}")
+    model, encoder = tree["Transformer"], tree["speech_encoder"]
+    names = ("encoder_kwargs", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "dropout", "kernel_size")
+    keys = {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
+    keys |= {"encoder": model["encoder_module"]} | {key: model[key] for key in names if key in model}
+    keys |= {"streaming_chunk_size": encoder["chunk_size"], "streaming_left_context": encoder["left_context"]}
+    return Path(file).name, keys | {key: tree["compute_features"][key] for key in ("n_mels",) if key in tree["compute_features"]}
+
+
 def read_source(name, path, nhead):
     """Read weights, statistics of features and tokenizer; nothing that a file holds is run.
 
@@ -129,14 +167,9 @@ def read_source(name, path, nhead):
 
 def _model_folder(name, path):
     """A model folder of this package."""
-    text = (path / HYPERPARAMS).read_text(encoding="utf-8")
-    settings = ruamel.yaml.YAML().load(text)
-    try:
-        parse(text)
-        blank = settings["blank_index"]
-        fused = any(_is_fused(settings[key]) for key in ("subsampling", "Transformer"))
-    except (UserError, KeyError, TypeError) as error:
-        raise UserRuntimeError(f"The {HYPERPARAMS} of {name} is that of no model here ({one_line(error, 100)}).") from error
+    settings = _settings(name, path / HYPERPARAMS)
+    blank = settings["blank_index"]
+    fused = any(_is_fused(settings[key]) for key in ("subsampling", "Transformer"))
     if fused:
         raise UserError(
             f"The model {name} is fused: its BatchNorms are folded into the weights, and cannot be trained; give the folder "
@@ -145,6 +178,19 @@ def _model_folder(name, path):
     tokenizer = path / TOKENIZER
     tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
     return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank)
+
+
+def _settings(name, path):
+    """The settings of a model folder as plain values, once it is sure that they are no more."""
+    text = path.read_text(encoding="utf-8")
+    needed = {"subsampling", "Transformer", "compute_features", "normalize", "speech_encoder", "sample_rate", "blank_index"}
+    try:
+        missing = needed - parse(text).keys()
+        if missing:
+            raise UserError(f"it has no {min(missing)}")
+    except UserError as error:
+        raise UserRuntimeError(f"The {HYPERPARAMS} of {name} is that of no model here ({one_line(error, 100)}).") from error
+    return ruamel.yaml.YAML().load(text)
 
 
 def _is_fused(settings):
