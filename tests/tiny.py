@@ -94,7 +94,8 @@ def make_model(folder, decoder_layers, name="hyperconformer", **keys):
     )
     text = merge_hparams(path, overrides)
     (folder / "hparams.yaml").write_text(text)
-    write_model_folder(folder / "model", text, hparams, model_parts(hparams), folder / "t.model", [row])
+    origin = {"hparams": path.name}
+    write_model_folder(folder / "model", text, hparams, model_parts(hparams), folder / "t.model", [row], provenance=origin)
     generator = torch.Generator().manual_seed(0)
     for stem, samples in {"short": 9000, "long": 25037, "middle": 16000}.items():
         soundfile.write(folder / f"{stem}.flac", (0.1 * torch.randn(samples, generator=generator)).numpy(), 16000)

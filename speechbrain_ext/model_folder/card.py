@@ -163,7 +163,9 @@ def _values(tree):
 
 def _training(values, rows, provenance):
     lines = {"encoder": values["encoder"]} | {key: _plain(values[key]) for key in _SIZES if values.get(key) not in (None, {})}
-    lines["tokens"] = f"{values['vocab_size']} {values['token_type']}"
+    # Of a tokenizer that was taken from elsewhere, the hparams do not know the type
+    trained = provenance.get("tokenizer", "").startswith("trained") or not provenance
+    lines["tokens"] = f"{values['vocab_size']} {values['token_type']}" if trained else values["vocab_size"]
     if "text_normalization" in values:
         lines["case of transcripts"] = values["text_normalization"].replace("none", "as they are")
     if rows:

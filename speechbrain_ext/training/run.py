@@ -86,6 +86,8 @@ MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of what a run begins with; they stay as they are while it goes on."""
+ROLES = ("blank", "bos", "eos", "unk")
+"""Of special tokens; their ids are the keys with _index behind."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -184,23 +186,24 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         output = Path(hparams["output_folder"])
         check_folder(output, setting.text(), hparams["data_moved"])
         source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
+        tokenizer = chosen_tokenizer(hparams, source)
         check_writable(Path(hparams["results_file"]))
     except (UserError, OSError) as error:
         raise UsageError(one_line(error, 1000)) from error
     run_on_main(sb.create_experiment_directory, [str(output)])
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
-        return _run(hparams_file, run_opts, setting, hparams, source)
+        return _run(hparams_file, run_opts, setting, hparams, source, tokenizer)
 
 
-def _run(hparams_file, run_opts, setting, hparams, source):
+def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     """The steps, in an output folder that no other run writes to."""
     logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
     output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
     # Not before: a mistyped data_folder is no run that later ones are compared with
     run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
-    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], source)
+    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], tokenizer)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
     for key, dataset in datasets.items():
@@ -208,8 +211,8 @@ def _run(hparams_file, run_opts, setting, hparams, source):
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
     origin = {"utterances": digest_of(datasets[TRAIN])}
-    if source is not None:
-        origin |= {"initial weights": source.digest, "tokens": file_digest(tokenizer_file)}
+    origin |= {} if source is None else {"initial weights": source.digest}
+    origin |= {} if tokenizer is None else {"tokens": file_digest(tokenizer_file)}
     hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
     for search in ("ctc_search", "test_search"):
         if hparams[search] is not None and not callable(hparams[search]):
@@ -395,7 +398,7 @@ def check_ranges(plain, run_opts):
             f"The manifest of --mix is {mix['manifest']!r}, and {plain['corpus']} has splits; name one of them, or give all data "
             "as manifests (--train_manifest)."
         )
-    indices = [plain[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")]
+    indices = [plain[f"{role}_index"] for role in ROLES]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
 
@@ -560,14 +563,33 @@ def architecture_of(hparams_file, init_from=None):
 
 def find_model(setting):
     """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
-    plain = setting.plain()
-    if plain["init_from"] is None:
+    given = setting.overrides.get("init_from")
+    if given is None:
         return setting, None
-    record = Path(plain["output_folder"]) / "hyperparams.yaml"
+    record = Path(setting.plain()["output_folder"]) / "hyperparams.yaml"
     before = ruamel.yaml.YAML().load(record.read_text(encoding="utf-8")).get("init_from") if record.exists() else None
-    run_on_main(locate, [plain["init_from"], before])  # the other processes find it in the cache
-    name, path = locate(plain["init_from"], before)
+    run_on_main(locate, [given, before])  # the other processes find it in the cache
+    name, path = locate(given, before)
     return setting.replace(init_from=name), path
+
+
+def chosen_tokenizer(hparams, source):
+    """The SentencePiece model that the run names, None where it trains one."""
+    chosen = hparams["tokenizer_from"]
+    if chosen == "new" or chosen == "init" and source is None:
+        return None
+    if chosen == "init":
+        if source.tokenizer is None:
+            raise UserError(
+                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
+                "one, --tokenizer_from new."
+            )
+        model = source.tokenizer
+    elif not Path(chosen).is_file():
+        raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
+    else:
+        model = Path(chosen).read_bytes()
+    return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
 
 
 def begin_with(source, hparams, tokenizer_file):
@@ -577,7 +599,7 @@ def begin_with(source, hparams, tokenizer_file):
         parts,
         source,
         Path(tokenizer_file).read_bytes(),
-        {role: hparams[f"{role}_index"] for role in ("blank", "bos", "eos", "unk")},
+        {role: hparams[f"{role}_index"] for role in ROLES},
         hparams["init_include"],
         hparams["init_exclude"],
         chosen not in ("init", "new"),
@@ -591,26 +613,19 @@ def begin_with(source, hparams, tokenizer_file):
         )
 
 
-def prepare_tokenizer(hparams, manifest, source=None):
-    """Take the tokenizer that the run names, or train one where it is missing; returns its file, and how many tokens it has."""
-    special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
-    chosen = hparams["tokenizer_from"]
-    if chosen == "new" or chosen == "init" and source is None:
-        path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
-        run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
-        tokens = sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
-        if tokens < hparams["vocab_size"]:
-            logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
-    else:
-        if chosen == "init" and source.tokenizer is None:
-            raise UserError(
-                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
-                "one, --tokenizer_from new."
-            )
-        model = source.tokenizer if chosen == "init" else Path(chosen).read_bytes()
+def prepare_tokenizer(hparams, manifest, model=None):
+    """Write the tokenizer that the run names, or train one where it is missing; returns its file, and how many tokens it has."""
+    if model is not None:
         path = Path(hparams["output_folder"]) / "taken.model"
-        run_on_main(write_bytes, [path, arrange_tokenizer(model, **special)])
-    return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+        run_on_main(write_bytes, [path, model])
+    else:
+        path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
+        special = {f"{role}_index": hparams[f"{role}_index"] for role in ROLES}
+        run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
+    tokens = sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+    if model is None and tokens < hparams["vocab_size"]:
+        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+    return path, tokens
 
 
 def with_tokenizer(setting, hparams, path, tokens):
@@ -701,25 +716,23 @@ def provenance(setting, hparams, source):
 
     Of paths the ends stay, as they tell more than they give away.
     """
+    mixed, chosen = hparams["mix"]["manifest"], hparams["tokenizer_from"]
     known = {"hparams": Path(setting.files[0]).name, "corpus": hparams["corpus"], "train_sets": sets_of_training(hparams)}
-    known |= {key: [_end_of(path) for path in hparams[key]] for key in MANIFESTS[:1] if hparams.get(key)}
-    if hparams["mix"]["manifest"]:
-        mixed = hparams["mix"]["manifest"]
-        known["mixed_with"] = [_end_of(path) for path in (mixed if isinstance(mixed, list) else [mixed])]
-    chosen = hparams["tokenizer_from"]
+    known |= {"train_manifest": hparams["train_manifest"]} if hparams.get("train_manifest") else {}
+    known |= {"mixed_with": mixed if isinstance(mixed, list) else [mixed]} if mixed else {}
     if chosen == "new" or chosen == "init" and source is None:
         known["tokenizer"] = "trained on the transcripts"
     else:
-        known["tokenizer"] = "that of the initial model" if chosen == "init" else _end_of(chosen)
+        known["tokenizer"] = "that of the initial model" if chosen == "init" else chosen
     if source is not None:
-        known |= {"init_from": _end_of(source.name), "init_weights": f"sha256:{source.digest}"}
-    return known
+        known |= {"init_from": source.name, "init_weights": f"sha256:{source.digest}"}
+    return {key: [_end_of(item) for item in value] if isinstance(value, list) else _end_of(value) for key, value in known.items()}
 
 
 def _end_of(path):
-    """The last three parts of a path, which no reader takes for a tuple."""
+    """The last three parts of a path; no text is left that a model folder would refuse as a tuple."""
     parts = Path(path).parts
-    return "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])).replace("(", "[").replace(")", "]")
+    return re.sub(r"^\(", "./(", "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])))
 
 
 def keep(brain, setting, models, tokenizer_file, rows, origin):

@@ -244,12 +244,12 @@ def _speechbrain_folder(name, path, weights, nhead):
 
 def _load_statistics(name, path):
     """The state of SpeechBrain's InputNormalization under the names of ours."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
     try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
         statistics = {"glob_mean": state["glob_mean"].flatten(), "glob_std": state["glob_std"].flatten()}
         return statistics | {"frames": torch.as_tensor(state["count"]).long()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.name} of {name} holds no statistics of features; leave it out of the folder.") from error
+    except Exception as error:  # whatever unpickling comes to, and another content
+        raise UserError(f"{path.name} of {name} holds no statistics of features; take it out of the folder.") from error
 
 
 def _of_speechbrain(weights, nhead):

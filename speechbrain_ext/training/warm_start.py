@@ -66,6 +66,15 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
     >>> torch.equal(old["a"].weight, new["a"].weight), torch.equal(old["b"].weight, new["b"].weight)
     (True, False)
     """
+    if "SpeechBrain" in source.kind and any(getattr(part, "speechbrain_scores", True) is False for part in model.modules()):
+        raise UserError(
+            f"{source.name} is of SpeechBrain, whose attention scales its scores otherwise; give the encoder this key, too: "
+            "--encoder_kwargs '{speechbrain_scores: True}'."
+        )
+    if "NeMo" in source.kind:
+        logger.warning(
+            "The features of %s are NeMo's, and those here are not: its first steps learn the difference.", source.name
+        )
     state = model.state_dict()
     check_prefixes("init_include", include, state)
     check_prefixes("init_exclude", exclude, state)
