@@ -171,6 +171,11 @@ def test_a_folder_of_speechbrain_answers_as_there(attention, tmp_path):
         logits = parts[head](inputs)
         torch.testing.assert_close(logits[..., rows], expected(inputs)[..., 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(parts["ctc_lin"](enc)[..., 0], ctc_lin(enc)[..., 0], atol=1e-5, rtol=1e-5)
+    for part, prefix in ((theirs, "transformer."), (theirs.encoder, "transformer.encoder.")):  # a part alone
+        torch.save(part.state_dict(), tmp_path / "part.pt")
+        found = read_source("part", tmp_path / "part.pt", nhead=2).weights
+        assert found and all(torch.equal(value, source.weights[name]) for name, value in found.items())
+        assert all(name.startswith(prefix) for name in found)
 
 
 @torch.no_grad()
@@ -462,6 +467,10 @@ def broken_sources(folder):
     theirs = TransformerASR(9, 8, 8, 2, 1, 1, 8, **keys)
     torch.save(torch.nn.ModuleList([torch.nn.Linear(1, 1), theirs]).state_dict(), folder / "statistics" / "model.ckpt")
     torch.save({"mean": 1}, folder / "statistics" / "normalizer.ckpt")
+    shutil.copytree(folder / "statistics", folder / "heads")
+    (folder / "heads" / "hyperparams.yaml").write_text("root: !PLACEHOLDER\nnhead: 4\n")
+    theirs = TransformerASR(9, 8, 8, 4, 1, 0, 8, **keys | {"attention_type": "RelPosMHAXL"})
+    torch.save(theirs.state_dict(), folder / "bias.ckpt")
     return {
         "empty": "empty is no folder of a model, as it has neither asr.safetensors with hyperparams.yaml, nor asr.ckpt or",
         "cut.safetensors": "is damaged, or no file of weights",
@@ -474,6 +483,8 @@ def broken_sources(folder):
         "fused": "is fused: .*; give the folder 'pretrained_unfused' beside it",
         "tagged": "hyperparams.yaml of .* is that of no model here .!apply:os.system.",
         "strange": "hyperparams.yaml of .* is that of no model here .it has no Transformer.",
+        "heads": "heads has attention of 4 heads, and nhead is 2; give --nhead 4",
+        "bias.ckpt": "bias.ckpt has attention of 4 heads, and nhead is 2; give --nhead 4",
         "statistics": "normalizer.ckpt of .* holds no statistics of features; take it out of the folder",
     }
 
@@ -515,6 +526,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"init_from": "state.ckpt"}, "state.ckpt has no tokenizer; give the one that it was trained with"),
         ({"mix": "{manifest: x, share: 1}"}, "The share of --mix is 1; give a number above 0 and below 1"),
         ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', and LibriSpeech has splits; name one"),
+        ({"mix": "{manifset: x}"}, "--mix has the keys manifest, share, manifset; it takes manifest and share"),
+        ({"freeze": "null"}, "--freeze is None; give a list of prefixes"),
+        ({"lr_scales": "null"}, "--lr_scales is None; give a mapping of prefixes to factors"),
         ({"freeze_steps": -1}, "--freeze_steps is -1; give a whole number, 0 or more"),
         ({"file": "finetune"}, "states no architecture, and there is no model to take it from; give --init_from MODEL"),
         ({"file": "finetune", "init_from": "state.ckpt"}, "state.ckpt is no model folder of this package, and so has no arch"),

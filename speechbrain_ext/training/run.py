@@ -33,13 +33,13 @@ from speechbrain_ext.dataio.datasets import (
     read_manifest,
 )
 from speechbrain_ext.dataio.text import CASES
-from speechbrain_ext.dataio.tokenizer import arrange_tokenizer, train_tokenizer, unknown_characters
+from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
-from speechbrain_ext.model_folder.write import model_parts, write_model_folder
+from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
-from speechbrain_ext.training.sources import locate, read_architecture, read_source
-from speechbrain_ext.training.warm_start import warm_start
+from speechbrain_ext.training.sources import architecture_of, locate, read_source
+from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
@@ -86,8 +86,6 @@ MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of what a run begins with; they stay as they are while it goes on."""
-ROLES = ("blank", "bos", "eos", "unk")
-"""Of special tokens; their ids are the keys with _index behind."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -389,7 +387,17 @@ def check_ranges(plain, run_opts):
             raise UsageError(f"--{key} is empty; name what to train on.")
     if plain.get("text_normalization", "none") not in CASES:
         raise UsageError(f"--text_normalization is {plain['text_normalization']!r}; give {', '.join(CASES)}.")
+    for key, kind, wanted in (
+        *((key, list, "a list of prefixes, [] = none") for key in ("init_include", "init_exclude", "freeze")),
+        ("lr_scales", dict, "a mapping of prefixes to factors, {} = none"),
+        ("mix", dict, "a mapping with manifest and share"),
+        ("tokenizer_from", str, "init, new or a file"),
+    ):
+        if not isinstance(plain[key], kind):
+            raise UsageError(f"--{key} is {_plain(plain[key])!r}; give {wanted}.")
     mix = plain["mix"]
+    if set(mix) != {"manifest", "share"}:
+        raise UsageError(f"--mix has the keys {listing(mix)}; it takes manifest and share.")
     if not isinstance(mix["share"], (int, float)) or not 0 < mix["share"] < 1:
         raise UsageError(f"The share of --mix is {mix['share']!r}; give a number above 0 and below 1.")
     takes_manifest = isinstance(plain["prepare"], dict) and "mix_manifest" in plain["prepare"]
@@ -528,39 +536,6 @@ def prepare_corpus(hparams):
     return {TRAIN: merged} | paths
 
 
-def architecture_of(hparams_file, init_from=None):
-    """What an hparams file lacks that states no encoder: the file that the initial model was trained with, and the keys in which
-    the model differs from it.
-
-    Arguments
-    ---------
-    hparams_file : str
-        An hparams file.
-    init_from : str, optional
-        The initial model; by default the one in the file.
-
-    Returns
-    -------
-    list
-        Nothing where the file states an encoder.
-    """
-    tree = parse_overrides(merge_hparams(hparams_file))
-    if "encoder" in tree:
-        return []
-    init_from = init_from or tree.get("init_from")
-    if not init_from:
-        raise UsageError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
-    run_on_main(locate, [init_from])
-    file, keys = read_architecture(*locate(init_from))
-    path = Path(hparams_file).with_name(file)
-    if not path.is_file():
-        raise UsageError(
-            f"{init_from} was trained with {file}, which is not beside {hparams_file}; name the architecture in a file that "
-            "extends it and finetune.yaml."
-        )
-    return [str(path), keys]
-
-
 def find_model(setting):
     """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
     given = setting.overrides.get("init_from")
@@ -571,46 +546,6 @@ def find_model(setting):
     run_on_main(locate, [given, before])  # the other processes find it in the cache
     name, path = locate(given, before)
     return setting.replace(init_from=name), path
-
-
-def chosen_tokenizer(hparams, source):
-    """The SentencePiece model that the run names, None where it trains one."""
-    chosen = hparams["tokenizer_from"]
-    if chosen == "new" or chosen == "init" and source is None:
-        return None
-    if chosen == "init":
-        if source.tokenizer is None:
-            raise UserError(
-                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
-                "one, --tokenizer_from new."
-            )
-        model = source.tokenizer
-    elif not Path(chosen).is_file():
-        raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
-    else:
-        model = Path(chosen).read_bytes()
-    return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
-
-
-def begin_with(source, hparams, tokenizer_file):
-    """Give the model its initial weights."""
-    parts, chosen = model_parts(hparams), hparams["tokenizer_from"]
-    warm_start(
-        parts,
-        source,
-        Path(tokenizer_file).read_bytes(),
-        {role: hparams[f"{role}_index"] for role in ROLES},
-        hparams["init_include"],
-        hparams["init_exclude"],
-        chosen not in ("init", "new"),
-        hparams["seed"],
-    )
-    normalize = hparams["normalize"]
-    if normalize.norm_type == "global" and not normalize.glob_mean.numel() and normalize.update_until_epoch <= 1:
-        raise UserError(
-            f"No statistics of features come from {source.name}, and update_until_epoch of normalize lets none be learned; raise "
-            "it: --normalize '{update_until_epoch: 4}'."
-        )
 
 
 def prepare_tokenizer(hparams, manifest, model=None):

@@ -10,8 +10,10 @@ import ruamel.yaml
 import safetensors
 import safetensors.torch
 import torch
+from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_ext.convert import convert_nemo, convert_speechbrain
+from speechbrain_ext.hparams import merge_hparams, parse_overrides
 from speechbrain_ext.model_folder import FILES, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import parse
 from speechbrain_ext.model_folder.fetch import HUB_ID, download
@@ -21,7 +23,7 @@ from speechbrain_ext.utils.files import file_digest
 SPEECHBRAIN_WEIGHTS = ("asr.ckpt", "model.ckpt")
 FETCHED = (*FILES, *SPEECHBRAIN_WEIGHTS, "normalizer.ckpt", "*.nemo")
 """What is fetched of a repository: no language model, and no audio."""
-_SPEECHBRAIN_PARTS = ("subsampling", "transformer", "seq_lin", "ctc_lin")
+_SPEECHBRAIN_PARTS = {"0": "subsampling", "1": "transformer", "2": "seq_lin", "3": "ctc_lin"}
 """What the list of modules holds that SpeechBrain's recipes save, in its order."""
 
 
@@ -79,6 +81,44 @@ def locate(given, before=None):
         revision = before.partition("@")[2]
     folder = download(repository, revision or None, FETCHED)
     return f"{repository}@{folder.name}", folder
+
+
+def architecture_of(hparams_file, init_from=None):
+    """What an hparams file lacks that states no encoder: the file that the initial model was trained with, and the keys in which
+    the model differs from it.
+
+    Arguments
+    ---------
+    hparams_file : str
+        An hparams file.
+    init_from : str, optional
+        The initial model; by default the one in the file.
+
+    Returns
+    -------
+    list
+        A path and a mapping, as :func:`speechbrain_ext.hparams.merge_hparams` takes them; empty where the file states an encoder.
+
+    Raises
+    ------
+    UserError
+        If there is no model to take it from, or the model was trained with a file that is not beside this one.
+    """
+    tree = parse_overrides(merge_hparams(hparams_file))
+    if "encoder" in tree:
+        return []
+    init_from = init_from or tree.get("init_from")
+    if not init_from:
+        raise UserError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
+    run_on_main(locate, [init_from])
+    file, keys = read_architecture(*locate(init_from))
+    path = Path(hparams_file).with_name(file)
+    if not path.is_file():
+        raise UserError(
+            f"{init_from} was trained with {file}, which is not beside {hparams_file}; name the architecture in a file that "
+            "extends it and finetune.yaml."
+        )
+    return [str(path), keys]
 
 
 def read_architecture(name, path):
@@ -159,7 +199,7 @@ def read_source(name, path, nhead):
         return _nemo(name, path)
     weights = _load(name, path)
     if any("convolution_module" in key for key in weights):
-        return Source(name, "weights of SpeechBrain", _of_speechbrain(weights, nhead), file_digest(path))
+        return Source(name, "weights of SpeechBrain", _of_speechbrain(name, weights, nhead), file_digest(path))
     if any(key.endswith("pre_ln.weight") for key in weights):
         return Source(name, "weights of NeMo", _of_nemo(weights), file_digest(path))
     return Source(name, "a state file", _plain_names(weights), file_digest(path))
@@ -232,14 +272,21 @@ def _plain_names(weights):
 
 def _speechbrain_folder(name, path, weights, nhead):
     """A folder of SpeechBrain's inference, or a checkpoint of its recipes."""
-    state = _of_speechbrain(_load(name, weights), nhead)
+    settings = path / HYPERPARAMS
+    stated = re.search(r"^nhead: *(\d+)", settings.read_text(encoding="utf-8"), re.MULTILINE) if settings.is_file() else None
+    _check_heads(name, int(stated[1]) if stated else nhead, nhead)
+    state = _of_speechbrain(name, _load(name, weights), nhead)
     normalizer, tokenizer = path / "normalizer.ckpt", path / TOKENIZER
     if normalizer.is_file():
-        for key, value in _load_statistics(name, normalizer).items():
-            state[f"normalize.{key}"] = value
+        state |= {f"normalize.{key}": value for key, value in _load_statistics(name, normalizer).items()}
     tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
     # Blank and unknown are token 0 in SpeechBrain's recipes
     return Source(name, "a folder of SpeechBrain", state, file_digest(weights), tokenizer, 0)
+
+
+def _check_heads(name, theirs, nhead):
+    if theirs != nhead:  # the weights would load, and answer nonsense
+        raise UserError(f"{name} has attention of {theirs} heads, and nhead is {nhead}; give --nhead {theirs}.")
 
 
 def _load_statistics(name, path):
@@ -252,18 +299,22 @@ def _load_statistics(name, path):
         raise UserError(f"{path.name} of {name} holds no statistics of features; take it out of the folder.") from error
 
 
-def _of_speechbrain(weights, nhead):
-    """Names of a model folder for those of SpeechBrain's recipes: a list of front end, Transformer and two heads."""
-    weights, found = convert_speechbrain(weights, nhead), {}
+def _of_speechbrain(name, weights, nhead):
+    """Names of a model folder for those of SpeechBrain's recipes: a list of front end, Transformer and two heads, or a part."""
     for key, value in weights.items():
+        if key.endswith("mha_layer.pos_bias_u"):
+            _check_heads(name, value.shape[1], nhead)
+    whole = any(key.partition(".")[0] in _SPEECHBRAIN_PARTS for key in weights)
+    alone = "transformer." if any(key.startswith("encoder.") for key in weights) else "transformer.encoder."
+    found = {}
+    for key, value in convert_speechbrain(weights, nhead).items():
         place, _, rest = key.partition(".")
-        part = _SPEECHBRAIN_PARTS[int(place)] if place in "0123" else None
         block = re.fullmatch(r"convblock_(\d)\.convs\.(conv|norm)_0\.(?:conv|norm)\.(\w+)", rest)
-        if part == "subsampling" and block:
+        if block:
             rest = f"stages.{block[1]}.{int(block[2] == 'norm')}.{block[3]}"
             if value.dim() == 4:  # bins by frames there, frames by bins here
                 value = value.transpose(2, 3)
-        found[f"{part}.{rest}" if part else f"transformer.{key}"] = value
+        found[f"{_SPEECHBRAIN_PARTS.get(place, place)}.{rest}" if whole else alone + key] = value
     return found
 
 

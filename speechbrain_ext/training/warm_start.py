@@ -5,11 +5,14 @@ of pieces that are spelled alike are copied. A table says what was taken, what n
 """
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
+from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.prefixes import begins_with, check_prefixes
 from speechbrain_ext.utils.text import listing, table
@@ -20,6 +23,8 @@ OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module")
 """Prefixes of weights that have a row for each token."""
 LOADED, EXCLUDED, ABSENT, UNUSED = "loaded", "excluded", "not in the source", "not in this model"
 UNKNOWN = "not loaded: which token each row is of is not known"
+ROLES = ("blank", "bos", "eos", "unk")
+"""Of special tokens; their ids are the keys with _index behind."""
 NOISE = 0.1
 """Deviation of new rows from the mean row, as a part of the deviation of the rows that there are: enough to tell them apart."""
 
@@ -119,6 +124,79 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
         )
     model.load_state_dict(state)
     return text
+
+
+def chosen_tokenizer(hparams, source):
+    """The tokenizer that a run takes.
+
+    Arguments
+    ---------
+    hparams : dict
+        The hparams of the run; ``tokenizer_from`` is ``init``, ``new`` or a file.
+    source : Source, optional
+        What the run begins with.
+
+    Returns
+    -------
+    bytes or None
+        A SentencePiece model with the special tokens where the hparams have them; None where the run trains one.
+
+    Raises
+    ------
+    UserError
+        If there is none where the hparams say, or it is damaged.
+    """
+    chosen = hparams["tokenizer_from"]
+    if chosen == "new" or chosen == "init" and source is None:
+        return None
+    if chosen == "init":
+        if source.tokenizer is None:
+            raise UserError(
+                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
+                "one, --tokenizer_from new."
+            )
+        model = source.tokenizer
+    elif not Path(chosen).is_file():
+        raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
+    else:
+        model = Path(chosen).read_bytes()
+    return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
+
+
+def begin_with(source, hparams, tokenizer_file):
+    """Give the model of a run its initial weights.
+
+    Arguments
+    ---------
+    source : Source
+        The weights.
+    hparams : dict
+        The hparams of the run; their ``model`` is changed in place.
+    tokenizer_file : str or os.PathLike
+        The SentencePiece model of the run.
+
+    Raises
+    ------
+    UserError
+        As :func:`warm_start`, or if no statistics of features were loaded, and none will be learned.
+    """
+    parts, chosen = model_parts(hparams), hparams["tokenizer_from"]
+    warm_start(
+        parts,
+        source,
+        Path(tokenizer_file).read_bytes(),
+        {role: hparams[f"{role}_index"] for role in ROLES},
+        hparams["init_include"],
+        hparams["init_exclude"],
+        chosen not in ("init", "new"),
+        hparams["seed"],
+    )
+    normalize = hparams["normalize"]
+    if normalize.norm_type == "global" and not normalize.glob_mean.numel() and normalize.update_until_epoch <= 1:
+        raise UserError(
+            f"No statistics of features come from {source.name}, and update_until_epoch of normalize lets none be learned; raise "
+            "it: --normalize '{update_until_epoch: 4}'."
+        )
 
 
 def _places(source, tokenizer, special):
