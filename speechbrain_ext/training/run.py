@@ -322,8 +322,10 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     if of_manifests and given and MANIFESTS[0] not in before:
         files.insert(1, of_manifests)
         before = resolve_hparams(files)
-    # A name of digits, or a date, is still a name
-    overrides = {key: before[key] for key in (*PATHS, *MANIFESTS) if before.get(key) is not None} | overrides
+    # A name of digits, or a date, is still a name; one with references in it follows what they refer to
+    stated = parse_overrides(merge_hparams(files))
+    literal = [key for key in (*PATHS, *MANIFESTS) if stated.get(key) is not None and not tag_of(stated[key])]
+    overrides = {key: before[key] for key in literal} | overrides
     overrides = check_types(overrides, before)
     if corpus:
         own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
@@ -538,10 +540,11 @@ def prepare_corpus(hparams):
 
 def find_model(setting):
     """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
-    given = setting.overrides.get("init_from")
+    plain = setting.plain()
+    given = plain["init_from"]
     if given is None:
         return setting, None
-    record = Path(setting.plain()["output_folder"]) / "hyperparams.yaml"
+    record = Path(plain["output_folder"]) / "hyperparams.yaml"
     before = ruamel.yaml.YAML().load(record.read_text(encoding="utf-8")).get("init_from") if record.exists() else None
     run_on_main(locate, [given, before])  # the other processes find it in the cache
     name, path = locate(given, before)

@@ -108,7 +108,7 @@ def architecture_of(hparams_file, init_from=None):
     if "encoder" in tree:
         return []
     init_from = init_from or tree.get("init_from")
-    if not init_from:
+    if not isinstance(init_from, str):
         raise UserError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
     run_on_main(locate, [init_from])
     file, keys = read_architecture(*locate(init_from))
