@@ -15,7 +15,7 @@ from speechbrain_ext.brains.asr import AsrBrain, AsrModel
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.registry import build_encoder
 
-HPARAMS = sorted(path.stem for path in (tiny.ROOT / "hparams").glob("*.yaml"))
+HPARAMS = [path.stem for path in tiny.ARCHITECTURES]
 SYNCS = 1
 """Times that the host waits for the device in an optimizer step, whatever the number of batches, utterances and parameters."""
 UPLOADS = 3

@@ -33,6 +33,7 @@ def prepare_manifests(
     train_manifest,
     valid_manifest,
     test_manifest=(),
+    mix_manifest=None,
     text_normalization="none",
     max_duration=40,
     max_skipped=0.05,
@@ -51,11 +52,13 @@ def prepare_manifests(
     save_folder : str
         Where the manifests go; created if need be.
     tr_splits, dev_splits, te_splits : list of str
-        Names of the training set, of the validation set, and of the test sets to prepare.
+        Names of the training set and of what is mixed in, if anything is, of the validation set, and of the test sets to prepare.
     train_manifest, valid_manifest : list of str
         Files or folders. Several become one set; an id that two of them have gets the name of its file in front.
     test_manifest : list of str
         ``name=path``, or a path whose file gives the name.
+    mix_manifest : str or list of str, optional
+        What is mixed into the training set.
     text_normalization : str
         Case of the transcripts: "none", as they are, "upper" or "lower".
     max_duration : float, optional
@@ -86,8 +89,10 @@ def prepare_manifests(
     ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
     """
     tests = _tests(test_manifest)
-    given = {tr_splits[0]: train_manifest, dev_splits[0]: valid_manifest} | {name: [tests[name]] for name in te_splits}
-    if len(given) < 2 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
+    mixed = [mix_manifest] if isinstance(mix_manifest, str) else mix_manifest
+    given = dict(zip(tr_splits, (train_manifest, mixed), strict=False)) | {dev_splits[0]: valid_manifest}
+    given |= {name: [tests[name]] for name in te_splits}
+    if len(given) < len(tr_splits) + 1 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
         names = listing([*tr_splits, *dev_splits, *te_splits])
         raise UserError(
             f"The sets are called {names}; give each test set a name of its own, as name=path, but none of {listing(TAKEN)}."
@@ -95,9 +100,10 @@ def prepare_manifests(
     entries, sources, ids, status = {}, {}, {}, {}
     for split, paths in given.items():
         entries[split], sources[split], ids[split] = read_split(paths, data_folder)
-    train, *others = given
-    for test in te_splits:
-        _refuse_common(sorted(ids[train] & ids[test]), test, "the same id")
+    others = [split for split in given if split not in tr_splits]
+    for train in tr_splits:
+        for test in te_splits:
+            _refuse_common(sorted(ids[train] & ids[test]), test, "the same id")
     state = {
         "version": VERSION,
         "given": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
@@ -111,11 +117,11 @@ def prepare_manifests(
 
     def make(split):
         utterances, flawed = select(split, entries[split], text_normalization)
-        longest = math.inf if split != train or max_duration is None else max_duration
+        longest = math.inf if split in others or max_duration is None else max_duration
         rows[split], skipped = check_utterances(split, utterances, longest)
-        if split == train:
+        if split in tr_splits:
             for other in others:
-                _compare(rows[train], rows[other], other, status, refuse=other in te_splits)
+                _compare(rows[split], rows[other], other, status, refuse=other in te_splits)
         return rows[split], flawed + skipped, len(entries[split])
 
     write_manifests(Path(save_folder).absolute(), list(given), make, state, max_skipped)

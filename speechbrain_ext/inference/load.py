@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -22,11 +21,11 @@ from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import Refused, build
+from speechbrain_ext.model_folder.fetch import download
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
 """Of hyperparams.yaml, which loading needs."""
 LARGEST_BEAM, LARGEST_RATIO = 1000, 10
@@ -77,7 +76,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     is_local = bool(source) and folder.is_dir()
     device = _device_name(device)
     if not is_local:
-        folder = _download(source, revision)
+        folder = download(source, revision, FILES)
     elif revision is not None:
         raise UserError(f"{source} is a folder, which has no revision {revision}; leave the revision out.")
     for name in FILES:
@@ -102,35 +101,6 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     if pass_name is not None:
         model.choose_pass(pass_name)
     return model
-
-
-def _download(source, revision):
-    """The folder in Hugging Face's cache that holds a model as one commit has it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        version = f"{source} at revision {revision}" if revision else source
-        raise FileNotFoundError(
-            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
-            "(HF_HUB_OFFLINE unset)."
-        ) from error
 
 
 def _device_name(device):

@@ -40,7 +40,7 @@ def fuse_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def reestimate_statistics(module: nn.Module, batches, forward) -> None:
+def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> None:
     """Replace the running statistics of all :class:`MaskedBatchNorm` inside by those of a pass over data.
 
     For averaged weights, which no statistics belong to yet, and for data that differ from the training's, such as without
@@ -54,6 +54,8 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
         What ``forward`` takes, at least one.
     forward : callable
         Runs the module on one batch.
+    frozen : sequence of torch.nn.Module
+        Modules inside whose statistics stay as they are.
 
     Raises
     ------
@@ -68,7 +70,8 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     (tensor([0.5000, 0.5000]), False)
     """
     module.eval()
-    norms = [part for part in module.modules() if isinstance(part, MaskedBatchNorm)]
+    keeping = {part for each in frozen for part in each.modules()}
+    norms = [part for part in module.modules() if isinstance(part, MaskedBatchNorm) and part not in keeping]
     before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [[torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var), 0] for norm in norms]
     seen = 0

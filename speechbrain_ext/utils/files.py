@@ -59,6 +59,12 @@ def write_text(path, text):
         file.write(text)
 
 
+def write_bytes(path, content):
+    """Write a file, completely or not at all."""
+    with replacing(path, "wb") as file:
+        file.write(content)
+
+
 def write_csv(path, fields, rows):
     """Write rows as CSV, completely or not at all; folders are made if need be.
 
