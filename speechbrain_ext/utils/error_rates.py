@@ -46,9 +46,9 @@ def bootstrap_interval(errors, words, level=0.95, resamples=RESAMPLES, seed=0):
     generator, rates, block = np.random.default_rng(seed), [], max(1, BLOCK // len(words))
     for first in range(0, resamples, block):
         drawn = generator.integers(len(words), size=(min(block, resamples - first), len(words)))
-        with np.errstate(invalid="ignore"):  # sets of empty references only
-            rates.append(100 * errors[drawn].sum(1) / words[drawn].sum(1))
-    low, high = np.nanquantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
+        wrong, said = errors[drawn].sum(1), words[drawn].sum(1)
+        rates.append(100 * wrong[said > 0] / said[said > 0])  # sets of empty references alone have no rate
+    low, high = np.quantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
