@@ -169,6 +169,7 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
         (["lower.csv", "--search", "joint_beam"], "no search joint_beam"),
         (["lower.csv", "--beam-size", "4"], "only ctc_beam takes it"),
         (["lower.csv", "--threads", "0"], "--threads is 0"),
+        (["lower.csv", "--output", "gone/rows.csv"], "gone/rows.csv cannot be read or written"),
         ([], "MANIFEST"),
     ],
 )

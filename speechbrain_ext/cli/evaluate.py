@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
 from speechbrain_ext.utils.errors import UsageError
 
-BEAM = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
+BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
 """Options that belong to the CTC beam search, and its arguments."""
 
 
@@ -66,9 +66,12 @@ def run(arguments):
         from speechbrain_ext.training.results import append_rows
         from speechbrain_ext.utils.error_rates import error_sentence
 
-        beam = {key: getattr(arguments, option) for option, key in BEAM.items() if getattr(arguments, option) is not None}
+        given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
+        beam = {key: value for key, value in given if value is not None}
         searches = make_searches(model, arguments.search, **beam)
         words = None if arguments.lm is None else arpa_words(arguments.lm)
+        if arguments.output is not None:
+            open(arguments.output, "a").close()  # now, and not after hours
         sets = _read(arguments, model)
     skipped = 0
     for name, (rows, left_out) in sets.items():
@@ -115,8 +118,7 @@ def _read(arguments, model):
 
 def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
     """A row of the results table, without what only training knows, and with what belongs to the search."""
-    from speechbrain_ext.decoders import BEAM as CTC_BEAM
-    from speechbrain_ext.decoders import search_name
+    from speechbrain_ext.decoders import BEAM, search_name
     from speechbrain_ext.registry import encoder_name, passes_of
     from speechbrain_ext.training.results import FIELDS
     from speechbrain_ext.utils.error_rates import error_figures
@@ -139,6 +141,11 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
         "utterances": len(rows),
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),
-        **({"lm": arguments.lm, "lm_unknown": round(100 * unknown, 2)} if search == CTC_BEAM and unknown is not None else {}),
-        **({key: beam[key] for key in ("lm_weight", "word_score", "beam_size") if key in beam} if search == CTC_BEAM else {}),
+        **(_beam_columns(beam, unknown) if search == BEAM else {}),
     }
+
+
+def _beam_columns(beam, unknown):
+    """What the CTC beam search was told, and the share of the words that its language model does not know, in %."""
+    columns = {"lm" if key == "lm_file" else key: value for key, value in beam.items()}
+    return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}
