@@ -30,7 +30,8 @@ def read_sentences(paths, case="none", only_words=False, progress=False):
     ---------
     paths : list of str or os.PathLike
         Text files with a sentence on each line, transcripts in LibriSpeech layout (``.trans.txt``), manifests in CSV or JSON (see
-        :mod:`speechbrain_ext.dataio.manifests`), and folders of such. Each may be compressed by gzip.
+        :mod:`speechbrain_ext.dataio.manifests`), and folders of such; of a folder with transcripts, only these. Each may be
+        compressed by gzip.
     case : str
         "none" (as it is), "upper" or "lower": what training calls ``text_normalization``.
     only_words : bool
@@ -81,7 +82,11 @@ def _files(path):
     if not files:
         kinds = listing(sorted({file.suffix or "no suffix" for file in inside}))
         raise UserError(f"{path} holds no text ({', '.join(SUFFIXES)}), but files of the kinds: {kinds}; give another place.")
-    return files
+    return [file for file in files if _has_ids(file)] or files  # beside transcripts lie lists of speakers, and licences
+
+
+def _has_ids(path):
+    return path.name.removesuffix(".gz").endswith(TRANSCRIPTS)
 
 
 def _kind(path):
@@ -104,7 +109,7 @@ def _lines(path, bar):
         with open(path, "rb") as file, _opened(file) as lines:
             read = 0
             for number, line in enumerate(lines):
-                yield line.partition(" ")[2] if path.name.removesuffix(".gz").endswith(TRANSCRIPTS) else line
+                yield line.partition(" ")[2] if _has_ids(path) else line
                 if number % SHOWN == 0:
                     bar.update(file.tell() - read)
                     read = file.tell()
