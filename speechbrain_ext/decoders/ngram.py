@@ -207,7 +207,7 @@ def _count(ids, size, order, bar):
         if length < order:
             places = np.zeros_like(ids)
             places[starts] = np.repeat(np.arange(len(first), dtype=np.int32), count)
-            starts.sort()
+            starts.sort()  # so that the next order reads the text from its beginning to its end
         bar.update()
     return grams
 
