@@ -30,7 +30,7 @@ from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.datasets import make_datasets
-from speechbrain_ext.dataio.manifests import read_entries
+from speechbrain_ext.dataio.manifests import read_entries, select
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
@@ -305,6 +305,21 @@ def test_audio_inside_of_other_files(write, audio, tmp_path):
             assert (
                 torch.equal(load_audio(row["wav"]), load_audio(expected["wav"])) and float(row["duration"]) == expected["seconds"]
             )
+
+
+def test_a_folder_in_librispeech_layout(audio, tmp_path):
+    """Its ids say who speaks; what has no audio is named."""
+    chapter = tmp_path / "test-clean" / "7" / "21"
+    chapter.mkdir(parents=True)
+    os.link(audio / "utt0.flac", chapter / "7-21-0000.flac")
+    (chapter / "7-21.trans.txt").write_text("7-21-0000 THE  CAT\n7-21-0001 GONE\n")
+    entries, files = read_entries(tmp_path)
+    assert [(entry.utterance.ID, entry.utterance.spk_id, entry.flaw) for entry in entries] == [
+        ("7-21-0000", "7", ""),
+        ("7-21-0001", "unknown", "transcript without audio"),
+    ]
+    assert entries[0].utterance.wav == str(chapter / "7-21-0000.flac") and files == [str(chapter / "7-21.trans.txt")]
+    assert select("test", entries, "lower")[0][0].wrd == "the cat"
 
 
 def test_a_list_or_a_line_of_json_does_as_well(audio, tmp_path):

@@ -11,9 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 from speechbrain_ext.dataio.audio import split_location
-from speechbrain_ext.dataio.manifests import read_entries
-from speechbrain_ext.dataio.preparation import File, Skipped, check_utterances, files_digest, write_manifests
-from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.manifests import manifest_name, named_manifests, read_entries, select
+from speechbrain_ext.dataio.preparation import File, check_utterances, files_digest, write_manifests
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.text import listing
 
@@ -88,7 +87,7 @@ def prepare_manifests(
     >>> header, row.replace(str(folder), "")
     ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
     """
-    tests = _tests(test_manifest)
+    tests = named_manifests(test_manifest)
     mixed = [mix_manifest] if isinstance(mix_manifest, str) else mix_manifest
     given = dict(zip(tr_splits, (train_manifest, mixed), strict=False)) | {dev_splits[0]: valid_manifest}
     given |= {name: [tests[name]] for name in te_splits}
@@ -144,26 +143,7 @@ def names_of_tests(test_manifest):
     >>> names_of_tests(["near=my/near.jsonl", "my/far.jsonl.gz"])
     ['near', 'far']
     """
-    return list(_tests(test_manifest))
-
-
-def _tests(test_manifest):
-    """Paths of test manifests by name."""
-    tests = {}
-    for given in test_manifest:
-        name, equals, path = given.partition("=")
-        if not equals or "/" in name or os.path.exists(given):
-            name, path = _name_of(given), given
-        if not name or name.startswith(".") or not path or name in tests:
-            raise UserError(f"The test manifest '{given}' has no name, or that of another one; give it as name=path.")
-        tests[name] = path
-    return tests
-
-
-def _name_of(path):
-    """The name of a file without what says its kind, or that of a folder."""
-    name = Path(path).name
-    return name if os.path.isdir(path) else os.path.splitext(name.removesuffix(".gz"))[0]
+    return list(named_manifests(test_manifest))
 
 
 def read_split(paths, data_folder=None):
@@ -192,7 +172,7 @@ def read_split(paths, data_folder=None):
         files += read
     ids = {entry.utterance.ID for entries in parts for entry in entries if entry.given}
     counts = Counter(name for entries in parts for name in {entry.utterance.ID for entry in entries})
-    names = [_name_of(path) for path in paths]
+    names = [manifest_name(path) for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     merged = []
     for name, entries in zip(names, parts, strict=True):
@@ -201,38 +181,6 @@ def read_split(paths, data_folder=None):
                 entry = entry._replace(utterance=entry.utterance._replace(ID=f"{name}-{entry.utterance.ID}"))
             merged.append(entry)
     return merged, files, ids
-
-
-def select(split, entries, case):
-    """Choose the utterances whose audio is worth a look.
-
-    Arguments
-    ---------
-    split : str
-        The name of the split.
-    entries : list of Entry
-    case : str
-        Of the transcripts: "none", "upper" or "lower".
-
-    Returns
-    -------
-    utterances : list of Utterance
-        With transcripts in their final form.
-    skipped : list of Skipped
-    """
-    utterances, skipped, taken = [], [], {}
-    for utterance, place, _, flaw, detail in entries:
-        text = "" if flaw else normal_form(utterance.wrd, case)
-        if not flaw and not text:
-            flaw = "empty transcript"
-        elif not flaw and utterance.ID in taken:
-            flaw, detail = "duplicate id", f"same as {taken[utterance.ID]}"
-        if flaw:
-            skipped.append(Skipped(split, utterance.ID, place, flaw, detail))
-        else:
-            taken[utterance.ID] = place
-            utterances.append(utterance._replace(wrd=text))
-    return utterances, skipped
 
 
 def _files(entries, sources, status):

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_ext.brains.finetuning import Frozen, check_scales, scaled_groups, scaled_rates
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, search_name
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
@@ -28,8 +29,6 @@ from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.machine import peak_memory_mib
 
 logger = get_logger(__name__)
-
-GREEDY, BEAM, JOINT = "ctc_greedy", "ctc_beam", "joint_beam"
 
 
 class Predictions(NamedTuple):
@@ -572,14 +571,3 @@ class AsrBrain(Brain):
         del end_of_epoch  # the step is 0 then
         for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
             setattr(self, name, value)
-
-
-def search_name(pass_name, search):
-    """The name of a search in reports: with its pass, where the encoder has several.
-
-    Example
-    -------
-    >>> search_name(None, GREEDY), search_name("first", GREEDY)
-    ('ctc_greedy', 'first_pass_ctc_greedy')
-    """
-    return search if pass_name is None else f"{pass_name}_pass_{search}"

@@ -40,6 +40,7 @@ from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.training.sources import architecture_of, locate, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
+from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
@@ -617,7 +618,6 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
     """Rows of the results table for a test set, one for each search; the alignments go to files."""
     hparams, rows = brain.hparams, []
     for search, error_rate in brain.error_rates.items():
-        result = error_rate.summarize()
         if if_main_process():
             with open(Path(hparams.output_folder) / f"wer_{split}_{search}.txt", "w", encoding="utf-8") as file:
                 error_rate.write_stats(file)
@@ -632,11 +632,7 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
                 train_hours=round(train_seconds / 3600, 2),
                 test_set=split,
                 search=search,
-                WER=round(result["WER"], 2),
-                insertions=result["insertions"],
-                deletions=result["deletions"],
-                substitutions=result["substitutions"],
-                words=result["num_scored_tokens"],
+                **error_figures(error_rate),
                 parameters=sum(parameter.numel() for parameter in hparams.model.parameters()),
                 audio_seconds_per_second=round(brain.audio_seconds / max(brain.train_seconds, 1e-9), 1),
                 peak_memory_mib=round(brain.peak_memory_mib),
@@ -682,10 +678,7 @@ def keep(brain, setting, models, tokenizer_file, rows, origin):
         for name, (weights, fused) in models.items():
             write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused, origin)
         for row in rows:
-            print(
-                f"{row.test_set} {row.search}: WER {row.WER:.2f} % of {row.words} words "
-                f"({row.insertions} insertions, {row.deletions} deletions, {row.substitutions} substitutions)"
-            )
+            print(f"{row.test_set} {row.search}: {error_sentence(dataclasses.asdict(row))}")
         append_rows(hparams.results_file, rows)
         print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}.")
         print(f"Transcribe: python -m speechbrain_ext transcribe --model {folders['pretrained']} FILE...")

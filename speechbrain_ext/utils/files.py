@@ -46,7 +46,10 @@ def replacing(path, mode="w", **keys):
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, os.fspath(temporary)):  # such as a full disk: name the file that the user knows
+        if error.errno is not None and error.filename in (
+            None,
+            os.fspath(temporary),
+        ):  # such as a full disk: name the file that the user knows
             error.filename = os.fspath(path)
         raise
     finally:
