@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
-from tiny import make_model, make_row
+from tiny import ARCHITECTURES, make_model, make_row
 
 from speechbrain_ext import cli, registry
 from speechbrain_ext.hparams import load_hparams, merge_hparams
@@ -171,7 +171,7 @@ def test_a_pickle_with_code_is_not_executed(name, trained, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-@pytest.mark.parametrize("path", sorted((ROOT / "hparams").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
     keys = {"num_decoder_layers": layers, "output_folder": "x"}

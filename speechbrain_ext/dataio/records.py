@@ -30,7 +30,7 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".a
 KALDI = ("wav.scp", "text", "segments", "utt2spk", "utt2dur")
 FORMATS = (
     "SpeechBrain's CSV or JSON, JSON lines of NeMo or WeNet, cuts of lhotse, an uncompressed tar file of audio and texts, or a "
-    "folder of Kaldi (wav.scp, text) or Hugging Face (metadata.csv, metadata.jsonl, a saved dataset)"
+    "folder of Kaldi (wav.scp, text), LibriSpeech (.trans.txt) or Hugging Face (metadata.csv, metadata.jsonl, a saved dataset)"
 )
 
 
@@ -299,13 +299,38 @@ def _folder_records(path, files):
         yield from (Record(place, values, name=name) for place, values, name in read_rows(path, files))
     elif "dataset_dict.json" in names:
         raise UserError(f"{path} holds several saved datasets; give the folder of one of them.")
+    elif any(path.rglob("*.trans.txt")):
+        yield from librispeech_records(path, files)
     else:
         raise UserError(f"{path} is no manifest that is known, as this folder holds {listing(sorted(names))}; give {FORMATS}.")
 
 
+def librispeech_records(folder, files):
+    """Utterances of a folder in LibriSpeech layout: the lines of all ``.trans.txt`` files inside, with the audio beside these.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The folder of a split, or one that holds such.
+    files : list
+        All files that are read are added to it.
+
+    Yields
+    ------
+    Record
+    """
+    for path in sorted(folder.rglob("*.trans.txt")):
+        audio = {beside.stem: str(beside) for beside in path.parent.iterdir() if beside.suffix.lower() in AUDIO_SUFFIXES}
+        for name, (text, place) in _table(path, files):
+            values = {"ID": name, "wav": audio.get(name), "speaker": name.partition("-")[0], "wrd": text}
+            yield Record(place, values, *(() if name in audio else ("transcript without audio",)))
+
+
 def _kaldi_records(folder, files):
     there = [name for name in KALDI if name in ("wav.scp", "text") or (folder / name).exists()]
-    tables = {name: _kaldi_table(folder / name, files) for name in there}
+    if missing := [name for name in there if not (folder / name).exists()]:
+        raise UserError(f"The Kaldi folder {folder} has no file {missing[0]}; it takes wav.scp and text.")
+    tables = {name: _table(folder / name, files) for name in there}
     for name, table in tables.items():
         first = {}
         for key, (value, place) in table:
@@ -339,10 +364,8 @@ def _kaldi_records(folder, files):
             yield Record(place, {"ID": name, "wav": None, "wrd": text}, "transcript without audio")
 
 
-def _kaldi_table(path, files):
+def _table(path, files):
     """The first word of each line, with the rest of the line and its place."""
-    if not path.exists():
-        raise UserError(f"The Kaldi folder {path.parent} has no file {path.name}; it takes wav.scp and text.")
     files.append(path)
     rows = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):

@@ -153,8 +153,9 @@ def align(log_probs, tokens, blank=0):
     needed = len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
     if needed > len(log_probs):
         raise UserError(f"{len(tokens)} tokens need {needed} frames, and the audio has {len(log_probs)}: the text is too long.")
-    path, scores = forced_align(log_probs.float().unsqueeze(0), torch.tensor([tokens], device=log_probs.device), blank=blank)
-    return [(span.start, span.end, span.score) for span in merge_tokens(path[0].cpu(), scores[0].cpu(), blank)]
+    # On the host, where it is little work: torchaudio has no kernel for Apple's devices
+    path, scores = forced_align(log_probs.float().cpu().unsqueeze(0), torch.tensor([tokens]), blank=blank)
+    return [(span.start, span.end, span.score) for span in merge_tokens(path[0], scores[0], blank)]
 
 
 def group_words(tokens, spans, tokenizer, offset=0):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -15,19 +14,21 @@ from hyperpyyaml import load_hyperpyyaml
 from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.decoders.seq2seq import S2SBeamSearcher
+from speechbrain.utils.distributed import infer_device
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.decoders.searchers import is_number, is_whole
 from speechbrain_ext.inference.models import CLASSES, CtcModel
 from speechbrain_ext.inference.streaming import LARGEST_CHUNK
+from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import LARGEST_TEXT, Refused, build
+from speechbrain_ext.model_folder.fetch import download
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest, read_bytes
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
 """Of hyperparams.yaml, which loading needs."""
 OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
@@ -46,7 +47,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     ---------
     source : str
         A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``.
-    device : str, optional
+    device : str or torch.device, optional
         Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     pass_name : str, optional
         Of a cascade, the pass that answers: "second", the default, or "first".
@@ -78,9 +79,9 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     source = os.fspath(source)
     folder = Path(source)
     is_local = bool(source) and folder.is_dir()
-    _check_device(device)
+    device = _device_name(device)
     if not is_local:
-        folder = _download(source, revision)
+        folder = download(source, revision, FILES)
     elif revision is not None:
         raise UserError(f"{source} is a folder, which has no revision {revision}; leave the revision out.")
     for name in FILES:
@@ -99,7 +100,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
         except UserError as error:
             raise _damaged(source, error) from error
         _check_decoding_function(source, values, kind, own)
-        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device} if device else None)
+        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device})
         # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
         model.hparams.asr_model.to(model.device)
         _check_answer(source, model)
@@ -109,41 +110,16 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     return model
 
 
-def _download(source, revision):
-    """The folder in Hugging Face's cache that holds a model as one commit has it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+def _device_name(device):
+    """A device as SpeechBrain wants it: as text, a GPU with its number; without one an accelerator if there is one."""
+    device = infer_device() if device is None else device
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        version = f"{source} at revision {revision}" if revision else source
-        raise FileNotFoundError(
-            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
-            "(HF_HUB_OFFLINE unset)."
-        ) from error
-
-
-def _check_device(device):
-    try:
-        torch.zeros(1, device=device).item()
+        place = torch.zeros(1, device=device)
+        place.item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # such as no driver, PyTorch without it, and "meta"
         cause = " ".join(str(error).split(". ")[0].split())[:100]
         raise UserError(f"The device {device} cannot be used here ({cause}); give cpu, or a device that there is.") from error
+    return str(place.device)
 
 
 def _interface(source, folder):
@@ -246,21 +222,21 @@ def _check_decoding_function(source, values, kind, own):
 def _check_answer(source, model):
     """What loads may still not belong together: refused now, so that it does not answer with words that nobody said."""
     encoder, rate = model.mods.encoder, model.sample_rate
-    stft = getattr(encoder.compute_features, "compute_STFT", None)
-    if not isinstance(rate, int) or stft is None or stft.sample_rate != rate:
-        stated = getattr(stft, "sample_rate", None)
+    front = front_end(encoder.compute_features)
+    if not isinstance(rate, int) or front is None or front.sample_rate != rate:
+        stated = getattr(front, "sample_rate", None)
         raise UserError(f"The model {source} states a sample_rate of {rate!r}, and its features are for {stated}.")
-    step = encoder.subsampling.factor * stft.hop_length / rate
+    step = encoder.subsampling.factor * front.framing.hop / rate
     if step != FRAME_SECONDS:
         raise UserError(
             f"The model {source} has a frame every {1000 * step:g} ms; only {1000 * FRAME_SECONDS:g} ms are supported."
         )
-    if stft.n_fft > rate:  # the spectrum of a frame would have more values than a second has samples
-        raise _damaged(source, f"its features have an n_fft of {stft.n_fft}")
+    if front.n_fft > rate:  # the spectrum of a frame would have more values than a second has samples
+        raise _damaged(source, f"its features have an n_fft of {front.n_fft}")
     _check_chunks(source, encoder)
     if not any(model.ctc_head is part for part in model.hparams.asr_model.modules()):
         raise UserError(f"The model {source} has no CTC head: its ctc_lin has no weights; train it with one.")
-    statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), encoder.compute_features.compute_fbanks.n_mels
+    statistics, features = getattr(encoder.normalize, "glob_mean", torch.empty(0)), front.n_mels
     if statistics.numel() not in (0, features):
         raise UserError(f"The model {source} has statistics of {statistics.numel()} features and {features} features.")
     if encoder.normalize.norm_type == "global" and not statistics.numel():

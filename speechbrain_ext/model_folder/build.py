@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from speechbrain_ext.model_folder.allowlist import WITHOUT_ARGUMENTS, find_class, find_name
-from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code
+from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code, yaml_problem
 
 LARGEST_TEXT, MOST_NODES, DEEPEST, LONGEST_TAG = 2**17, 5_000, 40, 200
 """Limits of a file: bytes, nodes, nesting and characters of a tag. Files of ours have 3 kB, 300 nodes, of which a key
@@ -89,9 +89,7 @@ def parse(text):
     try:
         root = _compose(text)
     except ruamel.yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"it is no YAML: {getattr(error, 'problem', None) or one_line(error)}{where}") from error
+        raise UserError("it is no YAML: {}{}".format(*yaml_problem(error))) from error
     except (RecursionError, ValueError) as error:  # ValueError: characters that YAML does not allow
         raise Refused(f"what is no YAML of ours ({one_line(error, 100)})") from error
     if not isinstance(root, MappingNode) or root.tag != _MAPPING:

@@ -67,6 +67,23 @@ def one_line(error, limit=300):
     return printable(" ".join(str(error).split()))[:limit] or type(error).__name__
 
 
+def yaml_problem(error):
+    """What a YAML error complains of, and where.
+
+    Arguments
+    ---------
+    error : ruamel.yaml.YAMLError
+        The error.
+
+    Returns
+    -------
+    tuple of str
+        The complaint, and " in line N" or nothing.
+    """
+    mark = getattr(error, "problem_mark", None)
+    return getattr(error, "problem", None) or one_line(error), f" in line {mark.line + 1}" if mark else ""
+
+
 def raised_in(error, *packages):
     """Whether an error was raised by the code of some packages itself, and not by what that code has called.
 
