@@ -71,7 +71,7 @@ def main():
     rows = [row for lr in arguments.lr for variant in arguments.variants for row in curve(lr, variant, arguments.options)]
     path = RESULTS / "fusionformer_ablation.csv"
     write_csv(path, FIELDS, rows)
-    draw([dict(zip(FIELDS, row, strict=True)) for row in rows], path.with_suffix(".png"))
+    draw([dict(zip(FIELDS, row, strict=True)) for row in rows], ROOT / "docs" / "images" / "fusionformer_ablation.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Conformers have rotary attention and the same kernel: one of the same width, dep
 with an unlimited left context, and with one of 64 frames. A ratio above 1 means that the large Conformer with an unlimited left
 context takes longer for the same chunk at the same time of the stream.
 ``error``: the relative error of the softmax kernel's attention against softmax attention over the number of features, of
-orthogonal and of independent ones, to performer_error.csv and .png beside the output.
+orthogonal and of independent ones, to performer_error.csv beside the output, and as a picture to docs/images.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def main():
         rows = list(error_rows(arguments.draws))
         path = arguments.output.with_name("performer_error.csv")
         write_csv(path, ERROR_FIELDS, rows)
-        draw_errors(rows, path.with_suffix(".png"))
+        draw_errors(rows, Path(__file__).resolve().parents[1] / "docs" / "images" / "performer_error.png")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Write the tables of both READMEs from the CSV files that hold the results.
+"""Write the tables of README and documentation from the files that hold them: results as CSV, and the hparams files.
 
     python benchmarks/tables.py
 
-A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing in it is typed by hand.
+A table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing in it is typed by hand.
 """
 
+import re
 from pathlib import Path
 
 from speechbrain_ext.bench.report import fill as put
-from speechbrain_ext.bench.report import fill_readme, table
+from speechbrain_ext.bench.report import files, markdown, table
 from speechbrain_ext.utils.files import read_csv as read
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-RECIPE = ROOT / "recipes" / "LibriSpeech" / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench"
 RESULTS = sorted((ROOT / "recipes").glob("*/results/*.csv"))
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
@@ -174,19 +174,119 @@ def gpu():
     return table([*header, "WER %, greedy CTC"], lines)
 
 
+def bench():
+    """What ``python -m speechbrain_ext bench`` has measured, machine by machine."""
+    return markdown(files(BENCH))
+
+
+BASE = ROOT / "speechbrain_ext" / "training" / "hparams" / "ctc_attention.yaml"
+OTHERS = [
+    *(path for path in sorted(BASE.parent.glob("*.yaml")) if path != BASE),
+    *sorted((ROOT / "recipes").glob("*/corpus.yaml")),
+    *sorted((ROOT / "hparams").glob("*.yaml")),
+]
+"""Hparams files that override the base."""
+
+
+def keys_of(path):
+    """The keys of an hparams file, in its order, as (section, key, value, explanation).
+
+    An explanation is the comment behind a key or the lines above it; lines above a group of keys, without an empty line in
+    between, are for all of the group that have none of their own.
+    """
+    found, section, above, group, boxed = [], "", [], "", False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if re.fullmatch(r"# #{20,}", line):
+            boxed = not boxed  # the head of the file
+        elif boxed:
+            continue
+        elif title := re.fullmatch(r"# #+ (.+?) #+", line):
+            section, above, group = title[1], [], ""
+        elif line.startswith("#"):
+            above.append(line.removeprefix("#").strip())
+        elif not line.strip():
+            above, group = [], ""
+        elif line[0] in " \t-":
+            found[-1][2].append(re.sub(r"\s+#\s.*", "", line.strip()))
+        elif key := re.match(r"(\w+):\s*((?:[^#]|#(?! ))*)(?:#\s(.*))?$", line):
+            group = " ".join(above) or group
+            said = ". ".join(filter(None, [" ".join(above).rstrip("."), key[3]])) or group
+            found.append((section, key[1], [key[2].strip()], said))
+            above = []
+    return [(section, key, " ".join(filter(None, value)), said) for section, key, value, said in found]
+
+
+def hparams():
+    """Every key of every hparams file: its default, what it is, and which files set it."""
+    base = [entry for entry in keys_of(BASE) if not entry[1].startswith("__")]
+    known = {key for _, key, *_ in base}
+    set_in = {}
+    for path in OTHERS:
+        for _, key, *_ in keys_of(path):
+            set_in.setdefault(key, []).append(path)
+    parts, sections = [], {}
+    for section, key, value, said in base:
+        rows = sections.setdefault(section or "Seed", [])
+        rows.append([f"`{key}`", _value(value), _explained(BASE, key, said), _names(set_in.get(key, []))])
+    for section, rows in sections.items():
+        parts += [f"### {section}", table(["key", "default", "what", "also set in"], rows)]
+    parts.append("## Keys and values of single files")
+    for path in OTHERS:
+        rows = []
+        for _, key, value, said in keys_of(path):
+            if key != "extends":
+                said = said if key in known else _explained(path, key, said)
+                rows.append([f"`{key}`", _value(value), _cell(said)])
+        about, extends = _about(path), [value for _, key, value, _ in keys_of(path) if key == "extends"]
+        parts += [f"### {_names([path])}", " ".join([about, *(f"It extends {_value(value)}." for value in extends)])]
+        parts.append(table(["key", "value", "what"], rows))
+    return "\n\n".join(parts)
+
+
+def _about(path):
+    """The first sentence or paragraph of a file's head."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if re.fullmatch(r"#*", text) or not line.startswith("#"):
+            if lines or not line.startswith("#"):
+                break
+            continue
+        lines.append(text)
+    return " ".join(lines)
+
+
+def _explained(path, key, said):
+    if not said:
+        raise ValueError(f"{path.relative_to(ROOT)}: the key {key} has no explanation; write a comment behind it or above it.")
+    return _cell(said)
+
+
+def _names(paths):
+    return ", ".join(f"`{path.parent.name}/{path.name}`" if path.name == "corpus.yaml" else f"`{path.name}`" for path in paths)
+
+
+def _value(text):
+    """A value for a cell; of what a class takes, only the class."""
+    text = text.replace("!PLACEHOLDER", "") if text.startswith("!PLACEHOLDER") else text
+    if len(text) > 60:
+        text = text.split(" ")[0] + " ..."
+    return f"`{_cell(text)}`" if text else ""
+
+
+def _cell(text):
+    return text.replace("|", "\\|")
+
+
 def fill(text):
-    """The README's text with its tables made anew."""
+    """A page's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu):
-        text = put(text, make.__name__, make())
+    for make in (*makers, memory, gpu, bench, hparams):
+        if f"<!-- {make.__name__}:begin -->" in text:
+            text = put(text, make.__name__, make())
     return text
 
 
-def fill_recipe(text):
-    """The same of the recipe's README, with what ``python -m speechbrain_ext bench`` has measured on each machine."""
-    return fill_readme(text, RECIPE.parent, BENCH) if any(BENCH.glob("*.csv")) else text
-
-
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
-    RECIPE.write_text(fill_recipe(RECIPE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -16,17 +16,18 @@ from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
 ROOT = Path(__file__).resolve().parents[1]
 
 
-FOLDER = tempfile.TemporaryDirectory(prefix="readme-encoders-")  # for as long as the tests run
+FOLDER = tempfile.TemporaryDirectory(prefix="page-encoders-")  # for as long as the tests run
 
 
-def import_readme_encoders():
-    """The encoders of the README's "Add an encoder", each from a file of its own, as a user would write it."""
+def import_page_encoders():
+    """The encoders of the page "Add an encoder", each from a file of its own, as a user would write it."""
     names = []
     folder = FOLDER.name
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = (ROOT / "docs" / "extend-encoder.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python.*?\n(.*?)```", page, re.DOTALL)
     for block in blocks:
         if name := re.search(r'@register_encoder\("(\w+)"\)', block):
-            path = Path(folder, f"readme_{name[1]}.py")
+            path = Path(folder, f"page_{name[1]}.py")
             path.write_text(block)
             specification = importlib.util.spec_from_file_location(path.stem, path)
             sys.modules[path.stem] = importlib.util.module_from_spec(specification)
@@ -35,7 +36,7 @@ def import_readme_encoders():
     return names
 
 
-README_ENCODERS = import_readme_encoders()
+PAGE_ENCODERS = import_page_encoders()
 SMALL = {"d_model": 32, "nhead": 4, "num_layers": 4, "d_ffn": 64, "dropout": 0.1}
 # Keys that change what an encoder computes; an encoder that is not listed is tested with its defaults.
 VARIANTS = {

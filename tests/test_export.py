@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import README_ENCODERS, SMALL
+from conftest import PAGE_ENCODERS, SMALL
 from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
@@ -134,7 +134,7 @@ def test_every_encoder_streams_with_its_state_outside(encoder_case, encoder, lef
 
 # Exporting takes long: so each of ours once, with caches that grow (of all frames, and at half the rate) or are limited.
 UNLIMITED = ("conformer", "squeezeformer")
-STREAMS = [(name, None if name in UNLIMITED else 2) for name in list_encoders() if name not in README_ENCODERS]
+STREAMS = [(name, None if name in UNLIMITED else 2) for name in list_encoders() if name not in PAGE_ENCODERS]
 
 
 @pytest.mark.parametrize("name, left", STREAMS)

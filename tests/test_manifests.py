@@ -1005,7 +1005,7 @@ def test_a_corpus_of_manifests_may_be_a_file(audio, train_here, tmp_path):
     assert read_csv(first.output / "train.csv")[0]["wrd"] == "the cat sat."
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["corpus #2", "a: b", "2024", "2024-01-31", "~", "(1)", "null", "a=b", "!x", "1e3", "[x]"])
@@ -1042,8 +1042,8 @@ def test_what_a_prepare_function_does_not_take_is_refused(key, train_here, tmp_p
         train_here(key, "lower", "--data_folder", tmp_path, corpus=tmp_path / "corpus.yaml")
 
 
-def test_the_readme_s_command_runs(audio, tmp_path):
-    (command,) = re.findall(r"^python (train.py .*test=my/test.jsonl)$", README.replace("\\\n", ""), re.MULTILINE)
+def test_the_page_s_command_runs(audio, tmp_path):
+    (command,) = re.findall(r"^python (train.py .*test=my/test.jsonl)$", PAGE.replace("\\\n", ""), re.MULTILINE)
     _, hparams, *argv = command.split()
     for name, rows in zip(("train", "dev", "test"), (*utterances(audio), utterances(audio)[1]), strict=True):
         nemo(tmp_path / name, rows).rename(json_lines(tmp_path / "my" / f"{name}.jsonl", []))
@@ -1053,8 +1053,8 @@ def test_the_readme_s_command_runs(audio, tmp_path):
     assert (row["corpus"], row["train_set"], row["test_set"]) == ("Manifest", "train", "test")
 
 
-@pytest.mark.parametrize("line", [line for line in re.findall(r"`({.*?})`", README) if "The text" in line and "..." not in line])
-def test_the_readme_s_lines_are_read(line, tmp_path):
+@pytest.mark.parametrize("line", [line for line in re.findall(r"`({.*?})`", PAGE) if "The text" in line and "..." not in line])
+def test_the_page_s_lines_are_read(line, tmp_path):
     (tmp_path / "m").write_text(line)
     ((entry,), _) = read_entries(tmp_path / "m")
     assert entry.utterance.wrd == "The text" and not entry.flaw

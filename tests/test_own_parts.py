@@ -1,4 +1,4 @@
-"""What a user adds: an encoder, a front end, a corpus, as the README says it, each in his own files only."""
+"""What a user adds: an encoder, a front end, a corpus, as the pages say it, each in his own files only."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
-from conftest import README_ENCODERS, ROOT
+from conftest import PAGE_ENCODERS, ROOT
 from test_recipe import rows, train
 from tiny import SENTENCES, SMALL, arguments, make_corpus
 
@@ -17,11 +17,11 @@ from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.registry import register_encoder
 from speechbrain_ext.training.run import run
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "\n".join((ROOT / "docs" / f"extend-{name}.md").read_text(encoding="utf-8") for name in ("encoder", "corpus"))
 
 
 def block(language, mark):
-    (found,) = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if mark in text]
+    (found,) = [text for text in re.findall(rf"```{language}.*?\n(.*?)```", PAGES, re.DOTALL) if mark in text]
     return found
 
 
@@ -32,8 +32,8 @@ def train_here(hparams, corpus, **keys):
     return run(path, run_opts, overrides)
 
 
-def test_the_readme_has_an_encoder_of_one_s_own():
-    assert "mine" in README_ENCODERS  # conftest has registered it, so that the whole contract is run on it
+def test_the_page_has_an_encoder_of_one_s_own():
+    assert "mine" in PAGE_ENCODERS  # conftest has registered it, so that the whole contract is run on it
 
 
 def test_an_encoder_of_one_s_own_trains_and_loads(tmp_path, monkeypatch):

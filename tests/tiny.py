@@ -38,10 +38,10 @@ SMALL = {
 }
 
 
-def make_corpus(folder, rate=16000):
+def make_corpus(folder, rate=16000, utterances=UTTERANCES):
     """Tones with noise and sentences, in LibriSpeech layout; an utterance is 0.8 to 1.4 seconds long."""
     generator = np.random.default_rng(0)
-    for speaker, (split, count) in enumerate(UTTERANCES.items(), 1):
+    for speaker, (split, count) in enumerate(utterances.items(), 1):
         chapter = folder / split / str(speaker) / "1"
         chapter.mkdir(parents=True)
         lines = []

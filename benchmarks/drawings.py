@@ -1,0 +1,362 @@
+"""Draw the pictures of README and documentation: the blocks from the encoders' own modules, the curves from result files.
+
+    python benchmarks/drawings.py
+
+Each picture is written twice, for light and dark pages, to docs/images/.
+"""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+
+from speechbrain_ext.bench.report import plot_cost, plot_wer, read_wers
+from speechbrain_ext.lobes.temporal_unet import TemporalUNet
+from speechbrain_ext.registry import build_encoder
+from speechbrain_ext.utils.files import read_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-processor-2-threads.csv"
+MINI = ROOT / "recipes" / "Synthetic" / "results" / "results.csv"
+MINI_SIZE = "96 x 6, 4 heads, ffn 384, kernel 15"
+
+THEMES = {
+    "light": {"ink": "#1f2430", "quiet": "#5b6472", "line": "#8a93a1", "grid": "#d9dde3", "fill": 1.0},
+    "dark": {"ink": "#e8ebf0", "quiet": "#a6aebb", "line": "#7d8796", "grid": "#3b424e", "fill": 0.55},
+}
+COLORS = {
+    "feed-forward": "#f3d38b",
+    "mixer": "#9cc7ee",
+    "convolution": "#a9d9b0",
+    "norm": "#d9d4e6",
+    "second": "#c5b7e8",
+    "head": "#f0b7a4",
+}
+# Class of a part -> what it is called in a drawing; the classes that are not here are looked into
+PARTS = {
+    "LayerNorm": "LayerNorm",
+    "_LayerNorm": "LayerNorm",
+    "MaskedBatchNorm": "BatchNorm",
+    "Linear": "Linear",
+    "PlainLinear": "Linear",
+    "ScaledLinear": "Scale, Linear",
+    "Swish": "Swish",
+    "ReLU": "ReLU",
+    "GLU": "GLU",
+    "Conv1d": "Depthwise",
+    "Dropout": None,
+    "Unchanged": None,
+}
+BETWEEN = {"ConvolutionModule": "GLU", "SwishConvolutionModule": "Swish"}
+"""What follows the first layer of a convolution module without being a module of its own."""
+MIXERS = {
+    "RelativeSelfAttention": ("Self-attention", "relative positions"),
+    "RotarySelfAttention": ("Self-attention", "rotary positions"),
+    "HyperMixing": ("HyperMixing", "MLP over time, generated weights"),
+    "PerformerAttention": ("Performer attention", "state: a running sum"),
+}
+
+
+def parts_of(module):
+    """Names of what a module consists of, in its order."""
+    name = type(module).__name__
+    if name in PARTS:
+        return [PARTS[name]] if PARTS[name] else []
+    names = []
+    for key, child in module.named_children():
+        names += parts_of(child)
+        if key == "pointwise1" and name in BETWEEN:
+            names.append(BETWEEN[name])
+    return names
+
+
+def steps_of(layer):
+    """What a block does, in its order: (colour, title, parts, factor of the residual branch or None for a norm)."""
+    steps, before = [], []
+    post_norm = hasattr(layer, "ffn1_norm")
+    for name, child in layer.named_children():
+        if name == "dropout" or type(child).__name__ == "Unchanged":
+            continue
+        if name == "mixer":
+            title, detail = MIXERS[type(child).__name__]
+            ends = [part for key in ("qkv", "out") if hasattr(child, key) for part in parts_of(getattr(child, key))]
+            norms = " + BatchNorm" if any("BatchNorm" in part for part in ends) else ""
+            scale = "Scale, " if any("Scale" in part for part in ends) else ""
+            steps.append(("mixer", title, [*before, scale + detail + norms], 1))
+            before = []
+        elif name.startswith("ffn") and not name.endswith("norm"):
+            steps.append(("feed-forward", "Feed-forward", parts_of(child), 1 if post_norm else 0.5))
+        elif name == "convolution":
+            steps.append(("convolution", f"Convolution, kernel {child.depthwise.kernel_size[0]}", parts_of(child), 1))
+        elif name == "mixer_norm" and not post_norm:
+            before = ["LayerNorm"]
+        else:
+            steps.append(("norm", "LayerNorm", [], None))
+    return steps
+
+
+class Canvas:
+    """Boxes and arrows in one theme; a unit is a tenth of an inch."""
+
+    def __init__(self, width, height, theme):
+        self.theme = THEMES[theme]
+        self.figure, self.axes = pyplot.subplots(figsize=(width / 10, height / 10))
+        self.figure.subplots_adjust(0, 0, 1, 1)
+        self.axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+        self.axes.axis("off")
+
+    def box(self, x, y, width, height, color, title, detail=""):
+        """A box with its lower left corner at (x, y)."""
+        style = "round,pad=0,rounding_size=0.8"
+        face = (*matplotlib.colors.to_rgb(COLORS[color]), 1)
+        dark = "#1f2430"  # the boxes are light on both kinds of page
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, style, facecolor=face, edgecolor=self.theme["line"], lw=0.8))
+        middle = y + height / 2
+        if detail:
+            lines = textwrap.wrap(detail, 46 if len(detail) <= 46 else len(detail) // 2 + 8)
+            up = 1.05 if len(lines) == 1 else 1.65
+            self.axes.text(x + width / 2, middle + up, title, ha="center", va="center", fontsize=9, color=dark, weight="bold")
+            text = "\n".join(lines)
+            self.axes.text(x + width / 2, middle - 1.15, text, ha="center", va="center", fontsize=6.6, color=dark)
+        else:
+            self.axes.text(x + width / 2, middle, title, ha="center", va="center", fontsize=8.4, color=dark)
+
+    def text(self, x, y, text, size=9, quiet=False, **keys):
+        """A text with its middle at (x, y)."""
+        color = self.theme["quiet" if quiet else "ink"]
+        self.axes.text(x, y, text, fontsize=size, color=color, **{"ha": "center", "va": "center", **keys})
+
+    def arrow(self, start, end, head=True, curve=None):
+        """A line or arrow."""
+        style = "-|>,head_length=3,head_width=1.6" if head else "-"
+        patch = FancyArrowPatch(start, end, arrowstyle=style, color=self.theme["line"], lw=1, shrinkA=0, shrinkB=0)
+        if curve:
+            patch.set_connectionstyle(curve)
+        self.axes.add_patch(patch)
+
+    def plus(self, x, y, factor):
+        """Where a residual branch is added."""
+        self.axes.add_patch(Circle((x, y), 1.1, facecolor="none", edgecolor=self.theme["line"], lw=1))
+        self.text(x, y, "+", 9)
+        if factor != 1:
+            self.text(x + 2.6, y, "× ½", 8, quiet=True, ha="left")
+
+    def save(self, name, theme):
+        """Write the picture."""
+        save(self.figure, name, theme)
+
+
+def save(figure, name, theme):
+    """Write a picture with a transparent ground."""
+    figure.savefig(IMAGES / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+HEIGHTS = {"residual": 12.8, "norm": 6.2}
+WIDTH = 29.0
+
+
+def height_of(steps):
+    """What a column of steps takes."""
+    return sum(HEIGHTS["norm" if factor is None else "residual"] for *_, factor in steps)
+
+
+def draw_steps(canvas, x, top, title, steps):
+    """A block, from its input at the top to its output."""
+    centre, y = x + WIDTH / 2, top
+    canvas.text(centre, y + 5.2, title, 10, weight="bold")
+    canvas.text(centre, y + 1.4, "(B, T, D)", 7.5, quiet=True)
+    for color, name, parts, factor in steps:
+        if factor is None:
+            canvas.arrow((centre, y), (centre, y - 2.2))
+            canvas.box(x + 6, y - 5.2, WIDTH - 12, 3, color, name)
+            y -= HEIGHTS["norm"]
+            canvas.arrow((centre, y + 1), (centre, y), head=False)
+            continue
+        canvas.arrow((centre, y), (centre, y - 2.4))
+        canvas.box(x, y - 8.8, WIDTH, 6.4, color, name, " · ".join(parts))
+        canvas.arrow((centre, y - 8.8), (centre, y - 10.3))
+        canvas.plus(centre, y - 11.4, factor)
+        # The residual passes by on the left
+        canvas.arrow((centre, y - 1.2), (x - 1.8, y - 1.2), head=False)
+        canvas.arrow((x - 1.8, y - 1.2), (x - 1.8, y - 11.4), head=False)
+        canvas.arrow((x - 1.8, y - 11.4), (centre - 1.1, y - 11.4))
+        y -= HEIGHTS["residual"]
+    canvas.arrow((centre, y + 0.3), (centre, y - 1.6))
+    canvas.text(centre, y - 3, "(B, T, D)", 7.5, quiet=True)
+
+
+def draw_stack(canvas, x, top, title, rows):
+    """The whole encoder from its input up: rows of (colour, text, width in parts of the widest, remark)."""
+    width, y = 24.0, top
+    canvas.text(x + width / 2, y + 5.2, title, 10, weight="bold")
+    for color, text, share, remark in rows:
+        height = 4.4 if "\n" not in text else 6.4
+        canvas.arrow((x + width / 2, y), (x + width / 2, y - 1.8))
+        canvas.box(x + width * (1 - share) / 2, y - 1.8 - height, width * share, height, color, text)
+        if remark:
+            canvas.text(x + width + 1.2, y - 1.8 - height / 2, remark, 7.2, quiet=True, ha="left")
+        y -= height + 1.8
+    canvas.arrow((x + width / 2, y), (x + width / 2, y - 1.8))
+
+
+def stack_height(rows):
+    """What a stack takes."""
+    return sum((4.4 if "\n" not in text else 6.4) + 1.8 for _, text, *_ in rows) + 2
+
+
+def draw(name, columns, stack):
+    """A block, or several beside one another, and the stack that it belongs to."""
+    height = max(*(height_of(steps) for _, steps in columns), stack_height(stack)) + 13
+    remarks = 15 if any(row[3] for row in stack) else 2
+    for theme in THEMES:
+        canvas = Canvas(4 + (WIDTH + 7) * len(columns) + 26 + remarks, height, theme)
+        for index, (title, steps) in enumerate(columns):
+            draw_steps(canvas, 4 + index * (WIDTH + 7), height - 8.5, title, steps)
+        draw_stack(canvas, 4 + len(columns) * (WIDTH + 7), height - 8.5, "Encoder", stack)
+        canvas.save(name, theme)
+
+
+def rows_of(layers, rate="40 ms", label="block"):
+    """Rows of a stack, as its modules are nested: equal neighbours become one row."""
+    rows = []
+    for layer in layers:
+        if isinstance(layer, TemporalUNet):
+            inner = rows_of(layer.layers, "80 ms", label)
+            rows.append(("norm", "halve the rate", 0.8, "depthwise, stride 2"))
+            rows += [(color, text, 0.6, remark) for color, text, _, remark in inner]
+            rows.append(("norm", "repeat, add the input", 0.8, "back to 40 ms"))
+            continue
+        plain = getattr(layer, "mixer", None) is None
+        row = ["convolution" if plain else "mixer", layer, 1.0, f"a frame is {rate}"]
+        kind = (row[0], type(layer), type(getattr(layer, "mixer", None)))
+        if rows and rows[-1][0] == "open" and rows[-1][1] == kind:
+            rows[-1][2] += 1
+        else:
+            rows.append(["open", kind, 1, row])
+    done = []
+    for row in rows:
+        if row[0] == "open":
+            _, kind, count, (color, _, share, remark) = row
+            what = "convolution only" if color == "convolution" else label
+            done.append((color, f"{count} × {what}", share, remark))
+        else:
+            done.append(row)
+    return done
+
+
+def draw_blocks():
+    """One picture for each architecture, from the modules of an encoder of the published depth."""
+    sizes = {"d_model": 144, "nhead": 4, "num_layers": 10, "d_ffn": 576}
+    frames = ("norm", "front end", 1.0, "100 to 25 frames a second")
+    end = ("norm", "LayerNorm", 1.0, "")
+    for name in ("conformer", "hyperconformer"):
+        layers = build_encoder(name, **sizes).layers
+        draw(name, [("Block", steps_of(layers[0]))], [frames, *rows_of(layers), end])
+    layers = build_encoder("squeezeformer", size="xs").layers
+    begin = ("norm", "× √D, LayerNorm", 1.0, "")
+    draw("squeezeformer", [("Block", steps_of(layers[0]))], [frames, begin, *rows_of(layers)])
+    encoder = build_encoder("fusionformer", **sizes).eval()
+    training = steps_of(encoder.layers[0])
+    fused = steps_of(encoder.fuse_().layers[0])
+    rows = [frames, *rows_of(encoder.layers), ("norm", "Linear, BatchNorm", 1.0, "fused: Linear")]
+    draw("fusionformer", [("Block in training", training), ("Block after fuse_()", fused)], rows)
+    layers = build_encoder("practical_conformer", size="s").layers
+    columns = [("Lower block", steps_of(layers[0])), ("Upper block", steps_of(layers[-1]))]
+    rows = [(color, text, share, "causal") for color, text, share, _ in rows_of(layers, label="Performer")]
+    draw("practical_conformer", columns, [frames, *rows, end])
+    draw_cascade()
+
+
+def draw_cascade():
+    """Two passes, one head."""
+    for theme in THEMES:
+        canvas = Canvas(88, 33, theme)
+        canvas.box(2, 12, 15, 6, "norm", "Front end", "25 frames a second")
+        canvas.arrow((17, 15), (21, 15))
+        canvas.box(21, 12, 19, 6, "mixer", "First pass", "streams, chunk by chunk")
+        canvas.arrow((40, 15), (48, 15))
+        canvas.box(48, 12, 19, 6, "second", "Second pass", "sees the whole utterance")
+        canvas.arrow((30.5, 18), (30.5, 24))
+        canvas.arrow((57.5, 18), (57.5, 24))
+        canvas.box(21, 24, 46, 4.4, "head", "CTC head, the same weights for both passes")
+        canvas.text(30.5, 30.6, "text at once", 8.5)
+        canvas.text(57.5, 30.6, "better text when the utterance ends", 8.5)
+        canvas.text(30.5, 8.6, "two thirds of the blocks", 7.5, quiet=True)
+        canvas.text(57.5, 8.6, "a third of the blocks", 7.5, quiet=True)
+        canvas.text(44, 3.4, "Any registered encoder can be either pass.", 8, quiet=True)
+        canvas.save("cascade", theme)
+
+
+# Encoder and form of the result file -> its name, colour, style and whether it is ours
+CURVES = {
+    ("speechbrain_conformer", "plain"): ("SpeechBrain Conformer", "#c0504d", "--"),
+    ("speechbrain_conformer_rope", "plain"): ("SpeechBrain Conformer, RoPE", "#d98880", "--"),
+    ("torchaudio_conformer", "plain"): ("torchaudio Conformer", "#b8860b", "--"),
+    ("speechbrain_hyperconformer", "plain"): ("SpeechBrain HyperConformer", "#8064a2", "--"),
+    ("squeezeformer", "fused"): ("Squeezeformer", "#2f8f83", "-"),
+    ("fusionformer", "fused"): ("FusionFormer", "#4f9d3a", "-"),
+    ("practical_conformer", "plain"): ("Practical Conformer", "#e07b20", "-"),
+    ("hyperconformer", "plain"): ("HyperConformer", "#2f7fd1", "-"),
+}
+
+
+def draw_cost():
+    """Cost against length, ours and what one would use otherwise: the point of it all."""
+    wanted = {"task": "inference", "input": "encoder", "precision": "float32", "mode": "eager", "batch": "1", "size": "equal"}
+    lines = {}
+    for row in read_csv(BENCH):
+        key = (row["encoder"], row["form"])
+        if row["ms"] and key in CURVES and row["dims"].startswith("144") and all(row[k] == v for k, v in wanted.items()):
+            seconds = int(row["seconds"])
+            if seconds <= 160:
+                lines.setdefault(key, []).append((seconds, float(row["ms"]) / 1e3 * 60 / seconds))
+    for theme, colors in THEMES.items():
+        figure, axes = pyplot.subplots(figsize=(8.2, 4.0), layout="constrained")
+        ends = {}
+        for key, (label, color, style) in CURVES.items():
+            points = sorted(lines[key])
+            ours = style == "-"
+            axes.plot(*zip(*points, strict=True), style, color=color, lw=2.4 if ours else 1.6, marker="o", markersize=3.5)
+            ends[label] = (points[-1], color, ours)
+        heights = []  # labels apart from one another, on a logarithmic axis
+        for label, ((x, y), color, ours) in sorted(ends.items(), key=lambda item: item[1][0][1]):
+            y = max(y, heights[-1] * 1.24) if heights else y
+            heights.append(y)
+            axes.text(x * 1.08, y, label, color=color, va="center", fontsize=9, weight="bold" if ours else "normal")
+        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
+        axes.set(xscale="log", yscale="log", xlim=(4.6, 620), ylim=(0.06, 9))
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_ylim(0.06, 9)
+        axes.set_xticks([5, 10, 20, 40, 80, 160], ["5", "10", "20", "40", "80", "160"])
+        axes.minorticks_off()
+        axes.set_xlabel("length of the audio, seconds", color=colors["ink"])
+        axes.set_ylabel("seconds of computation\nper minute of audio", color=colors["ink"])
+        axes.tick_params(colors=colors["quiet"])
+        axes.grid(color=colors["grid"], lw=0.6)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(colors["line"])
+        save(figure, "cost", theme)
+
+
+def main():
+    """Draw all."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "docs"  # the same picture, the same file
+    matplotlib.rcParams["font.family"] = "DejaVu Sans"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    draw_cost()
+    draw_blocks()
+    rows = read_csv(BENCH)
+    plot_cost(rows, IMAGES / "cost_all.png")
+    plot_wer(rows, read_wers(MINI, MINI_SIZE), IMAGES / "wer_cost.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Runs the blocks of a page as a reader would: in order, in one folder, with a tiny corpus and a tiny model in the places named.
+
+A comment above a block changes how it runs, and is not shown:
+
+``<!-- test: small -->``        add the keys that make a training a matter of seconds
+``<!-- test: mini -->``         the same, for the embedded corpus
+``<!-- test: A => B -->``       with B in place of A
+``<!-- test: skip REASON -->``  not run here, such as for want of a GPU
+``<!-- test: output -->``       what the block before must have printed, with ... for what differs
+
+Several are separated by semicolons. Commands of Python start in processes that have everything imported.
+"""
+
+import contextlib
+import doctest
+import glob
+import io
+import multiprocessing
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from tiny import SMALL
+
+from speechbrain_ext.hparams import load_hparams
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+TINY = {key: value for key, value in SMALL.items() if "split" not in key} | {"device": "cpu"}
+"""What ``small`` adds to a training; the corpus has the splits that the files name."""
+MINI = {"train_splits": "[dev-mini]", "number_of_epochs": "1", "device": "cpu"} | {
+    key: SMALL[key] for key in ("d_model", "nhead", "num_encoder_layers", "d_ffn")
+}
+PRELOADED = ["speechbrain_ext.cli", "speechbrain_ext.training.run", "speechbrain_ext.inference", "speechbrain.inference.ASR"]
+SIMPLE = re.compile(r"python (-m speechbrain_ext|train\.py|examples/|benchmarks/)[^|<>;&$]*")
+
+
+class Block(NamedTuple):
+    """A block of a page."""
+
+    line: int
+    language: str
+    title: str
+    text: str
+    asked: list
+
+
+def blocks(page):
+    """The blocks of a page, with what the comments above them ask for."""
+    text = page.read_text(encoding="utf-8")
+    pattern = r"(?:<!-- test: (.*?) -->\n)?^( *)```(\w+)(?: title=\"(.*?)\")?\n(.*?)^ *```$"
+    for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
+        asked, _, language, title, body = found.groups()
+        asked = [part.strip() for part in (asked or "").split("; ")] if asked else []
+        yield Block(text[: found.start(3)].count("\n") + 1, language, title or "", body, asked)
+
+
+def skipped(block):
+    """The reason for which a block is not run, None if it is."""
+    return next((part.removeprefix("skip").strip() for part in block.asked if part.startswith("skip")), None)
+
+
+class Reader:
+    """Runs the blocks of one page in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.names, self.printed = folder, {}, ""
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+
+    def run(self, block):
+        """Run a block; raises AssertionError with what it printed where it fails."""
+        if block.language == "python":
+            self._python(block)
+        elif block.language == "bash":
+            self._bash(block)
+        elif block.language in ("yaml", "toml") and block.title:
+            path = self.folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
+            if "extends:" in block.text or "!new:" in block.text:
+                load_hparams(path)
+        elif "output" in block.asked:
+            same = doctest.OutputChecker().check_output(block.text, self.printed, doctest.ELLIPSIS)
+            assert same, f"the page says:\n{block.text}\nand it is:\n{self.printed}"
+
+    def _python(self, block):
+        if block.title:
+            path = self.folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
+            return
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(block.text, f"line {block.line}", "exec"), self.names)
+        self.printed = out.getvalue()
+
+    def _bash(self, block):
+        self.printed = ""
+        for command in re.sub(r"\\\n\s*", "", block.text).splitlines():
+            command = re.sub(r"\s+# .*", "", command).strip()
+            for part in block.asked:
+                old, arrow, new = part.partition(" => ")
+                command = command.replace(old, new) if arrow else command
+            if not command:
+                continue
+            for kind, keys in (("small", TINY), ("mini", MINI)):
+                if kind in block.asked:
+                    given = set(re.findall(r"--(\w+)", command))
+                    command += "".join(f" --{key} {shlex.quote(value)}" for key, value in keys.items() if key not in given)
+            command = command.replace("/path/to/", f"{self.folder}/")
+            status, printed = self._in_process(command) if SIMPLE.fullmatch(command) else self._in_shell(command)
+            assert status == 0, f"line {block.line}: {command}\nends with {status}:\n{printed[-3000:]}"
+            self.printed += printed
+
+    def _in_process(self, command):
+        words = [name for word in shlex.split(command)[1:] for name in (sorted(glob.glob(word)) or [word])]
+        log = self.folder / ".printed"
+        process = self.context.Process(target=_main, args=(words, str(self.folder), str(log)))
+        process.start()
+        process.join()
+        return process.exitcode, log.read_text(encoding="utf-8")
+
+    def _in_shell(self, command):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return run.returncode, run.stdout
+
+
+def _main(words, folder, log):
+    """Of a process with everything imported: run ``python WORDS`` in a folder."""
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    status = 1
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=False)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,153 @@
+"""README and documentation: their commands and code run, their files exist, their tables are those of the result files."""
+
+import gzip
+import importlib.util
+import json
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+from documentation import PAGES, ROOT, Reader, blocks, skipped
+from tiny import SENTENCES, make_corpus, make_model
+
+from speechbrain_ext.hparams import load_hparams
+
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+SPLITS = {
+    **{"train-clean-100": 12, "train-clean-360": 2, "train-other-500": 2, "train-clean-5": 12},
+    **{"dev-clean": 2, "dev-clean-2": 2, "test-clean": 2, "test-other": 2},
+}
+MOST_SKIPPED = 18
+"""Blocks that are for another machine, or take minutes; a new one needs a reason that is as good."""
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT).with_suffix(""))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """What the pages name: a corpus, manifests, audio, and a trained model."""
+    folder = tmp_path_factory.mktemp("pages")
+    make_corpus(folder / "LibriSpeech", utterances=SPLITS)
+    make_model(folder, decoder_layers=0)
+    shutil.copytree(folder / "model", folder / "results" / "demo" / "pretrained")
+    (folder / "practical").mkdir()
+    make_model(folder / "practical", decoder_layers=0, name="practical_conformer", size="xs", encoder_kwargs="{second: conformer}")
+    shutil.copytree(folder / "practical" / "model", folder / "results" / "practical" / "pretrained")
+    samples, rate = soundfile.read(folder / "long.flac", dtype="float32")
+    for name in ("speech.flac", "speech.wav", "talk.flac"):
+        soundfile.write(folder / name, samples, rate)
+    own = folder / "my"
+    own.mkdir()
+    for name, split in (("train", "train-clean-100"), ("dev", "dev-clean"), ("test", "test-clean"), ("old", "train-clean-5")):
+        lines = []
+        for texts in (folder / "LibriSpeech" / split).glob("*/*/*.trans.txt"):
+            for line in texts.read_text().splitlines():
+                key, _, text = line.partition(" ")
+                path = texts.with_name(f"{key}.flac")
+                duration = soundfile.info(path).duration
+                lines.append(json.dumps({"audio_filepath": str(path), "duration": duration, "text": text}))
+        (own / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        if name == "test":
+            rows = [json.loads(line) for line in lines]
+            table = [f"{number},{row['audio_filepath']},{row['duration']},x,{row['text']}" for number, row in enumerate(rows)]
+            (folder / "results" / "demo" / "test-mini.csv").write_text("ID,wav,duration,spk_id,wrd\n" + "\n".join(table) + "\n")
+    with gzip.open(folder / "books.txt.gz", "wt") as file:
+        file.write("\n".join(SENTENCES) + "\n")
+    for split in ("train", "dev", "test"):
+        (folder / "mine" / split).mkdir(parents=True)
+        for number, text in enumerate(SENTENCES):
+            shutil.copy(folder / "speech.wav", folder / "mine" / split / f"{number}.wav")
+            (folder / "mine" / split / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=name_of)
+def test_blocks_run_in_order(page, place, tmp_path, monkeypatch):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True, symlinks=True)
+    for name in ("train.py", "recipes", "examples", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("hparams", "speechbrain_ext/training/hparams"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "speechbrain_ext" / "encoders").mkdir()
+    monkeypatch.chdir(tmp_path)
+    reader = Reader(tmp_path)
+    for block in blocks(page):
+        if skipped(block) is None:
+            reader.run(block)
+
+
+def test_few_blocks_are_skipped_and_each_says_why():
+    reasons = [skipped(block) for page in PAGES for block in blocks(page) if skipped(block) is not None]
+    assert len(reasons) <= MOST_SKIPPED and all(len(reason.split()) > 1 for reason in reasons), reasons
+
+
+def test_tables_are_generated_from_the_results():
+    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    for page, text in TEXTS.items():
+        assert tables.fill(text) == text, f"{name_of(page)}: run python benchmarks/tables.py"
+
+
+def test_a_key_without_an_explanation_is_no_reference(tmp_path):
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"), run_name="tables")
+    path = tmp_path / "file.yaml"
+    path.write_text("# above\na: 1\nb: 2\n\nc: '#no'   # behind\nd:\n    e: 1  # inner\n")
+    assert tables["keys_of"](path) == [("", "a", "1", "above"), ("", "b", "2", "above"), ("", "c", "'#no'", "behind")] + [
+        ("", "d", "e: 1", "")
+    ]
+    with pytest.raises(ValueError, match="the key d has no explanation"):
+        tables["_explained"](ROOT / "file.yaml", "d", "")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_take_their_arguments(path, monkeypatch, capsys):
+    """Measuring takes hours; that everything is still where they import it from shows at once."""
+    monkeypatch.setattr("sys.argv", [str(path), "--help"])
+    try:
+        runpy.run_path(str(path), run_name="__main__" if "argparse" in path.read_text() else path.stem)
+    except SystemExit as end:
+        assert end.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def test_files_exist():
+    pattern = r"`((?:hparams|recipes|speechbrain_ext|benchmarks|examples|docs)/[\w./-]+)`"
+    for page, text in TEXTS.items():
+        for path in re.findall(pattern, text):
+            assert (ROOT / path).exists() or "MACHINE" in path, f"{name_of(page)} names {path}"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Those of the pages are checked where the site is built."""
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "LibriSpeech" / "README.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            target = file.parent / path if path else file
+            assert target.exists(), f"{file.name} links to {link}"
+            heads = [re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-")
+                     for head in re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)] if anchor else []
+            assert not anchor or anchor in heads, f"{file.name} links to {link}"
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
+
+
+FILES = re.findall(r"\| `(hparams/\w+\.yaml)` \| ([\d,]+) \|", TEXTS[ROOT / "docs" / "train.md"])
+
+
+@pytest.mark.parametrize("file, count", FILES)
+def test_parameters_are_as_stated(file, count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
+    hparams = load_hparams(ROOT / file)
+    assert sum(parameter.numel() for parameter in hparams["model"].parameters()) == int(count.replace(",", ""))
+
+
+def test_every_architecture_has_a_row_and_a_page():
+    shipped = {path.stem for path in (ROOT / "hparams").glob("*.yaml")} - {"finetune"}
+    assert {Path(file).stem for file, _ in FILES} == shipped
