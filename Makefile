@@ -1,5 +1,7 @@
 # make demo   environment, embedded corpus, training, WER and a transcript: six to eight minutes on two cores
-# make test   environment and all tests
+# make test   environment and all tests but those that take minutes
+# make slow   environment and the tests that take minutes
+# make docs   the documentation as a site, in site/
 # make lint   style
 #
 # PYTHON=python3.12 make demo   another interpreter (3.11 to 3.13)
@@ -9,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := results/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow docs lint clean
 
 # A marker per set of packages, newer than what asks for them: an interrupted installation is done again.
 $(VENV)/runtime: requirements.txt pyproject.toml
@@ -26,16 +28,25 @@ $(VENV)/dev: $(VENV)/runtime
 
 demo: $(VENV)/runtime
 	$(BIN)/python train.py hparams/hyperconformer.yaml --output_folder $(DEMO)
-	@echo
-	@echo "Transcripts of three voices that training has not heard:"
-	$(BIN)/python -m speechbrain_ext transcribe --model $(DEMO)/pretrained $$(cut -d, -f3 $(DEMO)/test-mini.csv | sed -n '2p;90p;200p')
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+slow: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+# An environment of its own, as the site reads the code and does not run it; a broken link or reference fails
+$(VENV)-docs/done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	touch $@
+
+docs: $(VENV)-docs/done
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(VENV)-docs $(DEMO) site build *.egg-info

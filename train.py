@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """Train and test a speech recogniser: the one entry of all recipes.
 
-    python train.py hparams/hyperconformer.yaml --data_folder /path/to/LibriSpeech
-    python train.py hparams/hyperconformer.yaml                                      embedded mini corpus, minutes
-    python train.py hparams/hyperconformer.yaml --train_manifest my/train.jsonl --valid_manifest my/dev.jsonl \\
-        --test_manifest test=my/test.jsonl
-    python train.py hparams/hyperconformer.yaml --corpus my/corpus.yaml --data_folder /path/to/mine
-    python train.py hparams/hyperconformer.yaml --data_folder ... --precision bf16 --number_of_epochs 50
-    torchrun --nproc_per_node 4 train.py hparams/hyperconformer.yaml --data_folder ...
+python train.py hparams/FILE.yaml                                                   the embedded mini corpus, minutes
+python train.py hparams/FILE.yaml --data_folder /path/to/LibriSpeech                LibriSpeech
+python train.py hparams/FILE.yaml --train_manifest FILE --valid_manifest FILE       your own data
+python train.py hparams/FILE.yaml --corpus my/corpus.yaml --data_folder FOLDER      a corpus of your own
+python train.py hparams/finetune.yaml --init_from MODEL --train_manifest ...        fine-tuning
+torchrun --nproc_per_node 4 train.py hparams/FILE.yaml --data_folder FOLDER         several GPUs
 
-Start the same command again after an interruption, and it goes on where it was.
+Every key of the hparams file is an option, such as --number_of_epochs 50. An interrupted run continues with the same command.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
+from speechbrain_ext.training.report import list_hparams  # noqa: E402
 from speechbrain_ext.training.run import run, take_paths  # noqa: E402
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
@@ -30,6 +30,11 @@ from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa
 def main(argv=None):
     """Run; returns the exit status: 0 when all went well, 2 for wrong arguments, 130 when interrupted, 1 otherwise."""
     argv, paths = take_paths(list(sys.argv[1:] if argv is None else argv))
+    if not argv or {"-h", "--help"} & {*argv}:
+        print(f"{__doc__}\nFiles in hparams/:\n\n{list_hparams(ROOT / 'hparams')}\n")
+        if not argv:
+            return 0
+        print("Options of SpeechBrain:\n")
     corpus = paths.pop("corpus", None)
     if corpus:
         sys.path.insert(0, str(Path(corpus).resolve().parent))  # what it names may lie beside it

@@ -5,6 +5,7 @@ A comment above a block changes how it runs, and is not shown:
 ``<!-- test: small -->``        add the keys that make a training a matter of seconds
 ``<!-- test: mini -->``         the same, for the embedded corpus
 ``<!-- test: A => B -->``       with B in place of A
+``<!-- test: slow -->``         run by make slow alone
 ``<!-- test: skip REASON -->``  not run here, such as for want of a GPU
 ``<!-- test: output -->``       what the block before must have printed, with ... for what differs
 
@@ -115,7 +116,7 @@ class Reader:
                     given = set(re.findall(r"--(\w+)", command))
                     command += "".join(f" --{key} {shlex.quote(value)}" for key, value in keys.items() if key not in given)
             command = command.replace("/path/to/", f"{self.folder}/")
-            status, printed = self._in_process(command) if SIMPLE.fullmatch(command) else self._in_shell(command)
+            status, printed = self._in_process(command) if SIMPLE.fullmatch(command) and "slow" not in block.asked else self._in_shell(command)
             assert status == 0, f"line {block.line}: {command}\nends with {status}:\n{printed[-3000:]}"
             self.printed += printed
 

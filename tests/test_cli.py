@@ -97,6 +97,19 @@ def test_wrong_usage(capsys, argv, message):
     assert status == 2 and out == "" and message in err and "Traceback" not in err
 
 
+def test_the_help_groups_the_commands(capsys):
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    assert capsys.readouterr().out == shown
+    places = [shown.index(text) for text in ("Audio to text:", "  transcribe  audio", "  stream ", "Models elsewhere:", "  publish ")]
+    assert places == sorted(places)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["stream", "--help"])
+    assert "--chunk-size" in capsys.readouterr().out
+
+
 def test_standard_output_holds_nothing_but_results(folder):
     command = [sys.executable, "-m", "speechbrain_ext", "transcribe", "--model", folder / "model", folder / "short.flac"]
     path = os.pathsep.join(sys.path)

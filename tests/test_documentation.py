@@ -66,8 +66,12 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=name_of)
-def test_blocks_run_in_order(page, place, tmp_path, monkeypatch):
+def pages_with(slow):
+    return [page for page in PAGES if any(("slow" in block.asked) == slow for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", pages_with(slow=False), ids=name_of)
+def test_blocks_run_in_order(page, place, tmp_path, monkeypatch, slow=False):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True, symlinks=True)
     for name in ("train.py", "recipes", "examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -77,8 +81,14 @@ def test_blocks_run_in_order(page, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reader = Reader(tmp_path)
     for block in blocks(page):
-        if skipped(block) is None:
+        if skipped(block) is None and ("slow" in block.asked) == slow:
             reader.run(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with(slow=True), ids=name_of)
+def test_long_blocks_run(page, place, tmp_path, monkeypatch):
+    test_blocks_run_in_order(page, place, tmp_path, monkeypatch, slow=True)
 
 
 def test_few_blocks_are_skipped_and_each_says_why():

@@ -110,9 +110,11 @@ def test_a_mistyped_data_folder_leaves_no_run_behind(corpus, tmp_path):
 
 def test_the_last_lines_say_where_all_is(ctc_run):
     folder, run = ctc_run
-    *_, rate, files, command = run.stdout.strip().splitlines()
-    assert rate.startswith("test-tiny ctc_greedy: WER ")
+    *_, table, _, _, _, _, _, _, _, rate, speed, files, _, _, command, stream, export = run.stdout.rstrip().splitlines()[-18:]
+    assert "reference" in run.stdout and rate.startswith("test-tiny ctc_greedy: WER ") and "per second" in speed
+    assert "curve.png" in files and next((folder / "results").glob("*/*/curve.png")).read_bytes().startswith(b"\x89PNG")
     assert command.endswith("pretrained FILE...") and (folder / command.split()[-2]).is_dir()
+    assert " stream " in stream and " export " in export
 
 
 def test_without_a_data_folder_it_says_first_that_it_runs_on_the_mini_corpus(tmp_path):

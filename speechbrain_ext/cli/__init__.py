@@ -7,6 +7,7 @@ Results go to standard output, all else to standard error. The exit status is 0 
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import signal
 import sys
@@ -16,7 +17,26 @@ from speechbrain_ext.cli import bench, evaluate, export, ngram, publish, stream,
 from speechbrain_ext.cli._common import say
 from speechbrain_ext.utils.errors import UsageError, UserError
 
-COMMANDS = (transcribe, stream, evaluate, ngram, export, publish, bench)
+GROUPS = {
+    "Audio to text": (transcribe, stream),
+    "Error rates and language models": (evaluate, ngram),
+    "Models elsewhere": (export, publish),
+    "Encoders on this machine": (bench,),
+}
+"""The commands; what each is for is the first line of its file."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help lists the commands by group."""
+
+    def format_help(self):
+        lines = [self.format_usage(), self.description]
+        for title, commands in GROUPS.items():
+            lines.append(f"\n{title}:")
+            for command in commands:
+                name, _, what = command.__doc__.partition("\n")[0].rstrip(".").partition(": ")
+                lines.append(f"  {name.strip('`'):12}{what}")
+        return "\n".join([*lines, f"\n{self.epilog}\n"])
 
 
 def main(argv=None):
@@ -32,10 +52,18 @@ def main(argv=None):
     int
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="speechbrain_ext", description="Speech recognition with speechbrain_ext's models.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    parser = _Parser(
+        prog="speechbrain_ext",
+        description="Speech recognition with speechbrain_ext's models. train.py trains them.",
+        epilog="COMMAND --help has the options of a command. MODEL is a folder that training wrote, or user/model of Hugging Face.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
+    for command in itertools.chain.from_iterable(GROUPS.values()):
         command.add(commands)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     arguments = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):  # a name or word that the terminal cannot show is no reason to stop

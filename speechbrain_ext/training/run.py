@@ -37,6 +37,7 @@ from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unkno
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
+from speechbrain_ext.training.report import check_logger, draw_curve, examples, with_logger
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.training.sources import architecture_of, locate, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
@@ -87,6 +88,8 @@ MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of what a run begins with; they stay as they are while it goes on."""
+QUIET = ("speechbrain.dataio.sampler", "speechbrain.core", "speechbrain.utils.checkpoints", "speechbrain.utils.quirks")
+"""Loggers that only say what is usual."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -201,7 +204,8 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
 
 def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     """The steps, in an output folder that no other run writes to."""
-    logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
     output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
     # Not before: a mistyped data_folder is no run that later ones are compared with
@@ -227,6 +231,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
     if source is not None and hparams["checkpointer"].find_checkpoint() is None:
         begin_with(source, hparams, tokenizer_file)
+    hparams["train_logger"] = with_logger(hparams["train_logger"], hparams["logger"], output, hparams["experiment"])
     brain = make_brain(hparams, run_opts)
     samplers = {key: hparams["eval_batch_sampler"] for key in datasets} | {TRAIN: hparams["train_batch_sampler"]}
     mixed = ids_of_mixed(hparams)
@@ -242,11 +247,12 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         valid_loader_kwargs=options[VALID],
     )
     models = brain.make_final(statistics_batches(brain, datasets[TRAIN], options[TRAIN]))
-    rows = []
+    rows, shown = [], ""
     for split in hparams["test_splits"]:
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])
+        shown = shown or examples(next(reversed(brain.error_rates.values())).scores)
         rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
-    return keep(brain, setting, models, tokenizer_file, rows, provenance(setting, hparams, source))
+    return keep(brain, setting, models, tokenizer_file, rows, shown, provenance(setting, hparams, source))
 
 
 def take_paths(argv):
@@ -395,6 +401,7 @@ def check_ranges(plain, run_opts):
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; name what to train on.")
+    check_logger(plain["logger"])
     if plain["token_type"] not in TOKEN_TYPES:
         raise UsageError(f"--token_type is {plain['token_type']!r}; give {', '.join(TOKEN_TYPES)}.")
     if plain.get("text_normalization", "none") not in CASES:
@@ -686,17 +693,24 @@ def _end_of(path):
     return re.sub(r"^\(", "./(", "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])))
 
 
-def keep(brain, setting, models, tokenizer_file, rows, origin):
-    """Write the model folders and the results table, and say where all is."""
+def keep(brain, setting, models, tokenizer_file, rows, shown, origin):
+    """Write the model folders and the results table, and say how good the model is, where all is, and what comes next."""
     hparams = brain.hparams
     output = Path(hparams.output_folder)
     folders = {name: output / name for name in models}
     if if_main_process():
         for name, (weights, fused) in models.items():
             write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused, origin)
+        append_rows(hparams.results_file, rows)
+        drawn = draw_curve(output / "train_log.txt", output / "curve.png")
+        print(f"\n{shown}\n")
         for row in rows:
             print(f"{row.test_set} {row.search}: {error_sentence(dataclasses.asdict(row))}")
-        append_rows(hparams.results_file, rows)
-        print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}.")
-        print(f"Transcribe: python -m speechbrain_ext transcribe --model {folders['pretrained']} FILE...")
+        print(f"Training took in {brain.audio_seconds / max(brain.train_seconds, 1e-9):.0f} s of audio per second.")
+        curve = f", the learning curve {output}/curve.png" * drawn
+        print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}{curve}.\n\nNext:")
+        model = f"--model {folders['pretrained']}"
+        print(f"python -m speechbrain_ext transcribe {model} FILE...")
+        print(f"python -m speechbrain_ext stream {model} FILE")
+        print(f"python -m speechbrain_ext export {model} model.onnx")
     return RunResult(rows, folders, output)

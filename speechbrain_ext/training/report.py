@@ -1,0 +1,216 @@
+"""What a run tells its user: the files that there are, the learning curve, examples, and where else losses go."""
+
+import re
+from pathlib import Path
+
+from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
+
+from speechbrain_ext.utils.errors import UsageError, UserImportError
+
+LOGGERS = ("tensorboard", "wandb")
+"""What ``logger`` may be, beside null."""
+GRAY = "0.5"
+
+
+def list_hparams(folder):
+    """The hparams files of a folder, a line for each: its name, and the first sentence of the comment that it begins with.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        The folder.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "small.yaml").write_text("# ####\\n# A small model. See\\n# the paper.\\n# ####\\nd_model: 16\\n")
+    >>> print(list_hparams(folder))
+    small.yaml  A small model
+    """
+    files = sorted(Path(folder).glob("*.yaml"))
+    width = max((len(path.name) for path in files), default=0)
+    return "\n".join(f"{path.name:{width}}  {first_sentence(path)}" for path in files)
+
+
+def first_sentence(path):
+    """The first sentence of the comment that an hparams file begins with, without the dot."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.strip("# "))
+    text = re.sub(r", https?:[^)\s]*", "", " ".join(filter(None, lines)))
+    return re.split(r"(?<!et al)[.:;](?: |$)", text)[0]
+
+
+class Loggers:
+    """Several of SpeechBrain's loggers as one.
+
+    Arguments
+    ---------
+    loggers : list of speechbrain.utils.train_logger.TrainLogger
+        Each gets all statistics.
+    """
+
+    def __init__(self, loggers):
+        self.loggers = loggers
+
+    def log_stats(self, *args, **keys):
+        """As SpeechBrain's loggers."""
+        for logger in self.loggers:
+            logger.log_stats(*args, **keys)
+
+
+def check_logger(name):
+    """Refuse what is no logger.
+
+    Arguments
+    ---------
+    name : str or None
+        The value of ``logger``.
+
+    Raises
+    ------
+    UsageError
+        If there is no such logger.
+    """
+    if name is not None and name not in LOGGERS:
+        raise UsageError(f"--logger is {name!r}; give {' or '.join(LOGGERS)}, or leave it out.")
+
+
+def with_logger(file_logger, name, folder, experiment):
+    """The logger of a run: the file, and what ``logger`` names beside it.
+
+    Arguments
+    ---------
+    file_logger : speechbrain.utils.train_logger.TrainLogger
+        The file.
+    name : str or None
+        One of :data:`LOGGERS`.
+    folder : str or os.PathLike
+        The output folder of the run.
+    experiment : str
+        Its name.
+
+    Returns
+    -------
+    speechbrain.utils.train_logger.TrainLogger or Loggers
+
+    Raises
+    ------
+    UserImportError
+        If its package is not installed.
+    """
+    check_logger(name)
+    if name is None:
+        return file_logger
+    try:
+        if name == "tensorboard":
+            return Loggers([file_logger, TensorboardLogger(str(Path(folder) / "tensorboard"))])
+        import wandb
+    except ImportError as error:
+        raise UserImportError(f"--logger {name} needs the package {name}; install it with: pip install {name}") from error
+    return Loggers([file_logger, WandBLogger(wandb.init, project="speechbrain_ext", name=experiment, dir=str(folder))])
+
+
+def read_log(path):
+    """Losses and error rates by epoch, from ``train_log.txt``.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file.
+
+    Returns
+    -------
+    dict
+        (epoch, value) pairs by name, such as "train loss" and "valid WER ctc_greedy".
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "train_log.txt"
+    >>> _ = path.write_text("epoch: 1, lr: 1e-3 - train loss: 9.0 - valid loss: 8.5, valid WER ctc_greedy: 90.0\\n")
+    >>> read_log(path)["valid WER ctc_greedy"]
+    [(1, 90.0)]
+    """
+    curves = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        epoch = re.match(r"epoch: (\d+)", line)
+        for name, value in re.findall(r"((?:train|valid) [^:,]+): ([-+.\deinfa]+)", line):
+            points = dict(curves.get(name, [])) | ({int(epoch[1]): float(value)} if epoch else {})
+            curves[name] = sorted(points.items())  # of an epoch that was done twice, the last one
+    return curves
+
+
+def draw_curve(log, path):
+    """Draw losses and error rates by epoch.
+
+    Arguments
+    ---------
+    log : str or os.PathLike
+        ``train_log.txt`` of a run.
+    path : str or os.PathLike
+        The picture to write.
+
+    Returns
+    -------
+    bool
+        Whether it was drawn: matplotlib is installed, and there is an epoch.
+    """
+    curves = read_log(log) if Path(log).exists() else {}
+    rates = {name: points for name, points in curves.items() if "WER" in name}
+    losses = {name: points for name, points in curves.items() if name.endswith(" loss")}
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not losses:
+        return False
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, drawn, label in zip(figure.subplots(1, 2), (losses, rates), ("loss", "WER, %"), strict=True):
+        for name, points in drawn.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color=GRAY, alpha=0.25)
+        if drawn:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def examples(scores, count=3):
+    """What was said and what was found, of some utterances from the first to the last.
+
+    Arguments
+    ---------
+    scores : list of dict
+        Of SpeechBrain's ErrorRateStats.
+    count : int
+        How many.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> print(examples([{"key": "a", "WER": 50.0, "ref_tokens": ["A", "CAT"], "hyp_tokens": ["CAT"]}]))
+      WER %  reference, and what was found
+       50.0  A CAT
+             CAT
+    """
+    scores = sorted((score for score in scores if score.get("ref_tokens")), key=lambda score: score["key"])
+    chosen = [scores[index * (len(scores) - 1) // max(1, count - 1)] for index in range(min(count, len(scores)))]
+    lines = [f"{'WER %':>7}  reference, and what was found"]
+    for score in chosen:
+        lines.append(f"{score['WER']:7.1f}  {' '.join(score['ref_tokens'])}")
+        lines.append(f"{'':7}  {' '.join(score['hyp_tokens'] or ())}")
+    return "\n".join(line.rstrip() for line in lines)
