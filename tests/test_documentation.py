@@ -36,7 +36,9 @@ def place(tmp_path_factory):
     make_model(folder, decoder_layers=0)
     shutil.copytree(folder / "model", folder / "results" / "demo" / "pretrained")
     (folder / "practical").mkdir()
-    make_model(folder / "practical", decoder_layers=0, name="practical_conformer", size="xs", encoder_kwargs="{second: conformer}")
+    make_model(
+        folder / "practical", decoder_layers=0, name="practical_conformer", size="xs", encoder_kwargs="{second: conformer}"
+    )
     shutil.copytree(folder / "practical" / "model", folder / "results" / "practical" / "pretrained")
     samples, rate = soundfile.read(folder / "long.flac", dtype="float32")
     for name in ("speech.flac", "speech.wav", "talk.flac"):
@@ -72,12 +74,14 @@ def pages_with(slow):
 
 @pytest.mark.parametrize("page", pages_with(slow=False), ids=name_of)
 def test_blocks_run_in_order(page, place, tmp_path, monkeypatch, slow=False):
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True, symlinks=True)
-    for name in ("train.py", "recipes", "examples", "benchmarks"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("hparams", "speechbrain_ext/training/hparams"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "speechbrain_ext" / "encoders").mkdir()
+    written = ("results", "mine")  # into which pages write
+    for path in place.iterdir():
+        shutil.copytree(path, tmp_path / path.name) if path.name in written else (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "speechbrain_ext").mkdir()
+    (tmp_path / "hparams").mkdir()
+    shipped = [*(ROOT / "hparams").iterdir(), *(ROOT / name for name in ("train.py", "recipes", "examples", "benchmarks"))]
+    for path in (*shipped, ROOT / "speechbrain_ext" / "training"):
+        (tmp_path / path.relative_to(ROOT)).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     reader = Reader(tmp_path)
     for block in blocks(page):
@@ -139,8 +143,14 @@ def test_links_of_the_readme_lead_somewhere():
             path, _, anchor = link.partition("#")
             target = file.parent / path if path else file
             assert target.exists(), f"{file.name} links to {link}"
-            heads = [re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-")
-                     for head in re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)] if anchor else []
+            heads = (
+                [
+                    re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-")
+                    for head in re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                ]
+                if anchor
+                else []
+            )
             assert not anchor or anchor in heads, f"{file.name} links to {link}"
 
 

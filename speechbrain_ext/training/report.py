@@ -187,7 +187,7 @@ def draw_curve(log, path):
 
 
 def examples(scores, count=3):
-    """What was said and what was found, of some utterances from the first to the last.
+    """What was said and what was found, of some utterances from the best to the worst.
 
     Arguments
     ---------
@@ -207,7 +207,7 @@ def examples(scores, count=3):
        50.0  A CAT
              CAT
     """
-    scores = sorted((score for score in scores if score.get("ref_tokens")), key=lambda score: score["key"])
+    scores = sorted((score for score in scores if score.get("ref_tokens")), key=lambda score: (score["WER"], score["key"]))
     chosen = [scores[index * (len(scores) - 1) // max(1, count - 1)] for index in range(min(count, len(scores)))]
     lines = [f"{'WER %':>7}  reference, and what was found"]
     for score in chosen:
