@@ -8,8 +8,8 @@ A table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing in
 import re
 from pathlib import Path
 
-from speechbrain_ext.bench.report import fill as put
 from speechbrain_ext.bench.report import files, markdown, table
+from speechbrain_ext.bench.report import fill as put
 from speechbrain_ext.utils.files import read_csv as read
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -117,9 +117,8 @@ class Reader:
                     given = set(re.findall(r"--(\w+)", command))
                     command += "".join(f" --{key} {shlex.quote(value)}" for key, value in keys.items() if key not in given)
             command = command.replace("/path/to/", f"{self.folder}/")
-            status, printed = (
-                self._in_process(command) if SIMPLE.fullmatch(command) and "slow" not in block.asked else self._in_shell(command)
-            )
+            quick = SIMPLE.fullmatch(command) and "slow" not in block.asked
+            status, printed = (self._in_process if quick else self._in_shell)(command)
             assert status == 0, f"line {block.line}: {command}\nends with {status}:\n{printed[-3000:]}"
             self.printed += printed
 

@@ -103,9 +103,8 @@ def test_the_help_groups_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     assert capsys.readouterr().out == shown
-    places = [
-        shown.index(text) for text in ("Audio to text:", "  transcribe  audio", "  stream ", "Models elsewhere:", "  publish ")
-    ]
+    titles = "Audio to text:", "  transcribe  audio", "  stream ", "Models elsewhere:", "  publish"
+    places = [shown.index(text) for text in titles]
     assert places == sorted(places)
     with pytest.raises(SystemExit, match="0"):
         cli.main(["stream", "--help"])

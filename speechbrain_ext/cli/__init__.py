@@ -55,7 +55,7 @@ def main(argv=None):
     parser = _Parser(
         prog="speechbrain_ext",
         description="Speech recognition with speechbrain_ext's models. train.py trains them.",
-        epilog="COMMAND --help has the options of a command. MODEL is a folder that training wrote, or user/model of Hugging Face.",
+        epilog="COMMAND --help has its options. MODEL is a folder that training wrote, or user/model of Hugging Face.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
     for command in itertools.chain.from_iterable(GROUPS.values()):
