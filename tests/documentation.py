@@ -4,6 +4,7 @@ A comment above a block changes how it runs, and is not shown:
 
 ``<!-- test: small -->``        add the keys that make a training a matter of seconds
 ``<!-- test: mini -->``         the same, for the embedded corpus
+``<!-- test: tuning -->``       the same, where a model states the sizes
 ``<!-- test: A => B -->``       with B in place of A
 ``<!-- test: slow -->``         run by make slow alone
 ``<!-- test: skip REASON -->``  not run here, such as for want of a GPU
@@ -39,6 +40,7 @@ TINY = {key: value for key, value in SMALL.items() if "split" not in key} | {"de
 MINI = {"train_splits": "[dev-mini]", "number_of_epochs": "1", "device": "cpu"} | {
     key: SMALL[key] for key in ("d_model", "nhead", "num_encoder_layers", "d_ffn")
 }
+TUNING = {key: TINY[key] for key in ("number_of_epochs", "num_workers", "device")}
 PRELOADED = ["speechbrain_ext.cli", "speechbrain_ext.training.run", "speechbrain_ext.inference", "speechbrain.inference.ASR"]
 SIMPLE = re.compile(r"python (-m speechbrain_ext|train\.py|examples/|benchmarks/)[^|<>;&$]*")
 
@@ -112,7 +114,7 @@ class Reader:
                 command = command.replace(old, new) if arrow else command
             if not command:
                 continue
-            for kind, keys in (("small", TINY), ("mini", MINI)):
+            for kind, keys in (("small", TINY), ("mini", MINI), ("tuning", TUNING)):
                 if kind in block.asked:
                     given = set(re.findall(r"--(\w+)", command))
                     command += "".join(f" --{key} {shlex.quote(value)}" for key, value in keys.items() if key not in given)
