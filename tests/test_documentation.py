@@ -133,7 +133,7 @@ def test_files_exist():
     pattern = r"`((?:hparams|recipes|speechbrain_ext|benchmarks|examples|docs)/[\w./-]+)`"
     for page, text in TEXTS.items():
         for path in re.findall(pattern, text):
-            assert (ROOT / path).exists() or "MACHINE" in path, f"{name_of(page)} names {path}"
+            assert (ROOT / path).exists(), f"{name_of(page)} names {path}"
 
 
 def test_links_of_the_readme_lead_somewhere():
