@@ -418,6 +418,9 @@ def check_ranges(plain, run_opts):
             f"The manifest of --mix is {mix['manifest']!r}, and {plain['corpus']} has splits; name one of them, or give all data "
             "as manifests (--train_manifest)."
         )
+    for key in ("init_include", "init_exclude"):
+        if plain[key] and plain["init_from"] is None:
+            raise UsageError(f"--{key} is {_plain(plain[key])!r}, and there is no model to take it from; give --init_from MODEL.")
     indices = [plain[f"{role}_index"] for role in ROLES]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
@@ -489,19 +492,9 @@ def _literal(key, value):
 
 def check_folder(output, asked, data_moved):
     """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
-    path = output / "hyperparams.yaml"
-    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
-    if not path.exists() or not has_weights:  # such as of a run that stopped before it had learned anything
+    before, now = recorded(output), ruamel.yaml.YAML().load(asked)
+    if before is None:
         return
-    yaml = ruamel.yaml.YAML()
-    now = yaml.load(asked)
-    try:
-        before = dict(yaml.load(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
-            "--output_folder."
-        ) from error
     fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
     fixed |= needed_keys(now, [now["speech_encoder"]])
     for key in sorted(fixed, key=list(now).index):
@@ -511,6 +504,21 @@ def check_folder(output, asked, data_moved):
             raise UsageError(
                 f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder{moved}."
             )
+
+
+def recorded(output):
+    """The settings of the run in a folder; None where there is none, or only one that stopped before it had learned anything."""
+    path = output / "hyperparams.yaml"
+    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
+    if not path.exists() or not has_weights:
+        return None
+    try:
+        return dict(ruamel.yaml.YAML().load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
+            "--output_folder."
+        ) from error
 
 
 def _plain(node):
@@ -562,8 +570,7 @@ def find_model(setting):
     given = plain["init_from"]
     if given is None:
         return setting, None
-    record = Path(plain["output_folder"]) / "hyperparams.yaml"
-    before = ruamel.yaml.YAML().load(record.read_text(encoding="utf-8")).get("init_from") if record.exists() else None
+    before = (recorded(Path(plain["output_folder"])) or {}).get("init_from")
     run_on_main(locate, [given, before])  # the other processes find it in the cache
     name, path = locate(given, before)
     return setting.replace(init_from=name), path

@@ -57,7 +57,8 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
     Raises
     ------
     UserError
-        If a prefix matches nothing, a weight has another shape that no tokenizer explains, or nothing would be taken.
+        If a prefix matches nothing, a weight has another shape that no tokenizer explains or is not finite, or nothing would be
+        taken.
 
     Example
     -------
@@ -122,6 +123,10 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
             f"Nothing of {source.name} would be loaded: it has {theirs}, and this model {ours}; see what init_include and "
             "init_exclude leave."
         )
+    if broken := [name for name in outcomes if outcomes[name].startswith(LOADED) and not torch.isfinite(state[name]).all()]:
+        raise UserError(
+            f"{source.name} has {len(broken)} weights with NaN or infinite values, such as {broken[0]}; give another model."
+        )
     model.load_state_dict(state)
     return text
 
@@ -152,8 +157,8 @@ def chosen_tokenizer(hparams, source):
     if chosen == "init":
         if source.tokenizer is None:
             raise UserError(
-                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
-                "one, --tokenizer_from new."
+                f"{source.name} does not say what its tokens are; give the tokenizer that it was trained with, --tokenizer_from "
+                "FILE, or train a new one, --tokenizer_from new."
             )
         model = source.tokenizer
     elif not Path(chosen).is_file():
@@ -203,7 +208,10 @@ def _places(source, tokenizer, special):
     """For each token of the run, the row of the source (-1: none); None where the tokens are the same."""
     if source.tokenizer is None:
         return torch.empty(0, dtype=torch.long)
-    old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
+    try:
+        old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
+    except RuntimeError as error:
+        raise UserError(f"The tokenizer of {source.name} is damaged, or no SentencePiece model; give another model.") from error
     rows = {old.id_to_piece(row): row for row in range(old.vocab_size()) if not (old.is_control(row) or old.is_unknown(row))}
     roles = {"bos": old.bos_id(), "eos": old.eos_id(), "unk": old.unk_id()}
     # Where the blank is also the unknown token, it is the blank that has learned something
