@@ -96,6 +96,21 @@ def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
+    assert "and this model" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_features_and_front_end_follow_their_keys(train, tmp_path):
+    """A model for 16 kHz that goes on with 8 kHz hears them as such, is kept so, and the difference is told."""
+    make_model(tmp_path, 0, "conformer")
+    keys = {**OF_THE_MODEL, "init_from": "model", "sample_rate": 8000, "dropout": 0.3}
+    result = train("finetune", **keys)
+    folder, log = result.folders["pretrained"], (result.output / "log.txt").read_text()
+    text = (folder / "hyperparams.yaml").read_text()
+    assert text.count("sample_rate: 8000") == 2 and "16000" not in text and "dropout: 0.1" not in text
+    assert "model has compute_features: sample_rate 16000, and this model 8000." in log
+    assert load_model(folder, "cpu").sample_rate == 8000
+    with pytest.raises(UserError, match=r"such as subsampling.* \(40 x 64, here 20 x 64\); give the sizes of that model"):
+        train("finetune", **{**keys, "output_folder": "bins", "n_mels": 40})
 
 
 def small(tmp_path, name="conformer", **keys):
@@ -216,7 +231,8 @@ def test_a_model_of_nemo_answers_as_there(tmp_path):
     torch.testing.assert_close(logits[..., rows], expected, atol=1e-5, rtol=1e-5)
     best = [old.decode_ids([i for i in utterance.tolist() if i < tokens]) for utterance in expected.argmax(2)]
     assert [new.decode_ids(utterance.tolist()) for utterance in logits.argmax(2)] == best
-    nemo(tmp_path / "several.nemo", model_weights_ckpt=weights.getvalue(), **{"a_tokenizer.model": tokenizer, "b_tokenizer.model": b""})
+    several = {"a_tokenizer.model": tokenizer, "b_tokenizer.model": b"", "model_weights_ckpt": weights.getvalue()}
+    nemo(tmp_path / "several.nemo", **several)
     assert read_source("several", tmp_path / "several.nemo", nhead=4).tokenizer is None  # as nothing says which rows are whose
 
 
@@ -523,6 +539,8 @@ def test_what_is_no_model_is_refused(tmp_path, capfd):
     for name, message in broken_sources(tmp_path).items():
         with pytest.raises(UserError, match=message):
             read_source(name, tmp_path / name, nhead=2)
+    with pytest.raises(UserError, match="model has attention of 2 heads, and nhead is 4; give --nhead 2"):
+        read_source("model", tmp_path / "model", nhead=4)
     with pytest.raises(FileNotFoundError, match="There is no model gone.nemo; give a folder or file, or user/model of"):
         sources.locate("gone.nemo")
     assert "executed" not in capfd.readouterr().out

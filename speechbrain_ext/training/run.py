@@ -35,7 +35,7 @@ from speechbrain_ext.dataio.datasets import (
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
-from speechbrain_ext.model_folder.write import write_model_folder
+from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.training.sources import architecture_of, locate, read_source
@@ -87,6 +87,8 @@ MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of what a run begins with; they stay as they are while it goes on."""
+OF_TRAINING = ("dropout", "update_until_epoch", "momentum", "tgt_vocab", "num_decoder_layers", "identity_init")
+"""Arguments of a model's parts that change no answer, or that are a matter of tokens."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -226,6 +228,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
     if source is not None and hparams["checkpointer"].find_checkpoint() is None:
+        report_differences(source, setting, hparams)
         begin_with(source, hparams, tokenizer_file)
     brain = make_brain(hparams, run_opts)
     samplers = {key: hparams["eval_batch_sampler"] for key in datasets} | {TRAIN: hparams["train_batch_sampler"]}
@@ -606,6 +609,26 @@ def report_unknown(dataset, tokenizer, name):
     if unknown:
         shown = listing([f"{character} ({count})" for character, count in unknown.most_common()])
         logger.warning("%s: transcripts hold characters that the tokenizer lacks (in how many): %s", name, shown)
+
+
+def report_differences(source, setting, hparams):
+    """Tell in what a model of ours was built otherwise than the one that takes its weights, as shapes do not show all of it."""
+    if source.settings is None:
+        return
+    yaml = ruamel.yaml.YAML()
+    ours = yaml.load(inference_hparams(yaml.load(setting.text()), hparams))
+    for part in ("sample_rate", "compute_features", "normalize", "subsampling", "Transformer"):
+        old, new = (_settings_of(part, tree[part]) for tree in (source.settings, ours))
+        for key in old:
+            if key in new and old[key] != new[key]:  # folders of other versions may lack some
+                logger.warning("%s has %s %s, and this model %s.", source.name, key, old[key], new[key])
+
+
+def _settings_of(part, node):
+    """What decides what a part answers, by name."""
+    if not isinstance(node, dict):
+        return {part: _plain(node)}
+    return {part: tag_of(node)} | {f"{part}: {key}": _plain(value) for key, value in node.items() if key not in OF_TRAINING}
 
 
 def make_brain(hparams, run_opts):

@@ -26,6 +26,8 @@ FETCHED = (*FILES, *SPEECHBRAIN_WEIGHTS, "normalizer.ckpt", "*.nemo")
 """What is fetched of a repository: no language model, and no audio."""
 _SPEECHBRAIN_PARTS = {"0": "subsampling", "1": "transformer", "2": "seq_lin", "3": "ctc_lin"}
 """What the list of modules holds that SpeechBrain's recipes save, in its order."""
+_PLACES = {"sample_rate": "sample_rate", "n_mels": "n_mels", "input_size": "n_mels", "dropout": "dropout"}
+"""Keys of training hparams that arguments of the features and of the front end refer to."""
 
 
 class Source(NamedTuple):
@@ -43,6 +45,8 @@ class Source(NamedTuple):
     """A SentencePiece model."""
     blank: int = 0
     """The output that is CTC's blank."""
+    settings: dict | None = None
+    """What the ``hyperparams.yaml`` of a model folder says."""
 
 
 def locate(given, before=None):
@@ -153,13 +157,17 @@ def read_architecture(name, path):
     file = origin.get("hparams") if isinstance(origin, dict) else None
     if not file or not isinstance(file, str):
         raise UserError(f"The model {name} does not say which hparams file it was trained with; {remedy}")
-    model, encoder = tree["Transformer"], tree["speech_encoder"]
+    model, encoder, features = tree["Transformer"], tree["speech_encoder"], tree["compute_features"]
+    bins = {"n_mels": features["n_mels"]} if isinstance(features, dict) and "n_mels" in features else {}
     names = ("encoder_kwargs", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "dropout", "kernel_size")
-    keys = {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
+    keys = bins | {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
+    for part in (keys["compute_features"], keys["subsampling"]):
+        for key, place in _PLACES.items() if isinstance(part, dict) else ():
+            if key in part:  # a folder has its value; here it follows the key, which may be given another one
+                part[key] = ruamel.yaml.YAML().load(f"!ref <{place}>")
     keys |= {"encoder": model["encoder_module"]} | {key: model[key] for key in names if key in model}
     keys |= {"streaming_chunk_size": encoder.get("chunk_size"), "streaming_left_context": encoder.get("left_context")}
-    features = tree["compute_features"]
-    return Path(file).name, keys | ({"n_mels": features["n_mels"]} if isinstance(features, dict) and "n_mels" in features else {})
+    return Path(file).name, keys
 
 
 def read_source(name, path, nhead):
@@ -173,7 +181,7 @@ def read_source(name, path, nhead):
         A model folder, a folder of SpeechBrain, a ``.nemo`` file or a folder with one, or a state file (``.safetensors``, or what
         ``torch.save`` wrote of tensors).
     nhead : int
-        Attention heads of the model here, which SpeechBrain's weights are laid out for.
+        Attention heads of the model here, which SpeechBrain's weights are laid out for, and which no shape shows.
 
     Returns
     -------
@@ -187,7 +195,7 @@ def read_source(name, path, nhead):
     path = Path(path)
     if path.is_dir():
         if (path / WEIGHTS).is_file() and (path / HYPERPARAMS).is_file():
-            return _model_folder(name, path)
+            return _model_folder(name, path, nhead)
         for weights in SPEECHBRAIN_WEIGHTS:
             if (path / weights).is_file():
                 return _speechbrain_folder(name, path, path / weights, nhead)
@@ -208,10 +216,11 @@ def read_source(name, path, nhead):
     return Source(name, "a state file", _plain_names(weights), file_digest(path))
 
 
-def _model_folder(name, path):
+def _model_folder(name, path, nhead):
     """A model folder of this package."""
     settings = _settings(name, path / HYPERPARAMS)
     blank = settings["blank_index"]
+    _check_heads(name, settings["Transformer"].get("nhead", nhead), nhead)
     fused = any(_is_fused(settings[key]) for key in ("subsampling", "Transformer"))
     if fused:
         raise UserError(
@@ -220,7 +229,7 @@ def _model_folder(name, path):
         )
     tokenizer = path / TOKENIZER
     tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
-    return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank)
+    return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank, settings)
 
 
 def _settings(name, path):
