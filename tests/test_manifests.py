@@ -529,6 +529,8 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
     ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", rows), valid)
     assert len(skipped(tmp_path / "save")) == 3 and not (tmp_path / "save" / "train.csv").exists()
+    with pytest.raises(UserRuntimeError, match="3 of 3 utterances in train cannot be used, most often .*: mend the corpus.$"):
+        prepare(tmp_path / "save", wenet(tmp_path / "none", rows[:3]), valid, max_skipped=1)
 
 
 # -------------------- what is refused
@@ -927,8 +929,11 @@ def test_segments_train_as_files_that_were_cut(cached, audio, train_here, tmp_pa
     assert found[0].rows[0].WER == found[1].rows[0].WER and found[0].rows[0].corpus == "Manifest"
 
 
-def test_training_on_segments_resumes_exactly(audio, train_here, tmp_path, monkeypatch):
-    train, valid = (lhotse(tmp_path / name, part) for name, part in zip("tv", segments(audio, True), strict=True))
+@pytest.mark.parametrize("write", [lhotse, tar])
+def test_training_on_parts_of_files_resumes_exactly(write, audio, train_here, tmp_path, monkeypatch):
+    """Segments of recordings, and members of tar files; also where these have been moved meanwhile."""
+    parts = utterances(audio) if write is tar else segments(audio, True)
+    train, valid = (write(tmp_path / "corpus" / name, part) for name, part in zip("tv", parts, strict=True))
     command = ["--train_manifest", train, "--valid_manifest", valid]
     keys = {"number_of_epochs": 2, "train_batch_sampler": "{max_batch_length: 3, num_buckets: 2}", "ckpt_interval_minutes": 0}
     keys |= {"ckpt_interval_steps": 1}
@@ -945,6 +950,8 @@ def test_training_on_segments_resumes_exactly(audio, train_here, tmp_path, monke
         patch.setattr(AsrBrain, "fit_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_here(*command, output_folder="interrupted", **keys)
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    command[1::2] = (tmp_path / "moved" / path.relative_to(tmp_path / "corpus") for path in (train, valid))
     assert_same(weights(straight), weights(train_here(*command, output_folder="interrupted", **keys)))
 
 
