@@ -487,13 +487,18 @@ def broken_sources(folder):
         nemo(folder / f"{name}.nemo", **{"model_weights_ckpt": saved(norm), "model_config.yaml": config})
     torch.save({1: torch.ones(1)}, folder / "numbers.pt")
     make_model(folder, 0, "fusionformer")
-    fused, tagged, strange, coded, plain = (folder / name for name in ("fused", "tagged", "strange", "coded", "plain"))
-    for other in (fused, tagged, strange, coded, plain):
+    names = ("fused", "tagged", "strange", "coded", "plain", "torn", "harm")
+    fused, tagged, strange, coded, plain, torn, harm = (folder / name for name in names)
+    for other in (fused, tagged, strange, coded, plain, torn, harm):
         shutil.copytree(folder / "model", other)
     text = (folder / "model" / "hyperparams.yaml").read_text()
     (fused / "hyperparams.yaml").write_text(text.replace("momentum: 0.01\nTransf", "momentum: 0.01\n  fused: true\nTransf"))
     (tagged / "hyperparams.yaml").write_text(text + "more: !apply:os.system [ls]\n")
     (strange / "hyperparams.yaml").write_text("sample_rate: 1\n")
+    (torn / "tokenizer.ckpt").write_bytes(b"x")
+    with open(harm / "tokenizer.ckpt", "ab") as file:  # one more piece, of 100,000 letters
+        piece = b"\x0a\xa0\x8d\x06" + 100_000 * b"a"
+        file.write(b"\x0a\xa4\x8d\x06" + piece)
     (coded / "hyperparams.yaml").write_bytes(f"# \xfc\n{text}".encode("latin-1"))
     (plain / "hyperparams.yaml").write_text(text.replace("\nTransformer: !new", "\nTransformer: 3\nbefore: !new"))
     (folder / "statistics").mkdir()
@@ -523,6 +528,8 @@ def broken_sources(folder):
         "null.nemo": "The model_config.yaml of null.nemo states no encoder of NeMo",
         "latin.nemo": "The model_config.yaml of latin.nemo states no encoder of NeMo",
         "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is no number of a block.",
+        "torn": "The tokenizer of torn is damaged, or no SentencePiece model; give another one",
+        "harm": "The tokenizer of harm has a piece of 100000 bytes, and 1000 at most are read; give another one",
         "numbers.pt": "numbers.pt holds no weights by name",
         "coded": "hyperparams.yaml of coded is that of no model here .*utf-8",
         "plain": "hyperparams.yaml of plain is that of no model here .its Transformer has no encoder_module.",
@@ -557,7 +564,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({}, {"include": ["ctc_lin"], "exclude": ["ctc_lin"]}, "Nothing of old would be loaded"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}}, {}, "1 weights of another shape, such as ctc_lin.w.weight"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}, "tokenizer": tokens}, {}, "5 x 4, here 30 x 16"),
-        ({"tokenizer": b"x"}, {}, "The tokenizer of old is damaged, or no SentencePiece model; give another model"),
         (
             {"weights": state | {"ctc_lin.w.weight": torch.full_like(state["ctc_lin.w.weight"], torch.nan)}},
             {},
@@ -576,7 +582,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"init_from": ""}, "--init_from has no value; name a model or file, or leave it out"),
         ({"init_from": "/no/such"}, "There is no model /no/such"),
         ({"init_from": "model", "tokenizer_from": "/no/such"}, "There is no tokenizer /no/such; give the file of a SentenceP"),
-        ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer is damaged, or no SentencePiece model"),
+        ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer corpus.csv is damaged, or no SentencePiece"),
         ({"init_from": "state.ckpt"}, "state.ckpt does not say what its tokens are; give the tokenizer that it was trained with"),
         ({"mix": "{manifest: x, share: 1}"}, "The share of --mix is 1; give a number above 0 and below 1"),
         ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', and LibriSpeech has splits; name one"),

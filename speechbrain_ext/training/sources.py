@@ -11,6 +11,7 @@ import ruamel.yaml
 import safetensors
 import safetensors.torch
 import torch
+from sentencepiece import SentencePieceProcessor
 from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_ext.convert import convert_nemo, convert_speechbrain
@@ -18,6 +19,7 @@ from speechbrain_ext.hparams import merge_hparams, parse_overrides
 from speechbrain_ext.model_folder import FILES, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import parse
 from speechbrain_ext.model_folder.fetch import HUB_ID, download
+from speechbrain_ext.model_folder.tokenizer_file import check_tokenizer
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.files import file_digest
 
@@ -42,7 +44,7 @@ class Source(NamedTuple):
     digest: str
     """SHA-256 of the file of the weights."""
     tokenizer: bytes | None = None
-    """A SentencePiece model."""
+    """A SentencePiece model that :func:`checked_tokenizer` has let pass."""
     blank: int = 0
     """The output that is CTC's blank."""
     settings: dict | None = None
@@ -216,6 +218,36 @@ def read_source(name, path, nhead):
     return Source(name, "a state file", _plain_names(weights), file_digest(path))
 
 
+def checked_tokenizer(data, name):
+    """A stranger's tokenizer, once it is sure that SentencePiece reads it and comes to no harm.
+
+    Arguments
+    ---------
+    data : bytes or None
+        A SentencePiece model.
+    name : str
+        What messages call it.
+
+    Returns
+    -------
+    bytes or None
+        The same.
+
+    Raises
+    ------
+    UserError
+        If it is damaged, or could do harm.
+    """
+    try:
+        if data is not None:
+            check_tokenizer(data)
+            SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        what = str(error) if isinstance(error, UserRuntimeError) else "is damaged, or no SentencePiece model"
+        raise UserError(f"The tokenizer {name} {what}; give another one.") from error
+    return data
+
+
 def _model_folder(name, path, nhead):
     """A model folder of this package."""
     settings = _settings(name, path / HYPERPARAMS)
@@ -227,9 +259,13 @@ def _model_folder(name, path, nhead):
             f"The model {name} is fused: its BatchNorms are folded into the weights, and cannot be trained; give the folder "
             "'pretrained_unfused' beside it."
         )
-    tokenizer = path / TOKENIZER
-    tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
+    tokenizer = _tokenizer_in(name, path)
     return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank, settings)
+
+
+def _tokenizer_in(name, folder):
+    path = folder / TOKENIZER
+    return checked_tokenizer(path.read_bytes() if path.is_file() else None, f"of {name}")
 
 
 def _settings(name, path):
@@ -309,12 +345,11 @@ def _speechbrain_folder(name, path, weights, nhead):
     if any(key.startswith("speech_encoder.") for key in state):
         return Source(name, "a checkpoint of a run", _plain_names(state), file_digest(weights))
     state = _of_speechbrain(name, state, nhead)
-    normalizer, tokenizer = path / "normalizer.ckpt", path / TOKENIZER
+    normalizer = path / "normalizer.ckpt"
     if normalizer.is_file():
         state |= {f"normalize.{key}": value for key, value in _load_statistics(name, normalizer).items()}
-    tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
     # Blank and unknown are token 0 in SpeechBrain's recipes
-    return Source(name, "a folder of SpeechBrain", state, file_digest(weights), tokenizer, 0)
+    return Source(name, "a folder of SpeechBrain", state, file_digest(weights), _tokenizer_in(name, path), 0)
 
 
 def _check_heads(name, theirs, nhead):
@@ -377,7 +412,8 @@ def _nemo(name, path):
     tokenizers = [content for member, content in members.items() if member.endswith("tokenizer.model")]
     head = weights.get("ctc_lin.w.weight")
     blank = 0 if head is None else len(head) - 1  # the last output
-    return Source(name, "a model of NeMo", weights, file_digest(path), tokenizers[0] if len(tokenizers) == 1 else None, blank)
+    tokenizer = checked_tokenizer(tokenizers[0] if len(tokenizers) == 1 else None, f"of {name}")
+    return Source(name, "a model of NeMo", weights, file_digest(path), tokenizer, blank)
 
 
 def _is_wanted(member):

@@ -13,6 +13,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
 from speechbrain_ext.model_folder.write import model_parts
+from speechbrain_ext.training.sources import checked_tokenizer
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.prefixes import begins_with, check_prefixes
 from speechbrain_ext.utils.text import listing, table
@@ -164,7 +165,7 @@ def chosen_tokenizer(hparams, source):
     elif not Path(chosen).is_file():
         raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
     else:
-        model = Path(chosen).read_bytes()
+        model = checked_tokenizer(Path(chosen).read_bytes(), chosen)
     return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
 
 
@@ -208,10 +209,7 @@ def _places(source, tokenizer, special):
     """For each token of the run, the row of the source (-1: none); None where the tokens are the same."""
     if source.tokenizer is None:
         return torch.empty(0, dtype=torch.long)
-    try:
-        old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
-    except RuntimeError as error:
-        raise UserError(f"The tokenizer of {source.name} is damaged, or no SentencePiece model; give another model.") from error
+    old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
     rows = {old.id_to_piece(row): row for row in range(old.vocab_size()) if not (old.is_control(row) or old.is_unknown(row))}
     roles = {"bos": old.bos_id(), "eos": old.eos_id(), "unk": old.unk_id()}
     # Where the blank is also the unknown token, it is the blank that has learned something
