@@ -445,6 +445,21 @@ def test_a_repository_is_taken_as_it_was_when_the_run_began(tmp_path, monkeypatc
     assert fetched[-2:] == [("ann/speech", "c" * 40), ("ann/other", None)]
 
 
+def test_a_run_goes_on_where_its_repository_holds_another_model_now(train, tmp_path, monkeypatch):
+    main, hub = ["a" * 40], tmp_path / "hub"
+    for commit, width in (("a" * 40, 16), ("b" * 40, 32)):
+        (tmp_path / commit).mkdir()
+        make_model(tmp_path / commit, 0, "conformer", d_model=width)
+        shutil.move(tmp_path / commit / "model", hub / commit)
+    monkeypatch.setattr(sources, "download", lambda repository, revision, files: hub / (revision or main[0]))
+    keys = {**OF_THE_MODEL, "init_from": "ann/speech", "output_folder": "run"}
+    train("finetune", **keys)
+    main[0] = "b" * 40
+    folder = train("finetune", **{**keys, "number_of_epochs": 2}).folders["pretrained"]
+    assert f"init_from: ann/speech@{'a' * 40}" in (folder / "hyperparams.yaml").read_text()
+    assert weights(folder)["ctc_lin.w.weight"].shape[1] == 16
+
+
 # ------------------------------------------------------------------ refusals
 
 

@@ -38,7 +38,7 @@ from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, pa
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
-from speechbrain_ext.training.sources import architecture_of, locate, read_source
+from speechbrain_ext.training.sources import architecture_of, locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
@@ -568,7 +568,8 @@ def prepare_corpus(hparams):
 
 
 def find_model(setting):
-    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
+    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it, and
+    the architecture of that commit."""
     plain = setting.plain()
     given = plain["init_from"]
     if given is None:
@@ -576,6 +577,10 @@ def find_model(setting):
     before = (recorded(Path(plain["output_folder"])) or {}).get("init_from")
     run_on_main(locate, [given, before])  # the other processes find it in the cache
     name, path = locate(given, before)
+    if any(isinstance(each, dict) for each in setting.files):  # the architecture, of what a repository holds now
+        file, keys = read_architecture(name, path)
+        files = [keys if isinstance(each, dict) else each for each in setting.files[1:]]
+        setting = dataclasses.replace(setting, files=[str(Path(setting.files[0]).parent / file), *files])
     return setting.replace(init_from=name), path
 
 
