@@ -18,6 +18,8 @@ from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, run
 
 # Frames of the utterances that check() searches: enough for a few steps, which show all that a search calls.
 CHECKED_FRAMES = 5
+LARGEST_BEAM = 1000
+"""Of a model that is loaded. Searches of ours have 66 hypotheses at most."""
 
 
 def is_whole(value, least, most=math.inf):

@@ -285,9 +285,9 @@ class TransducerStream:
         return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
     def forget(self, frames):
-        """Count frames from so many later on."""
+        """Count frames from so many later on; what was said before is said at 0."""
         self._start -= frames
-        self._texts = [[(token, time - frames) for token, time in text] for text in self._texts]
+        self._texts = [[(token, max(0, time - frames)) for token, time in text] for text in self._texts]
 
 
 def _steps(at, lengths, most):

@@ -8,6 +8,7 @@ from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment
+from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_whole
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import encoder_passes
@@ -152,6 +153,8 @@ class _ExactLengths:
 
     search_segment = None
     """From frames (T, D) to tokens and log-probabilities (T, V), where that is another search than greedy CTC."""
+    search_stream = None
+    """Gives a search that takes frames as they come, where that is another one than greedy CTC."""
 
     def _encode(self, wavs, wav_lens):
         wavs = as_samples(wavs)
@@ -175,15 +178,41 @@ class _ExactLengths:
 
 
 class JointModel(_ExactLengths, EncoderDecoderASR):
-    """A model with a decoder, searched jointly by CTC and attention."""
+    """A model with a decoder with attention, which is searched jointly with CTC."""
 
     def _search(self, enc, lens):
         return self.mods.decoder(enc, lens)[0]
 
     def search_segment(self, frames):
-        """Joint search on frames (T, D); returns tokens and CTC log-probabilities (T, V)."""
+        """The model's search on frames (T, D); returns tokens and CTC log-probabilities (T, V)."""
         enc = frames.unsqueeze(0)
         return self._search(enc, torch.ones(1, device=enc.device))[0], self._log_probs(enc)[0]
+
+
+class TransducerModel(JointModel):
+    """A model with a transducer, which says what is said; its CTC head says when."""
+
+    beam_size = None
+    """Hypotheses of the search, 1 = greedy; None = those that the model was made with."""
+
+    def choose_beam(self, beam_size):
+        """Choose the number of hypotheses.
+
+        Raises
+        ------
+        UserError
+            If it is none.
+        """
+        if not is_whole(beam_size, 1, LARGEST_BEAM):
+            raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
+        self.beam_size = beam_size
+
+    def _search(self, enc, lens):
+        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self.beam_size)]
+
+    def search_stream(self):
+        """The search of one stream of encoder frames, a :class:`speechbrain_ext.decoders.transducer.TransducerStream`."""
+        return self.mods.decoder.stream(self.beam_size)
 
 
 class CtcModel(_ExactLengths, EncoderASR):

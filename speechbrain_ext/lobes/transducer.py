@@ -7,6 +7,8 @@ A predictor's state is a tuple of tensors whose first axis counts hypotheses, so
 without knowing what is in them.
 """
 
+import math
+
 import torch
 from speechbrain.nnet.embedding import Embedding
 from speechbrain.nnet.RNN import LSTM
@@ -213,6 +215,9 @@ class Transducer(nn.Module):
         self.project_outputs = nn.Linear(predictor_size, joint_size)
         self.joint = Transducer_joint(joint="sum", nonlinearity=nn.Tanh)
         self.out = nn.Linear(joint_size, vocab_size)
+        with torch.no_grad():
+            # Half of the probability at first: where all tokens had the same, searches would say something in every frame
+            self.out.bias[blank_index] += math.log(vocab_size)
 
     def join(self, frames, predicted):
         """Logits (..., V) of projected frames and projected outputs of the predictor (..., J), which are broadcast."""

@@ -54,6 +54,9 @@ RANGES = {
             "d_ffn",
             "n_mels",
             "streaming_chunk_size",
+            "predictor_size",
+            "joint_size",
+            "transducer_beam",
         ),
         (1, 10**9, WHOLE),
     ),
@@ -193,7 +196,7 @@ def _run(hparams_file, run_opts, setting, hparams):
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
     hparams["checkpointer"].add_recoverable("origin", Origin(utterances=digest_of(datasets[TRAIN])))
-    for search in ("ctc_search", "test_search"):
+    for search in ("ctc_search", "test_search", "transducer_search"):
         if hparams[search] is not None and not callable(hparams[search]):
             raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
         if hasattr(hparams[search], "check"):
