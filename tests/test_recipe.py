@@ -49,6 +49,7 @@ def rows(folder):
 def test_every_shipped_file_trains_and_tests(path, corpus, tmp_path):
     plain = ruamel.yaml.YAML().load(merge_hparams([path], {}))
     searches = ["ctc_greedy", *["ctc_beam"] * bool(plain["ctc_search"]), *["joint_beam"] * bool(plain["num_decoder_layers"])]
+    searches += ["transducer_greedy", "transducer_beam"] * bool(plain["transducer"])
     if plain["encoder"] == "cascade":
         searches = [f"{answer}_pass_{search}" for answer in ("first", "second") for search in searches]
     keys = {**SMALL, "num_decoder_layers": min(1, plain["num_decoder_layers"])}

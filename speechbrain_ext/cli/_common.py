@@ -36,6 +36,13 @@ def add_pass(parser):
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="of a cascade, which pass answers: first or second")
 
 
+def add_beam(parser):
+    """How wide a transducer's search is."""
+    parser.add_argument(
+        "--beam-size", type=int, metavar="N", help="of a transducer, hypotheses of its search, 1 = greedy; by default the model's"
+    )
+
+
 def add_device(parser):
     """Where a model runs, and which version of it."""
     parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
@@ -49,4 +56,7 @@ def load(arguments):
         from speechbrain_ext.utils.machine import keep_freed_memory
 
         keep_freed_memory()
-        return load_model(arguments.model, arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
+        model = load_model(arguments.model, arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
+        if getattr(arguments, "beam_size", None) is not None:
+            model.choose_beam(arguments.beam_size)
+        return model

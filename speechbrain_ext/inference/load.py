@@ -318,6 +318,9 @@ def _check_transducer(source, model, search, tokens):
             f"its beam_size is {search.beam_size} and its max_symbols {search.max_symbols}; searches have {LARGEST_BEAM} "
             f"hypotheses at most, and {LARGEST_RATIO} tokens in a frame",
         )
+    frames = model.mods.encoder(torch.zeros(1, model.sample_rate // 10, device=model.device))
+    if not search(frames, torch.ones(1, device=model.device))[2].isfinite().all():
+        raise UserError(f"The transducer of {source} answers NaN: its weights are no numbers; take an earlier checkpoint.")
 
 
 def _damaged(source, error):

@@ -49,6 +49,16 @@ class _ExactLengths:
         encoder_passes(self.mods.encoder.transformer.encoder, pass_name)
         self.pass_name = pass_name
 
+    def choose_beam(self, beam_size):
+        """Of a model with a transducer, choose the number of hypotheses of its search.
+
+        Raises
+        ------
+        UserError
+            If it is none, or there is no transducer.
+        """
+        raise UserError(f"The beam size is {beam_size}, and this model has no transducer to search with it; leave it out.")
+
     def load_audio(self, path, savedir=None):
         """Read an audio file as samples (T,) of one channel, at the model's rate."""
         del savedir  # nothing is fetched
@@ -196,13 +206,7 @@ class TransducerModel(JointModel):
     """Hypotheses of the search, 1 = greedy; None = those that the model was made with."""
 
     def choose_beam(self, beam_size):
-        """Choose the number of hypotheses.
-
-        Raises
-        ------
-        UserError
-            If it is none.
-        """
+        """As described above."""
         if not is_whole(beam_size, 1, LARGEST_BEAM):
             raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
         self.beam_size = beam_size
