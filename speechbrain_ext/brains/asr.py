@@ -585,10 +585,14 @@ def check_heads(hparams):
     Raises
     ------
     UserError
-        If there are a decoder and a transducer, or the transducer has no CTC or no weight beside it.
+        If there are a decoder and a transducer, a part of the transducer is missing, or CTC or transducer has no weight.
     """
-    if hparams["transducer"] is None:
+    parts = ("transducer", "transducer_cost", "transducer_search")
+    missing = [key for key in parts if hparams[key] is None]
+    if len(missing) == len(parts):
         return
+    if missing:
+        raise UserError(f"{missing[0]} is null, and a transducer needs {', '.join(parts)}; extend transducer.yaml.")
     if hparams["num_decoder_layers"]:
         raise UserError(
             f"There is a transducer, and num_decoder_layers is {hparams['num_decoder_layers']}; give 0, as it takes no decoder."
