@@ -25,6 +25,8 @@ SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
+TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
+TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -132,6 +134,19 @@ def search():
     return columns(SEARCH, fields, header)
 
 
+def transducer_loss():
+    """Time and memory of the transducer's losses."""
+    fields = ["loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
+    return columns(TRANSDUCER_LOSS, fields, ["loss", "tokens", "ms", "MiB", "times as fast", "share of the memory"])
+
+
+def transducer_search():
+    """Times and scores of the transducer's searches of 15 s."""
+    fields = ["search", "predictor", "beam", "ms", "rtfx", "times_speechbrain", "score", "errors"]
+    header = ["search", "predictor", "beam", "ms", "RTFx", "times as fast as SpeechBrain", "score", "token errors %"]
+    return table(header, [[row[field] for field in fields] for row in read(TRANSDUCER_SEARCH) if row["seconds"] == "15"])
+
+
 def training():
     """Time and memory of a training step of the 8M HyperConformer."""
     fields = ["modules", "threads", "seconds", "ms", "ms_lower", "ms_upper", "times_speechbrain", "peak_mib"]
@@ -175,7 +190,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu):
+    for make in (*makers, memory, gpu, transducer_loss, transducer_search):
         text = put(text, make.__name__, make())
     return text
 
