@@ -340,9 +340,11 @@ class AsrBrain(Brain):
         if stage == Stage.TEST and prediction.seq_logits is not None:
             texts[JOINT] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
         if hparams.transducer is not None:
-            sizes = {TRANSDUCER_GREEDY: 1, TRANSDUCER_BEAM: hparams.transducer_search.beam_size}
-            for name in list(sizes)[: 1 + (stage == Stage.TEST and sizes[TRANSDUCER_BEAM] > 1)]:
-                best = hparams.transducer_search.hypotheses(prediction.frames, prediction.lengths, sizes[name])
+            beams = {TRANSDUCER_GREEDY: 1}
+            if stage == Stage.TEST and hparams.transducer_search.beam_size > 1:
+                beams[TRANSDUCER_BEAM] = hparams.transducer_search.beam_size
+            for name, beam_size in beams.items():
+                best = hparams.transducer_search.hypotheses(prediction.frames, prediction.lengths, beam_size)
                 texts[name] = self.decode([hypothesis.tokens for hypothesis in best])
         return texts
 

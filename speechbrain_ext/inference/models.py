@@ -50,12 +50,12 @@ class _ExactLengths:
         self.pass_name = pass_name
 
     def choose_beam(self, beam_size):
-        """Of a model with a transducer, choose the number of hypotheses of its search.
+        """Of a model with a transducer, choose the number of hypotheses of its search; 1 is greedy search.
 
         Raises
         ------
         UserError
-            If it is none, or there is no transducer.
+            If it is no such number, or there is no transducer.
         """
         raise UserError(f"The beam size is {beam_size}, and this model has no transducer to search with it; leave it out.")
 
@@ -206,7 +206,7 @@ class TransducerModel(JointModel):
     """Hypotheses of the search, 1 = greedy; None = those that the model was made with."""
 
     def choose_beam(self, beam_size):
-        """As described above."""
+        """Choose the number of hypotheses of the search; 1 is greedy search."""
         if not is_whole(beam_size, 1, LARGEST_BEAM):
             raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
         self.beam_size = beam_size
