@@ -5,10 +5,10 @@
 
 ``prepare`` checks the audio, holds some speakers of the training data out to validate on, trains the tokenizer, and computes the
 features of all in batches on the device. Then a process for each architecture keeps them on the device, where its batches are
-gathered: nothing is read or uploaded any more but a few indices. All else is the project's own: hparams files, with
-``gpu_training.yaml`` over them, Brains, averages, tests and model folders. The learning rate follows the clock: up to its peak in
-the first tenth of the time, and down to nothing at its end. All are the encoders of the recipes of 8M parameters (144 wide; their
-decoders, which greedy CTC does not use, are left out), the Squeezeformer and the FusionFormer with as many blocks.
+gathered: nothing is read or uploaded any more but a few indices. All else is the project's own: hparams files with the settings
+for small corpora (``recipes/MiniLibriSpeech/corpus.yaml``: front end, size, augmentation) and ``gpu_training.yaml`` over them,
+Brains, averages, tests and model folders. The learning rate follows the clock: up to its peak in the first tenth of the time, and
+down to nothing at its end.
 """
 
 import argparse
@@ -59,14 +59,8 @@ from speechbrain_ext.utils.errors import UserError, one_line  # noqa: E402
 from speechbrain_ext.utils.files import replacing, write_csv  # noqa: E402
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory  # noqa: E402
 
-ARCHITECTURES = {
-    "hyperconformer": {},
-    "conformer": {},
-    "squeezeformer": {"num_encoder_layers": 10},
-    "fusionformer": {"d_model": 144, "num_encoder_layers": 10, "d_ffn": 576},
-    "practical_conformer": {},
-}
-"""By the stem of the hparams file, what brings its encoder to the size of the others."""
+ARCHITECTURES = ("hyperconformer", "conformer", "squeezeformer", "fusionformer", "practical_conformer")
+"""The stems of their hparams files."""
 TINY = {
     "d_model": 16,
     "nhead": 2,
@@ -88,9 +82,12 @@ def setting_of(name, work, tiny, splits=((), ())):
     train, test = map(list, splits)
     overrides = {"output_folder": str(work / name), "results_file": str(work / name / "results.csv"), "card": {}}
     overrides |= {"train_splits": train, "test_splits": test, "data_folder": str(work / "corpus")}
-    overrides |= ARCHITECTURES[name] | (TINY if tiny else {})
-    asked = " ".join(f"--{key} {value}" for key, value in ARCHITECTURES[name].items())
-    return Setting([ROOT / "hparams" / f"{name}.yaml", Path(__file__).with_suffix(".yaml")], overrides, asked)
+    files = (
+        ROOT / "hparams" / f"{name}.yaml",
+        ROOT / "recipes" / "MiniLibriSpeech" / "corpus.yaml",
+        Path(__file__).with_suffix(".yaml"),
+    )
+    return Setting([*files], overrides | (TINY if tiny else {}), "")
 
 
 # ---------------------------------------------------------------------- before training

@@ -61,14 +61,17 @@ class Recogniser:
 
     def stream(self, waveform):
         """What the graph gives (T, V) for each chunk of (1, N); all that goes from one to the next is the state."""
-        window, hop, step, samples = (int(self.about[key]) for key in ("n_fft", "hop_length", "chunk_step", "chunk_samples"))
-        end = waveform.shape[1] // hop * hop + window  # of the last window, which may reach into the zeros
-        waveform = np.pad(waveform, ((0, 0), (window // 2, window // 2)))
+        names = ("window", "before", "hop_length", "chunk_step", "chunk_samples")
+        window, before, hop, step, samples = (int(self.about[name]) for name in names)
+        frames = max(1, (waveform.shape[1] + before - window // 2) // hop + 1)
+        end = (frames - 1) * hop + window  # of the last frame's window, which may reach beyond the samples
+        mode = "symmetric" if self.about["ends"] == "mirrored" else "constant"
+        waveform = np.pad(waveform, ((0, 0), (before, window)), mode)
         names = json.loads(self.about["state"])
         # What grows begins with no entries: a size of 0.
         state = [np.zeros([1 if size == "batch" else size for size in one["shape"]], one["type"]) for one in names]
         outputs = [self.about.get("output", "log_probs"), *(one["output"] for one in names)]
-        for start in range(0, end - window + 1, step):
+        for start in range(0, frames * hop, step):
             chunk = {"waveform": waveform[:, start : min(start + samples, end)]}
             given = {one["input"]: value for one, value in zip(names, state, strict=True)}
             answer, *state = self.session.run(outputs, chunk | given)

@@ -9,6 +9,7 @@ from torch import nn
 from speechbrain_ext.lobes.attention import ATTENTIONS, any_length
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
+from speechbrain_ext.lobes.stack import begin_as_identity
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, loadable
 from speechbrain_ext.speech_encoder import SpeechEncoder
 from speechbrain_ext.utils.errors import UserError
@@ -63,6 +64,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         Not offered by the encoders here: anything but the default is refused.
     encoder_kwargs : dict, optional
         Further keys of the encoder; they win over the arguments above.
+    identity_init : bool
+        Whether the encoder's residual branches begin as nothing: see :func:`speechbrain_ext.lobes.stack.begin_as_identity`.
 
     Raises
     ------
@@ -107,6 +110,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         output_hidden_states=False,
         layerdrop_prob=0.0,
         encoder_kwargs: dict | None = None,
+        identity_init: bool = False,
     ):
         if output_hidden_states or layerdrop_prob:
             raise UserError("The encoders here offer neither output_hidden_states nor layerdrop_prob; leave both unset.")
@@ -138,6 +142,8 @@ class TransformerASR(SpeechBrainTransformerASR):
                 **(encoder_kwargs or {}),
             },
         )
+        if identity_init:
+            begin_as_identity(encoder)
         if encoder.d_model != d_model:
             raise UserError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; give it once.")
         # SpeechBrain's constructor builds front linear and decoder. "RoPEMHA" is its value for encoders that need no positions;

@@ -8,6 +8,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.lobes.features import FeatureStream, clip_features, normalize_features, raw_features
+from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.lobes.stack import Stack, recompute
 from speechbrain_ext.registry import loadable
@@ -129,7 +130,7 @@ class SpeechEncoder(nn.Module):
 
     def count_frames(self, length, is_features: bool = False):
         """Number of encoder frames of so many samples, or of so many feature frames; of one utterance or of a tensor of them."""
-        frames = length if is_features else 1 + length // self.compute_features.compute_STFT.hop_length
+        frames = length if is_features else front_end(self.compute_features).framing.count(length)
         return -(-frames // self.subsampling.factor)
 
     def normalized(self, feats, lens, dynchunktrain_config: DynChunkTrainConfig | None = None, **keys):

@@ -30,7 +30,7 @@ from speechbrain_ext.export.onnx_streaming import Streaming
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, Search
 from speechbrain_ext.export.onnx_whole import Features, FullContext
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.lobes.features import SentenceNormalization
+from speechbrain_ext.lobes.features import KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 from speechbrain_ext.lobes.transducer import PREDICTORS, Transducer
 from speechbrain_ext.registry import build_encoder, list_encoders
@@ -41,10 +41,15 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-# The front end and the normalisation that an encoder is tested with; the others have the first of each.
+# The features, the front end and the normalisation that an encoder is tested with; the others have the first of each.
 FRONT_ENDS = {
     "squeezeformer": lambda: DepthwiseSubsampling(80, 8),
     "fusionformer": lambda: FusibleSubsampling(80, (8, 4)),
+}
+FEATURES = {
+    "squeezeformer": lambda: Fbank(n_mels=80, n_fft=512),
+    "hyperconformer": KaldiFbank,
+    "practical_conformer": KaldiFbank,
 }
 NORMS = {"squeezeformer": "global", "hyperconformer": "global"}
 TOKENS = 12
@@ -61,8 +66,8 @@ def speech_encoder(encoder, name):
     subsampling = FRONT_ENDS.get(name, lambda: ConvolutionSubsampling(80, (8, 4)))()
     net = TransformerASR(TOKENS, subsampling.output_size, encoder.d_model, 4, 1, 0, 8)
     net.encoder = encoder
-    fbank = Fbank(n_mels=80, n_fft=512 if name == "squeezeformer" else 400)
-    return SpeechEncoder(fbank, normalizer(NORMS.get(name, "sentence")), subsampling, net, torch.nn.Linear(32, TOKENS)).eval()
+    features = FEATURES.get(name, lambda: Fbank(n_mels=80))()
+    return SpeechEncoder(features, normalizer(NORMS.get(name, "sentence")), subsampling, net, torch.nn.Linear(32, TOKENS)).eval()
 
 
 def signals(*lengths):
@@ -105,7 +110,7 @@ class InPyTorch:
 
     def __init__(self, graph):
         self.graph = graph
-        self.about = {"n_fft": graph.features.n_fft, "hop_length": graph.features.hop_length, **graph.metadata}
+        self.about = {"hop_length": graph.features.hop_length, **graph.metadata}
 
     def get_modelmeta(self):
         return SimpleNamespace(custom_metadata_map=self.about)
@@ -118,7 +123,7 @@ class InPyTorch:
 
 def streams_are_the_same(model, speech, config):
     """Of one and of two streams, and such that their last chunk is full, short, and of a single frame."""
-    for lengths in ((1,), (2559,), (2560, 2560), (16001, 16001)):
+    for lengths in ((1,), (2559,), (2560, 2560), (2640,), (16001, 16001)):
         wavs = signals(*lengths)
         for wav, found in zip(wavs, run_stream(model, wavs), strict=True):
             same(found, expected(speech, wav, config))
@@ -146,8 +151,7 @@ def test_every_encoder_gives_the_same_answers_in_a_stream(name, left, tmp_path):
         parameter.add_(0.05 * torch.randn_like(parameter))
     config = DynChunkTrainConfig(4, left)
     graph = Streaming(speech, speech.head, config)
-    stft = {"n_fft": str(graph.features.n_fft), "hop_length": str(graph.features.hop_length)}
-    export._write(graph, tmp_path / "model.onnx", False, {**stft, **graph.metadata})
+    export._write(graph, tmp_path / "model.onnx", False, {"hop_length": str(graph.features.hop_length), **graph.metadata})
     streams_are_the_same(session(tmp_path / "model.onnx"), speech, config)
 
 
@@ -247,6 +251,19 @@ def test_features_are_those_of_speechbrain(kind, keys):
     for wav in signals(1, 16000, 16001):
         wanted = norm(fbank(wav.unsqueeze(0)), torch.ones(1))
         torch.testing.assert_close(features(wav.unsqueeze(0), torch.tensor([len(wav)]))[0], wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sentence", "global"])
+@pytest.mark.parametrize("rate", [16000, 8000])
+@torch.no_grad()
+def test_features_are_kaldis(kind, rate):
+    fbank, norm = KaldiFbank(rate), normalizer(kind)
+    features, lengths = Features(fbank, norm), [1600, 16000, 16080, 16100]
+    wavs = [0.9 + 0.1 * wav for wav in signals(*lengths)]
+    batch, frames = features(torch.nn.utils.rnn.pad_sequence(wavs, True), torch.tensor(lengths))
+    for wav, count, found in zip(wavs, frames, batch, strict=True):
+        wanted = norm(fbank(wav.unsqueeze(0)), torch.ones(1))[0]
+        torch.testing.assert_close(found[:count], wanted, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
@@ -366,8 +383,8 @@ def test_metadata_of_streams_say_what_to_feed(exported_stream):
     proto = onnx.load(folder / "stream.onnx")
     onnx.checker.check_model(proto)
     about = {entry.key: entry.value for entry in proto.metadata_props}
-    keys = ("mode", "chunk_size", "left_context", "chunk_samples", "chunk_step")
-    assert [about[key] for key in keys] == ["streaming", "8", "-1", "5360", "5120"]
+    keys = ("mode", "chunk_size", "left_context", "chunk_samples", "chunk_step", "window", "before", "ends")
+    assert [about[key] for key in keys] == ["streaming", "8", "-1", "5360", "5120", "400", "200", "zeros"]
     states = json.loads(about["state"])
     assert [value.name for value in proto.graph.input] == ["waveform", *(state["input"] for state in states)]
     assert [value.name for value in proto.graph.output] == ["log_probs", *(state["output"] for state in states)]

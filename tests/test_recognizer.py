@@ -189,7 +189,7 @@ def test_a_stream_says_what_the_chunked_file_says(model):
     recognizer = StreamingRecognizer(model, 8, 2)
     enc, _ = model.mods.encoder.encode(wav[None], dynchunktrain_config=recognizer._config)
     if isinstance(model, TransducerModel):
-        (tokens,) = model._search(enc, torch.ones(1))
+        (tokens,) = model.search(enc, torch.ones(1))
     else:
         best = model._log_probs(enc)[0].argmax(-1)
         tokens = [token for token in best.unique_consecutive().tolist() if token != model.blank]

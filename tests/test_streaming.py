@@ -8,7 +8,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
 from speechbrain_ext.brains.asr import AsrModel
-from speechbrain_ext.lobes.features import SentenceNormalization
+from speechbrain_ext.lobes.features import KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 
 SUBSAMPLINGS = {
@@ -16,6 +16,8 @@ SUBSAMPLINGS = {
     "depthwise": lambda: DepthwiseSubsampling(channels=8),
     "fusible": lambda: FusibleSubsampling(channels=(8, 4)),
 }
+FEATURES = {"fbank": lambda: Fbank(n_mels=80), "kaldi": KaldiFbank}
+both_features = pytest.mark.parametrize("features", FEATURES)
 
 
 def speech(samples, seed=0):
@@ -31,14 +33,14 @@ def normalization(norm_type):
     return normalize
 
 
-def speech_encoder(name, keys=None, subsampling="convolution", norm_type="global"):
+def speech_encoder(name, keys=None, subsampling="convolution", norm_type="global", features="fbank"):
     torch.manual_seed(0)
     subsampling = SUBSAMPLINGS[subsampling]()
     net = TransformerASR(
         20, subsampling.output_size, 32, 4, 4, 0, 64, encoder_module=name, encoder_kwargs={"dropout": 0.1, **(keys or {})}
     )
     head = torch.nn.Linear(32, 20)
-    return SpeechEncoder(Fbank(n_mels=80), normalization(norm_type), subsampling, net, head).eval()
+    return SpeechEncoder(FEATURES[features](), normalization(norm_type), subsampling, net, head).eval()
 
 
 def stream(encoder, wavs, config, pieces):
@@ -64,22 +66,24 @@ def test_streamed_logits_are_those_of_the_whole_file(encoder_case, chunk, left, 
 
 
 @torch.no_grad()
+@both_features
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
 @pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
 @pytest.mark.parametrize("samples", [1, 159, 160, 399, 400, 10_239, 10_240, 10_440, 30_000])
-def test_front_ends_and_normalizations_stream(subsampling, norm_type, samples):
-    encoder = speech_encoder("hyperconformer", subsampling=subsampling, norm_type=norm_type)
+def test_front_ends_and_normalizations_stream(subsampling, norm_type, samples, features):
+    encoder = speech_encoder("hyperconformer", subsampling=subsampling, norm_type=norm_type, features=features)
     config = DynChunkTrainConfig(4, 3)
     wavs = speech(samples).unsqueeze(0)
     expected, _ = encoder.encode(wavs, dynchunktrain_config=config)
-    assert expected.shape[1] == -(-(1 + samples // 160) // 4)
+    assert expected.shape[1] == -(-(1 + samples // 160 if features == "fbank" else max(1, (samples + 80) // 160)) // 4)
     torch.testing.assert_close(stream(encoder, wavs, config, (997,)), expected, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
+@both_features
 @pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
-def test_chunked_files_in_a_batch_and_alone(norm_type):
-    encoder = speech_encoder("conformer", norm_type=norm_type)
+def test_chunked_files_in_a_batch_and_alone(norm_type, features):
+    encoder = speech_encoder("conformer", norm_type=norm_type, features=features)
     config = DynChunkTrainConfig(4, 2)
     lengths = [30_000, 17_003, 640, 3]
     wavs = torch.zeros(len(lengths), max(lengths))
@@ -93,13 +97,14 @@ def test_chunked_files_in_a_batch_and_alone(norm_type):
 
 
 @torch.no_grad()
+@both_features
 @pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
-def test_features_of_a_chunk_do_not_depend_on_what_follows(norm_type):
-    encoder = speech_encoder("conformer", norm_type=norm_type)
+def test_features_of_a_chunk_do_not_depend_on_what_follows(norm_type, features):
+    encoder = speech_encoder("conformer", norm_type=norm_type, features=features)
     config = DynChunkTrainConfig(4, 2)
     wavs = 1e-3 * speech(40_000).unsqueeze(0)
     louder = wavs.clone()
-    end = 5 * 16 * 160 - 160 + 200  # of what 5 chunks of 16 features look at
+    end = 5 * 16 * 160 - 160 + (200 if features == "fbank" else 280)  # of what 5 chunks of 16 features look at
     louder[:, end:] = torch.randn(1, 40_000 - end)
     expected, _ = encoder.encode(wavs, dynchunktrain_config=config)
     changed, _ = encoder.encode(louder, dynchunktrain_config=config)
@@ -135,11 +140,13 @@ def test_what_does_not_stream_says_so():
 
 
 @torch.no_grad()
+@both_features
 @pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
 @pytest.mark.parametrize("samples", [40_123, 8_000])
-def test_training_hears_what_a_stream_hears(norm_type, samples):
+def test_training_hears_what_a_stream_hears(norm_type, samples, features):
     """Under the same chunk setting, bit for bit: also after a silent start, where the loudest bin is still to come."""
-    encoder, config = speech_encoder("hyperconformer", norm_type=norm_type), DynChunkTrainConfig(4, 2)
+    encoder = speech_encoder("hyperconformer", norm_type=norm_type, features=features)
+    config = DynChunkTrainConfig(4, 2)
     head, encoder.head = encoder.head, None
     wav = torch.cat((torch.zeros(1, 9_000), 1e-3 * speech(samples).unsqueeze(0), torch.randn(1, 5_000)), 1)
     trained, streamed = [], []

@@ -4,11 +4,12 @@ import sys
 from contextlib import contextmanager, redirect_stdout
 
 from speechbrain_ext.utils.errors import UsageError, UserError
+from speechbrain_ext.utils.text import printable
 
 
 def say(message):
     """One line on standard error."""
-    print(f"speechbrain_ext: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"speechbrain_ext: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 @contextmanager
@@ -56,7 +57,11 @@ def load(arguments):
         from speechbrain_ext.utils.machine import keep_freed_memory
 
         keep_freed_memory()
-        model = load_model(arguments.model, arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
-        if getattr(arguments, "beam_size", None) is not None:
+        return load_model(arguments.model, arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
+
+
+def choose_search(model, arguments):
+    """Set the model's search as the arguments say."""
+    with usage():
+        if arguments.beam_size is not None:
             model.choose_beam(arguments.beam_size)
-        return model

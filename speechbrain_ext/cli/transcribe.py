@@ -4,7 +4,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from speechbrain_ext.cli._common import add_beam, add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.cli._common import add_beam, add_device, add_model, add_pass, choose_search, load, say, usage
 from speechbrain_ext.utils.errors import UsageError
 
 
@@ -48,6 +48,7 @@ def run(arguments):
 
         subtitle_options = SubtitleOptions(**asked) if asked else None
     model = load(arguments)
+    choose_search(model, arguments)
     with usage():
         from speechbrain_ext.inference.streaming import StreamingRecognizer
         from speechbrain_ext.inference.transcribe import beside_bars, transcribe_files

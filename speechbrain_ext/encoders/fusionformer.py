@@ -87,6 +87,11 @@ class FusionFeedForward(nn.Module):
         self.linear2 = parts.linear(d_ffn, d_model, last=True)
         self.dropout = nn.Dropout(dropout)
 
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.linear2
+
     def forward(self, x, mask=None):
         """(B, T, D) to (B, T, D)."""
         x = self.dropout(self.activation(self.linear1(self.norm(x, mask), mask)))

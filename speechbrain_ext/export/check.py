@@ -13,7 +13,9 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.dataio.records import librispeech_records
 from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
+from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.measure import medians
@@ -133,7 +135,7 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, transduc
         searches = Search(InPyTorch(graph), InPyTorch(Joiner(transducer)), graph), Search(*others, graph)
 
     about = session.get_modelmeta().custom_metadata_map
-    rate = encoder.compute_features.compute_STFT.sample_rate
+    rate = front_end(encoder.compute_features).sample_rate
     config = None
     if about.get("mode") == "streaming":
         left = int(about["left_context"])
@@ -217,17 +219,19 @@ def run(session, wavs):
 def run_stream(session, wavs):
     """What the graph gives (T, V) for several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
     about = session.get_modelmeta().custom_metadata_map
-    n_fft, hop, step = (int(about[key]) for key in ("n_fft", "hop_length", "chunk_step"))
-    waveform = np.pad(torch.stack(list(wavs)).numpy(), ((0, 0), (n_fft // 2, n_fft // 2)))
-    windows = len(wavs[0]) // hop * hop + n_fft  # samples that have some
+    window, before, hop, step = (int(about[key]) for key in ("window", "before", "hop_length", "chunk_step"))
+    frames = max(1, (len(wavs[0]) + before - window // 2) // hop + 1)
+    mode = "symmetric" if about["ends"] == "mirrored" else "constant"
+    waveform = np.pad(torch.stack(list(wavs)).numpy(), ((0, 0), (before, window)), mode)
+    end = (frames - 1) * hop + window  # of the last frame's window
     states, chunks = json.loads(about["state"]), []
     given = {
         state["input"]: np.zeros([len(wavs) if size == "batch" else size for size in state["shape"]], state["type"])
         for state in states
     }
     outputs = [about.get("output", "log_probs"), *(state["output"] for state in states)]
-    for start in range(0, windows - n_fft + 1, step):
-        chunk = waveform[:, start : min(start + int(about["chunk_samples"]), windows)]
+    for start in range(0, frames * hop, step):
+        chunk = waveform[:, start : min(start + int(about["chunk_samples"]), end)]
         answer, *following = session.run(outputs, {"waveform": chunk} | given)
         given = {state["input"]: tensor for state, tensor in zip(states, following, strict=True)}
         chunks.append(answer)
@@ -298,13 +302,9 @@ def _files(audio):
         if not entry.is_dir():
             files.append((entry, None))
             continue
-        found = []
-        for transcript in sorted(entry.rglob("*.trans.txt")):
-            beside = {path.stem: path for path in transcript.parent.iterdir() if path.suffix != ".txt"}
-            for line in transcript.read_text(encoding="utf-8").splitlines():
-                name, _, text = line.partition(" ")
-                if name in beside:
-                    found.append((beside[name], text))
+        found = [
+            (Path(record.values["wav"]), record.values["wrd"]) for record in librispeech_records(entry, []) if not record.flaw
+        ]
         if not found:
             raise UserError(f"{entry} holds no *.trans.txt with audio beside it; give audio files, or a LibriSpeech folder.")
         files += found

@@ -13,10 +13,13 @@ transducer also have ``head`` (``transducer``), ``part``, and icefall's ``contex
 ``output`` is the name of the encoder's output, ``state_shape`` that of an LSTM's states but for the batch.
 
 Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
-``chunk_samples``, ``chunk_step``, and ``state``: a JSON list of the tensors that go from one chunk to the next, each with the
-names of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the zeros that the first chunk gets.
-With N samples, and ``n_fft / 2`` zeros before and behind them, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples``
-of them, the last chunk as many as are left of the ``(N // hop_length) * hop_length + n_fft`` that lie in windows.
+``chunk_samples``, ``chunk_step``, ``window``, ``before``, ``ends``, and ``state``: a JSON list of the tensors that go from one
+chunk to the next, each with the names of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the
+zeros that the first chunk gets. A feature frame looks at ``window`` samples, the first one from ``before`` samples before the
+first sample on; N samples have ``T = max(1, (N + before - window // 2) // hop_length + 1)`` frames. Beyond the ends of the stream
+are zeros where ``ends`` is ``zeros``, and where it is ``mirrored`` what ``numpy.pad`` with the mode "symmetric" puts there. Of
+the samples with ``before`` of these in front, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples`` of them, the last
+chunk as many as are left of the ``(T - 1) * hop_length + window`` that lie in windows.
 """
 
 import contextlib
@@ -40,6 +43,7 @@ from speechbrain_ext.export.onnx_whole import FullContext
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.streaming import chunk_setting
+from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
 from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError, one_line
 
@@ -107,7 +111,7 @@ def export_model(
     ImportError
         If the packages for ONNX are missing.
     ValueError
-        If the model or the audio is not what it should be, or the model does not stream so.
+        If the model, the audio or the tolerance is not what it should be, or the model does not stream so.
     ExportError
         If the encoder has operations that ONNX has not, the comparison fails, or the disk is full; no file is left then.
 
@@ -122,6 +126,8 @@ def export_model(
         raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}; create it, or give another path.")
+    if tolerance is not None and not tolerance >= 0:  # neither is NaN
+        raise UserError(f"The tolerance is {tolerance}; give a number, 0 or more.")
     _require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
     graphs = _graphs(model, _chunks(model, chunk_size, left_context) if streaming else None)
@@ -184,7 +190,7 @@ def _metadata(model, graphs, precision):
 
 def _metadata_of_encoder(model, graph, precision):
     encoder, tokenizer = model.mods.encoder, model.hparams.tokenizer
-    net, stft = encoder.transformer.encoder, encoder.compute_features.compute_STFT
+    net, front = encoder.transformer.encoder, front_end(encoder.compute_features)
     names = [name for name in list_encoders() if get_encoder(name) is type(net)]
     return {
         "format": "speechbrain_ext",
@@ -193,11 +199,11 @@ def _metadata_of_encoder(model, graph, precision):
         "precision": precision,
         "encoder": names[0] if names else type(net).__name__,
         **({"pass": model.pass_name or passes_of(net)[-1]} if len(passes_of(net)) > 1 else {}),
-        "sample_rate": str(stft.sample_rate),
-        "n_fft": str(stft.n_fft),
-        "hop_length": str(stft.hop_length),
-        "n_mels": str(encoder.compute_features.compute_fbanks.n_mels),
-        "seconds_per_frame": str(encoder.subsampling.factor * stft.hop_length / stft.sample_rate),
+        "sample_rate": str(front.sample_rate),
+        "n_fft": str(front.n_fft),
+        "hop_length": str(front.framing.hop),
+        "n_mels": str(front.n_mels),
+        "seconds_per_frame": str(encoder.subsampling.factor * front.framing.hop / front.sample_rate),
         "blank_index": str(model.hparams.blank_index),
         "tokens": json.dumps([_written(tokenizer, token) for token in range(tokenizer.vocab_size())], ensure_ascii=False),
         **graph.metadata,

@@ -20,6 +20,7 @@ from torch import nn
 
 from speechbrain_ext.export.onnx_whole import Features, without_features
 from speechbrain_ext.lobes.features import moments_of, prior_of, standardized
+from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
@@ -30,7 +31,7 @@ class StreamingFeatures(Features):
 
     Arguments
     ---------
-    compute_features : speechbrain.lobes.features.Fbank
+    compute_features : KaldiFbank or speechbrain.lobes.features.Fbank
         The feature extraction.
     normalize : speechbrain.processing.features.InputNormalization
         The normaliser, with its statistics.
@@ -47,37 +48,45 @@ class StreamingFeatures(Features):
 
     def __init__(self, compute_features, normalize):
         super().__init__(compute_features, normalize)
-        self.mels = compute_features.compute_fbanks.n_mels
+        self.mels = front_end(compute_features).n_mels
         self.silence = self.multiplier * math.log10(self.amin) - self.reference
         prior = torch.zeros(3, 1, self.mels, dtype=torch.float64)
         self.register_buffer("prior", prior + prior_of(normalize, prior) if self.per_sentence else None)
 
-    def forward(self, waveform, peak, moments=None):
+    def states(self):
+        """The state that goes from one chunk to the next: what :meth:`forward` takes and gives behind the samples."""
+        states = [State("features.peak", ["batch"])] if self.top_db < math.inf else []
+        if self.per_sentence:
+            states.append(State("features.moments", [3, "batch", self.mels], torch.float64))
+        return states
+
+    def forward(self, waveform, *state):
         """One chunk.
 
         Arguments
         ---------
         waveform : torch.Tensor
             (B, N), the windows of the chunk's frames.
-        peak : torch.Tensor
-            (B,) loudest bin so far, in dB above silence.
-        moments : torch.Tensor, optional
-            (3, B, F) float64, number, sum and sum of squares of the frames so far, where the utterance normalises itself.
+        *state : torch.Tensor
+            Where features are clipped, the peak (B,), the loudest bin so far in dB above silence; where the utterance normalises
+            itself, the moments (3, B, F) float64, number, sum and sum of squares of the frames so far.
 
         Returns
         -------
         tuple
-            Features (B, T, F), and the new peak and moments.
+            Features (B, T, F), and the new state.
         """
-        features = self.log_mel_of_windows(waveform)
-        peak = peak.maximum(features.amax((1, 2)) - self.silence)
-        features = features.maximum((peak + (self.silence - self.top_db))[:, None, None])
+        features, state, following = self.log_mel_of_windows(waveform), list(state), []
+        if self.top_db < math.inf:
+            peak = state.pop(0).maximum(features.amax((1, 2)) - self.silence)
+            features = features.maximum((peak + (self.silence - self.top_db))[:, None, None])
+            following.append(peak)
         if not self.per_sentence:
-            return (features - self.mean) / self.std, peak, None
-        moments = moments + moments_of(features, torch.ones_like(features[..., :1], dtype=torch.bool), 1)
+            return (features - self.mean) / self.std, *following
+        moments = state.pop(0) + moments_of(features, torch.ones_like(features[..., :1], dtype=torch.bool), 1)
         # The prior is among the moments already
         settings = SimpleNamespace(prior_frames=0, std_norm=self.std_norm, epsilon=self.epsilon)
-        return standardized(settings, features, (moments + self.prior).unsqueeze(2)), peak, moments
+        return standardized(settings, features, (moments + self.prior).unsqueeze(2)), *following, moments
 
 
 @dataclass
@@ -122,7 +131,8 @@ class Streaming(nn.Module):
     """One chunk of a stream: ``waveform`` (B, N) and the state to ``log_probs`` (B, T, V) and the next state.
 
     The samples are those in the windows of the chunk's feature frames: of chunk i, those from ``i * step`` on, ``samples`` of
-    them, in a stream with ``n_fft / 2`` zeros before and behind it. N is less only in the last chunk.
+    them, in a stream with what the features have before and behind it, zeros or its own samples mirrored. N is less only in the
+    last chunk.
 
     Arguments
     ---------
@@ -168,10 +178,8 @@ class Streaming(nn.Module):
         fuse_(self)
         self.eval()
         frames, hop = self.encoder.subsampling.factor * config.chunk_size, self.features.hop_length
-        self.step, self.samples = frames * hop, (frames - 1) * hop + self.features.n_fft
-        own = [State("features.peak", ["batch"])]
-        if self.features.per_sentence:
-            own.append(State("features.moments", [3, "batch", self.features.mels], torch.float64))
+        self.step, self.samples = frames * hop, self.features.framing.needs(frames)
+        own = self.features.states()
         own.append(State("subsampling.left", ["batch", 0, self.features.mels], growth={1: self.encoder.subsampling.factor}))
         self._own = len(own)
         self._template, self._parts, encoder_states = self._find_states()
@@ -189,7 +197,6 @@ class Streaming(nn.Module):
         x = self.encoder.transformer.encode_streaming(x, TransformerASRStreamingContext(self.config, context))
         left_behind = dict(_leaves(context))
         following = [left_behind[parts[0]] for parts in self._parts]
-        heard = [tensor for tensor in heard if tensor is not None]
         x = self.encoder.head(x)
         return x.log_softmax(dim=-1) if self.output_names[0] == "log_probs" else x, *heard, left, *following
 
@@ -207,6 +214,9 @@ class Streaming(nn.Module):
             "left_context": str(-1 if left is None else left),
             "chunk_samples": str(self.samples),
             "chunk_step": str(self.step),
+            "window": str(self.features.framing.length),
+            "before": str(self.features.framing.before),
+            "ends": "mirrored" if self.features.framing.mirrors else "zeros",
             "state": json.dumps([state.described() for state in self.states]),
         }
 
@@ -214,7 +224,7 @@ class Streaming(nn.Module):
     def dynamic_shapes(self):
         """What is free in the inputs."""
         batch = torch.export.Dim("batch")
-        samples = torch.export.Dim("samples", min=self.features.n_fft, max=self.samples)
+        samples = torch.export.Dim("samples", min=self.features.framing.length, max=self.samples)
         return {0: batch, 1: samples}, [state.dynamic(batch) for state in self.states]
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from speechbrain_ext.lobes.features import FLOOR, KaldiFbank
+from speechbrain_ext.lobes.filter_banks import front_end, kaldi_frames
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.speech_encoder import SpeechEncoder
@@ -18,11 +20,11 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class Features(nn.Module):
-    """SpeechBrain's Fbank and InputNormalization with matrix products in place of the FFT; exact in any batch.
+    """KaldiFbank or SpeechBrain's Fbank, and InputNormalization, with matrix products in place of the FFT; exact in any batch.
 
     Arguments
     ---------
-    compute_features : speechbrain.lobes.features.Fbank
+    compute_features : KaldiFbank or speechbrain.lobes.features.Fbank
         The feature extraction.
     normalize : speechbrain.processing.features.InputNormalization
         The normaliser, with its statistics.
@@ -46,22 +48,29 @@ class Features(nn.Module):
 
     def __init__(self, compute_features, normalize):
         super().__init__()
-        stft, filters = compute_features.compute_STFT, compute_features.compute_fbanks
         _refuse_unknown(compute_features, normalize)
-        self.n_fft, self.hop_length = stft.n_fft, stft.hop_length
-        left = (self.n_fft - stft.win_length) // 2  # where torch.stft puts a window that is shorter than the transform
-        self.register_buffer("window", F.pad(stft.window, (left, self.n_fft - stft.win_length - left)).float())
+        front = front_end(compute_features)
+        self.framing, self.hop_length = front.framing, front.framing.hop
+        self.n_fft, self.top_db = front.n_fft, front.top_db
+        self.is_kaldi = isinstance(compute_features, KaldiFbank)
+        if self.is_kaldi:
+            window, matrix = compute_features.constants(torch.device("cpu"))
+            self.power, self.amin, self.multiplier, self.reference = 2, FLOOR, math.log(10), 0.0  # the natural logarithm
+        else:
+            stft, filters = compute_features.compute_STFT, compute_features.compute_fbanks
+            left = (self.n_fft - stft.win_length) // 2  # where torch.stft puts a window that is shorter than the transform
+            window = F.pad(stft.window, (left, self.n_fft - stft.win_length - left)).float()
+            # Filterbank makes its matrix inside forward; in the linear scale it is what it gives for a unit matrix.
+            linear = copy.copy(filters)
+            linear.log_mel = False
+            matrix = linear(torch.eye(self.n_fft // 2 + 1).unsqueeze(0))[0].detach()  # (bins, mels)
+            self.power, self.amin, self.multiplier = filters.power_spectrogram, filters.amin, filters.multiplier
+            self.reference = filters.multiplier * filters.db_multiplier
         inner, outer, bins = _two_stages(self.n_fft)
+        self.register_buffer("window", window.clone())
         self.register_buffer("inner", inner.float())
         self.register_buffer("outer", outer.float())
-        # Filterbank makes its matrix inside forward; in the linear scale it is what it gives for a unit matrix.
-        linear = copy.copy(filters)
-        linear.log_mel = False
-        matrix = linear(torch.eye(self.n_fft // 2 + 1).unsqueeze(0))[0].detach()  # (bins, mels)
         self.register_buffer("filters", torch.where(bins.unsqueeze(1) < 0, 0.0, matrix[bins]))
-        self.power = filters.power_spectrogram
-        self.multiplier, self.amin, self.top_db = filters.multiplier, filters.amin, filters.top_db
-        self.reference = filters.multiplier * filters.db_multiplier
         self.per_sentence = normalize.norm_type == "sentence"
         self.std_norm, self.epsilon = normalize.std_norm, normalize.epsilon
         if not self.per_sentence:
@@ -71,21 +80,24 @@ class Features(nn.Module):
 
     def forward(self, waveform, lengths):
         """Samples (B, N) and numbers of them (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
-        features = self.log_mel(waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0))
-        frames = 1 + lengths // self.hop_length
+        waveform = waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0)
+        features = self.log_mel_of_windows(self.framing.extend(waveform, lengths, self.framing.before, self.framing.after))
+        frames = self.framing.count(lengths)
         padding = padding_mask(frames, features.shape[1]).unsqueeze(2)
-        # The loudest bin of the utterance, not of its batch: the frame behind its end may still see a louder sample.
-        loudest = features.masked_fill(padding, -math.inf).amax(dim=(1, 2), keepdim=True)
-        features = self._normalize(torch.maximum(features, loudest - self.top_db), padding, frames.view(-1, 1, 1))
+        if self.top_db < math.inf:
+            # The loudest bin of the utterance, not of its batch: the frame behind its end may still see a louder sample.
+            loudest = features.masked_fill(padding, -math.inf).amax(dim=(1, 2), keepdim=True)
+            features = torch.maximum(features, loudest - self.top_db)
+        features = self._normalize(features, padding, frames.view(-1, 1, 1))
         return features.masked_fill(padding, 0.0), frames
 
-    def log_mel(self, waveform):
-        """Mel bins (B, 1 + N // hop, F) of samples (B, N) in dB."""
-        return self.log_mel_of_windows(F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)))
-
     def log_mel_of_windows(self, waveform):
-        """Mel bins (B, 1 + (N - n_fft) // hop, F) in dB of the windows that lie in samples (B, N)."""
-        framed = waveform.unfold(1, self.n_fft, self.hop_length) * self.window
+        """Log mel bins (B, 1 + (N - length) // hop, F) of the windows that lie in samples (B, N)."""
+        framed = waveform.unfold(1, self.framing.length, self.hop_length)
+        if self.is_kaldi:
+            framed = F.pad(kaldi_frames(framed, self.window), (0, self.n_fft - self.framing.length + 1))
+        else:
+            framed = framed * self.window
         batch, steps, _ = framed.shape
         rows = self.inner.shape[0]  # P; n = p * Q + q
         x = framed.unflatten(2, (rows, self.n_fft // rows)).transpose(2, 3) @ self.inner  # (B, T, Q, 2R)
@@ -139,8 +151,19 @@ def _two_stages(size):
 
 
 def _refuse_unknown(compute_features, normalize):
+    settings = [("norm_type", normalize.norm_type, ("sentence", "global"))]
+    if not isinstance(compute_features, KaldiFbank):
+        settings += _settings_of_fbank(compute_features)
+    for name, value, known in settings:
+        if value not in known:
+            raise UserError(
+                f"The model's {name} is {value}, which export does not know; it knows {' and '.join(map(str, known))}."
+            )
+
+
+def _settings_of_fbank(compute_features):
     stft, filters = compute_features.compute_STFT, compute_features.compute_fbanks
-    for name, value, known in (
+    return [
         ("deltas", compute_features.deltas, (False,)),
         ("context", compute_features.context, (False,)),
         ("center", stft.center, (True,)),
@@ -148,12 +171,7 @@ def _refuse_unknown(compute_features, normalize):
         ("normalized_stft", stft.normalized_stft, (False,)),
         ("onesided", stft.onesided, (True,)),
         ("log_mel", filters.log_mel, (True,)),
-        ("norm_type", normalize.norm_type, ("sentence", "global")),
-    ):
-        if value not in known:
-            raise UserError(
-                f"The model's {name} is {value}, which export does not know; it knows {' and '.join(map(str, known))}."
-            )
+    ]
 
 
 def without_features(encoder, head):

@@ -7,7 +7,8 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, TRANSDUCER_BEAM, TRANSDUCER_GREEDY
+from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment, within
 from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_whole
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
@@ -22,6 +23,10 @@ class _ExactLengths:
     """A digest of all files that the model was loaded from."""
     pass_name = None
     """Of a cascade, the pass that answers; None = the last one."""
+    searches = ()
+    """Names of the searches that the model has."""
+    own_search = None
+    """The one that it answers with."""
 
     @property
     def blank(self):
@@ -103,7 +108,7 @@ class _ExactLengths:
     def transcribe_batch(self, wavs, wav_lens):
         """Transcribe waveforms (B, N) with relative lengths (B,) from 0 to 1; returns texts and token ids."""
         with torch.no_grad():
-            tokens = self._search(*self._encode(wavs, wav_lens))
+            tokens = self.search(*self._encode(wavs, wav_lens))
         # A word boundary is a token of its own, and may come twice
         return [" ".join(self.tokenizer.decode_ids(ids).split()) for ids in tokens], tokens
 
@@ -111,10 +116,12 @@ class _ExactLengths:
     def transcribe_segments(self, wavs, wav_lens):
         """As :meth:`transcribe_batch`; returns a :class:`Segment` with the times of the words for each, None without words."""
         enc, lens = self._encode(wavs, wav_lens)
-        return [
+        seconds = (absolute_lengths(wav_lens, wavs.shape[1]) / self.sample_rate).tolist()
+        segments = [
             make_segment(log_probs, tokens, self.tokenizer, self.blank)
-            for log_probs, tokens in zip(self._valid(self._log_probs(enc), lens), self._search(enc, lens), strict=True)
+            for log_probs, tokens in zip(self._valid(self._log_probs(enc), lens), self.search(enc, lens), strict=True)
         ]
+        return [segment and within(segment, end) for segment, end in zip(segments, seconds, strict=True)]
 
     @torch.no_grad()
     def align(self, wav, text):
@@ -148,7 +155,8 @@ class _ExactLengths:
             )
         enc, _ = self._encode(wav.unsqueeze(0), torch.ones(1))
         tokens = self.tokenizer.encode_as_ids(text)
-        return group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
+        words = group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
+        return tuple(within(word, len(wav) / self.sample_rate) for word in words)
 
     def encode_batch(self, wavs, wav_lens):
         """As in SpeechBrain, with samples of any kind that :meth:`transcribe_batch` takes."""
@@ -190,20 +198,30 @@ class _ExactLengths:
 class JointModel(_ExactLengths, EncoderDecoderASR):
     """A model with a decoder with attention, which is searched jointly with CTC."""
 
-    def _search(self, enc, lens):
+    searches = GREEDY, BEAM, JOINT
+    own_search = JOINT
+
+    def search(self, enc, lens):
+        """Tokens of encoder frames (B, T, D) with relative lengths (B,), as the model answers."""
         return self.mods.decoder(enc, lens)[0]
 
     def search_segment(self, frames):
         """The model's search on frames (T, D); returns tokens and CTC log-probabilities (T, V)."""
         enc = frames.unsqueeze(0)
-        return self._search(enc, torch.ones(1, device=enc.device))[0], self._log_probs(enc)[0]
+        return self.search(enc, torch.ones(1, device=enc.device))[0], self._log_probs(enc)[0]
 
 
 class TransducerModel(JointModel):
     """A model with a transducer, which says what is said; its CTC head says when."""
 
+    searches = GREEDY, BEAM, TRANSDUCER_GREEDY, TRANSDUCER_BEAM
     beam_size = None
     """Hypotheses of the search, 1 = greedy; None = those that the model was made with."""
+
+    @property
+    def own_search(self):
+        """As above."""
+        return TRANSDUCER_GREEDY if (self.beam_size or self.mods.decoder.beam_size) == 1 else TRANSDUCER_BEAM
 
     def choose_beam(self, beam_size):
         """Choose the number of hypotheses of the search; 1 is greedy search."""
@@ -211,8 +229,9 @@ class TransducerModel(JointModel):
             raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
         self.beam_size = beam_size
 
-    def _search(self, enc, lens):
-        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self.beam_size)]
+    def search(self, enc, lens, beam_size=None):
+        """As above; with another number of hypotheses than the chosen one, if need be."""
+        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, beam_size or self.beam_size)]
 
     def search_stream(self):
         """The search of one stream of encoder frames, a :class:`speechbrain_ext.decoders.transducer.TransducerStream`."""
@@ -222,7 +241,11 @@ class TransducerModel(JointModel):
 class CtcModel(_ExactLengths, EncoderASR):
     """A model without a decoder."""
 
-    def _search(self, logits, lens):
+    searches = GREEDY, BEAM
+    own_search = GREEDY
+
+    def search(self, logits, lens):
+        """Tokens of CTC logits (B, T, V) with relative lengths (B,), as the model answers."""
         if getattr(self.decoding_function, "func", None) is ctc_greedy_decode:
             return greedy_tokens(logits, lens, self.blank)
         return self.decoding_function(logits, lens)

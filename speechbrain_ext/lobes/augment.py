@@ -57,6 +57,8 @@ class SpecAugment:
         Likewise for time masks, in frames, where ``time_mask_ratio`` leaves as many.
     time_warp : int
         First of all, a frame of each utterance is moved by up to so many frames, and the rest is stretched; 0 = not.
+    frequency_warp : int
+        The same with bins, as another length of the vocal tract would; 0 = not.
 
     Raises
     ------
@@ -80,6 +82,7 @@ class SpecAugment:
         frequency_mask_width=27,
         time_mask_width=None,
         time_warp: int = 0,
+        frequency_warp: int = 0,
     ):
         self.time_masks = time_masks
         self.time_mask_ratio = time_mask_ratio
@@ -87,6 +90,7 @@ class SpecAugment:
         self.frequency_masks = frequency_masks
         self.frequency_mask_width = _width("frequency_mask_width", frequency_mask_width)
         self.time_warp = time_warp
+        self.frequency_warp = frequency_warp
 
     def __call__(self, feats, lens):
         """Warp and mask.
@@ -106,6 +110,8 @@ class SpecAugment:
         frames, bins = absolute_lengths(lens, feats.shape[1]), torch.full_like(lens, feats.shape[2])
         if self.time_warp:
             feats = _warp(feats, frames, self.time_warp)
+        if self.frequency_warp:
+            feats = _warp(feats.transpose(1, 2), bins, self.frequency_warp).transpose(1, 2)
         time = _masks(self.time_masks, self.time_mask_width, self.time_mask_ratio * frames, frames, feats.shape[1])
         frequency = _masks(self.frequency_masks, self.frequency_mask_width, bins, bins, feats.shape[2])
         return feats.masked_fill(time.unsqueeze(2) | frequency.unsqueeze(1), 0.0), lens

@@ -187,6 +187,11 @@ class DepthwiseModule(nn.Module):
         self.look_ahead = 0 if causal else kernel_size // 2
         self.context = kernel_size - 1 - self.look_ahead
 
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.pointwise2
+
     def forward(self, x, mask=None, config: DynChunkTrainConfig | None = None):
         """Convolve a whole utterance.
 

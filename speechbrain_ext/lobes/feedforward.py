@@ -37,6 +37,11 @@ class FeedForward(nn.Sequential):
             nn.Dropout(dropout),
         )
 
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self[-2]
+
 
 class ScaledFeedForward(nn.Sequential):
     """The Squeezeformer's: learned scale and Linear, Swish, dropout, Linear, dropout; without the residual.
@@ -61,3 +66,8 @@ class ScaledFeedForward(nn.Sequential):
         super().__init__(
             ScaledLinear(d_model, d_ffn), Swish(), nn.Dropout(dropout), nn.Linear(d_ffn, d_model), nn.Dropout(dropout)
         )
+
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self[-2]

@@ -140,6 +140,11 @@ class HyperMixing(nn.Module):
         self.hyper = _Generators(num_heads, self.head_dim, hidden, tied)
         self.layer_norm = nn.LayerNorm(input_output_dim)
 
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.layer_norm
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # SpeechBrain stores the sinusoid table of every layer (17 MB of an 8M checkpoint); it carries no information.
         state_dict.pop(prefix + "positional_encoding.pe", None)

@@ -228,6 +228,11 @@ class PerformerAttention(nn.Module):
             nn.init.xavier_uniform_(projection)
         nn.init.zeros_(self.qkv.bias)
 
+    @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.out
+
     def prepare(self, x, mask, config: DynChunkTrainConfig | None):
         """What all layers share in one forward: (padding mask, chunk setting)."""
         return mask, config

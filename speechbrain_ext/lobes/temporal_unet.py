@@ -77,6 +77,11 @@ class TemporalUNet(nn.Module):
         nn.init.zeros_(self.recovery.bias)
 
     @property
+    def branch_end(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.recovery
+
+    @property
     def chunk_multiple(self) -> int:
         """What a chunk length must divide by, in frames of the input."""
         return 2 * self.layers.chunk_multiple

@@ -11,8 +11,9 @@ import pytest
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.lobes.stack import Stack
+from speechbrain_ext.lobes.stack import Stack, begin_as_identity
 from speechbrain_ext.registry import build_encoder, list_encoders
+from speechbrain_ext.utils.errors import UserError
 
 CHUNKS = [(16, 2), (16, None), (4, 0), (2, 5), (6, 1)]
 
@@ -196,6 +197,31 @@ class Masked(torch.nn.Module):
 
     def forward(self, x, mask):
         return self.encoder(x, src_key_padding_mask=mask)[0]
+
+
+def test_begins_as_identity(encoder):
+    """A frame is passed on alone, and training reaches the end of every branch: of two within another in the third step."""
+    try:
+        begin_as_identity(encoder)
+    except UserError as error:
+        assert "branch_end" in str(error)
+        return
+    x = torch.randn(2, 23, encoder.d_model, generator=torch.Generator().manual_seed(0))
+    changed = x.clone()
+    changed[:, 9] = 1.0
+    with torch.no_grad():
+        moved = (encoder(x)[0] - encoder(changed)[0]).abs().amax((0, 2)) > 1e-5
+    assert moved.nonzero().tolist() == [[9]]
+    encoder.train()
+    optimizer, weights = torch.optim.Adam(encoder.parameters(), lr=1e-3), torch.rand(encoder.d_model)
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        encoder(x)[0].square().mul(weights).sum().backward()
+    for part in encoder.modules():
+        if hasattr(part, "branch_end"):
+            end = getattr(part.branch_end, "norm", None) or part.branch_end
+            assert next(end.parameters()).grad.abs().sum() > 0
 
 
 def test_recomputed_activations_give_the_same_gradients(encoder):

@@ -16,7 +16,7 @@ from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.decoders.ctc_prefix import CTCScorer
 from speechbrain_ext.decoders.searchers import S2STransformerBeamSearcher
 from speechbrain_ext.hparams import load_hparams
-from speechbrain_ext.lobes.features import InputNormalization, SentenceNormalization
+from speechbrain_ext.lobes.features import InputNormalization, KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
@@ -204,17 +204,18 @@ def test_front_end(front_end, training):
     assert_pure(recorder)
 
 
+@pytest.mark.parametrize("features", [lambda: Fbank(n_mels=80), KaldiFbank], ids=["fbank", "kaldi"])
 @pytest.mark.parametrize("normalize", [SentenceNormalization, InputNormalization], ids=["sentence", "global"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("loaded", [False, True], ids=["learned", "loaded"])
 @torch.no_grad()
-def test_from_waveforms(normalize, chunked, loaded):
+def test_from_waveforms(features, normalize, chunked, loaded):
     """Waveforms to the head's output, with statistics that were learned here, or loaded on the device; and as a stream."""
     torch.manual_seed(0)
     normalize, front_end = normalize(), ConvolutionSubsampling(80)
     normalize.train()(torch.randn(2, 50, 80), torch.ones(2), epoch=0)
     net = TransformerASR(30, front_end.output_size, 32, 4, 2, 0, 64, encoder_module="hyperconformer")
-    model = SpeechEncoder(Fbank(n_mels=80), normalize, front_end, net, torch.nn.Linear(32, 30)).eval()
+    model = SpeechEncoder(features(), normalize, front_end, net, torch.nn.Linear(32, 30)).eval()
     setting = DynChunkTrainConfig(4, 2) if chunked else None
     wavs, lens = torch.randn(2, 16000), torch.tensor([1.0, 0.6])
     expected, _ = model.encode(wavs, lens, setting)
@@ -264,8 +265,9 @@ def test_search(search, syncs):
 
 # ------------------------------------------------------------------ attention at published sizes
 
-FILES = sorted(path.stem for path in (tiny.ROOT / "hparams").glob("*.yaml"))
-SIZES = [(name, None) for name in FILES if not name.endswith("_transducer")]  # whose encoder is that of another file
+SIZES = [
+    (path.stem, None) for path in tiny.ARCHITECTURES if not path.stem.endswith("_transducer")
+]  # whose encoder is another file's
 SIZES += [(name, size) for name in ("squeezeformer", "practical_conformer") for size in encoder_sizes(name)]
 
 

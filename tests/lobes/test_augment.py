@@ -34,6 +34,16 @@ def test_warping_moves_frames_of_each_utterance_and_leaves_padding():
     assert len({tuple(row) for row in moved[lengths == 60].tolist()}) == 100
 
 
+def test_warping_of_bins_moves_them_alike_in_all_frames_of_an_utterance():
+    torch.manual_seed(0)
+    ramp = torch.arange(80.0).expand(100, 7, 80)
+    feats, _ = SpecAugment(0, frequency_masks=0, frequency_warp=4)(ramp, torch.ones(100))
+    moved = feats - ramp
+    assert torch.equal(feats, feats[:, :1].expand_as(feats)) and 3 < moved.abs().max() <= 4
+    assert not moved[..., 0].any() and moved[..., -1].abs().max() < 1e-4 and (feats.diff(dim=2) >= 0).all()
+    assert len({tuple(row) for row in moved[:, 0].tolist()}) == 100
+
+
 def test_speeds_change_the_number_of_samples_and_no_relative_length():
     torch.manual_seed(0)
     augment, lens = SpeedPerturb(16000, [90, 100, 110]), torch.tensor([1.0, 0.5])

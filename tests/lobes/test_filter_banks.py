@@ -1,0 +1,110 @@
+"""Kaldi's filter banks: torchaudio's numbers, whatever else is in the batch, in pieces, and from a model folder."""
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from tiny import make_model
+
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.features import FeatureStream, InputNormalization, KaldiFbank, raw_features
+from speechbrain_ext.lobes.filter_banks import Framing
+
+LENGTHS = [16000, 15999, 8000, 4961, 640, 400, 240, 239, 130, 100, 79, 10, 1, 0]
+
+
+def signal(samples, kind, rate=16000):
+    noise, time = torch.randn(samples, generator=torch.Generator().manual_seed(samples)), torch.arange(samples) / rate
+    tone = torch.sin(2 * torch.pi * 300 * time)
+    return {
+        "loud": 0.5 * noise,
+        "quiet": 1e-4 * noise,
+        "silence": torch.zeros(samples),
+        "offset": 0.8 + 1e-3 * noise,
+        "constant": torch.full((samples,), 0.3),
+        "tone": 0.3 * tone + 1e-2 * noise,
+        "pauses": 0.1 * tone * (torch.sin(2 * torch.pi * 3 * time) > 0),
+    }[kind]
+
+
+@pytest.mark.parametrize("rate, n_mels", [(16000, 80), (16000, 40), (8000, 80)])
+@pytest.mark.parametrize("kind", ["loud", "quiet", "silence", "offset", "constant", "tone", "pauses"])
+def test_the_numbers_are_kaldis(kind, rate, n_mels):
+    fbank = KaldiFbank(rate, n_mels)
+    for samples in (rate // 40, 799, 16000, 16079, 16080, 16081, 30001):
+        wav = signal(samples, kind, rate).unsqueeze(0)
+        keys = {"dither": 0.0, "snip_edges": False, "low_freq": 20.0, "high_freq": -400.0, "energy_floor": 0.0}
+        expected = torchaudio.compliance.kaldi.fbank(wav, num_mel_bins=n_mels, sample_frequency=rate, **keys)
+        assert len(expected) == (samples + rate // 200) // (rate // 100)
+        torch.testing.assert_close(fbank(wav)[0], expected, atol=1e-3, rtol=0)
+
+
+def test_any_length_alone_and_in_a_batch():
+    fbank, wavs = KaldiFbank(), torch.zeros(len(LENGTHS), 16000)
+    for i, length in enumerate(LENGTHS):
+        wavs[i, :length] = signal(length, "loud")
+    feats, lens = raw_features(fbank, wavs, torch.tensor(LENGTHS) / 16000)
+    for i, length in enumerate(LENGTHS):
+        alone = fbank(wavs[i : i + 1, :length])[0]
+        assert len(alone) == max(1, (length + 80) // 160) == round(float(lens[i]) * feats.shape[1])
+        torch.testing.assert_close(feats[i, : len(alone)], alone, atol=2e-6, rtol=0)
+        wavs[i, length:] = 1e4  # what lies behind is never heard
+    assert torch.equal(fbank(wavs, torch.tensor(LENGTHS) / 16000), feats) and feats.isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [16000, 8000])
+@pytest.mark.parametrize("pieces", [(1,), (997,), (7, 5001, 1), (100_000,)])
+def test_a_stream_has_the_features_of_the_whole(pieces, rate):
+    fbank, normalize = KaldiFbank(rate), InputNormalization("global").eval()
+    normalize.count, normalize.glob_mean, normalize.glob_std = 1, torch.zeros(80), torch.ones(80)
+    for length in (1, 79, 100, 119, 120, 121, 280, 400, 2640, 9041) if pieces[0] > 1 else (1, 130, 1039):
+        wavs, stream, start, chunks = torch.stack((signal(length, "loud"), signal(length, "pauses"))), None, 0, []
+        stream = FeatureStream(fbank, normalize, 16)
+        while start < length:
+            for size in pieces:
+                chunks += stream.accept(wavs[:, start : start + size])
+                start += size
+        chunks += stream.finish()
+        torch.testing.assert_close(torch.cat(chunks, 1), fbank(wavs), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 50])
+def test_ends_are_mirrored_as_numpy_does(length):
+    framing, wavs = Framing(2, 8, 5, mirrors=True), torch.arange(1.0, 51.0).repeat(2, 1)
+    wavs[0, length:] = 0
+    extended = framing.extend(wavs, torch.tensor([length, 50]), 5, 9)
+    expected = np.pad(wavs[0, :length].numpy(), (5, 9), "symmetric")
+    np.testing.assert_array_equal(extended[0, : length + 14].numpy(), expected)
+    np.testing.assert_array_equal(extended[1].numpy(), np.pad(wavs[1].numpy(), (5, 9), "symmetric"))
+
+
+def test_half_precision_and_gradients():
+    fbank, wavs = KaldiFbank(), signal(8000, "loud").unsqueeze(0)
+    expected = fbank(wavs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fbank(wavs), expected)
+    assert torch.equal(fbank.half()(wavs), expected) and not fbank.state_dict()
+    wavs.requires_grad_()
+    fbank(wavs).sum().backward()
+    assert wavs.grad.isfinite().all() and wavs.grad.any()
+
+
+@pytest.mark.parametrize("keys", [{"sample_rate": 22050}, {"sample_rate": 800}, {"sample_rate": "16k"}, {"n_mels": 0}])
+def test_what_is_no_filter_bank_is_refused(keys):
+    with pytest.raises(ValueError, match=f"The {next(iter(keys))} of KaldiFbank is .*; give"):
+        KaldiFbank(**keys)
+
+
+def test_a_model_folder_loads_with_it(tmp_path):
+    """Its statistics included; and what contradicts the folder is refused."""
+    kaldi = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: !ref <sample_rate>, n_mels: !ref <n_mels>}"
+    hparams = make_model(tmp_path, decoder_layers=0, compute_features=kaldi)
+    model = load_model(tmp_path / "model", "cpu")
+    assert isinstance(model.mods.encoder.compute_features, KaldiFbank)
+    wavs = signal(16000, "tone").unsqueeze(0)
+    expected = hparams["ctc_lin"](hparams["speech_encoder"].eval().encode(wavs)[0])
+    assert torch.equal(model.mods.encoder.encode(wavs)[0], expected) and expected.shape[1] == 25
+    path = tmp_path / "model" / "hyperparams.yaml"
+    path.write_text(path.read_text().replace("KaldiFbank\n  sample_rate: 16000", "KaldiFbank\n  sample_rate: 8000"))
+    with pytest.raises(ValueError, match="sample_rate of 16000, and its features are for 8000"):
+        load_model(tmp_path / "model", "cpu")
