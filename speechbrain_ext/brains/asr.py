@@ -140,7 +140,6 @@ class AsrModel(torch.nn.Module):
         augment=None,
         views: int = 1,
         pad_index: int = 0,
-        most_frames: int | None = None,
         step: int | None = None,
         **norm_keys,
     ):
@@ -168,8 +167,6 @@ class AsrModel(torch.nn.Module):
             How often the batch is augmented; the predictions are then of all these views, one behind the other.
         pad_index : int
             The token that pads ``targets``.
-        most_frames : int, optional
-            Number of encoder frames of the longest utterance, where the host knows it; else the transducer's loss waits for it.
         step : int, optional
             Optimizer steps so far, for the warm-up of the transducer's loss.
         **norm_keys
@@ -196,8 +193,7 @@ class AsrModel(torch.nn.Module):
                 if self.transducer is not None and targets is not None:
                     lengths, texts = absolute_lengths(frame_lens, frames.shape[1]), targets[:, 1:]
                     counts = absolute_lengths(target_lens, texts.shape[1])
-                    longest = None if most_frames is None else (most_frames, texts.shape[1])
-                    transducer_loss = self.transducer_cost(self.transducer, frames, lengths, texts, counts, longest, step)
+                    transducer_loss = self.transducer_cost(self.transducer, frames, lengths, texts, counts, step)
                 predictions.append(Predictions(frames, frame_lens, self.ctc_lin(frames), seq_logits, transducer_loss))
             return predictions
 
@@ -281,7 +277,6 @@ class AsrBrain(Brain):
             augment=hparams.fea_augment if augments else None,
             views=2 if augments and hparams.consistency else 1,
             pad_index=hparams.blank_index,
-            most_frames=None if self.frames is None else int(self.frames.max()),
             step=self.optimizer_step,
             epoch=hparams.epoch_counter.current,
         )

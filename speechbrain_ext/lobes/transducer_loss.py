@@ -1,28 +1,30 @@
-"""The transducer's loss, pruned or full, on the kernel of ``torchaudio.functional.rnnt_loss``.
+"""The transducer's loss, pruned or full, on a lattice of two symbols.
 
-The kernel is given a lattice of two symbols: the log-probabilities of a blank and of the next label at each frame and label,
-(B, T, U + 1, 2), which is all that the sum over alignments needs. Its gradient is minus the posterior of each arc. So neither
-the logits (B, T, U + 1, V) nor their gradient exist at once, and everything that changes arcs is a line of PyTorch.
+The log-probabilities of a blank and of the next label at each frame and label, (B, T, U + 1, 2), are all that the sum over
+alignments needs, and its gradient is minus the posterior of each arc. So neither the logits (B, T, U + 1, V) nor their gradient
+exist at once, and everything that changes arcs is a line of PyTorch. ``torchaudio.functional.rnnt_loss`` gives the same values;
+on CUDA, the host waits three times for each of its calls, to compare lengths, where the sums here wait for nothing.
 
 The pruned loss is that of k2 (Kuang et al. 2022, https://arxiv.org/abs/2206.13236). A joint network that only adds two linear
 layers has a lattice that costs two matrix products. Its posteriors say which few labels each frame can be at, and the real joint
 network is computed for these alone.
-
-On CUDA the kernel reads the largest lengths on the host, so that a lattice waits for the device a few times, however long it is.
 """
 
 import itertools
+import math
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchaudio.functional import rnnt_loss
 
+from speechbrain_ext.lobes.precision import widest
 from speechbrain_ext.utils.errors import UserError
 
 KINDS = ("pruned", "full")
 UNREACHABLE = -1e4
 """Log-probability of arcs outside of a band: sums stay finite, and gradients are zero there."""
+OUTSIDE = -1e5
+"""That of arcs outside of an utterance, which is below all that a band has on its way."""
 SIMPLE_SCALE, FIRST_PRUNED_SCALE = 0.5, 0.1
 """Weights of the simple loss at last, and of the pruned one at first: icefall's."""
 COPIES = 2, 3
@@ -30,24 +32,56 @@ COPIES = 2, 3
 
 
 class _Lattice(torch.autograd.Function):
-    """Losses and posteriors of the arcs by one call of the kernel, which computes the gradient with the loss."""
+    """Losses, and posteriors of the arcs, which are minus the gradient."""
 
     @staticmethod
     def forward(ctx, arcs, frames, labels):
-        targets = labels.new_ones(len(arcs), arcs.shape[2] - 1)
-        with torch.enable_grad():
-            arcs = arcs.detach().requires_grad_()
-            losses = rnnt_loss(arcs, targets, frames, labels, blank=0, reduction="none", fused_log_softmax=False)
-            (gradient,) = torch.autograd.grad(losses.sum(), arcs)
-        posteriors = -gradient
-        ctx.save_for_backward(gradient)
+        losses, posteriors = _sums(arcs, frames, labels)
+        ctx.save_for_backward(posteriors)
         ctx.mark_non_differentiable(posteriors)
-        return losses.detach(), posteriors
+        return losses, posteriors
 
     @staticmethod
     def backward(ctx, losses, _):
-        (gradient,) = ctx.saved_tensors
-        return losses.view(-1, 1, 1, 1) * gradient, None, None
+        (posteriors,) = ctx.saved_tensors
+        return -losses.view(-1, 1, 1, 1) * posteriors, None, None
+
+
+def _sums(arcs, frames, labels):
+    """Losses (B,) and posteriors (B, T, U + 1, 2)."""
+    frames, labels = frames.unsqueeze(1), labels.unsqueeze(1)
+    time, place = (torch.arange(size, device=arcs.device) for size in arcs.shape[1:3])
+    inside = (time < frames).unsqueeze(2) & (place <= labels).unsqueeze(1)
+    following = inside & (place < labels).unsqueeze(1)
+    # What is behind an utterance may be anything, NaN too
+    blanks, emitted = (torch.where(*pair, OUTSIDE) for pair in zip((inside, following), widest(arcs).unbind(-1), strict=True))
+
+    def turned(x):
+        """From the last frame and label to the first, which is its own inverse."""
+        x = x.gather(1, (frames - 1 - time).clamp(min=0).unsqueeze(2).expand_as(x))
+        return x.gather(2, (labels - place).clamp(min=0).unsqueeze(1).expand_as(x))
+
+    # Sums from the beginning and from the end are one computation on a batch of twice the size. It goes frame by frame: with
+    # E(u) the sum of the labels' arcs up to u, x(u) = score(u) - E(u) is a cumulative sum over the labels
+    blanks_before = torch.cat((nn.functional.pad(blanks[:, :-1], (0, 0, 1, 0)), turned(blanks)))
+    emitted_before = torch.cat((nn.functional.pad(emitted[..., :-1], (1, 0)), turned(emitted)))
+    emitted_before[..., 0] = 0.0
+    base = emitted_before.cumsum(2)
+    steps = blanks_before + nn.functional.pad(base[:, :-1], (0, 0, 1, 0)) - base
+    x, sums = torch.full_like(base[:, 0], -math.inf), []
+    x[:, 0] = 0.0
+    for step in steps.unbind(1):
+        x = (x + step).logcumsumexp(1)
+        sums.append(x)
+    before, after = (torch.stack(sums, 1) + base).chunk(2)
+    after = turned(after).masked_fill(~inside, -math.inf)
+    total = after[:, :1, :1]
+    ends = (time == frames - 1).unsqueeze(2) & (place == labels).unsqueeze(1)
+    behind_blanks = nn.functional.pad(after[:, 1:], (0, 0, 0, 1), value=-math.inf).masked_fill(ends, 0.0)
+    behind_labels = nn.functional.pad(after[..., 1:], (0, 1), value=-math.inf)
+    through = torch.stack((before + blanks + behind_blanks, before + emitted + behind_labels), -1)
+    posteriors = (through - total.unsqueeze(3)).exp().masked_fill(~inside.unsqueeze(3), 0.0)
+    return -total.flatten().to(arcs.dtype), posteriors.to(arcs.dtype)
 
 
 @torch.compiler.disable
@@ -60,9 +94,9 @@ def lattice_loss(arcs, frames, labels):
         (B, T, U + 1, 2) log-probabilities, at each frame and number of labels, of the blank and of the next label. What is
         behind an utterance's frames or labels has no influence, and gets no gradient.
     frames : torch.Tensor
-        (B,) numbers of frames, the largest of which is T.
+        (B,) numbers of frames, from 1 to T.
     labels : torch.Tensor
-        (B,) numbers of labels, the largest of which is U.
+        (B,) numbers of labels, from 0 to U.
 
     Returns
     -------
@@ -76,7 +110,7 @@ def lattice_loss(arcs, frames, labels):
     >>> losses.neg().exp().item(), posteriors[0, :, 0, 1].tolist()
     (0.25, [0.5, 0.5])
     """
-    return _Lattice.apply(arcs.float().contiguous(), frames.int(), labels.int())
+    return _Lattice.apply(arcs.float(), frames, labels)
 
 
 def simple_arcs(frame_scores, label_scores, targets, blank=0):
@@ -227,7 +261,7 @@ class TransducerLoss(nn.Module):
             self.frame_scores = nn.Linear(d_model, vocab_size)
             self.label_scores = nn.Linear(predictor_size, vocab_size)
 
-    def forward(self, transducer, frames, lengths, targets, target_lengths, longest=None, step=None):
+    def forward(self, transducer, frames, lengths, targets, target_lengths, step=None):
         """The loss.
 
         Utterances of more tokens than frames have none, as in SpeechBrain's CTC loss: they count as 0.
@@ -244,8 +278,6 @@ class TransducerLoss(nn.Module):
             (B, U) tokens, padded with any of them.
         target_lengths : torch.Tensor
             (B,) numbers of tokens.
-        longest : tuple of int, optional
-            The largest of both lengths, where the host knows them; without it, it waits for the device.
         step : int, optional
             Optimizer steps so far, for the warm-up; without it the weights are the last ones.
 
@@ -254,8 +286,6 @@ class TransducerLoss(nn.Module):
         torch.Tensor
             (), float32. Of the pruned kind it is in training a sum with the simple loss, in evaluation the pruned loss alone.
         """
-        most_frames, most_labels = longest or (int(lengths.max()), int(target_lengths.max()))
-        frames, targets = frames[:, :most_frames], targets[:, :most_labels]
         fits = target_lengths <= lengths
         sizes = lengths.clamp(min=1), target_lengths
         outputs = transducer.predictor(targets)  # (B, U + 1, P)
@@ -267,7 +297,7 @@ class TransducerLoss(nn.Module):
             scores = self.frame_scores(frames.float()), self.label_scores(outputs.float())
             arcs = self._earlier(simple_arcs(*scores, targets, transducer.blank_index), lengths)
             simple, posteriors = lattice_loss(arcs, *sizes)
-            first = pruning_band(posteriors, *sizes, min(self.prune_range, most_labels + 1))
+            first = pruning_band(posteriors, *sizes, min(self.prune_range, targets.shape[1] + 1))
         arcs = self._arcs(transducer, *projected, targets, first)
         pruned = self._mean(*sizes, arcs, fits)
         if not self.training:

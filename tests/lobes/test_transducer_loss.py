@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchaudio.functional import rnnt_loss
 
 from speechbrain_ext.lobes.transducer import PREDICTORS, Transducer
 from speechbrain_ext.lobes.transducer_loss import TransducerLoss, lattice_loss, pruning_band, simple_arcs
@@ -65,14 +66,31 @@ WIDTHS = [("full", {}), ("full", {"joint_memory": 0.002}), ("pruned", {"prune_ra
 @pytest.mark.parametrize("kind, keys", WIDTHS)
 def test_loss_and_gradients_are_those_of_the_recursion(transducer, batch, kind, keys):
     loss_of = TransducerLoss(D, P, V, kind, **keys).eval()
-    for longest in (None, (12, 5)):
-        loss = loss_of(transducer, *batch, longest=longest)
-        gradients = torch.autograd.grad(loss, [batch[0], *transducer.parameters()])
-        wanted, wanted_gradients = expected(transducer, *batch)
-        torch.testing.assert_close(loss.double(), wanted, atol=1e-5, rtol=0)
-        for found, right in zip(gradients, wanted_gradients, strict=True):
-            torch.testing.assert_close(found.double(), right, atol=2e-5, rtol=0)
+    loss = loss_of(transducer, *batch)
+    gradients = torch.autograd.grad(loss, [batch[0], *transducer.parameters()])
+    wanted, wanted_gradients = expected(transducer, *batch)
+    torch.testing.assert_close(loss.double(), wanted, atol=1e-5, rtol=0)
+    for found, right in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(found.double(), right, atol=2e-5, rtol=0)
     assert not gradients[0][4].any() and not gradients[0][1, 7:].any()  # left out, and padding
+
+
+def test_a_lattice_is_that_of_torchaudio():
+    """With utterances of any length, one without labels among them, and anything behind their ends."""
+    torch.manual_seed(0)
+    frames, labels = torch.tensor([50, 31, 1, 12]), torch.tensor([20, 0, 1, 17])
+    arcs = torch.randn(4, 50, 21, 3).log_softmax(-1)[..., :2].contiguous().requires_grad_()
+    kernel = {"blank": 0, "reduction": "none", "fused_log_softmax": False}
+    wanted = rnnt_loss(arcs, torch.ones(4, 20, dtype=torch.int32), frames.int(), labels.int(), **kernel)
+    (gradient,) = torch.autograd.grad(wanted.sum(), arcs)
+    spoiled = arcs.detach().clone()
+    for row, count, label in zip(spoiled, frames, labels, strict=True):
+        row[count:], row[:, label + 1 :], row[:, label, 1] = torch.nan, torch.inf, torch.nan
+    for given in (arcs, spoiled.requires_grad_()):
+        losses, posteriors = lattice_loss(given, frames, labels)
+        torch.testing.assert_close(losses, wanted, atol=1e-4, rtol=1e-6)
+        torch.testing.assert_close(posteriors, -gradient, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.autograd.grad(losses.sum(), given)[0], -posteriors, atol=0, rtol=0)
 
 
 def test_padding_has_no_influence(transducer, batch):
@@ -202,7 +220,7 @@ def test_the_pruned_loss_takes_a_quarter_of_the_memory():
     frames, lengths = torch.randn(4, 250, 64, requires_grad=True), torch.full((4,), 250)
     targets, counts = torch.randint(1, 500, (4, 60)), torch.full((4,), 60)
     logits = 4 * 4 * 250 * 61 * (500 + 512) / 2**20  # they alone, with the hidden layer
-    peak = peak_memory(lambda: loss(net, frames, lengths, targets, counts, longest=(250, 60)).backward())
+    peak = peak_memory(lambda: loss(net, frames, lengths, targets, counts).backward())
     assert peak < 2 * logits / 4  # the kernel's gradient is another copy of the logits
 
 
