@@ -39,7 +39,7 @@ def make_losses(transducer, memory, device):
     losses = {"torchaudio": kernel}
     for name, keys in {"full": {}, "full_sliced": {"joint_memory": memory}, "pruned": {}}.items():
         module = TransducerLoss(D_MODEL, SIZE, vocab, kind=name.partition("_")[0], **keys).to(device)
-        losses[name] = lambda *batch, module=module: module(transducer, *batch, (batch[0].shape[1], batch[2].shape[1]))
+        losses[name] = lambda *batch, module=module: module(transducer, *batch)
     return losses
 
 

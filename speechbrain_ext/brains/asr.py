@@ -344,7 +344,8 @@ class AsrBrain(Brain):
         if stage == Stage.TEST and hparams.ctc_search:
             texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
         if stage == Stage.TEST and prediction.seq_logits is not None:
-            texts[JOINT] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
+            name = JOINT if hparams.lm is None else f"{JOINT}_lm"
+            texts[name] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
         if hparams.transducer is not None:
             beams = {TRANSDUCER_GREEDY: 1}
             if stage == Stage.TEST and hparams.transducer_search.beam_size > 1:

@@ -37,11 +37,28 @@ def add_pass(parser):
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="of a cascade, which pass answers: first or second")
 
 
-def add_beam(parser):
-    """How wide a transducer's search is."""
+def add_search(parser):
+    """How a model searches."""
     parser.add_argument(
-        "--beam-size", type=int, metavar="N", help="of a transducer, hypotheses of its search, 1 = greedy; by default the model's"
+        "--beam-size",
+        type=int,
+        metavar="N",
+        help="hypotheses of a decoder's or transducer's search, 1 = greedy; by default the model's",
     )
+    parser.add_argument(
+        "--lm",
+        metavar="LM",
+        help="with a decoder, a language model of SpeechBrain for its tokens: a folder or a Hugging Face repository, such as "
+        "speechbrain/asr-transformer-transformerlm-librispeech",
+    )
+    add_lm_settings(parser)
+
+
+def add_lm_settings(parser, others=""):
+    """What a language model in the search counts."""
+    parser.add_argument("--lm-weight", type=float, metavar="W", help=f"of its log-probabilities; 0.6{others}")
+    parser.add_argument("--lm-temperature", type=float, metavar="T", help="what the logits of a decoder's are divided by; 1.15")
+    parser.add_argument("--lm-revision", metavar="REVISION", help="of its repository, the commit, tag or branch")
 
 
 def add_device(parser):
@@ -65,3 +82,14 @@ def choose_search(model, arguments):
     with usage():
         if arguments.beam_size is not None:
             model.choose_beam(arguments.beam_size)
+        choose_lm(model, arguments)
+
+
+def choose_lm(model, arguments):
+    """Take the language model of the arguments into the model's search."""
+    settings = {"weight": arguments.lm_weight, "temperature": arguments.lm_temperature, "revision": arguments.lm_revision}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if arguments.lm is not None:
+        model.choose_lm(arguments.lm, **settings)
+    elif settings:
+        raise UsageError(f"--lm-{next(iter(settings))} is given, and there is no language model; give --lm, or leave it out.")

@@ -1,9 +1,10 @@
 """``evaluate``: error rates of a model on test sets."""
 
+import os
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.cli._common import add_device, add_lm_settings, add_model, add_pass, choose_lm, load, say, usage
 from speechbrain_ext.utils.errors import UsageError
 
 BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
@@ -35,10 +36,14 @@ def add(commands):
         help="ctc_greedy, ctc_beam, joint_beam, transducer_greedy or transducer_beam, once for each; by default that of "
         "transcribe, and ctc_beam with --lm",
     )
-    parser.add_argument("--lm", metavar="LM.arpa", help="a word language model for ctc_beam, such as ngram writes")
-    parser.add_argument("--lm-weight", type=float, metavar="W", help="of its log-probabilities; 0.5")
-    parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a language model; 1.5")
-    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of ctc_beam; 100")
+    parser.add_argument(
+        "--lm",
+        metavar="LM",
+        help="a word language model for ctc_beam, such as ngram writes (LM.arpa), or for joint_beam, as transcribe takes it",
+    )
+    add_lm_settings(parser, " for joint_beam, 0.5 for ctc_beam")
+    parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a word language model; 1.5")
+    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of the beams; 100 of ctc_beam, else the model's")
     parser.add_argument("--output", metavar="FILE.csv", help="results table to add rows to")
     parser.add_argument(
         "--text-normalization",
@@ -69,8 +74,12 @@ def run(arguments):
 
         given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
         beam = {key: value for key, value in given if value is not None}
+        is_arpa = arguments.lm is not None and (os.path.isfile(arguments.lm) or arguments.lm.endswith((".arpa", ".gz")))
+        if arguments.lm is not None and not is_arpa:
+            choose_lm(model, arguments)
+            beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
         searches = make_searches(model, arguments.search, **beam)
-        words = None if arguments.lm is None else arpa_words(arguments.lm)
+        words = arpa_words(arguments.lm) if is_arpa else None
         if arguments.output is not None:
             open(arguments.output, "a").close()  # now, and not after hours
         sets = _read(arguments, model)
@@ -84,7 +93,7 @@ def run(arguments):
             if arguments.output is not None:
                 append_rows(arguments.output, results)
         for row in results:
-            with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if row.get("lm") else ""
+            with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if "lm_unknown" in row else ""
             print(f"{name} {row['search']}: {error_sentence(row)}, real-time factor {row['real_time_factor']:g}{with_lm}")
         for skip in left_out:
             say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
@@ -119,7 +128,7 @@ def _read(arguments, model):
 
 def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
     """A row of the results table, without what only training knows, and with what belongs to the search."""
-    from speechbrain_ext.decoders import BEAM, search_name
+    from speechbrain_ext.decoders import BEAM, JOINT, search_name
     from speechbrain_ext.registry import encoder_name, passes_of
     from speechbrain_ext.training.results import FIELDS
     from speechbrain_ext.utils.error_rates import error_figures
@@ -143,6 +152,7 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),
         **(_beam_columns(beam, unknown) if search == BEAM else {}),
+        **(_joint_columns(arguments) if search == JOINT and unknown is None else {}),
     }
 
 
@@ -150,3 +160,9 @@ def _beam_columns(beam, unknown):
     """What the CTC beam search was told, and the share of the words that its language model does not know, in %."""
     columns = {"lm" if key == "lm_file" else key: value for key, value in beam.items()}
     return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}
+
+
+def _joint_columns(arguments):
+    """What the joint search was told."""
+    names = ("lm", "lm_weight", "lm_temperature", "beam_size")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

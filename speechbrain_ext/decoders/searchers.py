@@ -176,8 +176,33 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             for module, training in modes:
                 module.training = training
 
+    def add_scorer(self, scorer, weight):
+        """Search with one more scorer, such as a language model; it is no part of the modules, and so of no checkpoint.
+
+        Arguments
+        ---------
+        scorer : speechbrain.decoders.scorer.BaseScorerInterface
+            It scores all tokens, and replaces one of its kind.
+        weight : float
+            What its scores are multiplied by.
+
+        Raises
+        ------
+        UserError
+            If the weight is no number.
+        """
+        if not is_number(weight):
+            raise UserError(f"The weight of the language model is {weight!r}; give a number.")
+        self.scorer = ScorerBuilder() if self.scorer is None else self.scorer
+        name = type(scorer).__name__.lower().removesuffix("scorer")
+        self.scorer.full_scorers = {**self.scorer.full_scorers, name: scorer}
+        self.scorer.weights = {**self.scorer.weights, name: weight}
+
     def init_beam_search_data(self, enc_states, wav_len):
         """As in SpeechBrain, but the numbers of steps are those of each utterance, not of the padded length."""
+        for scorer in () if self.scorer is None else self.scorer.full_scorers.values():
+            if isinstance(getattr(scorer, "lm", None), torch.nn.Module):  # which is no part of the model, and moves with no other
+                scorer.lm.to(enc_states.device)
         data = super().init_beam_search_data(enc_states, wav_len)
         frames = absolute_lengths(wav_len, enc_states.shape[1])
         steps = [(frames * ratio).long() for ratio in (self.min_decode_ratio, self.max_decode_ratio)]

@@ -45,7 +45,7 @@ def make_searches(model, names=(), **beam):
     known = dict.fromkeys(model.searches)
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(known)}.")
-    if "beam_size" in beam and TRANSDUCER_BEAM in names:
+    if "beam_size" in beam and {TRANSDUCER_BEAM, JOINT}.intersection(names):
         model.choose_beam(beam["beam_size"])
         beam = beam if BEAM in names else {key: value for key, value in beam.items() if key != "beam_size"}
     if beam and BEAM not in names:

@@ -269,7 +269,7 @@ def settings_of(model, streaming=None):
     if not model.fingerprint:
         raise UserError("The model has no fingerprint, which an output folder needs; load it with load_model.")
     settings = {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
-    return settings if getattr(model, "beam_size", None) is None else settings | {"beam": model.beam_size}
+    return settings | model.search_settings
 
 
 def _line(segment):

@@ -1,5 +1,7 @@
 """Trained models: SpeechBrain's inference classes, with exact lengths, files of any length, and times of words."""
 
+import os
+
 import torch
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
@@ -9,9 +11,11 @@ from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, TRANSDUCER_BEAM, TRANSDUCER_GREEDY
 from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment, within
+from speechbrain_ext.decoders.lm import LM_TEMPERATURE, LM_WEIGHT, make_scorer
 from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_whole
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
 
@@ -27,6 +31,11 @@ class _ExactLengths:
     """Names of the searches that the model has."""
     own_search = None
     """The one that it answers with."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.search_settings = {}
+        """What has been chosen of the search, for files that depend on it."""
 
     @property
     def blank(self):
@@ -55,14 +64,37 @@ class _ExactLengths:
         self.pass_name = pass_name
 
     def choose_beam(self, beam_size):
-        """Of a model with a transducer, choose the number of hypotheses of its search; 1 is greedy search.
+        """Choose the number of hypotheses of the search of a decoder or a transducer; 1 is greedy search.
 
         Raises
         ------
         UserError
-            If it is no such number, or there is no transducer.
+            If it is no such number, or there is no such search.
         """
-        raise UserError(f"The beam size is {beam_size}, and this model has no transducer to search with it; leave it out.")
+        raise UserError(
+            f"The beam size is {beam_size}, and this model has neither decoder nor transducer to search with it; leave it out."
+        )
+
+    def choose_lm(self, source, weight=LM_WEIGHT, temperature=LM_TEMPERATURE, revision=None):
+        """Of a model with a decoder, take a language model into its search.
+
+        Arguments
+        ---------
+        source : str
+            A folder or Hugging Face repository of SpeechBrain, see :func:`speechbrain_ext.model_folder.lm.load_lm`.
+        weight : float
+            Weight of its log-probabilities.
+        temperature : float
+            What its logits are divided by.
+        revision : str, optional
+            Of a repository, the commit, tag or branch.
+
+        Raises
+        ------
+        UserError
+            If it is for other tokens, cannot be used, or the model's search takes none.
+        """
+        raise UserError(f"The language model is {source}, and this model has no decoder to search with it; leave it out.")
 
     def load_audio(self, path, savedir=None):
         """Read an audio file as samples (T,) of one channel, at the model's rate."""
@@ -195,11 +227,34 @@ class _ExactLengths:
         return [row[:length] for row, length in zip(x, absolute_lengths(lens, x.shape[1]).tolist(), strict=True)]
 
 
+def _checked_beam(beam_size):
+    if not is_whole(beam_size, 1, LARGEST_BEAM):
+        raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
+    return beam_size
+
+
 class JointModel(_ExactLengths, EncoderDecoderASR):
     """A model with a decoder with attention, which is searched jointly with CTC."""
 
     searches = GREEDY, BEAM, JOINT
     own_search = JOINT
+
+    def choose_beam(self, beam_size):
+        """Choose the number of hypotheses of the search."""
+        self._search_that("beam_size").beam_size = _checked_beam(beam_size)
+        self.search_settings["beam"] = beam_size
+
+    def choose_lm(self, source, weight=LM_WEIGHT, temperature=LM_TEMPERATURE, revision=None):
+        """As above."""
+        search = self._search_that("add_scorer")
+        search.add_scorer(make_scorer(load_lm(source, self.tokenizer, revision), temperature), weight)
+        self.search_settings["lm"] = [os.fspath(source), revision, weight, temperature]
+
+    def _search_that(self, has):
+        search = self.mods.decoder
+        if not hasattr(search, has):
+            raise UserError(f"The search of this model is a {type(search).__name__}, which has no {has}; leave the setting out.")
+        return search
 
     def search(self, enc, lens):
         """Tokens of encoder frames (B, T, D) with relative lengths (B,), as the model answers."""
@@ -225,9 +280,9 @@ class TransducerModel(JointModel):
 
     def choose_beam(self, beam_size):
         """Choose the number of hypotheses of the search; 1 is greedy search."""
-        if not is_whole(beam_size, 1, LARGEST_BEAM):
-            raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
-        self.beam_size = beam_size
+        self.beam_size = self.search_settings["beam"] = _checked_beam(beam_size)
+
+    choose_lm = _ExactLengths.choose_lm
 
     def search(self, enc, lens, beam_size=None):
         """As above; with another number of hypotheses than the chosen one, if need be."""
