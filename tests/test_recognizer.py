@@ -100,7 +100,7 @@ def test_long_silence_is_not_kept():
 def test_a_second_search_has_the_last_word():
     seen = []
 
-    def search(frames):
+    def search(frames, log_probs):
         seen.append(frames)
         return [A, T], log_probs_of([0] * (len(frames) - 2) + [A, T])
 

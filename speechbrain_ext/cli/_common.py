@@ -37,8 +37,24 @@ def add_pass(parser):
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="of a cascade, which pass answers: first or second")
 
 
+def add_phrases(parser):
+    """What a search is to listen for."""
+    parser.add_argument(
+        "--phrases",
+        metavar="FILE",
+        help="names and words that beams listen for: one phrase a line, and behind a tab its bonus, else 2 for each token",
+    )
+
+
 def add_search(parser):
     """How a model searches."""
+    parser.add_argument(
+        "--search",
+        metavar="NAME",
+        help="ctc_greedy or ctc_beam; with a decoder also joint_beam or ctc_rescored, with a transducer transducer_greedy or "
+        "transducer_beam; by default ctc_greedy, joint_beam or transducer_beam, of a stream with a decoder ctc_greedy",
+    )
+    add_phrases(parser)
     parser.add_argument(
         "--beam-size",
         type=int,
@@ -80,9 +96,20 @@ def load(arguments):
 def choose_search(model, arguments):
     """Set the model's search as the arguments say."""
     with usage():
+        if arguments.search is not None:
+            model.choose_search(arguments.search)
+        choose_phrases(model, arguments)
         if arguments.beam_size is not None:
             model.choose_beam(arguments.beam_size)
         choose_lm(model, arguments)
+
+
+def choose_phrases(model, arguments):
+    """Let the model's search listen for the phrases of the arguments."""
+    if arguments.phrases is not None:
+        from speechbrain_ext.decoders.phrases import read_phrases
+
+        model.choose_phrases(read_phrases(arguments.phrases))
 
 
 def choose_lm(model, arguments):

@@ -4,7 +4,18 @@ import os
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import add_device, add_lm_settings, add_model, add_pass, choose_lm, load, say, usage
+from speechbrain_ext.cli._common import (
+    add_device,
+    add_lm_settings,
+    add_model,
+    add_pass,
+    add_phrases,
+    choose_lm,
+    choose_phrases,
+    load,
+    say,
+    usage,
+)
 from speechbrain_ext.utils.errors import UsageError
 
 BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
@@ -33,9 +44,10 @@ def add(commands):
         metavar="NAME",
         action="append",
         default=[],
-        help="ctc_greedy, ctc_beam, joint_beam, transducer_greedy or transducer_beam, once for each; by default that of "
-        "transcribe, and ctc_beam with --lm",
+        help="ctc_greedy, ctc_beam, joint_beam, ctc_rescored, transducer_greedy or transducer_beam, once for each; by default "
+        "that of transcribe, and ctc_beam with --lm LM.arpa",
     )
+    add_phrases(parser)
     parser.add_argument(
         "--lm",
         metavar="LM",
@@ -75,6 +87,7 @@ def run(arguments):
         given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
         beam = {key: value for key, value in given if value is not None}
         is_arpa = arguments.lm is not None and (os.path.isfile(arguments.lm) or arguments.lm.endswith((".arpa", ".gz")))
+        choose_phrases(model, arguments)
         if arguments.lm is not None and not is_arpa:
             choose_lm(model, arguments)
             beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
@@ -95,6 +108,9 @@ def run(arguments):
         for row in results:
             with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if "lm_unknown" in row else ""
             print(f"{name} {row['search']}: {error_sentence(row)}, real-time factor {row['real_time_factor']:g}{with_lm}")
+            if row.get("phrases_said"):
+                said = f"{row['phrases_said']} times that phrases of {row['phrases']} are said"
+                print(f"{name} {row['search']}: {row['phrase_recall']} % of the {said} are found")
         for skip in left_out:
             say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
         skipped += len(left_out)
@@ -153,6 +169,7 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
         "real_time_factor": round(seconds / audio, 4),
         **(_beam_columns(beam, unknown) if search == BEAM else {}),
         **(_joint_columns(arguments) if search == JOINT and unknown is None else {}),
+        **(_phrase_columns(arguments.phrases, model.phrases, error_rate.scores) if arguments.phrases else {}),
     }
 
 
@@ -166,3 +183,11 @@ def _joint_columns(arguments):
     """What the joint search was told."""
     names = ("lm", "lm_weight", "lm_temperature", "beam_size")
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _phrase_columns(file, phrases, scores):
+    """How many of the phrases were found, in %."""
+    from speechbrain_ext.decoders.phrases import count_phrases
+
+    said, found = count_phrases(phrases, *([score[key] for score in scores] for key in ("ref_tokens", "hyp_tokens")))
+    return {"phrases": file, "phrases_said": said, "phrase_recall": round(100 * found / said, 2) if said else ""}

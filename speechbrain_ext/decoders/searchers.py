@@ -12,6 +12,7 @@ from speechbrain.decoders import seq2seq
 from speechbrain.decoders.scorer import ScorerBuilder
 
 from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.decoders import token_graph
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, runs_foreign_code
@@ -112,6 +113,8 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             _check_scorer(**kwargs)
         super().__init__(_checked(modules), temperature, **kwargs)
         self.excluded = list(excluded)
+        self.graphs = []
+        """Token graphs, which the search listens to."""
         if self.min_decode_ratio > self.max_decode_ratio:
             raise UserError(
                 f"min_decode_ratio is {self.min_decode_ratio} and max_decode_ratio {self.max_decode_ratio}; give shares of the "
@@ -203,6 +206,7 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         for scorer in () if self.scorer is None else self.scorer.full_scorers.values():
             if isinstance(getattr(scorer, "lm", None), torch.nn.Module):  # which is no part of the model, and moves with no other
                 scorer.lm.to(enc_states.device)
+        self._places = None
         data = super().init_beam_search_data(enc_states, wav_len)
         frames = absolute_lengths(wav_len, enc_states.shape[1])
         steps = [(frames * ratio).long() for ratio in (self.min_decode_ratio, self.max_decode_ratio)]
@@ -214,6 +218,22 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         log_probs[:, self.excluded] = self.minus_inf
         log_probs[:, self.eos_index].masked_fill_(step < self._fewest, self.minus_inf)
         return log_probs
+
+    def _scorer_step(self, inp_tokens, scorer_memory, attn, log_probs):
+        if self.graphs:
+            if self._places is None:
+                self._places = token_graph.begin(self.graphs, len(inp_tokens), inp_tokens.device)
+            else:
+                self._places = token_graph.advance(self.graphs, self._places, inp_tokens)
+            added = token_graph.added(self.graphs, self._places)
+            added[:, self.eos_index] = token_graph.ends(self.graphs, self._places)
+            log_probs = log_probs + added
+        return super()._scorer_step(inp_tokens, scorer_memory, attn, log_probs)
+
+    def _scorer_permute_memory_step(self, scorer_memory, predecessors, candidates):
+        if self.graphs:
+            self._places = self._places[predecessors]
+        return super()._scorer_permute_memory_step(scorer_memory, predecessors, candidates)
 
     def search_step(self, alived_hyps, inp_tokens, log_probs, ended, *args):
         """As in SpeechBrain; an utterance that has had its steps ends here with what it has, as it does alone."""

@@ -8,11 +8,12 @@ https://arxiv.org/abs/2211.00484). Neither depends on what else is in the batch.
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
 from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, is_number, is_whole
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.transducer import Transducer
@@ -21,18 +22,6 @@ from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line
 
 WINDOW = 8
 """Frames that are looked at in one call: with a label every six frames or so, few are looked at twice."""
-HASH = 6364136223846793005
-"""Odd multiplier of a text's hash, modulo 2^64 (Knuth's for linear congruences)."""
-
-
-class Hypothesis(NamedTuple):
-    """A text, as a search has found it."""
-
-    tokens: list
-    frames: list
-    """The frame in which each token was said."""
-    score: float
-    """Log-probability of the alignments that were added up."""
 
 
 @loadable
@@ -74,6 +63,8 @@ class TransducerSearch(nn.Module):
             raise UserError(f"beam_threshold is {beam_threshold!r}; give a positive number.")
         self.transducer, self.max_symbols = transducer, max_symbols
         self.beam_size, self.beam_threshold = beam_size, beam_threshold
+        self.graphs = []
+        """Token graphs, which the beam listens to; greedy search does not."""
 
     def forward(self, frames, lens):
         """Search a batch.
@@ -118,7 +109,7 @@ class TransducerSearch(nn.Module):
                 return [Hypothesis(*texts, score) for *texts, score in zip(said, times, scores, strict=True)]
             state = self._begin(len(frames), beam_size or self.beam_size)
             texts, state = self._beam(projected, lengths, state)
-            scores = state[0].tolist()
+            scores = self._scores(state)
         return [_best(*each) for each in zip(texts, scores, strict=True)]
 
     def stream(self, beam_size=None):
@@ -173,11 +164,16 @@ class TransducerSearch(nn.Module):
         return [[t for t, _ in row] for row in pairs], [[f for _, f in row] for row in pairs], score.tolist(), state
 
     def _begin(self, batch, beam_size):
-        """Scores (B, K), hashes (B, K) and the predictor's states of beams without a token."""
+        """Scores (B, K), hashes (B, K), the predictor's states and those of the graphs (B * K, G), of beams without a token."""
         state = self.transducer.predictor.begin(batch * beam_size)
         scores = state[0].new_full((batch, beam_size), -math.inf, dtype=torch.float32)
         scores[:, 0] = 0.0
-        return scores, torch.zeros_like(scores, dtype=torch.long), state
+        graph = token_graph.begin(self.graphs, batch * beam_size, scores.device)
+        return scores, torch.zeros_like(scores, dtype=torch.long), state, graph
+
+    def _scores(self, state):
+        """Of each utterance's hypotheses, were they to end here."""
+        return (state[0] + token_graph.ends(self.graphs, state[3]).view_as(state[0])).tolist()
 
     def _beam(self, frames, lengths, state):
         """Texts of each utterance's hypotheses, lists of (token, frame) after those of ``state``, and the next state.
@@ -185,7 +181,7 @@ class TransducerSearch(nn.Module):
         A text begins with the number of the hypothesis of ``state`` that it goes on with. Frames in which no label comes near the
         best hypothesis change nothing but scores: several are looked at together, up to the first one in which one does.
         """
-        scores, hashes, predictor = state
+        scores, hashes, predictor, graph = state
         (batch, beam), blank, device = scores.shape, self.transducer.blank_index, scores.device
         rows, own = torch.arange(batch, device=device).unsqueeze(1), torch.arange(beam, device=device)
         window, order = torch.arange(WINDOW, device=device), torch.arange(2 * beam, device=device)
@@ -196,6 +192,8 @@ class TransducerSearch(nn.Module):
             seen = frames[rows, places.clamp(max=last)].unsqueeze(1)
             predicted = self.transducer.predict(predictor).unflatten(0, (batch, beam)).unsqueeze(2)
             log_probs = self.transducer.join(seen, predicted).log_softmax(-1)  # (B, K, W, V)
+            if self.graphs:
+                log_probs = log_probs + token_graph.added(self.graphs, graph).view(batch, beam, 1, -1)
             blanks = log_probs[..., blank].masked_fill(~valid, 0.0)
             after = scores.unsqueeze(2) + blanks.cumsum(2)  # of blanks alone
             labels = log_probs.index_fill(3, torch.tensor([blank], device=device), -math.inf).amax(3)
@@ -220,15 +218,16 @@ class TransducerSearch(nn.Module):
             scores = torch.where(takes, values, after[..., -1])
             hashes = torch.where(takes, keys.gather(1, kept), hashes)
             chosen = (rows * beam + parents).flatten()
-            predictor = tuple(part[chosen] for part in predictor)
+            predictor, graph = tuple(part[chosen] for part in predictor), graph[chosen]
             following = self.transducer.predictor.advance(predictor, said.flatten())
             is_label = said.flatten() != blank
             predictor = tuple(_where(is_label, new, old) for new, old in zip(following, predictor, strict=True))
+            graph = _where(is_label, token_graph.advance(self.graphs, graph, said.flatten()), graph)
             steps.append(torch.cat((parents, said, (at + first).unsqueeze(1)), 1))
             at += torch.where(found, first + 1, WINDOW)
         steps = torch.stack(steps, 1).tolist() if steps else [[]] * batch  # (B, steps, 2 K + 1)
-        texts = [[_trace(each, place, beam, blank) for place in range(beam)] for each in steps]
-        return texts, (scores, hashes, predictor)
+        texts = [[trace(each, place, beam, blank) for place in range(beam)] for each in steps]
+        return texts, (scores, hashes, predictor, graph)
 
 
 class TransducerStream:
@@ -268,7 +267,7 @@ class TransducerStream:
             else:
                 state = self._search._begin(1, self._beam_size) if self._state is None else self._state
                 (texts,), self._state = self._search._beam(projected, lengths, state)
-                known, self._scores = self._texts * (self._beam_size // len(self._texts)), self._state[0][0].tolist()
+                known, self._scores = self._texts * (self._beam_size // len(self._texts)), self._search._scores(self._state)[0]
                 self._texts = [known[parent] + [(token, self._start + time) for token, time in said] for parent, *said in texts]
         self._start += len(frames)
 
@@ -304,16 +303,6 @@ def _steps(at, lengths, most):
 def _where(condition, new, old):
     """A state's rows (N, ...), new where the condition (N,) holds."""
     return torch.where(condition.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-def _trace(steps, last, beam, blank):
-    """The text that ends at a place of the beam, after the place that it began with; steps are K parents, K tokens, a frame."""
-    text = []
-    for step in reversed(steps):
-        if step[beam + last] != blank:
-            text.append((step[beam + last], step[-1]))
-        last = step[last]
-    return [last, *reversed(text)]
 
 
 def _best_of(texts, scores):

@@ -1,5 +1,6 @@
 """Trained models: SpeechBrain's inference classes, with exact lengths, files of any length, and times of words."""
 
+import functools
 import os
 
 import torch
@@ -9,15 +10,21 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, TRANSDUCER_BEAM, TRANSDUCER_GREEDY
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, RESCORED, TRANSDUCER_BEAM, TRANSDUCER_GREEDY
 from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment, within
+from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
 from speechbrain_ext.decoders.lm import LM_TEMPERATURE, LM_WEIGHT, make_scorer
+from speechbrain_ext.decoders.phrases import phrase_graph
+from speechbrain_ext.decoders.rescoring import rescore
 from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_whole
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
+
+NBEST = 16
+"""Texts under CTC that are kept, unless a beam size is chosen."""
 
 
 class _ExactLengths:
@@ -31,9 +38,15 @@ class _ExactLengths:
     """Names of the searches that the model has."""
     own_search = None
     """The one that it answers with."""
+    beam_size = None
+    """The chosen number of hypotheses; None = the search's own."""
+    phrases = ()
+    """Those that the search listens for."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.graphs = []
+        """Token graphs that the beams listen to."""
         self.search_settings = {}
         """What has been chosen of the search, for files that depend on it."""
 
@@ -63,17 +76,50 @@ class _ExactLengths:
         encoder_passes(self.mods.encoder.transformer.encoder, pass_name)
         self.pass_name = pass_name
 
-    def choose_beam(self, beam_size):
-        """Choose the number of hypotheses of the search of a decoder or a transducer; 1 is greedy search.
+    def choose_search(self, name):
+        """Choose the search that the model answers with.
 
         Raises
         ------
         UserError
-            If it is no such number, or there is no such search.
+            If it has no such search.
         """
-        raise UserError(
-            f"The beam size is {beam_size}, and this model has neither decoder nor transducer to search with it; leave it out."
-        )
+        if name not in self.searches:
+            raise UserError(f"The model has no search {name}; it has {', '.join(self.searches)}.")
+        self.own_search = self.search_settings["search"] = name
+
+    def choose_beam(self, beam_size):
+        """Choose the number of hypotheses of the beams.
+
+        Raises
+        ------
+        UserError
+            If it is no such number, or the model answers with greedy search.
+        """
+        if self.own_search == GREEDY:
+            raise UserError(
+                f"The beam size is {beam_size}, and the model answers with {GREEDY}, which has no beam; leave it out."
+            )
+        if not is_whole(beam_size, 1, LARGEST_BEAM):
+            raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
+        self.beam_size = self.search_settings["beam"] = beam_size
+
+    def choose_phrases(self, phrases):
+        """Let the beams listen for phrases; a model that answers with greedy search answers with a beam then.
+
+        Arguments
+        ---------
+        phrases : dict
+            Bonuses by phrase, None = 2 for each token; as :func:`speechbrain_ext.decoders.phrases.read_phrases` reads them.
+
+        Raises
+        ------
+        UserError
+            If the tokenizer cannot write a phrase.
+        """
+        self.graphs.append(phrase_graph(phrases, self.tokenizer))
+        self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
+        self.own_search = BEAM if self.own_search == GREEDY else self.own_search
 
     def choose_lm(self, source, weight=LM_WEIGHT, temperature=LM_TEMPERATURE, revision=None):
         """Of a model with a decoder, take a language model into its search.
@@ -194,6 +240,18 @@ class _ExactLengths:
         """As in SpeechBrain, with samples of any kind that :meth:`transcribe_batch` takes."""
         return super().encode_batch(as_samples(wavs), wav_lens)
 
+    def search_ctc(self, log_probs, lens):
+        """Tokens of the best text under CTC of each utterance (B, T, V), found with the graphs."""
+        return [texts[0].tokens for texts in self.nbest(log_probs, lens)]
+
+    def nbest(self, log_probs, lens):
+        """The best texts under CTC of each utterance, with what the graphs add, see :mod:`speechbrain_ext.decoders.ctc_nbest`."""
+        tokenizer = self.tokenizer
+        excluded = [
+            token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token) or tokenizer.is_unknown(token)
+        ]
+        return ctc_nbest(log_probs, lens, self.blank, self.beam_size or NBEST, excluded, self.graphs)
+
     @torch.no_grad()
     def frames(self, wavs, wav_lens):
         """Log-probabilities (T, V) of each waveform, and what :meth:`search_segment` takes."""
@@ -202,9 +260,11 @@ class _ExactLengths:
         return self._valid(self._log_probs(enc), lens), searched
 
     search_segment = None
-    """From frames (T, D) to tokens and log-probabilities (T, V), where that is another search than greedy CTC."""
+    """From frames (T, D) and log-probabilities (T, V) to tokens and log-probabilities, where that is no greedy CTC search."""
     search_stream = None
     """Gives a search that takes frames as they come, where that is another one than greedy CTC."""
+    search_ended = None
+    """As ``search_segment``, for a stream's segment that has ended."""
 
     def _encode(self, wavs, wav_lens):
         wavs = as_samples(wavs)
@@ -227,70 +287,110 @@ class _ExactLengths:
         return [row[:length] for row, length in zip(x, absolute_lengths(lens, x.shape[1]).tolist(), strict=True)]
 
 
-def _checked_beam(beam_size):
-    if not is_whole(beam_size, 1, LARGEST_BEAM):
-        raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
-    return beam_size
-
-
 class JointModel(_ExactLengths, EncoderDecoderASR):
     """A model with a decoder with attention, which is searched jointly with CTC."""
 
-    searches = GREEDY, BEAM, JOINT
+    searches = GREEDY, BEAM, JOINT, RESCORED
     own_search = JOINT
 
     def choose_beam(self, beam_size):
-        """Choose the number of hypotheses of the search."""
-        self._search_that("beam_size").beam_size = _checked_beam(beam_size)
-        self.search_settings["beam"] = beam_size
+        """As above."""
+        super().choose_beam(beam_size)
+        self._search_with("beam_size").beam_size = beam_size
+
+    def choose_phrases(self, phrases):
+        """As above."""
+        search = self._search_with("graphs")
+        super().choose_phrases(phrases)
+        search.graphs = self.graphs
 
     def choose_lm(self, source, weight=LM_WEIGHT, temperature=LM_TEMPERATURE, revision=None):
         """As above."""
-        search = self._search_that("add_scorer")
+        search = self._search_with("add_scorer")
         search.add_scorer(make_scorer(load_lm(source, self.tokenizer, revision), temperature), weight)
         self.search_settings["lm"] = [os.fspath(source), revision, weight, temperature]
 
-    def _search_that(self, has):
+    def _search_with(self, setting):
         search = self.mods.decoder
-        if not hasattr(search, has):
-            raise UserError(f"The search of this model is a {type(search).__name__}, which has no {has}; leave the setting out.")
+        if not hasattr(search, setting):
+            raise UserError(f"The search of this model is a {type(search).__name__}, which has no {setting}; leave it out.")
         return search
 
-    def search(self, enc, lens):
-        """Tokens of encoder frames (B, T, D) with relative lengths (B,), as the model answers."""
-        return self.mods.decoder(enc, lens)[0]
+    def search(self, enc, lens, name=None):
+        """Tokens of encoder frames (B, T, D) with relative lengths (B,), by the search of a name, else as the model answers."""
+        name = name or self.own_search
+        if name == JOINT:
+            return self.mods.decoder(enc, lens)[0]
+        if name == GREEDY:
+            return greedy_tokens(self._log_probs(enc), lens, self.blank)
+        texts = self.nbest(self._log_probs(enc), lens)
+        if name == BEAM:
+            return [each[0].tokens for each in texts]
+        search, found = self._search_with("graphs"), []
+        for frames, each in zip(self._valid(enc, lens), texts, strict=True):
+            scores = rescore(search, frames, each, self.blank) if len(frames) else [0.0]
+            found.append(each[scores.index(max(scores))].tokens)
+        return found
 
-    def search_segment(self, frames):
-        """The model's search on frames (T, D); returns tokens and CTC log-probabilities (T, V)."""
-        enc = frames.unsqueeze(0)
-        return self.search(enc, torch.ones(1, device=enc.device))[0], self._log_probs(enc)[0]
+    def search_segment(self, frames, log_probs):
+        """The model's search on frames (T, D); returns its tokens and the CTC head's log-probabilities (T, V)."""
+        return self.search(frames.unsqueeze(0), torch.ones(1, device=frames.device))[0], log_probs
+
+    @property
+    def search_ended(self):
+        """The chosen search, if there is one; else the stream's greedy CTC search answers."""
+        chosen = "search" in self.search_settings and self.own_search != GREEDY
+        return self.search_segment if chosen or self.phrases else None
 
 
 class TransducerModel(JointModel):
     """A model with a transducer, which says what is said; its CTC head says when."""
 
     searches = GREEDY, BEAM, TRANSDUCER_GREEDY, TRANSDUCER_BEAM
-    beam_size = None
-    """Hypotheses of the search, 1 = greedy; None = those that the model was made with."""
+    own_search = TRANSDUCER_BEAM
 
-    @property
-    def own_search(self):
-        """As above."""
-        return TRANSDUCER_GREEDY if (self.beam_size or self.mods.decoder.beam_size) == 1 else TRANSDUCER_BEAM
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.mods.decoder.beam_size == 1:
+            self.own_search = TRANSDUCER_GREEDY
 
     def choose_beam(self, beam_size):
         """Choose the number of hypotheses of the search; 1 is greedy search."""
-        self.beam_size = self.search_settings["beam"] = _checked_beam(beam_size)
+        _ExactLengths.choose_beam(self, beam_size)
+        if self.own_search in (TRANSDUCER_GREEDY, TRANSDUCER_BEAM):
+            self.own_search = TRANSDUCER_GREEDY if beam_size == 1 else TRANSDUCER_BEAM
+
+    def choose_phrases(self, phrases):
+        """As above."""
+        super().choose_phrases(phrases)
+        if self.own_search == TRANSDUCER_GREEDY:
+            raise UserError(
+                f"There are phrases, and the model answers with {TRANSDUCER_GREEDY}, which cannot listen; give a beam size."
+            )
 
     choose_lm = _ExactLengths.choose_lm
 
-    def search(self, enc, lens, beam_size=None):
-        """As above; with another number of hypotheses than the chosen one, if need be."""
-        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, beam_size or self.beam_size)]
+    def search(self, enc, lens, name=None):
+        """As above."""
+        name = name or self.own_search
+        if name in (GREEDY, BEAM):
+            return super().search(enc, lens, name)
+        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self._beam_of(name))]
 
+    def _beam_of(self, name):
+        return 1 if name == TRANSDUCER_GREEDY else self.beam_size
+
+    @property
+    def search_ended(self):
+        """What streams needs no other search, unless CTC has been chosen."""
+        return self.search_segment if self.own_search == BEAM else None
+
+    @property
     def search_stream(self):
-        """The search of one stream of encoder frames, a :class:`speechbrain_ext.decoders.transducer.TransducerStream`."""
-        return self.mods.decoder.stream(self.beam_size)
+        """Gives a search of encoder frames, a :class:`speechbrain_ext.decoders.transducer.TransducerStream`."""
+        if self.own_search in (GREEDY, BEAM):
+            return None
+        return functools.partial(self.mods.decoder.stream, self._beam_of(self.own_search))
 
 
 class CtcModel(_ExactLengths, EncoderASR):
@@ -301,9 +401,21 @@ class CtcModel(_ExactLengths, EncoderASR):
 
     def search(self, logits, lens):
         """Tokens of CTC logits (B, T, V) with relative lengths (B,), as the model answers."""
+        if self.own_search == BEAM:
+            return self.search_ctc(self._log_probs(logits), lens)
         if getattr(self.decoding_function, "func", None) is ctc_greedy_decode:
             return greedy_tokens(logits, lens, self.blank)
         return self.decoding_function(logits, lens)
+
+    @property
+    def search_segment(self):
+        """As above."""
+        return self._search_segment if self.own_search == BEAM else None
+
+    def _search_segment(self, frames, log_probs):
+        return self.search_ctc(log_probs.unsqueeze(0), torch.ones(1, device=log_probs.device))[0], log_probs
+
+    search_ended = search_segment
 
 
 CLASSES = {"EncoderDecoderASR": JointModel, "EncoderASR": CtcModel}

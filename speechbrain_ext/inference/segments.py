@@ -28,7 +28,8 @@ class Segmenter:
     longest : float
         Seconds after which one ends at the longest pause so far.
     search : callable, optional
-        From the frames (T, D) of a segment to its tokens and their log-probabilities (T, V), in place of greedy search.
+        From the frames (T, D) of a segment and their log-probabilities (T, V) to its tokens and their log-probabilities, in place
+        of greedy search.
     restarts : bool
         Whether the encoder starts anew behind each segment: what comes after it in the same piece is left out then, and
         ``restart`` says so.
@@ -206,7 +207,7 @@ class Segmenter:
             first = max(0, (tokens[0][1] if self._stream is None else self._spoken()[0]) - self.margin)
             heard, said = log_probs[first:end], [token for token, _ in tokens]
             if self._search is not None:
-                said, heard = self._search(frames[first:end])
+                said, heard = self._search(frames[first:end], heard)
             segment = make_segment(heard, said, self._tokenizer, self._blank, self.start + first)
         if end > 0:
             self._previous = self._best[end - 1]

@@ -36,7 +36,9 @@ class StreamingRecognizer:
     Arguments
     ---------
     model : CtcModel, JointModel or TransducerModel
-        From :func:`speechbrain_ext.inference.load_model`. Of a model with an attention decoder only the CTC head answers.
+        From :func:`speechbrain_ext.inference.load_model`. Of a model with an attention decoder only the CTC head answers, unless
+        a search was chosen, or phrases: then greedy CTC search shows what is being said, and the chosen one has the last word
+        about each segment when it has ended.
     chunk_size : int, optional
         Encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
     left_context : int, optional
@@ -84,7 +86,7 @@ class StreamingRecognizer:
         self._cascade = encoder if len(passes) > 1 and model.pass_name in (None, passes[-1]) else None
         self._pass = passes[0] if len(passes) > 1 else None
         self._samples = frame_samples(model)
-        search = None if self._cascade is None else self._second_pass
+        search = model.search_ended if self._cascade is None else self._second_pass
         self._segmenting = (model.tokenizer, model.blank, endpoint, longest, search)
         self._patience = longest / FRAME_SECONDS
         self.reset(start)
@@ -230,11 +232,11 @@ class StreamingRecognizer:
         self._spoken = self._spoken or bool(segments or self._segmenter.tokens)
         return segments
 
-    def _second_pass(self, frames):
+    def _second_pass(self, frames, log_probs):
         frames = self._cascade.second_pass(frames.unsqueeze(0))[0]
-        if self._model.search_stream is not None:
-            return self._model.search_segment(frames)
         log_probs = self._model.ctc_head(frames).float().log_softmax(-1)
+        if self._model.search_stream is not None or self._model.search_ended is not None:
+            return self._model.search_segment(frames, log_probs)
         return [token for token, _ in collapse(log_probs.argmax(-1).tolist(), self._model.blank)], log_probs
 
 
