@@ -17,13 +17,16 @@ from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
 import train
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
+from speechbrain_ext.decoders import token_graph
 from speechbrain_ext.decoders.lm import TransformerLMScorer, make_scorer
 from speechbrain_ext.decoders.ngram import write_arpa
+from speechbrain_ext.decoders.token_ngram import ngram_graph
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import read_csv
 
+FOLDERS = ROOT / "tests" / "data" / "model_folders"
 # As the recipes of SpeechBrain have published them, with smaller sizes
 TRANSFORMER = """
 output_neurons: 25
@@ -259,3 +262,99 @@ def test_a_language_model_in_another_form_is_refused():
     with pytest.raises(UserError, match="is a Linear; give SpeechBrain's TransformerLM or RNNLM"):
         make_scorer(torch.nn.Linear(2, 2))
     assert isinstance(make_scorer(rnn_lm(9)), RNNLMScorer)
+
+
+# ------------------------------------------------------------------ n-grams of tokens, in every beam
+
+
+@pytest.fixture(scope="module")
+def arpa(place):
+    """A trigram and a bigram of a model's tokens, as the command writes them, and one of words."""
+    (place / "text.txt").write_text("\n".join([*SENTENCES[:4], "ÉÀ CAT"]))
+    for name, *options in (("tri", "--tokens", str(place / "model")), ("bi", "--order", "2", "--tokens", str(place / "t.model"))):
+        assert cli.main(["ngram", str(place / "text.txt"), "--out", str(place / f"{name}.arpa"), *options]) == 0
+    assert cli.main(["ngram", str(place / "text.txt"), "--out", str(place / "words.arpa")]) == 0
+    return place
+
+
+def log10_of(path, tokens):
+    """Of a text, by the back-off rule."""
+    grams = {}
+    for line in path.read_text().splitlines():
+        fields = line.split("\t")
+        if len(fields) > 1:
+            grams[tuple(fields[1].split())] = float(fields[0]), float(fields[2]) if len(fields) > 2 else 0.0
+
+    def score(history, token):
+        if (*history, token) in grams:
+            return grams[*history, token][0]
+        return score(history[1:], token) + grams.get(history, (0, 0.0))[1] if history else grams["<unk>",][0]
+
+    order = max(map(len, grams))
+    said = ["<s>", *tokens, "</s>"]
+    return sum(score(tuple(said[max(0, i - order + 1) : i]), said[i]) for i in range(1, len(said)))
+
+
+@pytest.mark.parametrize("name", ["tri", "bi"])
+def test_the_automaton_of_an_n_gram_gives_its_probabilities(name, arpa):
+    tokenizer = SentencePieceProcessor(str(arpa / "model" / "tokenizer.ckpt"))
+    graph = ngram_graph(arpa / f"{name}.arpa", tokenizer, 0.7)
+    for text in [*SENTENCES, "SSS", "CAT CAT THE", ""]:
+        score, places = 0.0, token_graph.begin([graph], 1)
+        for token in tokenizer.encode_as_ids(text):
+            score += token_graph.added([graph], places)[0, token].item()
+            places = token_graph.advance([graph], places, torch.tensor([token]))
+        score += token_graph.ends([graph], places).item()
+        expected = 0.7 * math.log(10) * log10_of(arpa / f"{name}.arpa", tokenizer.encode_as_pieces(text))
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ctc_beam", "joint_beam", "ctc_rescored", "transducer_beam"])
+def test_every_beam_takes_it(kind, arpa):
+    """With a weight of 0 as without; subtracted from itself, too; else it counts."""
+    folder, answers = FOLDERS / "transducer-v1" if kind == "transducer_beam" else arpa / "model", {}
+    wavs = 0.1 * torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
+    path = arpa / "own.arpa"
+    tokenizer = SentencePieceProcessor(str(folder / "tokenizer.ckpt"))
+    write_arpa([tokenizer.encode_as_pieces(text) for text in SENTENCES], path, order=2)
+    for name, keys in {"none": None, "zero": {"weight": 0.0}, "one": {"weight": 1.5}, "itself": {"weight": 1.5}}.items():
+        model = load_model(folder, "cpu")
+        model.choose_search(kind)
+        if keys is not None:
+            model.choose_lm(path, **keys, **({"lodr": path, "lodr_weight": 1.5} if name == "itself" else {}))
+        answers[name] = model.transcribe_batch(wavs, torch.tensor([1.0, 0.8]))[1]
+    assert answers["none"] == answers["zero"] == answers["itself"] != answers["one"]
+
+
+def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
+    model = load_model(FOLDERS / "transducer-v1", "cpu")
+    for source, keys, message in (
+        (arpa / "words.arpa", {}, "words.arpa is not of the model's tokens, as it knows '"),
+        (arpa / "none.arpa", {}, "There is no language model"),
+        (arpa / "text.txt", {}, "is not in ARPA format"),
+        (arpa / "tri.arpa", {"weight": math.nan}, "is nan; give a number"),
+        (arpa / "tri.arpa", {"temperature": 1.0}, "is an ARPA file, which has no temperature"),
+        (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number of 0 or more"),
+        (arpa / "transformer", {}, "this model takes ARPA files alone"),
+    ):
+        with pytest.raises((UserError, FileNotFoundError), match=message):
+            model.choose_lm(source, **keys)
+    assert not model.graphs
+    with pytest.raises(UserError, match="tri.arpa is to be subtracted, and .*transformer is no ARPA file"):
+        load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
+    for options, message in (
+        (["--lodr", "x.arpa"], "--lodr is given, and there is no language model"),
+        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+    ):
+        assert cli.main(["transcribe", "--model", str(arpa / "model"), "--device", "cpu", "x.flac", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_evaluate_takes_it(arpa, tmp_path, capsys):
+    corpus = make_corpus(tmp_path / "corpus")
+    model = ["--model", str(arpa / "model"), "--device", "cpu", "--lm", str(arpa / "tri.arpa"), "--lodr", str(arpa / "bi.arpa")]
+    asked = ["--search", "ctc_beam", "--search", "joint_beam", "--output", str(tmp_path / "rows.csv")]
+    assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), *asked]) == 0
+    assert [(row["search"], row["lm"], row["lodr"]) for row in read_csv(tmp_path / "rows.csv")] == [
+        (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam")
+    ]

@@ -264,7 +264,7 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
 def test_searches_that_cannot_listen_are_refused(place):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     model.choose_beam(1)
-    with pytest.raises(UserError, match="answers with transducer_greedy, which cannot listen; give a beam size"):
+    with pytest.raises(UserError, match="answers with transducer_greedy, which cannot listen; give a larger beam size"):
         model.choose_phrases({"CAT": None})
     with pytest.raises(UserError, match="has no search joint_beam; it has ctc_greedy, ctc_beam, transducer_greedy"):
         model.choose_search("joint_beam")

@@ -64,17 +64,26 @@ def add_search(parser):
     parser.add_argument(
         "--lm",
         metavar="LM",
-        help="with a decoder, a language model of SpeechBrain for its tokens: a folder or a Hugging Face repository, such as "
-        "speechbrain/asr-transformer-transformerlm-librispeech",
+        help="a language model of the model's tokens: an ARPA file, as ngram --tokens writes it, or, with a decoder, one of "
+        "SpeechBrain in a folder or a Hugging Face repository, such as speechbrain/asr-transformer-transformerlm-librispeech",
     )
     add_lm_settings(parser)
 
 
 def add_lm_settings(parser, others=""):
     """What a language model in the search counts."""
-    parser.add_argument("--lm-weight", type=float, metavar="W", help=f"of its log-probabilities; 0.6{others}")
+    parser.add_argument(
+        "--lm-weight", type=float, metavar="W", help=f"of its log-probabilities; 0.3 of tokens, 0.6 of SpeechBrain's{others}"
+    )
     parser.add_argument("--lm-temperature", type=float, metavar="T", help="what the logits of a decoder's are divided by; 1.15")
     parser.add_argument("--lm-revision", metavar="REVISION", help="of its repository, the commit, tag or branch")
+    parser.add_argument(
+        "--lodr",
+        metavar="LM.arpa",
+        help="beside a --lm of tokens, another one (ngram --tokens --order 2) of the transcripts that the model was trained "
+        "with, which is subtracted: low-order density ratio",
+    )
+    parser.add_argument("--lodr-weight", type=float, metavar="W", help="of its log-probabilities; 0.15")
 
 
 def add_device(parser):
@@ -114,9 +123,11 @@ def choose_phrases(model, arguments):
 
 def choose_lm(model, arguments):
     """Take the language model of the arguments into the model's search."""
-    settings = {"weight": arguments.lm_weight, "temperature": arguments.lm_temperature, "revision": arguments.lm_revision}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    options = {"lm_weight": "weight", "lm_temperature": "temperature", "lm_revision": "revision", "lodr": "lodr"}
+    options |= {"lodr_weight": "lodr_weight"}
+    given = {option: getattr(arguments, option) for option in options if getattr(arguments, option) is not None}
     if arguments.lm is not None:
-        model.choose_lm(arguments.lm, **settings)
-    elif settings:
-        raise UsageError(f"--lm-{next(iter(settings))} is given, and there is no language model; give --lm, or leave it out.")
+        model.choose_lm(arguments.lm, **{options[option]: value for option, value in given.items()})
+    elif given:
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{option} is given, and there is no language model; give --lm, or leave it out.")

@@ -1,6 +1,5 @@
 """``evaluate``: error rates of a model on test sets."""
 
-import os
 import sys
 from contextlib import redirect_stdout
 
@@ -51,9 +50,9 @@ def add(commands):
     parser.add_argument(
         "--lm",
         metavar="LM",
-        help="a word language model for ctc_beam, such as ngram writes (LM.arpa), or for joint_beam, as transcribe takes it",
+        help="a word language model for ctc_beam, such as ngram writes (LM.arpa), or one of tokens, as transcribe takes it",
     )
-    add_lm_settings(parser, " for joint_beam, 0.5 for ctc_beam")
+    add_lm_settings(parser, ", 0.5 of words")
     parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a word language model; 1.5")
     parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of the beams; 100 of ctc_beam, else the model's")
     parser.add_argument("--output", metavar="FILE.csv", help="results table to add rows to")
@@ -79,6 +78,7 @@ def run(arguments):
             torch.set_num_threads(arguments.threads)
     model = load(arguments)
     with usage():
+        from speechbrain_ext.decoders.token_ngram import is_arpa, is_of_tokens
         from speechbrain_ext.decoders.word_lm import arpa_words, share_unknown
         from speechbrain_ext.inference.evaluate import evaluate, make_searches
         from speechbrain_ext.training.results import append_rows
@@ -86,13 +86,13 @@ def run(arguments):
 
         given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
         beam = {key: value for key, value in given if value is not None}
-        is_arpa = arguments.lm is not None and (os.path.isfile(arguments.lm) or arguments.lm.endswith((".arpa", ".gz")))
+        of_words = arguments.lm is not None and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm)
         choose_phrases(model, arguments)
-        if arguments.lm is not None and not is_arpa:
+        if arguments.lm is not None and not of_words:
             choose_lm(model, arguments)
             beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
         searches = make_searches(model, arguments.search, **beam)
-        words = arpa_words(arguments.lm) if is_arpa else None
+        words = arpa_words(arguments.lm) if of_words else None
         if arguments.output is not None:
             open(arguments.output, "a").close()  # now, and not after hours
         sets = _read(arguments, model)
@@ -144,7 +144,7 @@ def _read(arguments, model):
 
 def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
     """A row of the results table, without what only training knows, and with what belongs to the search."""
-    from speechbrain_ext.decoders import BEAM, JOINT, search_name
+    from speechbrain_ext.decoders import BEAM, GREEDY, TRANSDUCER_GREEDY, search_name
     from speechbrain_ext.registry import encoder_name, passes_of
     from speechbrain_ext.training.results import FIELDS
     from speechbrain_ext.utils.error_rates import error_figures
@@ -168,7 +168,7 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),
         **(_beam_columns(beam, unknown) if search == BEAM else {}),
-        **(_joint_columns(arguments) if search == JOINT and unknown is None else {}),
+        **(_search_columns(arguments) if search not in (GREEDY, TRANSDUCER_GREEDY) and unknown is None else {}),
         **(_phrase_columns(arguments.phrases, model.phrases, error_rate.scores) if arguments.phrases else {}),
     }
 
@@ -179,9 +179,9 @@ def _beam_columns(beam, unknown):
     return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}
 
 
-def _joint_columns(arguments):
-    """What the joint search was told."""
-    names = ("lm", "lm_weight", "lm_temperature", "beam_size")
+def _search_columns(arguments):
+    """What the beams were told."""
+    names = ("lm", "lm_weight", "lm_temperature", "lodr", "lodr_weight", "beam_size")
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 

@@ -16,12 +16,14 @@ from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
 from speechbrain_ext.decoders.lm import LM_TEMPERATURE, LM_WEIGHT, make_scorer
 from speechbrain_ext.decoders.phrases import phrase_graph
 from speechbrain_ext.decoders.rescoring import rescore
-from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_whole
+from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_number, is_whole
+from speechbrain_ext.decoders.token_ngram import LODR_WEIGHT, NGRAM_WEIGHT, is_arpa, ngram_graph
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import file_digest
 
 NBEST = 16
 """Texts under CTC that are kept, unless a beam size is chosen."""
@@ -119,28 +121,55 @@ class _ExactLengths:
         """
         self.graphs.append(phrase_graph(phrases, self.tokenizer))
         self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
-        self.own_search = BEAM if self.own_search == GREEDY else self.own_search
+        self._listen()
 
-    def choose_lm(self, source, weight=LM_WEIGHT, temperature=LM_TEMPERATURE, revision=None):
-        """Of a model with a decoder, take a language model into its search.
+    def choose_lm(self, source, weight=None, temperature=None, revision=None, lodr=None, lodr_weight=LODR_WEIGHT):
+        """Take a language model into the beams; a model that answers with greedy search answers with a beam then.
 
         Arguments
         ---------
         source : str
-            A folder or Hugging Face repository of SpeechBrain, see :func:`speechbrain_ext.model_folder.lm.load_lm`.
-        weight : float
-            Weight of its log-probabilities.
-        temperature : float
-            What its logits are divided by.
+            An ARPA file of the model's tokens, as ``ngram --tokens`` writes them; for the joint search also a folder or Hugging
+            Face repository of SpeechBrain, see :func:`speechbrain_ext.model_folder.lm.load_lm`.
+        weight : float, optional
+            Of its log-probabilities; by default 0.3 for an ARPA file, else 0.6.
+        temperature : float, optional
+            What the logits of a repository's are divided by; by default 1.15.
         revision : str, optional
             Of a repository, the commit, tag or branch.
+        lodr : str, optional
+            An ARPA file of pairs of tokens, of the transcripts that the model was trained with, which is subtracted.
+        lodr_weight : float
+            Of its log-probabilities.
 
         Raises
         ------
+        FileNotFoundError
+            If there is no such file or repository.
         UserError
             If it is for other tokens, cannot be used, or the model's search takes none.
         """
-        raise UserError(f"The language model is {source}, and this model has no decoder to search with it; leave it out.")
+        if not is_arpa(source):
+            raise UserError(
+                f"The language model is {source}, and this model takes ARPA files alone, as it has no decoder; give one."
+            )
+        if temperature is not None or revision is not None:
+            raise UserError(
+                f"The language model {source} is an ARPA file, which has no temperature and no revision; leave them out."
+            )
+        weight = NGRAM_WEIGHT if weight is None else weight
+        graphs = [ngram_graph(source, self.tokenizer, weight)]
+        if lodr is not None:
+            if not is_number(lodr_weight, 0):
+                raise UserError(f"The weight of the language model {lodr} is {lodr_weight!r}; give a number of 0 or more.")
+            graphs.append(ngram_graph(lodr, self.tokenizer, -lodr_weight))
+        self.graphs += graphs
+        self.search_settings["lm"] = [*map(file_digest, [source] if lodr is None else [source, lodr]), weight, lodr_weight]
+        self._listen()
+
+    def _listen(self):
+        """Answer with a search that listens to the graphs."""
+        self.own_search = BEAM if self.own_search == GREEDY else self.own_search
 
     def load_audio(self, path, savedir=None):
         """Read an audio file as samples (T,) of one channel, at the model's rate."""
@@ -298,17 +327,21 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
         super().choose_beam(beam_size)
         self._search_with("beam_size").beam_size = beam_size
 
-    def choose_phrases(self, phrases):
+    def choose_lm(self, source, weight=None, temperature=None, revision=None, lodr=None, lodr_weight=LODR_WEIGHT):
         """As above."""
-        search = self._search_with("graphs")
-        super().choose_phrases(phrases)
-        search.graphs = self.graphs
-
-    def choose_lm(self, source, weight=LM_WEIGHT, temperature=LM_TEMPERATURE, revision=None):
-        """As above."""
-        search = self._search_with("add_scorer")
-        search.add_scorer(make_scorer(load_lm(source, self.tokenizer, revision), temperature), weight)
+        if is_arpa(source):
+            super().choose_lm(source, weight, temperature, revision, lodr, lodr_weight)
+            return
+        if lodr is not None:
+            raise UserError(f"{lodr} is to be subtracted, and {source} is no ARPA file; give one, or leave it out.")
+        weight, temperature = (LM_WEIGHT if weight is None else weight), (LM_TEMPERATURE if temperature is None else temperature)
+        scorer = make_scorer(load_lm(source, self.tokenizer, revision), temperature)
+        self._search_with("add_scorer").add_scorer(scorer, weight)
         self.search_settings["lm"] = [os.fspath(source), revision, weight, temperature]
+
+    def _listen(self):
+        super()._listen()
+        self._search_with("graphs").graphs = self.graphs
 
     def _search_with(self, setting):
         search = self.mods.decoder
@@ -340,7 +373,7 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
     def search_ended(self):
         """The chosen search, if there is one; else the stream's greedy CTC search answers."""
         chosen = "search" in self.search_settings and self.own_search != GREEDY
-        return self.search_segment if chosen or self.phrases else None
+        return self.search_segment if chosen or self.graphs else None
 
 
 class TransducerModel(JointModel):
@@ -360,13 +393,10 @@ class TransducerModel(JointModel):
         if self.own_search in (TRANSDUCER_GREEDY, TRANSDUCER_BEAM):
             self.own_search = TRANSDUCER_GREEDY if beam_size == 1 else TRANSDUCER_BEAM
 
-    def choose_phrases(self, phrases):
-        """As above."""
-        super().choose_phrases(phrases)
+    def _listen(self):
         if self.own_search == TRANSDUCER_GREEDY:
-            raise UserError(
-                f"There are phrases, and the model answers with {TRANSDUCER_GREEDY}, which cannot listen; give a beam size."
-            )
+            raise UserError(f"The model answers with {TRANSDUCER_GREEDY}, which cannot listen; give a larger beam size.")
+        super()._listen()
 
     choose_lm = _ExactLengths.choose_lm
 
