@@ -203,7 +203,7 @@ def test_rescoring_is_the_joint_search_over_all_texts():
 def test_a_stream_s_segment_ends_with_what_was_chosen(place):
     """Until then, greedy search shows what it hears."""
     wav = 0.1 * torch.randn(40000, generator=torch.Generator().manual_seed(2))
-    for search, phrases in ((None, {"SAD": 60.0}), ("ctc_rescored", None), ("ctc_rescored", {"SAD": 60.0})):
+    for search, phrases in ((None, {"SAD": 60.0}), ("ctc_rescored", None), ("ctc_rescored", {"SAD": 60.0}), ("ctc_beam", None)):
         model = load_model(place / "model", "cpu")
         if search is not None:
             model.choose_search(search)
@@ -214,6 +214,22 @@ def test_a_stream_s_segment_ends_with_what_was_chosen(place):
         assert not shown and recognizer.stable_text == ""
         (segment,) = recognizer.finish()
         assert ("SAD" in segment.text.split()) == bool(phrases) and segment.words
+
+
+def test_a_transducer_s_stream_listens_all_along():
+    """And ends with what the whole frames give."""
+    model = load_model(FOLDERS / "transducer-v1", "cpu")
+    frames, graph = torch.randn(40, 8, generator=torch.Generator().manual_seed(3)), phrase_graph({"SAD": 20.0}, model.tokenizer)
+    answers = []
+    for graphs in ([], [graph]):
+        search = model.mods.decoder
+        search.graphs, stream = graphs, search.stream(4)
+        for piece in frames.split(7):
+            stream.accept(piece)
+        said = [token for token, _ in stream.tokens]
+        assert said == search.hypotheses(frames[None], torch.ones(1), 4)[0].tokens
+        answers.append("SAD" in model.tokenizer.decode_ids(said).split())
+    assert answers == [False, True]
 
 
 def test_the_command_line_listens(place, tmp_path, capsys):

@@ -119,9 +119,8 @@ class _ExactLengths:
         UserError
             If the tokenizer cannot write a phrase.
         """
-        self.graphs.append(phrase_graph(phrases, self.tokenizer))
+        self._listen([phrase_graph(phrases, self.tokenizer)])
         self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
-        self._listen()
 
     def choose_lm(self, source, weight=None, temperature=None, revision=None, lodr=None, lodr_weight=LODR_WEIGHT):
         """Take a language model into the beams; a model that answers with greedy search answers with a beam then.
@@ -163,12 +162,12 @@ class _ExactLengths:
             if not is_number(lodr_weight, 0):
                 raise UserError(f"The weight of the language model {lodr} is {lodr_weight!r}; give a number of 0 or more.")
             graphs.append(ngram_graph(lodr, self.tokenizer, -lodr_weight))
-        self.graphs += graphs
+        self._listen(graphs)
         self.search_settings["lm"] = [*map(file_digest, [source] if lodr is None else [source, lodr]), weight, lodr_weight]
-        self._listen()
 
-    def _listen(self):
-        """Answer with a search that listens to the graphs."""
+    def _listen(self, graphs):
+        """Answer with a search that listens to more token graphs."""
+        self.graphs = self.graphs + graphs
         self.own_search = BEAM if self.own_search == GREEDY else self.own_search
 
     def load_audio(self, path, savedir=None):
@@ -325,7 +324,7 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
     def choose_beam(self, beam_size):
         """As above."""
         super().choose_beam(beam_size)
-        self._search_with("beam_size").beam_size = beam_size
+        self._search_with("beam_size", "other number of hypotheses").beam_size = beam_size
 
     def choose_lm(self, source, weight=None, temperature=None, revision=None, lodr=None, lodr_weight=LODR_WEIGHT):
         """As above."""
@@ -336,17 +335,19 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
             raise UserError(f"{lodr} is to be subtracted, and {source} is no ARPA file; give one, or leave it out.")
         weight, temperature = (LM_WEIGHT if weight is None else weight), (LM_TEMPERATURE if temperature is None else temperature)
         scorer = make_scorer(load_lm(source, self.tokenizer, revision), temperature)
-        self._search_with("add_scorer").add_scorer(scorer, weight)
+        self._search_with("add_scorer", "language model").add_scorer(scorer, weight)
         self.search_settings["lm"] = [os.fspath(source), revision, weight, temperature]
 
-    def _listen(self):
-        super()._listen()
-        self._search_with("graphs").graphs = self.graphs
+    def _listen(self, graphs):
+        search = self._search_with("graphs", "phrases or n-grams")
+        super()._listen(graphs)
+        search.graphs = self.graphs
 
-    def _search_with(self, setting):
+    def _search_with(self, attribute, what):
         search = self.mods.decoder
-        if not hasattr(search, setting):
-            raise UserError(f"The search of this model is a {type(search).__name__}, which has no {setting}; leave it out.")
+        if not hasattr(search, attribute):
+            name = f"{type(search).__module__}.{type(search).__name__}"
+            raise UserError(f"The search of this model is a {name}, which takes no {what}; leave it out, or train it again.")
         return search
 
     def search(self, enc, lens, name=None):
@@ -359,7 +360,7 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
         texts = self.nbest(self._log_probs(enc), lens)
         if name == BEAM:
             return [each[0].tokens for each in texts]
-        search, found = self._search_with("graphs"), []
+        search, found = self._search_with("graphs", "texts to score"), []
         for frames, each in zip(self._valid(enc, lens), texts, strict=True):
             scores = rescore(search, frames, each, self.blank) if len(frames) else [0.0]
             found.append(each[scores.index(max(scores))].tokens)
@@ -371,9 +372,8 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
 
     @property
     def search_ended(self):
-        """The chosen search, if there is one; else the stream's greedy CTC search answers."""
-        chosen = "search" in self.search_settings and self.own_search != GREEDY
-        return self.search_segment if chosen or self.graphs else None
+        """The search, if anything was chosen of it; else the stream's greedy CTC search answers."""
+        return self.search_segment if self.search_settings and self.own_search != GREEDY else None
 
 
 class TransducerModel(JointModel):
@@ -393,10 +393,10 @@ class TransducerModel(JointModel):
         if self.own_search in (TRANSDUCER_GREEDY, TRANSDUCER_BEAM):
             self.own_search = TRANSDUCER_GREEDY if beam_size == 1 else TRANSDUCER_BEAM
 
-    def _listen(self):
+    def _listen(self, graphs):
         if self.own_search == TRANSDUCER_GREEDY:
             raise UserError(f"The model answers with {TRANSDUCER_GREEDY}, which cannot listen; give a larger beam size.")
-        super()._listen()
+        super()._listen(graphs)
 
     choose_lm = _ExactLengths.choose_lm
 
