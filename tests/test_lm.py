@@ -1,6 +1,7 @@
 """Language models of SpeechBrain in the joint search, in the layout that they are published in."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -351,10 +352,17 @@ def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
 
 
 def test_evaluate_takes_it(arpa, tmp_path, capsys):
-    corpus = make_corpus(tmp_path / "corpus")
-    model = ["--model", str(arpa / "model"), "--device", "cpu", "--lm", str(arpa / "tri.arpa"), "--lodr", str(arpa / "bi.arpa")]
+    corpus, common = make_corpus(tmp_path / "corpus"), ["--model", str(arpa / "model"), "--device", "cpu"]
+    model = [*common, "--lm", str(arpa / "tri.arpa"), "--lodr", str(arpa / "bi.arpa")]
     asked = ["--search", "ctc_beam", "--search", "joint_beam", "--output", str(tmp_path / "rows.csv")]
     assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), *asked]) == 0
     assert [(row["search"], row["lm"], row["lodr"]) for row in read_csv(tmp_path / "rows.csv")] == [
         (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam")
     ]
+    capsys.readouterr()
+    for options, message in (
+        (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, and .*words.arpa is of words"),
+        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+    ):
+        assert cli.main(["evaluate", *common, str(corpus / "test-tiny"), *options]) == 2
+        assert re.search(message, capsys.readouterr().err)

@@ -88,9 +88,15 @@ def run(arguments):
         beam = {key: value for key, value in given if value is not None}
         of_words = arguments.lm is not None and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm)
         choose_phrases(model, arguments)
-        if arguments.lm is not None and not of_words:
+        if not of_words:
             choose_lm(model, arguments)
             beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
+        for option in ("lm_temperature", "lm_revision", "lodr", "lodr_weight") if of_words else ():
+            if getattr(arguments, option) is not None:
+                option = option.replace("_", "-")
+                raise UsageError(
+                    f"--{option} is given, and {arguments.lm} is of words, with which it has no place; leave it out."
+                )
         searches = make_searches(model, arguments.search, **beam)
         words = arpa_words(arguments.lm) if of_words else None
         if arguments.output is not None:
