@@ -145,7 +145,7 @@ def test_the_search_listens_to_the_language_model(kind, place):
     output = lm.output_proj.layers[-1].w if kind == "transformer" else lm.out.w
     output.bias.data[list(said)] = -1e3
     assert not said.intersection(token for text in answers(model)[0] for token in text)
-    assert model.search_settings["lm"][2] == 1.0
+    assert model.search_settings["lm"][1] == 1.0
 
 
 def test_scorers_of_an_n_gram(place):
@@ -172,7 +172,7 @@ def test_a_repository_of_the_hub(place):
         hub.commit("ann/lm", "main", {"lm.ckpt": b"another"})
         command = ["transcribe", "--model", place / "model", "--device", "cpu", place / "long.flac", "--lm"]
         asked = ["--lm-weight", "1", "--lm-temperature", "1"]
-        commands = [[*command, "ann/lm", *asked, "--lm-revision", commit], [*command, "ann/lm"], [*command, "ann/none"]]
+        commands = [[*command, f"ann/lm@{commit}", *asked], [*command, "ann/lm"], [*command, "ann/none"]]
         found, damaged, missing = client(place / "cache", hub.url, *commands)
     assert found[:2] == [0, f"{place / 'long.flac'}\t{expected}\n"]
     assert damaged[0] == 2 and "The language model ann/lm cannot be used: lm.ckpt is damaged" in damaged[2]

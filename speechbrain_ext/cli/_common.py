@@ -65,7 +65,7 @@ def add_search(parser):
         "--lm",
         metavar="LM",
         help="a language model of the model's tokens: an ARPA file, as ngram --tokens writes it, or, with a decoder, one of "
-        "SpeechBrain in a folder or a Hugging Face repository, such as speechbrain/asr-transformer-transformerlm-librispeech",
+        "SpeechBrain: a folder or Hugging Face repository, such as speechbrain/asr-transformer-transformerlm-librispeech",
     )
     add_lm_settings(parser)
 
@@ -76,7 +76,6 @@ def add_lm_settings(parser, others=""):
         "--lm-weight", type=float, metavar="W", help=f"of its log-probabilities; 0.3 of tokens, 0.6 of SpeechBrain's{others}"
     )
     parser.add_argument("--lm-temperature", type=float, metavar="T", help="what the logits of a decoder's are divided by; 1.15")
-    parser.add_argument("--lm-revision", metavar="REVISION", help="of its repository, the commit, tag or branch")
     parser.add_argument(
         "--lodr",
         metavar="LM.arpa",
@@ -123,7 +122,7 @@ def choose_phrases(model, arguments):
 
 def choose_lm(model, arguments):
     """Take the language model of the arguments into the model's search."""
-    options = {"lm_weight": "weight", "lm_temperature": "temperature", "lm_revision": "revision", "lodr": "lodr"}
+    options = {"lm_weight": "weight", "lm_temperature": "temperature", "lodr": "lodr"}
     options |= {"lodr_weight": "lodr_weight"}
     given = {option: getattr(arguments, option) for option in options if getattr(arguments, option) is not None}
     if arguments.lm is not None:

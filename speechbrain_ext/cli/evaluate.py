@@ -91,7 +91,7 @@ def run(arguments):
         if not of_words:
             choose_lm(model, arguments)
             beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
-        for option in ("lm_temperature", "lm_revision", "lodr", "lodr_weight") if of_words else ():
+        for option in ("lm_temperature", "lodr", "lodr_weight") if of_words else ():
             if getattr(arguments, option) is not None:
                 option = option.replace("_", "-")
                 raise UsageError(

@@ -47,12 +47,8 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
     >>> [(text.tokens, round(math.exp(text.score), 2)) for text in texts]
     [([1], 0.64), ([], 0.36)]
     """
-    lengths, (batch, count, tokens), device = (
-        absolute_lengths(lens, log_probs.shape[1]).to(log_probs.device),
-        log_probs.shape,
-        log_probs.device,
-    )
-    log_probs = log_probs.float()
+    (batch, count, tokens), device, log_probs = log_probs.shape, log_probs.device, log_probs.float()
+    lengths = absolute_lengths(lens, count).to(device)
     labels = log_probs.index_fill(2, torch.tensor([blank, *excluded], device=device), -math.inf)
     values, candidates = labels.topk(min(TOKENS_PER_FRAME, tokens), -1)  # (B, T, C)
     in_blank = torch.full((batch, beam_size), -math.inf, device=device)
@@ -83,17 +79,12 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
         token = torch.where(goes_on, said.flatten(1).gather(1, place), blank)
         valid = (frame < lengths).unsqueeze(1)
         goes_on, parents, token = goes_on & valid, torch.where(valid, parents, own), torch.where(valid, token, blank)
-
-        def follow(going, staying, before):
-            staying = staying.gather(1, parents)  # noqa: B023
-            return torch.where(valid, torch.where(goes_on, going.gather(1, place), staying), before)  # noqa: B023
-
-        in_label, in_blank = follow(flat, stays, in_label), follow(torch.full_like(flat, -math.inf), blanks, in_blank)
-        bonus, hashes, last = (
-            follow(gained, bonus, bonus),
-            follow(keys.flatten(1), hashes, hashes),
-            follow(said.flatten(1), last, last),
-        )
+        # What was searched to its end stays as it is
+        blanks, stays = torch.where(valid, blanks, in_blank), torch.where(valid, stays, in_label)
+        choice = goes_on, place, parents
+        in_blank, in_label = _follow(*choice, torch.full_like(flat, -math.inf), blanks), _follow(*choice, flat, stays)
+        bonus, hashes = _follow(*choice, gained, bonus), _follow(*choice, keys.flatten(1), hashes)
+        last = _follow(*choice, said.flatten(1), last)
         places = places.gather(1, parents.unsqueeze(2).expand_as(places))
         places = torch.where(goes_on.unsqueeze(2), token_graph.advance(graphs, places, token), places)
         steps.append(torch.cat((parents, token, torch.full_like(parents[:, :1], frame)), 1))
@@ -107,3 +98,8 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
             texts.append(Hypothesis([token for token, _ in said], [at for _, at in said], row[rank]))
         found.append(texts)
     return found
+
+
+def _follow(goes_on, place, parents, going, staying):
+    """Of the chosen hypotheses, the values (B, K) of longer texts (B, K * C) and of those that stay (B, K)."""
+    return torch.where(goes_on, going.gather(1, place), staying.gather(1, parents))

@@ -122,7 +122,7 @@ class _ExactLengths:
         self._listen([phrase_graph(phrases, self.tokenizer)])
         self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
 
-    def choose_lm(self, source, weight=None, temperature=None, revision=None, lodr=None, lodr_weight=LODR_WEIGHT):
+    def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
         """Take a language model into the beams; a model that answers with greedy search answers with a beam then.
 
         Arguments
@@ -134,8 +134,6 @@ class _ExactLengths:
             Of its log-probabilities; by default 0.3 for an ARPA file, else 0.6.
         temperature : float, optional
             What the logits of a repository's are divided by; by default 1.15.
-        revision : str, optional
-            Of a repository, the commit, tag or branch.
         lodr : str, optional
             An ARPA file of pairs of tokens, of the transcripts that the model was trained with, which is subtracted.
         lodr_weight : float
@@ -152,10 +150,8 @@ class _ExactLengths:
             raise UserError(
                 f"The language model is {source}, and this model takes ARPA files alone, as it has no decoder; give one."
             )
-        if temperature is not None or revision is not None:
-            raise UserError(
-                f"The language model {source} is an ARPA file, which has no temperature and no revision; leave them out."
-            )
+        if temperature is not None:
+            raise UserError(f"The language model {source} is an ARPA file, which has no temperature; leave it out.")
         weight = NGRAM_WEIGHT if weight is None else weight
         graphs = [ngram_graph(source, self.tokenizer, weight)]
         if lodr is not None:
@@ -326,17 +322,17 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
         super().choose_beam(beam_size)
         self._search_with("beam_size", "other number of hypotheses").beam_size = beam_size
 
-    def choose_lm(self, source, weight=None, temperature=None, revision=None, lodr=None, lodr_weight=LODR_WEIGHT):
+    def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
         """As above."""
         if is_arpa(source):
-            super().choose_lm(source, weight, temperature, revision, lodr, lodr_weight)
+            super().choose_lm(source, weight, temperature, lodr, lodr_weight)
             return
         if lodr is not None:
             raise UserError(f"{lodr} is to be subtracted, and {source} is no ARPA file; give one, or leave it out.")
         weight, temperature = (LM_WEIGHT if weight is None else weight), (LM_TEMPERATURE if temperature is None else temperature)
-        scorer = make_scorer(load_lm(source, self.tokenizer, revision), temperature)
+        scorer = make_scorer(load_lm(source, self.tokenizer), temperature)
         self._search_with("add_scorer", "language model").add_scorer(scorer, weight)
-        self.search_settings["lm"] = [os.fspath(source), revision, weight, temperature]
+        self.search_settings["lm"] = [os.fspath(source), weight, temperature]
 
     def _listen(self, graphs):
         search = self._search_with("graphs", "phrases or n-grams")
@@ -412,7 +408,7 @@ class TransducerModel(JointModel):
 
     @property
     def search_ended(self):
-        """What streams needs no other search, unless CTC has been chosen."""
+        """None: what has streamed has been searched, unless CTC's beam was chosen."""
         return self.search_segment if self.own_search == BEAM else None
 
     @property

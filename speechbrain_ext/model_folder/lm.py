@@ -32,17 +32,15 @@ NEVER = -1e4
 _REFERENCE = re.compile(r"<(\w+)>")
 
 
-def load_lm(source, tokenizer, revision=None):
+def load_lm(source, tokenizer):
     """Load a language model for a model with the same tokens, whatever their numbers are.
 
     Arguments
     ---------
     source : str or os.PathLike
-        A folder, or a Hugging Face repository, ``user/model``.
+        A folder, or a Hugging Face repository, ``user/model`` or ``user/model@revision`` (a commit, tag or branch).
     tokenizer : sentencepiece.SentencePieceProcessor
         The tokenizer of the model.
-    revision : str, optional
-        Of a repository, the commit, tag or branch.
 
     Returns
     -------
@@ -65,7 +63,8 @@ def load_lm(source, tokenizer, revision=None):
     source = os.fspath(source)
     folder = Path(source)
     if not (source and folder.is_dir()):
-        folder = download(source, revision, (HYPERPARAMS, LM_WEIGHTS, TOKENIZER))
+        repository, _, revision = source.partition("@")
+        folder = download(repository, revision or None, (HYPERPARAMS, LM_WEIGHTS, TOKENIZER))
     for name in (HYPERPARAMS, LM_WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
