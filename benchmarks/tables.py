@@ -26,6 +26,9 @@ TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
+HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
+TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
+TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -141,6 +144,32 @@ def search():
     return columns(SEARCH, fields, header)
 
 
+def heads():
+    """Error rates of searches, language models and phrases on the embedded corpus."""
+    lines = []
+    for row in read(HEADS):
+        interval = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
+        recall = row["phrase_recall"] and f"{row['phrase_recall']} of {row['phrases_said']}"
+        others = " - ".join(filter(None, (row["lm"], row.get("lodr"))))
+        phrases = row["phrases"] if "greedy" not in row["search"] else ""
+        lines.append([Path(row["model"]).parts[0], row["search"], others, phrases, interval, recall, row["real_time_factor"]])
+    header = ["model", "search", "language model", "phrases", "WER %, 95 % interval", "phrases found %", "real-time factor"]
+    return table(header, lines)
+
+
+def transducer_loss():
+    """Time and memory of the transducer's losses."""
+    fields = ["loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
+    return columns(TRANSDUCER_LOSS, fields, ["loss", "tokens", "ms", "MiB", "times as fast", "share of the memory"])
+
+
+def transducer_search():
+    """Times and scores of the transducer's searches of 15 s."""
+    fields = ["search", "predictor", "beam", "ms", "rtfx", "times_speechbrain", "score", "errors"]
+    header = ["search", "predictor", "beam", "ms", "RTFx", "times as fast as SpeechBrain", "score", "token errors %"]
+    return table(header, [[row[field] for field in fields] for row in read(TRANSDUCER_SEARCH) if row["seconds"] == "15"])
+
+
 def training():
     """Time and memory of a training step of the 8M HyperConformer."""
     fields = ["modules", "threads", "seconds", "ms", "ms_lower", "ms_upper", "times_speechbrain", "peak_mib"]
@@ -184,7 +213,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, manifests):
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads):
         text = put(text, make.__name__, make())
     return text
 

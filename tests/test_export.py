@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import README_ENCODERS, SMALL
 from speechbrain.lobes.features import Fbank
@@ -20,14 +22,17 @@ from tiny import make_corpus, make_model
 
 from speechbrain_ext import __version__, cli
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.decoders.transducer import TransducerSearch
 from speechbrain_ext.export import check as export_check
 from speechbrain_ext.export import onnx_model as export
 from speechbrain_ext.export.check import run, run_stream
 from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, Search
 from speechbrain_ext.export.onnx_whole import Features, FullContext
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
+from speechbrain_ext.lobes.transducer import PREDICTORS, Transducer
 from speechbrain_ext.registry import build_encoder, list_encoders
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -414,6 +419,69 @@ def test_the_example_needs_no_torch_and_writes_the_same_text(name, exported_stre
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert [line.split("\t") for line in result.stdout.splitlines()] == [list(pair) for pair in zip(files, texts, strict=True)]
     assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
+
+
+TRANSDUCER = ROOT / "tests" / "data" / "model_folders" / "transducer-v1"
+PARTS = ["model-decoder.onnx", "model-encoder.onnx", "model-joiner.onnx"]
+
+
+def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
+    """Which say without PyTorch what the model says, and are there all or not at all."""
+    assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 0
+    assert "tokens decoded differently: 0.00%" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == PARTS
+    abouts = {part: session(tmp_path / part).get_modelmeta().custom_metadata_map for part in PARTS}
+    assert [abouts[part]["part"] for part in PARTS] == ["decoder", "encoder", "joiner"]
+    assert abouts[PARTS[0]]["context_size"] == "2" and abouts[PARTS[0]]["vocab_size"] == "25"
+    assert abouts[PARTS[2]]["joiner_dim"] == abouts[PARTS[1]]["joiner_dim"] == "8"
+    model = load_model(TRANSDUCER, "cpu")
+    model.choose_beam(1)
+    soundfile.write(tmp_path / "a.wav", signals(24000)[0].numpy(), 16000)
+    code = "import runpy, sys; sys.modules.update(torch=None, speechbrain_ext=None); sys.argv = sys.argv[1:];"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, ROOT / "examples" / "transcribe_onnx.py", tmp_path / PARTS[1], tmp_path / "a.wav"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, check=True)
+    assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
+    for part in PARTS:
+        os.rename(tmp_path / part, tmp_path / f"kept-{part}")
+    monkeypatch.setattr(
+        export, "_write", lambda graph, path, *_: shutil.copy(tmp_path / f"kept-{path.name[1:].removesuffix('.partial')}", path)
+    )
+    monkeypatch.setattr(export_check, "run", lambda *given: [frames + 0.1 for frames in run(*given)])
+    assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 1
+    assert "in a log-probability from PyTorch" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.wav", *(f"kept-{part}" for part in PARTS)]
+
+
+@torch.no_grad()
+def test_a_transducer_streams_with_its_state_outside():
+    model, config = load_model(TRANSDUCER, "cpu"), DynChunkTrainConfig(4, 2)
+    encoder, head = model.mods.encoder, model.mods.decoder.transducer.project_frames
+    stand_in, wavs = InPyTorch(Streaming(encoder, head, config, output="encoder_out")), signals(16001, 16001)
+    stand_in.about["output"] = "encoder_out"
+    for wav, found in zip(wavs, run_stream(stand_in, wavs), strict=True):
+        same(found, head(encoder.encode(wav[None], dynchunktrain_config=config)[0])[0])
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@torch.no_grad()
+def test_decoder_and_joiner_say_what_the_search_says(predictor, tmp_path):
+    torch.manual_seed(1)
+    transducer = Transducer(8, TOKENS, predictor, predictor_size=8, joint_size=16)
+    transducer.out.weight.mul_(6)
+    graph, sessions = Decoder(transducer), []
+    for name, part in {"decoder": graph, "joiner": Joiner(transducer)}.items():
+        export._write(part, tmp_path / f"{name}.onnx", False, part.metadata)
+        sessions.append(session(tmp_path / f"{name}.onnx"))
+    frames = 3 * torch.randn(1, 60, 8)
+    said, log_probs = Search(*sessions, graph)(transducer.project_frames(frames)[0].numpy())
+    (best,) = TransducerSearch(transducer, beam_size=1).hypotheses(frames, torch.ones(1))
+    assert sum(said, []) == best.tokens and len(best.tokens) > 5 and log_probs.shape == (60, TOKENS)
+    for size in (1, 3):  # of hypotheses
+        inputs = [torch.cat([part] * 2)[:size] for part in graph.example_inputs()]
+        found = sessions[0].run(None, dict(zip(graph.input_names, (part.numpy() for part in inputs), strict=True)))
+        wanted = graph(*inputs)
+        same(found[0], wanted[0] if isinstance(wanted, tuple) else wanted)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -18,7 +18,7 @@ from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
 from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
-from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
+from tiny import ROOT, SENTENCES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus, make_model
 
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
@@ -76,13 +76,15 @@ OF_THE_MODEL = dict.fromkeys(SIZES)
 # ------------------------------------------------------------------ origins
 
 OWN = ["conformer", "hyperconformer", "squeezeformer", "fusionformer", "practical_conformer"]
-OWN += ["cascade_hyperconformer_squeezeformer"]
+OWN += ["cascade_hyperconformer_squeezeformer", "squeezeformer_transducer"]
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeypatch):
     layers = min(1, load_hparams(ROOT / "hparams" / f"{name}.yaml", "output_folder: x")["num_decoder_layers"])
-    theirs = make_model(tmp_path, layers, name)
+    # What the pruned loss leaves out follows weights that a folder does not hold
+    keys = {"transducer_loss": "full"} if name.endswith("transducer") else {}
+    theirs = make_model(tmp_path, layers, name, **keys, **(SMALL_TRANSDUCER if keys else {}))
     losses = []
 
     def fit(self, epochs, _, valid, valid_loader_kwargs, **keys):
@@ -94,7 +96,7 @@ def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeyp
 
     monkeypatch.setattr(AsrBrain, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL)
+        train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL, **keys)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
     assert "and this model" not in (tmp_path / "run" / "log.txt").read_text()
 
@@ -281,6 +283,29 @@ def test_permuted_tokens_give_permuted_answers(tmp_path):
         assert 0 < distance < theirs.std()
     embeddings = [model["transformer"].custom_tgt_module.layers[0].emb.Embedding.weight for model in (source_parts, parts)]
     assert torch.equal(embeddings[1][known], embeddings[0][expected])
+
+
+@pytest.mark.parametrize("predictor", ["stateless", "lstm"])
+@torch.no_grad()
+def test_permuted_tokens_of_a_transducer_give_permuted_answers(predictor, tmp_path):
+    """And beside a source without one, it begins anew, which the table says."""
+    old, special = arrange_tokenizer(make_tokenizer(), 0, 1, 2, 3), {"blank": 3, "bos": 0, "eos": 2, "unk": 1}
+    new, tokens = arrange_tokenizer(old, *special.values()), pieces(old).vocab_size()
+    keys = {**numbers(SMALL_TRANSDUCER), "predictor": predictor, "vocab_size": tokens, "num_decoder_layers": 0}
+    theirs = small(tmp_path, "conformer_transducer", **keys)[1]
+    mine = small(tmp_path, "conformer_transducer", **keys, seed=1, blank_index=3, bos_index=0, unk_index=1)[1]
+    warm_start(mine, Source("source", "", theirs.state_dict(), "", old, 0), new, special)
+    place = torch.arange(tokens)
+    place[[3, 0, 2, 1]] = torch.tensor([0, 1, 2, 3])
+    text, answers = torch.randint(4, tokens, (1, 7)), []
+    for head in (theirs["transducer"], mine["transducer"]):
+        predicted = head.project_outputs(head.predictor(text))
+        answers.append(head.join(torch.linspace(-1, 1, predicted.shape[-1]).expand_as(predicted), predicted))
+    assert torch.equal(answers[1], answers[0][..., place])
+    ctc = small(tmp_path, "conformer", vocab_size=tokens, num_decoder_layers=0)[1]
+    table = warm_start(mine, Source("source", "", ctc.state_dict(), "", new, 3), new, special)
+    assert re.search(r"\| transducer \| \d+ \| [\d,]+ \| not in the source \|", table) and "| ctc_lin |" in table
+    assert_same(mine["transformer"].state_dict(), ctc["transformer"].state_dict())
 
 
 def test_special_tokens_move_and_no_other_changes():

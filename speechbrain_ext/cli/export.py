@@ -7,11 +7,13 @@ from speechbrain_ext.utils.errors import UsageError
 def add(commands):
     """Add the command."""
     parser = commands.add_parser(
-        "export", help="write a model as an ONNX file", description="Write a model's CTC branch as an ONNX file, and check it."
+        "export",
+        help="write a model as an ONNX file",
+        description="Write a model as an ONNX file, and check it: its CTC branch, or a transducer in three files.",
     )
     add_model(parser)
     add_pass(parser)
-    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument("out", metavar="OUT.onnx", help="the file to write; those of a transducer are OUT-encoder.onnx and so on")
     parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
     parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
     parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")

@@ -14,6 +14,7 @@ from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.records import librispeech_records
+from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
@@ -38,15 +39,16 @@ class Report:
     synthetic : bool
         Whether they are synthetic signals.
     max_difference : float
-        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch.
+        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch; of a transducer, where
+        its greedy search leaves the frame.
     token_error : float
         Edit distance of the greedily decoded tokens, divided by the number of PyTorch's.
     torch_wer, onnx_wer : float or None
         Word error rates in %, where there are references.
     size : int
-        Bytes of the file.
+        Bytes of the file, or of a transducer's files.
     torch_seconds, onnx_seconds : float
-        Median time for 10 seconds of audio, with the same number of threads.
+        Median time for 10 seconds of audio, with the same number of threads; of a transducer, up to its encoder's frames.
     chunk_seconds : float or None
         Length of a chunk, where the model is for streams.
     """
@@ -84,17 +86,17 @@ class Report:
 
 
 @torch.no_grad()
-def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
+def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, transducer=None, parts=()):
     """Compare a file with its model.
 
     Arguments
     ---------
     path : str or os.PathLike
-        The ONNX file.
+        The ONNX file, of a transducer that of its encoder.
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The model's encoder.
     head : torch.nn.Module
-        Its CTC head.
+        Its CTC head, or a transducer's projection of frames.
     tokens : list of str
         What each token writes.
     blank : int
@@ -103,6 +105,10 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
         Audio files, or folders in LibriSpeech layout.
     pass_name : str, optional
         Of a cascade, the pass that was exported.
+    transducer : Transducer, optional
+        The model's transducer.
+    parts : tuple
+        The ONNX files of its decoder and joiner.
 
     Returns
     -------
@@ -120,7 +126,13 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session, *others = (
+        onnxruntime.InferenceSession(str(each), options, providers=["CPUExecutionProvider"]) for each in (path, *parts)
+    )
+    searches = ()
+    if transducer is not None:
+        graph = Decoder(transducer)
+        searches = Search(InPyTorch(graph), InPyTorch(Joiner(transducer)), graph), Search(*others, graph)
 
     about = session.get_modelmeta().custom_metadata_map
     rate = front_end(encoder.compute_features).sample_rate
@@ -129,19 +141,31 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
         left = int(about["left_context"])
         config = DynChunkTrainConfig(int(about["chunk_size"]), None if left == -1 else left)
 
-    def log_probs(out):
-        return (out if head is encoder.head else head(out)).log_softmax(dim=-1)[0].numpy()
+    def answer(out):
+        out = (out if head is encoder.head else head(out))[0]
+        return (out if searches else out.log_softmax(dim=-1)).numpy()
 
     def theirs(wav):
-        return log_probs(encoder.encode(wav.unsqueeze(0), dynchunktrain_config=config, pass_name=pass_name)[0])
+        return answer(encoder.encode(wav.unsqueeze(0), dynchunktrain_config=config, pass_name=pass_name)[0])
 
     def their_stream(wav):
         context = encoder.make_streaming_context(config, encoder_passes(encoder.transformer.encoder, pass_name))
         pieces, last = wav.unsqueeze(0).split(int(about["chunk_step"]), 1), len(wav) // int(about["chunk_step"])
-        return [log_probs(encoder.encode_streaming(piece, context, i == last)[0]) for i, piece in enumerate(pieces)]
+        return [answer(encoder.encode_streaming(piece, context, i == last)[0]) for i, piece in enumerate(pieces)]
 
     def ours(*wavs):
         return run(session, wavs) if config is None else run_stream(session, wavs)
+
+    def difference_of(wanted, found):
+        if not searches or wanted.shape != found.shape:
+            return _difference(wanted, found)
+        said, log_probs = searches[0](wanted)
+        return _difference(log_probs, searches[1](found, said)[1])
+
+    def said_of(wanted, found):
+        if not searches:
+            return greedy(wanted, blank), greedy(found, blank)
+        return tuple(sum(search(frames)[0], []) for search, frames in zip(searches, (wanted, found), strict=True))
 
     files = _files(audio)
     references, difference, samples = [], 0.0, 0
@@ -157,10 +181,10 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
             together = [torch.nn.functional.pad(wav, (0, max(map(len, wavs)) - len(wav))) for wav in wavs]
         expected_together = expected if config is None else [theirs(wav) for wav in together]
         for wanted, found in ((expected, alone), (expected_together, ours(*together))):
-            difference = max(difference, *map(_difference, wanted, found))
+            difference = max(difference, *map(difference_of, wanted, found))
         for wav, one, other in zip(wavs, expected, alone, strict=True):
             samples += len(wav)
-            decoded = [greedy(log_probs, blank) for log_probs in (one, other)]
+            decoded = said_of(one, other)
             total += len(decoded[0])
             distance += _distance(*decoded)
             for kind, ids in zip(texts, decoded, strict=True):
@@ -177,7 +201,7 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
         token_error=distance / max(1, total),
         torch_wer=_wer(references, texts[0]) if scored else None,
         onnx_wer=_wer(references, texts[1]) if scored else None,
-        size=Path(path).stat().st_size,
+        size=sum(Path(each).stat().st_size for each in (path, *parts)),
         torch_seconds=times["torch"] / 1000,
         onnx_seconds=times["onnx"] / 1000,
         chunk_seconds=None if config is None else int(about["chunk_step"]) / rate,
@@ -185,15 +209,15 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
 
 
 def run(session, wavs):
-    """Log-probabilities (T, V) of the valid frames of each of several waveforms (N,), run as one batch."""
+    """What the graph gives in the valid frames (T, V) of each of several waveforms (N,), run as one batch."""
     lengths = np.array([len(wav) for wav in wavs], dtype=np.int64)
     waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # never to be heard
-    log_probs, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
-    return [one[:count] for one, count in zip(log_probs, frames, strict=True)]
+    answers, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
+    return [one[:count] for one, count in zip(answers, frames, strict=True)]
 
 
 def run_stream(session, wavs):
-    """Log-probabilities (T, V) of several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
+    """What the graph gives (T, V) for several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
     about = session.get_modelmeta().custom_metadata_map
     window, before, hop, step = (int(about[key]) for key in ("window", "before", "hop_length", "chunk_step"))
     frames = max(1, (len(wavs[0]) + before - window // 2) // hop + 1)
@@ -205,12 +229,12 @@ def run_stream(session, wavs):
         state["input"]: np.zeros([len(wavs) if size == "batch" else size for size in state["shape"]], state["type"])
         for state in states
     }
-    outputs = ["log_probs", *(state["output"] for state in states)]
+    outputs = [about.get("output", "log_probs"), *(state["output"] for state in states)]
     for start in range(0, frames * hop, step):
         chunk = waveform[:, start : min(start + int(about["chunk_samples"]), end)]
-        log_probs, *following = session.run(outputs, {"waveform": chunk} | given)
+        answer, *following = session.run(outputs, {"waveform": chunk} | given)
         given = {state["input"]: tensor for state, tensor in zip(states, following, strict=True)}
-        chunks.append(log_probs)
+        chunks.append(answer)
     return list(np.concatenate(chunks, 1))
 
 

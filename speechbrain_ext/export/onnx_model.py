@@ -1,11 +1,16 @@
 """Trained models as one ONNX file: samples in, log-probabilities of the CTC head out, and all that decoding them needs.
 
-The file is there only after its answers have been compared with those of the model that it was made of
+A transducer has three: ``NAME-encoder.onnx`` from samples to ``encoder_out``, ``NAME-decoder.onnx`` and ``NAME-joiner.onnx``, see
+:mod:`speechbrain_ext.export.onnx_transducer`.
+
+The files are there only after their answers have been compared with those of the model that they were made of
 (:mod:`speechbrain_ext.export.check`).
 
 Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` of this package, ``mode``, ``precision``
 (``float32`` or ``int8``), ``encoder``, for a cascade ``pass``, ``sample_rate``, ``n_fft``, ``hop_length``, ``n_mels``,
-``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space.
+``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space. Those of a
+transducer also have ``head`` (``transducer``), ``part``, and icefall's ``context_size``, ``vocab_size`` and ``joiner_dim``;
+``output`` is the name of the encoder's output, ``state_shape`` that of an LSTM's states but for the batch.
 
 Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
 ``chunk_samples``, ``chunk_step``, ``window``, ``before``, ``ends``, and ``state``: a JSON list of the tensors that go from one
@@ -33,8 +38,10 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain_ext import __version__
 from speechbrain_ext.export.check import Report, check
 from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_transducer import Decoder, Joiner
 from speechbrain_ext.export.onnx_whole import FullContext
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.streaming import chunk_setting
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
@@ -61,7 +68,7 @@ def export_model(
 
     The graph takes ``waveform`` (batch, samples) float32 and ``lengths`` (batch,) int64, numbers of samples, and gives
     ``log_probs`` (batch, frames, tokens) and ``frames`` (batch,) int64, numbers of valid frames; an utterance gets the same
-    answer alone and in any batch. Of a model with a decoder it is the CTC branch.
+    answer alone and in any batch. Of a model with a decoder it is the CTC branch; a transducer has three files, see the module.
 
     With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the
     module; the streams of a batch run in step.
@@ -71,7 +78,7 @@ def export_model(
     source : str
         A model folder, or the name of a Hugging Face repository.
     path : str
-        The file to write; one that is there is replaced.
+        The file to write; one that is there is replaced. Of a transducer, the names of the three begin so.
     pass_name : str, optional
         Of a cascade, the pass to export: "second", the default, or "first".
     int8 : bool
@@ -123,23 +130,23 @@ def export_model(
         raise UserError(f"The tolerance is {tolerance}; give a number, 0 or more.")
     _require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
-    encoder, head = model.mods.encoder, model.ctc_head
-    if streaming:
-        graph = Streaming(encoder, head, _chunks(model, chunk_size, left_context), model.pass_name)
-    else:
-        graph = FullContext(encoder, head, model.pass_name)
-    metadata = _metadata(model, graph, "int8" if int8 else "float32")
-    partial = path.with_name(f".{path.name}.partial")
+    graphs = _graphs(model, _chunks(model, chunk_size, left_context) if streaming else None)
+    metadata = _metadata(model, graphs, "int8" if int8 else "float32")
+    paths = {part: path.with_stem(f"{path.stem}-{part}") if part else path for part in graphs}
+    partials = {part: final.with_name(f".{final.name}.partial") for part, final in paths.items()}
     try:
         try:
-            _write(graph, partial, int8, metadata)
+            for part, graph in graphs.items():
+                _write(graph, partials[part], int8, metadata[part])
         except OSError as error:  # such as a full disk
             raise ExportError(f"{path} cannot be written: {error.strerror or one_line(error)}; give another path.") from error
-        report = _check(partial, encoder, head, metadata, audio, model.pass_name)
+        report = _check(list(partials.values()), model, next(iter(metadata.values())), audio)
         _refuse(report, int8, tolerance)
-        os.replace(partial, path)
+        for part, partial in partials.items():
+            os.replace(partial, paths[part])
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
     return report
 
 
@@ -158,7 +165,30 @@ def _chunks(model, chunk_size, left_context):
     return DynChunkTrainConfig(usual if chunk_size is None else chunk_size, left)
 
 
-def _metadata(model, graph, precision):
+def _graphs(model, config):
+    """What to export, by the part of the model; "" where there are no parts."""
+    transducer = model.mods.decoder.transducer if isinstance(model, TransducerModel) else None
+    keys = {"pass_name": model.pass_name} | ({} if transducer is None else {"output": "encoder_out"})
+    head = model.ctc_head if transducer is None else transducer.project_frames
+    if config is None:
+        graph = FullContext(model.mods.encoder, head, **keys)
+    else:
+        graph = Streaming(model.mods.encoder, head, config, **keys)
+    return {"": graph} if transducer is None else {"encoder": graph, "decoder": Decoder(transducer), "joiner": Joiner(transducer)}
+
+
+def _metadata(model, graphs, precision):
+    """Of each part."""
+    first, *others = graphs
+    metadata = {first: _metadata_of_encoder(model, graphs[first], precision)}
+    if first:
+        part = {"head": "transducer", "part": first, "output": "encoder_out"}
+        metadata[first] |= part | graphs["joiner"].metadata
+    common = {key: metadata[first][key] for key in ("format", "version", "precision", "blank_index")}
+    return metadata | {part: common | {"head": "transducer", "part": part} | graphs[part].metadata for part in others}
+
+
+def _metadata_of_encoder(model, graph, precision):
     encoder, tokenizer = model.mods.encoder, model.hparams.tokenizer
     net, front = encoder.transformer.encoder, front_end(encoder.compute_features)
     names = [name for name in list_encoders() if get_encoder(name) is type(net)]
@@ -202,7 +232,7 @@ def _write(graph, path, int8, metadata):
                 verbose=False,
             )
         except Exception as error:  # the exporter has a class of error per stage
-            name = type(graph.encoder.transformer.encoder).__name__
+            name = type(graph.encoder.transformer.encoder if hasattr(graph, "encoder") else graph).__name__
             cause = one_line(error.__cause__ or error)
             raise ExportError(f"{name} has what ONNX export cannot express; rewrite that part of it: {cause}") from error
     proto = program.model_proto
@@ -260,9 +290,13 @@ def _quantise(path, floating):
         )
 
 
-def _check(path, encoder, head, metadata, audio, pass_name):
+def _check(paths, model, metadata, audio):
+    path, *parts = paths
+    transducer = model.mods.decoder.transducer if parts else None
+    head = transducer.project_frames if parts else model.ctc_head
+    tokens, blank = json.loads(metadata["tokens"]), int(metadata["blank_index"])
     try:
-        return check(path, encoder, head, json.loads(metadata["tokens"]), int(metadata["blank_index"]), audio, pass_name)
+        return check(path, model.mods.encoder, head, tokens, blank, audio, model.pass_name, transducer, parts)
     except (OSError, UserError):  # of the audio
         raise
     except Exception as error:  # onnxruntime has a class of error per kind of failure

@@ -139,11 +139,13 @@ class Streaming(nn.Module):
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder; it is copied, and what can be folded for inference is folded in the copy.
     head : torch.nn.Module
-        The CTC head.
+        The CTC head, or a transducer's projection of frames.
     config : DynChunkTrainConfig
         Chunk size in encoder frames and left context in chunks (None = all).
     pass_name : str, optional
         Of a cascade, the pass that answers.
+    output : str
+        "log_probs" of a CTC head, or "encoder_out" (B, T, J), what the head gives as it is.
 
     Raises
     ------
@@ -168,7 +170,7 @@ class Streaming(nn.Module):
 
     mode = "streaming"
 
-    def __init__(self, encoder, head, config, pass_name=None):
+    def __init__(self, encoder, head, config, pass_name=None, output="log_probs"):
         super().__init__()
         self.config, self.pass_name = config, pass_name
         self.features = StreamingFeatures(encoder.compute_features, encoder.normalize)
@@ -183,7 +185,7 @@ class Streaming(nn.Module):
         self._template, self._parts, encoder_states = self._find_states()
         self.states = own + encoder_states
         self.input_names = ("waveform", *(state.name for state in self.states))
-        self.output_names = ("log_probs", *(state.described()["output"] for state in self.states))
+        self.output_names = (output, *(state.described()["output"] for state in self.states))
 
     def forward(self, waveform, states):
         """See the class; the states are in the order of ``states``."""
@@ -195,7 +197,8 @@ class Streaming(nn.Module):
         x = self.encoder.transformer.encode_streaming(x, TransformerASRStreamingContext(self.config, context))
         left_behind = dict(_leaves(context))
         following = [left_behind[parts[0]] for parts in self._parts]
-        return self.encoder.head(x).log_softmax(dim=-1), *heard, left, *following
+        x = self.encoder.head(x)
+        return x.log_softmax(dim=-1) if self.output_names[0] == "log_probs" else x, *heard, left, *following
 
     def example_inputs(self):
         """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""

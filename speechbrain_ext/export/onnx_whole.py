@@ -1,4 +1,4 @@
-"""A trained model as one module of operations that ONNX has: from samples to the CTC head's log-probabilities.
+"""A trained model as one module of operations that ONNX has: from samples to what its head gives.
 
 SpeechBrain's feature extraction and normalisation do not export (complex numbers, lengths rounded anew at each stage), so they
 are written again here, with the settings and statistics of the objects of the model; the rest is the model's own.
@@ -202,9 +202,11 @@ class FullContext(nn.Module):
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder; it is copied, and what can be folded for inference is folded in the copy.
     head : torch.nn.Module
-        The CTC head.
+        The CTC head, or a transducer's projection of frames.
     pass_name : str, optional
         Of a cascade, the pass that answers.
+    output : str
+        "log_probs" of a CTC head, or "encoder_out" (B, T, J), what the head gives as it is.
 
     Example
     -------
@@ -222,12 +224,12 @@ class FullContext(nn.Module):
     mode = "full"
     metadata = {}
     input_names = ("waveform", "lengths")
-    output_names = ("log_probs", "frames")
     dynamic_shapes = ({0: "batch", 1: "samples"}, {0: "batch"})
 
-    def __init__(self, encoder, head, pass_name=None):
+    def __init__(self, encoder, head, pass_name=None, output="log_probs"):
         super().__init__()
         self.pass_name = pass_name
+        self.output_names = (output, "frames")
         self.features = Features(encoder.compute_features, encoder.normalize)
         self.encoder = without_features(encoder, head)
         fuse_(self)
@@ -238,7 +240,8 @@ class FullContext(nn.Module):
         lengths = lengths.clamp(min=0, max=waveform.shape[1])
         x, frames = self.features(waveform, lengths)
         x, relative = self.encoder.encode_features(x, frames / x.shape[1], pass_name=self.pass_name)
-        return x.log_softmax(dim=-1), absolute_lengths(relative, x.shape[1])
+        x = x.log_softmax(dim=-1) if self.output_names[0] == "log_probs" else x
+        return x, absolute_lengths(relative, x.shape[1])
 
     def example_inputs(self):
         """Inputs to trace with: two utterances, as an axis of one would be taken for a constant."""

@@ -34,7 +34,9 @@ from speechbrain_ext.dataio.datasets import (
 )
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
+from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
+from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
@@ -66,6 +68,9 @@ RANGES = {
             "d_ffn",
             "n_mels",
             "streaming_chunk_size",
+            "predictor_size",
+            "joint_size",
+            "transducer_beam",
         ),
         (1, 10**9, WHOLE),
     ),
@@ -219,7 +224,9 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     origin |= {} if source is None else {"initial weights": source.digest}
     origin |= {} if tokenizer is None else {"tokens": file_digest(tokenizer_file)}
     hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
-    for search in ("ctc_search", "test_search"):
+    if hparams["lm"] is not None:
+        add_lm(hparams)
+    for search in ("ctc_search", "test_search", "transducer_search"):
         if hparams[search] is not None and not callable(hparams[search]):
             raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
         if hasattr(hparams[search], "check"):
@@ -250,6 +257,17 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])
         rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
     return keep(brain, setting, models, tokenizer_file, rows, provenance(setting, hparams, source))
+
+
+def add_lm(hparams):
+    """Take the language model of the hparams into the joint search."""
+    search = hparams["test_search"]
+    if not hparams["num_decoder_layers"] or not hasattr(search, "add_scorer"):
+        raise UsageError(
+            f"lm is {hparams['lm']}, and there is no joint search that takes it; give null, or a decoder and its search."
+        )
+    lm = load_lm(hparams["lm"], hparams["tokenizer"])
+    search.add_scorer(make_scorer(lm, hparams["lm_temperature"]), hparams["lm_weight"])
 
 
 def take_paths(argv):

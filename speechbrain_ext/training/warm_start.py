@@ -20,7 +20,7 @@ from speechbrain_ext.utils.text import listing, table
 
 logger = get_logger(__name__)
 
-OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module")
+OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module", "transducer.predictor.embedding", "transducer.out")
 """Prefixes of weights that have a row for each token."""
 LOADED, EXCLUDED, ABSENT, UNUSED = "loaded", "excluded", "not in the source", "not in this model"
 UNKNOWN = "not loaded: which token each row is of is not known"
