@@ -83,13 +83,16 @@ class Features(nn.Module):
         waveform = waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0)
         features = self.log_mel_of_windows(self.framing.extend(waveform, lengths, self.framing.before, self.framing.after))
         frames = self.framing.count(lengths)
+        return self.normalized(features, frames), frames
+
+    def normalized(self, features, frames):
+        """Log mel bins (B, T, F) with any padding, and numbers of frames (B,), to features (B, T, F), zero in padded frames."""
         padding = padding_mask(frames, features.shape[1]).unsqueeze(2)
         if self.top_db < math.inf:
             # The loudest bin of the utterance, not of its batch: the frame behind its end may still see a louder sample.
             loudest = features.masked_fill(padding, -math.inf).amax(dim=(1, 2), keepdim=True)
             features = torch.maximum(features, loudest - self.top_db)
-        features = self._normalize(features, padding, frames.view(-1, 1, 1))
-        return features.masked_fill(padding, 0.0), frames
+        return self._normalize(features, padding, frames.view(-1, 1, 1)).masked_fill(padding, 0.0)
 
     def log_mel_of_windows(self, waveform):
         """Log mel bins (B, 1 + (N - length) // hop, F) of the windows that lie in samples (B, N)."""
@@ -236,7 +239,10 @@ class FullContext(nn.Module):
     def forward(self, waveform, lengths):
         """See the class; a length below 0 counts as 0, and one above the number of samples as that."""
         lengths = lengths.clamp(min=0, max=waveform.shape[1])
-        x, frames = self.features(waveform, lengths)
+        return self.log_probs(*self.features(waveform, lengths))
+
+    def log_probs(self, x, frames):
+        """Features (B, T, F) and numbers of frames (B,) to log-probabilities (B, T', V) and numbers of these frames (B,)."""
         x, relative = self.encoder.encode_features(x, frames / x.shape[1], pass_name=self.pass_name)
         return x.log_softmax(dim=-1), absolute_lengths(relative, x.shape[1])
 
