@@ -66,14 +66,14 @@ class Answer(nn.Module):
 
     def __init__(self, vocabulary, blank, silent, repeats=1):
         super().__init__()
-        self.repeats = repeats
+        self.repeats, self._has_silent = repeats, any(token != blank for token in silent)
         place = torch.arange(vocabulary)
         self.register_buffer("is_blank", place == blank)
-        self.register_buffer("is_silent", torch.isin(place, torch.tensor(silent)) & ~self.is_blank)
+        self.register_buffer("is_silent", torch.isin(place, torch.tensor(silent, dtype=torch.int64)) & ~self.is_blank)
 
     def forward(self, log_probs):
         """(B, T, V) to (B, T * repeats, V)."""
-        if self.is_silent.any():
+        if self._has_silent:
             nothing = log_probs.masked_fill(~(self.is_silent | self.is_blank), -torch.inf).amax(-1, keepdim=True)
             log_probs = torch.where(self.is_blank, nothing, log_probs.masked_fill(self.is_silent, IMPOSSIBLE))
         return log_probs if self.repeats == 1 else log_probs.repeat_interleave(self.repeats, 1)

@@ -1,0 +1,101 @@
+"""What sherpa-onnx itself writes, with an exported folder: a program of its own, which needs sherpa-onnx and numpy only.
+
+    python sherpa_texts.py FOLDER TYPE WAVEFORMS.npz
+
+It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
+them, and the seconds that the first took. It is a program because sherpa-onnx ends the process where a file is not what it expects.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+PIECE = 0.1
+"""Seconds of audio that streams get at once."""
+
+
+def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
+    """A recogniser of sherpa-onnx.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        What ``export --runtime sherpa-onnx`` wrote.
+    kind : str
+        Its type of model.
+    sample_rate, feature_dim : int
+        Of its features.
+    **keys
+        For the runtime's constructor.
+
+    Returns
+    -------
+    sherpa_onnx.OfflineRecognizer or OnlineRecognizer
+    """
+    import sherpa_onnx
+
+    owner = sherpa_onnx.OnlineRecognizer if kind == "zipformer2_ctc" else sherpa_onnx.OfflineRecognizer
+    (model,) = Path(folder).glob("model*.onnx")
+    if kind != "omnilingual_asr_ctc":
+        keys = {"sample_rate": sample_rate, "feature_dim": feature_dim, **keys}
+    keys = {"num_threads": 1, **keys}
+    return getattr(owner, f"from_{kind}")(model=str(model), tokens=str(Path(folder, "tokens.txt")), **keys)
+
+
+def transcribe_whole(recognizer, wavs, rate):
+    """Texts of waveforms, decoded as one batch."""
+    streams = [recognizer.create_stream() for _ in wavs]
+    for stream, wav in zip(streams, wavs, strict=True):
+        stream.accept_waveform(rate, wav)
+    recognizer.decode_streams(streams)
+    return [stream.result.text for stream in streams]
+
+
+def transcribe_streams(recognizer, wavs, rate, tail):
+    """Texts of streams that come in pieces, each beginning three pieces after the one before, with zeros behind the end."""
+    import numpy as np
+
+    size = int(PIECE * rate)
+    waiting = [np.concatenate([wav, np.zeros(tail, wav.dtype)]) for wav in wavs]
+    streams, done, turn = [recognizer.create_stream() for _ in wavs], [False] * len(wavs), 0
+    while not all(done):
+        for i, stream in enumerate(streams):
+            if done[i] or turn < 3 * i:
+                continue
+            if len(waiting[i]):
+                stream.accept_waveform(rate, waiting[i][:size])
+                waiting[i] = waiting[i][size:]
+            else:
+                stream.input_finished()
+                done[i] = True
+        while ready := [stream for stream in streams if recognizer.is_ready(stream)]:
+            recognizer.decode_streams(ready)
+        turn += 1
+    return [recognizer.get_result(stream) for stream in streams]
+
+
+def main(folder, kind, waveforms):
+    """See the module."""
+    import numpy as np
+    import sherpa_onnx
+
+    data = np.load(waveforms)
+    rate, tail = int(data["rate"]), int(data["tail"])
+    recognizer = open_recognizer(folder, kind, rate, int(data["feature_dim"]))
+    wavs = [data[f"wav{i}"] for i in range(int(data["count"]))]
+
+    def transcribe(wavs):
+        if kind == "zipformer2_ctc":
+            return transcribe_streams(recognizer, wavs, rate, tail)
+        return transcribe_whole(recognizer, wavs, rate)
+
+    began = time.perf_counter()
+    alone = [transcribe([wav])[0] for wav in wavs]
+    seconds = time.perf_counter() - began
+    found = {"version": sherpa_onnx.__version__, "alone": alone, "together": transcribe(wavs), "seconds": seconds}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
