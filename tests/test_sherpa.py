@@ -207,7 +207,7 @@ def models(tmp_path_factory):
     """Model folders of Kaldi's features and of SpeechBrain's."""
     root = tmp_path_factory.mktemp("sherpa")
     return SimpleNamespace(
-        root=root, kaldi=make(root / "kaldi", compute_features=KALDI, normalize=SENTENCE), fbank=make(root / "fbank")
+        root=root, kaldi=make(root / "kaldi", compute_features=KALDI, normalize=SENTENCE), fbank=make(root / "fbank", normalize=SENTENCE)
     )
 
 
@@ -345,9 +345,9 @@ def test_the_websocket_server_with_three_clients(models, stream_folder, tmp_path
             command = [client, "--server-ip=127.0.0.1", f"--server-port={port}", "--seconds-per-message=0.05"]
             command += ["--samples-per-message=3200", str(tmp_path / f"{i}.wav")]
             clients.append(
-                subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.STDOUT, text=True)
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
-        said = [one.communicate(timeout=60)[1] for one in clients]
+        said = [one.communicate(timeout=60)[0] for one in clients]
     finally:
         running.kill()
         running.wait()

@@ -1,0 +1,99 @@
+"""Speed, size and memory of every encoder in sherpa-onnx, and whether it writes there what PyTorch does.
+
+    python benchmarks/sherpa.py --audio FILE_OR_FOLDER ...
+
+Models of equal work with random weights, 144 wide, 10 blocks, 128 tokens; what they write means nothing, and is the stricter
+test, as no token is certain. Each is exported and run in a process of its own: real-time factor on one thread, the most memory
+that sherpa-onnx took with model and audio, and texts, whole utterances also in a batch and streams also beside others. Streams
+have chunks of 640 ms and see 4 chunks back. ``--models`` takes trained model folders instead.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.export.sherpa_folder import export_sherpa
+from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.model_folder.write import model_parts, write_model_folder
+from speechbrain_ext.registry import list_encoders
+from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.machine import cpu_name
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "sherpa.csv"
+FIELDS = ("encoder", "type", "precision", "utterances", "texts_equal", "letters_differ", "largest_difference")
+FIELDS += ("tokens_differ", "size_mib", "real_time_factor", "peak_mib", "sherpa_onnx", "cpu")
+KINDS = ("zipformer_ctc", "zipformer2_ctc", "omnilingual_asr_ctc")
+FILES = {"cascade": "cascade_hyperconformer_squeezeformer"}
+"""Hparams files that are not called as their encoder is."""
+SIZE = {"d_model": 144, "nhead": 8, "num_encoder_layers": 10, "num_decoder_layers": 0, "d_ffn": 576}
+SIZE |= {"encoder_kwargs": "null", "vocab_size": 128, "number_of_epochs": 1}
+KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
+SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
+
+
+def untrained(folder, encoder, kaldi):
+    """Write a model with random weights, and tokens from the words of the licence."""
+    lines = [line.strip().upper() for line in (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()]
+    text = [line.replace(",", "").replace('"', "") for line in lines if line]
+    write_csv(folder / "text.csv", ("ID", "wrd"), enumerate(text))
+    train_tokenizer(folder / "text.csv", folder / "t.model", SIZE["vocab_size"], "unigram", 0, 1, 2, 3)
+    keys = SIZE | {"encoder": encoder, "output_folder": folder / "run", "normalize": SENTENCE}
+    overrides = "\n".join(f"{key}: {value}" for key, value in (keys | ({"compute_features": KALDI} if kaldi else {})).items())
+    path = ROOT / "hparams" / f"{FILES.get(encoder, encoder)}.yaml"
+    hparams = load_hparams(path, overrides)
+    write_model_folder(folder / "model", merge_hparams(path, overrides), hparams, model_parts(hparams), folder / "t.model", [])
+    return folder / "model"
+
+
+def row(source, encoder, kind, precision, audio):
+    """Export a model and let it run; the values of a row, in the order of the fields."""
+    keys = {"streaming": True, "chunk_size": 16, "left_context": 4} if kind == "zipformer2_ctc" else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        source = source or untrained(temporary, encoder, kind != "omnilingual_asr_ctc")
+        int8 = precision == "int8"
+        report = export_sherpa(source, temporary / "sherpa", audio=audio, int8=int8, tolerance=1.0 if int8 else None, **keys)
+    found, texts = report.onnx, report.texts
+    numbers = [len(texts.wanted), texts.equal, f"{texts.error:.4f}", f"{found.max_difference:.2g}", f"{found.token_error:.4f}"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the one child, sherpa-onnx
+    numbers += [f"{found.size / 2**20:.1f}", f"{texts.real_time_factor:.4f}", round(peak)]
+    return [encoder, report.kind, precision, *numbers, texts.version, cpu_name()]
+
+
+def main():
+    """Run all and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=(), help="model folders, in place of untrained models of all encoders")
+    parser.add_argument("--encoders", nargs="+", help="of all, these")
+    parser.add_argument("--types", nargs="+", choices=KINDS, default=KINDS, help="of all, these")
+    parser.add_argument("--audio", nargs="+", required=True, help="audio files, or folders in LibriSpeech layout")
+    parser.add_argument("--out", default=RESULTS, help="the CSV file")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row is not None:
+        print(json.dumps(row(*json.loads(arguments.row), arguments.audio)))
+        return
+    sources = [(folder, Path(folder).name) for folder in arguments.models]
+    sources = sources or [(None, encoder) for encoder in arguments.encoders or list_encoders()]
+    rows = []
+    for source, encoder in sources:
+        for kind in arguments.types:
+            for precision in ("float32", "int8"):
+                given = json.dumps([source, encoder, kind, precision])
+                command = [sys.executable, __file__, "--row", given, "--audio", *arguments.audio]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    raise SystemExit(done.returncode)
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                print(*rows[-1], sep=",", flush=True)
+                write_csv(arguments.out, FIELDS, rows)
+
+
+if __name__ == "__main__":
+    main()
