@@ -25,6 +25,7 @@ SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
+SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -150,6 +151,18 @@ def memory():
     return table(["file", *(f"{field.removeprefix('seconds_')} GB" for field in fields)], rows)
 
 
+def sherpa():
+    """Texts, sizes and times of all encoders in sherpa-onnx."""
+    rows = [
+        [row["encoder"], f"`{row['type']}`", row["precision"], f"{row['texts_equal']} of {row['utterances']}"]
+        + [f"{100 * float(row['letters_differ']):.2f}", row["largest_difference"], row["size_mib"], row["real_time_factor"]]
+        + [row["peak_mib"]]
+        for row in read(SHERPA)
+    ]
+    header = ["encoder", "type", "precision", "texts equal", "letters that differ, %", "largest difference", "MiB"]
+    return table([*header, "real-time factor", "peak memory, MiB"], rows)
+
+
 def gpu():
     """What ``gpu.py`` has trained: each architecture's last row on speech held out, and its error rates on test sets."""
     rows, found = read(GPU), {}
@@ -175,7 +188,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu):
+    for make in (*makers, memory, gpu, sherpa):
         text = put(text, make.__name__, make())
     return text
 

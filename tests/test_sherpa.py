@@ -109,9 +109,9 @@ def test_tokens_that_write_nothing_are_blanks():
 # ---- The runtime's features: a graph hands them out as tokens, three digits of base 256 for each value
 
 
-def probe(path, online):
+def probe(path, online, mels):
     """A model that answers, for each value of the features, three tokens with the digits of (value + 16) * 2^19."""
-    ints = {"zero": [0, -1], "axis": [3], "length": [240]}
+    ints = {"zero": [0, -1], "axis": [3], "length": [3 * mels]}
     floats = {"shift": 16.0, "scale": 2.0**19, "low": 0.0, "high": 2.0**24 - 1, "b2": 65536.0, "b1": 256.0}
     constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in ints.items()]
     constants += [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in floats.items()]
@@ -138,7 +138,7 @@ def probe(path, online):
         ("Cast", ["row"], "index", {"to": TensorProto.INT64}),
         ("OneHot", ["index", "depth", "off_on"], "log_probs", {"axis": -1}),
     ]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", "T", 80])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", "T", mels])]
     outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["N", "U", 769])]
     if online:
         shapes = [[1, "N", 5], [1, "N", 1, 3], [1, "N", 1], [1, "N", 1], ["N", 4, 1], ["N", 4, 1], ["N", 128, 3, 19]]
@@ -165,13 +165,14 @@ def probe(path, online):
 
 
 @needs_runtime
+@pytest.mark.parametrize("rate, mels", [(16000, 80), (8000, 40)])
 @pytest.mark.parametrize("kind", ["zipformer_ctc", "zipformer2_ctc"])
-def test_the_features_are_the_runtimes(kind, tmp_path):
-    probe(tmp_path / "probe", online=kind == "zipformer2_ctc")
-    recognizer = open_recognizer(tmp_path / "probe", kind)
-    wav = synthetic(16000, (0.51,))[0] + 0.01
+def test_the_features_are_the_runtimes(kind, rate, mels, tmp_path):
+    probe(tmp_path / "probe", kind == "zipformer2_ctc", mels)
+    recognizer = open_recognizer(tmp_path / "probe", kind, rate, mels)
+    wav = synthetic(rate, (0.51,))[0] + 0.01
     stream = recognizer.create_stream()
-    stream.accept_waveform(16000, wav.numpy())
+    stream.accept_waveform(rate, wav.numpy())
     if kind == "zipformer_ctc":
         recognizer.decode_stream(stream)
         tokens = stream.result.tokens
@@ -180,9 +181,9 @@ def test_the_features_are_the_runtimes(kind, tmp_path):
         while recognizer.is_ready(stream):
             recognizer.decode_stream(stream)
         tokens = recognizer.tokens(stream)
-    digits = np.array([(int(token.strip()[1:]) - 1) % 256 for token in tokens]).reshape(-1, 80, 3)
+    digits = np.array([(int(token.strip()[1:]) - 1) % 256 for token in tokens]).reshape(-1, mels, 3)
     found = torch.from_numpy(digits @ [65536, 256, 1] / 2**19 - 16)
-    wanted = KaldiFbank()(wav.unsqueeze(0))[0]
+    wanted = KaldiFbank(rate, mels)(wav.unsqueeze(0))[0]
     assert len(found) == (len(wanted) if kind == "zipformer_ctc" else (len(wanted) - 1) // 8 * 8)
     torch.testing.assert_close(found.float(), wanted[: len(found)], atol=1e-3, rtol=0)
 

@@ -106,6 +106,8 @@ class Texts:
         PyTorch's texts, and those of the runtime, of each waveform alone and of all together.
     real_time_factor : float
         Seconds per second of audio, on one thread, each waveform alone.
+    peak_mib : float or None
+        The most memory that the runtime's process took for it, in MiB; None where the system does not say.
     """
 
     version: str
@@ -113,6 +115,7 @@ class Texts:
     alone: list
     together: list
     real_time_factor: float
+    peak_mib: float | None = None
 
     @property
     def equal(self):
@@ -182,7 +185,7 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
     found = json.loads(done.stdout)
     alone, together = ([" ".join(text.split()) for text in found[key]] for key in ("alone", "together"))
     seconds = sum(len(wav) + tail for wav in wavs) / rate
-    return Texts(found["version"], wanted, alone, together, found["seconds"] / seconds)
+    return Texts(found["version"], wanted, alone, together, found["seconds"] / seconds, found["peak_mib"])
 
 
 def tail_samples(graph):

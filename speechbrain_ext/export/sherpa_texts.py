@@ -3,10 +3,12 @@
     python sherpa_texts.py FOLDER TYPE WAVEFORMS.npz
 
 It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
-them, and the seconds that the first took. It is a program because sherpa-onnx ends the process where a file is not what it expects.
+them, the seconds that the first took, and the most memory that the process had. It is a program because sherpa-onnx ends the
+process where a file is not what it expects.
 """
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -93,8 +95,15 @@ def main(folder, kind, waveforms):
     began = time.perf_counter()
     alone = [transcribe([wav])[0] for wav in wavs]
     seconds = time.perf_counter() - began
-    found = {"version": sherpa_onnx.__version__, "alone": alone, "together": transcribe(wavs), "seconds": seconds}
-    print(json.dumps(found))
+    found = {"version": sherpa_onnx.__version__, "alone": alone, "seconds": seconds, "peak_mib": peak_mib()}
+    print(json.dumps(found | {"together": transcribe(wavs)}))
+
+
+def peak_mib():
+    """The most memory that this process has had, in MiB; None where the system does not say (Linux does)."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return found and int(found[1]) / 1024
 
 
 if __name__ == "__main__":
