@@ -43,7 +43,7 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        (..., T, size) float32, float64 for float64 positions.
+        (..., T, size) float32, float64 for float64 positions unless in an exported graph.
 
     Example
     -------
@@ -53,6 +53,9 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     """
     dtype = torch.promote_types(positions.dtype, torch.float32)
     angles = positions.to(dtype).unsqueeze(-1) * inverse_frequencies(size, positions.device, dtype)  # (..., T, size/2)
+    if torch.compiler.is_exporting() and dtype == torch.float64:
+        # Many builds of onnxruntime, sherpa-onnx's among them, have no cosine in float64; of one turn float32 is exact enough
+        angles = (angles - 2 * math.pi * (angles / (2 * math.pi)).floor()).float()
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
