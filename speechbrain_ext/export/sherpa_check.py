@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,9 +184,25 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
         cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise UserRuntimeError(f"sherpa-onnx does not take the exported model, so nothing was written: {cause}")
     found = json.loads(done.stdout)
-    alone, together = ([" ".join(text.split()) for text in found[key]] for key in ("alone", "together"))
+    trim = trimmed if graph.mode == "zipformer2_ctc" else str
+    wanted, alone, together = (
+        [trim(" ".join(text.split())) for text in texts] for texts in (wanted, found["alone"], found["together"])
+    )
     seconds = sum(len(wav) + tail for wav in wavs) / rate
     return Texts(found["version"], wanted, alone, together, found["seconds"] / seconds, found["peak_mib"])
+
+
+def trimmed(text):
+    """A text without the punctuation at its beginning, which the runtime leaves out of streams (not of their tokens).
+
+    Example
+    -------
+    >>> trimmed("'TIS THE DAY, ISN'T IT")
+    "TIS THE DAY, ISN'T IT"
+    """
+    while text and (text[0].isspace() or unicodedata.category(text[0]).startswith("P")):
+        text = text[1:]
+    return text
 
 
 def tail_samples(graph):

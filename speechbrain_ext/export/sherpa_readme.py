@@ -122,6 +122,8 @@ console.log(recognizer.getResult(stream).text);
 _STREAMS = """**The end of a stream.** sherpa-onnx drops what fills no chunk. Give it @seconds@ s of zeros (@tail@ samples) before
 `input_finished`, or the last words are lost; with the websocket server, `--end-tail-padding=@seconds@`.
 
+**The beginning of a text.** sherpa-onnx leaves punctuation out there, such as that of `'TIS`; the tokens have it.
+
 **Endpoints.** With endpoint detection, call `reset` where `is_endpoint` says so: the model begins anew there.
 
 Python (`pip install sherpa-onnx soundfile`):
