@@ -208,7 +208,9 @@ def models(tmp_path_factory):
     """Model folders of Kaldi's features and of SpeechBrain's."""
     root = tmp_path_factory.mktemp("sherpa")
     return SimpleNamespace(
-        root=root, kaldi=make(root / "kaldi", compute_features=KALDI, normalize=SENTENCE), fbank=make(root / "fbank", normalize=SENTENCE)
+        root=root,
+        kaldi=make(root / "kaldi", compute_features=KALDI, normalize=SENTENCE),
+        fbank=make(root / "fbank", normalize=SENTENCE),
     )
 
 
@@ -482,7 +484,7 @@ def test_a_cascades_first_pass_streams(tmp_path):
 
 @pytest.mark.slow
 def test_the_oldest_version(models, stream_folder, tmp_path):
-    """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26: pip install --target FOLDER --no-deps sherpa-onnx==1.12.26 ..."""
+    """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26, which make slow has."""
     oldest = os.environ.get("SHERPA_OLDEST")
     if oldest is None:
         pytest.skip("the oldest sherpa-onnx is not at hand; set SHERPA_OLDEST to a folder with it")

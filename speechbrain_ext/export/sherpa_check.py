@@ -15,8 +15,8 @@ import torch
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.export import sherpa_texts
 from speechbrain_ext.export.check import Feed, edit_distance, files_of, greedy, reference, synthetic, written
+from speechbrain_ext.export.onnx_write import ExportError
 from speechbrain_ext.lobes.filter_banks import front_end
-from speechbrain_ext.utils.errors import UserRuntimeError
 
 PADDING = -23.025850929940457
 """ln 1e-10, with which the runtime fills the shorter utterances of a batch."""
@@ -164,13 +164,13 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
 
     Raises
     ------
-    UserRuntimeError
+    ExportError
         If the runtime does not take the folder.
     """
     rate, front = model.sample_rate, front_end(model.mods.encoder.compute_features)
     files = files_of(audio)[:MOST]
     wavs = [load_audio(file, rate) for file, _ in files] if files else synthetic(rate)
-    wavs = [wav for wav in wavs if len(wav) >= SHORTEST * rate]
+    wavs = [wav for wav in wavs if len(wav) >= SHORTEST * rate] or synthetic(rate, (1.0,))
     tail = tail_samples(graph) if graph.mode == "zipformer2_ctc" else 0
     wanted = [_wanted(wav, model, graph, symbols, tail) for wav in wavs]
     with tempfile.TemporaryDirectory() as temporary:
@@ -182,7 +182,7 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise UserRuntimeError(f"sherpa-onnx does not take the exported model, so nothing was written: {cause}")
+        raise ExportError(f"sherpa-onnx does not take the exported model, so nothing was written: {cause}")
     found = json.loads(done.stdout)
     trim = trimmed if graph.mode == "zipformer2_ctc" else str
     wanted, alone, together = (
