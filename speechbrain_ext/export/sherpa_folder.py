@@ -12,7 +12,7 @@ Fbank, global statistics       refused                   refused
 =============================  ========================  ===================
 
 For KaldiFbank the runtime computes the features; the other type takes samples, which the runtime normalises, and the features
-are in the graph. The CTC branch is what answers. A transducer is three graphs; its place is :func:`make_graph`, which chooses among types.
+are in the graph. The CTC branch is what answers. A transducer is three graphs: its place is :func:`make_graph`, which chooses.
 """
 
 from dataclasses import dataclass
