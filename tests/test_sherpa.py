@@ -4,6 +4,7 @@ All encoders run packed in PyTorch, and one in sherpa-onnx; the others there are
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -228,17 +229,6 @@ def stream_folder(models):
     return models.root / "stream", report
 
 
-def whole_is_the_same(model, folder, kind, error=0.0):
-    """Texts of sherpa-onnx, alone and in a batch of three lengths, against those of Python."""
-    wavs = synthetic(16000, (2.5, 0.9, 4.0))
-    recognizer = open_recognizer(folder, kind)
-    lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
-    wanted = model.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)[0]
-    alone = [transcribe_whole(recognizer, [wav.numpy()], 16000)[0] for wav in wavs]
-    together = transcribe_whole(recognizer, [wav.numpy() for wav in wavs], 16000)
-    assert [" ".join(text.split()) for text in alone + together] == 2 * wanted and all(wanted)
-
-
 @needs_runtime
 def test_whole_utterances_of_kaldis_features(models):
     report = export(models.kaldi, models.root / "whole")
@@ -246,7 +236,13 @@ def test_whole_utterances_of_kaldis_features(models):
     assert report.texts.equal == len(report.texts.wanted) == 5 and "texts are PyTorch's" in str(report)
     assert sorted(os.listdir(models.root / "whole")) == ["README.md", "model.onnx", "tokens.txt"]
     assert onnx.load(models.root / "whole" / "model.onnx").ir_version == 9
-    whole_is_the_same(models.kaldi, models.root / "whole", "zipformer_ctc")
+    wavs = synthetic(16000, (2.5, 0.9, 4.0))
+    lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
+    wanted = models.kaldi.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)[0]
+    recognizer = open_recognizer(models.root / "whole", "zipformer_ctc")
+    alone = [transcribe_whole(recognizer, [wav.numpy()], 16000)[0] for wav in wavs]
+    together = transcribe_whole(recognizer, [wav.numpy() for wav in wavs], 16000)
+    assert [" ".join(text.split()) for text in alone + together] == 2 * wanted and all(wanted)
 
 
 @needs_runtime
@@ -312,6 +308,19 @@ def test_a_stream_begins_anew_behind_an_endpoint(models, stream_folder):
             found.append(log_probs[0])
         wanted.append(written(greedy(torch.cat(found).numpy(), models.kaldi.blank), symbols))
     assert texts == wanted and all(wanted)
+
+
+@needs_runtime
+def test_the_folders_readme_runs(models, stream_folder, tmp_path):
+    folder = stream_folder[0]
+    for name in ("model.onnx", "tokens.txt"):
+        shutil.copy(folder / name, tmp_path / name)
+    soundfile.write(tmp_path / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    wav = soundfile.read(tmp_path / "speech.wav", dtype="float32")[0]
+    tail = tail_samples(make_graph(models.kaldi, True, 8, 4))
+    assert said.strip() == transcribe_streams(open_recognizer(folder, "zipformer2_ctc"), [wav], 16000, tail)[0] != ""
 
 
 def binary(name):
@@ -482,6 +491,7 @@ def test_a_cascades_first_pass_streams(tmp_path):
     assert report.texts.equal == len(report.texts.wanted)
 
 
+@needs_runtime
 @pytest.mark.slow
 def test_the_oldest_version(models, stream_folder, tmp_path):
     """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26, which make slow has."""
