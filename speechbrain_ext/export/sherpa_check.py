@@ -106,7 +106,7 @@ class Texts:
     wanted, alone, together : list of str
         PyTorch's texts, and those of the runtime, of each waveform alone and of all together.
     real_time_factor : float
-        Seconds per second of audio, on one thread, each waveform alone.
+        Seconds of computation per second of audio, on one thread, each waveform alone.
     peak_mib : float or None
         The most memory that the runtime's process took for it, in MiB; None where the system does not say.
     """
