@@ -3,8 +3,8 @@
     python sherpa_texts.py FOLDER TYPE WAVEFORMS.npz
 
 It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
-them, the seconds of computation that the first took, and the most memory that the process had. It is a program because sherpa-onnx ends the
-process where a file is not what it expects.
+them, the seconds of computation that the first took, and the most memory that the process had. It is a program because
+sherpa-onnx ends the process where a file is not what it expects.
 """
 
 import json
