@@ -205,9 +205,8 @@ class Packed(Streaming):
             if state.dtype == torch.float64:
                 high, low = piece.double().chunk(2, 1)
                 piece = high + low
-            axis = state.shape.index("batch")
             shape = [size for size in state.shape if size != "batch"]
-            tensors.append(piece.to(state.dtype).unflatten(1, shape or (1,)).movedim(0, axis) if shape else piece[:, 0])
+            tensors.append(piece.to(state.dtype).reshape(-1, *shape).movedim(0, state.shape.index("batch")))
         return tensors
 
     def example_inputs(self):
