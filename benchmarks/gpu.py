@@ -59,15 +59,19 @@ class Failed(Exception):
 
 
 def run(commands, until):
-    """Run processes side by side until they end or the time is over; returns the exit status of each, None where it was ended."""
+    """Run processes side by side until they end or the time is over; returns the exit status of each, None where it was ended.
+
+    Where this one is told to end (SIGTERM, of which ``finally`` knows nothing by itself), they end with it.
+    """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} | os.environ
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    started = [
-        subprocess.Popen([sys.executable, *map(str, command)], env=environment, start_new_session=True) for command in commands
-    ]
-    ends = []
+    ends, before = [], signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    started = []
     try:
+        for command in commands:
+            command = [sys.executable, *map(str, command)]
+            started.append(subprocess.Popen(command, env=environment, start_new_session=True))
         for process in started:
             try:
                 ends.append(process.wait(max(0.1, until - time.time())))
@@ -78,6 +82,7 @@ def run(commands, until):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its workers, too
                 process.wait()
+        signal.signal(signal.SIGTERM, before)
     return ends
 
 

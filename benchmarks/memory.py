@@ -184,7 +184,8 @@ def main():
     parser.add_argument("--files", nargs="+", metavar="NAME", help="of hparams/, without .yaml; by default all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.csv")
     arguments = parser.parse_args()
-    names = arguments.files or sorted(path.stem for path in (ROOT / "hparams").glob("*.yaml"))
+    # finetune.yaml has no sizes of its own
+    names = arguments.files or sorted(path.stem for path in (ROOT / "hparams").glob("*.yaml") if path.stem != "finetune")
     rows = []
     for name, checkpointing in ((name, checkpointing) for name in names for checkpointing in (False, True)):
         file = f"{name}.yaml"

@@ -37,7 +37,9 @@ def columns(path, fields, header):
 def results():
     """Word error rates of the recipes' runs, a row per run and training set."""
     runs = {}
-    for row in (row for path in RESULTS for row in read(path) if row["search"].endswith("ctc_greedy")):
+    for row in (row for path in RESULTS for row in read(path)):
+        if not row["steps"] or not row["search"].endswith("ctc_greedy"):
+            continue  # without steps it is of evaluate, which knows nothing of the training
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
         run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
         key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])

@@ -6,6 +6,7 @@ what was there, as another class has other keys, and so does ``card``. Chains ma
 ``extends: [a.yaml, b.yaml]``, ``b.yaml`` overrides ``a.yaml``, and the file both.
 """
 
+import copy
 import difflib
 import re
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def merge_hparams(paths, overrides=""):
     Arguments
     ---------
     paths : str, os.PathLike, or a sequence of them
-        An hparams file, or several of which each overrides those before it.
+        An hparams file, or several of which each overrides those before it; but for the first, they may be mappings, too.
     overrides : str or dict
         What to replace, as YAML text (such as ``speechbrain.parse_arguments`` makes from the command line) or a mapping.
 
@@ -62,7 +63,7 @@ def merge_hparams(paths, overrides=""):
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     tree = None
     for path in paths:
-        tree = _override(tree, _read(Path(path)))
+        tree = _override(tree, copy.deepcopy(path) if isinstance(path, dict) else _read(Path(path)))
     if isinstance(overrides, str):
         overrides = parse_overrides(overrides)
     for key in overrides:

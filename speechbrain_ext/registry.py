@@ -185,6 +185,18 @@ def passes_of(encoder) -> tuple:
     return getattr(encoder, "passes", ("single",))
 
 
+def encoder_name(encoder) -> str:
+    """The registered name of an encoder, or that of its class where it has none.
+
+    Example
+    -------
+    >>> encoder_name(build_encoder("conformer", d_model=8, nhead=2, num_layers=1, d_ffn=8))
+    'conformer'
+    """
+    _import_shipped()
+    return next((name for name, kind in _ENCODERS.items() if kind is type(encoder)), type(encoder).__name__)
+
+
 def encoder_passes(encoder, pass_name: str | None = None) -> dict:
     """The keyword that asks an encoder for one of its passes: ``encoder(x, **encoder_passes(encoder, "first"))``.
 

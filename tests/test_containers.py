@@ -6,6 +6,7 @@ import random
 import re
 import struct
 import sys
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from recipes.LibriSpeech.prepare import prepare_librispeech
 from speechbrain_ext.cli import stream
 from speechbrain_ext.dataio import audio
 from speechbrain_ext.dataio.audio import AudioError, check_audio, count_samples, load_audio, read_blocks
-from speechbrain_ext.dataio.containers import container_name, find_parts
+from speechbrain_ext.dataio.containers import REVERSED_BITS, container_name, find_parts
+from speechbrain_ext.dataio.flac_frames import walk_frames
 
 RATES = (16000, 8000, 44100)  # the first that a format takes
 SECONDS = 1.5
@@ -236,6 +238,75 @@ def test_joined_parts_may_differ_in_channels_but_not_in_rate(form, tmp_path):
     assert outcome(path, expected) == ("whole", None)
     path.write_bytes(encode(form) + encode(form, rate=48000))
     assert "16000 and 48000 samples per second" in str(outcome(path, expected)[1])
+
+
+def flac_frames(flac):
+    """Where the frames of a FLAC file begin, and where the last one ends."""
+    found = [match.start() for match in re.finditer(rb"\xff\xf8", flac)]
+    return [place for number, place in enumerate(found) if flac[place + 4] == number] + [len(flac)]
+
+
+def with_total(flac, samples):
+    """A FLAC file whose header states another number of samples: the last 36 bits of 26 bytes."""
+    return flac[:21] + bytes([flac[21] & 0xF0 | samples >> 32]) + (samples & 0xFFFFFFFF).to_bytes(4, "big") + flac[26:]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda flac, _: with_total(flac, 8000), "is unfinished: its FLAC header states 8000 samples, and its frames hold 24000"),
+        (lambda flac, _: with_total(flac, 16384), "is unfinished: its FLAC header states 16384 samples"),
+        (lambda flac, _: with_total(flac, 30000), "its FLAC header states 30000 samples, and its frames hold 24000"),
+        (lambda flac, at: flac[: at[1]] + flac[at[3] :], "is not the one that should follow"),
+        (lambda flac, at: flac[: at[3]] + flac[at[1] :], "is not the one that should follow"),
+        (lambda flac, at: flac[: at[1]], "its frames hold 4096"),
+        (lambda flac, at: flac[: at[0]] + b"\0" + flac[at[0] :], "no frame follows its FLAC header"),
+        (lambda flac, _: flac[:-40] + bytes([flac[-40] ^ 1]) + flac[-39:], "does not end with the right checksum"),
+        (lambda flac, _: flac + encode(), "holds more than one file: the header of another WAV file"),
+        (lambda flac, _: flac + encode("OGG"), "holds more than one file: the header of another Ogg file"),
+        (lambda flac, _: flac + b"\7" * 2000, "bytes that are no tags follow it"),
+    ],
+)
+@pytest.mark.parametrize("place", ["alone", "in front of another"])
+def test_a_flac_whose_frames_are_not_those_of_its_header_is_refused(change, message, place, tmp_path):
+    """libsndfile would read as much as the header states, with silence for the frames that are missing."""
+    flac = encode("FLAC", subtype="PCM_16")
+    (tmp_path / "a.flac").write_bytes(change(flac, flac_frames(flac)) + (b"" if place == "alone" else flac))
+    with pytest.raises(AudioError, match=message) as refused:
+        load_audio(tmp_path / "a.flac")
+    with pytest.raises(AudioError, match=re.escape(str(refused.value))):
+        check_audio(tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("subtype", soundfile.available_subtypes("FLAC"))
+@pytest.mark.parametrize("rate", [1000, 8001, 16000, 44100, 192_000, 655_350])
+def test_the_frames_of_flac_are_found(subtype, rate):
+    """All forms of frame headers, and samples that look like one: -8 is 0xFFF8."""
+    generator = np.random.default_rng(0)
+    for channels, samples in ((1, 1), (1, 4096), (2, 4097), (8, 20_000)):
+        for wav in (0.3 * generator.standard_normal((samples, channels)), generator.integers(-9, 9, (samples, channels)) / 2**15):
+            file = io.BytesIO()
+            soundfile.write(file, wav.clip(-0.9, 0.9), rate, format="FLAC", subtype=subtype)
+            size = file.seek(0, 2)
+            found = walk_frames(file, 0, size)
+            assert (found.stated, found.held, found.gap) == (samples, samples, None) and size in found.ends
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_a_last_page_of_ogg_that_takes_samples_back_is_refused(subtype, tmp_path):
+    ogg = encode("OGG", samples=480_000, subtype=subtype)
+    last = ogg.rindex(b"OggS")
+    for samples, message in (
+        (8000, "states that 8000 samples have been, and the one before it"),
+        (-1, "no packet ends on its last"),
+    ):
+        page = ogg[last : last + 6] + samples.to_bytes(8, "little", signed=True) + ogg[last + 14 : last + 22]
+        page += bytes(4) + ogg[last + 26 :]
+        checksum = zlib.crc32(page.translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        page = page[:22] + checksum.to_bytes(4, "big").translate(REVERSED_BITS) + page[26:]
+        (tmp_path / "a.ogg").write_bytes(ogg[:last] + page)
+        with pytest.raises(AudioError, match=message):
+            load_audio(tmp_path / "a.ogg")
 
 
 def test_a_cut_part_of_a_joined_flac_is_refused(tmp_path):

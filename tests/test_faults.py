@@ -163,6 +163,10 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"train_batch_sampler": "{max_batch_length: 0}"}, "max_batch_length is 0; give seconds above 0"),
         ({"train_splits": "[]"}, "--train_splits is empty"),
         ({"bos_index": "2"}, "give four different ones"),
+        ({"token_type": "foo"}, "--token_type is 'foo'; give unigram, bpe, char"),
+        ({"output_folder": ""}, "--output_folder has no value"),
+        ({"results_file": ""}, "--results_file has no value"),
+        ({"output_folder": "/proc/nowhere"}, "/proc/nowhere cannot be read or written: No such file or directory; give another"),
         ({"ctc_search": "foo"}, "ctc_search is 'foo', which is no search"),
         ({"output_folder": "x<seed>y"}, "would be read as a reference"),
         ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
@@ -196,6 +200,16 @@ def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
     (model,) = output.glob("*.model")
     tokenizer = SentencePieceProcessor(str(model))
     assert tokenizer.unk_id() not in tokenizer.encode_as_ids("KÄT")
+
+
+def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "prepare_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            run(output_folder="x")
+    assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
+    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, and this one has 16"):
+        run(output_folder="x")
 
 
 def test_moved_data_goes_on_with_one_option(run, tmp_path):
@@ -595,6 +609,41 @@ def test_files_of_one_name_in_one_folder(model, tmp_path):
         soundfile.write(tmp_path / folder / "x.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
     calls = [files_to_text.transcribe_files(model, [tmp_path / folder / "x.wav"], tmp_path / "out") for folder in ("a", "b")]
     assert [list(call)[0].error is None for call in calls] == [True, False]
+
+
+def test_subtitles_of_others_are_not_written_over(model, tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+    (tmp_path / "a.srt").write_text("made by hand")
+    with pytest.raises(UserError, match="a.srt is there, and was not written here; move it away, or give another folder"):
+        files_to_text.transcribe_files(model, [tmp_path / "a.wav"], tmp_path)
+    assert (tmp_path / "a.srt").read_text() == "made by hand" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "a.srt").unlink()
+    for _ in range(2):  # and again where somebody deletes what a message tells him to delete
+        assert [transcript.error for transcript in files_to_text.transcribe_files(model, [tmp_path / "a.wav"], tmp_path)] == [
+            None
+        ]
+        (tmp_path / "a.jsonl").unlink()
+
+
+@pytest.mark.parametrize("samples", [16_100, 24_000, 31_999])
+def test_no_time_is_past_the_end_of_the_audio(model, samples, tmp_path):
+    """The last frame of 40 ms may be there in part: 24,000 samples are 37.5 frames."""
+    wav = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(0))
+    segments = [*stream(model, wav), *model.transcribe_segments(wav[None], torch.ones(1))]
+    ends = [segment.end for segment in segments] + [word.end for segment in segments for word in segment.words]
+    ends += [word.end for word in model.align(wav, "THE CAT")]
+    assert max(ends) <= samples / 16_000 < max(ends) + 0.5
+    recognizer = StreamingRecognizer(model)
+    recognizer.reset(start=4.0)
+    assert (recognizer.accept(wav) + recognizer.finish())[-1].end == pytest.approx(4 + stream(model, wav)[-1].end, abs=1e-3)
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1"])
+def test_a_tolerance_that_is_none_is_refused_before_the_work(tolerance, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_model, "load_model", lambda *_, **__: pytest.fail("the work began"))
+    folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
+    assert cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx"), "--tolerance", tolerance]) == 2
+    assert f"The tolerance is {float(tolerance)}; give a number, 0 or more" in capsys.readouterr().err
 
 
 def test_the_form_of_a_text_is_final():

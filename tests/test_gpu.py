@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ import pytest
 import torch
 from pretend_gpu import PretendGpu, load_there
 from tiny import make_corpus
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ext.bench.graphs import StaticStream
@@ -114,6 +117,21 @@ def test_processes_are_ended_when_the_time_is_over(tmp_path):
     )
     assert gpu.run([[script], ["-c", "pass"]], time.time() + 2) == [None, 0]
     assert time.time() - began < 20
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """As where a scheduler ends it: a table would go on for hours."""
+    code = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    paths = f"import sys, time; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})"
+    script = f"{paths}; import gpu; gpu.run([['-c', {code!r}]], time.time() + 60)"
+    process, began = subprocess.Popen([sys.executable, "-c", script]), time.time()
+    while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+        assert time.time() - began < 30
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +311,49 @@ def test_tf32_is_as_before_after_full_precision(allowed, new):
     assert matmul.allow_tf32 == before[0] and torch.get_float32_matmul_precision() in ("highest", "high")
 
 
+def test_tf32_is_as_before_where_contexts_overlap():
+    """Of two threads, the one that began first may end first."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, x = (matmul.allow_tf32, cudnn.allow_tf32), SimpleNamespace(device=torch.device("cuda"))
+
+    def switches():
+        return [getattr(module, key) for module, key, _ in precision._tf32_switches()]
+
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        allowed, forbidden = switches(), [value for *_, value in precision._tf32_switches()]
+        first, second = precision.full_precision(x), precision.full_precision(x)
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert switches() == forbidden
+        second.__exit__(None, None, None)
+        assert switches() == allowed != forbidden
+        with pytest.raises(ZeroDivisionError), precision.full_precision(x), precision.full_precision(x):
+            raise ZeroDivisionError
+        assert switches() == allowed
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_attention_allows_no_kernel_that_the_user_has_excluded():
+    with sdpa_kernel(SDPBackend.MATH):
+        with attention.any_length(SimpleNamespace(is_cuda=True)):
+            assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", attention.ATTENTIONS)
+def test_attention_without_plans_compiles(name, monkeypatch):
+    """What is compiled for a GPU has the same context, and no graph break for it."""
+    on_gpu, original = SimpleNamespace(is_cuda=True), attention.any_length
+    monkeypatch.setattr(attention, "any_length", lambda x: original(on_gpu))
+    layer, counter = attention.ATTENTIONS[name](16, 2), CompileCounter()
+    compiled = torch.compile(lambda x: layer.mix(x, layer.prepare(x, None, None)), backend=counter, dynamic=True, fullgraph=True)
+    for frames in (7, 9, 20):
+        compiled(torch.randn(2, frames, 16))
+    assert counter.frame_count == 1 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_new_lengths_need_no_plans(monkeypatch):
     """Attention and depthwise convolutions of cuDNN plan for each new length, for up to a second (H100, torch 2.11)."""
     seen = []
@@ -321,9 +382,16 @@ def test_new_lengths_need_no_plans(monkeypatch):
 
 def test_a_captured_stream_keeps_its_memory(monkeypatch):
     """A graph knows addresses alone: memory that is freed beneath it is an illegal access, or someone else's numbers."""
-    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph", "device"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    state = weakref.WeakSet()
+    state, usual = weakref.WeakSet(), torch.cuda.Stream
+
+    def new_stream():  # on whichever GPU the chunk is
+        assert torch.cuda.device.call_args.args == (torch.device("cpu"),)
+        assert torch.cuda.device.return_value.__enter__.called and not torch.cuda.device.return_value.__exit__.called
+        return usual()
+
+    monkeypatch.setattr(torch.cuda, "Stream", new_stream)
 
     def capture():
         context = SimpleNamespace(layers=[{"state": torch.ones(3)}])

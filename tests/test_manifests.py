@@ -30,7 +30,7 @@ from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.datasets import make_datasets
-from speechbrain_ext.dataio.manifests import read_entries
+from speechbrain_ext.dataio.manifests import read_entries, select
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
@@ -307,6 +307,21 @@ def test_audio_inside_of_other_files(write, audio, tmp_path):
             )
 
 
+def test_a_folder_in_librispeech_layout(audio, tmp_path):
+    """Its ids say who speaks; what has no audio is named."""
+    chapter = tmp_path / "test-clean" / "7" / "21"
+    chapter.mkdir(parents=True)
+    os.link(audio / "utt0.flac", chapter / "7-21-0000.flac")
+    (chapter / "7-21.trans.txt").write_text("7-21-0000 THE  CAT\n7-21-0001 GONE\n")
+    entries, files = read_entries(tmp_path)
+    assert [(entry.utterance.ID, entry.utterance.spk_id, entry.flaw) for entry in entries] == [
+        ("7-21-0000", "7", ""),
+        ("7-21-0001", "unknown", "transcript without audio"),
+    ]
+    assert entries[0].utterance.wav == str(chapter / "7-21-0000.flac") and files == [str(chapter / "7-21.trans.txt")]
+    assert select("test", entries, "lower")[0][0].wrd == "the cat"
+
+
 def test_a_list_or_a_line_of_json_does_as_well(audio, tmp_path):
     """A JSON array, a single line, SpeechBrain's JSON on one line, and paths of SpeechBrain with start and stop."""
     path = str(audio / "mono0.flac")
@@ -541,7 +556,7 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
         ("wav.scp", "utt1 a.wav\n", "{path} is one of the files of a Kaldi folder; give the folder."),
         ("m.jsonl", "{}".encode("utf-16"), "{path} is no text in UTF-8; give"),
         ("m.wav", b"RIFF\0\0\0\0WAVE", "{path} is no text in UTF-8; give"),
-        ("m.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "{path} cannot be decompressed (.*); write it again."),
+        ("m.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "{path} cannot be decompressed (.*); write it again."),
         ("m.tar", b"no tar", "{path} cannot be read as a tar file (.*); give one that is whole and un"),
         (
             "m.csv",
@@ -561,6 +576,40 @@ def test_a_file_that_is_no_manifest_is_refused(name, content, message, tmp_path)
     pattern = ".*".join(re.escape(part) for part in message.replace("{path}", str(path)).split(".*"))
     with pytest.raises(UserError, match=pattern):
         read_entries(path)
+
+
+@pytest.mark.parametrize("after", ["", 'e,5.wav,"quoted"\nf,6.wav,TEXT\n'])
+@pytest.mark.parametrize("columns", [3, 4])
+def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
+    """CSV lets a quoted text go on over lines, so that one mark too many would make the utterances below part of a transcript."""
+    path, more = tmp_path / "m.csv", "x," * (columns - 3)
+    head = f"ID,wav,{'spk_id,' * (columns - 3)}wrd\n"
+    path.write_text(head + f'a,1.wav,{more}TEXT\nb,2.wav,{more}"TEXT\nc,3.wav,{more}TEXT\nd,4.wav,{more}TEXT\n{after}')
+    with pytest.raises(
+        UserError, match=f"{path}, line 3: a quotation mark begins a field there, and it takes in the [234] lines"
+    ):
+        read_entries(path)
+    path.write_text(head + f'a,1.wav,{more}"First, he said.\nSecond, ""a.wav"", he said.\n"\nb,2.wav,{more}5" nails\n')
+    assert [entry.utterance.ID for entry in read_entries(path)[0]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"m.csv": "ID,wav,wrd,wrd\na,1.wav,ONE,TWO\n"}, "has two columns wrd"),
+        ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text is there twice"),
+        ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: a is there already, with something else"),
+        (
+            {"wav.scp": "r 1.wav\nr 2.wav\n", "text": "a ONE\n", "segments": "a r 0 1\n"},
+            "wav.scp, line 2: r is there already, with something else",
+        ),
+    ],
+)
+def test_two_values_for_one_are_refused(files, message, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_entries(tmp_path / name if len(files) == 1 else tmp_path)
 
 
 def test_tar_files_that_are_cut_or_compressed_are_refused(audio, tmp_path):

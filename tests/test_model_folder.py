@@ -1,5 +1,6 @@
 """What training leaves behind: loaded by SpeechBrain's classes and by ours, and transcribing the same."""
 
+import io
 import itertools
 import json
 import re
@@ -10,23 +11,25 @@ import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
-from tiny import make_model, make_row
+from tiny import ARCHITECTURES, make_model, make_row
 
-from speechbrain_ext import registry
+from speechbrain_ext import cli, registry
 from speechbrain_ext.hparams import load_hparams, merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.model_folder import FORMAT_VERSION
 from speechbrain_ext.model_folder.build import build, parse
 from speechbrain_ext.model_folder.card import model_card
-from speechbrain_ext.model_folder.weights import SafetensorsPretrainer, load_weights, save_weights
+from speechbrain_ext.model_folder.tokenizer_file import check_tokenizer
+from speechbrain_ext.model_folder.weights import SafetensorsPretrainer, load_tokenizer, load_weights, save_weights
 from speechbrain_ext.model_folder.write import inference_hparams
 from speechbrain_ext.utils.errors import UserError
 
@@ -168,7 +171,7 @@ def test_a_pickle_with_code_is_not_executed(name, trained, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-@pytest.mark.parametrize("path", sorted((ROOT / "hparams").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
     keys = {"num_decoder_layers": layers, "output_folder": "x"}
@@ -294,6 +297,14 @@ def test_the_traps_above_do_snap(tmp_path):
         assert (tmp_path / str(number)).is_dir()
 
 
+# Two keys in each row, of which each refers to both of the row before: together 2 ** 40 ways through
+DOUBLING = "".join(
+    f"{key}{i}: {{kind}}[[!ref <a{i - 1}>, !ref <b{i - 1}>]]\n" if i else f"{key}0: {{empty}}\n"
+    for i in range(40)
+    for key in "ab"
+)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -306,6 +317,13 @@ def test_the_traps_above_do_snap(tmp_path):
         "a: " + "x" * 200_000,
         "a: !ref <b>\nb: !ref <a>",
         "a: !ref <nothing>",
+        DOUBLING.format(kind="", empty="x"),
+        DOUBLING.format(kind="!new:torch.nn.ModuleList ", empty="!new:torch.nn.ModuleList []"),
+        "".join(f"a{i}: !ref <a{i + 1}>\n" for i in range(1000)) + "a1000: 1",
+        "".join(f"a{i}: [!ref <a{i - 1}>]\n" if i else "a0: 1\n" for i in range(1000)),
+        "%YAML 1.2\n---\na: 1",
+        "%YAML 9.9\n---\na: 1",
+        "a: !<!new:speechbrain_ext" + ".a" * 30_000 + "> 1",
         "- a",
         "",
         "a: \0",
@@ -507,3 +525,120 @@ def test_a_bug_of_a_front_end_of_one_s_own_keeps_its_traceback(faulty, error, me
     with pytest.raises(error, match=message) as caught:
         load_model(folder, "cpu", trust=trust)
     assert not isinstance(caught.value, UserError)
+
+
+# -------------------- a stranger's folder that would choose how it is run, or harm what reads it
+
+
+@pytest.mark.parametrize("line", ["compile: true", "device: cuda:7", "precision: fp16", "jit: true", "distributed_launch: true"])
+def test_how_a_model_is_run_is_no_choice_of_its_folder(line, tmp_path):
+    key = line.partition(":")[0]
+    message = refused(edited(tmp_path, "ctc", "\nblank_index: 0", f"\n{line}\nblank_index: 0"))
+    assert f"has the key {key}, which is for whoever runs the model to choose" in message
+
+
+@pytest.mark.parametrize("value", ["!new:torch.nn.ModuleDict {modules: {load: !ref <ctc_lin>}}", "text", "3"])
+def test_nothing_but_a_tokenizer_is_told_to_load_a_file(value, tmp_path):
+    folder = edited(tmp_path, "ctc", "tokenizer: !new:sentencepiece.SentencePieceProcessor", f"tokenizer: {value}")
+    text = (folder / "hyperparams.yaml").read_text()
+    own = "  tokenizer: !new:sentencepiece.SentencePieceProcessor"  # the pretrainer's, which it checks itself
+    (folder / "hyperparams.yaml").write_text(text.replace("  tokenizer: !ref <tokenizer>", own))
+    assert "has no tokenizer" in refused(folder)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return shutil.copytree(ROOT / "tests" / "data" / "model_folders" / "ctc-v1", tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["hyperparams.yaml", "config.json", "tokenizer.ckpt"])
+def test_a_file_that_is_far_too_large_is_not_read(name, copied):
+    with open(copied / name, "r+b") as file:
+        file.truncate(2**40)  # no such disk: a file with a hole
+    assert f"is damaged: {name} has more than" in refused(copied)
+
+
+def test_weights_of_a_million_names_are_refused_at_once(copied):
+    path = copied / "asr.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    head, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [len(rest), len(rest)]}
+    head = json.dumps(head | {f"x{number}": empty for number in range(100_000)}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + rest)
+    assert 'Unexpected key(s) in state_dict: "x0", "x1" and 99998 more' in refused(copied)
+
+
+def test_a_file_is_not_blamed_for_another(copied):
+    (copied / "asr.safetensors").write_bytes(b"junk")
+    assert "hyperparams.yaml" not in refused(copied)
+
+
+def varint(number):
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def field(number, data):
+    """A field of a protocol buffer."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def sentencepiece_with(rule):
+    content = io.BytesIO()
+    settings = {"vocab_size": 25, "hard_vocab_limit": False, "minloglevel": 2, "normalization_rule_name": rule}
+    SentencePieceTrainer.train(sentence_iterator=iter(["THE CAT SAT ON A HOT DAY"] * 9), model_writer=content, **settings)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc", "nfkc_cf"])
+def test_tokenizers_that_sentencepiece_writes_are_read(rule, tmp_path):
+    (tmp_path / "t.model").write_bytes(sentencepiece_with(rule))
+    load_tokenizer(tokenizer := SentencePieceProcessor(), tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode("THE CAT")).upper() == "THE CAT"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (field(1, field(1, b"x" * 100_000)), "has a piece of 100000 bytes"),  # which would overflow the stack
+        (field(1, field(1, b"\x1b[2J")), r"has the piece '\x1b[2J', whose control characters"),
+        (field(1, field(1, "\u202ea".encode())), r"has the piece '\u202ea', whose control characters"),
+        (field(1, field(1, b"\xff")), "is damaged"),
+        (field(1, field(1, b"<0x1B>") + b"\x18\6"), "has pieces for single bytes"),
+        (field(2, field(44, b"\n")), r"has the piece '\n', whose control characters"),
+        (field(3, field(2, b"abc")), "has a table of normalisation that is damaged"),
+        (field(3, field(2, (64).to_bytes(4, "little") + b"\xff" * 64 + b"a\0")), "has a table of normalisation that is damaged"),
+        (field(5, field(2, b"\4\0\0\0\0\0\0\0a")), "has a table of normalisation that is damaged"),
+        (b"\x0a\x7f", "is damaged"),
+        (b"\x0b", "is damaged"),
+        (b"\xff" * 20, "is damaged"),
+    ],
+)
+def test_a_tokenizer_that_would_do_harm_is_refused(more, message, copied):
+    with open(copied / "tokenizer.ckpt", "ab") as file:
+        file.write(more)
+    assert f"tokenizer.ckpt {message}" in refused(copied)
+
+
+def test_a_table_that_leads_out_of_itself_is_refused(copied):
+    """SentencePiece follows such a table wherever it leads in the memory."""
+    model = sentencepiece_with("nmt_nfkc")
+    begin = model.index(b"nmt_nfkc\x12") + len(b"nmt_nfkc\x12")  # name, and then the table, whose size is a varint of three bytes
+    table = model[begin + 3 :][: sum((byte & 127) << 7 * index for index, byte in enumerate(model[begin : begin + 3]))]
+    check_tokenizer(field(3, field(2, table)))
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        damaged = np.frombuffer(table, np.uint8).copy()
+        damaged[generator.integers(4, len(table) // 2, 1000)] = generator.integers(0, 256, 1000)
+        with pytest.raises(UserError, match="has a table of normalisation that is damaged"):
+            check_tokenizer(field(3, field(2, damaged.tobytes())))
+
+
+def test_what_a_terminal_would_obey_is_shown_as_escapes(copied, tmp_path, capsys):
+    (copied / "hyperparams.yaml").write_text("a: !x%1b%5b2J 1")
+    assert cli.main(["transcribe", "--model", str(copied), str(tmp_path / "a\x1b[2J.wav")]) == 2
+    assert r"has !x\x1b[2J, which is no part of a model" in capsys.readouterr().err
+    folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
+    assert cli.main(["transcribe", "--model", str(folder), "--device", "cpu", str(tmp_path / "a\x1b[2J.wav")]) == 1
+    error = capsys.readouterr().err
+    assert r"a\x1b[2J.wav" in error and "\x1b" not in error

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import ruamel.yaml
+import speechbrain as sb
 import torch
 from safetensors.torch import load_file
-from tiny import SMALL, arguments, make_corpus
+from tiny import ARCHITECTURES, SMALL, arguments, make_corpus
 
 from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
+from speechbrain_ext.training.run import choose_setting, take_paths
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = sorted((ROOT / "hparams").glob("*.yaml"))
 CONFORMER = ROOT / "hparams" / "conformer.yaml"
 
 
@@ -45,7 +46,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_every_shipped_file_trains_and_tests(path, corpus, tmp_path):
     plain = ruamel.yaml.YAML().load(merge_hparams([path], {}))
     searches = ["ctc_greedy", *["ctc_beam"] * bool(plain["ctc_search"]), *["joint_beam"] * bool(plain["num_decoder_layers"])]
@@ -118,6 +119,14 @@ def test_without_a_data_folder_it_says_first_that_it_runs_on_the_mini_corpus(tmp
     run = train(tmp_path, CONFORMER, "--test_only", "--device", "cpu")
     assert run.stdout.startswith("No data_folder: this runs on the embedded mini corpus")
     assert run.returncode == 1 and "train first" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("data", [[], ["--data_folder", "x"]])
+def test_the_output_folder_follows_what_its_name_is_made_of(data):
+    argv, paths = take_paths([str(CONFORMER), "--seed", "2", "--experiment", "mine", *data])
+    file, run_opts, overrides = sb.parse_arguments(argv)
+    setting = choose_setting(file, run_opts, overrides, paths, None, ROOT / "recipes" / "Synthetic" / "corpus.yaml")
+    assert setting.plain()["output_folder"] == ("results/mine/2" if data else "results/mini/mine/2")
 
 
 def test_dynamic_chunks_have_a_size_that_the_encoder_takes(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """An interrupted run that is started again ends in the same weights, bit for bit on CPU, as one that was never interrupted."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import SMALL, arguments, make_corpus
 
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, DamagedCheckpoint
+from speechbrain_ext.training.run import UsageError, check_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -182,6 +184,41 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         (saved.path / "model.ckpt").write_bytes(content)
         with pytest.raises(DamagedCheckpoint, match=str(saved.path).replace("+", ".")):
             checkpointer.recover_if_possible()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "a: [b", "- 1", "WER: 1.0", "unixtime: x", "\0", "a: !!python/object/apply:os.getcwd []"]
+)
+def test_a_checkpoint_without_its_meta_data_is_named(content, tmp_path):
+    """Such as a file of no bytes, which a power failure may leave."""
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    checkpointer.save_checkpoint(meta={"WER": 1.0})
+    path = checkpointer.save_checkpoint(meta={"WER": 2.0}).path / "CKPT.yaml"
+    path.write_text(content)
+    for call in (checkpointer.recover_if_possible, checkpointer.list_checkpoints):
+        with pytest.raises(DamagedCheckpoint, match=f"{re.escape(str(path.parent))} is damaged: its CKPT.yaml cannot be read"):
+            call()
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_checkpoint_that_holds_code_runs_nothing(tmp_path, capfd):
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    torch.save(Trap(), checkpointer.save_checkpoint().path / "model.ckpt")
+    with pytest.raises(DamagedCheckpoint, match=r"\(a file of it is no checkpoint, or holds code\)"):
+        checkpointer.recover_if_possible()
+    assert "executed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [b", b"- 1", b"3", b"\xe9", b"a: 1\na: 2"])
+def test_a_run_whose_settings_are_damaged_is_named(content, tmp_path):
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "hyperparams.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match="hyperparams.yaml is damaged .*; give another --output_folder"):
+        check_folder(tmp_path, "data_folder: a\nspeech_encoder: 1\n", False)
 
 
 def test_meta_values_are_plain(corpus, tmp_path):

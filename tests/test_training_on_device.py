@@ -11,11 +11,11 @@ from speechbrain.utils.run_opts import RunOptions
 from torch._dynamo.testing import CompileCounter
 
 import train
-from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.brains.asr import AsrBrain, AsrModel
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.registry import build_encoder
 
-HPARAMS = sorted(path.stem for path in (tiny.ROOT / "hparams").glob("*.yaml"))
+HPARAMS = [path.stem for path in tiny.ARCHITECTURES]
 SYNCS = 1
 """Times that the host waits for the device in an optimizer step, whatever the number of batches, utterances and parameters."""
 UPLOADS = 3
@@ -112,6 +112,38 @@ def test_compiling_is_done_once_for_all_lengths(monkeypatch, tmp_path):
         compiled.add(counter.frame_count)
     assert len(compiled) == 1 and compiled.pop() > 0
     assert not any("_orig_mod" in name for name in brain.modules.model.state_dict())  # checkpoints are those of eager training
+
+
+def test_too_little_memory_is_said_with_what_to_do(corpus, tmp_path, monkeypatch, capsys):
+    def forward(*arguments, **keys):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(AsrModel, "forward", forward)
+    monkeypatch.chdir(tiny.ROOT)
+    files = {"data_folder": corpus, "output_folder": tmp_path / "run", "results_file": tmp_path / "results.csv"}
+    keys = {**tiny.SMALL, **files, "device": "cpu", "train_batch_sampler": "{max_batch_length: 9, shuffle: False}"}
+    assert train.main(["hparams/hyperconformer.yaml", *tiny.arguments(**keys)]) == 1
+    said = capsys.readouterr().err
+    assert "too little memory on cpu for a batch of" in said and "2 GiB" in said and "lower max_batch_length" in said
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "keys", "fused"),
+    [
+        ("AdamW", {}, True),
+        ("SGD", {}, True),
+        ("AdamW", {"fused": False}, False),
+        ("AdamW", {"foreach": True}, None),  # the two together are refused
+        ("Adadelta", {}, None),
+    ],
+)
+def test_the_fused_optimizer_is_taken_where_there_is_one(optimizer, keys, fused, tmp_path):
+    hparams = small_hparams("hyperconformer", output_folder=tmp_path)
+    opt_class = functools.partial(getattr(torch.optim, optimizer), lr=0.1, **keys)
+    brain = AsrBrain(hparams["modules"], opt_class, hparams, RunOptions(device="cpu"))
+    brain.device_type = "cuda"
+    brain.init_optimizers()
+    assert brain.optimizer.defaults.get("fused") is fused and brain.opt_class is opt_class
 
 
 @pytest.mark.parametrize("name", ["hyperconformer", "conformer", "squeezeformer", "practical_conformer", "fusionformer"])

@@ -1,16 +1,20 @@
 """One way from audio to text: what Python gives and what the command line prints are the same, and a bug stays a bug."""
 
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from pretend_gpu import DEVICE, PretendGpu
 from test_streaming import speech
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.audio import AudioError
+from speechbrain_ext.decoders import alignment
 from speechbrain_ext.inference import load_model
 
 FOLDERS = Path(__file__).parent / "data" / "model_folders"
@@ -58,7 +62,8 @@ def test_an_unknown_pass_is_refused():
 def test_a_bug_in_a_model_keeps_its_traceback(files, monkeypatch):
     """Of the package or of a user's own encoder: no sentence could say which line it is in."""
     model = load_model(FOLDERS / "ctc-v1", "cpu")
-    for bug in (TypeError("bug"), RuntimeError("shape '[3]' is invalid for input of size 2"), ValueError("bug")):
+    bugs = TypeError("bug"), RuntimeError("shape '[3]' is invalid for input of size 2"), ValueError("bug")
+    for bug in (*bugs, RuntimeError("CUDA error: an illegal memory access was encountered")):
 
         def forward(*arguments, bug=bug, **keys):
             raise bug
@@ -78,6 +83,51 @@ def test_too_little_memory_is_the_file_s_error(files, monkeypatch):
     monkeypatch.setattr(model.mods.encoder.transformer.encoder, "forward", forward)
     with pytest.raises(ValueError, match="5.wav cannot be transcribed: .*allocate memory"):
         model.transcribe_file(files[0])
+
+
+def test_what_a_batch_took_is_free_before_its_files_go_one_by_one(files, tmp_path, monkeypatch):
+    model, another = load_model(FOLDERS / "ctc-v1", "cpu"), tmp_path / "another.wav"
+    shutil.copy(files[0], another)
+    encoder, held, alive = model.mods.encoder.transformer.encoder, [], []
+    original = encoder.forward
+
+    def forward(x, *arguments, **keys):
+        alive.append([reference() is not None for reference in held])
+        if len(x) == 1:
+            return original(x, *arguments, **keys)
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(encoder, "forward", forward)
+    first, second = model.transcribe_files([files[0], another])
+    assert first == second and alive == [[], [False], [False]]
+
+
+@pytest.mark.parametrize("device", ["pretend", DEVICE])
+@torch.no_grad()
+def test_a_batch_goes_to_a_device_at_once(device, files, tmp_path):
+    """Its files are read and put together before; and the device may be given in any way that PyTorch knows."""
+    paths = [files[0], *(tmp_path / f"{number}.wav" for number in range(3))]
+    for path in paths[1:]:
+        shutil.copy(files[0], path)
+    expected = load_model(FOLDERS / "ctc-v1", "cpu").transcribe_files(paths)
+    with PretendGpu():
+        model = load_model(FOLDERS / "ctc-v1", device)
+    assert model.device == "pretend:0"
+    with PretendGpu() as recorder:
+        assert model.transcribe_files(paths) == expected
+    assert recorder.uploads.total() <= 3, dict(recorder.uploads)
+    assert recorder.sync_count() <= 3 + len(paths), dict(recorder.syncs)
+
+
+def test_alignment_runs_on_the_host():
+    """torchaudio has no kernel for Apple's devices."""
+    log_probs, tokens = torch.randn(9, 5).log_softmax(-1), [3, 1]
+    with PretendGpu() as recorder:
+        there = log_probs.to(DEVICE)
+        assert alignment.align(there, tokens) == alignment.align(log_probs, tokens)
+    assert not recorder.launches and recorder.sync_count() == 1
 
 
 def test_importing_does_no_work():

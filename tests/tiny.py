@@ -13,6 +13,8 @@ from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.training.results import ResultRow
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = sorted(path for path in (ROOT / "hparams").glob("*.yaml") if path.stem != "finetune")
+"""The hparams files that state an architecture; finetune.yaml goes with any of them."""
 
 SENTENCES = ["THE CAT SAT", "A HAT AND A CAT", "THE TEA IS HOT", "A HOT DAY", "SHE HAS A HAT", "THE DAY IS SAD"]
 UTTERANCES = {"train-tiny": 12, "dev-tiny": 2, "test-tiny": 2}
@@ -92,7 +94,8 @@ def make_model(folder, decoder_layers, name="hyperconformer", **keys):
     )
     text = merge_hparams(path, overrides)
     (folder / "hparams.yaml").write_text(text)
-    write_model_folder(folder / "model", text, hparams, model_parts(hparams), folder / "t.model", [row])
+    origin = {"hparams": path.name}
+    write_model_folder(folder / "model", text, hparams, model_parts(hparams), folder / "t.model", [row], provenance=origin)
     generator = torch.Generator().manual_seed(0)
     for stem, samples in {"short": 9000, "long": 25037, "middle": 16000}.items():
         soundfile.write(folder / f"{stem}.flac", (0.1 * torch.randn(samples, generator=generator)).numpy(), 16000)

@@ -11,9 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 from speechbrain_ext.dataio.audio import split_location
-from speechbrain_ext.dataio.manifests import read_entries
-from speechbrain_ext.dataio.preparation import File, Skipped, check_utterances, files_digest, write_manifests
-from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.manifests import manifest_name, named_manifests, read_entries, select
+from speechbrain_ext.dataio.preparation import File, check_utterances, files_digest, write_manifests
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.text import listing
 
@@ -33,6 +32,7 @@ def prepare_manifests(
     train_manifest,
     valid_manifest,
     test_manifest=(),
+    mix_manifest=None,
     text_normalization="none",
     max_duration=40,
     max_skipped=0.05,
@@ -51,11 +51,13 @@ def prepare_manifests(
     save_folder : str
         Where the manifests go; created if need be.
     tr_splits, dev_splits, te_splits : list of str
-        Names of the training set, of the validation set, and of the test sets to prepare.
+        Names of the training set and of what is mixed in, if anything is, of the validation set, and of the test sets to prepare.
     train_manifest, valid_manifest : list of str
         Files or folders. Several become one set; an id that two of them have gets the name of its file in front.
     test_manifest : list of str
         ``name=path``, or a path whose file gives the name.
+    mix_manifest : str or list of str, optional
+        What is mixed into the training set.
     text_normalization : str
         Case of the transcripts: "none", as they are, "upper" or "lower".
     max_duration : float, optional
@@ -85,9 +87,11 @@ def prepare_manifests(
     >>> header, row.replace(str(folder), "")
     ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
     """
-    tests = _tests(test_manifest)
-    given = {tr_splits[0]: train_manifest, dev_splits[0]: valid_manifest} | {name: [tests[name]] for name in te_splits}
-    if len(given) < 2 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
+    tests = named_manifests(test_manifest)
+    mixed = [mix_manifest] if isinstance(mix_manifest, str) else mix_manifest
+    given = dict(zip(tr_splits, (train_manifest, mixed), strict=False)) | {dev_splits[0]: valid_manifest}
+    given |= {name: [tests[name]] for name in te_splits}
+    if len(given) < len(tr_splits) + 1 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
         names = listing([*tr_splits, *dev_splits, *te_splits])
         raise UserError(
             f"The sets are called {names}; give each test set a name of its own, as name=path, but none of {listing(TAKEN)}."
@@ -95,9 +99,10 @@ def prepare_manifests(
     entries, sources, ids, status = {}, {}, {}, {}
     for split, paths in given.items():
         entries[split], sources[split], ids[split] = read_split(paths, data_folder)
-    train, *others = given
-    for test in te_splits:
-        _refuse_common(sorted(ids[train] & ids[test]), test, "the same id")
+    others = [split for split in given if split not in tr_splits]
+    for train in tr_splits:
+        for test in te_splits:
+            _refuse_common(sorted(ids[train] & ids[test]), test, "the same id")
     state = {
         "version": VERSION,
         "given": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
@@ -111,11 +116,11 @@ def prepare_manifests(
 
     def make(split):
         utterances, flawed = select(split, entries[split], text_normalization)
-        longest = math.inf if split != train or max_duration is None else max_duration
+        longest = math.inf if split in others or max_duration is None else max_duration
         rows[split], skipped = check_utterances(split, utterances, longest)
-        if split == train:
+        if split in tr_splits:
             for other in others:
-                _compare(rows[train], rows[other], other, status, refuse=other in te_splits)
+                _compare(rows[split], rows[other], other, status, refuse=other in te_splits)
         return rows[split], flawed + skipped, len(entries[split])
 
     write_manifests(Path(save_folder).absolute(), list(given), make, state, max_skipped)
@@ -138,26 +143,7 @@ def names_of_tests(test_manifest):
     >>> names_of_tests(["near=my/near.jsonl", "my/far.jsonl.gz"])
     ['near', 'far']
     """
-    return list(_tests(test_manifest))
-
-
-def _tests(test_manifest):
-    """Paths of test manifests by name."""
-    tests = {}
-    for given in test_manifest:
-        name, equals, path = given.partition("=")
-        if not equals or "/" in name or os.path.exists(given):
-            name, path = _name_of(given), given
-        if not name or name.startswith(".") or not path or name in tests:
-            raise UserError(f"The test manifest '{given}' has no name, or that of another one; give it as name=path.")
-        tests[name] = path
-    return tests
-
-
-def _name_of(path):
-    """The name of a file without what says its kind, or that of a folder."""
-    name = Path(path).name
-    return name if os.path.isdir(path) else os.path.splitext(name.removesuffix(".gz"))[0]
+    return list(named_manifests(test_manifest))
 
 
 def read_split(paths, data_folder=None):
@@ -186,7 +172,7 @@ def read_split(paths, data_folder=None):
         files += read
     ids = {entry.utterance.ID for entries in parts for entry in entries if entry.given}
     counts = Counter(name for entries in parts for name in {entry.utterance.ID for entry in entries})
-    names = [_name_of(path) for path in paths]
+    names = [manifest_name(path) for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     merged = []
     for name, entries in zip(names, parts, strict=True):
@@ -195,38 +181,6 @@ def read_split(paths, data_folder=None):
                 entry = entry._replace(utterance=entry.utterance._replace(ID=f"{name}-{entry.utterance.ID}"))
             merged.append(entry)
     return merged, files, ids
-
-
-def select(split, entries, case):
-    """Choose the utterances whose audio is worth a look.
-
-    Arguments
-    ---------
-    split : str
-        The name of the split.
-    entries : list of Entry
-    case : str
-        Of the transcripts: "none", "upper" or "lower".
-
-    Returns
-    -------
-    utterances : list of Utterance
-        With transcripts in their final form.
-    skipped : list of Skipped
-    """
-    utterances, skipped, taken = [], [], {}
-    for utterance, place, _, flaw, detail in entries:
-        text = "" if flaw else normal_form(utterance.wrd, case)
-        if not flaw and not text:
-            flaw = "empty transcript"
-        elif not flaw and utterance.ID in taken:
-            flaw, detail = "duplicate id", f"same as {taken[utterance.ID]}"
-        if flaw:
-            skipped.append(Skipped(split, utterance.ID, place, flaw, detail))
-        else:
-            taken[utterance.ID] = place
-            utterances.append(utterance._replace(wrd=text))
-    return utterances, skipped
 
 
 def _files(entries, sources, status):

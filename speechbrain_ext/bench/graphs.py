@@ -77,15 +77,16 @@ class StaticStream:
         callable
             Replays it; the output lies where that of the last replay did.
         """
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # libraries set themselves up in the first calls, which a graph must not record
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = self.step()
+        with torch.cuda.device(self.chunk.device):  # streams are those of the current one
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # libraries set themselves up in the first calls, which a graph must not record
+                for _ in range(3):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.step()
         return self.replay  # with it lives the memory that the graph reads and writes
 
     def replay(self):

@@ -18,17 +18,17 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from speechbrain_ext.brains.finetuning import Frozen, check_scales, scaled_groups, scaled_rates
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, search_name
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
-from speechbrain_ext.utils.errors import UserError, UserRuntimeError
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.machine import peak_memory_mib
 
 logger = get_logger(__name__)
-
-GREEDY, BEAM, JOINT = "ctc_greedy", "ctc_beam", "joint_beam"
 
 
 class Predictions(NamedTuple):
@@ -110,6 +110,14 @@ class AsrModel(torch.nn.Module):
         self.speech_encoder = speech_encoder
         self.ctc_lin = ctc_lin
         self.seq_lin = seq_lin if hasattr(speech_encoder.transformer, "decoder") else None
+        self.frozen = []  # modules inside that stay in evaluation mode
+
+    def train(self, mode=True):
+        """As in PyTorch, but for what is frozen."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(
         self,
@@ -183,7 +191,7 @@ class AsrBrain(Brain):
     Raises
     ------
     UserError
-        If the normalisation's statistics could not be kept in a model folder.
+        If the normalisation's statistics could not be kept in a model folder, or ``freeze`` or ``lr_scales`` are impossible.
     """
 
     passes = (None,)
@@ -193,6 +201,9 @@ class AsrBrain(Brain):
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])
+        self.parts = model_parts(hparams)
+        self.frozen = Frozen(hparams["model"], self.parts, hparams["freeze"], hparams["freeze_steps"])
+        check_scales(hparams["lr_scales"], self.parts)
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         if self.compile and self.hparams.activation_checkpointing:
             raise UserError("activation_checkpointing is True, and --compile decides what it keeps itself; leave one out.")
@@ -325,20 +336,33 @@ class AsrBrain(Brain):
         return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
     def fit_batch(self, batch):
-        """As in SpeechBrain, but what is left over at the end of an epoch takes a step, too; its gradient is the mean over it."""
+        """As in SpeechBrain, but what is left over at the end of an epoch takes a step, too; its gradient is the mean over it.
+
+        Raises
+        ------
+        UserRuntimeError
+            If a GPU has too little memory.
+        """
         batches, factor = len(self.train_sampler), self.grad_accumulation_factor
         if self.debug:
             batches = min(batches, self.debug_batches)
         should_step = self.step % factor == 0 or self.step == batches
         together = min(factor, batches - (self.step - 1) // factor * factor)  # batches of this optimizer step
         self.on_fit_batch_start(batch, should_step)
-        with self.no_sync(not should_step):
-            with self.training_ctx:
-                outputs = self.compute_forward(batch, Stage.TRAIN)
-                loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-            self.scaler.scale(loss / together).backward()
-        self.unread.append((loss.detach(), self.step, batch.id))
-        read = self.optimizers_step() if should_step else []
+        try:
+            with self.no_sync(not should_step):
+                with self.training_ctx:
+                    outputs = self.compute_forward(batch, Stage.TRAIN)
+                    loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
+                self.scaler.scale(loss / together).backward()
+            self.unread.append((loss.detach(), self.step, batch.id))
+            read = self.optimizers_step() if should_step else []
+        except torch.OutOfMemoryError as error:
+            raise UserRuntimeError(
+                f"There is too little memory on {self.device} for a batch of {len(batch.id)} utterances and "
+                f"{float(batch.duration.sum()):.0f} s ({one_line(error, 100)}); lower max_batch_length of train_batch_sampler, "
+                "set activation_checkpointing to True, or give --precision bf16."
+            ) from error
         self.on_fit_batch_end(batch, outputs, loss, should_step)
         return read
 
@@ -356,14 +380,15 @@ class AsrBrain(Brain):
         if not self.distributed_launch:
             return
         devices = None if self.distributed_backend == "gloo" else [self.device]
-        for name, module in self.modules.items():
-            if any(parameter.requires_grad for parameter in module.parameters()):
-                self.modules[name] = DistributedDataParallel(
-                    SyncBatchNorm.convert_sync_batchnorm(module),
-                    device_ids=devices,
-                    find_unused_parameters=self.find_unused_parameters,
-                    gradient_as_bucket_view=True,
-                )
+        with self.frozen.lifted():
+            for name, module in self.modules.items():
+                if any(parameter.requires_grad for parameter in module.parameters()):
+                    self.modules[name] = DistributedDataParallel(
+                        SyncBatchNorm.convert_sync_batchnorm(module),
+                        device_ids=devices,
+                        find_unused_parameters=self.find_unused_parameters or self.frozen.steps > 0,
+                        gradient_as_bucket_view=True,
+                    )
 
     def _compile(self):
         """What ``--compile`` compiles: front end and encoder, in place, once for all lengths."""
@@ -374,10 +399,13 @@ class AsrBrain(Brain):
             part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
 
     def init_optimizers(self):
-        """As in SpeechBrain; on a GPU, the optimizer that has it updates all weights in one launch."""
-        opt_class, fused = self.opt_class, {"fused": True} if self.device_type == "cuda" else {}
-        if fused and "fused" in inspect.signature(opt_class).parameters:
-            self.opt_class = functools.partial(opt_class, **(fused | getattr(opt_class, "keywords", {})))
+        """As in SpeechBrain, with the groups of ``lr_scales``; on a GPU, the optimizer that has it updates all weights in one
+        launch, unless hparams say how."""
+        opt_class, scales = self.opt_class, self.hparams.lr_scales
+        given, make = {"fused", "foreach", "differentiable"} & getattr(opt_class, "keywords", {}).keys(), opt_class
+        if self.device_type == "cuda" and "fused" in inspect.signature(opt_class).parameters and not given:
+            make = functools.partial(opt_class, fused=True)
+        self.opt_class = (lambda parameters: make(scaled_groups(parameters, scales, self.parts))) if scales else make
         super().init_optimizers()
         self.opt_class = opt_class
 
@@ -419,7 +447,8 @@ class AsrBrain(Brain):
         # With float16 the scaler leaves such steps out, and needs to see them
         if self.scaler.is_enabled() or math.isfinite(norm) or not self.skip_nonfinite_grads:
             for optimizer in optimizers:
-                self.scaler.step(optimizer)
+                with scaled_rates(optimizer):
+                    self.scaler.step(optimizer)
             self.scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -436,6 +465,12 @@ class AsrBrain(Brain):
                 "look at these utterances, lower lr, or use bf16 or fp32 in place of fp16."
             )
         logger.warning("%s; the step is left out.", message)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Train what was frozen for so many steps."""
+        super().on_fit_batch_start(batch, should_step)
+        if self.frozen.update(self.optimizer_step):
+            self.modules.train()
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Measure."""
@@ -513,12 +548,15 @@ class AsrBrain(Brain):
         # All but the weights is that of the last epoch, the statistics of the features among it
         self.checkpointer.recover_if_possible(ckpt_predicate=lambda checkpoint: checkpoint.meta["end-of-epoch"])
         model = self.hparams.model
-        latest = model.speech_encoder.normalize.state_dict()
+        self.frozen.update(self.optimizer_step)
+        latest, frozen = model.speech_encoder.normalize.state_dict(), self.frozen.state()  # of which a mean would be rounded
         model.load_state_dict(average_checkpoints(best, "model"))
         model.speech_encoder.normalize.load_state_dict(latest)
+        self.parts.load_state_dict(frozen, strict=False)
         if any(isinstance(part, MaskedBatchNorm) for part in model.modules()):
             batches = itertools.islice(batches, self.hparams.statistics_batches)
-            reestimate_statistics(self.modules, batches, lambda batch: self.compute_forward(batch, Stage.VALID))
+            forward = functools.partial(self.compute_forward, stage=Stage.VALID)
+            reestimate_statistics(self.modules, batches, forward, model.frozen)
         return {"pretrained": (model_parts(vars(self.hparams)), False)}
 
     # ------------------------------------------------------------------ checkpoints
@@ -533,14 +571,3 @@ class AsrBrain(Brain):
         del end_of_epoch  # the step is 0 then
         for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
             setattr(self, name, value)
-
-
-def search_name(pass_name, search):
-    """The name of a search in reports: with its pass, where the encoder has several.
-
-    Example
-    -------
-    >>> search_name(None, GREEDY), search_name("first", GREEDY)
-    ('ctc_greedy', 'first_pass_ctc_greedy')
-    """
-    return search if pass_name is None else f"{pass_name}_pass_{search}"

@@ -6,7 +6,8 @@ from speechbrain import Stage
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from speechbrain_ext.brains.asr import GREEDY, AsrBrain
+from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.decoders import GREEDY
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.model_folder.write import model_parts

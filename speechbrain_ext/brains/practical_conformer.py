@@ -4,7 +4,8 @@ import random
 
 from speechbrain import Stage
 
-from speechbrain_ext.brains.asr import GREEDY, AsrBrain, search_name
+from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.decoders import GREEDY, search_name
 from speechbrain_ext.lobes.performer import redraw_features
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError

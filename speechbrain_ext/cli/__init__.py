@@ -12,11 +12,11 @@ import signal
 import sys
 import threading
 
-from speechbrain_ext.cli import bench, export, publish, stream, transcribe
+from speechbrain_ext.cli import bench, evaluate, export, ngram, publish, stream, transcribe
 from speechbrain_ext.cli._common import say
 from speechbrain_ext.utils.errors import UsageError, UserError
 
-COMMANDS = (transcribe, stream, export, publish, bench)
+COMMANDS = (transcribe, stream, evaluate, ngram, export, publish, bench)
 
 
 def main(argv=None):

@@ -4,11 +4,12 @@ import sys
 from contextlib import contextmanager, redirect_stdout
 
 from speechbrain_ext.utils.errors import UsageError, UserError
+from speechbrain_ext.utils.text import printable
 
 
 def say(message):
     """One line on standard error."""
-    print(f"speechbrain_ext: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"speechbrain_ext: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ libsndfile reads many broken files without a word: half of a W64 file as a short
 as if it were all. Decoding is its work; here the headers, pages and frames are walked over, which shows three things:
 
 * whether all of the bytes that a header states are there (WAV, RF64, W64, AIFF, SVX, CAF, AU, NIST, VOC, AVR, HTK, MAT4,
-  MAT5, MPC2K, SDS, WVE, XI), every page of an Ogg stream with the right checksum, every frame of an MP3 file;
+  MAT5, MPC2K, SDS, WVE, XI), every page of an Ogg stream with the right checksum, every frame of an MP3 or FLAC file;
 * what comes after them: tags, further chunks and up to ``LONGEST_TRAILER`` bytes of any kind are left out, a second file
   is not, nor is a second chunk of samples;
 * which parts a joined file has: Ogg, MP3 and FLAC files may be written one after the other, with tags between them, and
@@ -23,6 +23,8 @@ import struct
 import zlib
 from itertools import pairwise
 from typing import NamedTuple
+
+from speechbrain_ext.dataio.flac_frames import walk_frames
 
 UNKNOWN_WAV_SIZE, UNKNOWN_IFF_SIZE = 0x7FFF0000, 0x7EFF0000
 """A program that writes WAV or AIFF to a pipe cannot know the size and states the largest it can: from this (SoX, rounded
@@ -500,7 +502,7 @@ def _sds(file, begin, size):
 
 def _ogg_parts(file, begin, size):
     """Walk over the pages of an Ogg file (RFC 3533, section 6); streams may follow one another (section 4)."""
-    position, due, unfinished, starts, ends, in_heads, sounds = begin, {}, set(), [begin], [], True, 0
+    position, due, unfinished, starts, ends, in_heads, sounds, times = begin, {}, set(), [begin], [], True, 0, {}
     while True:
         head = _read(file, position, 27)
         if head[:4] != b"OggS" and due and not unfinished:  # between two files that were joined
@@ -525,7 +527,7 @@ def _ogg_parts(file, begin, size):
         if flags & 2 and not in_heads:  # the first page of a stream that follows another
             if unfinished:
                 raise ContainerError(f"is truncated or damaged: the Ogg stream before byte {position} has no last page")
-            due, in_heads, sounds = {}, True, 0
+            due, in_heads, sounds, times = {}, True, 0, {}
             if len(ends) < len(starts):
                 ends.append(position)
             starts.append(position)
@@ -539,6 +541,15 @@ def _ogg_parts(file, begin, size):
             )
         if number != due.get(serial, number):
             raise ContainerError(f"is truncated or damaged: Ogg pages are missing before byte {position}")
+        if (time := int.from_bytes(head[6:14], "little", signed=True)) >= 0:  # else no packet ends on the page
+            if time < times.get(serial, 0):
+                raise ContainerError(
+                    f"is truncated or damaged: the Ogg page at byte {position} states that {time} samples have been, and the one "
+                    f"before it {times[serial]}, so that what is on it would not be heard"
+                )
+            times[serial] = time
+        elif flags & 4 and body:
+            raise ContainerError(f"is truncated or damaged: no packet ends on its last Ogg page, which begins at byte {position}")
         due[serial] = number + 1
         unfinished.add(serial)
         if flags & 4:  # the last page of its stream
@@ -551,7 +562,7 @@ def _ogg_parts(file, begin, size):
 
 
 def _flac_parts(file, begin, size):
-    """The frames of FLAC state no size; a header in the middle begins another file (8 fixed bytes)."""
+    """A header in the middle begins another file (8 fixed bytes); the frames of each are compared with what its header states."""
     starts = [begin]
     for needle in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"):
         starts += _find(file, needle, begin + 1, size)
@@ -565,7 +576,40 @@ def _flac_parts(file, begin, size):
                 "cannot be checked: its FLAC header does not state its length, as one written to a pipe; encode it again",
                 "length unknown",
             )
-    return [Part(*pair) for pair in pairwise([*starts, size])]
+    parts = [Part(*pair) for pair in pairwise([*starts, size])]
+    for part in parts:
+        _check_flac_frames(file, part)
+    return parts
+
+
+def _check_flac_frames(file, part):
+    """libsndfile reads as many samples as the header states, and plays silence where frames are missing."""
+    found = walk_frames(file, part.begin, part.end)
+    if found is None:
+        raise ContainerError("is truncated or damaged: no frame follows its FLAC header")
+    if found.gap is not None:
+        raise ContainerError(
+            f"is truncated or damaged: the FLAC frame at byte {found.gap} is not the one that should follow, so that others are "
+            "missing or come twice"
+        )
+    states = f"its FLAC header states {found.stated} samples, and its frames hold {found.held}"
+    if found.held > found.stated:
+        raise ContainerError(
+            f"is unfinished: {states}, as when a recorder was stopped; recover it with an audio editor, or with flac -d -F",
+            "unfinished",
+        )
+    if found.held < found.stated:
+        raise ContainerError(f"is truncated or damaged: {states}")
+    for end in found.ends:  # of these, one is right
+        try:
+            return _check_trailer(file, end, part.end, None)
+        except ContainerError as error:
+            if error.reason == "joined":
+                raise
+    raise ContainerError(
+        "is truncated or damaged: its last FLAC frame does not end with the right checksum where the file ends, as when it was "
+        "cut, or when bytes that are no tags follow it"
+    )
 
 
 class _Frame(NamedTuple):

@@ -1,7 +1,9 @@
 """From manifests to batches: datasets, and the options of their loaders."""
 
+import copy
 import math
 import os
+import random
 
 import torch
 from speechbrain.dataio.batch import PaddedBatch, PaddedData
@@ -21,6 +23,8 @@ MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
 SEGMENT_FIELDS = ("start", "stop", "channel")
 """Columns that it may have, too, where an utterance is a segment of a recording or one of its channels: the first sample and the
 one after the last, at the recording's own rate, and the channel, counted from 0. Empty is all of it."""
+MIXED = "mixed-"
+"""What the ids of utterances begin with that are mixed in."""
 LARGE = 2**16
 """Numbers in a tensor that goes to a device by itself."""
 
@@ -40,7 +44,7 @@ def write_manifest(path, rows):
     write_csv(path, fields, [[row.get(field) for field in fields] for row in rows])
 
 
-def merge_manifests(paths, path):
+def merge_manifests(paths, path, mixed=None):
     """Write the rows of several manifests as one.
 
     Arguments
@@ -49,8 +53,13 @@ def merge_manifests(paths, path):
         CSV files as :func:`read_manifest` reads them.
     path : str or os.PathLike
         The file to write.
+    mixed : str or os.PathLike, optional
+        One more, whose ids get :data:`MIXED` in front: its utterances may be in the others, too.
     """
-    write_manifest(path, [row for part in paths for row in read_manifest(part)])
+    rows = [row for part in paths for row in read_manifest(part)]
+    if mixed is not None:
+        rows += [row | {"ID": MIXED + row["ID"]} for row in read_manifest(mixed)]
+    write_manifest(path, rows)
 
 
 def read_manifest(path):
@@ -264,6 +273,62 @@ class ShortFirstBatchSampler(DynamicBatchSampler):
         """Make the batches of an epoch, counted from 1."""
         self._batch_ordering = "ascending" if epoch <= self.sorted_epochs else self.later_ordering
         super().set_epoch(epoch)
+
+
+class MixedBatches:
+    """Batches of a dataset of which some utterances are mixed in: a share of each epoch, drawn anew for each.
+
+    The draw depends on the epoch alone, so that an interrupted run goes on with the same batches.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        The dataset.
+    make : callable
+        Makes the batch sampler of a dataset.
+    mixed : set of str
+        Ids of the utterances to draw from; all others are in every epoch.
+    share : float
+        The part of an epoch's utterances that is drawn. Where there are too few, some come more than once.
+    seed : int
+        Of the draws.
+
+    Example
+    -------
+    >>> dataset = DynamicItemDataset({name: {"duration": 1.0} for name in "abcdefgh"})
+    >>> from functools import partial
+    >>> make = partial(DynamicBatchSampler, max_batch_length=2, num_buckets=1)
+    >>> batches = MixedBatches(dataset, make, mixed={"d", "e", "f", "g", "h"}, share=0.25, seed=0)
+    >>> for epoch in (1, 2):
+    ...     batches.set_epoch(epoch)
+    ...     print(sorted(dataset.data_ids[i] for batch in batches for i in batch))
+    ['a', 'b', 'c', 'h']
+    ['a', 'b', 'c', 'f']
+    """
+
+    def __init__(self, dataset, make, mixed, share, seed):
+        self.dataset, self.make, self.seed = dataset, make, seed
+        self.own = [i for i, key in enumerate(dataset.data_ids) if key not in mixed]
+        self.others = [i for i, key in enumerate(dataset.data_ids) if key in mixed]
+        self.number = round(share / (1 - share) * len(self.own)) if self.others else 0
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch):
+        """Make the batches of an epoch, counted from 1."""
+        whole, rest = divmod(self.number, max(1, len(self.others)))
+        drawn = random.Random(f"{self.seed}/{epoch}").sample(self.others, rest)
+        self.places = self.own + whole * self.others + drawn
+        chosen = copy.copy(self.dataset)
+        chosen.data_ids = [self.dataset.data_ids[i] for i in self.places]
+        self.sampler = self.make(chosen)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        yield from ([self.places[i] for i in batch] for batch in self.sampler)
+
+    def __len__(self):
+        return len(self.sampler)
 
 
 class BatchesOfProcess:

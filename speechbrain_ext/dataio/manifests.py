@@ -4,6 +4,7 @@
   (SpeechBrain), with the columns that these toolkits use, see :data:`COLUMNS`;
 * cuts of lhotse, in JSON lines or JSON;
 * a folder of Kaldi: ``wav.scp``, ``text``, and where they are there ``segments``, ``utt2spk`` and ``utt2dur``;
+* a folder in LibriSpeech layout, with ``.trans.txt`` files somewhere inside and the audio beside them;
 * a folder of Hugging Face: ``metadata.csv`` or ``metadata.jsonl``, or what ``save_to_disk`` writes, which takes pyarrow;
 * an uncompressed tar file that holds, for each utterance, an audio file and a ``.txt`` or ``.json`` file of the same stem; or a
   list of such tar files, one a line.
@@ -18,8 +19,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_ext.dataio.preparation import Utterance
+from speechbrain_ext.dataio.preparation import Skipped, Utterance
 from speechbrain_ext.dataio.records import COLUMNS, Unusable, read_records
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.text import is_utf8, listing
 
@@ -90,6 +92,77 @@ def read_entries(path, data_folder=None):
                 f"{listing(columns)}."
             )
     return _with_ids(entries, names), list(map(str, files))
+
+
+def manifest_name(path):
+    """The name of a file without what says its kind, or that of a folder."""
+    name = Path(path).name
+    return name if os.path.isdir(path) else os.path.splitext(name.removesuffix(".gz"))[0]
+
+
+def named_manifests(given):
+    """Paths of manifests by name.
+
+    Arguments
+    ---------
+    given : list of str
+        ``name=path``, or a path whose file gives the name.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    UserError
+        If one has no name, or that of another one.
+
+    Example
+    -------
+    >>> named_manifests(["near=my/near.jsonl", "my/far.jsonl.gz"])
+    {'near': 'my/near.jsonl', 'far': 'my/far.jsonl.gz'}
+    """
+    named = {}
+    for each in given:
+        name, equals, path = each.partition("=")
+        if not equals or "/" in name or os.path.exists(each):
+            name, path = manifest_name(each), each
+        if not name or name.startswith(".") or not path or name in named:
+            raise UserError(f"The test manifest '{each}' has no name, or that of another one; give it as name=path.")
+        named[name] = path
+    return named
+
+
+def select(split, entries, case):
+    """Choose the utterances whose audio is worth a look.
+
+    Arguments
+    ---------
+    split : str
+        The name of the split.
+    entries : list of Entry
+    case : str
+        Of the transcripts: "none", "upper" or "lower".
+
+    Returns
+    -------
+    utterances : list of Utterance
+        With transcripts in their final form.
+    skipped : list of Skipped
+    """
+    utterances, skipped, taken = [], [], {}
+    for utterance, place, _, flaw, detail in entries:
+        text = "" if flaw else normal_form(utterance.wrd, case)
+        if not flaw and not text:
+            flaw = "empty transcript"
+        elif not flaw and utterance.ID in taken:
+            flaw, detail = "duplicate id", f"same as {taken[utterance.ID]}"
+        if flaw:
+            skipped.append(Skipped(split, utterance.ID, place, flaw, detail))
+        else:
+            taken[utterance.ID] = place
+            utterances.append(utterance._replace(wrd=text))
+    return utterances, skipped
 
 
 def _entry(record, base, data_folder, files):

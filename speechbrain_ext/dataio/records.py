@@ -30,7 +30,7 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".a
 KALDI = ("wav.scp", "text", "segments", "utt2spk", "utt2dur")
 FORMATS = (
     "SpeechBrain's CSV or JSON, JSON lines of NeMo or WeNet, cuts of lhotse, an uncompressed tar file of audio and texts, or a "
-    "folder of Kaldi (wav.scp, text) or Hugging Face (metadata.csv, metadata.jsonl, a saved dataset)"
+    "folder of Kaldi (wav.scp, text), LibriSpeech (.trans.txt) or Hugging Face (metadata.csv, metadata.jsonl, a saved dataset)"
 )
 
 
@@ -136,16 +136,32 @@ def _read_text(path):
 
 def _csv_records(path, text):
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    lines, read = re.split("\r\n|\n|\r", text), 0
     try:
         columns = [column.strip() for column in next(row for row in reader if row)]
+        if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
+            raise UserError(f"{path} has two columns {twice[0]}; rename one of them.")
+        read = reader.line_num
+        wav = next((index for index, column in enumerate(columns) if column in COLUMNS["wav"]), len(columns))
         for row in reader:
             place = f"{path}, line {reader.line_num}"
+            within, read = lines[read + 1 : reader.line_num], reader.line_num
+            alone = [next(csv.reader([line], skipinitialspace=True), []) for line in within]
+            if _suffix(row, wav) and any(_suffix(line, wav) == _suffix(row, wav) for line in alone):  # lines as of utterances
+                raise UserError(
+                    f"{path}, line {read - len(within)}: a quotation mark begins a field there, and it takes in the "
+                    f"{len(within)} lines below; close it, or double it where it is part of the text."
+                )
             if len(row) == len(columns):
                 yield Record(place, dict(zip(columns, row, strict=True)))
             elif row:
                 yield Record(place, {}, "line of other columns", f"{len(row)} in place of {len(columns)}")
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}, is no valid CSV: {one_line(error)}; mend it.") from error
+
+
+def _suffix(fields, index):
+    return os.path.splitext(fields[index])[1] if index < len(fields) else ""
 
 
 def _json_records(path, text):
@@ -186,10 +202,20 @@ def _json_lines(path, text):
 
 
 def _load_json(text):
-    """Parsed JSON; an object of objects, where a key may be there twice, as a list of pairs."""
+    """Parsed JSON; an object of objects, where a key may be there twice, as a list of pairs.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or says two things of one.
+    """
 
     def as_pairs(pairs):
-        return pairs if pairs and all(isinstance(value, dict) for _, value in pairs) else dict(pairs)
+        if pairs and all(isinstance(value, dict) for _, value in pairs):
+            return pairs
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"the key {twice[0]} is there twice")
+        return dict(pairs)
 
     return json.loads(text, object_pairs_hook=as_pairs)
 
@@ -273,13 +299,44 @@ def _folder_records(path, files):
         yield from (Record(place, values, name=name) for place, values, name in read_rows(path, files))
     elif "dataset_dict.json" in names:
         raise UserError(f"{path} holds several saved datasets; give the folder of one of them.")
+    elif any(path.rglob("*.trans.txt")):
+        yield from librispeech_records(path, files)
     else:
         raise UserError(f"{path} is no manifest that is known, as this folder holds {listing(sorted(names))}; give {FORMATS}.")
 
 
+def librispeech_records(folder, files):
+    """Utterances of a folder in LibriSpeech layout: the lines of all ``.trans.txt`` files inside, with the audio beside these.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The folder of a split, or one that holds such.
+    files : list
+        All files that are read are added to it.
+
+    Yields
+    ------
+    Record
+    """
+    for path in sorted(folder.rglob("*.trans.txt")):
+        audio = {beside.stem: str(beside) for beside in path.parent.iterdir() if beside.suffix.lower() in AUDIO_SUFFIXES}
+        for name, (text, place) in _table(path, files):
+            values = {"ID": name, "wav": audio.get(name), "speaker": name.partition("-")[0], "wrd": text}
+            yield Record(place, values, *(() if name in audio else ("transcript without audio",)))
+
+
 def _kaldi_records(folder, files):
     there = [name for name in KALDI if name in ("wav.scp", "text") or (folder / name).exists()]
-    tables = {name: _kaldi_table(folder / name, files) for name in there}
+    if missing := [name for name in there if not (folder / name).exists()]:
+        raise UserError(f"The Kaldi folder {folder} has no file {missing[0]}; it takes wav.scp and text.")
+    tables = {name: _table(folder / name, files) for name in there}
+    for name, table in tables.items():
+        first = {}
+        for key, (value, place) in table:
+            # The same id twice in the list of utterances is left to whoever reads it, who names both
+            if first.setdefault(key, value) != value and name != ("segments" if "segments" in tables else "wav.scp"):
+                raise UserError(f"{place}: {key} is there already, with something else; delete one of the two lines.")
     for name, (value, place) in tables["wav.scp"]:
         if value.endswith("|"):
             raise UserError(
@@ -307,10 +364,8 @@ def _kaldi_records(folder, files):
             yield Record(place, {"ID": name, "wav": None, "wrd": text}, "transcript without audio")
 
 
-def _kaldi_table(path, files):
+def _table(path, files):
     """The first word of each line, with the rest of the line and its place."""
-    if not path.exists():
-        raise UserError(f"The Kaldi folder {path.parent} has no file {path.name}; it takes wav.scp and text.")
     files.append(path)
     rows = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):

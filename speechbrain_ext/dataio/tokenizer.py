@@ -13,6 +13,8 @@ from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import file_digest, replacing, write_text
 
+TOKEN_TYPES = ("unigram", "bpe", "char")
+
 
 def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_index, eos_index, unk_index):
     """Train a SentencePiece tokenizer on the transcripts of a manifest, unless its file is there already, made of the same.
@@ -73,7 +75,7 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
             max_sentence_length=100_000,  # bytes; longer transcripts would be left out
             minloglevel=2,
         )
-    except (RuntimeError, OSError, SyntaxError) as error:  # the last one for an unknown token_type
+    except (RuntimeError, OSError) as error:
         characters = len(set("".join(transcripts)))
         raise UserError(
             f"No {token_type} tokenizer of {vocab_size} tokens can be made from transcripts with {characters} different "
@@ -118,3 +120,103 @@ def unknown_characters(tokenizer, transcripts):
             pieces = tokenizer.encode_as_immutable_proto(text).pieces
             counts.update({character for piece in pieces if piece.id == unknown for character in piece.surface})
     return counts
+
+
+# Numbers of fields in SentencePiece's file format (sentencepiece_model.proto)
+_PIECES, _SETTINGS, _PIECE, _TYPE = 1, 2, 1, 3
+_CONTROL = 3
+_ROLES = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47), "blank": (43, 48)}
+"""Where the settings have the id and the spelling of a special token; SentencePiece knows the blank as padding."""
+
+
+def arrange_tokenizer(model, blank_index, bos_index, eos_index, unk_index):
+    """A SentencePiece model with its special tokens at these ids; those that it lacks are added, all others keep their order.
+
+    The tokenizers of other toolkits have no token for the blank, or none that is not the unknown one's.
+
+    Arguments
+    ---------
+    model : bytes
+        A SentencePiece model.
+    blank_index, bos_index, eos_index, unk_index : int
+        Ids of the special tokens.
+
+    Returns
+    -------
+    bytes
+        The same model where all is so already.
+
+    Raises
+    ------
+    UserError
+        If it is no SentencePiece model.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "train.csv").write_text("ID,wrd\\na,THE CAT SAT\\nb,A CAT AND THE HAT\\n")
+    >>> train_tokenizer(folder / "train.csv", folder / "t.model", 1000, "unigram", 0, 1, 2, 3)
+    >>> arranged = arrange_tokenizer((folder / "t.model").read_bytes(), 3, 0, 1, 2)
+    >>> tokenizer = sentencepiece.SentencePieceProcessor(model_proto=arranged)
+    >>> [tokenizer.id_to_piece(token) for token in range(4)], tokenizer.decode_ids([3, *tokenizer.encode_as_ids("THE HAT")])
+    (['<s>', '</s>', '<unk>', '<pad>'], 'THE HAT')
+    """
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+        fields = list(_fields(model))
+    except (RuntimeError, IndexError) as error:
+        raise UserError(
+            f"The tokenizer is damaged, or no SentencePiece model ({one_line(error, 100)}); give another one."
+        ) from error
+    ids = {"blank": blank_index, "bos": bos_index, "eos": eos_index, "unk": unk_index}
+    before = {"blank": tokenizer.pad_id(), "bos": tokenizer.bos_id(), "eos": tokenizer.eos_id(), "unk": tokenizer.unk_id()}
+    if before == ids:
+        return model
+    pieces = [content for number, content in fields if number == _PIECES]
+    usual = {"blank": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    names = {role: tokenizer.id_to_piece(token) if token >= 0 else usual[role] for role, token in before.items()}
+    arranged = [piece for token, piece in enumerate(pieces) if token not in before.values()]
+    settings = b""
+    for role, token in sorted(ids.items(), key=lambda item: item[1]):
+        spelled = names[role].encode()
+        control = _field(_PIECE, spelled) + _number(_TYPE, _CONTROL)
+        arranged.insert(token, pieces[before[role]] if before[role] >= 0 else control)
+        settings += _number(_ROLES[role][0], token) + _field(_ROLES[role][1], spelled)
+    others = [(number, content) for number, content in fields if number != _PIECES]
+    # Settings that come twice are merged, and the last value counts
+    fields = [*((_PIECES, piece) for piece in arranged), *others, (_SETTINGS, settings)]
+    return b"".join(_field(number, content) for number, content in fields)
+
+
+def _fields(message):
+    """Numbers and contents of the fields of a protocol buffer; all have a length, as those of SentencePiece's file."""
+    place = 0
+    while place < len(message):
+        key, place = _varint(message, place)
+        if key % 8 != 2:
+            raise IndexError(f"field {key // 8} has no length")
+        size, place = _varint(message, place)
+        yield key // 8, message[place : place + size]
+        place += size
+
+
+def _varint(message, place):
+    """A number, seven bits a byte, the lowest first; and the place behind it."""
+    value = shift = 0
+    while message[place] >= 128:
+        value |= (message[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+    return value | message[place] << shift, place + 1
+
+
+def _bytes_of(value):
+    return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _bytes_of(value // 128)
+
+
+def _field(number, content):
+    return _bytes_of(8 * number + 2) + _bytes_of(len(content)) + content
+
+
+def _number(number, value):
+    return _bytes_of(8 * number) + _bytes_of(value)

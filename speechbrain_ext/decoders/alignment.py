@@ -1,7 +1,7 @@
 """From CTC probabilities and tokens to words with times and confidence."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torchaudio.functional import forced_align, merge_tokens
@@ -34,6 +34,32 @@ class Segment:
     words: tuple = ()
     resume: float | None = None
     """Seconds from which recognition may start anew, and go on as if it had not stopped; None where nobody needs to know."""
+
+
+def within(part, seconds):
+    """A segment or word without what is past the end of the audio: the last frame may be there in part.
+
+    Arguments
+    ---------
+    part : Segment or Word
+        With times in seconds.
+    seconds : float
+        Of the audio.
+
+    Returns
+    -------
+    Segment or Word
+
+    Example
+    -------
+    >>> within(Word("cat", 1.0, 1.52, 0.9), 1.5)
+    Word(text='cat', start=1.0, end=1.5, confidence=0.9)
+    """
+    limit = math.floor(1000 * seconds + 1e-6) / 1000  # in milliseconds, as all times
+    if part.end <= limit:
+        return part
+    keys = {"words": tuple(within(word, seconds) for word in part.words)} if isinstance(part, Segment) else {}
+    return replace(part, start=min(part.start, limit), end=min(part.end, limit), **keys)
 
 
 def collapse(best, blank=0, previous=None):
@@ -127,8 +153,9 @@ def align(log_probs, tokens, blank=0):
     needed = len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
     if needed > len(log_probs):
         raise UserError(f"{len(tokens)} tokens need {needed} frames, and the audio has {len(log_probs)}: the text is too long.")
-    path, scores = forced_align(log_probs.float().unsqueeze(0), torch.tensor([tokens], device=log_probs.device), blank=blank)
-    return [(span.start, span.end, span.score) for span in merge_tokens(path[0].cpu(), scores[0].cpu(), blank)]
+    # On the host, where it is little work: torchaudio has no kernel for Apple's devices
+    path, scores = forced_align(log_probs.float().cpu().unsqueeze(0), torch.tensor([tokens]), blank=blank)
+    return [(span.start, span.end, span.score) for span in merge_tokens(path[0], scores[0], blank)]
 
 
 def group_words(tokens, spans, tokenizer, offset=0):

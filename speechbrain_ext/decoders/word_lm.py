@@ -87,6 +87,30 @@ def arpa_words(path):
     return sorted(words - {"<s>", "</s>", "<unk>", "<UNK>"})
 
 
+def share_unknown(words, texts):
+    """The share of the words of texts that a language model does not know, repetitions counted.
+
+    Arguments
+    ---------
+    words : iterable of str
+        Of the language model, see :func:`arpa_words`.
+    texts : iterable of str
+        What is said.
+
+    Returns
+    -------
+    float
+        From 0 to 1; 0 where there are no words.
+
+    Example
+    -------
+    >>> share_unknown(["A", "CAT"], ["A CAT", "A HAT"])
+    0.25
+    """
+    words, said = set(words), [word for text in texts for word in text.split()]
+    return sum(word not in words for word in said) / max(1, len(said))
+
+
 def check_spelling(words, tokenizer, path):
     """A language model in the other case would call every word unknown, and only make the error rate worse."""
     sample = words[:: max(1, len(words) // 1000)]

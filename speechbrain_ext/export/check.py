@@ -14,6 +14,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.dataio.records import librispeech_records
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
@@ -333,13 +334,9 @@ def files_of(audio):
         if not entry.is_dir():
             files.append((entry, None))
             continue
-        found = []
-        for transcript in sorted(entry.rglob("*.trans.txt")):
-            beside = {path.stem: path for path in transcript.parent.iterdir() if path.suffix != ".txt"}
-            for line in transcript.read_text(encoding="utf-8").splitlines():
-                name, _, text = line.partition(" ")
-                if name in beside:
-                    found.append((beside[name], text))
+        found = [
+            (Path(record.values["wav"]), record.values["wrd"]) for record in librispeech_records(entry, []) if not record.flaw
+        ]
         if not found:
             raise UserError(f"{entry} holds no *.trans.txt with audio beside it; give audio files, or a LibriSpeech folder.")
         files += found

@@ -95,7 +95,7 @@ def export_model(
     ImportError
         If the packages for ONNX are missing.
     ValueError
-        If the model or the audio is not what it should be, or the model does not stream so.
+        If the model, the audio or the tolerance is not what it should be, or the model does not stream so.
     ExportError
         If the encoder has operations that ONNX has not, the comparison fails, or the disk is full; no file is left then.
 
@@ -110,6 +110,7 @@ def export_model(
         raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}; create it, or give another path.")
+    refuse_tolerance(tolerance)
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
     encoder, head = model.mods.encoder, model.ctc_head
@@ -124,6 +125,12 @@ def export_model(
     finally:
         partial.unlink(missing_ok=True)
     return report
+
+
+def refuse_tolerance(tolerance):
+    """Raise where a tolerance is no number from 0 on."""
+    if tolerance is not None and not tolerance >= 0:  # neither is NaN
+        raise UserError(f"The tolerance is {tolerance}; give a number, 0 or more.")
 
 
 def write_checked(model, graph, path, partial, int8, audio=(), tolerance=None, feed=None):

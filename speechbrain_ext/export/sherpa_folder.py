@@ -21,7 +21,7 @@ from pathlib import Path
 from speechbrain.lobes.features import Fbank
 
 from speechbrain_ext.export.check import Report
-from speechbrain_ext.export.onnx_model import chunks_of, write_checked, written_by
+from speechbrain_ext.export.onnx_model import chunks_of, refuse_tolerance, write_checked, written_by
 from speechbrain_ext.export.onnx_write import ExportError, require_packages
 from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
 from speechbrain_ext.export.sherpa_graphs import Answer, FromFeatures, FromWaveform, Packed
@@ -121,6 +121,7 @@ def export_sherpa(
     """
     folder = Path(folder)
     _refuse_place(folder)
+    refuse_tolerance(tolerance)
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
     graph = make_graph(model, streaming, chunk_size, left_context)

@@ -1,18 +1,21 @@
 """Loading a trained model, from a folder or from Hugging Face."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.decoders.seq2seq import S2SBeamSearcher
+from speechbrain.utils.distributed import infer_device
+from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.decoders.searchers import is_number, is_whole
@@ -20,14 +23,16 @@ from speechbrain_ext.inference.models import CLASSES, CtcModel
 from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
-from speechbrain_ext.model_folder.build import Refused, build
+from speechbrain_ext.model_folder.build import LARGEST_TEXT, Refused, build
+from speechbrain_ext.model_folder.fetch import download
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, one_line, runs_foreign_code
-from speechbrain_ext.utils.files import file_digest
+from speechbrain_ext.utils.files import file_digest, read_bytes
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
 """Of hyperparams.yaml, which loading needs."""
+OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
+"""Keys by which hyperparams.yaml would choose how it is run."""
 LARGEST_BEAM, LARGEST_RATIO = 1000, 10
 """Of a search: hypotheses, and tokens per frame. Searches of ours have 66 at most, and 1."""
 
@@ -42,7 +47,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     ---------
     source : str
         A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``.
-    device : str, optional
+    device : str or torch.device, optional
         Such as ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     pass_name : str, optional
         Of a cascade, the pass that answers: "second", the default, or "first".
@@ -74,9 +79,9 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     source = os.fspath(source)
     folder = Path(source)
     is_local = bool(source) and folder.is_dir()
-    _check_device(device)
+    device = _device_name(device)
     if not is_local:
-        folder = _download(source, revision)
+        folder = download(source, revision, FILES)
     elif revision is not None:
         raise UserError(f"{source} is a folder, which has no revision {revision}; leave the revision out.")
     for name in FILES:
@@ -85,6 +90,8 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     kind = CLASSES[_interface(source, folder)]
     values = _build(source, folder, trust)
     _check_keys(source, values, kind)
+    if not trust:
+        _refuse_options(source, values)
     own = trust or _has_own_code(values)
     with _blaming(source, own):
         try:
@@ -93,7 +100,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
         except UserError as error:
             raise _damaged(source, error) from error
         _check_decoding_function(source, values, kind, own)
-        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device} if device else None)
+        model = kind(modules=values["modules"], hparams=values, run_opts={"device": device})
         # SpeechBrain moves its modules only, and a searcher hides the CTC head in its scorers
         model.hparams.asr_model.to(model.device)
         _check_answer(source, model)
@@ -103,56 +110,33 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     return model
 
 
-def _download(source, revision):
-    """The folder in Hugging Face's cache that holds a model as one commit has it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+def _device_name(device):
+    """A device as SpeechBrain wants it: as text, a GPU with its number; without one an accelerator if there is one."""
+    device = infer_device() if device is None else device
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        version = f"{source} at revision {revision}" if revision else source
-        raise FileNotFoundError(
-            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
-            "(HF_HUB_OFFLINE unset)."
-        ) from error
-
-
-def _check_device(device):
-    try:
-        torch.zeros(1, device=device).item()
+        place = torch.zeros(1, device=device)
+        place.item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # such as no driver, PyTorch without it, and "meta"
         cause = " ".join(str(error).split(". ")[0].split())[:100]
         raise UserError(f"The device {device} cannot be used here ({cause}); give cpu, or a device that there is.") from error
+    return str(place.device)
 
 
 def _interface(source, folder):
     """The class of SpeechBrain that the folder is for."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(folder / CONFIG, LARGEST_TEXT).decode())
+    except UserError as error:
+        raise _damaged(source, error) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"The {CONFIG} of {source} is no JSON: {one_line(error, 100)}.") from error
     config = config if isinstance(config, dict) else {}
     version, interface = config.get("format_version"), config.get("speechbrain_interface")
     if not isinstance(interface, str) or interface not in CLASSES:
-        raise UserError(f"{source} is for SpeechBrain's {interface}; the known ones are: {', '.join(CLASSES)}.")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise UserError(f"{source} is for SpeechBrain's {one_line(interface, 100)}; the known ones are: {', '.join(CLASSES)}.")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
-            f"{source} has the format version {version!r}, and this speechbrain_ext reads 1 to {FORMAT_VERSION}; update it."
+            f"{source} has the format version {version!r:.50}, and this speechbrain_ext reads 1 to {FORMAT_VERSION}; update it."
         )
     return interface
 
@@ -160,8 +144,13 @@ def _interface(source, folder):
 def _build(source, folder, trust):
     """The objects of hyperparams.yaml."""
     try:
-        text = (folder / HYPERPARAMS).read_text(encoding="utf-8")
-        return load_hyperpyyaml(text) if trust else build(text, weights_size(folder / WEIGHTS))
+        weights = weights_size(folder / WEIGHTS)
+        data = read_bytes(folder / HYPERPARAMS, LARGEST_TEXT)
+    except UserError as error:
+        raise _damaged(source, error) from error
+    try:
+        text = data.decode("utf-8-sig")
+        return load_hyperpyyaml(text) if trust else build(text, weights)
     except Refused as error:
         raise UserError(
             f"The {HYPERPARAMS} of {source} has {error}, which is no part of a model that training writes, and could run any "
@@ -183,11 +172,23 @@ def _check_keys(source, values, kind):
         else:
             missing = [name for name in kind.MODULES_NEEDED if not isinstance(modules.get(name), torch.nn.Module)]
             missing += [key for key in ("asr_model", "ctc_lin") if not isinstance(values[key], torch.nn.Module)]
+            # Whose load will be called with the name of a file
+            missing += [] if isinstance(values["tokenizer"], SentencePieceProcessor) else ["tokenizer"]
     if missing:
         raise UserError(
             f"The {HYPERPARAMS} of {source} has no {missing[0]}, which {kind.__mro__[2].__name__} needs; it is damaged, or its "
             f"{CONFIG} is that of another model."
         )
+
+
+def _refuse_options(source, values):
+    """Refuse keys that SpeechBrain takes for options of the run: device, precision, compilers and the like."""
+    for key in values:
+        if key in OPTIONS:
+            raise UserError(
+                f"The {HYPERPARAMS} of {source} has the key {key}, which is for whoever runs the model to choose; delete it from "
+                "the file, or, if you trust the file, load it with trust=True (--trust)."
+            )
 
 
 def _has_own_code(values):

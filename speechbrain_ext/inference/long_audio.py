@@ -150,7 +150,7 @@ class SegmentFile:
     OSError
         If the folder cannot be written to.
     UserError
-        If the finished file was made of something else, or is damaged.
+        If the finished file was made of something else, or is damaged, or there are subtitles that were not written here.
     """
 
     def __init__(self, folder, path, settings, subtitle_options=None):
@@ -176,12 +176,19 @@ class SegmentFile:
                 raise UserError(
                     f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file and transcribe again."
                 )
+        elif not self._made_of.exists() and not self._partial.exists():
+            for path in filter(Path.exists, self._subtitles):
+                raise UserError(f"{path} is there, and was not written here; move it away, or give another folder.")
 
     def _refuse_other(self):
         if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
             raise UserError(
                 f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
             )
+
+    @property
+    def _subtitles(self):
+        return [self._final.with_suffix(f".{style}") for style in ("srt", "vtt")]
 
     @contextlib.contextmanager
     def opened(self):
@@ -233,16 +240,15 @@ class SegmentFile:
 
         Those of a finished file are left as they are, for somebody may have corrected them, unless options are given.
         """
-        for style in ("srt", "vtt"):
-            path = self._final.with_suffix(f".{style}")
+        for path in self._subtitles:
             if not self.finished or self._subtitle_options is not None or not path.exists():
-                write_text(path, subtitles(self.segments, style, self._subtitle_options, seconds))
+                write_text(path, subtitles(self.segments, path.suffix[1:], self._subtitle_options, seconds))
 
     def finish(self, segments, seconds=None):
         """Write all segments, and their subtitles within audio of so many seconds."""
         self.segments = list(segments)
-        self.write_subtitles(seconds)
         write_text(self._made_of, self._header)
+        self.write_subtitles(seconds)
         write_text(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
 
 

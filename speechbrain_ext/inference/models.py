@@ -7,7 +7,7 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment
+from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment, within
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import encoder_passes
@@ -100,10 +100,12 @@ class _ExactLengths:
     def transcribe_segments(self, wavs, wav_lens):
         """As :meth:`transcribe_batch`; returns a :class:`Segment` with the times of the words for each, None without words."""
         enc, lens = self._encode(wavs, wav_lens)
-        return [
+        seconds = (absolute_lengths(wav_lens, wavs.shape[1]) / self.sample_rate).tolist()
+        segments = [
             make_segment(log_probs, tokens, self.tokenizer, self.blank)
             for log_probs, tokens in zip(self._valid(self._log_probs(enc), lens), self._search(enc, lens), strict=True)
         ]
+        return [segment and within(segment, end) for segment, end in zip(segments, seconds, strict=True)]
 
     @torch.no_grad()
     def align(self, wav, text):
@@ -137,7 +139,8 @@ class _ExactLengths:
             )
         enc, _ = self._encode(wav.unsqueeze(0), torch.ones(1))
         tokens = self.tokenizer.encode_as_ids(text)
-        return group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
+        words = group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
+        return tuple(within(word, len(wav) / self.sample_rate) for word in words)
 
     def encode_batch(self, wavs, wav_lens):
         """As in SpeechBrain, with samples of any kind that :meth:`transcribe_batch` takes."""

@@ -8,10 +8,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from speechbrain_ext.inference.load import HUB_ID, load_model
+from speechbrain_ext.inference.load import load_model
 from speechbrain_ext.model_folder import CARD, FILES, HYPERPARAMS
 from speechbrain_ext.model_folder.build import Refused, parse
 from speechbrain_ext.model_folder.card import HERE
+from speechbrain_ext.model_folder.fetch import HUB_ID
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.dataio.audio import sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
-from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse, within
 from speechbrain_ext.decoders.searchers import is_whole
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.registry import passes_of
@@ -146,6 +146,7 @@ class StreamingRecognizer:
             raise UserError(f"There are {flaw}; nothing was taken in.")
         self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # callers use their buffers again
         self._small_samples += len(wav)
+        self._heard += len(wav)
         return self._run(False) if self._small_samples >= PIECE * self._model.sample_rate else []
 
     @torch.inference_mode()
@@ -161,7 +162,7 @@ class StreamingRecognizer:
             return []
         segments = self._run(True) + self._segmenter.finish()
         self.finished = True
-        return segments
+        return [within(segment, self._start + self._heard / self._model.sample_rate) for segment in segments]
 
     def reset(self, start=0.0):
         """Begin a new stream with the same settings.
@@ -177,6 +178,7 @@ class StreamingRecognizer:
         self._small, self._small_samples = [], 0
         self._audio = torch.zeros(1, 0, device=self._model.device)
         self._audio_start = self._segmenter.start
+        self._start, self._heard = FRAME_SECONDS * self._segmenter.start, 0
         self._context = self._new_context()
         self.finished = False
         """Whether the stream has ended."""

@@ -11,7 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from speechbrain_ext.dataio.audio import count_samples
+from speechbrain_ext.dataio.audio import count_samples, load_audio
+from speechbrain_ext.decoders.alignment import within
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
 from speechbrain_ext.inference.segments import split_at_pauses
 from speechbrain_ext.utils.errors import UserError, one_line
@@ -131,7 +132,7 @@ class _Run:
                 elif seconds > LONG_SECONDS or self.streaming:
                     found[file] = self._long(file, seconds)
                 else:
-                    wavs[file] = self.model.load_audio(file)
+                    wavs[file] = load_audio(file, self.model.sample_rate)  # to the device go batches, not all of the window
             except (UserError, OSError) as error:  # of the audio, or of the files that are written
                 found[file] = self._failed(file, error)
             except (RuntimeError, MemoryError) as error:
@@ -152,10 +153,12 @@ class _Run:
     def _batch(self, files, wavs):
         try:
             segments = self._segments([wavs[file] for file in files])
-        except (RuntimeError, MemoryError) as error:  # the files one by one, before any is given up
+        except (RuntimeError, MemoryError) as error:
             _of_memory(error)
             if len(files) == 1:
                 return {files[0]: self._failed(files[0], error)}
+            segments = None
+        if segments is None:  # the files one by one, before any is given up; the error, which holds what the batch took, is gone
             return {file: transcript for one in files for file, transcript in self._batch([one], wavs).items()}
         return {
             file: self._keep(file, [] if segment is None else split_at_pauses(segment), len(wavs[file]) / self.model.sample_rate)
@@ -163,7 +166,7 @@ class _Run:
         }
 
     def _segments(self, wavs):
-        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        lengths = torch.tensor([len(wav) for wav in wavs])
         return self.model.transcribe_segments(pad_sequence(wavs, batch_first=True), lengths / lengths.max())
 
     def _long(self, file, seconds):
@@ -180,10 +183,10 @@ class _Run:
         name = Path(file).name.encode("unicode_escape").decode()
         with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=name, disable=not self.progress) as bar:
             for segment in transcribe_long(self.model, file, self.streaming or None, start, bar.update):
-                yield _within(segment, seconds)
+                yield within(segment, seconds)
 
     def _keep(self, file, segments, seconds):
-        segments = [_within(segment, seconds) for segment in segments]
+        segments = [within(segment, seconds) for segment in segments]
         if file in self.outputs:
             try:
                 with self.outputs[file].opened():
@@ -205,20 +208,8 @@ class _Run:
         return Transcript(file, [], error)
 
 
-def _within(segment, seconds):
-    """The segment without what is past the end of the audio: the last frame may be there in part."""
-    limit = math.floor(1000 * seconds + 1e-6) / 1000  # in milliseconds, as all times
-    if segment.end <= limit:
-        return segment
-
-    def within(part, **keys):
-        return dataclasses.replace(part, start=min(part.start, limit), end=min(part.end, limit), **keys)
-
-    return within(segment, words=tuple(map(within, segment.words)))
-
-
 def _of_memory(error):
-    """The error, if it is about memory; anything else is a bug, and goes on with its traceback."""
-    if isinstance(error, MemoryError) or re.search(r"memory|ALLOC_FAILED", str(error)):
+    """The error, if there is too little memory; anything else is a bug, and goes on with its traceback."""
+    if isinstance(error, MemoryError) or re.search(r"(?<!illegal )memory|ALLOC_FAILED", str(error)):
         return error
     raise error

@@ -28,7 +28,8 @@ MOST_SCORES = 2**28
 ALIGNMENT = 8
 """Fused kernels of CUDA want head sizes and rows of the bias in multiples of so many numbers; in float32 half of it is enough."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, which PyTorch would take first: it makes a plan for each new length, and batches of speech have all lengths."""
+"""What compiled graphs choose from. Not cuDNN's, which PyTorch would take first: it makes a plan for each new length, and batches
+of speech have all lengths."""
 
 
 @dataclass
@@ -251,7 +252,22 @@ def _has_fused_kernels(x):
 
 def any_length(x):
     """Context in which attention on CUDA takes none of the kernels that make a plan for each length; see :data:`KERNELS`."""
-    return sdpa_kernel(KERNELS) if x.is_cuda else nullcontext()
+    if not x.is_cuda:
+        return nullcontext()
+    return sdpa_kernel(KERNELS) if torch.compiler.is_compiling() else _WithoutCudnn()
+
+
+class _WithoutCudnn:
+    """The same outside of graphs in a tenth of the time, which the host has with each layer, and without a say about others."""
+
+    def __enter__(self):
+        self.before = torch.backends.cuda.cudnn_sdp_enabled()
+        if self.before:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def __exit__(self, *error):
+        if self.before:
+            torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _sdpa(query, key, value, bias, scale, dropout):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from speechbrain.lobes.features import Fbank
 
+from speechbrain_ext.lobes.precision import full_precision
 from speechbrain_ext.utils.errors import UserError
 
 PREEMPHASIS = 0.97
@@ -269,7 +270,8 @@ class _Filters(torch.nn.Module):
 
     def forward(self, spectrogram):
         """(B, T, n_fft / 2 + 1) to (B, T, F)."""
-        feats = spectrogram @ self.matrix
+        with full_precision(spectrogram):
+            feats = spectrogram @ self.matrix
         return self.fbanks._amplitude_to_DB(feats) if self.fbanks.log_mel else feats
 
 

@@ -40,7 +40,7 @@ def fuse_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def reestimate_statistics(module: nn.Module, batches, forward) -> None:
+def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> None:
     """Replace the running statistics of all :class:`MaskedBatchNorm` inside by those of a pass over data.
 
     For averaged weights, which no statistics belong to yet, and for data that differ from the training's, such as without
@@ -54,6 +54,8 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
         What ``forward`` takes, at least one.
     forward : callable
         Runs the module on one batch.
+    frozen : sequence of torch.nn.Module
+        Modules inside whose statistics stay as they are.
 
     Raises
     ------
@@ -68,7 +70,8 @@ def reestimate_statistics(module: nn.Module, batches, forward) -> None:
     (tensor([0.5000, 0.5000]), False)
     """
     module.eval()
-    norms = [part for part in module.modules() if isinstance(part, MaskedBatchNorm)]
+    keeping = {part for each in frozen for part in each.modules()}
+    norms = [part for part in module.modules() if isinstance(part, MaskedBatchNorm) and part not in keeping]
     before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [[torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var), 0] for norm in norms]
     seen = 0
@@ -236,12 +239,12 @@ class MaskedBatchNorm(nn.Module):
             # In float32 for half types, too: where the mean is far from zero, rounded products would leave little behind.
             scale, shift = self._affine(torch.promote_types(x.dtype, torch.float32))
             return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
-        x, *found = _Normalize.apply(x, mask, _frames_of(x, mask, self.eps), self.weight, self.bias)
-        scope = _current_scope()
+        frames, scope = _frames_of(x, mask, self.eps), _current_scope()
+        x, *found = _Normalize.apply(x, mask, frames, self.weight, self.bias)
         if scope is None:
             _update([(self, *found)])
         else:
-            scope.found.append((self, *found))
+            scope.found.append((frames, (self, *found)))
         return x
 
     @torch.no_grad()
@@ -368,9 +371,10 @@ def batch_statistics(updates: bool = True):
     finally:
         _scope.current = outer
     groups = {}
-    for one in scope.found if updates else ():
-        norm, *_, count, ratio = one
-        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(count), id(ratio)
+    for frames, one in scope.found if updates else ():
+        # Of the same frames, count and ratio are equal: where there are several processes, too, though each norm has its own then
+        norm = one[0]
+        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(frames)
         groups.setdefault(key, []).append(one)
     for group in groups.values():
         _update(group)

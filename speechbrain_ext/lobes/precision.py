@@ -1,5 +1,7 @@
 """Where half precision must not go."""
 
+import functools
+import threading
 from contextlib import nullcontext
 
 import torch
@@ -37,7 +39,8 @@ def _enabled(device):
 def full_precision(x: torch.Tensor):
     """Context in which float32 stays float32: autocast leaves it alone, and on CUDA no product is made in TF32.
 
-    Where neither would change anything, it does nothing, and leaves no trace in a graph.
+    Where neither would change anything, it does nothing, and leaves no trace in a graph. PyTorch keeps the TF32 setting for the
+    whole process: products of other threads are without it meanwhile, and gradients, which are computed later, are with it.
 
     Arguments
     ---------
@@ -61,6 +64,7 @@ def full_precision(x: torch.Tensor):
     return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
 
 
+@functools.cache
 def _tf32_switches():
     """Where PyTorch keeps whether CUDA may round to TF32: module, attribute, and the value that forbids it."""
     backends = torch.backends
@@ -70,19 +74,30 @@ def _tf32_switches():
 
 
 class _WithoutTF32:
-    """What SpeechBrain, or the user, has switched on by whichever of PyTorch's two ways, is as before after it."""
+    """What SpeechBrain, or the user, has switched on by whichever of PyTorch's two ways, is as before after the last of those
+    that are open at a time, in one thread or in several."""
+
+    lock, count, before = threading.Lock(), 0, ()
 
     def __enter__(self):
-        self.before = [getattr(module, key) for module, key, _ in _tf32_switches()]
-        for module, key, forbidden in _tf32_switches():
-            setattr(module, key, forbidden)
+        shared = _WithoutTF32
+        with self.lock:
+            if not shared.count:
+                shared.before = [getattr(module, key) for module, key, _ in _tf32_switches()]
+                for module, key, forbidden in _tf32_switches():
+                    setattr(module, key, forbidden)
+            shared.count += 1
         self.autocast = torch.autocast("cuda", enabled=False) if _enabled("cuda") else nullcontext()
         self.autocast.__enter__()
 
     def __exit__(self, *error):
+        shared = _WithoutTF32
         self.autocast.__exit__(*error)
-        for (module, key, _), value in zip(_tf32_switches(), self.before, strict=True):
-            setattr(module, key, value)
+        with self.lock:
+            shared.count -= 1
+            if not shared.count:
+                for (module, key, _), value in zip(_tf32_switches(), shared.before, strict=True):
+                    setattr(module, key, value)
 
 
 def widest(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ from these nodes, by the classes of :mod:`speechbrain_ext.model_folder.allowlist
 ====================================== =======================================================================================
 mapping, list, number, text, null      plain values; keys are texts; no anchors, aliases, merges, and no text that begins with
                                         "(", which HyperPyYAML would read as a tuple
-``!ref <key>``                          the value of another key of the file, the same object wherever it is referred to
+``!ref <key>``                          the value of another key of the file, the same object wherever it is referred to; a file
+                                        is as large as it would be with all references written out
 ``!new:module.Class`` with arguments    an object
 ``!name:module.Class`` with arguments   a class or function, with these arguments if there are any
 ====================================== =======================================================================================
@@ -30,8 +31,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from speechbrain_ext.model_folder.allowlist import WITHOUT_ARGUMENTS, find_class, find_name
 from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code, yaml_problem
 
-LARGEST_TEXT, MOST_NODES, DEEPEST = 2**17, 5_000, 40
-"""Limits of a file: bytes, nodes and nesting. Files of ours have 3 kB, 300 nodes and 5 levels."""
+LARGEST_TEXT, MOST_NODES, DEEPEST, LONGEST_TAG = 2**17, 5_000, 40, 200
+"""Limits of a file: bytes, nodes, nesting and characters of a tag. Files of ours have 3 kB, 300 nodes, of which a key
+has 100 where references are written out, and 9 levels."""
 
 LARGEST_NUMBER = 1_000_000
 """Whole numbers of a file: sizes, counts, tokens and rates. What a loop or a table takes from it stays small."""
@@ -47,6 +49,9 @@ _REFERENCE = re.compile(r"<(\w+)>")
 
 class Refused(UserError):
     """A file that holds something outside the grammar; the message is what it holds."""
+
+    def __init__(self, what):
+        super().__init__(one_line(what, 200))
 
 
 def parse(text):
@@ -79,6 +84,8 @@ def parse(text):
     """
     if len(text) > LARGEST_TEXT:
         raise Refused(f"{len(text)} characters")
+    if directive := re.search("^%.*", text, re.MULTILINE):
+        raise Refused(f"the directive {directive[0]}")
     try:
         root = _compose(text)
     except ruamel.yaml.YAMLError as error:
@@ -89,9 +96,9 @@ def parse(text):
         raise UserError("it holds no keys")
     _check(root, set(), 0)
     nodes = {key.value: value for key, value in root.value}
-    for node in _walk(root):
-        if node.tag == "!ref" and _REFERENCE.fullmatch(node.value)[1] not in nodes:
-            raise UserError(f"it refers to {node.value}, which is no key of it")
+    sizes = {}
+    for key, node in nodes.items():
+        sizes[key] = _size(node, nodes, sizes, (key,))
     return nodes
 
 
@@ -144,6 +151,8 @@ def _check(node, seen, depth):
     if len(seen) > MOST_NODES or depth > DEEPEST:
         raise Refused(f"more than {MOST_NODES} values" if depth <= DEEPEST else f"more than {DEEPEST} levels")
     tag = str(node.tag)
+    if len(tag) > LONGEST_TAG:
+        raise Refused(f"a tag of {len(tag)} characters, {tag[:40]}")
     if tag.startswith(("!new:", "!name:")):
         kind, _, path = tag.partition(":")
         if (find_class if kind == "!new" else find_name)(path) is None:
@@ -264,32 +273,44 @@ def _without_memory(value):
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def _walk(node):
-    yield node
+def _size(node, nodes, sizes, above):
+    """How many values and levels a node has where references are written out, as whoever walks over what is built meets them.
+
+    ``sizes`` has those of keys that are known, ``above`` the keys that lead to the node.
+    """
+    if node.tag == "!ref":
+        key = _REFERENCE.fullmatch(node.value)[1]
+        if key not in nodes:
+            raise UserError(f"it refers to {node.value}, which is no key of it")
+        if key in above:
+            raise UserError(f"its keys refer to one another in a circle: {', '.join(above)}")
+        if len(above) > DEEPEST:
+            raise Refused(f"references over more than {DEEPEST} keys")
+        if key not in sizes:
+            sizes[key] = _size(nodes[key], nodes, sizes, (*above, key))
+        return sizes[key]
+    children = [] if isinstance(node, ScalarNode) else node.value
     if isinstance(node, MappingNode):
-        for _, value in node.value:
-            yield from _walk(value)
-    elif isinstance(node, SequenceNode):
-        for child in node.value:
-            yield from _walk(child)
+        children = [value for _, value in children]
+    below = [_size(child, nodes, sizes, above) for child in children]
+    size, levels = 1 + sum(size for size, _ in below), 1 + max((levels for _, levels in below), default=0)
+    if size > MOST_NODES or levels > DEEPEST:
+        raise Refused(f"references that make more than {MOST_NODES} values or {DEEPEST} levels")
+    return size, levels
 
 
 class _Builder:
     """Objects of checked nodes; each key is built once."""
 
     def __init__(self, nodes):
-        self._nodes, self._built, self._open = nodes, {}, []
+        self._nodes, self._built = nodes, {}
 
     def all(self):
         return {key: self._key(key) for key in self._nodes}
 
     def _key(self, key):
-        if key in self._open:
-            raise UserError(f"its keys refer to one another in a circle: {', '.join(self._open)}")
         if key not in self._built:
-            self._open.append(key)
             self._built[key] = self._value(self._nodes[key])
-            self._open.pop()
         return self._built[key]
 
     def _value(self, node):

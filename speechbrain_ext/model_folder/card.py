@@ -16,7 +16,7 @@ HERE = "path/to/pretrained"  # stands for the model in the card's commands; publ
 _SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "kernel_size", "encoder_kwargs")
 
 
-def model_card(tree, interface, rows):
+def model_card(tree, interface, rows, provenance=None):
     """Write the card of a model.
 
     Arguments
@@ -27,6 +27,8 @@ def model_card(tree, interface, rows):
         SpeechBrain's class that loads the model.
     rows : sequence of ResultRow or dict
         Rows of the results table; may be empty.
+    provenance : dict, optional
+        Where architecture, data, tokenizer and weights come from, as texts and lists of texts by name.
 
     Returns
     -------
@@ -55,7 +57,7 @@ Written at the end of training by `speechbrain_ext`, whose encoder it needs.
 
 ## Training
 
-{_training(values, rows)}
+{_training(values, rows, provenance or {})}
 ## Limits
 
 {_limits(values["sample_rate"], corpus)}
@@ -95,6 +97,14 @@ _RUN = {
     "hardware": "hardware",
     "date": "date",
     "commit": "commit",
+}
+_ORIGIN = {
+    "corpus": "corpus",
+    "manifests": "train_manifest",
+    "mixed with": "mixed_with",
+    "tokenizer": "tokenizer",
+    "initial weights": "init_from",
+    "hash of the initial weights": "init_weights",
 }
 _CASCADE = f"""
 The model is a cascade of two passes. The second one answers unless told otherwise; the first one alone needs less time and no
@@ -151,20 +161,23 @@ def _values(tree):
     return load_hyperpyyaml(text.getvalue())
 
 
-def _training(values, rows):
+def _training(values, rows, provenance):
     lines = {"encoder": values["encoder"]} | {key: _plain(values[key]) for key in _SIZES if values.get(key) not in (None, {})}
-    lines["tokens"] = f"{values['vocab_size']} {values['token_type']}"
+    # Of a tokenizer that was taken from elsewhere, the hparams do not know the type
+    trained = provenance.get("tokenizer", "").startswith("trained") or not provenance
+    lines["tokens"] = f"{values['vocab_size']} {values['token_type']}" if trained else values["vocab_size"]
     if "text_normalization" in values:
         lines["case of transcripts"] = values["text_normalization"].replace("none", "as they are")
     if rows:
         lines |= {name: rows[0][key] for name, key in _RUN.items()}
+    lines |= {name: _plain(provenance[key]) for name, key in _ORIGIN.items() if key in provenance}
     return table(["", ""], lines.items()) + "\n"
 
 
 def _plain(value):
     if isinstance(value, dict):
         return ", ".join(f"{key} ({_plain(item)})" for key, item in value.items() if item is not None)
-    return str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _limits(sample_rate, corpus):

@@ -9,8 +9,10 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_ext.model_folder import TOKENIZER, WEIGHTS
+from speechbrain_ext.model_folder.tokenizer_file import LARGEST_FILE, check_tokenizer
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError
+from speechbrain_ext.utils.files import read_bytes
 from speechbrain_ext.utils.text import listing
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -72,12 +74,19 @@ def load_weights(model, path):
     UserRuntimeError
         If the file is damaged or no safetensors file, or its names, shapes or types are not those of the model.
     """
-    name = Path(path).name
+    name, wanted = Path(path).name, model.state_dict()
     try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = set(file.keys())
+        groups = {"Missing": wanted.keys() - names, "Unexpected": names - wanted.keys()}
+        quoted = {what: [f'"{key}"' for key in sorted(group)] for what, group in groups.items() if group}
+        flaws = [f"{what} key(s) in state_dict: {listing(keys, most=2):.150}" for what, keys in quoted.items()]
+        if flaws:  # before any is read: they may be many
+            raise UserRuntimeError(f"{name} holds the weights of another model ({'; '.join(flaws)})")
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserRuntimeError(f"{name} is damaged, or no safetensors file ({error})") from error
-    for key, value in model.state_dict().items():  # PyTorch would convert some of them, and keep others as they are
+    for key, value in wanted.items():  # PyTorch would convert some of them, and keep others as they are
         if key in state and value.is_floating_point() and state[key].dtype in FLOATS:
             state[key] = state[key].to(value.dtype)
         elif key in state and state[key].dtype != value.dtype:
@@ -103,14 +112,20 @@ def load_tokenizer(tokenizer, path):
     Raises
     ------
     UserRuntimeError
-        If it is damaged.
+        If it is damaged, or could do harm.
     """
+    name = Path(path).name
+    data = read_bytes(path, LARGEST_FILE)
     try:
-        tokenizer.load(str(path))
+        check_tokenizer(data)
+    except UserRuntimeError as error:
+        raise UserRuntimeError(f"{name} {error}") from error
+    try:
+        tokenizer.load_from_serialized_proto(data)
     except (RuntimeError, OSError) as error:
-        raise UserRuntimeError(f"{Path(path).name} is damaged, or no SentencePiece model") from error
+        raise UserRuntimeError(f"{name} is damaged, or no SentencePiece model") from error
     if not tokenizer.vocab_size():
-        raise UserRuntimeError(f"{Path(path).name} is an empty SentencePiece model")
+        raise UserRuntimeError(f"{name} is an empty SentencePiece model")
 
 
 @loadable

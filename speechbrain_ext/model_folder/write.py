@@ -56,7 +56,7 @@ modules:
 """
 
 
-def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, rows=(), fused=False):
+def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, rows=(), fused=False, provenance=None):
     """Write a trained model as a folder; the folder is there completely or not at all.
 
     Arguments
@@ -76,6 +76,8 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
         Results for the model card.
     fused : bool
         Whether the weights are as ``fuse_()`` leaves them; subsampling and encoder are then built with their key ``fused``.
+    provenance : dict, optional
+        Where architecture, data, tokenizer and weights come from, as texts and lists of texts by name.
 
     Raises
     ------
@@ -85,7 +87,7 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
     check_normalization(hparams["normalize"])
     tree = ruamel.yaml.YAML().load(hparams_text)
     with replacing_folder(folder) as partial:
-        (partial / HYPERPARAMS).write_text(inference_hparams(tree, hparams, fused), encoding="utf-8")
+        (partial / HYPERPARAMS).write_text(inference_hparams(tree, hparams, fused, provenance), encoding="utf-8")
         save_weights(model, partial / WEIGHTS)
         shutil.copyfile(tokenizer_file, partial / TOKENIZER)
         config = {
@@ -94,7 +96,7 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
             "speechbrain_interface": interface(tree),
         }
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (partial / CARD).write_text(model_card(tree, interface(tree), rows), encoding="utf-8")
+        (partial / CARD).write_text(model_card(tree, interface(tree), rows, provenance), encoding="utf-8")
 
 
 def check_normalization(normalize):
@@ -129,7 +131,7 @@ def model_parts(hparams):
     return torch.nn.ModuleDict({name: hparams[key] for name, key in names.items()})
 
 
-def inference_hparams(tree, hparams, fused=False):
+def inference_hparams(tree, hparams, fused=False, provenance=None):
     """The part of training hparams that inference needs, with the classes around it, in the grammar of model folders.
 
     Arguments
@@ -140,6 +142,8 @@ def inference_hparams(tree, hparams, fused=False):
         What they were built into.
     fused : bool
         Whether subsampling and encoder are built as ``fuse_()`` leaves them.
+    provenance : dict, optional
+        As in :func:`write_model_folder`.
 
     Returns
     -------
@@ -159,6 +163,8 @@ def inference_hparams(tree, hparams, fused=False):
         picked["Transformer"].setdefault("encoder_kwargs", CommentedMap())["fused"] = True
     for key, value in own.items():
         picked[key] = plain(value)
+    if provenance:
+        picked["provenance"] = provenance
     text = StringIO()
     ruamel.yaml.YAML().dump(picked, text)
     return "# Written at the end of training: how to build the model for inference.\n" + text.getvalue()

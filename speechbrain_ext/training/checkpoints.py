@@ -9,7 +9,9 @@ import shutil
 
 import numpy as np
 import torch
+import yaml
 from speechbrain.utils.checkpoints import (
+    METAFNAME,
     Checkpoint,
     Checkpointer,
     ckpt_recency,
@@ -113,6 +115,8 @@ class AtomicCheckpointer(Checkpointer):
             raise
         except Exception as error:  # whatever unpickling a broken file comes to
             cause = one_line(error)
+            if "Weights only load failed" in cause:  # whose remedy is to run what the file holds
+                cause = "a file of it is no checkpoint, or holds code"
             if "loading state_dict" in cause:
                 raise UserRuntimeError(
                     f"The checkpoint {checkpoint.path} is whole, and of another model; go on with the code that wrote it, or "
@@ -121,6 +125,22 @@ class AtomicCheckpointer(Checkpointer):
             raise DamagedCheckpoint(
                 f"The checkpoint {checkpoint.path} cannot be loaded; delete it to go on from the one before ({cause})."
             ) from error
+
+    @staticmethod
+    def _construct_checkpoint_objects(checkpoint_dirs):
+        """As in SpeechBrain, with one sentence where a file is missing or broken, as after a power failure."""
+        checkpoints = []
+        for path in checkpoint_dirs:
+            try:
+                (checkpoint,) = Checkpointer._construct_checkpoint_objects([path])
+                float(checkpoint.meta["unixtime"])
+            except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+                raise DamagedCheckpoint(
+                    f"The checkpoint {path} is damaged: its {METAFNAME} cannot be read ({one_line(error, 100)}); delete it to go "
+                    "on from the one before."
+                ) from error
+            checkpoints.append(checkpoint)
+        return checkpoints
 
     def _new_checkpoint_dirpath(self):
         return self._partial(super()._new_checkpoint_dirpath())

@@ -26,7 +26,9 @@ class ResultRow:
     test_set: str
     search: str
     WER: float
-    """In %, as the next four are numbers of words."""
+    """In %, with the ends of its 95 % interval; the next four are numbers of words."""
+    WER_low: float
+    WER_high: float
     insertions: int
     deletions: int
     substitutions: int

@@ -6,6 +6,7 @@ the best checkpoints, fused where the architecture can be) -> tests -> rows of t
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -22,15 +23,26 @@ from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
-from speechbrain_ext.dataio.datasets import drop_unfit, loader_options, make_datasets, merge_manifests, read_manifest
+from speechbrain_ext.dataio.datasets import (
+    MIXED,
+    MixedBatches,
+    drop_unfit,
+    loader_options,
+    make_datasets,
+    merge_manifests,
+    read_manifest,
+)
 from speechbrain_ext.dataio.text import CASES
-from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
+from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.write import write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.results import ResultRow, append_rows
+from speechbrain_ext.training.sources import architecture_of, locate, read_source
+from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
+from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
-from speechbrain_ext.utils.files import locked, read_csv, write_text
+from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
 from speechbrain_ext.utils.text import listing
 
@@ -57,7 +69,7 @@ RANGES = {
         ),
         (1, 10**9, WHOLE),
     ),
-    **dict.fromkeys(("num_workers", "num_decoder_layers", "seed"), (0, 2**32 - 1, "a whole number, 0 or more")),
+    **dict.fromkeys(("num_workers", "num_decoder_layers", "seed", "freeze_steps"), (0, 2**32 - 1, "a whole number, 0 or more")),
     "streaming_left_context": (-1, 10**9, "a number of chunks, or -1 for all"),
     "lr": (1e-12, 1e3, "a number above 0"),
     "dropout": (0, 0.999, "a number from 0 to less than 1"),
@@ -69,10 +81,12 @@ RANGES = {
     "eval_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
 }
 """Lowest and highest value by key, and what to give."""
-PATHS = ("data_folder", "output_folder", "results_file")
+PATHS = ("data_folder", "output_folder", "results_file", "init_from", "tokenizer_from")
 """Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
 MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind that take several values."""
+WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
+"""Keys of what a run begins with; they stay as they are while it goes on."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -166,33 +180,43 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     try:
         check_options(run_opts)
         setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
+        setting, model = find_model(setting)
         hparams = setting.load()
         output = Path(hparams["output_folder"])
         check_folder(output, setting.text(), hparams["data_moved"])
+        source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
+        tokenizer = chosen_tokenizer(hparams, source)
         check_writable(Path(hparams["results_file"]))
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise UsageError(one_line(error, 1000)) from error
+    except OSError as error:
+        said = error.strerror is not None and error.filename is not None
+        cause = f"{error.filename} cannot be read or written: {error.strerror}; give another place." if said else str(error)
+        raise UsageError(cause) from error
     run_on_main(sb.create_experiment_directory, [str(output)])
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
-        return _run(hparams_file, run_opts, setting, hparams)
+        return _run(hparams_file, run_opts, setting, hparams, source, tokenizer)
 
 
-def _run(hparams_file, run_opts, setting, hparams):
+def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     """The steps, in an output folder that no other run writes to."""
     logging.getLogger("speechbrain.dataio.sampler").setLevel(logging.WARNING)  # it says three times an epoch that it works
     output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
     # Not before: a mistyped data_folder is no run that later ones are compared with
     run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
-    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN])
+    tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], tokenizer)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
     for key, dataset in datasets.items():
         report_unknown(dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key))
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
-    hparams["checkpointer"].add_recoverable("origin", Origin(utterances=digest_of(datasets[TRAIN])))
+    origin = {"utterances": digest_of(datasets[TRAIN])}
+    origin |= {} if source is None else {"initial weights": source.digest}
+    origin |= {} if tokenizer is None else {"tokens": file_digest(tokenizer_file)}
+    hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
     for search in ("ctc_search", "test_search"):
         if hparams[search] is not None and not callable(hparams[search]):
             raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
@@ -201,13 +225,15 @@ def _run(hparams_file, run_opts, setting, hparams):
 
     # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
+    if source is not None and hparams["checkpointer"].find_checkpoint() is None:
+        begin_with(source, hparams, tokenizer_file)
     brain = make_brain(hparams, run_opts)
-    options = {
-        key: loader_options(
-            dataset, hparams["train_batch_sampler" if key is TRAIN else "eval_batch_sampler"], hparams["num_workers"]
-        )
-        for key, dataset in datasets.items()
-    }
+    samplers = {key: hparams["eval_batch_sampler"] for key in datasets} | {TRAIN: hparams["train_batch_sampler"]}
+    mixed = ids_of_mixed(hparams)
+    if mixed:
+        keys = {"make": samplers[TRAIN], "mixed": mixed, "share": hparams["mix"]["share"], "seed": hparams["seed"]}
+        samplers[TRAIN] = functools.partial(MixedBatches, **keys)
+    options = {key: loader_options(dataset, samplers[key], hparams["num_workers"]) for key, dataset in datasets.items()}
     brain.fit(
         hparams["epoch_counter"],
         datasets[TRAIN],
@@ -219,8 +245,8 @@ def _run(hparams_file, run_opts, setting, hparams):
     rows = []
     for split in hparams["test_splits"]:
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])
-        rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN]))
-    return keep(brain, setting, models, tokenizer_file, rows)
+        rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
+    return keep(brain, setting, models, tokenizer_file, rows, provenance(setting, hparams, source))
 
 
 def take_paths(argv):
@@ -283,20 +309,31 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     """The files and the overrides that make the run: the corpus's, that of manifests or, without any data, the fallback."""
     overrides = parse_overrides(overrides)
     options = {key: getattr(run_opts, key) for key in TRAINING_OPTIONS if key in run_opts.overridden_args}
-    asked = " ".join(f"--{key} {_plain(value)}" for key, value in (overrides | options).items() if key != "experiment")
+    weights = {key: paths[key] for key in WARM_START if key in paths}
+    asked = overrides | options | weights
+    asked = " ".join(f"--{key} {_plain(value)}" for key, value in asked.items() if key != "experiment")
     overrides |= paths
-    files = [hparams_file, *([corpus] if corpus else [])]
+    for key in weights:
+        if not paths[key]:
+            raise UsageError(f"--{key} has no value; name a model or file, or leave it out.")
     if corpus == "":
         raise UsageError("--corpus has no value; name a corpus.yaml, or leave it out.")
+    for key in PATHS[1:]:
+        if overrides.get(key, "x") in (None, ""):
+            raise UsageError(f"--{key} has no value; name one, or leave it out.")
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
+    architecture = architecture_of(hparams_file, paths.get("init_from"))
+    files = [*architecture, hparams_file, *([corpus] if corpus else [])]
     before = resolve_hparams(files)
     given = not {*MANIFESTS}.isdisjoint(overrides)
     if of_manifests and given and MANIFESTS[0] not in before:
         files.insert(1, of_manifests)
         before = resolve_hparams(files)
-    # A name of digits, or a date, is still a name
-    overrides = {key: before[key] for key in (*PATHS, *MANIFESTS) if before.get(key) is not None} | overrides
+    # A name of digits, or a date, is still a name; one with references in it follows what they refer to
+    stated = parse_overrides(merge_hparams(files))
+    literal = [key for key in (*PATHS, *MANIFESTS) if stated.get(key) is not None and not tag_of(stated[key])]
+    overrides = {key: before[key] for key in literal} | overrides
     overrides = check_types(overrides, before)
     if corpus:
         own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
@@ -318,7 +355,9 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
                 f"The real thing: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
                 flush=True,
             )
-        setting = dataclasses.replace(setting, files=[*setting.files, fallback])
+        # Its sizes give way to those of a model
+        files = [files[0], fallback, *files[1:]] if architecture else [*files, fallback]
+        setting = dataclasses.replace(setting, files=files)
         plain = setting.plain()
     check_ranges(plain, run_opts)
     if run_opts.debug:  # a few batches should not pass for a result
@@ -356,9 +395,30 @@ def check_ranges(plain, run_opts):
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; name what to train on.")
+    if plain["token_type"] not in TOKEN_TYPES:
+        raise UsageError(f"--token_type is {plain['token_type']!r}; give {', '.join(TOKEN_TYPES)}.")
     if plain.get("text_normalization", "none") not in CASES:
         raise UsageError(f"--text_normalization is {plain['text_normalization']!r}; give {', '.join(CASES)}.")
-    indices = [plain[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")]
+    for key, kind, wanted in (
+        *((key, list, "a list of prefixes, [] = none") for key in ("init_include", "init_exclude", "freeze")),
+        ("lr_scales", dict, "a mapping of prefixes to factors, {} = none"),
+        ("mix", dict, "a mapping with manifest and share"),
+        ("tokenizer_from", str, "init, new or a file"),
+    ):
+        if not isinstance(plain[key], kind):
+            raise UsageError(f"--{key} is {_plain(plain[key])!r}; give {wanted}.")
+    mix = plain["mix"]
+    if set(mix) != {"manifest", "share"}:
+        raise UsageError(f"--mix has the keys {listing(mix)}; it takes manifest and share.")
+    if not isinstance(mix["share"], (int, float)) or not 0 < mix["share"] < 1:
+        raise UsageError(f"The share of --mix is {mix['share']!r}; give a number above 0 and below 1.")
+    takes_manifest = isinstance(plain["prepare"], dict) and "mix_manifest" in plain["prepare"]
+    if mix["manifest"] and not takes_manifest and (not isinstance(mix["manifest"], str) or "/" in mix["manifest"]):
+        raise UsageError(
+            f"The manifest of --mix is {mix['manifest']!r}, and {plain['corpus']} has splits; name one of them, or give all data "
+            "as manifests (--train_manifest)."
+        )
+    indices = [plain[f"{role}_index"] for role in ROLES]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
 
@@ -430,11 +490,19 @@ def _literal(key, value):
 def check_folder(output, asked, data_moved):
     """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
     path = output / "hyperparams.yaml"
-    if not path.exists():
+    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
+    if not path.exists() or not has_weights:  # such as of a run that stopped before it had learned anything
         return
     yaml = ruamel.yaml.YAML()
-    before, now = yaml.load(path.read_text(encoding="utf-8")), yaml.load(asked)
-    fixed = {"train_splits", "token_type", "speech_encoder"} | (set() if data_moved else {"data_folder"})
+    now = yaml.load(asked)
+    try:
+        before = dict(yaml.load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
+            "--output_folder."
+        ) from error
+    fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
     fixed |= needed_keys(now, [now["speech_encoder"]])
     for key in sorted(fixed, key=list(now).index):
         old, new = (_plain(tree.get(key)) for tree in (before, now))
@@ -454,13 +522,33 @@ def _plain(node):
     return f"{tag_of(node)} {node.value}" if tag_of(node) else node
 
 
+def mixed_split(hparams):
+    """The name of the split that is mixed in, None without one."""
+    manifest = hparams["mix"]["manifest"]
+    return "mixed" if manifest and "mix_manifest" in getattr(hparams["prepare"], "keywords", ()) else manifest
+
+
+def sets_of_training(hparams):
+    """Names of the splits that are trained on; the last one is mixed in, if one is."""
+    mixed = mixed_split(hparams)
+    return [*hparams["train_splits"], *([mixed] if mixed else [])]
+
+
+def ids_of_mixed(hparams):
+    """Ids of the utterances that are mixed in, as the training set has them."""
+    mixed = mixed_split(hparams)
+    path = Path(hparams["output_folder"]) / f"{mixed}.csv"
+    return {MIXED + row["ID"] for row in read_manifest(path)} if mixed else set()
+
+
 def prepare_corpus(hparams):
     """Have the corpus's own function write its manifests; returns their paths by TRAIN, VALID and the names of test splits."""
-    output = Path(hparams["output_folder"])
-    splits = {"tr_splits": hparams["train_splits"], "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
+    output, mixed = Path(hparams["output_folder"]), mixed_split(hparams)
+    splits = {"tr_splits": sets_of_training(hparams), "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
     run_on_main(hparams["prepare"], kwargs={"data_folder": hparams["data_folder"], "save_folder": str(output), **splits})
     merged = output / "train+merged.csv"  # which no split is called
-    run_on_main(merge_manifests, [[output / f"{split}.csv" for split in hparams["train_splits"]], merged])
+    parts = [output / f"{split}.csv" for split in hparams["train_splits"]]
+    run_on_main(merge_manifests, [parts, merged, output / f"{mixed}.csv" if mixed else None])
     names = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
     paths = {key: output / f"{name}.csv" for key, name in names.items()}
     for path in paths.values():
@@ -468,18 +556,37 @@ def prepare_corpus(hparams):
     return {TRAIN: merged} | paths
 
 
-def prepare_tokenizer(hparams, manifest):
-    """Train the tokenizer where it is missing; returns its file, and how many tokens it has."""
-    path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
-    special = {key: hparams[key] for key in ("blank_index", "bos_index", "eos_index", "unk_index")}
-    run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
-    return path, sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+def find_model(setting):
+    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
+    plain = setting.plain()
+    given = plain["init_from"]
+    if given is None:
+        return setting, None
+    record = Path(plain["output_folder"]) / "hyperparams.yaml"
+    before = ruamel.yaml.YAML().load(record.read_text(encoding="utf-8")).get("init_from") if record.exists() else None
+    run_on_main(locate, [given, before])  # the other processes find it in the cache
+    name, path = locate(given, before)
+    return setting.replace(init_from=name), path
+
+
+def prepare_tokenizer(hparams, manifest, model=None):
+    """Write the tokenizer that the run names, or train one where it is missing; returns its file, and how many tokens it has."""
+    if model is not None:
+        path = Path(hparams["output_folder"]) / "taken.model"
+        run_on_main(write_bytes, [path, model])
+    else:
+        path = Path(hparams["output_folder"]) / f"{hparams['token_type']}_{hparams['vocab_size']}.model"
+        special = {f"{role}_index": hparams[f"{role}_index"] for role in ROLES}
+        run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
+    tokens = sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
+    if model is None and tokens < hparams["vocab_size"]:
+        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+    return path, tokens
 
 
 def with_tokenizer(setting, hparams, path, tokens):
-    """Load the tokenizer of this file and number of tokens; returns setting and hparams of a model that has no more of them."""
-    if tokens < hparams["vocab_size"]:
-        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+    """Load the tokenizer of this file and number of tokens; returns setting and hparams of a model that has as many of them."""
+    if tokens != hparams["vocab_size"]:
         setting = setting.replace(vocab_size=tokens)
         hparams = setting.load()
     hparams["tokenizer"].load(str(path))
@@ -519,16 +626,15 @@ def digest_of(dataset):
     return digest.hexdigest()
 
 
-def seconds_of(dataset):
-    """Audio in a dataset, in seconds."""
-    return sum(float(item["duration"]) for item in dataset.data.values())
+def seconds_of(dataset, without=()):
+    """Audio in a dataset, in seconds, but for some of its ids."""
+    return sum(float(item["duration"]) for key, item in dataset.data.items() if key not in without)
 
 
 def make_rows(brain, split, hparams_file, setting, train_seconds):
     """Rows of the results table for a test set, one for each search; the alignments go to files."""
     hparams, rows = brain.hparams, []
     for search, error_rate in brain.error_rates.items():
-        result = error_rate.summarize()
         if if_main_process():
             with open(Path(hparams.output_folder) / f"wer_{split}_{search}.txt", "w", encoding="utf-8") as file:
                 error_rate.write_stats(file)
@@ -539,15 +645,11 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
                 hparams=Path(hparams_file).name,
                 overrides=setting.asked,
                 corpus=hparams.corpus,
-                train_set=" ".join(hparams.train_splits),
+                train_set=" ".join(sets_of_training(vars(hparams))),
                 train_hours=round(train_seconds / 3600, 2),
                 test_set=split,
                 search=search,
-                WER=round(result["WER"], 2),
-                insertions=result["insertions"],
-                deletions=result["deletions"],
-                substitutions=result["substitutions"],
-                words=result["num_scored_tokens"],
+                **error_figures(error_rate),
                 parameters=sum(parameter.numel() for parameter in hparams.model.parameters()),
                 audio_seconds_per_second=round(brain.audio_seconds / max(brain.train_seconds, 1e-9), 1),
                 peak_memory_mib=round(brain.peak_memory_mib),
@@ -560,19 +662,40 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
     return rows
 
 
-def keep(brain, setting, models, tokenizer_file, rows):
+def provenance(setting, hparams, source):
+    """Where a model comes from: architecture, data, tokenizer and weights, as plain values by name.
+
+    Of paths the ends stay, as they tell more than they give away.
+    """
+    mixed, chosen = hparams["mix"]["manifest"], hparams["tokenizer_from"]
+    known = {"hparams": Path(setting.files[0]).name, "corpus": hparams["corpus"], "train_sets": sets_of_training(hparams)}
+    known |= {"train_manifest": hparams["train_manifest"]} if hparams.get("train_manifest") else {}
+    known |= {"mixed_with": mixed if isinstance(mixed, list) else [mixed]} if mixed else {}
+    if chosen == "new" or chosen == "init" and source is None:
+        known["tokenizer"] = "trained on the transcripts"
+    else:
+        known["tokenizer"] = "that of the initial model" if chosen == "init" else chosen
+    if source is not None:
+        known |= {"init_from": source.name, "init_weights": f"sha256:{source.digest}"}
+    return {key: [_end_of(item) for item in value] if isinstance(value, list) else _end_of(value) for key, value in known.items()}
+
+
+def _end_of(path):
+    """The last three parts of a path; no text is left that a model folder would refuse as a tuple."""
+    parts = Path(path).parts
+    return re.sub(r"^\(", "./(", "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])))
+
+
+def keep(brain, setting, models, tokenizer_file, rows, origin):
     """Write the model folders and the results table, and say where all is."""
     hparams = brain.hparams
     output = Path(hparams.output_folder)
     folders = {name: output / name for name in models}
     if if_main_process():
         for name, (weights, fused) in models.items():
-            write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused)
+            write_model_folder(folders[name], setting.text(), vars(hparams), weights, tokenizer_file, rows, fused, origin)
         for row in rows:
-            print(
-                f"{row.test_set} {row.search}: WER {row.WER:.2f} % of {row.words} words "
-                f"({row.insertions} insertions, {row.deletions} deletions, {row.substitutions} substitutions)"
-            )
+            print(f"{row.test_set} {row.search}: {error_sentence(dataclasses.asdict(row))}")
         append_rows(hparams.results_file, rows)
         print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}.")
         print(f"Transcribe: python -m speechbrain_ext transcribe --model {folders['pretrained']} FILE...")

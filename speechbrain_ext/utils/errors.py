@@ -7,6 +7,8 @@ exception is a bug, in this package or in the user's own code, and keeps its tra
 import sys
 from pathlib import Path
 
+from speechbrain_ext.utils.text import printable
+
 KNOWN = {
     "speechbrain_ext",
     "numpy",
@@ -41,7 +43,7 @@ class UserImportError(UserError, ImportError):
 
 
 def one_line(error, limit=300):
-    """The message of any error on one line.
+    """The message of any error on one line, with nothing in it that a terminal would obey.
 
     Arguments
     ---------
@@ -62,7 +64,7 @@ def one_line(error, limit=300):
     >>> one_line(KeyboardInterrupt())
     'KeyboardInterrupt'
     """
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    return printable(" ".join(str(error).split()))[:limit] or type(error).__name__
 
 
 def yaml_problem(error):

@@ -46,7 +46,10 @@ def replacing(path, mode="w", **keys):
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, os.fspath(temporary)):  # such as a full disk: name the file that the user knows
+        if error.errno is not None and error.filename in (
+            None,
+            os.fspath(temporary),
+        ):  # such as a full disk: name the file that the user knows
             error.filename = os.fspath(path)
         raise
     finally:
@@ -57,6 +60,12 @@ def write_text(path, text):
     """Write a text file (UTF-8), completely or not at all."""
     with replacing(path) as file:
         file.write(text)
+
+
+def write_bytes(path, content):
+    """Write a file, completely or not at all."""
+    with replacing(path, "wb") as file:
+        file.write(content)
 
 
 def write_csv(path, fields, rows):
@@ -132,6 +141,38 @@ def locked(path, taken=None):
         yield
     finally:
         os.close(handle)
+
+
+def read_bytes(path, most):
+    """The content of a file that somebody else may have made.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file.
+    most : int
+        Bytes that it may have.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    UserError
+        If it has more; no more are read.
+    OSError
+        If it cannot be read; with its name.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+    if len(data) > most:
+        raise UserError(f"{Path(path).name} has more than {most} bytes")
+    return data
 
 
 def file_digest(path):

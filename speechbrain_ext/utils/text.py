@@ -1,5 +1,9 @@
 """Text for people: lists in a sentence, tables, fields of a line."""
 
+import re
+
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 
 def listing(names, most=10):
     """Names in one line, not too many.
@@ -59,6 +63,17 @@ def tab_field(text):
     'a\\\\tb'
     """
     return text.translate({ord("\\"): r"\\", ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
+
+
+def printable(text):
+    """A text that a terminal shows and does not obey: control characters, and marks that turn the direction, as escapes.
+
+    Example
+    -------
+    >>> print(printable("a\x1b[2Jb"))
+    a\\x1b[2Jb
+    """
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def is_utf8(text):

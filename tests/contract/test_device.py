@@ -265,7 +265,7 @@ def test_search(search, syncs):
 
 # ------------------------------------------------------------------ attention at published sizes
 
-SIZES = [(path.stem, None) for path in sorted((tiny.ROOT / "hparams").glob("*.yaml"))]
+SIZES = [(path.stem, None) for path in tiny.ARCHITECTURES]
 SIZES += [(name, size) for name in ("squeezeformer", "practical_conformer") for size in encoder_sizes(name)]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 
+from speechbrain_ext.lobes import fusible
 from speechbrain_ext.lobes.fusible import (
     MaskedBatchNorm,
     NormLinear,
@@ -192,6 +193,21 @@ def test_statistics_of_one_pass_are_updated_together_at_its_end():
         norms[0](*x)
         raise RuntimeError
     assert torch.equal(norms[0].running_mean, before)  # of a pass that failed, nothing is learned
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_one_update_is_for_all_norms_of_a_mask(distributed, monkeypatch):
+    """In each of several processes, too; here a single one."""
+    monkeypatch.setattr(fusible, "is_distributed", lambda: distributed)
+    updated, update = [], fusible._update
+    monkeypatch.setattr(fusible, "_update", lambda group: (updated.append(len(group)), update(group)))
+    norms, (x, mask) = [MaskedBatchNorm(6, momentum=0.2) for _ in range(3)], batch()
+    with batch_statistics():
+        for norm in norms:
+            norm(x, mask)
+    assert updated == [3]
+    torch.testing.assert_close(norms[2].running_mean, 0.2 * x[~mask].mean(0))
+    torch.testing.assert_close(norms[2].running_var, 0.8 + 0.2 * x[~mask].var(0))
 
 
 @torch.no_grad()

@@ -1,0 +1,151 @@
+"""``evaluate``: error rates of a model on test sets."""
+
+import sys
+from contextlib import redirect_stdout
+
+from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.utils.errors import UsageError
+
+BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
+"""Options that belong to the CTC beam search, and its arguments."""
+
+
+def add(commands):
+    """Add the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a model's word error rate",
+        description="Transcribe test sets and print word error rates, with 95 %% intervals by bootstrap over utterances. The "
+        "real-time factor is that of features, encoder and search, in batches of up to two minutes of audio.",
+    )
+    add_model(parser)
+    add_pass(parser)
+    add_device(parser)
+    parser.add_argument(
+        "manifests",
+        metavar="[NAME=]MANIFEST",
+        nargs="+",
+        help="a test set: a manifest in any format that training takes, a run's own test-clean.csv, or a LibriSpeech folder",
+    )
+    parser.add_argument(
+        "--search",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="ctc_greedy, ctc_beam or joint_beam, once for each; by default that of transcribe, and ctc_beam with --lm",
+    )
+    parser.add_argument("--lm", metavar="LM.arpa", help="a word language model for ctc_beam, such as ngram writes")
+    parser.add_argument("--lm-weight", type=float, metavar="W", help="of its log-probabilities; 0.5")
+    parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a language model; 1.5")
+    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of ctc_beam; 100")
+    parser.add_argument("--output", metavar="FILE.csv", help="results table to add rows to")
+    parser.add_argument(
+        "--text-normalization",
+        metavar="CASE",
+        default="none",
+        help="of transcripts: none, upper or lower, as in training (none)",
+    )
+    parser.add_argument("--data-folder", metavar="FOLDER", help="what a placeholder in front of audio paths stands for")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor; by default PyTorch's choice")
+    parser.set_defaults(run=run)
+
+
+def run(arguments):
+    """Print error rates; the exit status is 1 if utterances had to be left out."""
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads is {arguments.threads}; give 1 or more.")
+    with redirect_stdout(sys.stderr):
+        import torch
+
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+    model = load(arguments)
+    with usage():
+        from speechbrain_ext.decoders.word_lm import arpa_words, share_unknown
+        from speechbrain_ext.inference.evaluate import evaluate, make_searches
+        from speechbrain_ext.training.results import append_rows
+        from speechbrain_ext.utils.error_rates import error_sentence
+
+        given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
+        beam = {key: value for key, value in given if value is not None}
+        searches = make_searches(model, arguments.search, **beam)
+        words = None if arguments.lm is None else arpa_words(arguments.lm)
+        if arguments.output is not None:
+            open(arguments.output, "a").close()  # now, and not after hours
+        sets = _read(arguments, model)
+    skipped = 0
+    for name, (rows, left_out) in sets.items():
+        with redirect_stdout(sys.stderr):
+            error_rates, seconds = evaluate(model, rows, searches, progress=True)
+            unknown = None if words is None else share_unknown(words, [row.wrd for row in rows])
+            given = arguments, model, beam, unknown, name, rows
+            results = [_row(*given, search, error_rates[search], seconds[search]) for search in searches]
+            if arguments.output is not None:
+                append_rows(arguments.output, results)
+        for row in results:
+            with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if row.get("lm") else ""
+            print(f"{name} {row['search']}: {error_sentence(row)}, real-time factor {row['real_time_factor']:g}{with_lm}")
+        for skip in left_out:
+            say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
+        skipped += len(left_out)
+    return int(skipped > 0)
+
+
+def _read(arguments, model):
+    """Utterances of each test set, and what cannot be used of it."""
+    from speechbrain_ext.dataio.manifests import named_manifests, read_entries, select
+    from speechbrain_ext.dataio.preparation import check_utterances
+    from speechbrain_ext.dataio.tokenizer import unknown_characters
+
+    sets = {}
+    for name, path in named_manifests(arguments.manifests).items():
+        entries, _ = read_entries(path, arguments.data_folder)
+        utterances, flawed = select(name, entries, arguments.text_normalization)
+        rows, skipped = check_utterances(name, utterances)
+        if not rows:
+            first = (flawed + skipped)[0]
+            raise UsageError(f"{path} has no utterance that can be used ({first.reason}: {first.detail or first.file}); mend it.")
+        unknown = unknown_characters(model.tokenizer, [row.wrd for row in rows])
+        if unknown and 2 * max(unknown.values()) > len(rows):
+            shown = " ".join(character for character, _ in unknown.most_common(5))
+            raise UsageError(
+                f"Most transcripts of {path} have characters that the model does not write ({shown}); give the case of its "
+                "training as --text-normalization upper or lower."
+            )
+        sets[name] = rows, flawed + skipped
+    return sets
+
+
+def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
+    """A row of the results table, without what only training knows, and with what belongs to the search."""
+    from speechbrain_ext.decoders import BEAM, search_name
+    from speechbrain_ext.registry import encoder_name, passes_of
+    from speechbrain_ext.training.results import FIELDS
+    from speechbrain_ext.utils.error_rates import error_figures
+    from speechbrain_ext.utils.machine import describe_machine, peak_memory_mib
+
+    encoder, audio = model.mods.encoder.transformer.encoder, sum(row.duration for row in rows)
+    passes = passes_of(encoder)
+    known = {
+        "architecture": encoder_name(encoder),
+        "test_set": test_set,
+        "search": search_name((model.pass_name or passes[-1]) if len(passes) > 1 else None, search),
+        **error_figures(error_rate),
+        "parameters": sum(parameter.numel() for parameter in model.hparams.asr_model.parameters()),
+        "peak_memory_mib": round(peak_memory_mib(str(model.device))),
+        "precision": "fp32",
+        **describe_machine(str(model.device)),
+    }
+    return {field: known.get(field, "") for field in FIELDS} | {
+        "model": arguments.model,
+        "utterances": len(rows),
+        "audio_hours": round(audio / 3600, 3),
+        "real_time_factor": round(seconds / audio, 4),
+        **(_beam_columns(beam, unknown) if search == BEAM else {}),
+    }
+
+
+def _beam_columns(beam, unknown):
+    """What the CTC beam search was told, and the share of the words that its language model does not know, in %."""
+    columns = {"lm" if key == "lm_file" else key: value for key, value in beam.items()}
+    return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}

@@ -1,0 +1,128 @@
+"""Sentences of text files and of transcripts, one by one, however large they are."""
+
+import contextlib
+import gzip
+import io
+import os
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from speechbrain_ext.dataio.text import normal_form, words_only
+from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.text import listing
+
+MANIFESTS = (".csv", ".json", ".jsonl")
+"""Suffixes of files whose transcripts are read, whatever else they hold."""
+TRANSCRIPTS = ".trans.txt"
+"""Of files with an id in front of each line, as in LibriSpeech."""
+SUFFIXES = (".txt", *MANIFESTS)
+"""Of the files that are read of a folder; each may have .gz behind it."""
+SHOWN = 1000
+"""Lines after which the bar moves."""
+
+
+def read_sentences(paths, case="none", only_words=False, progress=False):
+    """The words of each sentence in files, in the form of transcripts.
+
+    Arguments
+    ---------
+    paths : list of str or os.PathLike
+        Text files with a sentence on each line, transcripts in LibriSpeech layout (``.trans.txt``), manifests in CSV or JSON (see
+        :mod:`speechbrain_ext.dataio.manifests`), and folders of such; of a folder with transcripts, only these. Each may be
+        compressed by gzip.
+    case : str
+        "none" (as it is), "upper" or "lower": what training calls ``text_normalization``.
+    only_words : bool
+        Whether to leave out punctuation and symbols, see :func:`speechbrain_ext.dataio.text.words_only`.
+    progress : bool
+        Whether to show on standard error how far it is.
+
+    Yields
+    ------
+    list of str
+        Never empty.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    UserError
+        If a file cannot be read to its end, is no text in UTF-8, or a folder holds no file of a known kind.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "1-2.trans.txt"
+    >>> _ = path.write_text("1-2-0000 the cat\\n\\n1-2-0001 the “hat”\\n")
+    >>> list(read_sentences([path.parent], "upper", only_words=True))
+    [['THE', 'CAT'], ['THE', 'HAT']]
+    """
+    normal_form("", case)  # refuses an unknown case
+    files = [file for path in paths for file in _files(Path(path))]
+    total = sum(os.path.getsize(file) for file in files)
+    with tqdm(total=total, desc="Reading", unit="B", unit_scale=True, disable=not progress) as bar:
+        for file in files:
+            for line in _lines(file, bar):
+                text = normal_form(line, case)
+                words = (words_only(text) if only_words else text).split()
+                if words:
+                    yield words
+
+
+def _files(path):
+    if not path.exists():
+        raise FileNotFoundError(f"There is no text {path}; check the path.")
+    if not path.is_dir():
+        return [path]
+    inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    inside = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in inside if _kind(file) in SUFFIXES]
+    if not files:
+        kinds = listing(sorted({file.suffix or "no suffix" for file in inside}))
+        raise UserError(f"{path} holds no text ({', '.join(SUFFIXES)}), but files of the kinds: {kinds}; give another place.")
+    return [file for file in files if _has_ids(file)] or files  # beside transcripts lie lists of speakers, and licences
+
+
+def _has_ids(path):
+    return path.name.removesuffix(".gz").endswith(TRANSCRIPTS)
+
+
+def _kind(path):
+    return os.path.splitext(path.name.removesuffix(".gz"))[1].lower()
+
+
+def _lines(path, bar):
+    try:
+        if _kind(path) in MANIFESTS:
+            # Not above: with it comes all that reads audio, 300 MB, which other texts do not need
+            from speechbrain_ext.dataio.records import COLUMNS, read_records
+
+            for record in read_records(path, []):
+                text = next((record.values[name] for name in COLUMNS["wrd"] if isinstance(record.values.get(name), str)), None)
+                if text is None:
+                    raise UserError(f"{record.place} has no transcript; give a manifest that has the column wrd, or a text file.")
+                yield text
+            bar.update(path.stat().st_size)
+            return
+        with open(path, "rb") as file, _opened(file) as lines:
+            read = 0
+            for number, line in enumerate(lines):
+                yield line.partition(" ")[2] if _has_ids(path) else line
+                if number % SHOWN == 0:
+                    bar.update(file.tell() - read)
+                    read = file.tell()
+            bar.update(file.tell() - read)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8; convert it, or leave it out.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} cannot be decompressed to its end ({one_line(error)}); get it again.") from error
+
+
+@contextlib.contextmanager
+def _opened(file):
+    """Lines of an open file, decompressed where need be."""
+    compressed = file.peek(2)[:2] == b"\x1f\x8b"
+    with gzip.GzipFile(fileobj=file) if compressed else contextlib.nullcontext(file) as data:
+        yield io.TextIOWrapper(data, encoding="utf-8-sig")

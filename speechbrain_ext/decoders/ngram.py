@@ -1,0 +1,273 @@
+"""Word n-gram language models from text, as ARPA files: interpolated modified Kneser-Ney, as KenLM's lmplz estimates it.
+
+The probability of a word w after the words h, with h' for h without its first word, is
+
+    p(w | h) = (c(h w) - D(c(h w))) / sum_v c(h v) + gamma(h) p(w | h')
+
+where gamma(h) is what the discounts D have left over, and the last p is 1 / (number of words). c is the count in the text for the
+highest order, and for n-grams that begin a sentence; for the others it is the number of different words in front of them.
+
+Sources: R. Kneser and H. Ney, "Improved backing-off for m-gram language modeling", ICASSP 1995; S. Chen and J. Goodman, "An
+empirical study of smoothing techniques for language modeling", 1999 (three discounts per order); K. Heafield et al., "Scalable
+modified Kneser-Ney language model estimation", ACL 2013 (pruning, and what is counted at the beginning of a sentence).
+
+N-grams are kept as numbers, one array for each thing that is known of them: an n-gram is the place of its first n - 1 words among
+the n-grams of the order below, and its last word. Of the text only word ids are kept. At its peak, counting takes 60 to 80 bytes
+for each word of the text.
+"""
+
+import os
+from array import array
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import replacing
+
+BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+HIGHEST_ORDER = 6
+"""That KenLM reads, as flashlight has it."""
+FALLBACK = (0.5, 1.0, 1.5)
+"""Discounts of small texts, whose counts of counts give none: those of lmplz."""
+NEVER = 1e-30
+"""The probability of ``<s>``, which follows no word."""
+LINES = 100_000
+"""Lines of the file that are made at a time."""
+FIRST = 2
+"""Id of the first word while the text is read: 0 begins a sentence, and 1 ends it."""
+
+
+class NgramSummary(NamedTuple):
+    """What a language model was made of, and what is in it."""
+
+    sentences: int
+    words: int
+    """Running words of the text."""
+    unknown: int
+    """Of these, how many are not in the vocabulary."""
+    entries: tuple
+    """N-grams by order, from 1 on; the first number is the vocabulary with ``<s>``, ``</s>`` and ``<unk>``."""
+
+
+class _Grams(NamedTuple):
+    """The n-grams of an order."""
+
+    context: np.ndarray
+    """(N,) place of all but the last word among the n-grams of the order below."""
+    word: np.ndarray
+    """(N,) id of the last word."""
+    suffix: np.ndarray
+    """(N,) place of all but the first word among those of the order below."""
+    count: np.ndarray
+    """(N,) how often it is in the text."""
+
+
+class _Level(NamedTuple):
+    """What a language model says of the n-grams of an order."""
+
+    context: np.ndarray
+    word: np.ndarray
+    kept: np.ndarray
+    """(N,) whether it is in the model."""
+    probability: np.ndarray
+    """(N,) of the last word after the others."""
+    backoff: np.ndarray
+    """(contexts,) what is left, after each n-gram of the order below, for words that do not follow it here."""
+
+
+def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=False):
+    """Estimate a language model and write it as an ARPA file, completely or not at all.
+
+    Arguments
+    ---------
+    sentences : iterable of list of str
+        The words of each sentence. ``<unk>`` stands for any word outside of the vocabulary; ``<s>`` and ``</s>`` are left out.
+    path : str or os.PathLike
+        The file.
+    order : int
+        The number of words of the longest n-grams, 2 to 6.
+    prune : sequence of int
+        N-grams that are no more often in the text are left out: a number for bigrams, one for trigrams and so on, none smaller
+        than the one before it; the last one holds for all that follow.
+    vocabulary : int, optional
+        Only so many words, the most frequent ones, are known; the others count as ``<unk>``. By default all are known.
+    progress : bool
+        Whether to show on standard error how far it is.
+
+    Returns
+    -------
+    NgramSummary
+
+    Raises
+    ------
+    UserError
+        If there are no words, or an argument is out of range.
+    OSError
+        If the file cannot be written; this shows before anything is counted.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "lm.arpa")
+    >>> write_arpa([["THE", "CAT"], ["THE", "HAT"]], path, order=2)
+    NgramSummary(sentences=2, words=4, unknown=0, entries=(6, 5))
+    >>> open(path).read().split()[:4]
+    ['\\\\data\\\\', 'ngram', '1=6', 'ngram']
+    """
+    if not isinstance(order, int) or not 2 <= order <= HIGHEST_ORDER:
+        raise UserError(f"The order is {order}; give 2 to {HIGHEST_ORDER} words, mostly 3 or 4.")
+    prune = list(prune)
+    if not prune or len(prune) >= order or min(prune) < 0 or prune != sorted(prune):
+        raise UserError(
+            f"The limits to prune below are {prune}; give up to {order - 1} numbers, for bigrams, trigrams and so on, none of "
+            "them negative or smaller than the one before."
+        )
+    if vocabulary is not None and vocabulary < 1:
+        raise UserError(f"The vocabulary is limited to {vocabulary} words; give 1 or more.")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give the name of a file.")
+    limits = [-1, *prune, *[prune[-1]] * (order - 1 - len(prune))]  # -1: no word is pruned
+    with replacing(path) as file:
+        ids, names = _number(*_read(sentences), vocabulary)
+        sentence_count, unknown = np.bincount(ids, minlength=len(names))[-2:].tolist()
+        word_count = len(ids) - 2 * sentence_count
+        with tqdm(total=2 * order, desc="Estimating", unit=" steps", disable=not progress) as bar:
+            grams = _count(ids, len(names), order, bar)
+            del ids
+            levels = _estimate(grams, limits, bar)
+        entries = tuple(int(level.kept.sum()) for level in levels)
+        if not all(entries):
+            raise UserError(
+                f"No n-grams of order {entries.index(0) + 1} are left, as sentences are short or --prune is high; lower --prune, "
+                "or the order."
+            )
+        with tqdm(total=sum(entries), desc="Writing", unit=" n-grams", unit_scale=True, disable=not progress) as bar:
+            _write(file, levels, names, entries, bar)
+    return NgramSummary(sentence_count, word_count, unknown, entries)
+
+
+class _Ids(dict):
+    """Ids by word; a new word gets the next one."""
+
+    def __missing__(self, word):
+        self[word] = number = FIRST + len(self)
+        return number
+
+
+def _read(sentences):
+    """Ids of all sentences in a row, and the ids by word."""
+    known, ids = _Ids(), array("i")
+    for sentence in sentences:
+        ids.append(0)
+        ids.extend(map(known.__getitem__, sentence))
+        ids.append(1)
+    return np.frombuffer(ids, dtype=np.int32), known
+
+
+def _number(ids, known, vocabulary):
+    """The text in its final ids, and the words by these: sorted, then ``</s>``, ``<s>`` and ``<unk>``."""
+    words = sorted(known.keys() - {BEGIN, END, UNKNOWN, UNKNOWN.upper()})
+    if not words:
+        raise UserError("The text holds no words; give some that does.")
+    if vocabulary is not None and vocabulary < len(words):
+        counts = np.bincount(ids)
+        words = sorted(sorted(words, key=lambda word: -counts[known[word]])[:vocabulary])  # of equals, the first by name
+    names = [*words, END, BEGIN, UNKNOWN]
+    final = np.full(FIRST + len(known), len(words) + 2, dtype=np.int32)
+    final[[known[word] for word in words]] = np.arange(len(words))
+    final[:FIRST] = len(words) + 1, len(words)
+    final[[known[name] for name in (BEGIN, END) if name in known]] = -1
+    ids = final[ids]
+    return (ids if ids.min() >= 0 else ids[ids >= 0]), names
+
+
+def _count(ids, size, order, bar):
+    """The n-grams of each order, sorted by their places in the order below."""
+    nowhere = np.zeros(size, dtype=np.int32)
+    grams = [_Grams(nowhere, np.arange(size, dtype=np.int32), nowhere, np.bincount(ids, minlength=size))]
+    bar.update()
+    places = ids  # of the n-gram that begins at each word of the text, among those of the order below
+    starts = np.arange(len(ids), dtype=np.int32)
+    for length in range(2, order + 1):
+        starts = starts[ids[starts + (length - 2)] != size - 3]  # n-grams end where the sentence does
+        keys = places[starts].astype(np.uint64) << np.uint64(32)
+        keys |= ids[starts + (length - 1)].astype(np.uint64)
+        sorting = np.argsort(keys)
+        keys, starts = keys[sorting], starts[sorting]
+        del sorting
+        is_new = np.ones(len(keys), dtype=bool)
+        is_new[1:] = keys[1:] != keys[:-1]
+        first = np.flatnonzero(is_new)
+        count = np.diff(first, append=len(keys))
+        keys = keys[first]
+        word, context = (part.astype(np.int32) for part in (keys & np.uint64(2**32 - 1), keys >> np.uint64(32)))
+        grams.append(_Grams(context, word, places[starts[first] + 1], count.astype(np.int32)))
+        if length < order:
+            places = np.zeros_like(ids)
+            places[starts] = np.repeat(np.arange(len(first), dtype=np.int32), count)
+            starts.sort()  # so that the next order reads the text from its beginning to its end
+        bar.update()
+    return grams
+
+
+def _estimate(grams, limits, bar):
+    """What the model says of each order; the n-grams are taken from their list, so that they need no memory any more."""
+    size = len(grams[0].count)
+    begins = np.arange(size) == size - 2
+    probability, levels = np.array([1 / (size - 1)], dtype=np.float32), []  # <s> follows no word
+    for limit in limits:
+        gram = grams.pop(0)
+        count, kept = gram.count, gram.count > limit
+        if levels:
+            begins = begins[gram.context]
+        if grams:
+            count = np.bincount(grams[0].suffix, minlength=len(count))
+            if levels:
+                count = np.where(begins, gram.count, count)
+        removed = np.where(kept, _discounts(count)[np.minimum(count, 3)], count).astype(np.float32)
+        total, left = (np.bincount(gram.context, each, len(probability)).astype(np.float32) for each in (count, removed))
+        backoff = np.divide(left, total, out=np.ones_like(total), where=total > 0)
+        own = count.astype(np.float32)
+        own -= removed
+        own /= total[gram.context]
+        lower = backoff[gram.context]
+        lower *= probability[gram.suffix]
+        own += lower
+        probability = own
+        levels.append(_Level(gram.context, gram.word, kept, probability, backoff))
+        bar.update()
+    return levels
+
+
+def _discounts(count):
+    """What is taken off counts of 0, 1, 2, and 3 or more."""
+    once, twice, thrice, more = (int((count == number).sum()) for number in range(1, 5))
+    if not (once and twice and thrice and more):
+        return np.array([0, *FALLBACK])
+    share = once / (once + 2 * twice)
+    found = 1 - 2 * share * twice / once, 2 - 3 * share * thrice / twice, 3 - 4 * share * more / thrice
+    return np.array([0, *(found if all(0 < value < most for most, value in enumerate(found, start=1)) else FALLBACK)])
+
+
+def _write(file, levels, names, entries, bar):
+    """The ARPA file."""
+    words, levels[0].probability[-2] = np.array(names, dtype=object), NEVER
+    file.write("\\data\\\n")
+    file.writelines(f"ngram {order}={count}\n" for order, count in enumerate(entries, start=1))
+    for order, level in enumerate(levels, start=1):
+        file.write(f"\n\\{order}-grams:\n")
+        line = "%.7g\t" + " ".join(["%s"] * order) + "\t%.7g" * (order < len(levels)) + "\n"
+        for first in range(0, len(level.kept), LINES):
+            place = first + np.flatnonzero(level.kept[first : first + LINES])
+            numbers, columns = [level.probability[place], *(above.backoff[place] for above in levels[order : order + 1])], []
+            for lower in reversed(levels[:order]):
+                columns.append(words[lower.word[place]])
+                place = lower.context[place]
+            # Rounded, the probability of a certain word would be more than 1
+            logs = [np.minimum(np.log10(number, dtype=np.float64), 0) for number in numbers]
+            fields = (column.tolist() for column in (logs[0], *reversed(columns), *logs[1:]))
+            file.writelines(map(line.__mod__, zip(*fields, strict=True)))
+            bar.update(len(place))
+    file.write("\n\\end\\\n")

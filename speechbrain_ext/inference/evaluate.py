@@ -1,0 +1,135 @@
+"""Error rates and speed of a trained model on test sets, with any search that it has."""
+
+import time
+
+import torch
+from speechbrain.utils.metric_stats import ErrorRateStats
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT
+from speechbrain_ext.decoders.alignment import greedy_tokens
+from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
+from speechbrain_ext.inference.long_audio import window_frames
+from speechbrain_ext.inference.transcribe import BATCH_SECONDS, LONG_SECONDS
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.measure import synchronize
+
+
+def make_searches(model, names=(), **beam):
+    """Searches of a model by name.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        From :func:`speechbrain_ext.inference.load_model`.
+    names : sequence of str
+        ``ctc_greedy``, ``ctc_beam`` or, with a decoder, ``joint_beam``; by default what the model answers with, and ``ctc_beam``
+        where there is a language model.
+    **beam
+        Arguments of :class:`speechbrain_ext.decoders.ctc_beam.CtcBeamSearch`, such as ``lm_file``.
+
+    Returns
+    -------
+    dict
+        By name a callable from log-probabilities (B, T, V), encoder frames (B, T, D), which are None for a model without a
+        decoder, and relative lengths (B,) to texts.
+
+    Raises
+    ------
+    UserError
+        If the model has no such search, or the language model cannot be used.
+    """
+    own = JOINT if model.search_segment else GREEDY
+    names = list(dict.fromkeys(names)) or [own, *([BEAM] if beam.get("lm_file") else [])]
+    known = dict.fromkeys([GREEDY, BEAM, own])
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(known)}.")
+    if beam and BEAM not in names:
+        raise UserError(f"{', '.join(beam)} is given, and only {BEAM} takes it; add that search, or leave it out.")
+
+    def written(tokens):
+        return [" ".join(model.tokenizer.decode_ids(ids).split()) for ids in tokens]
+
+    known[GREEDY] = lambda log_probs, frames, lens: written(greedy_tokens(log_probs, lens, model.blank))
+    if model.search_segment:
+        known[JOINT] = lambda log_probs, frames, lens: written(model.mods.decoder(frames, lens)[0])
+    if BEAM in names:
+        beam_search = CtcBeamSearch(model.tokenizer, model.blank, **beam)
+        beam_search.check()
+        known[BEAM] = lambda log_probs, frames, lens: beam_search(log_probs, lens)
+    return {name: known[name] for name in names}
+
+
+@torch.inference_mode()
+def evaluate(model, rows, searches, progress=False):
+    """Transcribe utterances, in batches of about the same length, and compare with what was said.
+
+    The encoder runs once for all searches. Utterances longer than a minute go through it in windows, as in
+    :func:`speechbrain_ext.inference.transcribe.transcribe_files`.
+
+    Arguments
+    ---------
+    model : CtcModel or JointModel
+        From :func:`speechbrain_ext.inference.load_model`.
+    rows : list of speechbrain_ext.dataio.preparation.Row
+        What is known of each utterance, its transcript in the form of the model's.
+    searches : dict
+        From :func:`make_searches`.
+    progress : bool
+        Whether to show a bar on standard error.
+
+    Returns
+    -------
+    error_rates : dict
+        An ErrorRateStats for each search.
+    seconds : dict
+        How long encoder and search took together, for each search; reading audio is not in it.
+
+    Raises
+    ------
+    AudioError
+        If a file cannot be read.
+    """
+    error_rates, seconds = {name: ErrorRateStats() for name in searches}, dict.fromkeys(searches, 0.0)
+    with tqdm(total=round(sum(row.duration for row in rows)), unit=" s", disable=not progress) as bar:
+        for batch in _batches(rows):
+            segments = [(row.start or 0, row.stop, row.channel) for row in batch]
+            wavs = [load_audio(row.wav, model.sample_rate, *segment) for row, segment in zip(batch, segments, strict=True)]
+            began = time.perf_counter()
+            found = _encode(model, wavs)
+            encoded = time.perf_counter() - began
+            for name, search in searches.items():
+                began = time.perf_counter()
+                texts = search(*found)
+                synchronize(model.device)
+                seconds[name] += encoded + time.perf_counter() - began
+                said = [row.wrd.split() for row in batch]
+                error_rates[name].append([row.ID for row in batch], [text.split() for text in texts], said)
+            bar.update(round(sum(row.duration for row in batch)))
+    return error_rates, seconds
+
+
+def _batches(rows):
+    """The longest first: what needs most memory shows at once."""
+    batches = []
+    for row in sorted(rows, key=lambda row: row.duration):
+        if not batches or (len(batches[-1]) + 1) * row.duration > BATCH_SECONDS:
+            batches.append([])
+        batches[-1].append(row)
+    return reversed(batches)
+
+
+def _encode(model, wavs):
+    """Log-probabilities (B, T, V), frames (B, T, D) or None, and relative lengths (B,)."""
+    if len(wavs[0]) > LONG_SECONDS * model.sample_rate:  # which is alone in its batch
+        parts = zip(*window_frames(model, wavs), strict=True)
+        found = [[None if part[0] is None else torch.cat(part)] for part in parts]
+    else:
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        found = model.frames(pad_sequence(wavs, batch_first=True), lengths / lengths.max())
+    log_probs, frames = (None if rows[0] is None else pad_sequence(rows, batch_first=True) for rows in found)
+    lengths = torch.tensor([len(row) for row in found[0]], device=log_probs.device)
+    synchronize(model.device)
+    return log_probs, frames, lengths / lengths.max()

@@ -1,0 +1,61 @@
+"""Fetching a model from Hugging Face."""
+
+import re
+from pathlib import Path
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def download(source, revision, files):
+    """The folder in Hugging Face's cache that holds a model as one commit has it.
+
+    Arguments
+    ---------
+    source : str
+        The name of a repository, ``user/model``.
+    revision : str, optional
+        A commit, tag or branch; by default what the repository holds now.
+    files : sequence of str
+        Which files to fetch, as names or patterns such as ``*.nemo``.
+
+    Returns
+    -------
+    pathlib.Path
+        The last part of it is the commit.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such model or revision, or it is not in the cache and the network cannot be reached.
+
+    Example
+    -------
+    >>> download("/no/such/folder", None, [])
+    Traceback (most recent call last):
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        version = f"{source} at revision {revision}" if revision else source
+        raise FileNotFoundError(
+            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
+            "(HF_HUB_OFFLINE unset)."
+        ) from error

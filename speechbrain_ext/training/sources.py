@@ -1,0 +1,350 @@
+"""Trained weights from wherever they are, under the names of a model folder: where a warm start begins."""
+
+import io
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ruamel.yaml
+import safetensors
+import safetensors.torch
+import torch
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_ext.convert import convert_nemo, convert_speechbrain
+from speechbrain_ext.hparams import merge_hparams, parse_overrides
+from speechbrain_ext.model_folder import FILES, HYPERPARAMS, TOKENIZER, WEIGHTS
+from speechbrain_ext.model_folder.build import parse
+from speechbrain_ext.model_folder.fetch import HUB_ID, download
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
+from speechbrain_ext.utils.files import file_digest
+
+SPEECHBRAIN_WEIGHTS = ("asr.ckpt", "model.ckpt")
+FETCHED = (*FILES, *SPEECHBRAIN_WEIGHTS, "normalizer.ckpt", "*.nemo")
+"""What is fetched of a repository: no language model, and no audio."""
+_SPEECHBRAIN_PARTS = {"0": "subsampling", "1": "transformer", "2": "seq_lin", "3": "ctc_lin"}
+"""What the list of modules holds that SpeechBrain's recipes save, in its order."""
+
+
+class Source(NamedTuple):
+    """A trained model, or a part of one."""
+
+    name: str
+    """As the user gave it; that of a repository with its commit."""
+    kind: str
+    """What it is, for messages."""
+    weights: dict
+    """Tensors by their names in a model folder."""
+    digest: str
+    """SHA-256 of the file of the weights."""
+    tokenizer: bytes | None = None
+    """A SentencePiece model."""
+    blank: int = 0
+    """The output that is CTC's blank."""
+
+
+def locate(given, before=None):
+    """Find a model, and fetch it if need be.
+
+    Arguments
+    ---------
+    given : str
+        A folder or file, or a repository of Hugging Face, ``user/model`` or ``user/model@revision``.
+    before : str, optional
+        The name that the run had for it when it began: a repository is taken as it was then.
+
+    Returns
+    -------
+    name : str
+        The same; a repository with its commit behind it.
+    path : pathlib.Path
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such model.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> locate(folder) == (folder, Path(folder))
+    True
+    """
+    repository, _, revision = given.partition("@")
+    if Path(given).exists() or not HUB_ID.fullmatch(repository):
+        if not Path(given).exists():
+            raise FileNotFoundError(f"There is no model {given}; give a folder or file, or user/model of Hugging Face.")
+        return given, Path(given)
+    if before and (before == given or not revision and before.partition("@")[0] == repository):
+        revision = before.partition("@")[2]
+    folder = download(repository, revision or None, FETCHED)
+    return f"{repository}@{folder.name}", folder
+
+
+def architecture_of(hparams_file, init_from=None):
+    """What an hparams file lacks that states no encoder: the file that the initial model was trained with, and the keys in which
+    the model differs from it.
+
+    Arguments
+    ---------
+    hparams_file : str
+        An hparams file.
+    init_from : str, optional
+        The initial model; by default the one in the file.
+
+    Returns
+    -------
+    list
+        A path and a mapping, as :func:`speechbrain_ext.hparams.merge_hparams` takes them; empty where the file states an encoder.
+
+    Raises
+    ------
+    UserError
+        If there is no model to take it from, or the model was trained with a file that is not beside this one.
+    """
+    tree = parse_overrides(merge_hparams(hparams_file))
+    if "encoder" in tree:
+        return []
+    init_from = init_from or tree.get("init_from")
+    if not isinstance(init_from, str):
+        raise UserError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
+    run_on_main(locate, [init_from])
+    file, keys = read_architecture(*locate(init_from))
+    path = Path(hparams_file).with_name(file)
+    if not path.is_file():
+        raise UserError(
+            f"{init_from} was trained with {file}, which is not beside {hparams_file}; name the architecture in a file that "
+            "extends it and finetune.yaml."
+        )
+    return [str(path), keys]
+
+
+def read_architecture(name, path):
+    """What a model folder says of the model, as keys of training hparams.
+
+    Arguments
+    ---------
+    name : str
+        What messages call it.
+    path : str or os.PathLike
+        The folder.
+
+    Returns
+    -------
+    hparams : str
+        The name of the hparams file that it was trained with.
+    keys : dict
+        Features, sizes and encoder.
+
+    Raises
+    ------
+    UserError
+        If it is no model folder, or does not say what it was trained with.
+    """
+    path = Path(path) / HYPERPARAMS
+    remedy = "name the architecture in a file that extends it and finetune.yaml, see the top of hparams/finetune.yaml."
+    if not path.is_file() or not path.with_name(WEIGHTS).is_file():
+        raise UserError(f"{name} is no model folder of this package, and so has no architecture to take; {remedy}")
+    tree = _settings(name, path)
+    file = (tree.get("provenance") or {}).get("hparams")
+    if not isinstance(file, str):
+        raise UserError(f"The model {name} does not say which hparams file it was trained with; {remedy}")
+    model, encoder = tree["Transformer"], tree["speech_encoder"]
+    names = ("encoder_kwargs", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "dropout", "kernel_size")
+    keys = {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
+    keys |= {"encoder": model["encoder_module"]} | {key: model[key] for key in names if key in model}
+    keys |= {"streaming_chunk_size": encoder["chunk_size"], "streaming_left_context": encoder["left_context"]}
+    return Path(file).name, keys | {key: tree["compute_features"][key] for key in ("n_mels",) if key in tree["compute_features"]}
+
+
+def read_source(name, path, nhead):
+    """Read weights, statistics of features and tokenizer; nothing that a file holds is run.
+
+    Arguments
+    ---------
+    name : str
+        What messages call it.
+    path : str or os.PathLike
+        A model folder, a folder of SpeechBrain, a ``.nemo`` file or a folder with one, or a state file (``.safetensors``, or what
+        ``torch.save`` wrote of tensors).
+    nhead : int
+        Attention heads of the model here, which SpeechBrain's weights are laid out for.
+
+    Returns
+    -------
+    Source
+
+    Raises
+    ------
+    UserError
+        If it holds no weights that are known, or is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / WEIGHTS).is_file() and (path / HYPERPARAMS).is_file():
+            return _model_folder(name, path)
+        for weights in SPEECHBRAIN_WEIGHTS:
+            if (path / weights).is_file():
+                return _speechbrain_folder(name, path, path / weights, nhead)
+        archives = sorted(path.glob("*.nemo"))
+        if len(archives) != 1:
+            raise UserError(
+                f"{name} is no folder of a model, as it has neither {WEIGHTS} with {HYPERPARAMS}, nor "
+                f"{' or '.join(SPEECHBRAIN_WEIGHTS)}, nor one .nemo file; give the folder 'pretrained' of a training run."
+            )
+        path = archives[0]
+    if path.suffix == ".nemo":
+        return _nemo(name, path)
+    weights = _load(name, path)
+    if any("convolution_module" in key for key in weights):
+        return Source(name, "weights of SpeechBrain", _of_speechbrain(name, weights, nhead), file_digest(path))
+    if any(key.endswith("pre_ln.weight") for key in weights):
+        return Source(name, "weights of NeMo", _of_nemo(weights), file_digest(path))
+    return Source(name, "a state file", _plain_names(weights), file_digest(path))
+
+
+def _model_folder(name, path):
+    """A model folder of this package."""
+    settings = _settings(name, path / HYPERPARAMS)
+    blank = settings["blank_index"]
+    fused = any(_is_fused(settings[key]) for key in ("subsampling", "Transformer"))
+    if fused:
+        raise UserError(
+            f"The model {name} is fused: its BatchNorms are folded into the weights, and cannot be trained; give the folder "
+            "'pretrained_unfused' beside it."
+        )
+    tokenizer = path / TOKENIZER
+    tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
+    return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank)
+
+
+def _settings(name, path):
+    """The settings of a model folder as plain values, once it is sure that they are no more."""
+    text = path.read_text(encoding="utf-8")
+    needed = {"subsampling", "Transformer", "compute_features", "normalize", "speech_encoder", "sample_rate", "blank_index"}
+    try:
+        missing = needed - parse(text).keys()
+        if missing:
+            raise UserError(f"it has no {min(missing)}")
+    except UserError as error:
+        raise UserRuntimeError(f"The {HYPERPARAMS} of {name} is that of no model here ({one_line(error, 100)}).") from error
+    return ruamel.yaml.YAML().load(text)
+
+
+def _is_fused(settings):
+    return bool(settings.get("fused") or (settings.get("encoder_kwargs") or {}).get("fused"))
+
+
+def _load(name, path):
+    """Tensors by name."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return _tensors(name, torch.load(path, map_location="cpu", weights_only=True))
+    except UserError:
+        raise
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserRuntimeError(f"{name} is damaged, or no file of weights ({one_line(error, 150)}).") from error
+    except Exception as error:  # whatever unpickling comes to, refused classes among it
+        raise UserError(
+            f"{name} is damaged, or holds more than tensors, which could run any code ({one_line(error, 100)}); give a file of "
+            "weights alone, best as .safetensors."
+        ) from error
+
+
+def _tensors(name, state):
+    """The state of a model in what ``torch.save`` wrote: itself, or under one of the usual keys."""
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    if not found:
+        raise UserError(f"{name} holds no weights by name; give the state of a model.")
+    return found
+
+
+def _plain_names(weights):
+    """Names of a model folder for those of a checkpoint, of one process or of several."""
+    return {re.sub(r"^(module\.)?(speech_encoder\.)?", "", key): value for key, value in weights.items()}
+
+
+def _speechbrain_folder(name, path, weights, nhead):
+    """A folder of SpeechBrain's inference, or a checkpoint of its recipes."""
+    settings = path / HYPERPARAMS
+    stated = re.search(r"^nhead: *(\d+)", settings.read_text(encoding="utf-8"), re.MULTILINE) if settings.is_file() else None
+    _check_heads(name, int(stated[1]) if stated else nhead, nhead)
+    state = _of_speechbrain(name, _load(name, weights), nhead)
+    normalizer, tokenizer = path / "normalizer.ckpt", path / TOKENIZER
+    if normalizer.is_file():
+        state |= {f"normalize.{key}": value for key, value in _load_statistics(name, normalizer).items()}
+    tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
+    # Blank and unknown are token 0 in SpeechBrain's recipes
+    return Source(name, "a folder of SpeechBrain", state, file_digest(weights), tokenizer, 0)
+
+
+def _check_heads(name, theirs, nhead):
+    if theirs != nhead:  # the weights would load, and answer nonsense
+        raise UserError(f"{name} has attention of {theirs} heads, and nhead is {nhead}; give --nhead {theirs}.")
+
+
+def _load_statistics(name, path):
+    """The state of SpeechBrain's InputNormalization under the names of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        statistics = {"glob_mean": state["glob_mean"].flatten(), "glob_std": state["glob_std"].flatten()}
+        return statistics | {"frames": torch.as_tensor(state["count"]).long()}
+    except Exception as error:  # whatever unpickling comes to, and another content
+        raise UserError(f"{path.name} of {name} holds no statistics of features; take it out of the folder.") from error
+
+
+def _of_speechbrain(name, weights, nhead):
+    """Names of a model folder for those of SpeechBrain's recipes: a list of front end, Transformer and two heads, or a part."""
+    for key, value in weights.items():
+        if key.endswith("mha_layer.pos_bias_u"):
+            _check_heads(name, value.shape[1], nhead)
+    whole = any(key.partition(".")[0] in _SPEECHBRAIN_PARTS for key in weights)
+    alone = "transformer." if any(key.startswith("encoder.") for key in weights) else "transformer.encoder."
+    found = {}
+    for key, value in convert_speechbrain(weights, nhead).items():
+        place, _, rest = key.partition(".")
+        block = re.fullmatch(r"convblock_(\d)\.convs\.(conv|norm)_0\.(?:conv|norm)\.(\w+)", rest)
+        if block:
+            rest = f"stages.{block[1]}.{int(block[2] == 'norm')}.{block[3]}"
+            if value.dim() == 4:  # bins by frames there, frames by bins here
+                value = value.transpose(2, 3)
+        found[f"{_SPEECHBRAIN_PARTS.get(place, place)}.{rest}" if whole else alone + key] = value
+    return found
+
+
+def _nemo(name, path):
+    """A model of NeMo: an archive of weights, settings and a tokenizer."""
+    try:
+        with tarfile.open(path) as archive:
+            members = {Path(member.name).name: archive.extractfile(member).read() for member in archive if _is_wanted(member)}
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserRuntimeError(f"{name} is damaged, or no archive of NeMo ({one_line(error, 100)}).") from error
+    if "model_weights.ckpt" not in members:
+        raise UserError(f"{name} holds no model_weights.ckpt, as an archive of NeMo does; give another one.")
+    try:
+        weights = torch.load(io.BytesIO(members["model_weights.ckpt"]), map_location="cpu", weights_only=True)
+        settings = ruamel.yaml.YAML(typ="safe").load(members.get("model_config.yaml", b"{}")).get("encoder", {})
+    except Exception as error:  # whatever unpickling and YAML come to
+        raise UserRuntimeError(f"{name} is damaged, or holds more than tensors ({one_line(error, 100)}).") from error
+    places = {"reduce_before": settings.get("time_reduce_idx"), "recover_before": settings.get("time_recovery_idx")}
+    weights = _of_nemo(weights, **places)
+    tokenizers = [content for member, content in members.items() if member.endswith("tokenizer.model")]
+    head = weights.get("ctc_lin.w.weight")
+    blank = 0 if head is None else len(head) - 1  # the last output
+    return Source(name, "a model of NeMo", weights, file_digest(path), tokenizers[0] if tokenizers else None, blank)
+
+
+def _is_wanted(member):
+    """Whether a member of an archive is one of those that are read; they are read into memory, and nothing is written."""
+    return member.isfile() and member.name.endswith(("model_weights.ckpt", "model_config.yaml", "tokenizer.model"))
+
+
+def _of_nemo(weights, **places):
+    converted = convert_nemo(weights, **places)
+    return {re.sub("^head", "ctc_lin", key): value for key, value in converted.items()}

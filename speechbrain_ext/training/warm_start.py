@@ -1,0 +1,256 @@
+"""A model that begins with given weights in place of random ones.
+
+What fits by name and shape is taken. Outputs and embeddings have a row for each token: where the tokenizer is another one, rows
+of pieces that are spelled alike are copied. A table says what was taken, what not, and why.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
+from speechbrain_ext.model_folder.write import model_parts
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.prefixes import begins_with, check_prefixes
+from speechbrain_ext.utils.text import listing, table
+
+logger = get_logger(__name__)
+
+OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module")
+"""Prefixes of weights that have a row for each token."""
+LOADED, EXCLUDED, ABSENT, UNUSED = "loaded", "excluded", "not in the source", "not in this model"
+UNKNOWN = "not loaded: which token each row is of is not known"
+ROLES = ("blank", "bos", "eos", "unk")
+"""Of special tokens; their ids are the keys with _index behind."""
+NOISE = 0.1
+"""Deviation of new rows from the mean row, as a part of the deviation of the rows that there are: enough to tell them apart."""
+
+
+def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_tokens=False, seed=0):
+    """Give a model the weights of another one.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        With the parts and names of a model folder (:func:`speechbrain_ext.model_folder.write.model_parts`); changed in place.
+    source : Source
+        The weights.
+    tokenizer : bytes
+        The SentencePiece model of the run.
+    special : dict
+        The tokens ``blank``, ``bos``, ``eos`` and ``unk`` of the run.
+    include, exclude : sequence of str
+        Prefixes of the names to take, all by default, and of those among them to leave as they are.
+    same_tokens : bool
+        Whether a source without a tokenizer has that of the run.
+    seed : int
+        Of the rows of new tokens.
+
+    Returns
+    -------
+    str
+        The table.
+
+    Raises
+    ------
+    UserError
+        If a prefix matches nothing, a weight has another shape that no tokenizer explains, or nothing would be taken.
+
+    Example
+    -------
+    >>> from speechbrain_ext.training.sources import Source
+    >>> old, new = (torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)}) for _ in range(2))
+    >>> print(warm_start(new, Source("old", "", old.state_dict(), ""), b"", {}, exclude=["b"]))
+    | part | weights | numbers | |
+    | --- | --- | --- | --- |
+    | a | 2 | 6 | loaded |
+    | b | 2 | 6 | excluded |
+    >>> torch.equal(old["a"].weight, new["a"].weight), torch.equal(old["b"].weight, new["b"].weight)
+    (True, False)
+    """
+    if "SpeechBrain" in source.kind and any(getattr(part, "speechbrain_scores", True) is False for part in model.modules()):
+        raise UserError(
+            f"{source.name} is of SpeechBrain, whose attention scales its scores otherwise; give the encoder this key, too: "
+            "--encoder_kwargs '{speechbrain_scores: True}'."
+        )
+    if "NeMo" in source.kind:
+        logger.warning(
+            "The features of %s are NeMo's, and those here are not: its first steps learn the difference.", source.name
+        )
+    state = model.state_dict()
+    check_prefixes("init_include", include, state)
+    check_prefixes("init_exclude", exclude, state)
+    places = None if source.tokenizer is None and same_tokens else _places(source, tokenizer, special)
+    generator = torch.Generator().manual_seed(seed)
+    outcomes, misfits = {}, []
+    for name, value in state.items():
+        given = source.weights.get(name)
+        taken = not include or any(begins_with(name, prefix) for prefix in include)
+        if not taken or any(begins_with(name, prefix) for prefix in exclude):
+            outcomes[name] = EXCLUDED
+        elif given is None or _is_unlearned(name, given):
+            outcomes[name] = ABSENT
+        elif places is not None and any(begins_with(name, prefix) for prefix in OF_TOKENS):
+            if source.tokenizer is None:
+                outcomes[name] = UNKNOWN
+            elif given.shape[1:] != value.shape[1:] or int(places.max()) >= len(given):
+                outcomes[name] = _misfit(given, value)
+                misfits.append(name)
+            else:
+                outcomes[name] = f"loaded {int((places >= 0).sum())} of {len(places)} rows, of pieces spelled alike"
+                state[name] = _copy_rows(given.to(value.dtype), places, generator)
+        elif given.shape != value.shape and not _is_unlearned(name, value):
+            outcomes[name] = _misfit(given, value)
+            misfits.append(name)
+        else:
+            outcomes[name], state[name] = LOADED, given.to(value.dtype)
+    unused = {name: value for name, value in source.weights.items() if name not in outcomes}
+    text = _table(outcomes | dict.fromkeys(unused, UNUSED), state | unused)
+    logger.info("Initial weights of %s, %s:\n%s", source.name, source.kind, text)
+    if misfits:
+        shapes = outcomes[misfits[0]].removeprefix("not loaded: ")
+        raise UserError(
+            f"{source.name} has {len(misfits)} weights of another shape, such as {misfits[0]} ({shapes}); give the "
+            "sizes of that model, or leave such weights out by init_exclude."
+        )
+    if not any(outcome.startswith(LOADED) for outcome in outcomes.values()):
+        theirs, ours = (listing(dict.fromkeys(map(_part, weights)), 5) for weights in (source.weights, state))
+        raise UserError(
+            f"Nothing of {source.name} would be loaded: it has {theirs}, and this model {ours}; see what init_include and "
+            "init_exclude leave."
+        )
+    model.load_state_dict(state)
+    return text
+
+
+def chosen_tokenizer(hparams, source):
+    """The tokenizer that a run takes.
+
+    Arguments
+    ---------
+    hparams : dict
+        The hparams of the run; ``tokenizer_from`` is ``init``, ``new`` or a file.
+    source : Source, optional
+        What the run begins with.
+
+    Returns
+    -------
+    bytes or None
+        A SentencePiece model with the special tokens where the hparams have them; None where the run trains one.
+
+    Raises
+    ------
+    UserError
+        If there is none where the hparams say, or it is damaged.
+    """
+    chosen = hparams["tokenizer_from"]
+    if chosen == "new" or chosen == "init" and source is None:
+        return None
+    if chosen == "init":
+        if source.tokenizer is None:
+            raise UserError(
+                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
+                "one, --tokenizer_from new."
+            )
+        model = source.tokenizer
+    elif not Path(chosen).is_file():
+        raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
+    else:
+        model = Path(chosen).read_bytes()
+    return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
+
+
+def begin_with(source, hparams, tokenizer_file):
+    """Give the model of a run its initial weights.
+
+    Arguments
+    ---------
+    source : Source
+        The weights.
+    hparams : dict
+        The hparams of the run; their ``model`` is changed in place.
+    tokenizer_file : str or os.PathLike
+        The SentencePiece model of the run.
+
+    Raises
+    ------
+    UserError
+        As :func:`warm_start`, or if no statistics of features were loaded, and none will be learned.
+    """
+    parts, chosen = model_parts(hparams), hparams["tokenizer_from"]
+    warm_start(
+        parts,
+        source,
+        Path(tokenizer_file).read_bytes(),
+        {role: hparams[f"{role}_index"] for role in ROLES},
+        hparams["init_include"],
+        hparams["init_exclude"],
+        chosen not in ("init", "new"),
+        hparams["seed"],
+    )
+    normalize = hparams["normalize"]
+    if normalize.norm_type == "global" and not normalize.glob_mean.numel() and normalize.update_until_epoch <= 1:
+        raise UserError(
+            f"No statistics of features come from {source.name}, and update_until_epoch of normalize lets none be learned; raise "
+            "it: --normalize '{update_until_epoch: 4}'."
+        )
+
+
+def _places(source, tokenizer, special):
+    """For each token of the run, the row of the source (-1: none); None where the tokens are the same."""
+    if source.tokenizer is None:
+        return torch.empty(0, dtype=torch.long)
+    old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
+    rows = {old.id_to_piece(row): row for row in range(old.vocab_size()) if not (old.is_control(row) or old.is_unknown(row))}
+    roles = {"bos": old.bos_id(), "eos": old.eos_id(), "unk": old.unk_id()}
+    # Where the blank is also the unknown token, it is the blank that has learned something
+    roles = {role: row for role, row in roles.items() if row != source.blank} | {"blank": source.blank}
+    places = [rows.get(new.id_to_piece(token), -1) for token in range(new.vocab_size())]
+    for role, token in special.items():
+        places[token] = roles.get(role, -1)
+    same = places == list(range(old.vocab_size()))
+    return None if same else torch.tensor(places)
+
+
+def _copy_rows(given, places, generator):
+    """The rows (V', ...) at these places (V,), and the mean row with some noise where there is none."""
+    mean, deviation = given.mean(0), given.std(0)
+    rows = mean + NOISE * deviation * torch.randn((len(places), *mean.shape), generator=generator).to(given.dtype)
+    known = places >= 0
+    rows[known] = given[places[known]]
+    return rows
+
+
+def _is_unlearned(name, value):
+    """Whether it is a statistic of features that has yet to be learned; then it has no size."""
+    return name in ("normalize.glob_mean", "normalize.glob_std") and not value.numel()
+
+
+def _table(outcomes, weights):
+    """Outcomes by part of the model, with the number of weights and of their elements."""
+    counts, numbers = Counter(), Counter()
+    for name, outcome in outcomes.items():
+        row = _part(name), outcome
+        counts[row] += 1
+        numbers[row] += weights[name].numel()
+    return table(
+        ["part", "weights", "numbers", ""],
+        [[part, count, f"{numbers[part, what]:,}", what] for (part, what), count in counts.items()],
+    )
+
+
+def _part(name):
+    """The part of a model that a weight belongs to, for people."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "transformer" else 1])
+
+
+def _misfit(given, value):
+    return f"not loaded: {_shape(given)}, here {_shape(value)}"
+
+
+def _shape(value):
+    return " x ".join(map(str, value.shape)) or "a number"

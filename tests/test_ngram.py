@@ -1,0 +1,214 @@
+"""Language models from text: the probabilities are those of the formula, and the searches read them."""
+
+import collections
+import gzip
+import math
+import random
+
+import pytest
+from speechbrain.lm.arpa import read_arpa
+from speechbrain.lm.ngram import BackoffNgramLM
+from test_ctc_beam import make_tokenizer, peaked
+
+from speechbrain_ext import cli
+from speechbrain_ext.dataio.texts import read_sentences
+from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
+from speechbrain_ext.decoders.ngram import BEGIN, END, FALLBACK, UNKNOWN, write_arpa
+from speechbrain_ext.decoders.word_lm import check_arpa
+
+GENERATOR = random.Random(0)
+WORDS = [f"W{number}" for number in range(30)]
+SENTENCES = [[WORDS[min(int(GENERATOR.expovariate(0.15)), 29)] for _ in range(GENERATOR.randint(1, 9))] for _ in range(400)]
+SHORT = [["A", "B"], ["A", "C"], ["A", "B", "B"]]
+
+
+def reference(sentences, order, limits):
+    """Modified Kneser-Ney by its formula, n-gram by n-gram: probabilities, and what is left to shorter contexts."""
+    raw = [collections.Counter() for _ in range(order + 1)]
+    for sentence in sentences:
+        words = (BEGIN, *sentence, END)
+        for n in range(1, order + 1):
+            raw[n].update(words[i : i + n] for i in range(len(words) - n + 1))
+    kinds = {word for gram in raw[1] for word in gram} - {BEGIN} | {UNKNOWN}
+    probabilities, left = [{(): 1 / len(kinds)}], []
+    for n in range(1, order + 1):
+        counts = raw[n]
+        if n < order:
+            before = collections.Counter(gram[1:] for gram in raw[n + 1])
+            counts = {gram: raw[n][gram] if gram[0] == BEGIN else before[gram] for gram in raw[n]}
+        counts = {gram: count for gram, count in counts.items() if gram != (BEGIN,)}
+        if n == 1:
+            counts[UNKNOWN,] = 0
+        of = [sum(count == number for count in counts.values()) for number in range(5)]
+        discounts = FALLBACK
+        if all(of[1:]):
+            found = [i - (i + 1) * of[1] / (of[1] + 2 * of[2]) * of[i + 1] / of[i] for i in (1, 2, 3)]
+            discounts = found if all(0 < found[i] < i + 1 for i in range(3)) else FALLBACK
+        totals, rest, kept = collections.Counter(), collections.Counter(), {}
+        for gram, count in counts.items():
+            is_kept = n == 1 or raw[n][gram] > limits[n - 2]
+            taken = (0 if count == 0 else discounts[min(count, 3) - 1]) if is_kept else count
+            totals[gram[:-1]] += count
+            rest[gram[:-1]] += taken
+            if is_kept:
+                kept[gram] = count - taken
+        left.append({context: rest[context] / totals[context] for context in totals})
+        probabilities.append(
+            {gram: count / totals[gram[:-1]] + left[-1][gram[:-1]] * probabilities[-1][gram[1:]] for gram, count in kept.items()}
+        )
+    return probabilities[1:], left
+
+
+def read(path):
+    check_arpa(path)  # as the search does
+    with open(path, encoding="utf-8") as file:
+        return read_arpa(file)
+
+
+@pytest.mark.parametrize(
+    "sentences, order, limits",
+    [(SENTENCES, order, limits) for order in (2, 3, 4) for limits in ([0, 0, 0], [0, 1, 1], [2, 2, 2])]
+    + [(SHORT, order, [0, 0]) for order in (2, 3)],
+)
+def test_probabilities_are_those_of_the_formula(tmp_path, sentences, order, limits):
+    path = tmp_path / "lm.arpa"
+    write_arpa(sentences, path, order, limits[: order - 1])
+    _, found, backoffs = read(path)
+    probabilities, left = reference(sentences, order, limits)
+    for n, expected in enumerate(probabilities, start=1):
+        flat = {(*context, word): value for context, values in found[n].items() for word, value in values.items()}
+        assert flat.keys() - {(BEGIN,)} == expected.keys()
+        assert all(abs(flat[gram] - math.log10(value)) < 2e-6 for gram, value in expected.items())
+    for n in range(1, order):
+        for context, value in left[n].items():
+            if n == 1 or context in probabilities[n - 1]:
+                assert abs(backoffs[n][context] - math.log10(value)) < 2e-6
+
+
+def test_a_small_text_by_hand(tmp_path):
+    """Bigrams of "A B" and "A C" with the discounts of small texts, 0.5 for what was counted once and 1 for twice."""
+    write_arpa([["A", "B"], ["A", "C"]], tmp_path / "lm.arpa", order=2)
+    _, grams, _ = read(tmp_path / "lm.arpa")
+    # Different words before A, B, C: 1 each; before the end: 2. In all 5; left over (3 * 0.5 + 1) / 5 = 0.5, for 5 kinds of words
+    b, end = 0.5 / 5 + 0.5 / 5, 1 / 5 + 0.5 / 5
+    assert grams[1][()]["B"] == pytest.approx(math.log10(b), abs=1e-6)
+    assert grams[1][()][END] == pytest.approx(math.log10(end), abs=1e-6)
+    assert grams[1][()][UNKNOWN] == pytest.approx(math.log10(0.5 / 5), abs=1e-6)
+    # After A: B and C once each; left over 2 * 0.5 / 2
+    assert grams[2]["A",]["B"] == pytest.approx(math.log10(0.5 / 2 + 0.5 * b), abs=1e-6)
+
+
+@pytest.mark.parametrize("keys", [{}, {"prune": [1]}, {"vocabulary": 10}, {"order": 5, "prune": [0, 1], "vocabulary": 20}])
+def test_the_probabilities_of_each_context_sum_to_one(tmp_path, keys):
+    path = tmp_path / "lm.arpa"
+    made = write_arpa(SENTENCES, path, **keys)
+    _, grams, backoffs = read(path)
+    words = grams[1][()].keys() - {BEGIN}
+    assert len(words) == made.entries[0] - 1 == keys.get("vocabulary", 30) + 2
+    assert (made.unknown > 0) == ("vocabulary" in keys)
+    model = BackoffNgramLM(grams, backoffs)
+    contexts = [
+        (),
+        ("W1",),
+        ("W1", "W0"),
+        (BEGIN,),
+        (BEGIN, "W2"),
+        ("W29", "W28"),
+        (UNKNOWN,),
+        ("W3", UNKNOWN),
+        *list(grams[3])[:20],
+    ]
+    for context in contexts:
+        assert sum(10 ** model.logprob(word, context) for word in words) == pytest.approx(1, abs=1e-5), context
+
+
+def test_symbols_of_language_models_in_the_text(tmp_path):
+    made = write_arpa([["<s>", "A", "<unk>", "</s>"], ["A", "<UNK>"]], tmp_path / "lm.arpa", order=2)
+    assert (made.sentences, made.words, made.unknown, made.entries[0]) == (2, 4, 2, 4)
+
+
+def test_the_beam_search_prefers_what_the_text_says(tmp_path):
+    pytest.importorskip("flashlight", reason="pip install flashlight-text to run this test")
+    texts = ["THE CAT SAT", "THE CAT SAT ON A MAT", "A CAT"]
+    tokenizer = make_tokenizer([*texts, "THE KAT"])
+    for order in (2, 3, 6):
+        write_arpa([text.split() for text in texts], tmp_path / "lm.arpa", order)
+        with_lm, without = (CtcBeamSearch(tokenizer, beam_size=20, lm_file=lm) for lm in (tmp_path / "lm.arpa", None))
+        with_lm.check()
+        ids = [id for token in tokenizer.encode_as_ids("THE KAT SAT") for id in (token, 0)]
+        log_probs, lengths = peaked([ids], tokenizer.vocab_size(), peak=0.8)
+        k, c = (tokenizer.piece_to_id(letter) for letter in "KC")
+        log_probs[0, ids.index(k), c] = math.log(0.15)
+        assert without(log_probs, lengths) == ["THE KAT SAT"] and with_lm(log_probs, lengths) == ["THE CAT SAT"]
+
+
+def test_all_kinds_of_files_give_the_same(tmp_path):
+    (tmp_path / "plain.txt").write_text("the cat\n\nthe  hat\r\n", encoding="utf-8")
+    (tmp_path / "plain.txt.gz").write_bytes(gzip.compress("\ufeffThe cat\nThe hat".encode()))
+    (tmp_path / "1-2.trans.txt").write_text("1-2-0000 THE CAT\n1-2-0001 THE HAT\n")
+    (tmp_path / "run.csv").write_text("ID,duration,wav,spk_id,wrd\na,1,a.wav,s,THE CAT\nb,1,b.wav,s,the hat\n")
+    (tmp_path / "nemo.jsonl").write_text(
+        '{"audio_filepath": "a.wav", "text": "the cat"}\n{"audio_filepath": "b", "text": "the hat"}\n'
+    )
+    files = sorted(tmp_path.iterdir())
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "audio.flac").write_bytes(b"\xff")
+    expected = [["THE", "CAT"], ["THE", "HAT"]]
+    assert [list(read_sentences([file], "upper")) for file in files] == 5 * [expected]
+    assert list(read_sentences([tmp_path], "upper")) == expected  # beside transcripts, texts are about something else
+    (tmp_path / "1-2.trans.txt").unlink()
+    assert list(read_sentences([tmp_path], "upper")) == 4 * expected
+    (tmp_path / "book.txt").write_text("“Don’t,” she said -- twice!\n...\n", encoding="utf-8")
+    assert list(read_sentences([tmp_path / "book.txt"], "lower", only_words=True)) == [["don't", "she", "said", "twice"]]
+
+
+def run(capsys, *arguments):
+    try:
+        status = cli.main(["ngram", *map(str, arguments)])
+    except SystemExit as end:  # argparse
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_writes_a_file(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("the cat sat\nthe hat\n" * 3)
+    status, out, err = run(capsys, tmp_path / "a.txt", "--out", tmp_path / "lm.arpa", "--text-normalization", "upper")
+    assert (status, out) == (0, f"{tmp_path}/lm.arpa: 7 1-grams, 6 2-grams, 5 3-grams, of 6 sentences with 15 words\n")
+    assert "Reading" in err and "Traceback" not in err
+    _, grams, _ = read(tmp_path / "lm.arpa")
+    assert grams[1][()].keys() == {"THE", "CAT", "SAT", "HAT", BEGIN, END, UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["gone.txt"], "There is no text"),
+        (["empty.txt"], "The text holds no words"),
+        (["cut.txt.gz"], "cannot be decompressed to its end"),
+        (["latin.txt"], "latin.txt is no text in UTF-8"),
+        (["table.csv"], "has no transcript"),
+        (["folder"], "folder holds no text"),
+        (["a.txt", "--order", "1"], "The order is 1; give 2 to 6"),
+        (["a.txt", "--order", "7"], "The order is 7"),
+        (["a.txt", "--order", "three"], "invalid int value"),
+        (["a.txt", "--order", "6"], "No n-grams of order 6 are left"),
+        (["a.txt", "--prune", "9"], "No n-grams of order 2 are left"),
+        (["a.txt", "--prune", "1", "0"], "limits to prune below are [1, 0]"),
+        (["a.txt", "--vocabulary", "0"], "limited to 0 words"),
+        (["a.txt", "--text-normalization", "title"], "text_normalization is 'title'"),
+        (["a.txt", "--out", "folder"], "folder is a folder"),
+        (["a.txt", "--out", "gone/lm.arpa"], "No such file or directory"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("the cat sat\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"the cat sat\n" * 1000)[:-20])
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "table.csv").write_text("ID,wav\na,a.wav\n")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(capsys, *arguments, *([] if "--out" in arguments else ["--out", "lm.arpa"]))
+    assert status == 2 and out == "" and message in err and "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before, "a file is there completely or not at all"
