@@ -45,7 +45,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.activations import gelu
 from speechbrain_ext.lobes.chunk_sums import ChunkSums, window_sum
-from speechbrain_ext.lobes.masks import zero_padding
+from speechbrain_ext.lobes.masks import chunk_length, zero_padding
 from speechbrain_ext.lobes.positions import sinusoids, stream_positions
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 from speechbrain_ext.utils.errors import UserError
@@ -229,7 +229,7 @@ class HyperMixing(nn.Module):
             y = y.permute(1, 2, 0, 3).reshape(batch, frames, width)
         else:
             # Chunks become an axis of their own; the frames that fill the last one are zeros and add nothing.
-            size = min(config.chunk_size, frames)
+            size = chunk_length(config, frames)
             fill = -frames % size
             x, table = F.pad(x, (0, 0, 0, fill)), F.pad(table, (0, 0, 0, fill))
             values, first, second = (
