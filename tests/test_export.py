@@ -23,10 +23,11 @@ from speechbrain_ext.asr import SpeechEncoder, TransformerASR
 from speechbrain_ext.export import check as export_check
 from speechbrain_ext.export import onnx_model as export
 from speechbrain_ext.export.check import run, run_stream
-from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_streaming import Streaming, StreamingFeatures
 from speechbrain_ext.export.onnx_whole import Features, FullContext
 from speechbrain_ext.export.onnx_write import write_onnx
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.features import Fbank as CentredFbank
 from speechbrain_ext.lobes.features import KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 from speechbrain_ext.registry import build_encoder, list_encoders
@@ -222,6 +223,8 @@ def test_what_does_not_stream_is_refused():
     speech = speech_encoder(build_encoder("squeezeformer", padding="right", **SMALL), "squeezeformer")
     with pytest.raises(ValueError, match="does not stream; export it without --streaming"):
         Streaming(speech, speech.head, DynChunkTrainConfig(4, 2))
+    with pytest.raises(ValueError, match="Fbank with remove_dc looks at the whole utterance and does not stream"):
+        StreamingFeatures(CentredFbank(n_mels=80, remove_dc=True), normalizer("sentence"))
 
 
 @torch.no_grad()
@@ -470,6 +473,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["nothing", "x.onnx"], "There is no model folder"),
         (["model", "x.onnx", "--pass", "first"], "is no cascade"),
         (["model", "x.onnx", "--left-context", "4"], "are for streams; add --streaming"),
+        (["model", "x.onnx", "--hotwords"], "--hotwords is for sherpa-onnx; add --runtime sherpa-onnx"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
         (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import torch
 from conftest import README_ENCODERS, make_encoder
-from speechbrain.lobes.features import Fbank
+from speechbrain.lobes.features import MFCC
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from tiny import make_model
 
@@ -27,13 +27,13 @@ from speechbrain_ext import cli
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.export import sherpa_texts
 from speechbrain_ext.export.check import greedy, reference, synthetic, written
-from speechbrain_ext.export.sherpa_check import feed_of, has_runtime, tail_samples
+from speechbrain_ext.export.sherpa_check import feed_of, greedy_transducer, has_runtime, tail_samples
 from speechbrain_ext.export.sherpa_folder import export_sherpa, make_graph, symbols_of
-from speechbrain_ext.export.sherpa_graphs import Answer, Packed
+from speechbrain_ext.export.sherpa_graphs import Answer, Packed, PackedTransducer, Pairs
 from speechbrain_ext.export.sherpa_texts import open_recognizer, transcribe_streams, transcribe_whole
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer
-from speechbrain_ext.lobes.features import InputNormalization, KaldiFbank
+from speechbrain_ext.lobes.features import Fbank, InputNormalization, KaldiFbank
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.speech_encoder import SpeechEncoder
@@ -45,6 +45,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 needs_runtime = pytest.mark.skipif(not has_runtime(), reason="sherpa-onnx is not installed: pip install -e .[dev]")
 KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
+CENTRED = "!new:speechbrain_ext.lobes.features.Fbank {sample_rate: 16000, n_mels: 80, remove_dc: true}"
 SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
 ENCODERS = [name for name in list_encoders() if name not in README_ENCODERS]
 HPARAMS = {"cascade": "cascade_hyperconformer_squeezeformer"}
@@ -106,6 +107,23 @@ def test_a_state_that_does_not_grow_takes_all_of_the_past(name):
     speech = speech_encoder(make_encoder(name, {}), norm="global")
     graph = Packed(speech, speech.head, DynChunkTrainConfig(4, None), Answer(TOKENS, 0, []))
     assert in_pytorch(graph, speech, 12000, 5000) < 1e-4
+
+
+@torch.no_grad()
+def test_a_transducer_keeps_the_frame_before():
+    speech = speech_encoder(make_encoder("hyperconformer", {}))
+    graph = PackedTransducer(speech, speech.head, DynChunkTrainConfig(4, 2), Pairs(Answer(TOKENS, 0, [1])))
+    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-3  # beside impossible ones of -10000
+    assert graph.zeros(2)[6].shape == (2, 128, 3, 19) and graph.metadata["model_type"] == "zipformer2"
+
+
+def test_a_transducer_of_ctc_writes_what_ctc_does():
+    """Where the model is sure of each frame: repetitions, blanks between two of a kind, and tokens one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    path = torch.randint(0, 4, (300,), generator=generator).repeat_interleave(torch.randint(1, 4, (300,), generator=generator))
+    log_probs = (8 * torch.eye(4)[path] + torch.randn(len(path), 4, generator=generator)).log_softmax(-1)
+    pairs = Pairs(Answer(4, 0, []))(log_probs.unsqueeze(0))[0].numpy()
+    assert greedy_transducer(pairs) == greedy(log_probs.numpy(), 0) and len(greedy_transducer(pairs)) > 150
 
 
 def test_tokens_that_write_nothing_are_blanks():
@@ -219,7 +237,7 @@ def models(tmp_path_factory):
     return SimpleNamespace(
         root=root,
         kaldi=make(root / "kaldi", compute_features=KALDI, normalize=SENTENCE),
-        fbank=make(root / "fbank", normalize=SENTENCE),
+        fbank=make(root / "fbank", compute_features=CENTRED, normalize=SENTENCE),
     )
 
 
@@ -255,11 +273,33 @@ def test_whole_utterances_of_kaldis_features(models):
 
 @needs_runtime
 def test_whole_utterances_of_speechbrains_features(models):
-    """The runtime removes the mean of the samples, which Fbank does not: texts are the same where there is none."""
-    report = export(models.fbank, models.root / "waves")
+    """The runtime removes the mean of the samples, and so does Fbank with remove_dc."""
+    for i, wav in enumerate(synthetic(16000, (2.5, 0.9, 4.0))):
+        soundfile.write(models.root / f"{i}.wav", 0.02 * i + wav.numpy(), 16000)
+    report = export(models.fbank, models.root / "waves", audio=[str(models.root / f"{i}.wav") for i in range(3)])
     assert report.kind == "omnilingual_asr_ctc" and report.onnx.max_difference < 1e-3
+    assert report.texts.equal == 3 and all(report.texts.wanted)
     assert "from_omnilingual_asr_ctc" in (models.root / "waves" / "README.md").read_text()
-    assert report.texts.error < 0.2
+
+
+@needs_runtime
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
+def test_hotwords(streaming, models, tmp_path):
+    """Without them, texts are those of the same search in PyTorch; with them, they are written more often."""
+    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
+    report = export(models.kaldi, tmp_path / "folder", hotwords=True, **keys)
+    assert report.kind == ("zipformer2" if streaming else "transducer")
+    assert report.texts.equal == len(report.texts.wanted) == 5 and all(report.texts.wanted[1:])
+    soundfile.write(tmp_path / "folder" / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    (tmp_path / "folder" / "hotwords.txt").write_text("SAD :9.0\n")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
+    found = []
+    for program in (code, code.replace('hotwords_file="hotwords.txt"', 'hotwords_file=""')):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path / "folder", capture_output=True, text=True, check=True
+        )
+        found.append(done.stdout)
+    assert found[0].count("SAD") > found[1].count("SAD") and found[1].strip()
 
 
 def their_stream(model, wav, chunk_size=8, left_context=4):
@@ -420,13 +460,21 @@ def test_symbols():
         (Fbank(n_mels=80), "global", {}, "the model's statistics are global; train with sentence statistics"),
         (Fbank(n_mels=80, sample_rate=8000), "sentence", {}, "gives 16000 samples per second.*not 8000"),
         (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, and sherpa-onnx counts 0.02 s"),
+        (Fbank(n_mels=80), "sentence", {"hotwords": True}, "takes hotwords with features that it computes, and not with"),
         (None, "global", {"streaming": True, "left_context": -1}, "grows with a stream.*give a --left-context"),
+        (None, "global", {"streaming": True, "left_context": -1, "hotwords": True}, "grows with a stream"),
+        (None, "global", {"hotwords": True, "blank": 3}, "blank is token 3, and sherpa-onnx searches.*where it is token 0"),
+        (MFCC(n_mels=80), "sentence", {}, "does not compute MFCC features; train with KaldiFbank"),
     ],
 )
 def test_what_the_runtime_cannot_run(features, norm, keys, message):
+    keys = dict(keys)
+    blank = keys.pop("blank", 0)
     speech = speech_encoder(make_encoder("conformer", {}), features, norm)
     hparams = SimpleNamespace(tokenizer=Pieces(*map(str, range(TOKENS - 2))))
-    model = SimpleNamespace(mods=SimpleNamespace(encoder=speech), ctc_head=speech.head, hparams=hparams, blank=0, pass_name=None)
+    model = SimpleNamespace(
+        mods=SimpleNamespace(encoder=speech), ctc_head=speech.head, hparams=hparams, blank=blank, pass_name=None
+    )
     with pytest.raises(ValueError, match=message):
         make_graph(model, **keys)
 

@@ -20,6 +20,7 @@ def add(commands):
     )
     parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
     parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
+    parser.add_argument("--hotwords", action="store_true", help="for sherpa-onnx: as a transducer, with which it takes hotwords")
     parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")
     parser.add_argument(
         "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the model's"
@@ -39,13 +40,17 @@ def run(arguments):
     """Write an ONNX file or a folder, and print what its check found."""
     if not arguments.streaming and (arguments.chunk_size, arguments.left_context) != (None, None):
         raise UsageError("--chunk-size and --left-context are for streams; add --streaming.")
+    is_sherpa = arguments.runtime == "sherpa-onnx"
+    if arguments.hotwords and not is_sherpa:
+        raise UsageError("--hotwords is for sherpa-onnx; add --runtime sherpa-onnx.")
     with usage():
         from speechbrain_ext.export.onnx_model import export_model
         from speechbrain_ext.export.onnx_write import ExportError
         from speechbrain_ext.export.sherpa_folder import export_sherpa
 
-        export = export_sherpa if arguments.runtime == "sherpa-onnx" else export_model
-        options = ("pass_name", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context", "trust")
+        export = export_sherpa if is_sherpa else export_model
+        options = ["pass_name", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context", "trust"]
+        options += ["hotwords"] if is_sherpa else []
         try:
             report = export(arguments.model, arguments.out, **{key: getattr(arguments, key) for key in options})
         except ExportError as error:

@@ -36,6 +36,11 @@ class StreamingFeatures(Features):
     normalize : speechbrain.processing.features.InputNormalization
         The normaliser, with its statistics.
 
+    Raises
+    ------
+    ValueError
+        If they are set to something that has no place here, or do not stream.
+
     Example
     -------
     >>> from speechbrain.lobes.features import Fbank
@@ -48,7 +53,9 @@ class StreamingFeatures(Features):
 
     def __init__(self, compute_features, normalize):
         super().__init__(compute_features, normalize)
-        self.mels = front_end(compute_features).n_mels
+        front = front_end(compute_features)
+        front.check_streamable()
+        self.mels = front.n_mels
         self.silence = self.multiplier * math.log10(self.amin) - self.reference
         prior = torch.zeros(3, 1, self.mels, dtype=torch.float64)
         self.register_buffer("prior", prior + prior_of(normalize, prior) if self.per_sentence else None)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from speechbrain_ext.lobes.features import FLOOR, KaldiFbank
-from speechbrain_ext.lobes.filter_banks import front_end, kaldi_frames
+from speechbrain_ext.lobes.filter_banks import centred, front_end, kaldi_frames
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.speech_encoder import SpeechEncoder
@@ -52,6 +52,7 @@ class Features(nn.Module):
         front = front_end(compute_features)
         self.framing, self.hop_length = front.framing, front.framing.hop
         self.n_fft, self.top_db = front.n_fft, front.top_db
+        self.removes_dc = getattr(front, "removes_dc", False)
         self.is_kaldi = isinstance(compute_features, KaldiFbank)
         if self.is_kaldi:
             window, matrix = compute_features.constants(torch.device("cpu"))
@@ -81,6 +82,8 @@ class Features(nn.Module):
     def forward(self, waveform, lengths):
         """Samples (B, N) and numbers of them (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
         waveform = waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0)
+        if self.removes_dc:
+            waveform = centred(waveform, lengths)
         features = self.log_mel_of_windows(self.framing.extend(waveform, lengths, self.framing.before, self.framing.after))
         frames = self.framing.count(lengths)
         return self.normalized(features, frames), frames

@@ -16,6 +16,8 @@ from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.export import sherpa_texts
 from speechbrain_ext.export.check import Feed, edit_distance, files_of, greedy, reference, synthetic, written
 from speechbrain_ext.export.onnx_write import ExportError
+from speechbrain_ext.export.sherpa_graphs import Decoder, Joiner
+from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.lobes.filter_banks import front_end
 
 PADDING = -23.025850929940457
@@ -48,7 +50,7 @@ def feed_of(graph, compute_features):
     def features(wav):
         return compute_features(wav.unsqueeze(0))[0]
 
-    if graph.mode == "zipformer_ctc":
+    if graph.mode not in STREAMS:
         return Feed(lambda session, wavs: _run_whole(session, [features(wav) for wav in wavs]), answer=graph.answer)
     step = graph.step
 
@@ -104,7 +106,8 @@ class Texts:
     version : str
         Of sherpa-onnx.
     wanted, alone, together : list of str
-        PyTorch's texts, and those of the runtime, of each waveform alone and of all together.
+        PyTorch's texts, and those of the runtime, of each waveform alone and of all together. Of a model for hotwords, those of
+        the transducer without hotwords.
     real_time_factor : float
         Seconds of computation per second of audio, on one thread, each waveform alone.
     peak_mib : float or None
@@ -171,7 +174,7 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
     files = files_of(audio)[:MOST]
     wavs = [load_audio(file, rate) for file, _ in files] if files else synthetic(rate)
     wavs = [wav for wav in wavs if len(wav) >= SHORTEST * rate] or synthetic(rate, (1.0,))
-    tail = tail_samples(graph) if graph.mode == "zipformer2_ctc" else 0
+    tail = tail_samples(graph) if graph.mode in STREAMS else 0
     wanted = [_wanted(wav, model, graph, symbols, tail) for wav in wavs]
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "waveforms.npz")
@@ -184,7 +187,7 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
         cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise ExportError(f"sherpa-onnx does not take the exported model, so nothing was written: {cause}")
     found = json.loads(done.stdout)
-    trim = trimmed if graph.mode == "zipformer2_ctc" else str
+    trim = trimmed if graph.mode in STREAMS else str
     wanted, alone, together = (
         [trim(" ".join(text.split())) for text in texts] for texts in (wanted, found["alone"], found["together"])
     )
@@ -222,4 +225,26 @@ def _wanted(wav, model, graph, symbols, tail):
     if tail:
         chunks = (graph.features.framing.count(len(wav)) - 1) // graph.frames
         log_probs = log_probs[: chunks * graph.config.chunk_size * graph.answer.repeats]
-    return written(greedy(log_probs, model.blank), symbols)
+    search = greedy_transducer if graph.mode in TRANSDUCERS else greedy
+    return written(search(log_probs, model.blank), symbols)
+
+
+@torch.no_grad()
+def greedy_transducer(pairs, blank=0):
+    """The best tokens of :class:`speechbrain_ext.export.sherpa_graphs.Pairs` (T, 2 V), searched as the runtime does.
+
+    Example
+    -------
+    >>> frames = np.log([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
+    >>> before = np.log([[1, 1e-9, 1e-9], *np.exp(frames[:-1])])
+    >>> greedy_transducer(np.concatenate((frames, before), 1).astype(np.float32))
+    [1, 1]
+    """
+    vocabulary = pairs.shape[1] // 2
+    decoder, joiner, tokens, last = Decoder(vocabulary), Joiner(vocabulary), [], blank
+    for frame in torch.from_numpy(pairs).split(1):
+        token = int(joiner(frame, decoder(torch.tensor([[last]]))).argmax())
+        if token != blank:
+            tokens.append(token)
+            last = token
+    return tokens

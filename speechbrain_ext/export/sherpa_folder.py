@@ -12,7 +12,8 @@ Fbank, global statistics       refused                   refused
 =============================  ========================  ===================
 
 For KaldiFbank the runtime computes the features; the other type takes samples, which the runtime normalises, and the features
-are in the graph. The CTC branch is what answers. A transducer is three graphs: its place is :func:`make_graph`, which chooses.
+are in the graph. The CTC branch is what answers. For hotwords it goes as a transducer, ``transducer`` or ``zipformer2``, in three
+graphs, ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, with the scores of the pieces in ``bpe.vocab``.
 """
 
 from dataclasses import dataclass
@@ -22,19 +23,39 @@ from speechbrain.lobes.features import Fbank
 
 from speechbrain_ext.export.check import Report
 from speechbrain_ext.export.onnx_model import chunks_of, refuse_tolerance, write_checked, written_by
-from speechbrain_ext.export.onnx_write import ExportError, require_packages
+from speechbrain_ext.export.onnx_write import ExportError, require_packages, write_onnx
 from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
-from speechbrain_ext.export.sherpa_graphs import Answer, FromFeatures, FromWaveform, Packed
+from speechbrain_ext.export.sherpa_graphs import (
+    Answer,
+    Decoder,
+    FromFeatures,
+    FromWaveform,
+    Joiner,
+    Packed,
+    PackedTransducer,
+    Pairs,
+    TransducerFromFeatures,
+)
 from speechbrain_ext.export.sherpa_readme import readme
+from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import replacing_folder, write_text
 
-FILES = {"model.onnx", "model.int8.onnx", "tokens.txt", "README.md"}
-"""What such a folder holds; one with other files is not replaced."""
-SECONDS_PER_FRAME = {"zipformer_ctc": 0.04, "zipformer2_ctc": 0.04, "omnilingual_asr_ctc": 0.02}
+FILES = {"model.onnx", "model.int8.onnx", "encoder.onnx", "encoder.int8.onnx", "decoder.onnx", "joiner.onnx", "bpe.vocab"}
+FILES |= {"tokens.txt", "README.md"}
+"""What such folders hold; one with other files is not replaced."""
+GRAPHS = {
+    "zipformer_ctc": FromFeatures,
+    "omnilingual_asr_ctc": FromWaveform,
+    "zipformer2_ctc": Packed,
+    "transducer": TransducerFromFeatures,
+    "zipformer2": PackedTransducer,
+}
+"""The graph of each type of model."""
+SECONDS_PER_FRAME = {kind: 0.02 if kind == "omnilingual_asr_ctc" else 0.04 for kind in GRAPHS}
 """As the runtime counts."""
 NEVER_WRITTEN = ("SIL", "</s>")
 """Symbols that the runtime leaves out of the texts of whole utterances."""
@@ -49,7 +70,7 @@ class SherpaReport:
     kind : str
         The runtime's type of model.
     file : pathlib.Path
-        The ONNX file.
+        The ONNX file, of a transducer the encoder's.
     onnx : Report
         The graph in onnxruntime against PyTorch.
     texts : Texts, optional
@@ -77,6 +98,7 @@ def export_sherpa(
     chunk_size=None,
     left_context=None,
     trust=False,
+    hotwords=False,
 ):
     """Write a trained model as a folder for sherpa-onnx, 1.12.26 or later.
 
@@ -96,6 +118,8 @@ def export_sherpa(
         tokens in 8 bits may.
     left_context : int, optional
         Likewise; -1 = all, for encoders whose state does not grow with it.
+    hotwords : bool
+        Whether as a transducer, with which the runtime searches for hotwords.
 
     Returns
     -------
@@ -124,13 +148,15 @@ def export_sherpa(
     refuse_tolerance(tolerance)
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
-    graph = make_graph(model, streaming, chunk_size, left_context)
-    symbols = symbols_of(model, whole=not streaming)
-    name = "model.int8.onnx" if int8 else "model.onnx"
+    graph = make_graph(model, streaming, chunk_size, left_context, hotwords)
+    symbols = symbols_of(model, whole=not (streaming or hotwords))
+    name = ("encoder" if hotwords else "model") + (".int8.onnx" if int8 else ".onnx")
     feed = feed_of(graph, model.mods.encoder.compute_features)
     with replacing_folder(folder) as partial:
         report = write_checked(model, graph, folder / name, partial / name, int8, audio, tolerance, feed)
         write_text(partial / "tokens.txt", "".join(f"{symbol} {index}\n" for index, symbol in enumerate(symbols)))
+        if hotwords:
+            _write_search(model, partial)
         front, tail = front_end(model.mods.encoder.compute_features), tail_samples(graph) if streaming else 0
         write_text(partial / "README.md", readme(graph.mode, name, front.sample_rate, front.n_mels, tail))
         texts = texts_in_runtime(partial, model, graph, symbols, audio) if has_runtime() else None
@@ -138,14 +164,24 @@ def export_sherpa(
     return SherpaReport(graph.mode, folder / name, report, texts)
 
 
-def make_graph(model, streaming=False, chunk_size=None, left_context=None):
+def _write_search(model, folder):
+    """The parts of a transducer that are the same for all models of a vocabulary, and what splits hotwords into pieces."""
+    tokenizer = model.hparams.tokenizer
+    for name, part in (("decoder", Decoder), ("joiner", Joiner)):
+        part = part(tokenizer.vocab_size())
+        write_onnx(part, folder / f"{name}.onnx", False, part.metadata)
+    pieces = range(tokenizer.vocab_size())
+    write_text(folder / "bpe.vocab", "".join(f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i)}\n" for i in pieces))
+
+
+def make_graph(model, streaming=False, chunk_size=None, left_context=None, hotwords=False):
     """The graph of a model for the runtime's type of model that fits it.
 
     Arguments
     ---------
     model : speechbrain_ext.inference.models.CtcModel or JointModel
         The model.
-    streaming, chunk_size, left_context
+    streaming, chunk_size, left_context, hotwords
         As for :func:`export_sherpa`.
 
     Returns
@@ -159,7 +195,12 @@ def make_graph(model, streaming=False, chunk_size=None, left_context=None):
         If there is no such type.
     """
     encoder, head = model.mods.encoder, model.ctc_head
-    kind = _kind(encoder, streaming)
+    kind = _kind(encoder, streaming, hotwords)
+    if hotwords and model.blank:
+        raise UserError(
+            f"The model's blank is token {model.blank}, and sherpa-onnx searches for hotwords where it is token 0; train with "
+            "blank_index 0, or export without --hotwords."
+        )
     front, tokenizer = front_end(encoder.compute_features), model.hparams.tokenizer
     seconds, unit = encoder.subsampling.factor * front.framing.hop / front.sample_rate, SECONDS_PER_FRAME[kind]
     repeats = round(seconds / unit)
@@ -167,18 +208,24 @@ def make_graph(model, streaming=False, chunk_size=None, left_context=None):
         raise UserError(f"The model's frames take {seconds:g} s, and sherpa-onnx counts {unit:g} s; train one whose frames fit.")
     silent = [token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token)]
     answer = Answer(tokenizer.vocab_size(), model.blank, silent, repeats)
-    if kind == "zipformer2_ctc":
-        return Packed(encoder, head, chunks_of(model, chunk_size, left_context), answer, model.pass_name)
-    return (FromFeatures if kind == "zipformer_ctc" else FromWaveform)(encoder, head, answer, model.pass_name)
+    if kind in TRANSDUCERS:
+        answer = Pairs(answer)
+    settings = [chunks_of(model, chunk_size, left_context)] if kind in STREAMS else []
+    return GRAPHS[kind](encoder, head, *settings, answer, model.pass_name)
 
 
-def _kind(encoder, streaming):
-    """The runtime's type of model for whole utterances or streams."""
+def _kind(encoder, streaming, hotwords):
+    """The runtime's type of model."""
     features, norm = encoder.compute_features, encoder.normalize.norm_type
     if isinstance(features, KaldiFbank):
-        return "zipformer2_ctc" if streaming else "zipformer_ctc"
+        whole, streams = TRANSDUCERS if hotwords else ("zipformer_ctc", "zipformer2_ctc")
+        return streams if streaming else whole
     if not isinstance(features, Fbank):
         raise UserError(f"sherpa-onnx does not compute {type(features).__name__} features; train with KaldiFbank.")
+    if hotwords:
+        raise UserError(
+            "sherpa-onnx takes hotwords with features that it computes, and not with SpeechBrain's Fbank; train with KaldiFbank."
+        )
     if streaming:
         raise UserError(
             "sherpa-onnx does not compute SpeechBrain's Fbank for streams; train with KaldiFbank, or fine-tune with it."

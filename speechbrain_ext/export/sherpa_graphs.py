@@ -9,12 +9,19 @@ type                        inputs                                     outputs  
                                                                        numbers of frames
 ``omnilingual_asr_ctc``     ``x`` (1, samples) of mean 0, variance 1   ``log_probs``               0.02
 ``zipformer2_ctc``          ``x`` (N, T, F) and eight states           ``log_probs``, the states   0.04
+``transducer``              as ``zipformer_ctc``                       ``encoder_out``, likewise   0.04
+``zipformer2``              as ``zipformer2_ctc``                      ``encoder_out``, likewise   0.04
 ==========================  =========================================  ==========================  =================
+
+The last two are for hotwords, which the runtime takes with transducers only: CTC as a transducer, whose :class:`Decoder` knows
+the last token, and whose :class:`Joiner` tells its repetition from the same token anew by the frame before, which
+``encoder_out`` has behind each frame (:class:`Pairs`).
 
 The features ``x`` are those of :class:`speechbrain_ext.lobes.features.KaldiFbank`, which the runtime computes itself.
 
-Source: the classes ``OfflineZipformerCtcModel``, ``OfflineOmnilingualAsrCtcModel`` and ``OnlineZipformer2CtcModel`` of
-https://github.com/k2-fsa/sherpa-onnx, versions 1.12.26 to 2.0.1.
+Source: the classes ``OfflineZipformerCtcModel``, ``OfflineOmnilingualAsrCtcModel``, ``OnlineZipformer2CtcModel``,
+``OfflineTransducerModel`` and ``OnlineZipformer2TransducerModel`` of https://github.com/k2-fsa/sherpa-onnx, versions 1.12.26 to
+2.0.1.
 """
 
 import math
@@ -30,6 +37,8 @@ IMPOSSIBLE = -1e4
 """Log-probability of a token that is never answered."""
 BALLAST = [[1, None, 1, 3], [1, None, 1], [1, None, 1], [None, 4, 1], [None, 4, 1], [None, 128, 3, 19]]
 """Shapes of the states of ``zipformer2_ctc`` that go through unchanged, None for the number of streams."""
+SMALLEST = 1e-30
+"""Probability in place of less, whose logarithm is not finite."""
 DIMENSIONS = {
     "encoder_dims": "4",
     "value_head_dims": "1",
@@ -79,6 +88,107 @@ class Answer(nn.Module):
         return log_probs if self.repeats == 1 else log_probs.repeat_interleave(self.repeats, 1)
 
 
+class Pairs(nn.Module):
+    """Log-probabilities of each frame, and behind them those of the frame before; before the first one a blank is certain.
+
+    Arguments
+    ---------
+    answer : Answer
+        What comes first.
+
+    Example
+    -------
+    >>> Pairs(Answer(2, blank=0, silent=[]))(torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]]))[0]
+    tensor([[-1.0000e+00, -2.0000e+00,  0.0000e+00, -1.0000e+04],
+            [-3.0000e+00, -4.0000e+00, -1.0000e+00, -2.0000e+00]])
+    """
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.repeats, self.vocabulary = answer, answer.repeats, len(answer.is_blank)
+        self.register_buffer("certain", IMPOSSIBLE * (~answer.is_blank).float())
+
+    def forward(self, log_probs):
+        """(B, T, V) to (B, T * repeats, 2 V)."""
+        now = self.answer(log_probs)
+        return torch.cat((now, torch.cat((self.certain.expand(now.shape[0], 1, -1), now[:, :-1]), 1)), 2)
+
+
+class Decoder(nn.Module):
+    """The last token (N, 1) as (N, V): one in its place, and nothing for the blank, token 0.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V.
+
+    Example
+    -------
+    >>> Decoder(3)(torch.tensor([[2], [0]]))
+    tensor([[0., 0., 1.],
+            [0., 0., 0.]])
+    """
+
+    input_names = ("y",)
+    output_names = ("decoder_out",)
+    dynamic_shapes = ({0: "batch"},)
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.metadata = {"vocab_size": str(vocabulary), "context_size": "1"}
+        self.register_buffer("tokens", torch.arange(vocabulary))
+
+    def forward(self, y):
+        """See the class."""
+        return ((y == self.tokens) & (self.tokens > 0)).float()
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        return (torch.tensor([[1], [0]]),)
+
+
+class Joiner(nn.Module):
+    """CTC as a transducer: a token's repetition in the frame behind it is a blank.
+
+    Where the last token is l, the frame before was l with probability p(l) or blank with p(blank), for all that the decoder
+    knows. The share p(l) / (p(l) + p(blank)) of what now is l is that frame going on, and goes to the blank; the rest is l anew.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V; token 0 is the blank.
+
+    Example
+    -------
+    >>> now, before = torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([[0.2, 0.6, 0.2]]).log()
+    >>> Joiner(3)(torch.cat((now, before), 1), torch.tensor([[0.0, 1.0, 0.0]])).exp()
+    tensor([[0.7250, 0.1750, 0.1000]])
+    """
+
+    input_names = ("encoder_out", "decoder_out")
+    output_names = ("logit",)
+    dynamic_shapes = ({0: "batch"}, {0: "batch"})
+    metadata = {}
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.register_buffer("is_blank", torch.arange(vocabulary) == 0)
+
+    def forward(self, encoder_out, decoder_out):
+        """(N, 2 V) of :class:`Pairs` and (N, V) of :class:`Decoder` to log-probabilities (N, V)."""
+        now, before = encoder_out.chunk(2, 1)
+        last, last_before = ((part.exp() * decoder_out).sum(1, keepdim=True) for part in (now, before))
+        goes_on = last * last_before / (last_before + before[:, :1].exp()).clamp(min=SMALLEST)
+        anew = (last - goes_on).clamp(min=SMALLEST).log()
+        blank = (now[:, :1].exp() + goes_on).clamp(min=SMALLEST).log()
+        return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, anew, now))
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        size = len(self.is_blank)
+        return torch.randn(2, 2 * size).log_softmax(1), torch.eye(2, size)
+
+
 class FromFeatures(FullContext):
     """Whole utterances from the runtime's features: ``zipformer_ctc``.
 
@@ -108,6 +218,13 @@ class FromFeatures(FullContext):
         """Inputs to trace with."""
         features = torch.randn(2, 125, self.features.filters.shape[1], generator=torch.Generator().manual_seed(0))
         return features, torch.tensor([125, 75])
+
+
+class TransducerFromFeatures(FromFeatures):
+    """The same with :class:`Pairs`: the encoder of ``transducer``."""
+
+    mode = "transducer"
+    output_names = ("encoder_out", "encoder_out_lens")
 
 
 class FromWaveform(FullContext):
@@ -164,8 +281,9 @@ class Packed(Streaming):
         super().__init__(encoder, head, config, pass_name)
         self.answer = answer
         self.frames = self.encoder.subsampling.factor * config.chunk_size
+        self.ballast = BALLAST
         self._packed = [_fixed(state, self.encoder.subsampling.factor) for state in self.states if not state.step]
-        names = [f"state{i}" for i in range(len(BALLAST) + 1)] + ["chunks"]
+        names = [f"state{i}" for i in range(len(self.ballast) + 1)] + ["chunks"]
         self.input_names = ("x", *names)
         self.output_names = ("log_probs", *(f"next_{name}" for name in names))
 
@@ -176,7 +294,7 @@ class Packed(Streaming):
 
     def zeros(self, streams):
         """The states of streams that begin."""
-        shapes = [[1, streams, self.size], *([streams if size is None else size for size in shape] for shape in BALLAST)]
+        shapes = [[1, streams, self.size], *([streams if size is None else size for size in shape] for shape in self.ballast)]
         return [*(torch.zeros(shape) for shape in shapes), torch.zeros(streams, dtype=torch.int64)]
 
     def forward(self, x, state, *ballast_and_chunks):
@@ -231,7 +349,49 @@ class Packed(Streaming):
     def dynamic_shapes(self):
         """What is free in the inputs."""
         batch = torch.export.Dim("batch")
-        return {0: batch}, {1: batch}, tuple({shape.index(None): batch} for shape in BALLAST) + ({0: batch},)
+        return {0: batch}, {1: batch}, tuple({shape.index(None): batch} for shape in self.ballast) + ({0: batch},)
+
+
+class PackedTransducer(Packed):
+    """The same with :class:`Pairs`: the encoder of ``zipformer2``. The last frame's log-probabilities are state, too.
+
+    Arguments
+    ---------
+    encoder, head, config, answer, pass_name
+        As for :class:`Packed`, with ``answer`` of :class:`Pairs`.
+
+    Raises
+    ------
+    UserError
+        Likewise.
+    """
+
+    mode = "zipformer2"
+
+    def __init__(self, encoder, head, config, answer, pass_name=None):
+        super().__init__(encoder, head, config, answer, pass_name)
+        *others, (streams, channels, width, _) = BALLAST
+        self.ballast = [*others, [streams, channels, width, ((self.features.mels - 1) // 2 - 1) // 2]]
+        self.output_names = ("encoder_out", *self.output_names[1:])
+
+    @property
+    def size(self):
+        """Number of floats of state per stream."""
+        return super().size + self.answer.vocabulary
+
+    def forward(self, x, state, *ballast_and_chunks):
+        """Log mel bins (N, T, F) of one chunk, and the states."""
+        vocabulary, begins = self.answer.vocabulary, ballast_and_chunks[-1] == 0
+        pairs, following, *others = super().forward(x, state[..., :-vocabulary], *ballast_and_chunks)
+        before = torch.where(begins.unsqueeze(1), self.answer.certain, state[0, :, -vocabulary:]).unsqueeze(1)
+        now, then = pairs.chunk(2, 2)
+        then = torch.cat((before, then[:, 1:]), 1)
+        return torch.cat((now, then), 2), torch.cat((following, now[:, -1].unsqueeze(0)), 2), *others
+
+    @property
+    def metadata(self):
+        """What the runtime needs to know."""
+        return super().metadata | {"model_type": self.mode}
 
 
 def _fixed(state, factor):

@@ -1,9 +1,13 @@
 """The README of a folder for sherpa-onnx: how programs call the model."""
 
+from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
+
 OWNERS = {
     "zipformer_ctc": ("zipformer_ctc", "zipformerCtc", "OfflineZipformerCtcModelConfig"),
     "omnilingual_asr_ctc": ("omnilingual", "omnilingual", "OfflineOmnilingualAsrCtcModelConfig"),
     "zipformer2_ctc": ("zipformer2_ctc", "zipformer2Ctc", "OnlineZipformer2CtcModelConfig"),
+    "transducer": ("transducer", "transducer", "OfflineTransducerModelConfig"),
+    "zipformer2": ("transducer", "transducer", "OnlineTransducerModelConfig"),
 }
 """What holds the model's path: the field in C++, the one in Kotlin and JavaScript, and its class in Kotlin."""
 
@@ -33,28 +37,57 @@ def readme(kind, file, sample_rate, feature_dim, tail=0):
     # Speech recognition for sherpa-onnx
     """
     field, camel, owner = OWNERS[kind]
+    if kind in TRANSDUCERS:
+        factory, files = "transducer", {"encoder": file, "decoder": "decoder.onnx", "joiner": "joiner.onnx"}
+        search = {"decoding_method": "modified_beam_search", "hotwords_file": "hotwords.txt"}
+        model = {"tokens": "tokens.txt", "modeling_unit": "bpe", "bpe_vocab": "bpe.vocab"}
+    else:
+        factory, files, search, model = kind, {"model": file}, {}, {"tokens": "tokens.txt"}
+    features = "" if kind == "omnilingual_asr_ctc" else f", sample_rate={sample_rate}, feature_dim={feature_dim}"
+    cpp = [(files, f'config.model_config.{field}.{{key}} = "{{value}}";'), (model, 'config.model_config.{key} = "{value}";')]
+    cpp.append((search, 'config.{key} = "{value}";'))
+    kotlin, javascript = '{camel} = "{value}"', "{camel}: '{value}'"
     fill = {
+        "search": _HOTWORDS if search else "The search is greedy.",
         "kind": kind,
-        "file": file,
-        "field": field,
-        "camel": camel,
-        "owner": owner,
+        "factory": factory,
         "rate": sample_rate,
         "dim": feature_dim,
         "tail": tail,
-        "python": "" if kind == "omnilingual_asr_ctc" else f", sample_rate={sample_rate}, feature_dim={feature_dim}",
+        "python": ",\n    ".join(_settings(files | model, '{key}="{value}"')) + features,
+        "python_search": "".join(_settings(search, '\n    {key}="{value}",')),
+        "cpp": "\n".join(line for values, form in cpp for line in _settings(values, form)),
+        "kotlin_files": f"{camel} = {owner}({', '.join(_settings(files, kotlin))})",
+        "kotlin_model": ", ".join(_settings(model, kotlin)),
+        "kotlin_search": "".join(_settings(search, f"\n    {kotlin},")),
+        "javascript_files": f"{camel}: {{{', '.join(_settings(files, javascript))}}}",
+        "javascript_model": ", ".join(_settings(model, javascript)),
+        "javascript_search": "".join(_settings(search, f"\n  {javascript},")),
         "seconds": f"{tail / sample_rate:.2f}",
     }
-    text = _HEAD + (_STREAMS if tail else _WHOLE)
+    text = _HEAD + (_STREAMS if kind in STREAMS else _WHOLE)
     for name, value in fill.items():
         text = text.replace(f"@{name}@", str(value))
     return text
 
 
+def _settings(values, form):
+    """Settings one by one, in the form that a language has for them, with names in snake case or camel case."""
+    for key, value in values.items():
+        first, *others = key.split("_")
+        yield form.format(key=key, camel=first + "".join(map(str.capitalize, others)), value=value)
+
+
+_HOTWORDS = """The search is a beam search for hotwords. `hotwords.txt` has one to a line, written as the model writes, and
+perhaps its score: `SHERPA ONNX :2.0`. Hotwords of one stream alone: `create_stream(hotwords="ONE/ANOTHER ONE")`. Without any, and
+searched greedily, texts are nearly those of the model exported without `--hotwords`."""
+
 _HEAD = """# Speech recognition for sherpa-onnx
 
-Written by `speechbrain_ext export --runtime sherpa-onnx` for sherpa-onnx 1.12.26 or later, type of model `@kind@`. The search is
-greedy. Samples are floats in [-1, 1]; sherpa-onnx resamples other rates than @rate@ Hz. Keep the provider `cpu`.
+Written by `speechbrain_ext export --runtime sherpa-onnx` for sherpa-onnx 1.12.26 or later, type of model `@kind@`. Samples are
+floats in [-1, 1]; sherpa-onnx resamples other rates than @rate@ Hz. Keep the provider `cpu`.
+
+@search@
 
 """
 
@@ -64,7 +97,9 @@ _WHOLE = """Python (`pip install sherpa-onnx soundfile`):
 import sherpa_onnx
 import soundfile
 
-recognizer = sherpa_onnx.OfflineRecognizer.from_@kind@(model="@file@", tokens="tokens.txt"@python@)
+recognizer = sherpa_onnx.OfflineRecognizer.from_@factory@(
+    @python@,@python_search@
+)
 samples, rate = soundfile.read("speech.wav", dtype="float32")
 stream = recognizer.create_stream()
 stream.accept_waveform(rate, samples)
@@ -79,8 +114,7 @@ using namespace sherpa_onnx::cxx;
 OfflineRecognizerConfig config;
 config.feat_config.sample_rate = @rate@;
 config.feat_config.feature_dim = @dim@;
-config.model_config.@field@.model = "@file@";
-config.model_config.tokens = "tokens.txt";
+@cpp@
 OfflineRecognizer recognizer = OfflineRecognizer::Create(config);
 Wave wave = ReadWave("speech.wav");
 OfflineStream stream = recognizer.CreateStream();
@@ -94,7 +128,10 @@ Kotlin:
 ```kotlin
 val config = OfflineRecognizerConfig(
     featConfig = FeatureConfig(sampleRate = @rate@, featureDim = @dim@),
-    modelConfig = OfflineModelConfig(@camel@ = @owner@(model = "@file@"), tokens = "tokens.txt"),
+    modelConfig = OfflineModelConfig(
+        @kotlin_files@,
+        @kotlin_model@,
+    ),@kotlin_search@
 )
 val recognizer = OfflineRecognizer(config = config)  // with assetManager in an app
 val stream = recognizer.createStream()
@@ -109,7 +146,10 @@ JavaScript (`npm install sherpa-onnx-node`):
 const sherpa = require('sherpa-onnx-node');
 const recognizer = new sherpa.OfflineRecognizer({
   featConfig: {sampleRate: @rate@, featureDim: @dim@},
-  modelConfig: {@camel@: {model: '@file@'}, tokens: 'tokens.txt'},
+  modelConfig: {
+    @javascript_files@,
+    @javascript_model@,
+  },@javascript_search@
 });
 const wave = sherpa.readWave('speech.wav');
 const stream = recognizer.createStream();
@@ -133,7 +173,9 @@ import numpy
 import sherpa_onnx
 import soundfile
 
-recognizer = sherpa_onnx.OnlineRecognizer.from_@kind@(model="@file@", tokens="tokens.txt"@python@)
+recognizer = sherpa_onnx.OnlineRecognizer.from_@factory@(
+    @python@,@python_search@
+)
 samples, rate = soundfile.read("speech.wav", dtype="float32")
 stream = recognizer.create_stream()
 stream.accept_waveform(rate, samples)  # or in pieces, as they come
@@ -151,8 +193,7 @@ using namespace sherpa_onnx::cxx;
 OnlineRecognizerConfig config;
 config.feat_config.sample_rate = @rate@;
 config.feat_config.feature_dim = @dim@;
-config.model_config.@field@.model = "@file@";
-config.model_config.tokens = "tokens.txt";
+@cpp@
 OnlineRecognizer recognizer = OnlineRecognizer::Create(config);
 Wave wave = ReadWave("speech.wav");
 std::vector<float> tail(@tail@);
@@ -169,7 +210,10 @@ Kotlin:
 ```kotlin
 val config = OnlineRecognizerConfig(
     featConfig = FeatureConfig(sampleRate = @rate@, featureDim = @dim@),
-    modelConfig = OnlineModelConfig(@camel@ = @owner@(model = "@file@"), tokens = "tokens.txt"),
+    modelConfig = OnlineModelConfig(
+        @kotlin_files@,
+        @kotlin_model@,
+    ),@kotlin_search@
 )
 val recognizer = OnlineRecognizer(config = config)  // with assetManager in an app
 val stream = recognizer.createStream()
@@ -186,7 +230,10 @@ JavaScript (`npm install sherpa-onnx-node`):
 const sherpa = require('sherpa-onnx-node');
 const recognizer = new sherpa.OnlineRecognizer({
   featConfig: {sampleRate: @rate@, featureDim: @dim@},
-  modelConfig: {@camel@: {model: '@file@'}, tokens: 'tokens.txt'},
+  modelConfig: {
+    @javascript_files@,
+    @javascript_model@,
+  },@javascript_search@
 });
 const wave = sherpa.readWave('speech.wav');
 const stream = recognizer.createStream();

@@ -15,6 +15,10 @@ from pathlib import Path
 
 PIECE = 0.1
 """Seconds of audio that streams get at once."""
+STREAMS = ("zipformer2_ctc", "zipformer2")
+"""Types of model for streams."""
+TRANSDUCERS = ("transducer", "zipformer2")
+"""Types of three files."""
 
 
 def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
@@ -37,12 +41,13 @@ def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
     """
     import sherpa_onnx
 
-    owner = sherpa_onnx.OnlineRecognizer if kind == "zipformer2_ctc" else sherpa_onnx.OfflineRecognizer
-    (model,) = Path(folder).glob("model*.onnx")
+    owner = sherpa_onnx.OnlineRecognizer if kind in STREAMS else sherpa_onnx.OfflineRecognizer
+    parts = ("encoder", "decoder", "joiner") if kind in TRANSDUCERS else ("model",)
+    files = {part: str(next(Path(folder).glob(f"{part}*.onnx"))) for part in parts}
     if kind != "omnilingual_asr_ctc":
         keys = {"sample_rate": sample_rate, "feature_dim": feature_dim, **keys}
-    keys = {"num_threads": 1, **keys}
-    return getattr(owner, f"from_{kind}")(model=str(model), tokens=str(Path(folder, "tokens.txt")), **keys)
+    keys = {"num_threads": 1, "tokens": str(Path(folder, "tokens.txt")), **keys}
+    return getattr(owner, "from_transducer" if kind in TRANSDUCERS else f"from_{kind}")(**files, **keys)
 
 
 def transcribe_whole(recognizer, wavs, rate):
@@ -88,7 +93,7 @@ def main(folder, kind, waveforms):
     wavs = [data[f"wav{i}"] for i in range(int(data["count"]))]
 
     def transcribe(wavs):
-        if kind == "zipformer2_ctc":
+        if kind in STREAMS:
             return transcribe_streams(recognizer, wavs, rate, tail)
         return transcribe_whole(recognizer, wavs, rate)
 
