@@ -47,7 +47,7 @@ async function finish() {
   await recognizer.finish();
   show();
   const {seconds, computing} = recognizer;
-  const times = Math.round(seconds / computing);
+  const times = (seconds / computing).toFixed(seconds / computing < 10 ? 1 : 0);
   say(seconds ? `${seconds.toFixed(1)} s of audio in ${computing.toFixed(2)} s: ${times} times as fast as speech.` : 'There was no audio.');
   if (!recognizer.tokens.length) words.replaceChildren(paragraph('', 'No words were heard.', 'empty'));
 }
