@@ -555,8 +555,8 @@ def test_the_oldest_version(models, stream_folder, tmp_path):
         pytest.skip("the oldest sherpa-onnx is not at hand; set SHERPA_OLDEST to a folder with it")
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
     tail = tail_samples(make_graph(models.kaldi, True, 8, 4))
-    np.savez(tmp_path / "w.npz", rate=16000, tail=tail, feature_dim=80, count=3, **{f"wav{i}": w for i, w in enumerate(wavs)})
-    command = [sys.executable, "-P", sherpa_texts.__file__, str(stream_folder[0]), "zipformer2_ctc", str(tmp_path / "w.npz")]
+    np.savez(tmp_path / "w.npz", rate=16000, feature_dim=80, count=3, **{f"wav{i}": w for i, w in enumerate(wavs)})
+    command = [sys.executable, "-P", sherpa_texts.__file__, str(stream_folder[0]), str(tmp_path / "w.npz")]
     said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": oldest}, check=True).stdout
     assert '"version": "1.12' in said
     recognizer = open_recognizer(stream_folder[0], "zipformer2_ctc")

@@ -179,9 +179,9 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "waveforms.npz")
         named = {f"wav{i}": wav.numpy() for i, wav in enumerate(wavs)}
-        np.savez(path, rate=rate, tail=tail, feature_dim=front.n_mels, count=len(wavs), **named)
+        np.savez(path, rate=rate, feature_dim=front.n_mels, count=len(wavs), **named)
         # Without a place of its own at the head of the path, where this folder's modules would hide others
-        command = [sys.executable, "-P", sherpa_texts.__file__, str(folder), graph.mode, str(path)]
+        command = [sys.executable, "-P", sherpa_texts.__file__, str(folder), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]

@@ -1,6 +1,6 @@
 """What sherpa-onnx itself writes, with an exported folder: a program of its own, which needs sherpa-onnx and numpy only.
 
-    python sherpa_texts.py FOLDER TYPE WAVEFORMS.npz
+    python sherpa_texts.py FOLDER WAVEFORMS.npz
 
 It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
 them, the seconds of computation that the first took, and the most memory that the process had. It is a program because
@@ -50,6 +50,13 @@ def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
     return getattr(owner, "from_transducer" if kind in TRANSDUCERS else f"from_{kind}")(**files, **keys)
 
 
+def settings_of(folder):
+    """Type of model and, of streams, zeros behind the end, in samples, as the folder's README says."""
+    text = Path(folder, "README.md").read_text(encoding="utf-8")
+    tail = re.search(r"zeros \((\d+) samples\)", text)
+    return re.search(r"type of model `(\w+)`", text)[1], int(tail[1]) if tail else 0
+
+
 def transcribe_whole(recognizer, wavs, rate):
     """Texts of waveforms, decoded as one batch."""
     streams = [recognizer.create_stream() for _ in wavs]
@@ -82,21 +89,35 @@ def transcribe_streams(recognizer, wavs, rate, tail):
     return [recognizer.get_result(stream) for stream in streams]
 
 
-def main(folder, kind, waveforms):
+def transcriber(folder, sample_rate=16000, feature_dim=80):
+    """What makes of a list of waveforms their texts.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        What ``export --runtime sherpa-onnx`` wrote.
+    sample_rate, feature_dim : int
+        Of its features.
+
+    Returns
+    -------
+    callable
+    """
+    kind, tail = settings_of(folder)
+    recognizer = open_recognizer(folder, kind, sample_rate, feature_dim)
+    if kind in STREAMS:
+        return lambda wavs: transcribe_streams(recognizer, wavs, sample_rate, tail)
+    return lambda wavs: transcribe_whole(recognizer, wavs, sample_rate)
+
+
+def main(folder, waveforms):
     """See the module."""
     import numpy as np
     import sherpa_onnx
 
     data = np.load(waveforms)
-    rate, tail = int(data["rate"]), int(data["tail"])
-    recognizer = open_recognizer(folder, kind, rate, int(data["feature_dim"]))
+    transcribe = transcriber(folder, int(data["rate"]), int(data["feature_dim"]))
     wavs = [data[f"wav{i}"] for i in range(int(data["count"]))]
-
-    def transcribe(wavs):
-        if kind in STREAMS:
-            return transcribe_streams(recognizer, wavs, rate, tail)
-        return transcribe_whole(recognizer, wavs, rate)
-
     began = time.process_time()  # on one thread; other programs may have the processor meanwhile
     alone = [transcribe([wav])[0] for wav in wavs]
     seconds = time.process_time() - began
