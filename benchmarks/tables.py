@@ -26,6 +26,7 @@ TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
+PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -154,14 +155,28 @@ def memory():
 
 
 def sherpa():
-    """Texts, sizes and times of all encoders in sherpa-onnx."""
-    rows = [
-        [row["encoder"], f"`{row['type']}`", row["precision"], f"{row['texts_equal']} of {row['utterances']}"]
-        + [f"{100 * float(row['letters_differ']):.2f}", row["largest_difference"], row["size_mib"], row["real_time_factor"]]
-        + [row["peak_mib"]]
-        for row in read(SHERPA)
-    ]
-    header = ["encoder", "type", "precision", "texts equal", "letters that differ, %", "largest difference", "MiB"]
+    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; below them, peers in runtimes of their own."""
+    found = {}
+    for row in read(SHERPA):
+        found.setdefault((row["encoder"], row["type"]), []).append(row)
+    rows = []
+    for (encoder, kind), (float32, int8) in found.items():
+        pair = {key: f"{float32[key]} / {int8[key]}" for key in ("size_mib", "real_time_factor", "peak_mib")}
+        equal = f"{float32['texts_equal']} / {int8['texts_equal']} of {int8['utterances']}"
+        rows.append(
+            [
+                encoder,
+                f"`{kind}`",
+                equal,
+                f"{100 * float(int8['letters_differ']):.1f}",
+                float32["largest_difference"],
+                *pair.values(),
+            ]
+        )
+    for row in read(PEERS):
+        figures = [row["size_mib"], row["cpu_per_audio"], row["peak_memory_mib"]]
+        rows += [[row["system"], row["package"], "", "", "", *figures]] if row["test_set"] == PEERS_SET else []
+    header = ["encoder", "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", "MiB"]
     return table([*header, "real-time factor", "peak memory, MiB"], rows)
 
 
