@@ -1,5 +1,6 @@
 # make demo   environment, embedded corpus, training, WER and a transcript: six to eight minutes on two cores
-# make test   environment and all tests
+# make test   environment and all tests but those that take minutes
+# make slow   environment and the tests that take minutes
 # make lint   style
 #
 # PYTHON=python3.12 make demo   another interpreter (3.11 to 3.13)
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := results/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 
 # A marker per set of packages, newer than what asks for them: an interrupted installation is done again.
 $(VENV)/runtime: requirements.txt pyproject.toml
@@ -32,6 +33,14 @@ demo: $(VENV)/runtime
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# The oldest version that exports are for; the newest is in the environment
+$(VENV)/sherpa-1.12.26: $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ --no-deps sherpa-onnx==1.12.26 sherpa-onnx-core==1.12.26
+	touch $@
+
+slow: $(VENV)/dev $(VENV)/sherpa-1.12.26
+	OMP_NUM_THREADS=1 SHERPA_OLDEST=$(abspath $(VENV)/sherpa-1.12.26) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -29,6 +29,8 @@ MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
 TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
+SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
+PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -188,6 +190,32 @@ def memory():
     return table(["file", *(f"{field.removeprefix('seconds_')} GB" for field in fields)], rows)
 
 
+def sherpa():
+    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; below them, peers in runtimes of their own."""
+    found = {}
+    for row in read(SHERPA):
+        found.setdefault((row["encoder"], row["type"]), []).append(row)
+    rows = []
+    for (encoder, kind), (float32, int8) in found.items():
+        pair = {key: f"{float32[key]} / {int8[key]}" for key in ("size_mib", "real_time_factor", "peak_mib")}
+        equal = f"{float32['texts_equal']} / {int8['texts_equal']} of {int8['utterances']}"
+        rows.append(
+            [
+                encoder,
+                f"`{kind}`",
+                equal,
+                f"{100 * float(int8['letters_differ']):.1f}",
+                float32["largest_difference"],
+                *pair.values(),
+            ]
+        )
+    for row in read(PEERS):
+        figures = [row["size_mib"], row["cpu_per_audio"], row["peak_memory_mib"]]
+        rows += [[row["system"], row["package"], "", "", "", *figures]] if row["test_set"] == PEERS_SET else []
+    header = ["encoder", "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", "MiB"]
+    return table([*header, "real-time factor", "peak memory, MiB"], rows)
+
+
 def gpu():
     """What ``gpu.py`` has trained: each architecture's last row on speech held out, and its error rates on test sets."""
     rows, found = read(GPU), {}
@@ -213,7 +241,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads):
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, sherpa):
         text = put(text, make.__name__, make())
     return text
 

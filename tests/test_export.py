@@ -26,10 +26,12 @@ from speechbrain_ext.decoders.transducer import TransducerSearch
 from speechbrain_ext.export import check as export_check
 from speechbrain_ext.export import onnx_model as export
 from speechbrain_ext.export.check import run, run_stream
-from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_streaming import Streaming, StreamingFeatures
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, Search
 from speechbrain_ext.export.onnx_whole import Features, FullContext
+from speechbrain_ext.export.onnx_write import write_onnx
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.features import Fbank as CentredFbank
 from speechbrain_ext.lobes.features import KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 from speechbrain_ext.lobes.transducer import PREDICTORS, Transducer
@@ -97,7 +99,7 @@ def test_every_encoder_gives_the_same_answers_alone_and_in_any_batch(name, tmp_p
     speech = speech_encoder(build_encoder(name, **{**SMALL, "num_layers": 2}).eval(), name)
     for parameter in speech.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
-    export._write(FullContext(speech, speech.head), tmp_path / "model.onnx", False, {})
+    write_onnx(FullContext(speech, speech.head), tmp_path / "model.onnx", False, {})
     model = session(tmp_path / "model.onnx")
     for lengths in ((1,), (16000,), (4999, 33000, 160), (30001, 30001, 700, 1600, 21000)):
         wavs = signals(*lengths)
@@ -151,7 +153,7 @@ def test_every_encoder_gives_the_same_answers_in_a_stream(name, left, tmp_path):
         parameter.add_(0.05 * torch.randn_like(parameter))
     config = DynChunkTrainConfig(4, left)
     graph = Streaming(speech, speech.head, config)
-    export._write(graph, tmp_path / "model.onnx", False, {"hop_length": str(graph.features.hop_length), **graph.metadata})
+    write_onnx(graph, tmp_path / "model.onnx", False, {"hop_length": str(graph.features.hop_length), **graph.metadata})
     streams_are_the_same(session(tmp_path / "model.onnx"), speech, config)
 
 
@@ -226,19 +228,22 @@ def test_what_does_not_stream_is_refused():
     speech = speech_encoder(build_encoder("squeezeformer", padding="right", **SMALL), "squeezeformer")
     with pytest.raises(ValueError, match="does not stream; export it without --streaming"):
         Streaming(speech, speech.head, DynChunkTrainConfig(4, 2))
+    with pytest.raises(ValueError, match="Fbank with remove_dc looks at the whole utterance and does not stream"):
+        StreamingFeatures(CentredFbank(n_mels=80, remove_dc=True), normalizer("sentence"))
 
 
 @torch.no_grad()
 def test_of_a_cascade_the_pass_that_answers_is_exported(tmp_path):
     torch.manual_seed(0)
-    encoder = build_encoder("cascade", d_model=32, nhead=4, num_layers=2, d_ffn=64).eval()
+    stages = {"first": "hyperconformer", "first_chunk": 16}
+    encoder = build_encoder("cascade", d_model=32, nhead=4, num_layers=2, d_ffn=64, **stages).eval()
     speech = speech_encoder(encoder, "cascade")
-    export._write(FullContext(speech, speech.head, "first"), tmp_path / "first.onnx", False, {})
+    write_onnx(FullContext(speech, speech.head, "first"), tmp_path / "first.onnx", False, {})
     assert not [weight.name for weight in onnx.load(tmp_path / "first.onnx").graph.initializer if "second" in weight.name]
-    (wav,) = signals(9000)
-    first = speech.encode(wav.unsqueeze(0), pass_name="first")[0][0].log_softmax(-1)
-    same(run(session(tmp_path / "first.onnx"), [wav])[0], first)
-    assert (expected(speech, wav) - first).abs().max() > 0.01
+    for wav in signals(9000, 30000):  # less than a chunk, and more
+        first = speech.encode(wav.unsqueeze(0), pass_name="first")[0][0].log_softmax(-1)
+        same(run(session(tmp_path / "first.onnx"), [wav])[0], first)
+        assert (expected(speech, wav) - first).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["sentence", "global"])
@@ -306,7 +311,7 @@ def exported(tmp_path_factory):
 def written_at_once(exported, monkeypatch):
     """Exporting again would give the same file; it takes seconds."""
     content = (exported[0] / "model.onnx").read_bytes()
-    monkeypatch.setattr(export, "_write", lambda graph, path, *_: path.write_bytes(content))
+    monkeypatch.setattr(export, "write_onnx", lambda graph, path, *_: path.write_bytes(content))
 
 
 @pytest.fixture(scope="module")
@@ -536,6 +541,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["nothing", "x.onnx"], "There is no model folder"),
         (["model", "x.onnx", "--pass", "first"], "is no cascade"),
         (["model", "x.onnx", "--left-context", "4"], "are for streams; add --streaming"),
+        (["model", "x.onnx", "--hotwords"], "--hotwords is for sherpa-onnx; add --runtime sherpa-onnx"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
         (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),
