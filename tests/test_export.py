@@ -450,7 +450,9 @@ def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
     for part in PARTS:
         os.rename(tmp_path / part, tmp_path / f"kept-{part}")
     monkeypatch.setattr(
-        export, "_write", lambda graph, path, *_: shutil.copy(tmp_path / f"kept-{path.name[1:].removesuffix('.partial')}", path)
+        export,
+        "write_onnx",
+        lambda graph, path, *_: shutil.copy(tmp_path / f"kept-{path.name[1:].removesuffix('.partial')}", path),
     )
     monkeypatch.setattr(export_check, "run", lambda *given: [frames + 0.1 for frames in run(*given)])
     assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 1
@@ -476,7 +478,7 @@ def test_decoder_and_joiner_say_what_the_search_says(predictor, tmp_path):
     transducer.out.weight.mul_(6)
     graph, sessions = Decoder(transducer), []
     for name, part in {"decoder": graph, "joiner": Joiner(transducer)}.items():
-        export._write(part, tmp_path / f"{name}.onnx", False, part.metadata)
+        write_onnx(part, tmp_path / f"{name}.onnx", False, part.metadata)
         sessions.append(session(tmp_path / f"{name}.onnx"))
     frames = 3 * torch.randn(1, 60, 8)
     said, log_probs = Search(*sessions, graph)(transducer.project_frames(frames)[0].numpy())

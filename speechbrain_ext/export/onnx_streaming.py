@@ -199,6 +199,7 @@ class Streaming(nn.Module):
         self._template, self._parts, encoder_states = self._find_states()
         self.states = own + encoder_states
         self.input_names = ("waveform", *(state.name for state in self.states))
+        self.normalises = output == "log_probs"
         self.output_names = (output, *(state.described()["output"] for state in self.states))
 
     def forward(self, waveform, states):
@@ -234,7 +235,7 @@ class Streaming(nn.Module):
         left_behind = dict(_leaves(context))
         following = [left_behind[parts[0]] for parts in self._parts]
         x = self.encoder.head(x)
-        return x.log_softmax(dim=-1) if self.output_names[0] == "log_probs" else x, *heard, left, *following
+        return x.log_softmax(dim=-1) if self.normalises else x, *heard, left, *following
 
     def example_inputs(self):
         """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""

@@ -11,6 +11,8 @@ import torch
 
 from speechbrain_ext.utils.errors import UserImportError, UserRuntimeError, one_line
 
+FRONT_END = ("features", "encoder.subsampling")
+"""Modules that remain in float32."""
 IR_VERSION = 9
 """The first one with opset 20; runtimes from onnxruntime 1.17 on read it, and 10 only those from 1.18 on."""
 
@@ -85,7 +87,9 @@ def _floating(graph):
     return [
         node.name
         for node in graph.node
-        if _scope(node).startswith(("features", "encoder.subsampling"))
+        # By its weight where the graph calls a method of the front end, which leaves no scope
+        if _scope(node).startswith(FRONT_END)
+        or any(name.startswith(FRONT_END) for name in node.input)
         or (node.op_type == "MatMul" and batched.intersection(node.input))
     ]
 
