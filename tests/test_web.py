@@ -58,7 +58,7 @@ def web(tmp_path_factory):
         def run(model, heard):
             driver = [ROOT / "tests" / "web_page.mjs", root / "page" / "node_modules" / "playwright-core" / "index.mjs", CHROMIUM]
             command = ["node", *map(str, driver), f"http://127.0.0.1:{port}/?model={model}.onnx", str(heard)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=500)
             assert not done.returncode, done.stderr
             return json.loads(done.stdout)
 

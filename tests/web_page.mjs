@@ -4,6 +4,7 @@
 
 import {writeFileSync} from 'node:fs';
 
+const PATIENCE = 240000; // of a machine that does other things, too
 const [playwright, executablePath, url, heard, picture] = process.argv.slice(2);
 const {chromium} = await import(playwright);
 const args = ['--disable-background-networking', '--disable-component-update', '--disable-gpu', '--no-first-run'];
@@ -11,9 +12,10 @@ if (heard === 'microphone') args.push('--use-fake-ui-for-media-stream', '--use-f
 const browser = await chromium.launch({executablePath, args, chromiumSandbox: false});
 try {
   const page = await browser.newPage({viewport: {width: 960, height: 760}, deviceScaleFactor: 2});
+  page.setDefaultTimeout(PATIENCE);
   const errors = [];
   page.on('pageerror', (error) => errors.push(error.message));
-  const settled = () => page.waitForFunction(() => !document.body.hasAttribute('data-busy'), undefined, {timeout: 60000});
+  const settled = () => page.waitForFunction(() => !document.body.hasAttribute('data-busy'), undefined, {timeout: PATIENCE});
   await page.goto(url);
   if (heard !== 'none') await settled();
   if (heard === 'microphone') {
@@ -25,7 +27,7 @@ try {
     await page.getByText('python -m speechbrain_ext export').waitFor();
   } else {
     await page.getByLabel('Open a file').setInputFiles(heard);
-    await page.getByRole('button', {name: 'Copy text', disabled: false}).or(page.locator('#status.error')).waitFor({timeout: 120000});
+    await page.getByRole('button', {name: 'Copy text', disabled: false}).or(page.locator('#status.error')).waitFor({timeout: PATIENCE});
     await settled();
   }
   const text = await page.locator('#words span').allInnerTexts();
