@@ -26,6 +26,7 @@ TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
+LM = ROOT / "benchmarks" / "results" / "lm.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
 TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
@@ -150,6 +151,14 @@ def heads():
     return table(header, lines)
 
 
+def lm():
+    """Times of the scorers of a language model."""
+    fields = ["scorer", "hypotheses", "tokens", "seconds", "times_as_fast", "largest_difference"]
+    return columns(
+        LM, fields, ["scorer", "hypotheses", "tokens", "s", "times as fast", "largest difference of a log-probability"]
+    )
+
+
 def transducer_loss():
     """Time and memory of the transducer's losses."""
     fields = ["loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
@@ -206,7 +215,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, transducer_loss, transducer_search, heads):
+    for make in (*makers, memory, gpu, transducer_loss, transducer_search, heads, lm):
         text = put(text, make.__name__, make())
     return text
 
