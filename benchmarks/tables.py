@@ -24,6 +24,7 @@ LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
+MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
 LM = ROOT / "benchmarks" / "results" / "lm.csv"
@@ -131,6 +132,12 @@ def long_audio():
     return columns(LONG_AUDIO, fields, header)
 
 
+def manifests():
+    """Times to check manifests."""
+    fields = ["rows", "hours", "seconds", "processor_seconds", "again_seconds"]
+    return columns(MANIFESTS, fields, ["rows", "hours", "time, s", "of processors, s", "a second time, s"])
+
+
 def search():
     """Times of the searches."""
     fields = ["search", "threads", "seconds", "ms", "rtfx", "times_speechbrain"]
@@ -215,7 +222,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, transducer_loss, transducer_search, heads, lm):
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm):
         text = put(text, make.__name__, make())
     return text
 
