@@ -27,6 +27,7 @@ GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
+LM = ROOT / "benchmarks" / "results" / "lm.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
 TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
@@ -159,6 +160,14 @@ def heads():
     return table(header, lines)
 
 
+def lm():
+    """Times of the scorers of a language model."""
+    fields = ["scorer", "hypotheses", "tokens", "seconds", "times_as_fast", "largest_difference"]
+    return columns(
+        LM, fields, ["scorer", "hypotheses", "tokens", "s", "times as fast", "largest difference of a log-probability"]
+    )
+
+
 def transducer_loss():
     """Time and memory of the transducer's losses."""
     fields = ["loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
@@ -241,7 +250,7 @@ def gpu():
 def fill(text):
     """The README's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, sherpa):
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa):
         text = put(text, make.__name__, make())
     return text
 

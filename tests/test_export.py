@@ -460,10 +460,12 @@ def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.wav", *(f"kept-{part}" for part in PARTS)]
 
 
+@pytest.mark.parametrize("kaldi", [False, True])
 @torch.no_grad()
-def test_a_transducer_streams_with_its_state_outside():
+def test_a_transducer_streams_with_its_state_outside(kaldi):
     model, config = load_model(TRANSDUCER, "cpu"), DynChunkTrainConfig(4, 2)
     encoder, head = model.mods.encoder, model.mods.decoder.transducer.project_frames
+    encoder.compute_features = KaldiFbank(16000) if kaldi else encoder.compute_features
     stand_in, wavs = InPyTorch(Streaming(encoder, head, config, output="encoder_out")), signals(16001, 16001)
     stand_in.about["output"] = "encoder_out"
     for wav, found in zip(wavs, run_stream(stand_in, wavs), strict=True):

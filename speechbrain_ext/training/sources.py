@@ -168,9 +168,9 @@ def read_architecture(name, path):
             if key in part:  # a folder has its value; here it follows the key, which may be given another one
                 part[key] = ruamel.yaml.YAML().load(f"!ref <{place}>")
     keys |= {"encoder": model["encoder_module"]} | {key: model[key] for key in names if key in model}
-    head = tree.get("transducer") or {}
+    head = tree.get("transducer")
     names = ("predictor", "predictor_size", "predictor_context", "predictor_layers", "joint_size")
-    keys |= {key: head[key] for key in names if key in head}
+    keys |= {key: head[key] for key in names if key in head} if isinstance(head, dict) else {}
     keys |= {"streaming_chunk_size": encoder.get("chunk_size"), "streaming_left_context": encoder.get("left_context")}
     return Path(file).name, keys
 
