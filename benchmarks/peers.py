@@ -1,17 +1,19 @@
 """Word error rate, speed and memory of what a user would take instead, and of our models, on the same audio.
 
     python benchmarks/peers.py --test test-clean=MANIFEST --weights whisper-tiny.en=FOLDER --models ours=FOLDER \\
-        [--python OTHER/bin/python]
+        --exported ours-in-sherpa=FOLDER [--python OTHER/bin/python]
 
 Peers are moonshine-voice, which comes with its weights, and faster-whisper in int8, with weights of CTranslate2 from
-``--weights``. What is not installed for ``--python``, an interpreter that need not have PyTorch, is left out and said so.
-MANIFEST is in any format that training takes, a LibriSpeech folder among them.
+``--weights``. What is not installed for ``--python``, an interpreter that need not have PyTorch, is left out and said so. Folders
+that ``export --runtime sherpa-onnx`` wrote run without PyTorch, too. MANIFEST is in any format that training takes, a LibriSpeech
+folder among them.
 
 Each system runs in a process of its own, kept to one processor, and hears one utterance at a time, greedy. The audio is decoded
 before. Transcripts and answers are compared in upper case without punctuation, and no more: numbers and abbreviations stay as a
 system writes them, so that digits, or "Mr." for MISTER, are errors, and rates are higher than after Whisper's normaliser.
 ``real_time_factor`` is by the clock; on a machine that does other things, too, ``cpu_per_audio``, processor seconds per second of
-audio, is the better figure. Memory is the peak of the process, interpreter and audio included.
+audio, is the better figure. Memory is the peak of the process, interpreter and audio included; the size is that of all files of a
+model.
 The peers have heard 10,000 hours and more: neither parameters nor hours of training are equal here.
 """
 
@@ -29,14 +31,15 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
-MOONSHINE, WHISPER, OURS = "moonshine-voice", "faster-whisper", "speechbrain_ext"
+EXPORT = Path(__file__).resolve().parents[1] / "speechbrain_ext" / "export"
+MOONSHINE, WHISPER, OURS, SHERPA = "moonshine-voice", "faster-whisper", "speechbrain_ext", "sherpa-onnx"
 MOONSHINE_PARAMETERS = 27_100_000
 """Of Moonshine tiny (Jeffries et al. 2024, https://arxiv.org/abs/2410.15608); its file format does not say."""
 RATE = 16000
 
 
 def moonshine(_):
-    """Texts of samples, number of parameters."""
+    """Texts of samples, number of parameters, folder of the weights."""
     import moonshine_voice as package
     from moonshine_voice.transcriber import Transcriber
 
@@ -47,11 +50,11 @@ def moonshine(_):
     def transcribe(wav):
         return " ".join(line.text for line in transcriber.transcribe_without_streaming(wav.tolist(), RATE).lines)
 
-    return transcribe, MOONSHINE_PARAMETERS
+    return transcribe, MOONSHINE_PARAMETERS, weights
 
 
 def whisper(weights):
-    """Texts of samples, number of parameters."""
+    """The same."""
     from faster_whisper import WhisperModel
 
     model = WhisperModel(weights, device="cpu", cpu_threads=1, compute_type="int8", local_files_only=True)
@@ -61,7 +64,7 @@ def whisper(weights):
         segments, _ = model.transcribe(wav, condition_on_previous_text=False, **options)
         return " ".join(segment.text for segment in segments)
 
-    return transcribe, count_weights(Path(weights) / "model.bin")
+    return transcribe, count_weights(Path(weights) / "model.bin"), weights
 
 
 def count_weights(path):
@@ -87,7 +90,7 @@ def count_weights(path):
 
 
 def ours(folder):
-    """Texts of samples, number of parameters."""
+    """The same."""
     import torch
 
     from speechbrain_ext.inference import load_model
@@ -98,7 +101,16 @@ def ours(folder):
     def transcribe(wav):
         return model.transcribe_batch(torch.from_numpy(wav).unsqueeze(0), torch.ones(1))[0][0]
 
-    return transcribe, sum(parameter.numel() for parameter in model.hparams.asr_model.parameters())
+    return transcribe, sum(parameter.numel() for parameter in model.hparams.asr_model.parameters()), folder
+
+
+def sherpa(folder):
+    """The same; files of ONNX do not say which of their numbers are parameters."""
+    sys.path.insert(0, str(EXPORT))  # the package itself imports PyTorch
+    from sherpa_texts import transcriber
+
+    transcribe = transcriber(folder)
+    return lambda wav: " ".join(transcribe([wav])[0].split()), "", folder
 
 
 def run(system, weights, folder):
@@ -107,7 +119,7 @@ def run(system, weights, folder):
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    transcribe, parameters = {MOONSHINE: moonshine, WHISPER: whisper, OURS: ours}[system](weights)
+    transcribe, parameters, weights = {MOONSHINE: moonshine, WHISPER: whisper, OURS: ours, SHERPA: sherpa}[system](weights)
     wavs = [np.load(path) for path in sorted(Path(folder).glob("*.npy"))]
     transcribe(wavs[0])  # what is done once only is not timed
     wall, cpu = time.perf_counter(), time.process_time()
@@ -120,6 +132,7 @@ def run(system, weights, folder):
         "seconds": sum(map(len, wavs)) / RATE,
         "parameters": parameters,
         "peak": peak_memory(),
+        "size": sum(path.stat().st_size for path in Path(weights).iterdir() if path.is_file()),
         "version": importlib.metadata.version(system) if system != OURS else "",
     }
     Path(folder, "answers.json").write_text(json.dumps(figures), encoding="utf-8")
@@ -164,6 +177,7 @@ def measure(python, name, system, weights, test_set, rows, folder):
         "real_time_factor": round(found["wall"] / found["seconds"], 4),
         "cpu_per_audio": round(found["cpu"] / found["seconds"], 4),
         "peak_memory_mib": round(found["peak"]),
+        "size_mib": round(found["size"] / 2**20, 1),
         "commit": machine["commit"],
         "hardware": f"{cpu_name()}, 1 thread",
         "date": machine["date"],
@@ -184,6 +198,7 @@ def choose_systems(arguments):
     if has[WHISPER]:
         yield from ((arguments.python, name, WHISPER, path) for name, path in map(named, arguments.weights))
     yield from ((sys.executable, name, OURS, path) for name, path in map(named, arguments.models))
+    yield from ((sys.executable, name, SHERPA, path) for name, path in map(named, arguments.exported))
 
 
 def named(given):
@@ -200,6 +215,7 @@ def main():
     parser.add_argument("--test", nargs="+", default=(), metavar="[NAME=]MANIFEST", help="test sets")
     parser.add_argument("--weights", nargs="+", default=(), metavar="NAME=FOLDER", help="of faster-whisper")
     parser.add_argument("--models", nargs="+", default=(), metavar="NAME=FOLDER", help="model folders of ours")
+    parser.add_argument("--exported", nargs="+", default=(), metavar="NAME=FOLDER", help="folders of ours for sherpa-onnx")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--limit", type=int, help="utterances per test set")
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows of the same system and test set are replaced")
@@ -230,7 +246,7 @@ def main():
                 print(*measured.values(), sep="\t", flush=True)
                 before = read_csv(arguments.output) if arguments.output.exists() else []
                 kept = [row for row in before if (row["system"], row["test_set"]) != (measured["system"], test_set)]
-                write_csv(arguments.output, list(measured), [list(row.values()) for row in [*kept, measured]])
+                write_csv(arguments.output, list(measured), [[row.get(key, "") for key in measured] for row in [*kept, measured]])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,14 @@ LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
+MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
+HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
+LM = ROOT / "benchmarks" / "results" / "lm.csv"
+TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
+TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
+SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
+PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
 
@@ -127,11 +134,51 @@ def long_audio():
     return columns(LONG_AUDIO, fields, header)
 
 
+def manifests():
+    """Times to check manifests."""
+    fields = ["rows", "hours", "seconds", "processor_seconds", "again_seconds"]
+    return columns(MANIFESTS, fields, ["rows", "hours", "time, s", "of processors, s", "a second time, s"])
+
+
 def search():
     """Times of the searches."""
     fields = ["search", "threads", "seconds", "ms", "rtfx", "times_speechbrain"]
     header = ["search", "threads", "audio, s", "ms", "RTFx", "times as fast as SpeechBrain"]
     return columns(SEARCH, fields, header)
+
+
+def heads():
+    """Error rates of searches, language models and phrases on the embedded corpus."""
+    lines = []
+    for row in read(HEADS):
+        interval = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
+        recall = row["phrase_recall"] and f"{row['phrase_recall']} of {row['phrases_said']}"
+        others = " - ".join(filter(None, (row["lm"], row.get("lodr"))))
+        phrases = row["phrases"] if "greedy" not in row["search"] else ""
+        lines.append([Path(row["model"]).parts[0], row["search"], others, phrases, interval, recall, row["real_time_factor"]])
+    header = ["model", "search", "language model", "phrases", "WER %, 95 % interval", "phrases found %", "real-time factor"]
+    return table(header, lines)
+
+
+def lm():
+    """Times of the scorers of a language model."""
+    fields = ["scorer", "hypotheses", "tokens", "seconds", "times_as_fast", "largest_difference"]
+    return columns(
+        LM, fields, ["scorer", "hypotheses", "tokens", "s", "times as fast", "largest difference of a log-probability"]
+    )
+
+
+def transducer_loss():
+    """Time and memory of the transducer's losses."""
+    fields = ["loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
+    return columns(TRANSDUCER_LOSS, fields, ["loss", "tokens", "ms", "MiB", "times as fast", "share of the memory"])
+
+
+def transducer_search():
+    """Times and scores of the transducer's searches of 15 s."""
+    fields = ["search", "predictor", "beam", "ms", "rtfx", "times_speechbrain", "score", "errors"]
+    header = ["search", "predictor", "beam", "ms", "RTFx", "times as fast as SpeechBrain", "score", "token errors %"]
+    return table(header, [[row[field] for field in fields] for row in read(TRANSDUCER_SEARCH) if row["seconds"] == "15"])
 
 
 def training():
@@ -150,6 +197,32 @@ def memory():
         files.setdefault(row["hparams"], {})[row["activation_checkpointing"]] = [f"{int(row[field]):,}" for field in fields]
     rows = [[f"`{name}`", *map(" / ".join, zip(found["False"], found["True"], strict=True))] for name, found in files.items()]
     return table(["file", *(f"{field.removeprefix('seconds_')} GB" for field in fields)], rows)
+
+
+def sherpa():
+    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; below them, peers in runtimes of their own."""
+    found = {}
+    for row in read(SHERPA):
+        found.setdefault((row["encoder"], row["type"]), []).append(row)
+    rows = []
+    for (encoder, kind), (float32, int8) in found.items():
+        pair = {key: f"{float32[key]} / {int8[key]}" for key in ("size_mib", "real_time_factor", "peak_mib")}
+        equal = f"{float32['texts_equal']} / {int8['texts_equal']} of {int8['utterances']}"
+        rows.append(
+            [
+                encoder,
+                f"`{kind}`",
+                equal,
+                f"{100 * float(int8['letters_differ']):.1f}",
+                float32["largest_difference"],
+                *pair.values(),
+            ]
+        )
+    for row in read(PEERS):
+        figures = [row["size_mib"], row["cpu_per_audio"], row["peak_memory_mib"]]
+        rows += [[row["system"], row["package"], "", "", "", *figures]] if row["test_set"] == PEERS_SET else []
+    header = ["encoder", "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", "MiB"]
+    return table([*header, "real-time factor", "peak memory, MiB"], rows)
 
 
 def gpu():
@@ -281,7 +354,7 @@ def _cell(text):
 def fill(text):
     """A page's text with its tables made anew."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, bench, hparams):
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, bench, hparams):
         if f"<!-- {make.__name__}:begin -->" in text:
             text = put(text, make.__name__, make())
     return text

@@ -2,7 +2,8 @@
 
 python examples/transcribe_onnx.py model.onnx speech.wav ...
 
-A file for streams (``--streaming``) gets each WAV file chunk by chunk, as it would a microphone's samples.
+A file for streams (``--streaming``) gets each WAV file chunk by chunk, as it would a microphone's samples. Of a transducer, give
+``NAME-encoder.onnx``; decoder and joiner are taken from beside it.
 """
 
 import argparse
@@ -26,15 +27,23 @@ class Recogniser:
     """
 
     def __init__(self, path, threads=0):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.options = onnxruntime.SessionOptions()
+        self.options.intra_op_num_threads = threads
+        self.session = self.load(path)
         self.about = about = self.session.get_modelmeta().custom_metadata_map
         if about.get("format") != "speechbrain_ext" or about.get("mode") not in ("full", "streaming"):
             raise ValueError(f"{path} was not written by 'python -m speechbrain_ext export'; export the model with that.")
         self.sample_rate = int(about["sample_rate"])
         self.blank = int(about["blank_index"])
         self.tokens = json.loads(about["tokens"])
+        self.decoder = self.joiner = None
+        if about.get("head") == "transducer":
+            beside = path.removesuffix("encoder.onnx")
+            self.decoder, self.joiner = self.load(f"{beside}decoder.onnx"), self.load(f"{beside}joiner.onnx")
+
+    def load(self, path):
+        """A session."""
+        return onnxruntime.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
 
     def transcribe(self, path):
         """Text of an audio file."""
@@ -47,11 +56,11 @@ class Recogniser:
         if self.about["mode"] == "streaming":
             return self.decode(np.concatenate(list(self.stream(waveform))))
         lengths = np.array([waveform.shape[1]], dtype=np.int64)
-        log_probs, frames = self.session.run(None, {"waveform": waveform, "lengths": lengths})
-        return self.decode(log_probs[0, : frames[0]])
+        answer, frames = self.session.run(None, {"waveform": waveform, "lengths": lengths})
+        return self.decode(answer[0, : frames[0]])
 
     def stream(self, waveform):
-        """Log-probabilities (T, V) of one chunk of (1, N) after the other; the state is all that goes from one to the next."""
+        """What the graph gives (T, V) for each chunk of (1, N); all that goes from one to the next is the state."""
         names = ("window", "before", "hop_length", "chunk_step", "chunk_samples")
         window, before, hop, step, samples = (int(self.about[name]) for name in names)
         frames = max(1, (waveform.shape[1] + before - window // 2) // hop + 1)
@@ -61,19 +70,43 @@ class Recogniser:
         names = json.loads(self.about["state"])
         # What grows begins with no entries: a size of 0.
         state = [np.zeros([1 if size == "batch" else size for size in one["shape"]], one["type"]) for one in names]
-        outputs = ["log_probs", *(one["output"] for one in names)]
+        outputs = [self.about.get("output", "log_probs"), *(one["output"] for one in names)]
         for start in range(0, frames * hop, step):
             chunk = {"waveform": waveform[:, start : min(start + samples, end)]}
             given = {one["input"]: value for one, value in zip(names, state, strict=True)}
-            log_probs, *state = self.session.run(outputs, chunk | given)
-            yield log_probs[0]
+            answer, *state = self.session.run(outputs, chunk | given)
+            yield answer[0]
 
-    def decode(self, log_probs):
-        """Text of (T, V): the best token of each frame, without repetitions and blanks."""
-        best = log_probs.argmax(axis=-1)
-        best = best[np.diff(best, prepend=-1) != 0]
+    def decode(self, answer):
+        """Text of what the graph gave."""
+        best = self.ctc(answer) if self.decoder is None else self.transducer(answer)
         text = "".join(self.tokens[token] for token in best if token != self.blank)
         return " ".join(text.replace("▁", " ").split())
+
+    def ctc(self, log_probs):
+        """Tokens of (T, V): the best one of each frame, without repetitions."""
+        best = log_probs.argmax(axis=-1)
+        return best[np.diff(best, prepend=-1) != 0]
+
+    def transducer(self, frames, most=5):
+        """Tokens of (T, J) by greedy search, so many in a frame at most; the state is the last tokens, or that of an LSTM."""
+        about = self.decoder.get_modelmeta().custom_metadata_map
+        given = {"y": np.full((1, int(about["context_size"])), self.blank)}
+        if "state_shape" in about:
+            given |= dict.fromkeys(("hidden", "cell"), np.zeros([1, *json.loads(about["state_shape"])], np.float32))
+        predicted, *state = self.decoder.run(None, given)
+        tokens = []
+        for frame in frames:
+            for _ in range(most):
+                (logit,) = self.joiner.run(None, {"encoder_out": frame[None], "decoder_out": predicted})
+                token = int(logit[0].argmax())
+                if token == self.blank:
+                    break
+                tokens.append(token)
+                y = np.append(given["y"][:, 1:], [[token]], axis=1)
+                given = dict(zip(given, (y, *state), strict=True))
+                predicted, *state = self.decoder.run(None, given)
+        return tokens
 
 
 def main():

@@ -3,12 +3,44 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 TOKEN, USER = "hf_writer", "ann"
+
+
+# Runs commands in one process, as imports take longer than they; the endpoint and the cache are fixed when a process starts.
+CLIENT = """
+import contextlib, io, json, sys, traceback
+from speechbrain_ext import cli
+
+def speechbrain(source, file):
+    from speechbrain.inference.ASR import EncoderASR
+    print(EncoderASR.from_hparams(source=source, run_opts={"device": "cpu"}).transcribe_file(file))
+    return 0
+
+def trust(source):
+    from speechbrain_ext.inference import load_model
+    load_model(source, "cpu", trust=True)
+    return 0
+
+results = []
+for argv in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            own = {"speechbrain": speechbrain, "trust": trust}.get(argv[0])
+            status = own(*argv[1:]) if own else cli.main(argv)
+        except Exception:
+            status = traceback.print_exc()
+    results.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
 
 
 class Hub:
@@ -226,3 +258,25 @@ _ROUTES = [
     (("GET", "HEAD"), "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
     (("GET", "HEAD"), "/blobs/([0-9a-f]{64})", _Handler.get_blob),
 ]
+
+
+def client(home, url, *commands, **variables):
+    """Exit status, standard output and standard error of each command."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    here = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**kept, **here, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    argv = [sys.executable, "-c", CLIENT, json.dumps([list(map(str, command)) for command in commands])]
+    run = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=home.parent)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert len(results) == len(commands)
+    for status, _, error in results:
+        assert status is not None and "Traceback" not in error, error[-3000:]
+    return results
+
+
+def sentence(result, status, *words):
+    """The one sentence that a failure is."""
+    assert result[0] == status and result[1] == "", result
+    (line,) = [line for line in result[2].splitlines() if line.startswith("speechbrain_ext: ")]
+    assert all(word in line for word in words), line

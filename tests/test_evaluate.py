@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
-from tiny import SENTENCES, make_corpus, make_model
+from tiny import SENTENCES, SMALL_TRANSDUCER, make_corpus, make_model
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.manifests import read_entries, select
@@ -50,9 +50,9 @@ def test_intervals_of_few_utterances():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     make_corpus(folder / "corpus")
-    for decoder_layers, name in ((0, "ctc"), (1, "joint")):
+    for decoder_layers, name, hparams in ((0, "ctc", {}), (1, "joint", {}), (0, "transducer", SMALL_TRANSDUCER)):
         (folder / name).mkdir()
-        make_model(folder / name, decoder_layers)
+        make_model(folder / name, decoder_layers, "hyperconformer" + "_transducer" * bool(hparams), **hparams)
     write_arpa([text.split() for text in SENTENCES[:4]], folder / "lm.arpa", order=2)
     return folder
 
@@ -61,7 +61,9 @@ def rows_of(path):
     return check_utterances("test", select("test", read_entries(path)[0], "none")[0])[0]
 
 
-@pytest.mark.parametrize("name, searches", [("ctc", ["ctc_greedy"]), ("joint", ["joint_beam"])])
+@pytest.mark.parametrize(
+    "name, searches", [("ctc", ["ctc_greedy"]), ("joint", ["joint_beam"]), ("transducer", ["transducer_beam"])]
+)
 @pytest.mark.parametrize("batch_seconds", [120, 0.1])
 def test_the_texts_are_those_of_transcribe(folder, monkeypatch, name, searches, batch_seconds):
     monkeypatch.setattr(evaluation, "BATCH_SECONDS", batch_seconds)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import PAGE_ENCODERS, SMALL
 from speechbrain.lobes.features import Fbank
@@ -20,14 +22,19 @@ from tiny import make_corpus, make_model
 
 from speechbrain_ext import __version__, cli
 from speechbrain_ext.asr import SpeechEncoder, TransformerASR
+from speechbrain_ext.decoders.transducer import TransducerSearch
 from speechbrain_ext.export import check as export_check
 from speechbrain_ext.export import onnx_model as export
 from speechbrain_ext.export.check import run, run_stream
-from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_streaming import Streaming, StreamingFeatures
+from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, Search
 from speechbrain_ext.export.onnx_whole import Features, FullContext
+from speechbrain_ext.export.onnx_write import write_onnx
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.features import Fbank as CentredFbank
 from speechbrain_ext.lobes.features import KaldiFbank, SentenceNormalization
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
+from speechbrain_ext.lobes.transducer import PREDICTORS, Transducer
 from speechbrain_ext.registry import build_encoder, list_encoders
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -92,7 +99,7 @@ def test_every_encoder_gives_the_same_answers_alone_and_in_any_batch(name, tmp_p
     speech = speech_encoder(build_encoder(name, **{**SMALL, "num_layers": 2}).eval(), name)
     for parameter in speech.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
-    export._write(FullContext(speech, speech.head), tmp_path / "model.onnx", False, {})
+    write_onnx(FullContext(speech, speech.head), tmp_path / "model.onnx", False, {})
     model = session(tmp_path / "model.onnx")
     for lengths in ((1,), (16000,), (4999, 33000, 160), (30001, 30001, 700, 1600, 21000)):
         wavs = signals(*lengths)
@@ -146,7 +153,7 @@ def test_every_encoder_gives_the_same_answers_in_a_stream(name, left, tmp_path):
         parameter.add_(0.05 * torch.randn_like(parameter))
     config = DynChunkTrainConfig(4, left)
     graph = Streaming(speech, speech.head, config)
-    export._write(graph, tmp_path / "model.onnx", False, {"hop_length": str(graph.features.hop_length), **graph.metadata})
+    write_onnx(graph, tmp_path / "model.onnx", False, {"hop_length": str(graph.features.hop_length), **graph.metadata})
     streams_are_the_same(session(tmp_path / "model.onnx"), speech, config)
 
 
@@ -221,19 +228,22 @@ def test_what_does_not_stream_is_refused():
     speech = speech_encoder(build_encoder("squeezeformer", padding="right", **SMALL), "squeezeformer")
     with pytest.raises(ValueError, match="does not stream; export it without --streaming"):
         Streaming(speech, speech.head, DynChunkTrainConfig(4, 2))
+    with pytest.raises(ValueError, match="Fbank with remove_dc looks at the whole utterance and does not stream"):
+        StreamingFeatures(CentredFbank(n_mels=80, remove_dc=True), normalizer("sentence"))
 
 
 @torch.no_grad()
 def test_of_a_cascade_the_pass_that_answers_is_exported(tmp_path):
     torch.manual_seed(0)
-    encoder = build_encoder("cascade", d_model=32, nhead=4, num_layers=2, d_ffn=64).eval()
+    stages = {"first": "hyperconformer", "first_chunk": 16}
+    encoder = build_encoder("cascade", d_model=32, nhead=4, num_layers=2, d_ffn=64, **stages).eval()
     speech = speech_encoder(encoder, "cascade")
-    export._write(FullContext(speech, speech.head, "first"), tmp_path / "first.onnx", False, {})
+    write_onnx(FullContext(speech, speech.head, "first"), tmp_path / "first.onnx", False, {})
     assert not [weight.name for weight in onnx.load(tmp_path / "first.onnx").graph.initializer if "second" in weight.name]
-    (wav,) = signals(9000)
-    first = speech.encode(wav.unsqueeze(0), pass_name="first")[0][0].log_softmax(-1)
-    same(run(session(tmp_path / "first.onnx"), [wav])[0], first)
-    assert (expected(speech, wav) - first).abs().max() > 0.01
+    for wav in signals(9000, 30000):  # less than a chunk, and more
+        first = speech.encode(wav.unsqueeze(0), pass_name="first")[0][0].log_softmax(-1)
+        same(run(session(tmp_path / "first.onnx"), [wav])[0], first)
+        assert (expected(speech, wav) - first).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["sentence", "global"])
@@ -301,7 +311,7 @@ def exported(tmp_path_factory):
 def written_at_once(exported, monkeypatch):
     """Exporting again would give the same file; it takes seconds."""
     content = (exported[0] / "model.onnx").read_bytes()
-    monkeypatch.setattr(export, "_write", lambda graph, path, *_: path.write_bytes(content))
+    monkeypatch.setattr(export, "write_onnx", lambda graph, path, *_: path.write_bytes(content))
 
 
 @pytest.fixture(scope="module")
@@ -416,6 +426,73 @@ def test_the_example_needs_no_torch_and_writes_the_same_text(name, exported_stre
     assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
 
 
+TRANSDUCER = ROOT / "tests" / "data" / "model_folders" / "transducer-v1"
+PARTS = ["model-decoder.onnx", "model-encoder.onnx", "model-joiner.onnx"]
+
+
+def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
+    """Which say without PyTorch what the model says, and are there all or not at all."""
+    assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 0
+    assert "tokens decoded differently: 0.00%" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == PARTS
+    abouts = {part: session(tmp_path / part).get_modelmeta().custom_metadata_map for part in PARTS}
+    assert [abouts[part]["part"] for part in PARTS] == ["decoder", "encoder", "joiner"]
+    assert abouts[PARTS[0]]["context_size"] == "2" and abouts[PARTS[0]]["vocab_size"] == "25"
+    assert abouts[PARTS[2]]["joiner_dim"] == abouts[PARTS[1]]["joiner_dim"] == "8"
+    model = load_model(TRANSDUCER, "cpu")
+    model.choose_beam(1)
+    soundfile.write(tmp_path / "a.wav", signals(24000)[0].numpy(), 16000)
+    code = "import runpy, sys; sys.modules.update(torch=None, speechbrain_ext=None); sys.argv = sys.argv[1:];"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, ROOT / "examples" / "transcribe_onnx.py", tmp_path / PARTS[1], tmp_path / "a.wav"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, check=True)
+    assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
+    for part in PARTS:
+        os.rename(tmp_path / part, tmp_path / f"kept-{part}")
+    monkeypatch.setattr(
+        export,
+        "write_onnx",
+        lambda graph, path, *_: shutil.copy(tmp_path / f"kept-{path.name[1:].removesuffix('.partial')}", path),
+    )
+    monkeypatch.setattr(export_check, "run", lambda *given: [frames + 0.1 for frames in run(*given)])
+    assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 1
+    assert "in a log-probability from PyTorch" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.wav", *(f"kept-{part}" for part in PARTS)]
+
+
+@pytest.mark.parametrize("kaldi", [False, True])
+@torch.no_grad()
+def test_a_transducer_streams_with_its_state_outside(kaldi):
+    model, config = load_model(TRANSDUCER, "cpu"), DynChunkTrainConfig(4, 2)
+    encoder, head = model.mods.encoder, model.mods.decoder.transducer.project_frames
+    encoder.compute_features = KaldiFbank(16000) if kaldi else encoder.compute_features
+    stand_in, wavs = InPyTorch(Streaming(encoder, head, config, output="encoder_out")), signals(16001, 16001)
+    stand_in.about["output"] = "encoder_out"
+    for wav, found in zip(wavs, run_stream(stand_in, wavs), strict=True):
+        same(found, head(encoder.encode(wav[None], dynchunktrain_config=config)[0])[0])
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@torch.no_grad()
+def test_decoder_and_joiner_say_what_the_search_says(predictor, tmp_path):
+    torch.manual_seed(1)
+    transducer = Transducer(8, TOKENS, predictor, predictor_size=8, joint_size=16)
+    transducer.out.weight.mul_(6)
+    graph, sessions = Decoder(transducer), []
+    for name, part in {"decoder": graph, "joiner": Joiner(transducer)}.items():
+        write_onnx(part, tmp_path / f"{name}.onnx", False, part.metadata)
+        sessions.append(session(tmp_path / f"{name}.onnx"))
+    frames = 3 * torch.randn(1, 60, 8)
+    said, log_probs = Search(*sessions, graph)(transducer.project_frames(frames)[0].numpy())
+    (best,) = TransducerSearch(transducer, beam_size=1).hypotheses(frames, torch.ones(1))
+    assert sum(said, []) == best.tokens and len(best.tokens) > 5 and log_probs.shape == (60, TOKENS)
+    for size in (1, 3):  # of hypotheses
+        inputs = [torch.cat([part] * 2)[:size] for part in graph.example_inputs()]
+        found = sessions[0].run(None, dict(zip(graph.input_names, (part.numpy() for part in inputs), strict=True)))
+        wanted = graph(*inputs)
+        same(found[0], wanted[0] if isinstance(wanted, tuple) else wanted)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_int8_keeps_the_front_end_in_float32(streaming, exported):
     folder, _ = exported
@@ -468,6 +545,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["nothing", "x.onnx"], "There is no model folder"),
         (["model", "x.onnx", "--pass", "first"], "is no cascade"),
         (["model", "x.onnx", "--left-context", "4"], "are for streams; add --streaming"),
+        (["model", "x.onnx", "--hotwords"], "--hotwords is for sherpa-onnx; add --runtime sherpa-onnx"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
         (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),

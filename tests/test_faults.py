@@ -524,7 +524,7 @@ def test_a_stopped_export_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(onnx_model, "_write", stopped)
+    monkeypatch.setattr(onnx_model, "write_onnx", stopped)
     folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
     with pytest.raises(SystemExit) as stop:
         cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx")])
@@ -532,7 +532,7 @@ def test_a_stopped_export_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_an_export_onto_a_full_disk(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_model, "_write", lambda graph, path, *_: path.write_bytes(bytes(10_000)))
+    monkeypatch.setattr(onnx_model, "write_onnx", lambda graph, path, *_: path.write_bytes(bytes(10_000)))
     folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
     with largest_file(1000):
         assert cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx")]) == 1

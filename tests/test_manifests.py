@@ -529,6 +529,8 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
     ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", rows), valid)
     assert len(skipped(tmp_path / "save")) == 3 and not (tmp_path / "save" / "train.csv").exists()
+    with pytest.raises(UserRuntimeError, match="3 of 3 utterances in train cannot be used, most often .*: mend the corpus.$"):
+        prepare(tmp_path / "save", wenet(tmp_path / "none", rows[:3]), valid, max_skipped=1)
 
 
 # -------------------- what is refused
@@ -578,6 +580,26 @@ def test_a_file_that_is_no_manifest_is_refused(name, content, message, tmp_path)
         read_entries(path)
 
 
+def test_an_arrow_file_that_was_cut_between_two_batches_is_refused(audio, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    folder = saved_dataset(tmp_path / "t", utterances(audio)[0])
+    file = folder / "data-00001-of-00002.arrow"
+    buffer = arrow.BufferReader(file.read_bytes())
+    arrow.ipc.open_stream(buffer).read_next_batch()
+    file.write_bytes(file.read_bytes()[: buffer.tell()])
+    with pytest.raises(UserError, match=f"{file} was cut, or not written to its end, as it lacks the mark of it; save it again"):
+        read_entries(folder)
+
+
+def test_files_of_a_kaldi_folder_may_be_compressed(tmp_path):
+    (tmp_path / "wav.scp").write_text("utt0 a.wav\n")
+    (tmp_path / "text").write_bytes(gzip.compress("utt0 Größe\n".encode()))
+    assert read_entries(tmp_path)[0][0].utterance.wrd == "Größe"
+    (tmp_path / "text").write_text("utt0 Größe\n", encoding="utf-16")
+    with pytest.raises(UserError, match=f"{tmp_path}/text is no text in UTF-8"):
+        read_entries(tmp_path)
+
+
 @pytest.mark.parametrize("after", ["", 'e,5.wav,"quoted"\nf,6.wav,TEXT\n'])
 @pytest.mark.parametrize("columns", [3, 4])
 def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
@@ -617,7 +639,20 @@ def test_tar_files_that_are_cut_or_compressed_are_refused(audio, tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:30_000])
     with pytest.raises(UserError, match="cut.tar cannot be read as a tar file .*unexpected end of data"):
         read_entries(tmp_path / "cut.tar")
-    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(whole.read_bytes()))
+    with tarfile.open(whole) as archive:
+        begin = archive.getmembers()[3].offset
+    data = whole.read_bytes()
+    for flawed, message in (
+        (data[:begin], f"at byte {begin} there is neither a member nor the mark of the end"),
+        (data[: begin + 99], f"at byte {begin} there is neither a member nor the mark of the end"),
+        (data[:begin] + b"x" * 512 + data[begin + 512 :], f"at byte {begin} there is neither a member nor the mark of the end"),
+        (data[:begin] + bytes(512) + data[begin + 512 :], f"it goes on behind the mark of its end at byte {begin}"),
+        (data + data, "it goes on behind the mark of its end at byte"),
+    ):  # at which tarfile stops without a word
+        (tmp_path / "cut.tar").write_bytes(flawed)
+        with pytest.raises(UserError, match=f"cut.tar cannot be read as a tar file .{message}"):
+            read_entries(tmp_path / "cut.tar")
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(data))
     with pytest.raises(
         UserError, match="0.tar.gz is a compressed tar file, whose members cannot be read one by one; decompress it"
     ):
@@ -894,8 +929,11 @@ def test_segments_train_as_files_that_were_cut(cached, audio, train_here, tmp_pa
     assert found[0].rows[0].WER == found[1].rows[0].WER and found[0].rows[0].corpus == "Manifest"
 
 
-def test_training_on_segments_resumes_exactly(audio, train_here, tmp_path, monkeypatch):
-    train, valid = (lhotse(tmp_path / name, part) for name, part in zip("tv", segments(audio, True), strict=True))
+@pytest.mark.parametrize("write", [lhotse, tar])
+def test_training_on_parts_of_files_resumes_exactly(write, audio, train_here, tmp_path, monkeypatch):
+    """Segments of recordings, and members of tar files; also where these have been moved meanwhile."""
+    parts = utterances(audio) if write is tar else segments(audio, True)
+    train, valid = (write(tmp_path / "corpus" / name, part) for name, part in zip("tv", parts, strict=True))
     command = ["--train_manifest", train, "--valid_manifest", valid]
     keys = {"number_of_epochs": 2, "train_batch_sampler": "{max_batch_length: 3, num_buckets: 2}", "ckpt_interval_minutes": 0}
     keys |= {"ckpt_interval_steps": 1}
@@ -912,6 +950,8 @@ def test_training_on_segments_resumes_exactly(audio, train_here, tmp_path, monke
         patch.setattr(AsrBrain, "fit_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_here(*command, output_folder="interrupted", **keys)
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    command[1::2] = (tmp_path / "moved" / path.relative_to(tmp_path / "corpus") for path in (train, valid))
     assert_same(weights(straight), weights(train_here(*command, output_folder="interrupted", **keys)))
 
 

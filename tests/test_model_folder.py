@@ -34,6 +34,7 @@ from speechbrain_ext.model_folder.write import inference_hparams
 from speechbrain_ext.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("ctc", "joint", "cascade", "fused", "transducer")
 
 
 @pytest.fixture(scope="module", params=[1, 0], ids=["joint", "ctc"])
@@ -189,7 +190,7 @@ def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monk
     assert ("--pass first" in card) == (tree["encoder"] == "cascade")
 
 
-@pytest.mark.parametrize("name", ["ctc", "joint", "cascade", "fused"])
+@pytest.mark.parametrize("name", KINDS)
 def test_loading_does_not_import_pytorchs_compiler(name):
     """It takes a second, for nothing."""
     folder = ROOT / "tests" / "data" / "model_folders" / f"{name}-v1"
@@ -409,14 +410,16 @@ def test_a_folder_of_every_kind_and_version_loads_for_ever(folder):
     answer = model.frames(wav, torch.ones(1))[0][0]
     assert answer.argmax(-1).tolist() == expected["tokens"]
     torch.testing.assert_close(answer[0], torch.tensor(expected["first"]), atol=1e-4, rtol=0)
-    interface = EncoderDecoderASR if "joint" in folder.name else EncoderASR
+    if "said" in expected:
+        assert model.transcribe_batch(wav, torch.ones(1))[1][0] == expected["said"]
+    interface = EncoderDecoderASR if folder.name.startswith(("joint", "transducer")) else EncoderASR
     theirs = interface.from_hparams(source=str(folder), run_opts={"device": "cpu"})  # SpeechBrain's own loader
     texts = theirs.transcribe_batch(wav, torch.ones(1))[0]
     assert texts[0].split() == model.transcribe_batch(wav, torch.ones(1))[0][0].split()
 
 
 def test_there_is_a_folder_of_every_kind():
-    assert {folder.name for folder in FIXTURES} >= {f"{kind}-v{FORMAT_VERSION}" for kind in ("ctc", "joint", "cascade", "fused")}
+    assert {folder.name for folder in FIXTURES} >= {f"{kind}-v{FORMAT_VERSION}" for kind in KINDS}
 
 
 def test_a_folder_of_a_later_format_is_refused(trained, tmp_path):
@@ -469,6 +472,33 @@ def test_a_model_larger_than_its_weights_is_refused_at_once(old, new, tmp_path):
     message = refused(edited(tmp_path, "joint", old, new))
     # What is larger by little enough to be built does not fit the weights
     assert any(flaw in message for flaw in ("larger than 1000000", "far larger than its weights", "size mismatch"))
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("predictor: stateless", "predictor: gru", "Unknown predictor 'gru'"),
+        ("predictor_size: 8", "predictor_size: 1000000", "far larger than its weights"),
+        ("predictor_size: 8", "predictor_size: x", "does not take its arguments"),
+        ("  predictor_context: 2", "  predictor_context: 3", "size mismatch"),
+        ("  vocab_size: 25", "  vocab_size: 24", "size mismatch"),
+        ("  blank_index: 0", "  blank_index: 1", "its blank_index is 0, and that of its transducer 1"),
+        ("  beam_size: 4", "  beam_size: 100000", "its beam_size is 100000"),
+        ("  beam_size: 4", "  beam_size: 0", "beam_size is 0"),
+        ("  beam_size: 4", "  max_symbols: 1000", "its max_symbols 1000"),
+        ("    transducer: !ref <transducer>\n", "", "Unexpected key"),
+    ],
+)
+def test_a_transducer_that_does_not_fit_is_refused(old, new, message, tmp_path):
+    assert message in refused(edited(tmp_path, "transducer", old, new))
+
+
+def test_a_transducer_of_no_numbers_is_refused(tmp_path):
+    folder = edited(tmp_path, "transducer", "beam_size: 4", "beam_size: 4")
+    weights = load_file(folder / "asr.safetensors")
+    weights["transducer.out.weight"][3] = torch.nan
+    save_file(weights, folder / "asr.safetensors")
+    assert "answers NaN" in refused(folder)
 
 
 VALUES = ["x", "[8]", "{a: 1}", "1.5", "-1", "!name:torch.nn.ReLU", "!!int abc", "!!float x", "!!bool x", "9" * 5000]

@@ -166,6 +166,7 @@ def test_a_batch_of_the_first_pass_trains_the_first_stage_alone(tmp_path, monkey
 
     lens = torch.ones(2)
     batch = Batch(sig=(torch.randn(2, 16000), lens), host_lengths={"sig": lens}, tokens_bos=SimpleNamespace(data=None))
+    batch.tokens = SimpleNamespace(lengths=None)
     for brain.drawn in ("first", "second"):
         brain.modules.zero_grad(set_to_none=True)
         predictions = brain.compute_forward(batch, Stage.TRAIN)

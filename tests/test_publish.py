@@ -1,69 +1,16 @@
 """Publishing, and loading what was published, with a stand-in for Hugging Face's server."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from hub import TOKEN, Hub
+from hub import TOKEN, Hub, client, sentence
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 from speechbrain_ext.inference import load_model
 
-# Runs commands in one process, as imports take longer than they; the endpoint and the cache are fixed when a process starts.
-CLIENT = """
-import contextlib, io, json, sys, traceback
-from speechbrain_ext import cli
-
-def speechbrain(source, file):
-    from speechbrain.inference.ASR import EncoderASR
-    print(EncoderASR.from_hparams(source=source, run_opts={"device": "cpu"}).transcribe_file(file))
-    return 0
-
-def trust(source):
-    from speechbrain_ext.inference import load_model
-    load_model(source, "cpu", trust=True)
-    return 0
-
-results = []
-for argv in json.loads(sys.argv[1]):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            own = {"speechbrain": speechbrain, "trust": trust}.get(argv[0])
-            status = own(*argv[1:]) if own else cli.main(argv)
-        except Exception:
-            status = traceback.print_exc()
-    results.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
-"""
 FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tokenizer.ckpt"}
-
-
-def client(home, url, *commands, **variables):
-    """Exit status, standard output and standard error of each command."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    here = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment = {**kept, **here, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
-    argv = [sys.executable, "-c", CLIENT, json.dumps([list(map(str, command)) for command in commands])]
-    run = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=home.parent)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout.splitlines()[-1])
-    assert len(results) == len(commands)
-    for status, _, error in results:
-        assert status is not None and "Traceback" not in error, error[-3000:]
-    return results
-
-
-def sentence(result, status, *words):
-    """The one sentence that a failure is."""
-    assert result[0] == status and result[1] == "", result
-    (line,) = [line for line in result[2].splitlines() if line.startswith("speechbrain_ext: ")]
-    assert all(word in line for word in words), line
 
 
 @pytest.fixture(scope="module")

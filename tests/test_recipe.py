@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, SMALL, arguments, make_corpus
 
+from speechbrain_ext.brains.asr import check_heads
 from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
@@ -50,6 +51,7 @@ def rows(folder):
 def test_every_shipped_file_trains_and_tests(path, corpus, tmp_path):
     plain = ruamel.yaml.YAML().load(merge_hparams([path], {}))
     searches = ["ctc_greedy", *["ctc_beam"] * bool(plain["ctc_search"]), *["joint_beam"] * bool(plain["num_decoder_layers"])]
+    searches += ["transducer_greedy", "transducer_beam"] * bool(plain["transducer"])
     if plain["encoder"] == "cascade":
         searches = [f"{answer}_pass_{search}" for answer in ("first", "second") for search in searches]
     keys = {**SMALL, "num_decoder_layers": min(1, plain["num_decoder_layers"])}
@@ -180,6 +182,24 @@ def test_a_fusionformer_that_could_not_be_fused_is_refused_before_training(key, 
     run = train(tmp_path, own, "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     assert re.search(message, run.stderr), run.stderr
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"transducer": None}, "transducer is null, and a transducer needs transducer, transducer_cost, transducer_search"),
+        ({"transducer_search": None}, "transducer_search is null"),
+        ({"num_decoder_layers": 2}, "There is a transducer, and num_decoder_layers is 2; give 0, as it takes no decoder."),
+        ({"ctc_weight": 0}, "ctc_weight is 0; give more than 0"),
+        ({"ctc_weight": 1}, "ctc_weight is 1; give more than 0"),
+    ],
+)
+def test_heads_that_do_not_go_together_are_refused(keys, message):
+    heads = dict.fromkeys(("transducer", "transducer_cost", "transducer_search"), "a part")
+    check_heads({**heads, "num_decoder_layers": 0, "ctc_weight": 0.3})
+    check_heads({**dict.fromkeys(heads), "num_decoder_layers": 2, "ctc_weight": 0})
+    with pytest.raises(ValueError, match=message):
+        check_heads({**heads, "num_decoder_layers": 0, "ctc_weight": 0.3, **keys})
 
 
 def test_testing_again_gives_the_same_model(corpus, tmp_path):

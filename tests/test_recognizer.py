@@ -13,13 +13,14 @@ import soundfile
 import torch
 from sentencepiece import SentencePieceProcessor
 from test_streaming import speech
-from tiny import make_model
+from tiny import SMALL_TRANSDUCER, make_model
 
 from speechbrain_ext import cli
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word, align
 from speechbrain_ext.inference import load_model, long_audio
 from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
+from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.inference.subtitles import subtitles
@@ -99,7 +100,7 @@ def test_long_silence_is_not_kept():
 def test_a_second_search_has_the_last_word():
     seen = []
 
-    def search(frames):
+    def search(frames, log_probs):
         seen.append(frames)
         return [A, T], log_probs_of([0] * (len(frames) - 2) + [A, T])
 
@@ -129,10 +130,17 @@ def test_subtitles():
 # -------------------- with a model
 
 
-@pytest.fixture(scope="module", params=[1, 0], ids=["joint", "ctc"])
+KINDS = {
+    "joint": ("hyperconformer", 1, {}),
+    "ctc": ("hyperconformer", 0, {}),
+    "transducer": ("hyperconformer_transducer", 0, {**SMALL_TRANSDUCER, "transducer_beam": 1}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recognizer")
-    make_model(folder, request.param)
+    folder, (name, layers, keys) = tmp_path_factory.mktemp("recognizer"), KINDS[request.param]
+    make_model(folder, layers, name, **keys)
     return folder
 
 
@@ -145,7 +153,21 @@ def model(folder):
         others = log_probs.clone()
         others[:, model.blank] = -torch.inf
         model.ctc_head.w.bias[model.blank] += (others.amax(1) - log_probs[:, model.blank]).median()
+        if isinstance(model, TransducerModel):
+            talkative(model)
     return model
+
+
+def talkative(model):
+    """Let the transducer say something in every third frame or so."""
+    search = model.mods.decoder
+    bias, frames = search.transducer.out.bias, model._encode(speech(50_000)[None], torch.ones(1))[0]
+    search.transducer.out.weight *= 4
+    low, high = -30.0, 30.0
+    for _ in range(10):
+        bias[model.blank] = (low + high) / 2
+        said = len(search.hypotheses(frames, torch.ones(1))[0].tokens) > frames.shape[1] / 3
+        low, high = (bias[model.blank].item(), high) if said else (low, bias[model.blank].item())
 
 
 def recognize(model, wav, sizes, **keys):
@@ -166,8 +188,11 @@ def test_a_stream_says_what_the_chunked_file_says(model):
     (segment,) = recognize(model, wav, (1237,), chunk_size=8, left_context=2, **FOREVER)
     recognizer = StreamingRecognizer(model, 8, 2)
     enc, _ = model.mods.encoder.encode(wav[None], dynchunktrain_config=recognizer._config)
-    best = model._log_probs(enc)[0].argmax(-1)
-    tokens = [token for token in best.unique_consecutive().tolist() if token != model.blank]
+    if isinstance(model, TransducerModel):
+        (tokens,) = model.search(enc, torch.ones(1))
+    else:
+        best = model._log_probs(enc)[0].argmax(-1)
+        tokens = [token for token in best.unique_consecutive().tolist() if token != model.blank]
     assert segment.text == " ".join(model.tokenizer.decode_ids(tokens).split())
 
 
@@ -186,10 +211,41 @@ def test_segments_do_not_depend_on_the_pieces_and_can_be_resumed(model, keys):
         assert said(rest) == said(segments[index + 1 :])
 
 
+@pytest.mark.parametrize("folder", ["transducer"], indirect=True)
+def test_a_beam_streams_as_greedy_search_does(model):
+    model.choose_beam(4)
+    test_a_stream_says_what_the_chunked_file_says(model)
+    wav, keys = speech(100_000), {"chunk_size": 8, "endpoint": 0.04, "longest": 1.0}
+    segments = recognize(model, wav, (1600,), **keys)
+    assert len(segments) > 2 and recognize(model, wav, (7, 16_001), **keys) == segments
+    assert [word.text for word in segments[0].words] == segments[0].text.split()
+    recognizer, shown, final = StreamingRecognizer(model, **keys), "", ""
+    for piece in wav.split(5000):
+        final += "".join(f"{segment.text} " for segment in recognizer.accept(piece))
+        assert (final + recognizer.stable_text).startswith(shown.strip())
+        assert (final + recognizer.text).startswith((final + recognizer.stable_text).strip())
+        shown = final + recognizer.stable_text
+    with pytest.raises(ValueError, match="The beam size is 0; give a whole number from 1 to 1000."):
+        model.choose_beam(0)
+
+
+@pytest.mark.parametrize("folder", ["transducer"], indirect=True)
+def test_words_of_a_transducer_are_those_of_its_segment(model):
+    """Placed by CTC, no later than they were said, and none of them lost where a segment without a pause ends."""
+    segments = recognize(model, speech(160_000), (1600,), chunk_size=8, endpoint=30, longest=1.0)
+    assert len(segments) > 2 and any(segment.words for segment in segments)
+    for one, other in zip(segments, segments[1:], strict=False):
+        assert one.end <= one.resume + 1e-6 and other.start >= one.resume - 1e-6
+        assert not one.words or [word.text for word in one.words] == one.text.split()
+        assert all(word.start < word.end for word in one.words)
+
+
 def mute(model):
     """A model that never says anything."""
     with torch.no_grad():
         model.ctc_head.w.bias[model.blank] += 1e3
+        if isinstance(model, TransducerModel):
+            model.mods.decoder.transducer.out.bias[model.blank] += 1e3
     return model
 
 
@@ -332,7 +388,7 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
         assert file.segments == []
 
 
-@pytest.mark.parametrize("folder", [0], ids=["ctc"], indirect=True)  # joint search on long segments takes minutes
+@pytest.mark.parametrize("folder", ["ctc"], indirect=True)  # joint search on long segments takes minutes
 def test_transcribe_long_and_short_files_to_a_folder(capsys, folder, long_file, tmp_path, monkeypatch):
     monkeypatch.setattr(files_to_text, "LONG_SECONDS", 10)
     command = ["transcribe", "--model", str(folder / "model"), str(folder / "short.flac"), str(long_file), "--device", "cpu"]

@@ -16,6 +16,7 @@ from speechbrain.nnet.linear import Linear
 
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.decoders import ctc_prefix
+from speechbrain_ext.decoders import lm as our_lm
 from speechbrain_ext.decoders import searchers as ours
 from speechbrain_ext.decoders.ctc_prefix import PrefixScores
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
@@ -52,7 +53,7 @@ def scorers(kind, module, ctc_lin):
         return theirs_scorer.ScorerBuilder({"coverage": 0.2, "ctc": 0.3}, [coverage], [ctc])
     if kind == "language model":
         lm = TransformerLM(VOCAB, d_model=32, nhead=2, num_encoder_layers=1, d_ffn=32).eval()
-        lm = theirs_scorer.TransformerLMScorer(lm)
+        lm = (theirs_scorer if module is theirs_scorer else our_lm).TransformerLMScorer(lm, 1.15)
         return theirs_scorer.ScorerBuilder({"transformerlm": 0.5, "ctc": 0.3}, [lm, ctc])
     if kind == "length":
         return theirs_scorer.ScorerBuilder({"length": 0.5, "ctc": 0.3}, [theirs_scorer.LengthScorer(VOCAB), ctc])

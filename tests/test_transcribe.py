@@ -31,7 +31,10 @@ def files(tmp_path_factory):
 
 
 # A model that was trained in full context reads long files in windows, one that was trained to stream as a stream
-@pytest.mark.parametrize("name, pass_name", [("ctc-v1", None), ("fused-v1", None), ("cascade-v1", "first"), ("cascade-v1", None)])
+@pytest.mark.parametrize(
+    "name, pass_name",
+    [("ctc-v1", None), ("fused-v1", None), ("cascade-v1", "first"), ("cascade-v1", None), ("transducer-v1", None)],
+)
 def test_python_and_the_command_line_give_the_same_text(name, pass_name, files, tmp_path, capsys):
     model = load_model(FOLDERS / name, "cpu", pass_name)
     texts = model.transcribe_files(files)
@@ -44,6 +47,20 @@ def test_python_and_the_command_line_give_the_same_text(name, pass_name, files, 
     assert model.transcribe_files(files, output=tmp_path / "out") == texts
     assert sorted(path.suffix for path in (tmp_path / "out").glob("200.*")) == [".jsonl", ".srt", ".vtt"]
     assert model.transcribe_files(files, output=tmp_path / "out") == texts  # from what is there
+
+
+def test_a_beam_is_chosen(files, capsys):
+    """As the model has it, or greedy; of another model it is refused."""
+    model, command = load_model(FOLDERS / "transducer-v1", "cpu"), ["transcribe", "--device", "cpu", "--beam-size", "1"]
+    beam = model.transcribe_file(files[0])
+    model.choose_beam(1)
+    greedy = model.transcribe_file(files[0])
+    assert greedy and greedy != beam
+    capsys.readouterr()
+    assert cli.main([*command, "--model", str(FOLDERS / "transducer-v1"), str(files[0])]) == 0
+    assert capsys.readouterr().out == f"{files[0]}\t{greedy}\n"
+    assert cli.main([*command, "--model", str(FOLDERS / "ctc-v1"), str(files[0])]) == 2
+    assert "answers with ctc_greedy, which has no beam" in capsys.readouterr().err
 
 
 def test_a_bad_file_raises_in_python(files, tmp_path):

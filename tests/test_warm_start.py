@@ -18,7 +18,7 @@ from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
 from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
-from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
+from tiny import ROOT, SENTENCES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus, make_model
 
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
@@ -76,13 +76,15 @@ OF_THE_MODEL = dict.fromkeys(SIZES)
 # ------------------------------------------------------------------ origins
 
 OWN = ["conformer", "hyperconformer", "squeezeformer", "fusionformer", "practical_conformer"]
-OWN += ["cascade_hyperconformer_squeezeformer"]
+OWN += ["cascade_hyperconformer_squeezeformer", "squeezeformer_transducer"]
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeypatch):
     layers = min(1, load_hparams(ROOT / "hparams" / f"{name}.yaml", "output_folder: x")["num_decoder_layers"])
-    theirs = make_model(tmp_path, layers, name)
+    # What the pruned loss leaves out follows weights that a folder does not hold
+    keys = {"transducer_loss": "full"} if name.endswith("transducer") else {}
+    theirs = make_model(tmp_path, layers, name, **keys, **(SMALL_TRANSDUCER if keys else {}))
     losses = []
 
     def fit(self, epochs, _, valid, valid_loader_kwargs, **keys):
@@ -94,8 +96,23 @@ def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeyp
 
     monkeypatch.setattr(AsrBrain, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL)
+        train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL, **keys)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
+    assert "and this model" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_features_and_front_end_follow_their_keys(train, tmp_path):
+    """A model for 16 kHz that goes on with 8 kHz hears them as such, is kept so, and the difference is told."""
+    make_model(tmp_path, 0, "conformer")
+    keys = {**OF_THE_MODEL, "init_from": "model", "sample_rate": 8000, "dropout": 0.3}
+    result = train("finetune", **keys)
+    folder, log = result.folders["pretrained"], (result.output / "log.txt").read_text()
+    text = (folder / "hyperparams.yaml").read_text()
+    assert text.count("sample_rate: 8000") == 2 and "16000" not in text and "dropout: 0.1" not in text
+    assert "model has compute_features: sample_rate 16000, and this model 8000." in log
+    assert load_model(folder, "cpu").sample_rate == 8000
+    with pytest.raises(UserError, match=r"such as subsampling.* \(40 x 64, here 20 x 64\); give the sizes of that model"):
+        train("finetune", **{**keys, "output_folder": "bins", "n_mels": 40})
 
 
 def small(tmp_path, name="conformer", **keys):
@@ -171,8 +188,11 @@ def test_a_folder_of_speechbrain_answers_as_there(attention, tmp_path):
         logits = parts[head](inputs)
         torch.testing.assert_close(logits[..., rows], expected(inputs)[..., 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(parts["ctc_lin"](enc)[..., 0], ctc_lin(enc)[..., 0], atol=1e-5, rtol=1e-5)
-    for part, prefix in ((theirs, "transformer."), (theirs.encoder, "transformer.encoder.")):  # a part alone
-        torch.save(part.state_dict(), tmp_path / "part.pt")
+    for part, prefix in (
+        (theirs, "transformer."),
+        (theirs.encoder, "transformer.encoder."),
+    ):  # a part of several processes
+        torch.save({f"module.{name}": value for name, value in part.state_dict().items()}, tmp_path / "part.pt")
         found = read_source("part", tmp_path / "part.pt", nhead=2).weights
         assert found and all(torch.equal(value, source.weights[name]) for name, value in found.items())
         assert all(name.startswith(prefix) for name in found)
@@ -213,6 +233,9 @@ def test_a_model_of_nemo_answers_as_there(tmp_path):
     torch.testing.assert_close(logits[..., rows], expected, atol=1e-5, rtol=1e-5)
     best = [old.decode_ids([i for i in utterance.tolist() if i < tokens]) for utterance in expected.argmax(2)]
     assert [new.decode_ids(utterance.tolist()) for utterance in logits.argmax(2)] == best
+    several = {"a_tokenizer.model": tokenizer, "b_tokenizer.model": b"", "model_weights_ckpt": weights.getvalue()}
+    nemo(tmp_path / "several.nemo", **several)
+    assert read_source("several", tmp_path / "several.nemo", nhead=4).tokenizer is None  # as nothing says which rows are whose
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt"])
@@ -229,6 +252,10 @@ def test_a_state_file_has_no_tokens(suffix, tmp_path):
     assert not torch.equal(parts.state_dict()["ctc_lin.w.weight"], expected["ctc_lin.w.weight"])
     warm_start(parts, source, make_tokenizer(), SPECIAL, same_tokens=True)
     assert_same(parts.state_dict(), expected)
+    if suffix == "ckpt":  # as in the folder of a checkpoint
+        (tmp_path / "CKPT").mkdir()
+        path.rename(tmp_path / "CKPT" / "model.ckpt")
+        assert_same(read_source("folder", tmp_path / "CKPT", nhead=2).weights, source.weights)
 
 
 @torch.no_grad()
@@ -256,6 +283,29 @@ def test_permuted_tokens_give_permuted_answers(tmp_path):
         assert 0 < distance < theirs.std()
     embeddings = [model["transformer"].custom_tgt_module.layers[0].emb.Embedding.weight for model in (source_parts, parts)]
     assert torch.equal(embeddings[1][known], embeddings[0][expected])
+
+
+@pytest.mark.parametrize("predictor", ["stateless", "lstm"])
+@torch.no_grad()
+def test_permuted_tokens_of_a_transducer_give_permuted_answers(predictor, tmp_path):
+    """And beside a source without one, it begins anew, which the table says."""
+    old, special = arrange_tokenizer(make_tokenizer(), 0, 1, 2, 3), {"blank": 3, "bos": 0, "eos": 2, "unk": 1}
+    new, tokens = arrange_tokenizer(old, *special.values()), pieces(old).vocab_size()
+    keys = {**numbers(SMALL_TRANSDUCER), "predictor": predictor, "vocab_size": tokens, "num_decoder_layers": 0}
+    theirs = small(tmp_path, "conformer_transducer", **keys)[1]
+    mine = small(tmp_path, "conformer_transducer", **keys, seed=1, blank_index=3, bos_index=0, unk_index=1)[1]
+    warm_start(mine, Source("source", "", theirs.state_dict(), "", old, 0), new, special)
+    place = torch.arange(tokens)
+    place[[3, 0, 2, 1]] = torch.tensor([0, 1, 2, 3])
+    text, answers = torch.randint(4, tokens, (1, 7)), []
+    for head in (theirs["transducer"], mine["transducer"]):
+        predicted = head.project_outputs(head.predictor(text))
+        answers.append(head.join(torch.linspace(-1, 1, predicted.shape[-1]).expand_as(predicted), predicted))
+    assert torch.equal(answers[1], answers[0][..., place])
+    ctc = small(tmp_path, "conformer", vocab_size=tokens, num_decoder_layers=0)[1]
+    table = warm_start(mine, Source("source", "", ctc.state_dict(), "", new, 3), new, special)
+    assert re.search(r"\| transducer \| \d+ \| [\d,]+ \| not in the source \|", table) and "| ctc_lin |" in table
+    assert_same(mine["transformer"].state_dict(), ctc["transformer"].state_dict())
 
 
 def test_special_tokens_move_and_no_other_changes():
@@ -420,6 +470,21 @@ def test_a_repository_is_taken_as_it_was_when_the_run_began(tmp_path, monkeypatc
     assert fetched[-2:] == [("ann/speech", "c" * 40), ("ann/other", None)]
 
 
+def test_a_run_goes_on_where_its_repository_holds_another_model_now(train, tmp_path, monkeypatch):
+    main, hub = ["a" * 40], tmp_path / "hub"
+    for commit, width in (("a" * 40, 16), ("b" * 40, 32)):
+        (tmp_path / commit).mkdir()
+        make_model(tmp_path / commit, 0, "conformer", d_model=width)
+        shutil.move(tmp_path / commit / "model", hub / commit)
+    monkeypatch.setattr(sources, "download", lambda repository, revision, files: hub / (revision or main[0]))
+    keys = {**OF_THE_MODEL, "init_from": "ann/speech", "output_folder": "run"}
+    train("finetune", **keys)
+    main[0] = "b" * 40
+    folder = train("finetune", **{**keys, "number_of_epochs": 2}).folders["pretrained"]
+    assert f"init_from: ann/speech@{'a' * 40}" in (folder / "hyperparams.yaml").read_text()
+    assert weights(folder)["ctc_lin.w.weight"].shape[1] == 16
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -454,14 +519,28 @@ def broken_sources(folder):
     nemo(folder / "bare.nemo", model_config=b"")
     nemo(folder / "code.nemo", model_weights_ckpt=saved(Code()))
     nemo(folder / "other.nemo", model_weights_ckpt=saved({"encoder.layers.0.self_attn.linear_q.weight": torch.ones(1)}))
+    nemo(folder / "list.nemo", model_weights_ckpt=saved([1]))
+    norm = {"encoder.pre_ln.weight": torch.ones(1), "encoder.layers.0.norm_conv.weight": torch.ones(1)}
+    nemo(folder / "odd.nemo", model_weights_ckpt=saved(norm | {"encoder.layers.x.y": torch.ones(1)}))
+    nemo(folder / "flat.nemo", model_weights_ckpt=saved(norm | {"encoder.pre_encode.out.weight": torch.ones(())}))
+    for name, config in {"empty": b"", "null": b"encoder:", "text": b"encoder: {time_reduce_idx: x}", "latin": b"\xff"}.items():
+        nemo(folder / f"{name}.nemo", **{"model_weights_ckpt": saved(norm), "model_config.yaml": config})
+    torch.save({1: torch.ones(1)}, folder / "numbers.pt")
     make_model(folder, 0, "fusionformer")
-    fused, tagged, strange = (folder / name for name in ("fused", "tagged", "strange"))
-    for other in (fused, tagged, strange):
+    names = ("fused", "tagged", "strange", "coded", "plain", "torn", "harm")
+    fused, tagged, strange, coded, plain, torn, harm = (folder / name for name in names)
+    for other in (fused, tagged, strange, coded, plain, torn, harm):
         shutil.copytree(folder / "model", other)
     text = (folder / "model" / "hyperparams.yaml").read_text()
     (fused / "hyperparams.yaml").write_text(text.replace("momentum: 0.01\nTransf", "momentum: 0.01\n  fused: true\nTransf"))
     (tagged / "hyperparams.yaml").write_text(text + "more: !apply:os.system [ls]\n")
     (strange / "hyperparams.yaml").write_text("sample_rate: 1\n")
+    (torn / "tokenizer.ckpt").write_bytes(b"x")
+    with open(harm / "tokenizer.ckpt", "ab") as file:  # one more piece, of 100,000 letters
+        piece = b"\x0a\xa0\x8d\x06" + 100_000 * b"a"
+        file.write(b"\x0a\xa4\x8d\x06" + piece)
+    (coded / "hyperparams.yaml").write_bytes(f"# \xfc\n{text}".encode("latin-1"))
+    (plain / "hyperparams.yaml").write_text(text.replace("\nTransformer: !new", "\nTransformer: 3\nbefore: !new"))
     (folder / "statistics").mkdir()
     keys = {"encoder_module": "conformer", "attention_type": "RoPEMHA", "normalize_before": True}
     theirs = TransformerASR(9, 8, 8, 2, 1, 1, 8, **keys)
@@ -471,6 +550,7 @@ def broken_sources(folder):
     (folder / "heads" / "hyperparams.yaml").write_text("root: !PLACEHOLDER\nnhead: 4\n")
     theirs = TransformerASR(9, 8, 8, 4, 1, 0, 8, **keys | {"attention_type": "RelPosMHAXL"})
     torch.save(theirs.state_dict(), folder / "bias.ckpt")
+    torch.save({name: value.flatten() for name, value in theirs.state_dict().items()}, folder / "flat.ckpt")
     return {
         "empty": "empty is no folder of a model, as it has neither asr.safetensors with hyperparams.yaml, nor asr.ckpt or",
         "cut.safetensors": "is damaged, or no file of weights",
@@ -480,6 +560,19 @@ def broken_sources(folder):
         "bare.nemo": "holds no model_weights.ckpt, as an archive of NeMo does; give another one",
         "code.nemo": "is damaged, or holds more than tensors",
         "other.nemo": "These weights hold no Squeezeformer of NeMo",
+        "list.nemo": "list.nemo holds no weights by name; give the state of a model",
+        "odd.nemo": "odd.nemo has weights with names or shapes that no model of its kind has .*; give another file",
+        "flat.nemo": "flat.nemo has weights with names or shapes that no model of its kind has .*; give another file",
+        "flat.ckpt": "flat.ckpt has weights with names or shapes that no model of its kind has .*; give another file",
+        "empty.nemo": "The model_config.yaml of empty.nemo states no encoder of NeMo",
+        "null.nemo": "The model_config.yaml of null.nemo states no encoder of NeMo",
+        "latin.nemo": "The model_config.yaml of latin.nemo states no encoder of NeMo",
+        "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is no number of a block.",
+        "torn": "The tokenizer of torn is damaged, or no SentencePiece model; give another one",
+        "harm": "The tokenizer of harm has a piece of 100000 bytes, and 1000 at most are read; give another one",
+        "numbers.pt": "numbers.pt holds no weights by name",
+        "coded": "hyperparams.yaml of coded is that of no model here .*utf-8",
+        "plain": "hyperparams.yaml of plain is that of no model here .its Transformer has no encoder_module.",
         "fused": "is fused: .*; give the folder 'pretrained_unfused' beside it",
         "tagged": "hyperparams.yaml of .* is that of no model here .!apply:os.system.",
         "strange": "hyperparams.yaml of .* is that of no model here .it has no Transformer.",
@@ -493,6 +586,8 @@ def test_what_is_no_model_is_refused(tmp_path, capfd):
     for name, message in broken_sources(tmp_path).items():
         with pytest.raises(UserError, match=message):
             read_source(name, tmp_path / name, nhead=2)
+    with pytest.raises(UserError, match="model has attention of 2 heads, and nhead is 4; give --nhead 2"):
+        read_source("model", tmp_path / "model", nhead=4)
     with pytest.raises(FileNotFoundError, match="There is no model gone.nemo; give a folder or file, or user/model of"):
         sources.locate("gone.nemo")
     assert "executed" not in capfd.readouterr().out
@@ -509,6 +604,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({}, {"include": ["ctc_lin"], "exclude": ["ctc_lin"]}, "Nothing of old would be loaded"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}}, {}, "1 weights of another shape, such as ctc_lin.w.weight"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}, "tokenizer": tokens}, {}, "5 x 4, here 30 x 16"),
+        (
+            {"weights": state | {"ctc_lin.w.weight": torch.full_like(state["ctc_lin.w.weight"], torch.nan)}},
+            {},
+            "old has 1 weights with NaN or infinite values, such as ctc_lin.w.weight; give another model",
+        ),
         ({"kind": "a folder of SpeechBrain"}, {}, "attention scales its scores otherwise; give the encoder this key, too"),
     ):
         with pytest.raises(UserError, match=message):
@@ -522,16 +622,19 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"init_from": ""}, "--init_from has no value; name a model or file, or leave it out"),
         ({"init_from": "/no/such"}, "There is no model /no/such"),
         ({"init_from": "model", "tokenizer_from": "/no/such"}, "There is no tokenizer /no/such; give the file of a SentenceP"),
-        ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer is damaged, or no SentencePiece model"),
-        ({"init_from": "state.ckpt"}, "state.ckpt has no tokenizer; give the one that it was trained with"),
+        ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer corpus.csv is damaged, or no SentencePiece"),
+        ({"init_from": "state.ckpt"}, "state.ckpt does not say what its tokens are; give the tokenizer that it was trained with"),
         ({"mix": "{manifest: x, share: 1}"}, "The share of --mix is 1; give a number above 0 and below 1"),
         ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', and LibriSpeech has splits; name one"),
         ({"mix": "{manifset: x}"}, "--mix has the keys manifest, share, manifset; it takes manifest and share"),
         ({"freeze": "null"}, "--freeze is None; give a list of prefixes"),
+        ({"init_exclude": ["ctc_lin"]}, "--init_exclude is .'ctc_lin'., and there is no model to take it from; give --init_from"),
         ({"lr_scales": "null"}, "--lr_scales is None; give a mapping of prefixes to factors"),
         ({"freeze_steps": -1}, "--freeze_steps is -1; give a whole number, 0 or more"),
         ({"file": "finetune"}, "states no architecture, and there is no model to take it from; give --init_from MODEL"),
         ({"file": "finetune", "init_from": "state.ckpt"}, "state.ckpt is no model folder of this package, and so has no arch"),
+        ({"file": "finetune", "init_from": "nameless"}, "The model nameless does not say which hparams file it was trained with"),
+        ({"init_from": "model", "output_folder": "torn"}, "torn/hyperparams.yaml is damaged .*; give another --output_folder"),
         ({"file": "finetune", "init_from": "plain"}, "The model plain does not say which hparams file it was trained with"),
         ({"file": "finetune", "init_from": "mine"}, "mine was trained with mine.yaml, which is not beside"),
     ],
@@ -539,7 +642,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_what_cannot_begin_is_refused_before_training(keys, message, train, tmp_path):
     make_model(tmp_path, 0)
     text = (tmp_path / "model" / "hyperparams.yaml").read_text()
-    for name, changed in (("plain", text.partition("provenance")[0]), ("mine", text.replace("hyperconformer.yaml", "mine.yaml"))):
+    names = {name: text.replace("hyperconformer.yaml", file) for name, file in (("mine", "mine.yaml"), ("nameless", "''"))}
+    (tmp_path / "torn" / "save" / "CKPT").mkdir(parents=True)
+    (tmp_path / "torn" / "hyperparams.yaml").write_text("a: [1")
+    for name, changed in {"plain": text.partition("provenance")[0], **names}.items():
         shutil.copytree(tmp_path / "model", tmp_path / name)
         (tmp_path / name / "hyperparams.yaml").write_text(changed)
     (tmp_path / "corpus.csv").write_text("ID\n")

@@ -36,6 +36,7 @@ SMALL = {
     "warmup_steps": "10",
     "test_search": "{beam_size: 2}",
 }
+SMALL_TRANSDUCER = {"predictor_size": "16", "joint_size": "16"}
 
 
 def make_corpus(folder, rate=16000, utterances=UTTERANCES):

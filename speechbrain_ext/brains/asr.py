@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_ext.brains.finetuning import Frozen, check_scales, scaled_groups, scaled_rates
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
-from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, search_name
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, TRANSDUCER_BEAM, TRANSDUCER_GREEDY, search_name
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
@@ -42,6 +42,8 @@ class Predictions(NamedTuple):
     """(B, T, V)."""
     seq_logits: torch.Tensor | None
     """(B, U, V) of the decoder; None without one."""
+    transducer_loss: torch.Tensor | None = None
+    """() of the transducer; None without one, or without targets."""
 
 
 def repeated(batch, views):
@@ -89,6 +91,10 @@ class AsrModel(torch.nn.Module):
         The CTC head.
     seq_lin : torch.nn.Module, optional
         The decoder's output layer; left out where the encoder's TransformerASR has no decoder.
+    transducer : Transducer, optional
+        Predictor and joint network.
+    transducer_cost : TransducerLoss, optional
+        Its loss, which has weights of its own.
 
     Example
     -------
@@ -105,11 +111,13 @@ class AsrModel(torch.nn.Module):
     torch.Size([2, 26, 30])
     """
 
-    def __init__(self, speech_encoder, ctc_lin, seq_lin=None):
+    def __init__(self, speech_encoder, ctc_lin, seq_lin=None, transducer=None, transducer_cost=None):
         super().__init__()
         self.speech_encoder = speech_encoder
         self.ctc_lin = ctc_lin
         self.seq_lin = seq_lin if hasattr(speech_encoder.transformer, "decoder") else None
+        self.transducer = transducer
+        self.transducer_cost = transducer_cost
         self.frozen = []  # modules inside that stay in evaluation mode
 
     def train(self, mode=True):
@@ -124,6 +132,7 @@ class AsrModel(torch.nn.Module):
         signal,
         lens,
         targets=None,
+        target_lens=None,
         *,
         is_features: bool = False,
         chunks: DynChunkTrainConfig | None = None,
@@ -131,6 +140,7 @@ class AsrModel(torch.nn.Module):
         augment=None,
         views: int = 1,
         pad_index: int = 0,
+        step: int | None = None,
         **norm_keys,
     ):
         """Predict.
@@ -142,7 +152,9 @@ class AsrModel(torch.nn.Module):
         lens : torch.Tensor
             (B,) relative lengths.
         targets : torch.Tensor, optional
-            (B, U) tokens for the decoder.
+            (B, 1 + U) the token that begins a text, and the text, for the decoder or the transducer.
+        target_lens : torch.Tensor, optional
+            (B,) relative lengths of the texts, for the transducer.
         is_features : bool
             Whether the signal is features.
         chunks : DynChunkTrainConfig, optional
@@ -155,6 +167,8 @@ class AsrModel(torch.nn.Module):
             How often the batch is augmented; the predictions are then of all these views, one behind the other.
         pad_index : int
             The token that pads ``targets``.
+        step : int, optional
+            Optimizer steps so far, for the warm-up of the transducer's loss.
         **norm_keys
             For the normalisation, such as ``epoch``.
 
@@ -167,7 +181,7 @@ class AsrModel(torch.nn.Module):
             encoder = self.speech_encoder
             feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
             feats = encoder.normalized(feats, lens, chunks, **norm_keys)
-            feats, lens, targets = (repeated(each, views) for each in (feats, lens, targets))
+            feats, lens, targets, target_lens = (repeated(each, views) for each in (feats, lens, targets, target_lens))
             if augment is not None:
                 feats, lens = augment(feats, lens)
             predictions = []
@@ -175,13 +189,18 @@ class AsrModel(torch.nn.Module):
                 frames, frame_lens = encoder.encode_features(feats, lens, chunks, pass_name)
                 decoded = encoder.transformer.decode_targets(targets, frames, frame_lens, pad_index) if self.seq_lin else None
                 seq_logits = None if decoded is None else self.seq_lin(decoded)
-                predictions.append(Predictions(frames, frame_lens, self.ctc_lin(frames), seq_logits))
+                transducer_loss = None
+                if self.transducer is not None and targets is not None:
+                    lengths, texts = absolute_lengths(frame_lens, frames.shape[1]), targets[:, 1:]
+                    counts = absolute_lengths(target_lens, texts.shape[1])
+                    transducer_loss = self.transducer_cost(self.transducer, frames, lengths, texts, counts, step)
+                predictions.append(Predictions(frames, frame_lens, self.ctc_lin(frames), seq_logits, transducer_loss))
             return predictions
 
 
 @register_checkpoint_hooks
 class AsrBrain(Brain):
-    """Trains an encoder with CTC, and with a decoder jointly with attention; without one (num_decoder_layers 0) by CTC only.
+    """Trains an encoder with CTC: alone, jointly with a decoder with attention, or jointly with a transducer.
 
     Arguments
     ---------
@@ -191,16 +210,16 @@ class AsrBrain(Brain):
     Raises
     ------
     UserError
-        If the normalisation's statistics could not be kept in a model folder, or ``freeze`` or ``lr_scales`` are impossible.
+        If the normalisation's statistics could not be kept in a model folder, heads and their weights do not go together, or
+        ``freeze`` or ``lr_scales`` are impossible.
     """
 
     passes = (None,)
     """The encoder's passes that are validated and tested; their names go before those of searches."""
-    selection = GREEDY
-    """The search whose error rate selects checkpoints."""
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])
+        check_heads(hparams)
         self.parts = model_parts(hparams)
         self.frozen = Frozen(hparams["model"], self.parts, hparams["freeze"], hparams["freeze_steps"])
         check_scales(hparams["lr_scales"], self.parts)
@@ -216,6 +235,12 @@ class AsrBrain(Brain):
         self.train_seconds = 0.0
         self.peak_memory_mib = 0.0
         self.unread = []  # losses on the device, with step and utterances, since the last optimizer step
+
+    @property
+    def selection(self):
+        """The search whose error rate selects checkpoints: the greedy one, of the last pass."""
+        search = GREEDY if self.hparams.transducer is None else TRANSDUCER_GREEDY
+        return search_name(self.passes[-1], search)
 
     # ------------------------------------------------------------------ one batch
 
@@ -245,12 +270,14 @@ class AsrBrain(Brain):
             signal,
             lens,
             batch.tokens_bos.data,
+            batch.tokens.lengths,
             is_features=hparams.cache_features,
             chunks=self.draw_chunks(stage),
             passes=passes,
             augment=hparams.fea_augment if augments else None,
             views=2 if augments and hparams.consistency else 1,
             pad_index=hparams.blank_index,
+            step=self.optimizer_step,
             epoch=hparams.epoch_counter.current,
         )
         return dict(zip(passes, predictions, strict=True))
@@ -301,6 +328,8 @@ class AsrBrain(Brain):
         if views > 1:
             ramp = min(1.0, self.optimizer_step / max(1, hparams.consistency_warmup))
             loss = loss + ramp * hparams.consistency * disagreement(ctc_log_probs, prediction.lengths)
+        if prediction.transducer_loss is not None:
+            return hparams.ctc_weight * loss + (1 - hparams.ctc_weight) * prediction.transducer_loss
         if prediction.seq_logits is None:
             return loss
         seq_log_probs = prediction.seq_logits.float().log_softmax(-1)
@@ -315,7 +344,15 @@ class AsrBrain(Brain):
         if stage == Stage.TEST and hparams.ctc_search:
             texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
         if stage == Stage.TEST and prediction.seq_logits is not None:
-            texts[JOINT] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
+            name = JOINT if hparams.lm is None else f"{JOINT}_lm"
+            texts[name] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
+        if hparams.transducer is not None:
+            beams = {TRANSDUCER_GREEDY: 1}
+            if stage == Stage.TEST and hparams.transducer_search.beam_size > 1:
+                beams[TRANSDUCER_BEAM] = hparams.transducer_search.beam_size
+            for name, beam_size in beams.items():
+                best = hparams.transducer_search.hypotheses(prediction.frames, prediction.lengths, beam_size)
+                texts[name] = self.decode([hypothesis.tokens for hypothesis in best])
         return texts
 
     def score(self, error_rate, batch, hypotheses):
@@ -571,3 +608,33 @@ class AsrBrain(Brain):
         del end_of_epoch  # the step is 0 then
         for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
             setattr(self, name, value)
+
+
+def check_heads(hparams):
+    """Refuse heads that do not go together, and a weight with which one of them would not be trained.
+
+    Arguments
+    ---------
+    hparams : dict
+        Built training hparams.
+
+    Raises
+    ------
+    UserError
+        If there are a decoder and a transducer, a part of the transducer is missing, or CTC or transducer has no weight.
+    """
+    parts = ("transducer", "transducer_cost", "transducer_search")
+    missing = [key for key in parts if hparams[key] is None]
+    if len(missing) == len(parts):
+        return
+    if missing:
+        raise UserError(f"{missing[0]} is null, and a transducer needs {', '.join(parts)}; extend transducer.yaml.")
+    if hparams["num_decoder_layers"]:
+        raise UserError(
+            f"There is a transducer, and num_decoder_layers is {hparams['num_decoder_layers']}; give 0, as it takes no decoder."
+        )
+    if not 0 < hparams["ctc_weight"] < 1:
+        raise UserError(
+            f"ctc_weight is {hparams['ctc_weight']}; give more than 0, as CTC tells when words are said, and less than 1, with "
+            "which the transducer would learn nothing."
+        )

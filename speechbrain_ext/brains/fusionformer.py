@@ -7,8 +7,6 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_ext.brains.asr import AsrBrain
-from speechbrain_ext.decoders import GREEDY
-from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.utils.errors import UserError
@@ -55,8 +53,7 @@ class FusionFormerBrain(AsrBrain):
         difference = (predictions[None].ctc_logits.float().softmax(-1) - log_probs.exp()).abs().amax(2)
         padded = padding_mask(absolute_lengths(unfused.lengths, difference.shape[1]), difference.shape[1])
         self.difference = max(self.difference, difference.masked_fill(padded, 0.0).max().item())
-        texts = self.decode(greedy_tokens(log_probs, unfused.lengths, self.hparams.blank_index))
-        self.score(self.unfused_errors, batch, texts)
+        self.score(self.unfused_errors, batch, self.search(unfused, log_probs, Stage.VALID)[self.selection])
         return predictions
 
     def on_stage_start(self, stage, epoch=None):
@@ -77,7 +74,7 @@ class FusionFormerBrain(AsrBrain):
         super().on_stage_end(stage, stage_loss, epoch)
         if stage != Stage.TEST or self.unfused is None:
             return
-        fused, unfused = (errors.summarize() for errors in (self.error_rates[GREEDY], self.unfused_errors))
+        fused, unfused = (errors.summarize() for errors in (self.error_rates[self.selection], self.unfused_errors))
         rates = f"fused and unfused: WER {fused['WER']:.2f} and {unfused['WER']:.2f} %"
         logger.info("Greedy search, %s; no probability differs by more than %.1e", rates, self.difference)
         turned = abs(fused["num_edits"] - unfused["num_edits"])

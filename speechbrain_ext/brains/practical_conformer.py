@@ -5,7 +5,6 @@ import random
 from speechbrain import Stage
 
 from speechbrain_ext.brains.asr import AsrBrain
-from speechbrain_ext.decoders import GREEDY, search_name
 from speechbrain_ext.lobes.performer import redraw_features
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError
@@ -38,11 +37,6 @@ class PracticalConformerBrain(AsrBrain):
             raise UserError(f"redraw_interval is {interval!r}; give a whole number of optimizer steps, or 0 for never.")
         self.find_unused_parameters = True  # batches of the first pass give the second stage no gradient
         self.draw = 0
-
-    @property
-    def selection(self):
-        """The search whose error rate selects checkpoints: greedy, of the last pass."""
-        return search_name(self.passes[-1], GREEDY)
 
     def on_fit_batch_start(self, batch, should_step):
         """Draw the pass and, from time to time, the random features."""

@@ -3,7 +3,18 @@
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.cli._common import (
+    add_device,
+    add_lm_settings,
+    add_model,
+    add_pass,
+    add_phrases,
+    choose_lm,
+    choose_phrases,
+    load,
+    say,
+    usage,
+)
 from speechbrain_ext.utils.errors import UsageError
 
 BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
@@ -32,12 +43,18 @@ def add(commands):
         metavar="NAME",
         action="append",
         default=[],
-        help="ctc_greedy, ctc_beam or joint_beam, once for each; by default that of transcribe, and ctc_beam with --lm",
+        help="ctc_greedy, ctc_beam, joint_beam, ctc_rescored, transducer_greedy or transducer_beam, once for each; by default "
+        "that of transcribe, and ctc_beam with --lm LM.arpa",
     )
-    parser.add_argument("--lm", metavar="LM.arpa", help="a word language model for ctc_beam, such as ngram writes")
-    parser.add_argument("--lm-weight", type=float, metavar="W", help="of its log-probabilities; 0.5")
-    parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a language model; 1.5")
-    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of ctc_beam; 100")
+    add_phrases(parser)
+    parser.add_argument(
+        "--lm",
+        metavar="LM",
+        help="a word language model for ctc_beam, such as ngram writes (LM.arpa), or one of tokens, as transcribe takes it",
+    )
+    add_lm_settings(parser, ", 0.5 of words")
+    parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a word language model; 1.5")
+    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of the beams; 100 of ctc_beam, else the model's")
     parser.add_argument("--output", metavar="FILE.csv", help="results table to add rows to")
     parser.add_argument(
         "--text-normalization",
@@ -61,6 +78,7 @@ def run(arguments):
             torch.set_num_threads(arguments.threads)
     model = load(arguments)
     with usage():
+        from speechbrain_ext.decoders.token_ngram import is_arpa, is_of_tokens
         from speechbrain_ext.decoders.word_lm import arpa_words, share_unknown
         from speechbrain_ext.inference.evaluate import evaluate, make_searches
         from speechbrain_ext.training.results import append_rows
@@ -68,8 +86,19 @@ def run(arguments):
 
         given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
         beam = {key: value for key, value in given if value is not None}
+        of_words = arguments.lm is not None and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm)
+        choose_phrases(model, arguments)
+        if not of_words:
+            choose_lm(model, arguments)
+            beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
+        for option in ("lm_temperature", "lodr", "lodr_weight") if of_words else ():
+            if getattr(arguments, option) is not None:
+                option = option.replace("_", "-")
+                raise UsageError(
+                    f"--{option} is given, and {arguments.lm} is of words, with which it has no place; leave it out."
+                )
         searches = make_searches(model, arguments.search, **beam)
-        words = None if arguments.lm is None else arpa_words(arguments.lm)
+        words = arpa_words(arguments.lm) if of_words else None
         if arguments.output is not None:
             open(arguments.output, "a").close()  # now, and not after hours
         sets = _read(arguments, model)
@@ -83,8 +112,11 @@ def run(arguments):
             if arguments.output is not None:
                 append_rows(arguments.output, results)
         for row in results:
-            with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if row.get("lm") else ""
+            with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if "lm_unknown" in row else ""
             print(f"{name} {row['search']}: {error_sentence(row)}, real-time factor {row['real_time_factor']:g}{with_lm}")
+            if row.get("phrases_said"):
+                said = f"{row['phrases_said']} times that phrases of {row['phrases']} are said"
+                print(f"{name} {row['search']}: {row['phrase_recall']} % of the {said} are found")
         for skip in left_out:
             say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
         skipped += len(left_out)
@@ -118,7 +150,7 @@ def _read(arguments, model):
 
 def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
     """A row of the results table, without what only training knows, and with what belongs to the search."""
-    from speechbrain_ext.decoders import BEAM, search_name
+    from speechbrain_ext.decoders import BEAM, GREEDY, TRANSDUCER_GREEDY, search_name
     from speechbrain_ext.registry import encoder_name, passes_of
     from speechbrain_ext.training.results import FIELDS
     from speechbrain_ext.utils.error_rates import error_figures
@@ -142,6 +174,8 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),
         **(_beam_columns(beam, unknown) if search == BEAM else {}),
+        **(_search_columns(arguments) if search not in (GREEDY, TRANSDUCER_GREEDY) and unknown is None else {}),
+        **(_phrase_columns(arguments.phrases, model.phrases, error_rate.scores) if arguments.phrases else {}),
     }
 
 
@@ -149,3 +183,17 @@ def _beam_columns(beam, unknown):
     """What the CTC beam search was told, and the share of the words that its language model does not know, in %."""
     columns = {"lm" if key == "lm_file" else key: value for key, value in beam.items()}
     return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}
+
+
+def _search_columns(arguments):
+    """What the beams were told."""
+    names = ("lm", "lm_weight", "lm_temperature", "lodr", "lodr_weight", "beam_size")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _phrase_columns(file, phrases, scores):
+    """How many of the phrases were found, in %."""
+    from speechbrain_ext.decoders.phrases import count_phrases
+
+    said, found = count_phrases(phrases, *([score[key] for score in scores] for key in ("ref_tokens", "hyp_tokens")))
+    return {"phrases": file, "phrases_said": said, "phrase_recall": round(100 * found / said, 2) if said else ""}

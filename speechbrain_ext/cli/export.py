@@ -1,4 +1,4 @@
-"""``export``: a model as an ONNX file."""
+"""``export``: a model as an ONNX file, or as a folder for another runtime."""
 
 from speechbrain_ext.cli._common import add_model, add_pass, say, usage
 from speechbrain_ext.utils.errors import UsageError
@@ -7,13 +7,24 @@ from speechbrain_ext.utils.errors import UsageError
 def add(commands):
     """Add the command."""
     parser = commands.add_parser(
-        "export", help="write a model as an ONNX file", description="Write a model's CTC branch as an ONNX file, and check it."
+        "export",
+        help="write a model as an ONNX file",
+        description="Write a model for a runtime, and check it: its CTC branch in one file, or a transducer in three.",
     )
     add_model(parser)
     add_pass(parser)
-    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument(
+        "out", metavar="OUT", help="the file to write, of a transducer OUT-encoder.onnx and so on; for sherpa-onnx, the folder"
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "sherpa-onnx"),
+        default="onnxruntime",
+        help="what will run it: onnxruntime (default), from samples to log-probabilities; or sherpa-onnx, from samples to text",
+    )
     parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
     parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
+    parser.add_argument("--hotwords", action="store_true", help="for sherpa-onnx: as a transducer, with which it takes hotwords")
     parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")
     parser.add_argument(
         "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the model's"
@@ -30,15 +41,22 @@ def add(commands):
 
 
 def run(arguments):
-    """Write an ONNX file and print what its check found."""
+    """Write an ONNX file or a folder, and print what its check found."""
     if not arguments.streaming and (arguments.chunk_size, arguments.left_context) != (None, None):
         raise UsageError("--chunk-size and --left-context are for streams; add --streaming.")
+    is_sherpa = arguments.runtime == "sherpa-onnx"
+    if arguments.hotwords and not is_sherpa:
+        raise UsageError("--hotwords is for sherpa-onnx; add --runtime sherpa-onnx.")
     with usage():
-        from speechbrain_ext.export.onnx_model import ExportError, export_model
+        from speechbrain_ext.export.onnx_model import export_model
+        from speechbrain_ext.export.onnx_write import ExportError
+        from speechbrain_ext.export.sherpa_folder import export_sherpa
 
-        options = ("pass_name", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context", "trust")
+        export = export_sherpa if is_sherpa else export_model
+        options = ["pass_name", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context", "trust"]
+        options += ["hotwords"] if is_sherpa else []
         try:
-            report = export_model(arguments.model, arguments.out, **{key: getattr(arguments, key) for key in options})
+            report = export(arguments.model, arguments.out, **{key: getattr(arguments, key) for key in options})
         except ExportError as error:
             say(error)
             return 1

@@ -9,7 +9,8 @@ def add(commands):
         "ngram",
         help="make a language model from text",
         description="Write a word n-gram language model (interpolated modified Kneser-Ney) as an ARPA file, which the CTC beam "
-        "search takes. It needs up to 80 bytes of memory for each word of the text.",
+        "search takes, or with --tokens one of tokens, which all beams take. It needs up to 80 bytes of memory for each word of "
+        "the text.",
     )
     parser.add_argument(
         "texts",
@@ -32,6 +33,11 @@ def add(commands):
         "--text-normalization", metavar="CASE", default="none", help="none, upper or lower, as the model's training had it (none)"
     )
     parser.add_argument("--words-only", action="store_true", help="leave out punctuation, for text that is no transcript")
+    parser.add_argument(
+        "--tokens",
+        metavar="MODEL",
+        help="of the tokens of this model, a folder, a repository or a SentencePiece file, and not of words",
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,10 +46,15 @@ def run(arguments):
     with usage():
         from speechbrain_ext.dataio.texts import read_sentences
         from speechbrain_ext.decoders.ngram import write_arpa
+        from speechbrain_ext.decoders.token_ngram import in_tokens
+        from speechbrain_ext.model_folder.weights import read_tokenizer
 
         sentences = read_sentences(arguments.texts, arguments.text_normalization, arguments.words_only, progress=True)
+        if arguments.tokens is not None:
+            sentences = in_tokens(sentences, read_tokenizer(arguments.tokens))
         made = write_arpa(sentences, arguments.out, arguments.order, arguments.prune, arguments.vocabulary, progress=True)
     unknown = f", {100 * made.unknown / made.words:.2f} % of them unknown" if made.unknown else ""
     entries = ", ".join(f"{count:,} {order}-grams" for order, count in enumerate(made.entries, start=1))
-    print(f"{arguments.out}: {entries}, of {made.sentences:,} sentences with {made.words:,} words{unknown}")
+    kind = "words" if arguments.tokens is None else "tokens"
+    print(f"{arguments.out}: {entries}, of {made.sentences:,} sentences with {made.words:,} {kind}{unknown}")
     return 0

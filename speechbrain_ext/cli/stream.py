@@ -3,7 +3,7 @@
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.cli._common import add_device, add_model, add_pass, add_search, choose_search, load, say, usage
 from speechbrain_ext.utils.errors import UsageError
 
 
@@ -16,6 +16,7 @@ def add(commands):
     )
     add_model(parser)
     add_pass(parser)
+    add_search(parser)
     add_device(parser)
     parser.add_argument(
         "file", metavar="FILE|-", help="an audio file, or - for raw samples on standard input (16 bits, one channel)"
@@ -37,6 +38,7 @@ def run(arguments):
             rates = f"{LOWEST_RATE} to {HIGHEST_RATE}"
             raise UsageError(f"--sample-rate is {arguments.sample_rate}; give the number of samples per second, {rates}.")
     model = load(arguments)
+    choose_search(model, arguments)
     with usage():
         from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer
 

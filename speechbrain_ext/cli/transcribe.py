@@ -4,7 +4,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from speechbrain_ext.cli._common import add_device, add_model, add_pass, load, say, usage
+from speechbrain_ext.cli._common import add_device, add_model, add_pass, add_search, choose_search, load, say, usage
 from speechbrain_ext.utils.errors import UsageError
 
 
@@ -18,6 +18,7 @@ def add(commands):
     )
     add_model(parser)
     add_pass(parser)
+    add_search(parser)
     add_device(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
     parser.add_argument("--output", metavar="FOLDER", help="write FOLDER/NAME.jsonl, .srt and .vtt; goes on where it was stopped")
@@ -47,6 +48,7 @@ def run(arguments):
 
         subtitle_options = SubtitleOptions(**asked) if asked else None
     model = load(arguments)
+    choose_search(model, arguments)
     with usage():
         from speechbrain_ext.inference.streaming import StreamingRecognizer
         from speechbrain_ext.inference.transcribe import beside_bars, transcribe_files

@@ -252,8 +252,8 @@ def _report(split, rows, skipped, total, listed_in, max_skipped):
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
     logger.warning("%s: %d of %d utterances skipped: %s; listed in %s", split, len(skipped), total, counts, listed_in)
     if not rows or len(skipped) > math.ceil(max_skipped * total):
+        allowed = f", more than the allowed {max_skipped:.0%}" if rows else ""
         raise UserRuntimeError(
-            f"{len(skipped)} of {total} utterances in {split} cannot be used, more than the allowed {max_skipped:.0%}, "
-            f"most often because of '{reasons[0][0]}' ({reasons[0][1]}); they are listed in {listed_in}: "
-            "mend the corpus, or raise max_skipped."
+            f"{len(skipped)} of {total} utterances in {split} cannot be used{allowed}, most often because of '{reasons[0][0]}' "
+            f"({reasons[0][1]}); they are listed in {listed_in}: mend the corpus{', or raise max_skipped' if rows else ''}."
         )

@@ -267,6 +267,7 @@ def _tar_records(path):
                     found["audio"].append(f"{path}?offset={member.offset_data}&size={member.size}")
                 elif suffix in (".txt", ".json"):
                     found[suffix] = tar.extractfile(member).read().decode("utf-8-sig", "surrogateescape")
+        _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"{path} cannot be read as a tar file ({one_line(error)}); give one that is whole and uncompressed."
@@ -283,6 +284,18 @@ def _tar_records(path):
         if len(audio) != 1:
             flaw = ("several audio files of one name",) if audio else ("transcript without audio",)
         yield Record(f"{path}, {stem}", values, *flaw)
+
+
+def _check_end(path, offset):
+    """Refuse a tar file that goes on where tarfile has stopped without a word: at damage between members, and where files were
+    joined. One that was cut between two members has no mark of its end."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"at byte {offset} there is neither a member nor the mark of the end")
+        while block := file.read(2**20):
+            if block.count(0) < len(block):
+                raise tarfile.ReadError(f"it goes on behind the mark of its end at byte {offset}")
 
 
 # -------------------- folders
@@ -368,8 +381,8 @@ def _table(path, files):
     """The first word of each line, with the rest of the line and its place."""
     files.append(path)
     rows = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        first, *rest = re.split(r"[ \t]+", line.decode("utf-8", "surrogateescape").strip(" \t\r"), maxsplit=1)
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        first, *rest = re.split(r"[ \t]+", line.strip(" \t\r"), maxsplit=1)
         if first:
             rows.append((first, ("".join(rest), f"{path}, line {number}")))
     return rows

@@ -6,6 +6,9 @@ import numpy as np
 
 from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
 
+END = b"\xff\xff\xff\xff\0\0\0\0"
+"""How a stream of Arrow ends."""
+
 
 def read_rows(folder, files):
     """Read the rows of a saved dataset.
@@ -49,6 +52,9 @@ def read_rows(folder, files):
             files.append(folder / part["filename"])
             whole = pyarrow.memory_map(str(files[-1])).read_buffer()
             row = 0
+            # Without it, a file that was cut between two batches reads as one that ends there
+            if whole.slice(max(0, whole.size - len(END))).to_pybytes() != END:
+                raise UserError(f"{files[-1]} was cut, or not written to its end, as it lacks the mark of it; save it again.")
             for batch in pyarrow.ipc.open_stream(whole):
                 batch.validate(full=True)  # of a damaged one, pyarrow would read outside of the file
                 audio = [field.name for field in batch.schema if _is_audio(field.type)]

@@ -1,6 +1,7 @@
 """Searches, their scorers and language models, and the alignment of words."""
 
-GREEDY, BEAM, JOINT = "ctc_greedy", "ctc_beam", "joint_beam"
+GREEDY, BEAM, JOINT, RESCORED = "ctc_greedy", "ctc_beam", "joint_beam", "ctc_rescored"
+TRANSDUCER_GREEDY, TRANSDUCER_BEAM = "transducer_greedy", "transducer_beam"
 """Names of the searches in reports."""
 
 

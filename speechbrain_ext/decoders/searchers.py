@@ -12,12 +12,15 @@ from speechbrain.decoders import seq2seq
 from speechbrain.decoders.scorer import ScorerBuilder
 
 from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.decoders import token_graph
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, runs_foreign_code
 
 # Frames of the utterances that check() searches: enough for a few steps, which show all that a search calls.
 CHECKED_FRAMES = 5
+LARGEST_BEAM = 1000
+"""Of a model that is loaded. Searches of ours have 66 hypotheses at most."""
 
 
 def is_whole(value, least, most=math.inf):
@@ -110,6 +113,8 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             _check_scorer(**kwargs)
         super().__init__(_checked(modules), temperature, **kwargs)
         self.excluded = list(excluded)
+        self.graphs = []
+        """Token graphs, which the search listens to."""
         if self.min_decode_ratio > self.max_decode_ratio:
             raise UserError(
                 f"min_decode_ratio is {self.min_decode_ratio} and max_decode_ratio {self.max_decode_ratio}; give shares of the "
@@ -174,8 +179,34 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             for module, training in modes:
                 module.training = training
 
+    def add_scorer(self, scorer, weight):
+        """Search with one more scorer, such as a language model; it is no part of the modules, and so of no checkpoint.
+
+        Arguments
+        ---------
+        scorer : speechbrain.decoders.scorer.BaseScorerInterface
+            It scores all tokens, and replaces one of its kind.
+        weight : float
+            What its scores are multiplied by.
+
+        Raises
+        ------
+        UserError
+            If the weight is no number.
+        """
+        if not is_number(weight):
+            raise UserError(f"The weight of the language model is {weight!r}; give a number.")
+        self.scorer = ScorerBuilder() if self.scorer is None else self.scorer
+        name = type(scorer).__name__.lower().removesuffix("scorer")
+        self.scorer.full_scorers = {**self.scorer.full_scorers, name: scorer}
+        self.scorer.weights = {**self.scorer.weights, name: weight}
+
     def init_beam_search_data(self, enc_states, wav_len):
         """As in SpeechBrain, but the numbers of steps are those of each utterance, not of the padded length."""
+        for scorer in () if self.scorer is None else self.scorer.full_scorers.values():
+            if isinstance(getattr(scorer, "lm", None), torch.nn.Module):  # which is no part of the model, and moves with no other
+                scorer.lm.to(enc_states.device)
+        self._places = None
         data = super().init_beam_search_data(enc_states, wav_len)
         frames = absolute_lengths(wav_len, enc_states.shape[1])
         steps = [(frames * ratio).long() for ratio in (self.min_decode_ratio, self.max_decode_ratio)]
@@ -187,6 +218,22 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         log_probs[:, self.excluded] = self.minus_inf
         log_probs[:, self.eos_index].masked_fill_(step < self._fewest, self.minus_inf)
         return log_probs
+
+    def _scorer_step(self, inp_tokens, scorer_memory, attn, log_probs):
+        if self.graphs:
+            if self._places is None:
+                self._places = token_graph.begin(self.graphs, len(inp_tokens), inp_tokens.device)
+            else:
+                self._places = token_graph.advance(self.graphs, self._places, inp_tokens)
+            added = token_graph.added(self.graphs, self._places)
+            added[:, self.eos_index] = token_graph.ends(self.graphs, self._places)
+            log_probs = log_probs + added
+        return super()._scorer_step(inp_tokens, scorer_memory, attn, log_probs)
+
+    def _scorer_permute_memory_step(self, scorer_memory, predecessors, candidates):
+        if self.graphs:
+            self._places = self._places[predecessors]
+        return super()._scorer_permute_memory_step(scorer_memory, predecessors, candidates)
 
     def search_step(self, alived_hyps, inp_tokens, log_probs, ended, *args):
         """As in SpeechBrain; an utterance that has had its steps ends here with what it has, as it does alone."""

@@ -12,7 +12,8 @@ from speechbrain_ext.utils.errors import UserError, one_line
 UNKNOWN_WORD = -10.0
 
 
-def _open_arpa(path):
+def open_arpa(path):
+    """The text of an ARPA file, gzipped or not."""
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
     return (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", errors="replace")
@@ -37,7 +38,7 @@ def check_arpa(path):
         raise FileNotFoundError(f"There is no language model {path}; check lm_file.")
     stated, found, order, ended = {}, {}, None, False
     try:
-        with _open_arpa(path) as file:
+        with open_arpa(path) as file:
             if file.read(1) == "\ufeff":
                 raise UserError(f"The language model {path} begins with a byte order mark; write it without one.")
             file.seek(0)
@@ -75,7 +76,7 @@ def check_arpa(path):
 def arpa_words(path):
     """The words of a language model, sorted."""
     words = set()
-    with _open_arpa(path) as file:
+    with open_arpa(path) as file:
         for line in file:
             if line.startswith("\\1-grams:"):
                 break

@@ -4,6 +4,7 @@ Of a model for streams, PyTorch gets whole utterances under its chunk setting, a
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.records import librispeech_records
+from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
@@ -38,15 +40,16 @@ class Report:
     synthetic : bool
         Whether they are synthetic signals.
     max_difference : float
-        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch.
+        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch; of a transducer, where
+        its greedy search leaves the frame.
     token_error : float
         Edit distance of the greedily decoded tokens, divided by the number of PyTorch's.
     torch_wer, onnx_wer : float or None
         Word error rates in %, where there are references.
     size : int
-        Bytes of the file.
+        Bytes of the file, or of a transducer's files.
     torch_seconds, onnx_seconds : float
-        Median time for 10 seconds of audio, with the same number of threads.
+        Median time for 10 seconds of audio, with the same number of threads; of a transducer, up to its encoder's frames.
     chunk_seconds : float or None
         Length of a chunk, where the model is for streams.
     """
@@ -83,18 +86,59 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass
+class Feed:
+    """How the graphs of a kind are run, and what PyTorch's answer to the same is.
+
+    Arguments
+    ---------
+    run : callable
+        From a session and several waveforms (N,), which are to be run as one batch, to the log-probabilities (T, V) of each.
+    config : DynChunkTrainConfig, optional
+        Of streams, the chunk setting.
+    step : int, optional
+        Of streams, samples per chunk.
+    in_step : bool
+        Whether streams of a batch must begin and end together.
+    heard : callable
+        From a waveform (N,) to the one that the model hears.
+    answer : callable
+        From PyTorch's log-probabilities (B, T, V) to what the graph gives.
+    log_probs : bool
+        Whether the head gives logits, of which log-probabilities are taken, and not a transducer's frames.
+    """
+
+    run: Callable
+    config: DynChunkTrainConfig | None = None
+    step: int | None = None
+    in_step: bool = False
+    heard: Callable = lambda wav: wav
+    answer: Callable = lambda log_probs: log_probs
+    log_probs: bool = True
+
+
+def usual_feed(about):
+    """How the graphs of :mod:`speechbrain_ext.export.onnx_model` are run, from the metadata of their files."""
+    log_probs = about.get("head") != "transducer"
+    if about.get("mode") != "streaming":
+        return Feed(lambda session, wavs: run(session, wavs), log_probs=log_probs)
+    left = int(about["left_context"])
+    config = DynChunkTrainConfig(int(about["chunk_size"]), None if left == -1 else left)
+    return Feed(lambda session, wavs: run_stream(session, wavs), config, int(about["chunk_step"]), True, log_probs=log_probs)
+
+
 @torch.no_grad()
-def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
+def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=None, transducer=None, parts=()):
     """Compare a file with its model.
 
     Arguments
     ---------
     path : str or os.PathLike
-        The ONNX file.
+        The ONNX file, of a transducer that of its encoder.
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The model's encoder.
     head : torch.nn.Module
-        Its CTC head.
+        Its CTC head, or a transducer's projection of frames.
     tokens : list of str
         What each token writes.
     blank : int
@@ -103,6 +147,12 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
         Audio files, or folders in LibriSpeech layout.
     pass_name : str, optional
         Of a cascade, the pass that was exported.
+    feed : Feed, optional
+        How the file is run, where its metadata do not say it.
+    transducer : Transducer, optional
+        The model's transducer.
+    parts : tuple
+        The ONNX files of its decoder and joiner.
 
     Returns
     -------
@@ -115,58 +165,61 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
     ValueError
         If a folder is not in LibriSpeech layout.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    about = session.get_modelmeta().custom_metadata_map
+    session, *others = map(open_session, (path, *parts))
+    feed = feed or usual_feed(session.get_modelmeta().custom_metadata_map)
     rate = front_end(encoder.compute_features).sample_rate
-    config = None
-    if about.get("mode") == "streaming":
-        left = int(about["left_context"])
-        config = DynChunkTrainConfig(int(about["chunk_size"]), None if left == -1 else left)
-
-    def log_probs(out):
-        return (out if head is encoder.head else head(out)).log_softmax(dim=-1)[0].numpy()
+    searches = ()
+    if transducer is not None:
+        graph = Decoder(transducer)
+        searches = Search(InPyTorch(graph), InPyTorch(Joiner(transducer)), graph), Search(*others, graph)
 
     def theirs(wav):
-        return log_probs(encoder.encode(wav.unsqueeze(0), dynchunktrain_config=config, pass_name=pass_name)[0])
+        return reference(encoder, head, feed, wav, pass_name)
 
     def their_stream(wav):
-        context = encoder.make_streaming_context(config, encoder_passes(encoder.transformer.encoder, pass_name))
-        pieces, last = wav.unsqueeze(0).split(int(about["chunk_step"]), 1), len(wav) // int(about["chunk_step"])
-        return [log_probs(encoder.encode_streaming(piece, context, i == last)[0]) for i, piece in enumerate(pieces)]
+        context = encoder.make_streaming_context(feed.config, encoder_passes(encoder.transformer.encoder, pass_name))
+        for start in range(0, len(wav) + 1, feed.step):
+            piece, last = wav[start : start + feed.step].unsqueeze(0), start + feed.step > len(wav)
+            _answer(encoder, head, feed, encoder.encode_streaming(piece, context, last)[0])
 
     def ours(*wavs):
-        return run(session, wavs) if config is None else run_stream(session, wavs)
+        return feed.run(session, [feed.heard(wav) for wav in wavs])
 
-    files = _files(audio)
+    def difference_of(wanted, found):
+        if not searches or wanted.shape != found.shape:
+            return _difference(wanted, found)
+        said, log_probs = searches[0](wanted)
+        return _difference(log_probs, searches[1](found, said)[1])
+
+    def said_of(wanted, found):
+        if not searches:  # of a graph for hotwords, the frame before stands beside each
+            return [greedy(log_probs[:, : len(tokens)], blank) for log_probs in (wanted, found)]
+        return [sum(search(frames)[0], []) for search, frames in zip(searches, (wanted, found), strict=True)]
+
+    files = files_of(audio)
     references, difference, samples = [], 0.0, 0
     texts, distance, total = ([], []), 0, 0
     for start in range(0, max(len(files), 1), BATCH):
         batch = files[start : start + BATCH]
-        wavs = [load_audio(file, rate) for file, _ in batch] if files else _synthetic(rate)
+        wavs = [load_audio(file, rate) for file, _ in batch] if files else synthetic(rate)
         references += [reference for _, reference in batch]
         expected = [theirs(wav) for wav in wavs]
         alone = [ours(wav)[0] for wav in wavs]
         together = wavs
-        if config is not None:  # streams in step end together
+        if feed.in_step:
             together = [torch.nn.functional.pad(wav, (0, max(map(len, wavs)) - len(wav))) for wav in wavs]
-        expected_together = expected if config is None else [theirs(wav) for wav in together]
+        expected_together = [theirs(wav) for wav in together] if feed.in_step else expected
         for wanted, found in ((expected, alone), (expected_together, ours(*together))):
-            difference = max(difference, *map(_difference, wanted, found))
+            difference = max(difference, *map(difference_of, wanted, found))
         for wav, one, other in zip(wavs, expected, alone, strict=True):
             samples += len(wav)
-            decoded = [greedy(log_probs, blank) for log_probs in (one, other)]
+            decoded = said_of(one, other)
             total += len(decoded[0])
-            distance += _distance(*decoded)
+            distance += edit_distance(*decoded)
             for kind, ids in zip(texts, decoded, strict=True):
                 kind.append(written(ids, tokens))
-    speed_signal = _synthetic(rate, (SPEED_SECONDS,))[0]
-    timed = theirs if config is None else their_stream
+    speed_signal = synthetic(rate, (SPEED_SECONDS,))[0]
+    timed = theirs if feed.config is None else their_stream
     times = medians({"torch": lambda: timed(speed_signal), "onnx": lambda: ours(speed_signal)}, SPEED_REPETITIONS)
     scored = bool(references) and None not in references
     return Report(
@@ -177,23 +230,46 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None):
         token_error=distance / max(1, total),
         torch_wer=_wer(references, texts[0]) if scored else None,
         onnx_wer=_wer(references, texts[1]) if scored else None,
-        size=Path(path).stat().st_size,
+        size=sum(Path(each).stat().st_size for each in (path, *parts)),
         torch_seconds=times["torch"] / 1000,
         onnx_seconds=times["onnx"] / 1000,
-        chunk_seconds=None if config is None else int(about["chunk_step"]) / rate,
+        chunk_seconds=None if feed.step is None else feed.step / rate,
     )
 
 
+def open_session(path):
+    """A session of onnxruntime with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def reference(encoder, head, feed, wav, pass_name=None):
+    """PyTorch's log-probabilities (T, V), or a transducer's frames, of what a graph hears of a waveform (N,)."""
+    wav = feed.heard(wav).unsqueeze(0)
+    out = encoder.encode(wav, dynchunktrain_config=feed.config, pass_name=pass_name)[0]
+    return _answer(encoder, head, feed, out)
+
+
+def _answer(encoder, head, feed, out):
+    out = out if head is encoder.head else head(out)
+    return feed.answer(out.log_softmax(dim=-1) if feed.log_probs else out)[0].numpy()
+
+
 def run(session, wavs):
-    """Log-probabilities (T, V) of the valid frames of each of several waveforms (N,), run as one batch."""
+    """What the graph gives in the valid frames (T, V) of each of several waveforms (N,), run as one batch."""
     lengths = np.array([len(wav) for wav in wavs], dtype=np.int64)
     waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # never to be heard
-    log_probs, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
-    return [one[:count] for one, count in zip(log_probs, frames, strict=True)]
+    answers, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
+    return [one[:count] for one, count in zip(answers, frames, strict=True)]
 
 
 def run_stream(session, wavs):
-    """Log-probabilities (T, V) of several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
+    """What the graph gives (T, V) for several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
     about = session.get_modelmeta().custom_metadata_map
     window, before, hop, step = (int(about[key]) for key in ("window", "before", "hop_length", "chunk_step"))
     frames = max(1, (len(wavs[0]) + before - window // 2) // hop + 1)
@@ -205,12 +281,12 @@ def run_stream(session, wavs):
         state["input"]: np.zeros([len(wavs) if size == "batch" else size for size in state["shape"]], state["type"])
         for state in states
     }
-    outputs = ["log_probs", *(state["output"] for state in states)]
+    outputs = [about.get("output", "log_probs"), *(state["output"] for state in states)]
     for start in range(0, frames * hop, step):
         chunk = waveform[:, start : min(start + int(about["chunk_samples"]), end)]
-        log_probs, *following = session.run(outputs, {"waveform": chunk} | given)
+        answer, *following = session.run(outputs, {"waveform": chunk} | given)
         given = {state["input"]: tensor for state, tensor in zip(states, following, strict=True)}
-        chunks.append(log_probs)
+        chunks.append(answer)
     return list(np.concatenate(chunks, 1))
 
 
@@ -245,8 +321,14 @@ def _difference(expected, found):
     return float("inf") if np.isnan(difference) else float(difference)
 
 
-def _distance(reference, hypothesis):
-    """Number of insertions, deletions and substitutions."""
+def edit_distance(reference, hypothesis):
+    """Number of insertions, deletions and substitutions between two lists.
+
+    Example
+    -------
+    >>> edit_distance(list("cat"), list("hats"))
+    2
+    """
     stats = accumulatable_wer_stats([reference], [hypothesis])
     return stats["insertions"] + stats["deletions"] + stats["substitutions"]
 
@@ -256,8 +338,8 @@ def _wer(references, texts):
     return float(stats["WER"])
 
 
-def _synthetic(rate, seconds=SYNTHETIC_SECONDS):
-    """Deterministic signals with something of speech: noise and harmonics whose loudness and pitch change, with pauses."""
+def synthetic(rate, seconds=SYNTHETIC_SECONDS):
+    """Deterministic waveforms (N,) with something of speech: noise and harmonics whose loudness and pitch change, with pauses."""
     generator = torch.Generator().manual_seed(0)
     signals = []
     for duration in seconds:
@@ -271,8 +353,8 @@ def _synthetic(rate, seconds=SYNTHETIC_SECONDS):
     return signals
 
 
-def _files(audio):
-    """(file, reference or None) of all files, and of those that the transcripts in folders name."""
+def files_of(audio):
+    """Of files and folders, (file, reference or None) of all files, and of those that the transcripts in folders name."""
     files = []
     for entry in map(Path, audio):
         if not entry.is_dir():

@@ -1,11 +1,16 @@
 """Trained models as one ONNX file: samples in, log-probabilities of the CTC head out, and all that decoding them needs.
 
-The file is there only after its answers have been compared with those of the model that it was made of
+A transducer has three: ``NAME-encoder.onnx`` from samples to ``encoder_out``, ``NAME-decoder.onnx`` and ``NAME-joiner.onnx``, see
+:mod:`speechbrain_ext.export.onnx_transducer`.
+
+The files are there only after their answers have been compared with those of the model that they were made of
 (:mod:`speechbrain_ext.export.check`).
 
 Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` of this package, ``mode``, ``precision``
 (``float32`` or ``int8``), ``encoder``, for a cascade ``pass``, ``sample_rate``, ``n_fft``, ``hop_length``, ``n_mels``,
-``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space.
+``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space. Those of a
+transducer also have ``head`` (``transducer``), ``part``, and icefall's ``context_size``, ``vocab_size`` and ``joiner_dim``;
+``output`` is the name of the encoder's output, ``state_shape`` that of an LSTM's states but for the batch.
 
 Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
 ``chunk_samples``, ``chunk_step``, ``window``, ``before``, ``ends``, and ``state``: a JSON list of the tensors that go from one
@@ -17,32 +22,25 @@ the samples with ``before`` of these in front, chunk i gets those from ``i * chu
 chunk as many as are left of the ``(T - 1) * hop_length + window`` that lie in windows.
 """
 
-import contextlib
-import importlib
-import io
 import json
-import logging
 import math
 import os
-import warnings
 from pathlib import Path
 
-import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext import __version__
 from speechbrain_ext.export.check import Report, check
 from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_transducer import Decoder, Joiner
 from speechbrain_ext.export.onnx_whole import FullContext
+from speechbrain_ext.export.onnx_write import ExportError, require_packages, write_onnx
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.streaming import chunk_setting
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
-from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError, one_line
-
-
-class ExportError(UserRuntimeError):
-    """A model that cannot be exported, or whose file gives other answers; the message says what and what to do."""
+from speechbrain_ext.utils.errors import UserError, one_line
 
 
 def export_model(
@@ -61,7 +59,7 @@ def export_model(
 
     The graph takes ``waveform`` (batch, samples) float32 and ``lengths`` (batch,) int64, numbers of samples, and gives
     ``log_probs`` (batch, frames, tokens) and ``frames`` (batch,) int64, numbers of valid frames; an utterance gets the same
-    answer alone and in any batch. Of a model with a decoder it is the CTC branch.
+    answer alone and in any batch. Of a model with a decoder it is the CTC branch; a transducer has three files, see the module.
 
     With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the
     module; the streams of a batch run in step.
@@ -71,7 +69,7 @@ def export_model(
     source : str
         A model folder, or the name of a Hugging Face repository.
     path : str
-        The file to write; one that is there is replaced.
+        The file to write; one that is there is replaced. Of a transducer, the names of the three begin so.
     pass_name : str, optional
         Of a cascade, the pass to export: "second", the default, or "first".
     int8 : bool
@@ -119,46 +117,98 @@ def export_model(
         raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}; create it, or give another path.")
-    if tolerance is not None and not tolerance >= 0:  # neither is NaN
-        raise UserError(f"The tolerance is {tolerance}; give a number, 0 or more.")
-    _require_packages()
+    refuse_tolerance(tolerance)
+    require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
-    encoder, head = model.mods.encoder, model.ctc_head
-    if streaming:
-        graph = Streaming(encoder, head, _chunks(model, chunk_size, left_context), model.pass_name)
-    else:
-        graph = FullContext(encoder, head, model.pass_name)
-    metadata = _metadata(model, graph, "int8" if int8 else "float32")
-    partial = path.with_name(f".{path.name}.partial")
+    graphs = _graphs(model, chunks_of(model, chunk_size, left_context) if streaming else None)
+    paths = {part: path.with_stem(f"{path.stem}-{part}") if part else path for part in graphs}
+    partials = {part: final.with_name(f".{final.name}.partial") for part, final in paths.items()}
     try:
-        try:
-            _write(graph, partial, int8, metadata)
-        except OSError as error:  # such as a full disk
-            raise ExportError(f"{path} cannot be written: {error.strerror or one_line(error)}; give another path.") from error
-        report = _check(partial, encoder, head, metadata, audio, model.pass_name)
-        _refuse(report, int8, tolerance)
-        os.replace(partial, path)
+        report = write_checked(model, graphs, path, partials, int8, audio, tolerance)
+        for part, partial in partials.items():
+            os.replace(partial, paths[part])
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
     return report
 
 
-def _require_packages():
+def refuse_tolerance(tolerance):
+    """Raise where a tolerance is no number from 0 on."""
+    if tolerance is not None and not tolerance >= 0:  # neither is NaN
+        raise UserError(f"The tolerance is {tolerance}; give a number, 0 or more.")
+
+
+def write_checked(model, graphs, path, partials, int8, audio=(), tolerance=None, feed=None):
+    """Write the graphs of a model as files, and compare their answers with the model's.
+
+    Arguments
+    ---------
+    model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
+        The model.
+    graphs : dict
+        A graph (torch.nn.Module) by the part of the model; "" where there are no parts.
+    path : pathlib.Path
+        The file that it is to be, for messages.
+    partials : dict
+        The file to write by part.
+    int8, audio, tolerance
+        As for :func:`export_model`.
+    feed : speechbrain_ext.export.check.Feed, optional
+        How the graph is run, where its metadata do not say it.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ExportError
+        If the answers differ, or there are none; the files are then for the caller to remove.
+    """
+    metadata = _metadata(model, graphs, "int8" if int8 else "float32")
     try:
-        for package in ("onnx", "onnxruntime", "onnxscript"):
-            importlib.import_module(package)
-    except ImportError as error:
-        raise UserImportError(f"Export needs the package {error.name}; install it with: pip install -e '.[export]'") from error
+        for part, graph in graphs.items():
+            write_onnx(graph, partials[part], int8, metadata[part])
+    except OSError as error:  # such as a full disk
+        raise ExportError(f"{path} cannot be written: {error.strerror or one_line(error)}; give another path.") from error
+    report = _check(list(partials.values()), model, next(iter(metadata.values())), audio, feed)
+    _refuse(report, int8, tolerance)
+    return report
 
 
-def _chunks(model, chunk_size, left_context):
+def chunks_of(model, chunk_size=None, left_context=None):
+    """The chunk setting to export a model with, see :func:`export_model`, as a DynChunkTrainConfig."""
     usual, left = chunk_setting(model)
     if left_context is not None:
         left = None if left_context == -1 else left_context
     return DynChunkTrainConfig(usual if chunk_size is None else chunk_size, left)
 
 
-def _metadata(model, graph, precision):
+def _graphs(model, config):
+    """What to export, by the part of the model; "" where there are no parts."""
+    transducer = model.mods.decoder.transducer if isinstance(model, TransducerModel) else None
+    keys = {"pass_name": model.pass_name} | ({} if transducer is None else {"output": "encoder_out"})
+    head = model.ctc_head if transducer is None else transducer.project_frames
+    if config is None:
+        graph = FullContext(model.mods.encoder, head, **keys)
+    else:
+        graph = Streaming(model.mods.encoder, head, config, **keys)
+    return {"": graph} if transducer is None else {"encoder": graph, "decoder": Decoder(transducer), "joiner": Joiner(transducer)}
+
+
+def _metadata(model, graphs, precision):
+    """Of each part."""
+    first, *others = graphs
+    metadata = {first: _metadata_of_encoder(model, graphs[first], precision)}
+    if first:
+        part = {"head": "transducer", "part": first, "output": "encoder_out"}
+        metadata[first] |= part | graphs["joiner"].metadata
+    common = {key: metadata[first][key] for key in ("format", "version", "precision", "blank_index")}
+    return metadata | {part: common | {"head": "transducer", "part": part} | graphs[part].metadata for part in others}
+
+
+def _metadata_of_encoder(model, graph, precision):
     encoder, tokenizer = model.mods.encoder, model.hparams.tokenizer
     net, front = encoder.transformer.encoder, front_end(encoder.compute_features)
     names = [name for name in list_encoders() if get_encoder(name) is type(net)]
@@ -175,94 +225,25 @@ def _metadata(model, graph, precision):
         "n_mels": str(front.n_mels),
         "seconds_per_frame": str(encoder.subsampling.factor * front.framing.hop / front.sample_rate),
         "blank_index": str(model.hparams.blank_index),
-        "tokens": json.dumps([_written(tokenizer, token) for token in range(tokenizer.vocab_size())], ensure_ascii=False),
+        "tokens": json.dumps([written_by(tokenizer, token) for token in range(tokenizer.vocab_size())], ensure_ascii=False),
         **graph.metadata,
     }
 
 
-def _written(tokenizer, token):
+def written_by(tokenizer, token):
     """What a token writes: its piece, as in SentencePiece nothing for a control token, and a sign for the unknown one."""
     if tokenizer.is_control(token):
         return ""
     return "▁⁇▁" if tokenizer.is_unknown(token) else tokenizer.id_to_piece(token)
 
 
-def _write(graph, path, int8, metadata):
-    import onnx
-
-    with _quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                graph,
-                graph.example_inputs(),
-                input_names=list(graph.input_names),
-                output_names=list(graph.output_names),
-                dynamic_shapes=graph.dynamic_shapes,
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:  # the exporter has a class of error per stage
-            name = type(graph.encoder.transformer.encoder).__name__
-            cause = one_line(error.__cause__ or error)
-            raise ExportError(f"{name} has what ONNX export cannot express; rewrite that part of it: {cause}") from error
-    proto = program.model_proto
-    floating = _floating(proto.graph)
-    _strip(proto)
-    onnx.save(proto, path)
-    if int8:
-        _quantise(path, floating)
-        proto = onnx.load(path)
-    onnx.helper.set_model_props(proto, metadata)
-    onnx.save(proto, path)
-
-
-def _floating(graph):
-    """Names of the nodes that remain in float32 in any case."""
-    # A weight per head: the runtime has no scales per output for products in a batch
-    batched = {weight.name for weight in graph.initializer if len(weight.dims) > 2}
-    return [
-        node.name
-        for node in graph.node
-        if _scope(node).startswith(("features", "encoder.subsampling"))
-        or (node.op_type == "MatMul" and batched.intersection(node.input))
-    ]
-
-
-def _scope(node):
-    """Path of the module that a node comes from, such as ``transformer.encoder.layers.0``."""
-    for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes":
-            return next((name for name in json.loads(entry.value.replace("'", '"')) if name), "")
-    return ""
-
-
-def _strip(proto):
-    """The exporter notes for each node where in whose files its Python code stands: nothing for others to know."""
-    graph = proto.graph
-    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]
-        part.doc_string = ""
-
-
-def _quantise(path, floating):
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _quiet():
-        quantize_dynamic(
-            path,
-            path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=floating,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            # Seven bits: sums of 8 by 8 bits overflow in processors without VNNI, and the error would depend on the processor.
-            reduce_range=True,
-        )
-
-
-def _check(path, encoder, head, metadata, audio, pass_name):
+def _check(paths, model, metadata, audio, feed):
+    path, *parts = paths
+    transducer = model.mods.decoder.transducer if parts else None
+    head = transducer.project_frames if parts else model.ctc_head
+    tokens, blank = json.loads(metadata["tokens"]), int(metadata["blank_index"])
     try:
-        return check(path, encoder, head, json.loads(metadata["tokens"]), int(metadata["blank_index"]), audio, pass_name)
+        return check(path, model.mods.encoder, head, tokens, blank, audio, model.pass_name, feed, transducer, parts)
     except (OSError, UserError):  # of the audio
         raise
     except Exception as error:  # onnxruntime has a class of error per kind of failure
@@ -284,16 +265,3 @@ def _refuse(report: Report, int8, tolerance):
     remedy = "compare on real speech with --audio, or export without --int8" if int8 else "accept more with --tolerance"
     allowed = f"{limit:.1%}" if int8 else f"{limit:g}"
     raise ExportError(f"The exported model {what}, and {allowed} is accepted, so no file was written; {remedy}.")
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without what the exporter says about packages that are not needed here."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

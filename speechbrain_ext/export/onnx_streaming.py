@@ -36,6 +36,11 @@ class StreamingFeatures(Features):
     normalize : speechbrain.processing.features.InputNormalization
         The normaliser, with its statistics.
 
+    Raises
+    ------
+    ValueError
+        If they are set to something that has no place here, or do not stream.
+
     Example
     -------
     >>> from speechbrain.lobes.features import Fbank
@@ -48,7 +53,9 @@ class StreamingFeatures(Features):
 
     def __init__(self, compute_features, normalize):
         super().__init__(compute_features, normalize)
-        self.mels = front_end(compute_features).n_mels
+        front = front_end(compute_features)
+        front.check_streamable()
+        self.mels = front.n_mels
         self.silence = self.multiplier * math.log10(self.amin) - self.reference
         prior = torch.zeros(3, 1, self.mels, dtype=torch.float64)
         self.register_buffer("prior", prior + prior_of(normalize, prior) if self.per_sentence else None)
@@ -76,7 +83,11 @@ class StreamingFeatures(Features):
         tuple
             Features (B, T, F), and the new state.
         """
-        features, state, following = self.log_mel_of_windows(waveform), list(state), []
+        return self.following(self.log_mel_of_windows(waveform), *state)
+
+    def following(self, features, *state):
+        """The same from log mel bins (B, T, F) on."""
+        state, following = list(state), []
         if self.top_db < math.inf:
             peak = state.pop(0).maximum(features.amax((1, 2)) - self.silence)
             features = features.maximum((peak + (self.silence - self.top_db))[:, None, None])
@@ -103,12 +114,15 @@ class State:
         Of its zeros.
     growth : dict
         By how much an axis grows with each chunk, by its index.
+    step : int
+        By how much a counter grows with each chunk.
     """
 
     name: str
     shape: list
     dtype: torch.dtype = torch.float32
     growth: dict = field(default_factory=dict)
+    step: int = 0
 
     def example(self, batch, chunks):
         """Zeros as after a number of chunks."""
@@ -139,11 +153,13 @@ class Streaming(nn.Module):
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder; it is copied, and what can be folded for inference is folded in the copy.
     head : torch.nn.Module
-        The CTC head.
+        The CTC head, or a transducer's projection of frames.
     config : DynChunkTrainConfig
         Chunk size in encoder frames and left context in chunks (None = all).
     pass_name : str, optional
         Of a cascade, the pass that answers.
+    output : str
+        "log_probs" of a CTC head, or "encoder_out" (B, T, J), what the head gives as it is.
 
     Raises
     ------
@@ -168,7 +184,7 @@ class Streaming(nn.Module):
 
     mode = "streaming"
 
-    def __init__(self, encoder, head, config, pass_name=None):
+    def __init__(self, encoder, head, config, pass_name=None, output="log_probs"):
         super().__init__()
         self.config, self.pass_name = config, pass_name
         self.features = StreamingFeatures(encoder.compute_features, encoder.normalize)
@@ -183,19 +199,43 @@ class Streaming(nn.Module):
         self._template, self._parts, encoder_states = self._find_states()
         self.states = own + encoder_states
         self.input_names = ("waveform", *(state.name for state in self.states))
-        self.output_names = ("log_probs", *(state.described()["output"] for state in self.states))
+        self.normalises = output == "log_probs"
+        self.output_names = (output, *(state.described()["output"] for state in self.states))
 
     def forward(self, waveform, states):
         """See the class; the states are in the order of ``states``."""
+        return self.encode(self.features.log_mel_of_windows(waveform), states)
+
+    def encode(self, features, states, begins=None):
+        """From log mel bins on.
+
+        Arguments
+        ---------
+        features : torch.Tensor
+            (B, T, F), of one chunk.
+        states : list of torch.Tensor
+            In the order of ``states``.
+        begins : torch.Tensor, optional
+            (B,) bool, the streams whose first chunk this is, where the state of these has its full size, too.
+
+        Returns
+        -------
+        tuple
+            Log-probabilities (B, T', V), and the new states.
+        """
         own, others = states[: self._own], states[self._own :]
-        x, *heard = self.features(waveform, *own[:-1])
-        x, left = self.encoder.subsampling.stream(x, own[-1])
+        x, *heard = self.features.following(features, *own[:-1])
+        y, left = self.encoder.subsampling.stream(x, own[-1])
+        if begins is not None:  # before their first frame is nothing, which is not the same as silence
+            alone, _ = self.encoder.subsampling(x[:, : self.encoder.subsampling.factor])
+            y = torch.cat((torch.where(begins.view(-1, 1, 1), alone, y[:, :1]), y[:, 1:]), 1)
         given = {part: state for parts, state in zip(self._parts, others, strict=True) for part in parts}
         context = _rebuilt(self._template, given)
-        x = self.encoder.transformer.encode_streaming(x, TransformerASRStreamingContext(self.config, context))
+        x = self.encoder.transformer.encode_streaming(y, TransformerASRStreamingContext(self.config, context))
         left_behind = dict(_leaves(context))
         following = [left_behind[parts[0]] for parts in self._parts]
-        return self.encoder.head(x).log_softmax(dim=-1), *heard, left, *following
+        x = self.encoder.head(x)
+        return x.log_softmax(dim=-1) if self.normalises else x, *heard, left, *following
 
     def example_inputs(self):
         """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""
@@ -257,7 +297,7 @@ class Streaming(nn.Module):
                     continue
                 counters[course] = [part]
                 parts.append(counters[course])
-                states.append(State(f"encoder.{part}", [], torch.int64))
+                states.append(State(f"encoder.{part}", [], torch.int64, step=value - before[part]))
             elif value != start:
                 raise UserError(f"{name} keeps its {part} between chunks as {value!r}; keep it in a tensor to export it.")
         return _rebuilt(context, constants), parts, states

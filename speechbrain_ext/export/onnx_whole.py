@@ -1,4 +1,4 @@
-"""A trained model as one module of operations that ONNX has: from samples to the CTC head's log-probabilities.
+"""A trained model as one module of operations that ONNX has: from samples to what its head gives.
 
 SpeechBrain's feature extraction and normalisation do not export (complex numbers, lengths rounded anew at each stage), so they
 are written again here, with the settings and statistics of the objects of the model; the rest is the model's own.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from speechbrain_ext.lobes.features import FLOOR, KaldiFbank
-from speechbrain_ext.lobes.filter_banks import front_end, kaldi_frames
+from speechbrain_ext.lobes.filter_banks import centred, front_end, kaldi_frames
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.speech_encoder import SpeechEncoder
@@ -52,6 +52,7 @@ class Features(nn.Module):
         front = front_end(compute_features)
         self.framing, self.hop_length = front.framing, front.framing.hop
         self.n_fft, self.top_db = front.n_fft, front.top_db
+        self.removes_dc = getattr(front, "removes_dc", False)
         self.is_kaldi = isinstance(compute_features, KaldiFbank)
         if self.is_kaldi:
             window, matrix = compute_features.constants(torch.device("cpu"))
@@ -81,15 +82,20 @@ class Features(nn.Module):
     def forward(self, waveform, lengths):
         """Samples (B, N) and numbers of them (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
         waveform = waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0)
+        if self.removes_dc:
+            waveform = centred(waveform, lengths)
         features = self.log_mel_of_windows(self.framing.extend(waveform, lengths, self.framing.before, self.framing.after))
         frames = self.framing.count(lengths)
+        return self.normalized(features, frames), frames
+
+    def normalized(self, features, frames):
+        """Log mel bins (B, T, F) with any padding, and numbers of frames (B,), to features (B, T, F), zero in padded frames."""
         padding = padding_mask(frames, features.shape[1]).unsqueeze(2)
         if self.top_db < math.inf:
             # The loudest bin of the utterance, not of its batch: the frame behind its end may still see a louder sample.
             loudest = features.masked_fill(padding, -math.inf).amax(dim=(1, 2), keepdim=True)
             features = torch.maximum(features, loudest - self.top_db)
-        features = self._normalize(features, padding, frames.view(-1, 1, 1))
-        return features.masked_fill(padding, 0.0), frames
+        return self._normalize(features, padding, frames.view(-1, 1, 1)).masked_fill(padding, 0.0)
 
     def log_mel_of_windows(self, waveform):
         """Log mel bins (B, 1 + (N - length) // hop, F) of the windows that lie in samples (B, N)."""
@@ -202,9 +208,11 @@ class FullContext(nn.Module):
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder; it is copied, and what can be folded for inference is folded in the copy.
     head : torch.nn.Module
-        The CTC head.
+        The CTC head, or a transducer's projection of frames.
     pass_name : str, optional
         Of a cascade, the pass that answers.
+    output : str
+        "log_probs" of a CTC head, or "encoder_out" (B, T, J), what the head gives as it is.
 
     Example
     -------
@@ -222,12 +230,12 @@ class FullContext(nn.Module):
     mode = "full"
     metadata = {}
     input_names = ("waveform", "lengths")
-    output_names = ("log_probs", "frames")
     dynamic_shapes = ({0: "batch", 1: "samples"}, {0: "batch"})
 
-    def __init__(self, encoder, head, pass_name=None):
+    def __init__(self, encoder, head, pass_name=None, output="log_probs"):
         super().__init__()
         self.pass_name = pass_name
+        self.output_names = (output, "frames")
         self.features = Features(encoder.compute_features, encoder.normalize)
         self.encoder = without_features(encoder, head)
         fuse_(self)
@@ -236,9 +244,13 @@ class FullContext(nn.Module):
     def forward(self, waveform, lengths):
         """See the class; a length below 0 counts as 0, and one above the number of samples as that."""
         lengths = lengths.clamp(min=0, max=waveform.shape[1])
-        x, frames = self.features(waveform, lengths)
+        return self.log_probs(*self.features(waveform, lengths))
+
+    def log_probs(self, x, frames):
+        """Features (B, T, F) and numbers of frames (B,) to log-probabilities (B, T', V) and numbers of these frames (B,)."""
         x, relative = self.encoder.encode_features(x, frames / x.shape[1], pass_name=self.pass_name)
-        return x.log_softmax(dim=-1), absolute_lengths(relative, x.shape[1])
+        x = x.log_softmax(dim=-1) if self.output_names[0] == "log_probs" else x
+        return x, absolute_lengths(relative, x.shape[1])
 
     def example_inputs(self):
         """Inputs to trace with: two utterances, as an axis of one would be taken for a constant."""

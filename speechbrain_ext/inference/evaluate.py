@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from speechbrain_ext.dataio.audio import load_audio
-from speechbrain_ext.decoders import BEAM, GREEDY, JOINT
+from speechbrain_ext.decoders import BEAM, GREEDY, TRANSDUCER_GREEDY
 from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.inference.long_audio import window_frames
@@ -22,11 +22,12 @@ def make_searches(model, names=(), **beam):
 
     Arguments
     ---------
-    model : CtcModel or JointModel
+    model : CtcModel, JointModel or TransducerModel
         From :func:`speechbrain_ext.inference.load_model`.
     names : sequence of str
-        ``ctc_greedy``, ``ctc_beam`` or, with a decoder, ``joint_beam``; by default what the model answers with, and ``ctc_beam``
-        where there is a language model.
+        ``ctc_greedy``, ``ctc_beam`` and, with a decoder, ``joint_beam`` and ``ctc_rescored`` or, with a transducer,
+        ``transducer_greedy`` and ``transducer_beam``; by default what the model answers with, and ``ctc_beam`` where there is a
+        language model.
     **beam
         Arguments of :class:`speechbrain_ext.decoders.ctc_beam.CtcBeamSearch`, such as ``lm_file``.
 
@@ -41,25 +42,36 @@ def make_searches(model, names=(), **beam):
     UserError
         If the model has no such search, or the language model cannot be used.
     """
-    own = JOINT if model.search_segment else GREEDY
-    names = list(dict.fromkeys(names)) or [own, *([BEAM] if beam.get("lm_file") else [])]
-    known = dict.fromkeys([GREEDY, BEAM, own])
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(known)}.")
-    if beam and BEAM not in names:
-        raise UserError(f"{', '.join(beam)} is given, and only {BEAM} takes it; add that search, or leave it out.")
+    names = list(dict.fromkeys(names)) or [model.own_search, *([BEAM] if beam.get("lm_file") else [])]
+    if unknown := [name for name in names if name not in model.searches]:
+        raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(model.searches)}.")
+    has_words = BEAM in names and not model.graphs  # the search that knows words
+    others = [name for name in names if name not in (GREEDY, TRANSDUCER_GREEDY) and not (has_words and name == BEAM)]
+    if "beam_size" in beam and others:
+        for name in others:
+            model.choose_search(name)
+            model.choose_beam(beam["beam_size"])
+        beam = beam if has_words else {key: value for key, value in beam.items() if key != "beam_size"}
+    if beam and not has_words:
+        only = f"{BEAM} without phrases" if model.graphs else BEAM
+        raise UserError(f"{', '.join(beam)} is given, and only {only} takes it; add that search, or leave it out.")
 
-    def written(tokens):
-        return [" ".join(model.tokenizer.decode_ids(ids).split()) for ids in tokens]
+    def by_tokens(search):
+        return lambda *given: [" ".join(model.tokenizer.decode_ids(ids).split()) for ids in search(*given)]
 
-    known[GREEDY] = lambda log_probs, frames, lens: written(greedy_tokens(log_probs, lens, model.blank))
-    if model.search_segment:
-        known[JOINT] = lambda log_probs, frames, lens: written(model.mods.decoder(frames, lens)[0])
-    if BEAM in names:
-        beam_search = CtcBeamSearch(model.tokenizer, model.blank, **beam)
-        beam_search.check()
-        known[BEAM] = lambda log_probs, frames, lens: beam_search(log_probs, lens)
-    return {name: known[name] for name in names}
+    found = {}
+    for name in names:
+        if name == BEAM and has_words:
+            beam_search = CtcBeamSearch(model.tokenizer, model.blank, **beam)
+            beam_search.check()
+            found[name] = lambda log_probs, frames, lens, search=beam_search: search(log_probs, lens)
+        elif name == BEAM:
+            found[name] = by_tokens(lambda log_probs, frames, lens: model.search_ctc(log_probs, lens))
+        elif name == GREEDY:
+            found[name] = by_tokens(lambda log_probs, frames, lens: greedy_tokens(log_probs, lens, model.blank))
+        else:
+            found[name] = by_tokens(lambda log_probs, frames, lens, name=name: model.search(frames, lens, name))
+    return found
 
 
 @torch.inference_mode()
@@ -71,7 +83,7 @@ def evaluate(model, rows, searches, progress=False):
 
     Arguments
     ---------
-    model : CtcModel or JointModel
+    model : CtcModel, JointModel or TransducerModel
         From :func:`speechbrain_ext.inference.load_model`.
     rows : list of speechbrain_ext.dataio.preparation.Row
         What is known of each utterance, its transcript in the form of the model's.

@@ -18,8 +18,9 @@ from speechbrain.utils.distributed import infer_device
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
-from speechbrain_ext.decoders.searchers import is_number, is_whole
-from speechbrain_ext.inference.models import CLASSES, CtcModel
+from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_number, is_whole
+from speechbrain_ext.decoders.transducer import TransducerSearch
+from speechbrain_ext.inference.models import CLASSES, CtcModel, JointModel, TransducerModel
 from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
@@ -33,8 +34,8 @@ KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_r
 """Of hyperparams.yaml, which loading needs."""
 OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
 """Keys by which hyperparams.yaml would choose how it is run."""
-LARGEST_BEAM, LARGEST_RATIO = 1000, 10
-"""Of a search: hypotheses, and tokens per frame. Searches of ours have 66 at most, and 1."""
+LARGEST_RATIO = 10
+"""Of a search, tokens per frame. Searches of ours have 1 at most, or 5."""
 
 
 def load_model(source, device=None, pass_name=None, revision=None, trust=False):
@@ -59,7 +60,7 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
 
     Returns
     -------
-    JointModel or CtcModel
+    CtcModel, JointModel or TransducerModel
         With ``transcribe_file(path)``, ``transcribe_files(paths)``, ``align(wav, text)``, and SpeechBrain's own methods.
 
     Raises
@@ -92,6 +93,8 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     _check_keys(source, values, kind)
     if not trust:
         _refuse_options(source, values)
+    if kind is JointModel and isinstance(values["modules"]["decoder"], TransducerSearch):
+        kind = TransducerModel
     own = trust or _has_own_code(values)
     with _blaming(source, own):
         try:
@@ -275,6 +278,8 @@ def _check_search(source, model, tokens):
         blank = function.keywords.get("blank_id", -1)
         if not is_whole(blank, -tokens, tokens - 1) or blank % tokens != model.blank:
             raise _damaged(source, f"its blank_index is {model.blank}, and the blank_id of its decoding_function {blank!r}")
+    if isinstance(search, TransducerSearch):
+        _check_transducer(source, model, search, tokens)
     if not isinstance(search, S2SBeamSearcher):
         return
     for name in ("bos_index", "eos_index"):
@@ -297,6 +302,27 @@ def _check_search(source, model, tokens):
     for name, weight in getattr(scorer, "weights", {}).items():
         if not is_number(weight, -1e3, 1e3):
             raise _damaged(source, f"its scorer {name} has the weight {weight!r}")
+
+
+def _check_transducer(source, model, search, tokens):
+    head = search.transducer
+    if not any(head is part for part in model.hparams.asr_model.modules()):
+        raise UserError(f"The model {source} has a transducer without weights: it is no part of its asr_model; train it again.")
+    for name, found, stated in (
+        ("tokens", head.out.out_features, tokens),
+        ("blank_index", head.blank_index, model.blank),
+    ):
+        if found != stated:
+            raise _damaged(source, f"its {name} is {stated}, and that of its transducer {found}")
+    if search.beam_size > LARGEST_BEAM or search.max_symbols > LARGEST_RATIO:
+        raise _damaged(
+            source,
+            f"its beam_size is {search.beam_size} and its max_symbols {search.max_symbols}; searches have {LARGEST_BEAM} "
+            f"hypotheses at most, and {LARGEST_RATIO} tokens in a frame",
+        )
+    frames = model.mods.encoder(torch.zeros(1, model.sample_rate // 10, device=model.device))
+    if not search(frames, torch.ones(1, device=model.device))[2].isfinite().all():
+        raise UserError(f"The transducer of {source} answers NaN: its weights are no numbers; take an earlier checkpoint.")
 
 
 def _damaged(source, error):

@@ -268,7 +268,8 @@ def settings_of(model, streaming=None):
     """
     if not model.fingerprint:
         raise UserError("The model has no fingerprint, which an output folder needs; load it with load_model.")
-    return {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
+    settings = {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
+    return settings | model.search_settings
 
 
 def _line(segment):

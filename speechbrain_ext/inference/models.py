@@ -1,5 +1,8 @@
 """Trained models: SpeechBrain's inference classes, with exact lengths, files of any length, and times of words."""
 
+import functools
+import os
+
 import torch
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
@@ -7,11 +10,23 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, RESCORED, TRANSDUCER_BEAM, TRANSDUCER_GREEDY
 from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment, within
+from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
+from speechbrain_ext.decoders.lm import LM_TEMPERATURE, LM_WEIGHT, make_scorer
+from speechbrain_ext.decoders.phrases import phrase_graph
+from speechbrain_ext.decoders.rescoring import rescore
+from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_number, is_whole
+from speechbrain_ext.decoders.token_ngram import LODR_WEIGHT, NGRAM_WEIGHT, is_arpa, ngram_graph
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import file_digest
+
+NBEST = 16
+"""Texts under CTC that are kept, unless a beam size is chosen."""
 
 
 class _ExactLengths:
@@ -21,6 +36,21 @@ class _ExactLengths:
     """A digest of all files that the model was loaded from."""
     pass_name = None
     """Of a cascade, the pass that answers; None = the last one."""
+    searches = ()
+    """Names of the searches that the model has."""
+    own_search = None
+    """The one that it answers with."""
+    beam_size = None
+    """The chosen number of hypotheses; None = the search's own."""
+    phrases = ()
+    """Those that the search listens for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.graphs = []
+        """Token graphs that the beams listen to."""
+        self.search_settings = {}
+        """What has been chosen of the search, for files that depend on it."""
 
     @property
     def blank(self):
@@ -47,6 +77,94 @@ class _ExactLengths:
         """
         encoder_passes(self.mods.encoder.transformer.encoder, pass_name)
         self.pass_name = pass_name
+
+    def choose_search(self, name):
+        """Choose the search that the model answers with.
+
+        Raises
+        ------
+        UserError
+            If it has no such search.
+        """
+        if name not in self.searches:
+            raise UserError(f"The model has no search {name}; it has {', '.join(self.searches)}.")
+        self.own_search = self.search_settings["search"] = name
+
+    def choose_beam(self, beam_size):
+        """Choose the number of hypotheses of the beams.
+
+        Raises
+        ------
+        UserError
+            If it is no such number, or the model answers with greedy search.
+        """
+        if self.own_search == GREEDY:
+            raise UserError(
+                f"The beam size is {beam_size}, and the model answers with {GREEDY}, which has no beam; leave it out."
+            )
+        if not is_whole(beam_size, 1, LARGEST_BEAM):
+            raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
+        self.beam_size = self.search_settings["beam"] = beam_size
+
+    def choose_phrases(self, phrases):
+        """Let the beams listen for phrases; a model that answers with greedy search answers with a beam then.
+
+        Arguments
+        ---------
+        phrases : dict
+            Bonuses by phrase, None = 2 for each token; as :func:`speechbrain_ext.decoders.phrases.read_phrases` reads them.
+
+        Raises
+        ------
+        UserError
+            If the tokenizer cannot write a phrase.
+        """
+        self._listen([phrase_graph(phrases, self.tokenizer)])
+        self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
+
+    def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
+        """Take a language model into the beams; a model that answers with greedy search answers with a beam then.
+
+        Arguments
+        ---------
+        source : str
+            An ARPA file of the model's tokens, as ``ngram --tokens`` writes them; for the joint search also a folder or Hugging
+            Face repository of SpeechBrain, see :func:`speechbrain_ext.model_folder.lm.load_lm`.
+        weight : float, optional
+            Of its log-probabilities; by default 0.3 for an ARPA file, else 0.6.
+        temperature : float, optional
+            What the logits of a repository's are divided by; by default 1.15.
+        lodr : str, optional
+            An ARPA file of pairs of tokens, of the transcripts that the model was trained with, which is subtracted.
+        lodr_weight : float
+            Of its log-probabilities.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file or repository.
+        UserError
+            If it is for other tokens, cannot be used, or the model's search takes none.
+        """
+        if not is_arpa(source):
+            raise UserError(
+                f"The language model is {source}, and this model takes ARPA files alone, as it has no decoder; give one."
+            )
+        if temperature is not None:
+            raise UserError(f"The language model {source} is an ARPA file, which has no temperature; leave it out.")
+        weight = NGRAM_WEIGHT if weight is None else weight
+        graphs = [ngram_graph(source, self.tokenizer, weight)]
+        if lodr is not None:
+            if not is_number(lodr_weight, 0):
+                raise UserError(f"The weight of the language model {lodr} is {lodr_weight!r}; give a number of 0 or more.")
+            graphs.append(ngram_graph(lodr, self.tokenizer, -lodr_weight))
+        self._listen(graphs)
+        self.search_settings["lm"] = [*map(file_digest, [source] if lodr is None else [source, lodr]), weight, lodr_weight]
+
+    def _listen(self, graphs):
+        """Answer with a search that listens to more token graphs."""
+        self.graphs = self.graphs + graphs
+        self.own_search = BEAM if self.own_search == GREEDY else self.own_search
 
     def load_audio(self, path, savedir=None):
         """Read an audio file as samples (T,) of one channel, at the model's rate."""
@@ -92,7 +210,7 @@ class _ExactLengths:
     def transcribe_batch(self, wavs, wav_lens):
         """Transcribe waveforms (B, N) with relative lengths (B,) from 0 to 1; returns texts and token ids."""
         with torch.no_grad():
-            tokens = self._search(*self._encode(wavs, wav_lens))
+            tokens = self.search(*self._encode(wavs, wav_lens))
         # A word boundary is a token of its own, and may come twice
         return [" ".join(self.tokenizer.decode_ids(ids).split()) for ids in tokens], tokens
 
@@ -103,7 +221,7 @@ class _ExactLengths:
         seconds = (absolute_lengths(wav_lens, wavs.shape[1]) / self.sample_rate).tolist()
         segments = [
             make_segment(log_probs, tokens, self.tokenizer, self.blank)
-            for log_probs, tokens in zip(self._valid(self._log_probs(enc), lens), self._search(enc, lens), strict=True)
+            for log_probs, tokens in zip(self._valid(self._log_probs(enc), lens), self.search(enc, lens), strict=True)
         ]
         return [segment and within(segment, end) for segment, end in zip(segments, seconds, strict=True)]
 
@@ -146,6 +264,18 @@ class _ExactLengths:
         """As in SpeechBrain, with samples of any kind that :meth:`transcribe_batch` takes."""
         return super().encode_batch(as_samples(wavs), wav_lens)
 
+    def search_ctc(self, log_probs, lens):
+        """Tokens of the best text under CTC of each utterance (B, T, V), found with the graphs."""
+        return [texts[0].tokens for texts in self.nbest(log_probs, lens)]
+
+    def nbest(self, log_probs, lens):
+        """The best texts under CTC of each utterance, with what the graphs add, see :mod:`speechbrain_ext.decoders.ctc_nbest`."""
+        tokenizer = self.tokenizer
+        excluded = [
+            token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token) or tokenizer.is_unknown(token)
+        ]
+        return ctc_nbest(log_probs, lens, self.blank, self.beam_size or NBEST, excluded, self.graphs)
+
     @torch.no_grad()
     def frames(self, wavs, wav_lens):
         """Log-probabilities (T, V) of each waveform, and what :meth:`search_segment` takes."""
@@ -154,7 +284,11 @@ class _ExactLengths:
         return self._valid(self._log_probs(enc), lens), searched
 
     search_segment = None
-    """From frames (T, D) to tokens and log-probabilities (T, V), where that is another search than greedy CTC."""
+    """From frames (T, D) and log-probabilities (T, V) to tokens and log-probabilities, where that is no greedy CTC search."""
+    search_stream = None
+    """Gives a search that takes frames as they come, where that is another one than greedy CTC."""
+    search_ended = None
+    """As ``search_segment``, for a stream's segment that has ended."""
 
     def _encode(self, wavs, wav_lens):
         wavs = as_samples(wavs)
@@ -178,24 +312,136 @@ class _ExactLengths:
 
 
 class JointModel(_ExactLengths, EncoderDecoderASR):
-    """A model with a decoder, searched jointly by CTC and attention."""
+    """A model with a decoder with attention, which is searched jointly with CTC."""
 
-    def _search(self, enc, lens):
-        return self.mods.decoder(enc, lens)[0]
+    searches = GREEDY, BEAM, JOINT, RESCORED
+    own_search = JOINT
 
-    def search_segment(self, frames):
-        """Joint search on frames (T, D); returns tokens and CTC log-probabilities (T, V)."""
-        enc = frames.unsqueeze(0)
-        return self._search(enc, torch.ones(1, device=enc.device))[0], self._log_probs(enc)[0]
+    def choose_beam(self, beam_size):
+        """As above."""
+        super().choose_beam(beam_size)
+        self._search_with("beam_size", "other number of hypotheses").beam_size = beam_size
+
+    def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
+        """As above."""
+        if is_arpa(source):
+            super().choose_lm(source, weight, temperature, lodr, lodr_weight)
+            return
+        if lodr is not None:
+            raise UserError(f"{lodr} is to be subtracted, and {source} is no ARPA file; give one, or leave it out.")
+        weight, temperature = (LM_WEIGHT if weight is None else weight), (LM_TEMPERATURE if temperature is None else temperature)
+        scorer = make_scorer(load_lm(source, self.tokenizer), temperature)
+        self._search_with("add_scorer", "language model").add_scorer(scorer, weight)
+        self.search_settings["lm"] = [os.fspath(source), weight, temperature]
+
+    def _listen(self, graphs):
+        search = self._search_with("graphs", "phrases or n-grams")
+        super()._listen(graphs)
+        search.graphs = self.graphs
+
+    def _search_with(self, attribute, what):
+        search = self.mods.decoder
+        if not hasattr(search, attribute):
+            name = f"{type(search).__module__}.{type(search).__name__}"
+            raise UserError(f"The search of this model is a {name}, which takes no {what}; leave it out, or train it again.")
+        return search
+
+    def search(self, enc, lens, name=None):
+        """Tokens of encoder frames (B, T, D) with relative lengths (B,), by the search of a name, else as the model answers."""
+        name = name or self.own_search
+        if name == JOINT:
+            return self.mods.decoder(enc, lens)[0]
+        if name == GREEDY:
+            return greedy_tokens(self._log_probs(enc), lens, self.blank)
+        texts = self.nbest(self._log_probs(enc), lens)
+        if name == BEAM:
+            return [each[0].tokens for each in texts]
+        search, found = self._search_with("graphs", "texts to score"), []
+        for frames, each in zip(self._valid(enc, lens), texts, strict=True):
+            scores = rescore(search, frames, each, self.blank) if len(frames) else [0.0]
+            found.append(each[scores.index(max(scores))].tokens)
+        return found
+
+    def search_segment(self, frames, log_probs):
+        """The model's search on frames (T, D); returns its tokens and the CTC head's log-probabilities (T, V)."""
+        return self.search(frames.unsqueeze(0), torch.ones(1, device=frames.device))[0], log_probs
+
+    @property
+    def search_ended(self):
+        """The search, if anything was chosen of it; else the stream's greedy CTC search answers."""
+        return self.search_segment if self.search_settings and self.own_search != GREEDY else None
+
+
+class TransducerModel(JointModel):
+    """A model with a transducer, which says what is said; its CTC head says when."""
+
+    searches = GREEDY, BEAM, TRANSDUCER_GREEDY, TRANSDUCER_BEAM
+    own_search = TRANSDUCER_BEAM
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.mods.decoder.beam_size == 1:
+            self.own_search = TRANSDUCER_GREEDY
+
+    def choose_beam(self, beam_size):
+        """Choose the number of hypotheses of the search; 1 is greedy search."""
+        _ExactLengths.choose_beam(self, beam_size)
+        if self.own_search in (TRANSDUCER_GREEDY, TRANSDUCER_BEAM):
+            self.own_search = TRANSDUCER_GREEDY if beam_size == 1 else TRANSDUCER_BEAM
+
+    def _listen(self, graphs):
+        if self.own_search == TRANSDUCER_GREEDY:
+            raise UserError(f"The model answers with {TRANSDUCER_GREEDY}, which cannot listen; give a larger beam size.")
+        super()._listen(graphs)
+
+    choose_lm = _ExactLengths.choose_lm
+
+    def search(self, enc, lens, name=None):
+        """As above."""
+        name = name or self.own_search
+        if name in (GREEDY, BEAM):
+            return super().search(enc, lens, name)
+        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self._beam_of(name))]
+
+    def _beam_of(self, name):
+        return 1 if name == TRANSDUCER_GREEDY else self.beam_size
+
+    @property
+    def search_ended(self):
+        """None: what has streamed has been searched, unless CTC's beam was chosen."""
+        return self.search_segment if self.own_search == BEAM else None
+
+    @property
+    def search_stream(self):
+        """Gives a search of encoder frames, a :class:`speechbrain_ext.decoders.transducer.TransducerStream`."""
+        if self.own_search in (GREEDY, BEAM):
+            return None
+        return functools.partial(self.mods.decoder.stream, self._beam_of(self.own_search))
 
 
 class CtcModel(_ExactLengths, EncoderASR):
     """A model without a decoder."""
 
-    def _search(self, logits, lens):
+    searches = GREEDY, BEAM
+    own_search = GREEDY
+
+    def search(self, logits, lens):
+        """Tokens of CTC logits (B, T, V) with relative lengths (B,), as the model answers."""
+        if self.own_search == BEAM:
+            return self.search_ctc(self._log_probs(logits), lens)
         if getattr(self.decoding_function, "func", None) is ctc_greedy_decode:
             return greedy_tokens(logits, lens, self.blank)
         return self.decoding_function(logits, lens)
+
+    @property
+    def search_segment(self):
+        """As above."""
+        return self._search_segment if self.own_search == BEAM else None
+
+    def _search_segment(self, frames, log_probs):
+        return self.search_ctc(log_probs.unsqueeze(0), torch.ones(1, device=log_probs.device))[0], log_probs
+
+    search_ended = search_segment
 
 
 CLASSES = {"EncoderDecoderASR": JointModel, "EncoderASR": CtcModel}

@@ -28,15 +28,17 @@ PIECE = 0.01
 class StreamingRecognizer:
     """Waveforms in, in pieces of any size; out, words as soon as they are heard.
 
-    Words come from greedy CTC search, which never takes them back. A pause ends a segment, or its length does, and the encoder
-    starts anew behind it: neither its state nor its statistics grow with the stream. Until then, frames are those that
-    ``forward`` gives for the whole waveform under the same chunk setting. Of a cascade that answers with its second pass, the
-    first pass streams, and the second one has the last word about each segment when it has ended.
+    Words come from greedy CTC search, which never takes them back, or from a transducer's search. A pause ends a segment, or its
+    length does, and the encoder starts anew behind it: neither its state nor its statistics grow with the stream. Until then,
+    frames are those that ``forward`` gives for the whole waveform under the same chunk setting. Of a cascade that answers with
+    its second pass, the first pass streams, and the second one has the last word about each segment when it has ended.
 
     Arguments
     ---------
-    model : CtcModel or JointModel
-        From :func:`speechbrain_ext.inference.load_model`. Of a model with a decoder only the CTC head answers.
+    model : CtcModel, JointModel or TransducerModel
+        From :func:`speechbrain_ext.inference.load_model`. Of a model with an attention decoder only the CTC head answers, unless
+        a search was chosen, or phrases: then greedy CTC search shows what is being said, and the chosen one has the last word
+        about each segment when it has ended.
     chunk_size : int, optional
         Encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
     left_context : int, optional
@@ -84,7 +86,7 @@ class StreamingRecognizer:
         self._cascade = encoder if len(passes) > 1 and model.pass_name in (None, passes[-1]) else None
         self._pass = passes[0] if len(passes) > 1 else None
         self._samples = frame_samples(model)
-        search = None if self._cascade is None else self._second_pass
+        search = model.search_ended if self._cascade is None else self._second_pass
         self._segmenting = (model.tokenizer, model.blank, endpoint, longest, search)
         self._patience = longest / FRAME_SECONDS
         self.reset(start)
@@ -106,7 +108,8 @@ class StreamingRecognizer:
 
     @property
     def stable_text(self):
-        """The beginning of ``text`` that will be in the segment as it is: all words but the last, which may get longer."""
+        """The beginning of ``text`` that will be in the segment as it is: all words but the last, which may get longer; with a
+        beam, of those that all hypotheses share."""
         return self._segmenter.stable_text
 
     @property
@@ -174,7 +177,8 @@ class StreamingRecognizer:
         """
         if not 0 <= start < math.inf:
             raise UserError(f"start is {start}; give a number of seconds, 0 or more.")
-        self._segmenter = Segmenter(*self._segmenting, restarts=True, start=round(start / FRAME_SECONDS))
+        keys = {"restarts": True, "start": round(start / FRAME_SECONDS), "search_stream": self._model.search_stream}
+        self._segmenter = Segmenter(*self._segmenting, **keys)
         self._small, self._small_samples = [], 0
         self._audio = torch.zeros(1, 0, device=self._model.device)
         self._audio_start = self._segmenter.start
@@ -218,13 +222,21 @@ class StreamingRecognizer:
             return []
         if self._encoder.head is None:
             logits = self._model.ctc_head(frames)
-        segments = self._segmenter.accept(logits[0].float().log_softmax(-1), frames[0])
+        segments, size = [], self._config.chunk_size
+        # The last samples may complete a chunk and begin another: what a search knows of the first is to be the same
+        for log_probs, chunk in zip(logits[0].float().log_softmax(-1).split(size), frames[0].split(size), strict=True):
+            segments += self._segmenter.accept(log_probs, chunk)
+            if self._segmenter.restart:
+                break
         self._frames += frames.shape[1]
         self._spoken = self._spoken or bool(segments or self._segmenter.tokens)
         return segments
 
-    def _second_pass(self, frames):
-        log_probs = self._model.ctc_head(self._cascade.second_pass(frames.unsqueeze(0)))[0].float().log_softmax(-1)
+    def _second_pass(self, frames, log_probs):
+        frames = self._cascade.second_pass(frames.unsqueeze(0))[0]
+        log_probs = self._model.ctc_head(frames).float().log_softmax(-1)
+        if self._model.search_stream is not None or self._model.search_ended is not None:
+            return self._model.search_segment(frames, log_probs)
         return [token for token, _ in collapse(log_probs.argmax(-1).tolist(), self._model.blank)], log_probs
 
 

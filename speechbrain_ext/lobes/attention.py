@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
-from speechbrain_ext.lobes.positions import sinusoids
+from speechbrain_ext.lobes.positions import sinusoids, stream_positions
 from speechbrain_ext.lobes.precision import widest_dtype
 from speechbrain_ext.utils.errors import UserError
 
@@ -39,7 +39,8 @@ class AttentionState:
     left_frames: int | None
     """How many frames to keep; None = all."""
     frames: int | torch.Tensor = 0
-    """How many there have been; in a graph a tensor. There a limited cache always has ``left_frames`` frames, at first zeros."""
+    """How many there have been; in a graph a tensor, (B,) where streams are of different age. There a limited cache always has
+    ``left_frames`` frames, at first zeros."""
     keys: torch.Tensor | None = None
     """(B, heads, M, head size), rotated where positions are rotary."""
     values: torch.Tensor | None = None
@@ -163,7 +164,8 @@ class SelfAttention(nn.Module):
         if self.causal:
             blocked = x.new_ones(frames, cached + frames, dtype=torch.bool).triu(cached + 1)[None, None]
         if cached and state.left_frames is not None and isinstance(state.frames, torch.Tensor):
-            empty = torch.arange(cached + frames, device=x.device)[None, None, None] < state.left_frames - state.frames
+            missing = (state.left_frames - state.frames).view(-1, 1, 1, 1)
+            empty = torch.arange(cached + frames, device=x.device) < missing
             blocked = empty if blocked is None else blocked | empty
         return self._table(frames, cached, state.frames, x), _Blocked.of(blocked)
 
@@ -493,10 +495,12 @@ class RotarySelfAttention(SelfAttention):
             raise UserError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
 
     def _table(self, frames, cached, before, x):
-        """Cosines and signed sines, (2, frames, head size)."""
-        positions = before + torch.arange(frames, dtype=widest_dtype(x.device), device=x.device)
-        sine, cosine = sinusoids(positions, x.shape[2] // self.nhead).to(x.dtype).unflatten(1, (-1, 2)).unbind(2)
-        return torch.stack((torch.cat((cosine, cosine), dim=1), torch.cat((-sine, sine), dim=1)))
+        """Cosines and signed sines, (2, frames, head size); (2, B, 1, frames, head size) for streams of different age."""
+        positions = stream_positions(before, frames, x.device, widest_dtype(x.device))
+        if positions.dim() == 2:
+            positions = positions.unsqueeze(1)  # the heads
+        sine, cosine = sinusoids(positions, x.shape[2] // self.nhead).to(x.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)))
 
     def _project(self, x, table, mask=None):
         turned, value = self._project_all(x, mask).split((2, 1))

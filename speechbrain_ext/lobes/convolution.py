@@ -7,7 +7,7 @@ from torch import library, nn
 
 from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
-from speechbrain_ext.lobes.masks import zero_padding
+from speechbrain_ext.lobes.masks import chunk_length, zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, autocasts, full_precision
 from speechbrain_ext.utils.errors import UserError
 
@@ -215,7 +215,7 @@ class DepthwiseModule(nn.Module):
         if config is None:
             return self._after(self._convolve(x, self.look_ahead), mask)
         batch, frames, width = x.shape
-        size = min(config.chunk_size, frames)
+        size = chunk_length(config, frames)
         fill = -frames % size
         # For chunks a, b, c of 4 frames and 2 frames of context: 00aaaa00, aabbbb00, bbcccc00.
         x = F.pad(x, (0, 0, self.context, fill)).unfold(1, size + self.context, size)  # (B, chunks, D, context + size)

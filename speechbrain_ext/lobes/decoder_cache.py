@@ -9,7 +9,53 @@ import torch
 import torch.nn.functional as F
 
 
-class DecoderCache:
+class _Cache:
+    """Keys and values of the positions so far, of hypotheses that go on from one another."""
+
+    def __init__(self, layers, hypotheses, like):
+        self.length = 0
+        """Number of positions so far."""
+        # Positions first: those so far are one block, which is put in order in one copy
+        self._past = self._spare = like.new_empty(0, 2 * layers, hypotheses, like.shape[-1])
+        self._order = None
+
+    def reorder(self, index):
+        """Go on with other hypotheses.
+
+        Arguments
+        ---------
+        index : torch.Tensor
+            (B * K,) which of the hypotheses so far each one continues; of the same utterance.
+        """
+        self._order = index if self._order is None else self._order[index]
+
+    def _make_room(self, x):
+        """Room for one more position, behind those so far in their new order."""
+        length = self.length
+        if self._order is None and length < len(self._past):
+            return
+        if length >= len(self._spare):
+            self._spare = x.new_empty(max(32, 2 * length), *self._past.shape[1:])
+        if self._order is None:
+            self._spare[:length] = self._past[:length]
+        else:
+            torch.index_select(self._past[:length], 2, self._order, out=self._spare[:length])
+        self._past, self._spare = self._spare, self._past
+        self._order = None
+
+    def _attend_past(self, i, attention, x):
+        heads = x.shape[0] * x.shape[1] * attention.num_heads  # of all hypotheses
+        query, key, value = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+        self._past[self.length, 2 * i] = key.flatten(0, 1)
+        self._past[self.length, 2 * i + 1] = value.flatten(0, 1)
+        past = self._past[: self.length + 1]
+        keys, values = (past[:, j].view(len(past), heads, -1) for j in (2 * i, 2 * i + 1))  # (U, B*K*H, D/H)
+        query = query.reshape(heads, 1, -1) * keys.shape[-1] ** -0.5
+        weights = torch.bmm(query, keys.permute(1, 2, 0)).softmax(-1)  # (B*K*H, 1, U)
+        return attention.out_proj(torch.bmm(weights, values.transpose(0, 1)).view_as(x))
+
+
+class DecoderCache(_Cache):
     """Runs a decoder one position at a time; what it gives is what the decoder gives for the whole prefix.
 
     Arguments
@@ -39,8 +85,6 @@ class DecoderCache:
     def __init__(self, decoder, encoder_out, memory_mask=None, beam_size=1):
         self.decoder = decoder
         self.beam_size = beam_size
-        self.length = 0
-        """Number of positions so far."""
         self.blocked = None if memory_mask is None else memory_mask[:, None, None]  # (B, 1, 1, T)
         self.memory = []  # per layer, keys (B, H, D/H, T) and values (B, H, T, D/H)
         for layer in decoder.layers:
@@ -49,19 +93,7 @@ class DecoderCache:
             projected = F.linear(encoder_out, attention.in_proj_weight[d_model:], attention.in_proj_bias[d_model:])
             keys, values = projected.unflatten(2, (2, heads, -1)).unbind(2)
             self.memory.append((keys.permute(0, 2, 3, 1).contiguous(), values.transpose(1, 2).contiguous()))
-        # Positions first: those so far are one block, which is put in order in one copy
-        self._past = self._spare = encoder_out.new_empty(0, 2 * len(decoder.layers), len(encoder_out) * beam_size, d_model)
-        self._order = None
-
-    def reorder(self, index):
-        """Go on with other hypotheses.
-
-        Arguments
-        ---------
-        index : torch.Tensor
-            (B * K,) which of the hypotheses so far each one continues; of the same utterance.
-        """
-        self._order = index if self._order is None else self._order[index]
+        super().__init__(len(decoder.layers), len(encoder_out) * beam_size, encoder_out)
 
     @torch.no_grad()
     def step(self, x):
@@ -94,31 +126,6 @@ class DecoderCache:
         self.length += 1
         return self.decoder.norm(x).flatten(0, 1), weights.mean(1).flatten(0, 1)
 
-    def _make_room(self, x):
-        """Room for one more position, behind those so far in their new order."""
-        length = self.length
-        if self._order is None and length < len(self._past):
-            return
-        if length >= len(self._spare):
-            self._spare = x.new_empty(max(32, 2 * length), *self._past.shape[1:])
-        if self._order is None:
-            self._spare[:length] = self._past[:length]
-        else:
-            torch.index_select(self._past[:length], 2, self._order, out=self._spare[:length])
-        self._past, self._spare = self._spare, self._past
-        self._order = None
-
-    def _attend_past(self, i, attention, x):
-        heads = x.shape[0] * x.shape[1] * attention.num_heads  # of all hypotheses
-        query, key, value = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
-        self._past[self.length, 2 * i] = key.flatten(0, 1)
-        self._past[self.length, 2 * i + 1] = value.flatten(0, 1)
-        past = self._past[: self.length + 1]
-        keys, values = (past[:, j].view(len(past), heads, -1) for j in (2 * i, 2 * i + 1))  # (U, B*K*H, D/H)
-        query = query.reshape(heads, 1, -1) * keys.shape[-1] ** -0.5
-        weights = torch.bmm(query, keys.permute(1, 2, 0)).softmax(-1)  # (B*K*H, 1, U)
-        return attention.out_proj(torch.bmm(weights, values.transpose(0, 1)).view_as(x))
-
     def _attend_memory(self, i, attention, x):
         d_model, heads = attention.embed_dim, attention.num_heads
         keys, values = self.memory[i]
@@ -129,3 +136,45 @@ class DecoderCache:
             scores = scores.masked_fill(self.blocked, -torch.inf)
         weights = scores.softmax(-1)  # (B, H, K, T)
         return attention.out_proj((weights @ values).transpose(1, 2).flatten(2)), weights
+
+
+class EncoderCache(_Cache):
+    """Runs a causal encoder one position at a time, as language models have it.
+
+    Arguments
+    ---------
+    encoder : speechbrain.lobes.models.transformer.Transformer.TransformerEncoder
+        The encoder with plain attention, in evaluation mode. Nothing here has a gradient.
+    hypotheses : int
+        Number of hypotheses N.
+    like : torch.Tensor
+        (..., D) of the type and device of what :meth:`step` takes.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.transformer.Transformer import TransformerEncoder, get_lookahead_mask
+    >>> encoder, x = TransformerEncoder(num_layers=2, nhead=4, d_ffn=64, d_model=32).eval(), torch.rand(3, 5, 32)
+    >>> cache = EncoderCache(encoder, 3, x)
+    >>> for position in x.unbind(1):
+    ...     out = cache.step(position)
+    >>> torch.allclose(out, encoder(x, get_lookahead_mask(x))[0][:, -1], atol=1e-5)
+    True
+    """
+
+    def __init__(self, encoder, hypotheses, like):
+        super().__init__(len(encoder.layers), hypotheses, like)
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def step(self, x):
+        """Encode the next position (N, D)."""
+        self._make_room(x)
+        x = x.unsqueeze(1)
+        for i, layer in enumerate(self.encoder.layers):
+            before = layer.normalize_before
+            x = x + self._attend_past(i, layer.self_att.att, layer.norm1(x) if before else x)
+            x = x if before else layer.norm1(x)
+            x = x + layer.pos_ffn(layer.norm2(x) if before else x)
+            x = x if before else layer.norm2(x)
+        self.length += 1
+        return self.encoder.norm(x).squeeze(1)

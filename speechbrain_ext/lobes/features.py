@@ -8,6 +8,7 @@ first (:func:`raw_features`); these do not depend on the chunk setting, and can 
 
 import torch
 import torch.nn.functional as F
+from speechbrain.lobes.features import Fbank as SpeechBrainFbank
 from speechbrain.processing.features import InputNormalization as SpeechBrainInputNormalization
 from speechbrain.processing.features import make_padding_mask
 
@@ -127,6 +128,35 @@ class KaldiFbank(torch.nn.Module):
 
     def check_streamable(self):
         """Its features can be had chunk by chunk in any setting."""
+
+
+@loadable
+class Fbank(SpeechBrainFbank):
+    """SpeechBrain's Fbank, perhaps of samples without their mean over the utterance.
+
+    A recording's constant offset is then not heard. Such features need the whole utterance; they do not stream.
+
+    Arguments
+    ---------
+    *args, **kwargs
+        For SpeechBrain's class.
+    remove_dc : bool
+        Whether the mean is taken away. sherpa-onnx does so with the samples of models that compute their features themselves.
+
+    Example
+    -------
+    >>> wav = torch.rand(1, 1600)
+    >>> bool(torch.allclose(Fbank(remove_dc=True)(wav + 0.5), Fbank(remove_dc=True)(wav), atol=0.1))
+    True
+    """
+
+    def __init__(self, *args, remove_dc: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_dc = remove_dc
+
+    def forward(self, wav):
+        """Samples (B, N), all of them valid, to (B, 1 + N // hop, F)."""
+        return super().forward(wav - wav.mean(1, keepdim=True) if self.remove_dc else wav)
 
 
 def _is_eager_cpu(x):

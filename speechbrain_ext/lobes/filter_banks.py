@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from speechbrain.lobes.features import Fbank
 
+from speechbrain_ext.lobes.masks import padding_mask
 from speechbrain_ext.lobes.precision import full_precision
 from speechbrain_ext.utils.errors import UserError
 
@@ -177,6 +178,30 @@ def kaldi_frames(frames, window):
     return torch.sub(centred[..., 1:], centred[..., :-1], alpha=PREEMPHASIS).mul_(window[1:])
 
 
+def centred(wavs, samples):
+    """Utterances without their means.
+
+    Arguments
+    ---------
+    wavs : torch.Tensor
+        (B, N) samples, zero behind the end of each utterance.
+    samples : torch.Tensor
+        (B,) numbers of samples.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, N), zero there, too.
+
+    Example
+    -------
+    >>> centred(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([2]))
+    tensor([[-1.,  1.,  0.]])
+    """
+    mean = wavs.sum(1, keepdim=True) / samples.clamp(min=1).unsqueeze(1)
+    return (wavs - mean).masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
+
+
 def front_end(compute_features):
     """A feature extraction as the module's text has it: ours as it is, SpeechBrain's behind an object that gives its frames.
 
@@ -207,12 +232,15 @@ class _SpeechBrain:
         self._features, stft, fbanks = compute_features, compute_features.compute_STFT, compute_features.compute_fbanks
         self.framing = Framing(stft.hop_length, stft.n_fft, stft.n_fft // 2)
         self.sample_rate, self.n_fft, self.n_mels = stft.sample_rate, stft.n_fft, fbanks.n_mels
+        self.removes_dc = getattr(compute_features, "remove_dc", False)
         self._is_plain = isinstance(compute_features, Fbank) and not (compute_features.deltas or compute_features.context)
         self.top_db = fbanks.top_db if self._is_plain else torch.inf
         self._of_windows = None
 
     def of_utterances(self, wavs, samples):
-        """(B, N) samples to (B, 1 + N // hop, F)."""
+        """Samples (B, N), zero behind the end of each utterance, and numbers of them (B,) to (B, 1 + N // hop, F)."""
+        if self.removes_dc:
+            wavs = centred(wavs, samples)
         return (_without_clipping(self._features, wavs.device) if self._is_plain else self._features)(wavs)
 
     def of_windows(self, samples):
@@ -224,6 +252,8 @@ class _SpeechBrain:
 
     def check_streamable(self):
         """Refuse features that cannot be had chunk by chunk; the message says which setting is in the way."""
+        if self.removes_dc:
+            raise UserError("Fbank with remove_dc looks at the whole utterance and does not stream; leave remove_dc out.")
         if not self._is_plain:
             raise UserError(f"{type(self._features).__name__} features do not stream; give Fbank without deltas and context.")
         stft = self._features.compute_STFT
@@ -241,6 +271,7 @@ def _without_clipping(compute_features, device):
     view, fbanks = _view(compute_features), compute_features.compute_fbanks
     view.compute_STFT, view.compute_fbanks = _view(view.compute_STFT), _view(fbanks)
     view.compute_fbanks.top_db = torch.inf
+    view.remove_dc = False  # of the utterance, and what comes here may be windows of it
     if fbanks.freeze and not fbanks.param_rand_factor:  # others are new in each call
         view.compute_STFT.window, matrix = _constants(compute_features, device)
         view.compute_fbanks = _Filters(view.compute_fbanks, matrix)

@@ -45,8 +45,8 @@ from torch import nn
 
 from speechbrain_ext.lobes.activations import gelu
 from speechbrain_ext.lobes.chunk_sums import ChunkSums, window_sum
-from speechbrain_ext.lobes.masks import zero_padding
-from speechbrain_ext.lobes.positions import sinusoids
+from speechbrain_ext.lobes.masks import chunk_length, zero_padding
+from speechbrain_ext.lobes.positions import sinusoids, stream_positions
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision
 from speechbrain_ext.utils.errors import UserError
 
@@ -187,7 +187,7 @@ class HyperMixing(nn.Module):
     # The encoders' side of the module: prepare once per forward, mix in each layer.
 
     def prepare(self, x, mask, config):
-        """What all layers of an encoder share in one forward: (sinusoids (T, D), padding mask, chunk setting).
+        """What all layers of an encoder share in one forward: (sinusoids (1, T, D), padding mask, chunk setting).
 
         Arguments
         ---------
@@ -202,7 +202,7 @@ class HyperMixing(nn.Module):
         -------
         tuple
         """
-        return sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2]), mask, config
+        return sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2]).unsqueeze(0), mask, config
 
     def mix(self, x, shared):
         """Mix a whole utterance.
@@ -229,7 +229,7 @@ class HyperMixing(nn.Module):
             y = y.permute(1, 2, 0, 3).reshape(batch, frames, width)
         else:
             # Chunks become an axis of their own; the frames that fill the last one are zeros and add nothing.
-            size = min(config.chunk_size, frames)
+            size = chunk_length(config, frames)
             fill = -frames % size
             x, table = F.pad(x, (0, 0, 0, fill)), F.pad(table, (0, 0, 0, fill))
             values, first, second = (
@@ -267,9 +267,10 @@ class HyperMixing(nn.Module):
         Returns
         -------
         torch.Tensor
-            (C, D).
+            (1, C, D), or (B, C, D) where the streams are of different age.
         """
-        return sinusoids(state.frames + torch.arange(x.shape[1], device=x.device), x.shape[2])
+        table = sinusoids(stream_positions(state.frames, x.shape[1], x.device), x.shape[2])
+        return table if table.dim() == 3 else table.unsqueeze(0)
 
     def stream(self, x, state: HyperMixingState, shared):
         """Mix one chunk and update the state.
@@ -300,7 +301,7 @@ class HyperMixing(nn.Module):
         heads, size = self.num_heads, width // self.num_heads
         # One copy lays the heads out as a batch, so that everything below is a batched matmul on contiguous rows.
         values = x.reshape(batch, frames, heads, size).permute(2, 0, 1, 3).contiguous()  # (heads, B, T, e)
-        table = table.to(x.dtype).reshape(1, frames, heads, size).permute(2, 0, 1, 3)  # (heads, 1, T, e)
+        table = table.to(x.dtype).unflatten(2, (heads, size)).permute(2, 0, 1, 3)  # (heads, 1 or B, T, e)
         generators = [self.hyper.w1_gen] if self.tied else [self.hyper.w1_gen, self.hyper.w2_gen]
         weights = torch.cat([g.fc1_weights for g in generators], dim=1)  # (heads, e or 2e, e)
         biases = torch.cat([g.fc1_biases for g in generators], dim=1).unsqueeze(1)

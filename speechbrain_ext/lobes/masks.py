@@ -116,6 +116,29 @@ def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None, causal: bo
     return blocked
 
 
+def chunk_length(config: DynChunkTrainConfig, frames: int) -> int:
+    """Frames of the chunks that a whole utterance is cut into: no more than it has.
+
+    Arguments
+    ---------
+    config : DynChunkTrainConfig
+        The chunk setting.
+    frames : int
+        T.
+
+    Returns
+    -------
+    int
+
+    Example
+    -------
+    >>> chunk_length(DynChunkTrainConfig(16), 10)
+    10
+    """
+    # A graph would hold for ever to what is the less of both in its example
+    return config.chunk_size if torch.compiler.is_exporting() else min(config.chunk_size, frames)
+
+
 def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
     """Refuse impossible chunk settings.
 

@@ -36,14 +36,14 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     Arguments
     ---------
     positions : torch.Tensor
-        (T,) positions in frames; as float64 where they grow with a stream, whose angles float32 would blur.
+        (..., T) positions in frames; as float64 where they grow with a stream, whose angles float32 would blur.
     size : int
         Number of channels, even.
 
     Returns
     -------
     torch.Tensor
-        (T, size) float32, float64 for float64 positions.
+        (..., T, size) float32, float64 for float64 positions unless in an exported graph.
 
     Example
     -------
@@ -52,5 +52,38 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
             [0.8415, 0.5403]])
     """
     dtype = torch.promote_types(positions.dtype, torch.float32)
-    angles = positions.to(dtype).unsqueeze(1) * inverse_frequencies(size, positions.device, dtype)  # (T, size/2)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    angles = positions.to(dtype).unsqueeze(-1) * inverse_frequencies(size, positions.device, dtype)  # (..., T, size/2)
+    if torch.compiler.is_exporting() and dtype == torch.float64:
+        # Many builds of onnxruntime, sherpa-onnx's among them, have no cosine in float64; of one turn float32 is exact enough
+        angles = (angles - 2 * math.pi * (angles / (2 * math.pi)).floor()).float()
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def stream_positions(before: int | torch.Tensor, frames: int, device=None, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Positions of the frames of a chunk.
+
+    Arguments
+    ---------
+    before : int or torch.Tensor
+        Number of frames that came before them; as (B,) where the streams of a batch are of different age.
+    frames : int
+        Number T of frames.
+    device : torch.device, optional
+        Where to build them.
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        (T,), or (B, T) where streams are of different age.
+
+    Example
+    -------
+    >>> stream_positions(4, 2), stream_positions(torch.tensor([4, 0]), 2)
+    (tensor([4, 5]), tensor([[4, 5],
+            [0, 1]]))
+    """
+    if isinstance(before, torch.Tensor) and before.dim():
+        before = before.unsqueeze(1)
+    return before + torch.arange(frames, dtype=dtype, device=device)

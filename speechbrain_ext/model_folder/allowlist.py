@@ -17,6 +17,8 @@ CLASSES = {
     "speechbrain.decoders.scorer.CTCScorer",
     "speechbrain.decoders.scorer.ScorerBuilder",
     "speechbrain.lobes.features.Fbank",
+    "speechbrain.lobes.models.RNNLM.RNNLM",
+    "speechbrain.lobes.models.transformer.TransformerLM.TransformerLM",
     "speechbrain.nnet.linear.Linear",
     "speechbrain.processing.features.InputNormalization",
     "torch.nn.ModuleDict",
@@ -26,6 +28,8 @@ WITHOUT_ARGUMENTS = {"sentencepiece.SentencePieceProcessor"}
 """Whose arguments would name a file."""
 NAMES = {
     "speechbrain.decoders.ctc.ctc_greedy_decode",
+    "speechbrain.nnet.RNN.GRU",
+    "speechbrain.nnet.RNN.LSTM",
     "torch.nn.GELU",
     "torch.nn.LeakyReLU",
     "torch.nn.ReLU",

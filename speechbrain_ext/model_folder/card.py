@@ -14,6 +14,7 @@ from speechbrain_ext.utils.text import table
 HERE = "path/to/pretrained"  # stands for the model in the card's commands; publishing puts its name there
 
 _SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "kernel_size", "encoder_kwargs")
+_TRANSDUCER = ("predictor", "predictor_size", "joint_size")
 
 
 def model_card(tree, interface, rows, provenance=None):
@@ -153,7 +154,7 @@ def _metadata(encoder, rows, corpus):
 
 def _values(tree):
     """What the card says of the hparams, references resolved."""
-    said = ("encoder", "sample_rate", "vocab_size", "token_type", "text_normalization", "card", *_SIZES)
+    said = ("encoder", "sample_rate", "vocab_size", "token_type", "text_normalization", "card", *_SIZES, *_TRANSDUCER)
     keys = [key for key in said if key in tree]
     needed = {*keys, *needed_keys(tree, [tree[key] for key in keys])}
     text = StringIO()
@@ -162,7 +163,9 @@ def _values(tree):
 
 
 def _training(values, rows, provenance):
-    lines = {"encoder": values["encoder"]} | {key: _plain(values[key]) for key in _SIZES if values.get(key) not in (None, {})}
+    lines = {"encoder": values["encoder"]} | {
+        key: _plain(values[key]) for key in (*_SIZES, *_TRANSDUCER) if values.get(key) not in (None, {})
+    }
     # Of a tokenizer that was taken from elsewhere, the hparams do not know the type
     trained = provenance.get("tokenizer", "").startswith("trained") or not provenance
     lines["tokens"] = f"{values['vocab_size']} {values['token_type']}" if trained else values["vocab_size"]

@@ -9,6 +9,7 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_ext.model_folder import TOKENIZER, WEIGHTS
+from speechbrain_ext.model_folder.fetch import download
 from speechbrain_ext.model_folder.tokenizer_file import LARGEST_FILE, check_tokenizer
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError
@@ -126,6 +127,34 @@ def load_tokenizer(tokenizer, path):
         raise UserRuntimeError(f"{name} is damaged, or no SentencePiece model") from error
     if not tokenizer.vocab_size():
         raise UserRuntimeError(f"{name} is an empty SentencePiece model")
+
+
+def read_tokenizer(source):
+    """The tokenizer of a model.
+
+    Arguments
+    ---------
+    source : str or os.PathLike
+        A model folder, a Hugging Face repository, or a SentencePiece model.
+
+    Returns
+    -------
+    sentencepiece.SentencePieceProcessor
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    UserRuntimeError
+        If it is damaged.
+    """
+    path, tokenizer = Path(source), SentencePieceProcessor()
+    if not path.is_file():
+        path = (path if path.is_dir() else download(str(source), None, (TOKENIZER,))) / TOKENIZER
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} has no {TOKENIZER}; give a model folder, a repository or a SentencePiece model.")
+    load_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 @loadable

@@ -54,6 +54,13 @@ asr_model:
 modules:
     decoder: !ref <test_search>
 """
+_WITH_TRANSDUCER = """
+asr_model:
+    modules:
+        transducer: !ref <transducer>
+modules:
+    decoder: !ref <transducer_search>
+"""
 
 
 def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, rows=(), fused=False, provenance=None):
@@ -69,7 +76,7 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
         What they were built into.
     model : torch.nn.Module
         The weights: a module with the parts ``normalize``, ``subsampling``, ``transformer``, ``ctc_lin`` and, with a decoder,
-        ``seq_lin``.
+        ``seq_lin`` or, with a transducer, ``transducer``.
     tokenizer_file : str
         The SentencePiece model.
     rows : list of dict
@@ -110,7 +117,14 @@ def check_normalization(normalize):
 
 def interface(tree):
     """The class of SpeechBrain that loads the model of parsed training hparams."""
-    return "EncoderDecoderASR" if tree["num_decoder_layers"] else "EncoderASR"
+    return "EncoderASR" if _head(tree) is _CTC_ONLY else "EncoderDecoderASR"
+
+
+def _head(tree):
+    """What the head adds to a folder."""
+    if tree["num_decoder_layers"]:
+        return _WITH_DECODER
+    return _CTC_ONLY if tree.get("transducer") is None else _WITH_TRANSDUCER
 
 
 def model_parts(hparams):
@@ -128,6 +142,8 @@ def model_parts(hparams):
     names = {"normalize": "normalize", "subsampling": "subsampling", "transformer": "Transformer", "ctc_lin": "ctc_lin"}
     if hparams["num_decoder_layers"]:
         names["seq_lin"] = "seq_lin"
+    if hparams["transducer"] is not None:
+        names["transducer"] = "transducer"
     return torch.nn.ModuleDict({name: hparams[key] for name, key in names.items()})
 
 
@@ -150,7 +166,7 @@ def inference_hparams(tree, hparams, fused=False, provenance=None):
     str
     """
     own = ruamel.yaml.YAML().load(_PARTS)
-    for key, value in ruamel.yaml.YAML().load(_WITH_DECODER if tree["num_decoder_layers"] else _CTC_ONLY).items():
+    for key, value in ruamel.yaml.YAML().load(_head(tree)).items():
         _merge(own, key, value)
     picked = CommentedMap()
     plain = _Plain(tree | {key: value for key, value in own.items() if _is_object(value)}, hparams)

@@ -34,12 +34,14 @@ from speechbrain_ext.dataio.datasets import (
 )
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
+from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
-from speechbrain_ext.model_folder.write import write_model_folder
+from speechbrain_ext.model_folder.lm import load_lm
+from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.report import check_logger, draw_curve, examples, with_logger
 from speechbrain_ext.training.results import ResultRow, append_rows
-from speechbrain_ext.training.sources import architecture_of, locate, read_source
+from speechbrain_ext.training.sources import architecture_of, locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
@@ -67,6 +69,9 @@ RANGES = {
             "d_ffn",
             "n_mels",
             "streaming_chunk_size",
+            "predictor_size",
+            "joint_size",
+            "transducer_beam",
         ),
         (1, 10**9, WHOLE),
     ),
@@ -90,6 +95,8 @@ WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "fr
 """Keys of what a run begins with; they stay as they are while it goes on."""
 QUIET = ("speechbrain.dataio.sampler", "speechbrain.core", "speechbrain.utils.checkpoints", "speechbrain.utils.quirks")
 """Loggers that only say what is usual."""
+OF_TRAINING = ("dropout", "update_until_epoch", "momentum", "tgt_vocab", "num_decoder_layers", "identity_init")
+"""Arguments of a model's parts that change no answer, or that are a matter of tokens."""
 REFUSED = {
     "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
@@ -221,7 +228,9 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     origin |= {} if source is None else {"initial weights": source.digest}
     origin |= {} if tokenizer is None else {"tokens": file_digest(tokenizer_file)}
     hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
-    for search in ("ctc_search", "test_search"):
+    if hparams["lm"] is not None:
+        add_lm(hparams)
+    for search in ("ctc_search", "test_search", "transducer_search"):
         if hparams[search] is not None and not callable(hparams[search]):
             raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
         if hasattr(hparams[search], "check"):
@@ -230,6 +239,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
     if source is not None and hparams["checkpointer"].find_checkpoint() is None:
+        report_differences(source, setting, hparams)
         begin_with(source, hparams, tokenizer_file)
     hparams["train_logger"] = with_logger(hparams["train_logger"], hparams["logger"], output, hparams["experiment"])
     brain = make_brain(hparams, run_opts)
@@ -253,6 +263,17 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         shown = shown or examples(next(reversed(brain.error_rates.values())).scores)
         rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
     return keep(brain, setting, models, tokenizer_file, rows, shown, provenance(setting, hparams, source))
+
+
+def add_lm(hparams):
+    """Take the language model of the hparams into the joint search."""
+    search = hparams["test_search"]
+    if not hparams["num_decoder_layers"] or not hasattr(search, "add_scorer"):
+        raise UsageError(
+            f"lm is {hparams['lm']}, and there is no joint search that takes it; give null, or a decoder and its search."
+        )
+    lm = load_lm(hparams["lm"], hparams["tokenizer"])
+    search.add_scorer(make_scorer(lm, hparams["lm_temperature"]), hparams["lm_weight"])
 
 
 def take_paths(argv):
@@ -425,6 +446,9 @@ def check_ranges(plain, run_opts):
             f"The manifest of --mix is {mix['manifest']!r}, and {plain['corpus']} has splits; name one of them, or give all data "
             "as manifests (--train_manifest)."
         )
+    for key in ("init_include", "init_exclude"):
+        if plain[key] and plain["init_from"] is None:
+            raise UsageError(f"--{key} is {_plain(plain[key])!r}, and there is no model to take it from; give --init_from MODEL.")
     indices = [plain[f"{role}_index"] for role in ROLES]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
@@ -496,19 +520,9 @@ def _literal(key, value):
 
 def check_folder(output, asked, data_moved):
     """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
-    path = output / "hyperparams.yaml"
-    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
-    if not path.exists() or not has_weights:  # such as of a run that stopped before it had learned anything
+    before, now = recorded(output), ruamel.yaml.YAML().load(asked)
+    if before is None:
         return
-    yaml = ruamel.yaml.YAML()
-    now = yaml.load(asked)
-    try:
-        before = dict(yaml.load(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
-            "--output_folder."
-        ) from error
     fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
     fixed |= needed_keys(now, [now["speech_encoder"]])
     for key in sorted(fixed, key=list(now).index):
@@ -518,6 +532,21 @@ def check_folder(output, asked, data_moved):
             raise UsageError(
                 f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder{moved}."
             )
+
+
+def recorded(output):
+    """The settings of the run in a folder; None where there is none, or only one that stopped before it had learned anything."""
+    path = output / "hyperparams.yaml"
+    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
+    if not path.exists() or not has_weights:
+        return None
+    try:
+        return dict(ruamel.yaml.YAML().load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
+            "--output_folder."
+        ) from error
 
 
 def _plain(node):
@@ -564,15 +593,19 @@ def prepare_corpus(hparams):
 
 
 def find_model(setting):
-    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it."""
+    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it, and
+    the architecture of that commit."""
     plain = setting.plain()
     given = plain["init_from"]
     if given is None:
         return setting, None
-    record = Path(plain["output_folder"]) / "hyperparams.yaml"
-    before = ruamel.yaml.YAML().load(record.read_text(encoding="utf-8")).get("init_from") if record.exists() else None
+    before = (recorded(Path(plain["output_folder"])) or {}).get("init_from")
     run_on_main(locate, [given, before])  # the other processes find it in the cache
     name, path = locate(given, before)
+    if any(isinstance(each, dict) for each in setting.files):  # the architecture, of what a repository holds now
+        file, keys = read_architecture(name, path)
+        files = [keys if isinstance(each, dict) else each for each in setting.files[1:]]
+        setting = dataclasses.replace(setting, files=[str(Path(setting.files[0]).parent / file), *files])
     return setting.replace(init_from=name), path
 
 
@@ -606,6 +639,26 @@ def report_unknown(dataset, tokenizer, name):
     if unknown:
         shown = listing([f"{character} ({count})" for character, count in unknown.most_common()])
         logger.warning("%s: transcripts hold characters that the tokenizer lacks (in how many): %s", name, shown)
+
+
+def report_differences(source, setting, hparams):
+    """Tell in what a model of ours was built otherwise than the one that takes its weights, as shapes do not show all of it."""
+    if source.settings is None:
+        return
+    yaml = ruamel.yaml.YAML()
+    ours = yaml.load(inference_hparams(yaml.load(setting.text()), hparams))
+    for part in ("sample_rate", "compute_features", "normalize", "subsampling", "Transformer"):
+        old, new = (_settings_of(part, tree[part]) for tree in (source.settings, ours))
+        for key in old:
+            if key in new and old[key] != new[key]:  # folders of other versions may lack some
+                logger.warning("%s has %s %s, and this model %s.", source.name, key, old[key], new[key])
+
+
+def _settings_of(part, node):
+    """What decides what a part answers, by name."""
+    if not isinstance(node, dict):
+        return {part: _plain(node)}
+    return {part: tag_of(node)} | {f"{part}: {key}": _plain(value) for key, value in node.items() if key not in OF_TRAINING}
 
 
 def make_brain(hparams, run_opts):

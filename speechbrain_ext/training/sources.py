@@ -1,5 +1,6 @@
 """Trained weights from wherever they are, under the names of a model folder: where a warm start begins."""
 
+import contextlib
 import io
 import re
 import tarfile
@@ -10,6 +11,7 @@ import ruamel.yaml
 import safetensors
 import safetensors.torch
 import torch
+from sentencepiece import SentencePieceProcessor
 from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_ext.convert import convert_nemo, convert_speechbrain
@@ -17,6 +19,7 @@ from speechbrain_ext.hparams import merge_hparams, parse_overrides
 from speechbrain_ext.model_folder import FILES, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import parse
 from speechbrain_ext.model_folder.fetch import HUB_ID, download
+from speechbrain_ext.model_folder.tokenizer_file import check_tokenizer
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.files import file_digest
 
@@ -25,6 +28,8 @@ FETCHED = (*FILES, *SPEECHBRAIN_WEIGHTS, "normalizer.ckpt", "*.nemo")
 """What is fetched of a repository: no language model, and no audio."""
 _SPEECHBRAIN_PARTS = {"0": "subsampling", "1": "transformer", "2": "seq_lin", "3": "ctc_lin"}
 """What the list of modules holds that SpeechBrain's recipes save, in its order."""
+_PLACES = {"sample_rate": "sample_rate", "n_mels": "n_mels", "input_size": "n_mels", "dropout": "dropout"}
+"""Keys of training hparams that arguments of the features and of the front end refer to."""
 
 
 class Source(NamedTuple):
@@ -39,9 +44,11 @@ class Source(NamedTuple):
     digest: str
     """SHA-256 of the file of the weights."""
     tokenizer: bytes | None = None
-    """A SentencePiece model."""
+    """A SentencePiece model that :func:`checked_tokenizer` has let pass."""
     blank: int = 0
     """The output that is CTC's blank."""
+    settings: dict | None = None
+    """What the ``hyperparams.yaml`` of a model folder says."""
 
 
 def locate(given, before=None):
@@ -112,7 +119,7 @@ def architecture_of(hparams_file, init_from=None):
         raise UserError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
     run_on_main(locate, [init_from])
     file, keys = read_architecture(*locate(init_from))
-    path = Path(hparams_file).with_name(file)
+    path = Path(hparams_file).parent / file
     if not path.is_file():
         raise UserError(
             f"{init_from} was trained with {file}, which is not beside {hparams_file}; name the architecture in a file that "
@@ -148,15 +155,24 @@ def read_architecture(name, path):
     if not path.is_file() or not path.with_name(WEIGHTS).is_file():
         raise UserError(f"{name} is no model folder of this package, and so has no architecture to take; {remedy}")
     tree = _settings(name, path)
-    file = (tree.get("provenance") or {}).get("hparams")
-    if not isinstance(file, str):
+    origin = tree.get("provenance")
+    file = origin.get("hparams") if isinstance(origin, dict) else None
+    if not file or not isinstance(file, str):
         raise UserError(f"The model {name} does not say which hparams file it was trained with; {remedy}")
-    model, encoder = tree["Transformer"], tree["speech_encoder"]
+    model, encoder, features = tree["Transformer"], tree["speech_encoder"], tree["compute_features"]
+    bins = {"n_mels": features["n_mels"]} if isinstance(features, dict) and "n_mels" in features else {}
     names = ("encoder_kwargs", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "dropout", "kernel_size")
-    keys = {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
+    keys = bins | {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
+    for part in (keys["compute_features"], keys["subsampling"]):
+        for key, place in _PLACES.items() if isinstance(part, dict) else ():
+            if key in part:  # a folder has its value; here it follows the key, which may be given another one
+                part[key] = ruamel.yaml.YAML().load(f"!ref <{place}>")
     keys |= {"encoder": model["encoder_module"]} | {key: model[key] for key in names if key in model}
-    keys |= {"streaming_chunk_size": encoder["chunk_size"], "streaming_left_context": encoder["left_context"]}
-    return Path(file).name, keys | {key: tree["compute_features"][key] for key in ("n_mels",) if key in tree["compute_features"]}
+    head = tree.get("transducer")
+    names = ("predictor", "predictor_size", "predictor_context", "predictor_layers", "joint_size")
+    keys |= {key: head[key] for key in names if key in head} if isinstance(head, dict) else {}
+    keys |= {"streaming_chunk_size": encoder.get("chunk_size"), "streaming_left_context": encoder.get("left_context")}
+    return Path(file).name, keys
 
 
 def read_source(name, path, nhead):
@@ -170,7 +186,7 @@ def read_source(name, path, nhead):
         A model folder, a folder of SpeechBrain, a ``.nemo`` file or a folder with one, or a state file (``.safetensors``, or what
         ``torch.save`` wrote of tensors).
     nhead : int
-        Attention heads of the model here, which SpeechBrain's weights are laid out for.
+        Attention heads of the model here, which SpeechBrain's weights are laid out for, and which no shape shows.
 
     Returns
     -------
@@ -184,7 +200,7 @@ def read_source(name, path, nhead):
     path = Path(path)
     if path.is_dir():
         if (path / WEIGHTS).is_file() and (path / HYPERPARAMS).is_file():
-            return _model_folder(name, path)
+            return _model_folder(name, path, nhead)
         for weights in SPEECHBRAIN_WEIGHTS:
             if (path / weights).is_file():
                 return _speechbrain_folder(name, path, path / weights, nhead)
@@ -201,40 +217,78 @@ def read_source(name, path, nhead):
     if any("convolution_module" in key for key in weights):
         return Source(name, "weights of SpeechBrain", _of_speechbrain(name, weights, nhead), file_digest(path))
     if any(key.endswith("pre_ln.weight") for key in weights):
-        return Source(name, "weights of NeMo", _of_nemo(weights), file_digest(path))
+        return Source(name, "weights of NeMo", _of_nemo(name, weights), file_digest(path))
     return Source(name, "a state file", _plain_names(weights), file_digest(path))
 
 
-def _model_folder(name, path):
+def checked_tokenizer(data, name):
+    """A stranger's tokenizer, once it is sure that SentencePiece reads it and comes to no harm.
+
+    Arguments
+    ---------
+    data : bytes or None
+        A SentencePiece model.
+    name : str
+        What messages call it.
+
+    Returns
+    -------
+    bytes or None
+        The same.
+
+    Raises
+    ------
+    UserError
+        If it is damaged, or could do harm.
+    """
+    try:
+        if data is not None:
+            check_tokenizer(data)
+            SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        what = str(error) if isinstance(error, UserRuntimeError) else "is damaged, or no SentencePiece model"
+        raise UserError(f"The tokenizer {name} {what}; give another one.") from error
+    return data
+
+
+def _model_folder(name, path, nhead):
     """A model folder of this package."""
     settings = _settings(name, path / HYPERPARAMS)
     blank = settings["blank_index"]
+    _check_heads(name, settings["Transformer"].get("nhead", nhead), nhead)
     fused = any(_is_fused(settings[key]) for key in ("subsampling", "Transformer"))
     if fused:
         raise UserError(
             f"The model {name} is fused: its BatchNorms are folded into the weights, and cannot be trained; give the folder "
             "'pretrained_unfused' beside it."
         )
-    tokenizer = path / TOKENIZER
-    tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
-    return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank)
+    tokenizer = _tokenizer_in(name, path)
+    return Source(name, "a model folder", _load(name, path / WEIGHTS), file_digest(path / WEIGHTS), tokenizer, blank, settings)
+
+
+def _tokenizer_in(name, folder):
+    path = folder / TOKENIZER
+    return checked_tokenizer(path.read_bytes() if path.is_file() else None, f"of {name}")
 
 
 def _settings(name, path):
     """The settings of a model folder as plain values, once it is sure that they are no more."""
-    text = path.read_text(encoding="utf-8")
     needed = {"subsampling", "Transformer", "compute_features", "normalize", "speech_encoder", "sample_rate", "blank_index"}
     try:
-        missing = needed - parse(text).keys()
-        if missing:
+        text = path.read_text(encoding="utf-8")
+        if missing := needed - parse(text).keys():
             raise UserError(f"it has no {min(missing)}")
-    except UserError as error:
+        tree = ruamel.yaml.YAML().load(text)
+        for key, wanted in (("Transformer", "encoder_module"), ("speech_encoder", "transformer")):
+            if not isinstance(tree[key], dict) or wanted not in tree[key]:
+                raise UserError(f"its {key} has no {wanted}")
+    except (UserError, UnicodeError) as error:
         raise UserRuntimeError(f"The {HYPERPARAMS} of {name} is that of no model here ({one_line(error, 100)}).") from error
-    return ruamel.yaml.YAML().load(text)
+    return tree
 
 
 def _is_fused(settings):
-    return bool(settings.get("fused") or (settings.get("encoder_kwargs") or {}).get("fused"))
+    return isinstance(settings, dict) and (bool(settings.get("fused")) or _is_fused(settings.get("encoder_kwargs")))
 
 
 def _load(name, path):
@@ -259,7 +313,8 @@ def _tensors(name, state):
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
+    found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
     if not found:
         raise UserError(f"{name} holds no weights by name; give the state of a model.")
     return found
@@ -270,18 +325,34 @@ def _plain_names(weights):
     return {re.sub(r"^(module\.)?(speech_encoder\.)?", "", key): value for key, value in weights.items()}
 
 
+@contextlib.contextmanager
+def _converting(name):
+    """Weights may have any names and shapes: where they are not those of the model that they look like, there is a sentence."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name} cannot be taken: {one_line(error)}") from error
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{name} has weights with names or shapes that no model of its kind has ({one_line(error, 100)}); give another file."
+        ) from error
+
+
 def _speechbrain_folder(name, path, weights, nhead):
-    """A folder of SpeechBrain's inference, or a checkpoint of its recipes."""
+    """A folder of SpeechBrain's inference, or a checkpoint of its recipes or of a run here."""
     settings = path / HYPERPARAMS
-    stated = re.search(r"^nhead: *(\d+)", settings.read_text(encoding="utf-8"), re.MULTILINE) if settings.is_file() else None
+    text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
+    stated = re.search(r"^nhead: *(\d+)", text, re.MULTILINE)
     _check_heads(name, int(stated[1]) if stated else nhead, nhead)
-    state = _of_speechbrain(name, _load(name, weights), nhead)
-    normalizer, tokenizer = path / "normalizer.ckpt", path / TOKENIZER
+    state = _load(name, weights)
+    if any(key.startswith("speech_encoder.") for key in state):
+        return Source(name, "a checkpoint of a run", _plain_names(state), file_digest(weights))
+    state = _of_speechbrain(name, state, nhead)
+    normalizer = path / "normalizer.ckpt"
     if normalizer.is_file():
         state |= {f"normalize.{key}": value for key, value in _load_statistics(name, normalizer).items()}
-    tokenizer = tokenizer.read_bytes() if tokenizer.is_file() else None
     # Blank and unknown are token 0 in SpeechBrain's recipes
-    return Source(name, "a folder of SpeechBrain", state, file_digest(weights), tokenizer, 0)
+    return Source(name, "a folder of SpeechBrain", state, file_digest(weights), _tokenizer_in(name, path), 0)
 
 
 def _check_heads(name, theirs, nhead):
@@ -301,13 +372,15 @@ def _load_statistics(name, path):
 
 def _of_speechbrain(name, weights, nhead):
     """Names of a model folder for those of SpeechBrain's recipes: a list of front end, Transformer and two heads, or a part."""
+    weights, found = {key.removeprefix("module."): value for key, value in weights.items()}, {}
     for key, value in weights.items():
-        if key.endswith("mha_layer.pos_bias_u"):
+        if key.endswith("mha_layer.pos_bias_u") and value.dim() == 2:
             _check_heads(name, value.shape[1], nhead)
     whole = any(key.partition(".")[0] in _SPEECHBRAIN_PARTS for key in weights)
     alone = "transformer." if any(key.startswith("encoder.") for key in weights) else "transformer.encoder."
-    found = {}
-    for key, value in convert_speechbrain(weights, nhead).items():
+    with _converting(name):
+        converted = convert_speechbrain(weights, nhead)
+    for key, value in converted.items():
         place, _, rest = key.partition(".")
         block = re.fullmatch(r"convblock_(\d)\.convs\.(conv|norm)_0\.(?:conv|norm)\.(\w+)", rest)
         if block:
@@ -329,15 +402,21 @@ def _nemo(name, path):
         raise UserError(f"{name} holds no model_weights.ckpt, as an archive of NeMo does; give another one.")
     try:
         weights = torch.load(io.BytesIO(members["model_weights.ckpt"]), map_location="cpu", weights_only=True)
-        settings = ruamel.yaml.YAML(typ="safe").load(members.get("model_config.yaml", b"{}")).get("encoder", {})
-    except Exception as error:  # whatever unpickling and YAML come to
+    except Exception as error:  # whatever unpickling comes to
         raise UserRuntimeError(f"{name} is damaged, or holds more than tensors ({one_line(error, 100)}).") from error
-    places = {"reduce_before": settings.get("time_reduce_idx"), "recover_before": settings.get("time_recovery_idx")}
-    weights = _of_nemo(weights, **places)
+    try:
+        settings = ruamel.yaml.YAML(typ="safe").load(members.get("model_config.yaml", b"encoder: {}"))["encoder"]
+        places = {"reduce_before": settings.get("time_reduce_idx"), "recover_before": settings.get("time_recovery_idx")}
+        if wrong := [place for place in places.values() if not isinstance(place, int | None)]:
+            raise UserError(f"{wrong[0]!r} is no number of a block")
+    except Exception as error:  # whatever YAML comes to
+        raise UserError(f"The model_config.yaml of {name} states no encoder of NeMo ({one_line(error, 100)}).") from error
+    weights = _of_nemo(name, _tensors(name, weights), **places)
     tokenizers = [content for member, content in members.items() if member.endswith("tokenizer.model")]
     head = weights.get("ctc_lin.w.weight")
     blank = 0 if head is None else len(head) - 1  # the last output
-    return Source(name, "a model of NeMo", weights, file_digest(path), tokenizers[0] if tokenizers else None, blank)
+    tokenizer = checked_tokenizer(tokenizers[0] if len(tokenizers) == 1 else None, f"of {name}")
+    return Source(name, "a model of NeMo", weights, file_digest(path), tokenizer, blank)
 
 
 def _is_wanted(member):
@@ -345,6 +424,7 @@ def _is_wanted(member):
     return member.isfile() and member.name.endswith(("model_weights.ckpt", "model_config.yaml", "tokenizer.model"))
 
 
-def _of_nemo(weights, **places):
-    converted = convert_nemo(weights, **places)
+def _of_nemo(name, weights, **places):
+    with _converting(name):
+        converted = convert_nemo(weights, **places)
     return {re.sub("^head", "ctc_lin", key): value for key, value in converted.items()}

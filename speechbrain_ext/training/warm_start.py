@@ -13,13 +13,14 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
 from speechbrain_ext.model_folder.write import model_parts
+from speechbrain_ext.training.sources import checked_tokenizer
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.prefixes import begins_with, check_prefixes
 from speechbrain_ext.utils.text import listing, table
 
 logger = get_logger(__name__)
 
-OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module")
+OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module", "transducer.predictor.embedding", "transducer.out")
 """Prefixes of weights that have a row for each token."""
 LOADED, EXCLUDED, ABSENT, UNUSED = "loaded", "excluded", "not in the source", "not in this model"
 UNKNOWN = "not loaded: which token each row is of is not known"
@@ -57,7 +58,8 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
     Raises
     ------
     UserError
-        If a prefix matches nothing, a weight has another shape that no tokenizer explains, or nothing would be taken.
+        If a prefix matches nothing, a weight has another shape that no tokenizer explains or is not finite, or nothing would be
+        taken.
 
     Example
     -------
@@ -122,6 +124,10 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
             f"Nothing of {source.name} would be loaded: it has {theirs}, and this model {ours}; see what init_include and "
             "init_exclude leave."
         )
+    if broken := [name for name in outcomes if outcomes[name].startswith(LOADED) and not torch.isfinite(state[name]).all()]:
+        raise UserError(
+            f"{source.name} has {len(broken)} weights with NaN or infinite values, such as {broken[0]}; give another model."
+        )
     model.load_state_dict(state)
     return text
 
@@ -152,14 +158,14 @@ def chosen_tokenizer(hparams, source):
     if chosen == "init":
         if source.tokenizer is None:
             raise UserError(
-                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
-                "one, --tokenizer_from new."
+                f"{source.name} does not say what its tokens are; give the tokenizer that it was trained with, --tokenizer_from "
+                "FILE, or train a new one, --tokenizer_from new."
             )
         model = source.tokenizer
     elif not Path(chosen).is_file():
         raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
     else:
-        model = Path(chosen).read_bytes()
+        model = checked_tokenizer(Path(chosen).read_bytes(), chosen)
     return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
 
 

@@ -1,8 +1,8 @@
 """Make the model folders that must always load: one of each kind, as this version of the format writes them.
 
-    python tests/data/make_model_folders.py VERSION
+    python tests/data/make_model_folders.py VERSION KIND...
 
-It was run once for each version of the format; what it wrote stays as it is.
+It was run once for each version of the format and each kind; what it wrote stays as it is.
 """
 
 import json
@@ -27,12 +27,13 @@ KINDS = {
     "joint": ("conformer", 1, {}),
     "cascade": ("practical_conformer", 0, {}),
     "fused": ("fusionformer", 0, {}),
+    "transducer": ("hyperconformer_transducer", 0, {"predictor_size": 8, "joint_size": 8}),
 }
 
 
-def main(version):
-    torch.manual_seed(0)
-    for kind, (name, layers, keys) in KINDS.items():
+def main(version, *kinds):
+    for kind, (name, layers, keys) in ((kind, KINDS[kind]) for kind in kinds):
+        torch.manual_seed(0)
         folder = HERE / "model_folders" / f"{kind}-v{version}"
         with tempfile.TemporaryDirectory() as place:
             place = Path(place)
@@ -43,14 +44,22 @@ def main(version):
                 hparams["subsampling"].fuse_()
                 hparams["Transformer"].encoder.fuse_()
                 write_model_folder(place / "model", text, hparams, model_parts(hparams), place / "t.model", fused=True)
+            if kind == "transducer":  # one that says something
+                text = (place / "hparams.yaml").read_text()
+                with torch.no_grad():
+                    hparams["transducer"].out.weight.mul_(10)
+                    hparams["transducer"].out.bias[0] -= 2
+                write_model_folder(place / "model", text, hparams, model_parts(hparams), place / "t.model")
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(place / "model", folder)
         model = load_model(folder, "cpu")
         wav = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
         answer = model.frames(wav, torch.ones(1))[0][0]
         expected = {"frames": len(answer), "tokens": answer.argmax(-1).tolist(), "first": answer[0].tolist()}
+        if kind == "transducer":
+            expected["said"] = model.transcribe_batch(wav, torch.ones(1))[1][0]
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -6,8 +6,9 @@ import torch
 import torchaudio
 from tiny import make_model
 
+from speechbrain_ext.export.onnx_whole import Features
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.lobes.features import FeatureStream, InputNormalization, KaldiFbank, raw_features
+from speechbrain_ext.lobes.features import Fbank, FeatureStream, InputNormalization, KaldiFbank, clip_features, raw_features
 from speechbrain_ext.lobes.filter_banks import Framing
 
 LENGTHS = [16000, 15999, 8000, 4961, 640, 400, 240, 239, 130, 100, 79, 10, 1, 0]
@@ -76,6 +77,28 @@ def test_ends_are_mirrored_as_numpy_does(length):
     expected = np.pad(wavs[0, :length].numpy(), (5, 9), "symmetric")
     np.testing.assert_array_equal(extended[0, : length + 14].numpy(), expected)
     np.testing.assert_array_equal(extended[1].numpy(), np.pad(wavs[1].numpy(), (5, 9), "symmetric"))
+
+
+def test_fbank_without_the_mean_of_the_utterance():
+    """Alone, in a batch, in a graph, with an offset and without; and it does not stream."""
+    fbank, lengths, wavs = Fbank(n_mels=80, remove_dc=True), [16000, 9000, 1], torch.zeros(3, 16000)
+    for i, length in enumerate(lengths):
+        wavs[i, :length] = 0.2 * (i + 1) + signal(length, "tone")
+    relative = torch.tensor(lengths) / 16000
+    feats, lens = raw_features(fbank, wavs, relative)
+    feats = clip_features(fbank, feats, lens)
+    normalize = InputNormalization("sentence").eval()
+    graph = Features(fbank, normalize)(wavs, torch.tensor(lengths))[0]
+    for i, length in enumerate(lengths[:2]):
+        alone, plain = fbank(wavs[i : i + 1, :length])[0], signal(length, "tone")
+        torch.testing.assert_close(feats[i, : len(alone)], alone, atol=1e-3, rtol=0)
+        torch.testing.assert_close(alone, Fbank(n_mels=80)((plain - plain.mean()).unsqueeze(0))[0], atol=1e-2, rtol=0)
+        assert (alone - Fbank(n_mels=80)(wavs[i : i + 1, :length])[0]).abs().max() > 1
+        torch.testing.assert_close(graph[i, : len(alone)], normalize(alone.unsqueeze(0))[0], atol=1e-2, rtol=0)
+    assert feats.isfinite().all()
+    for call in (lambda: FeatureStream(fbank, normalize, 16), lambda: clip_features(fbank, feats, lens, 16)):
+        with pytest.raises(ValueError, match="remove_dc looks at the whole utterance and does not stream; leave remove_dc out"):
+            call()
 
 
 def test_half_precision_and_gradients():

@@ -85,7 +85,7 @@ def test_chunks_mix_themselves_and_their_left_context(left, tied):
     for start in range(0, frames, size):
         first = 0 if left is None else max(0, start - left * size)
         part = slice(first, start + size)
-        alone = net.mix(x[:, part], (positions[part], None, None))
+        alone = net.mix(x[:, part], (positions[:, part], None, None))
         torch.testing.assert_close(out[:, start : start + size], alone[:, start - first :], atol=1e-5, rtol=0)
 
 

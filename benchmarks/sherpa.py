@@ -1,0 +1,91 @@
+"""Speed, size and memory of every encoder in sherpa-onnx, and whether it writes there what PyTorch does.
+
+    python benchmarks/sherpa.py --audio FILE_OR_FOLDER ...
+
+Models of equal work with random weights, 144 wide, 6 blocks, 128 tokens; what they write means nothing, and is the stricter
+test, as no token is certain. Each is exported, and runs in sherpa-onnx in a process of its own: real-time factor on one thread,
+the most memory that the process took, model and audio included, and texts, of whole utterances also in a batch and of streams
+also beside others. Streams have chunks of 640 ms and see 4 chunks back. ``--models`` takes trained model folders instead. Rows of
+the same encoder, type and precision are replaced. Other systems on the same harness, with error rates: ``peers.py``.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from speechbrain_ext.dataio.tokenizer import train_tokenizer
+from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa
+from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
+from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.model_folder.write import model_parts, write_model_folder
+from speechbrain_ext.registry import list_encoders
+from speechbrain_ext.utils.files import read_csv, write_csv
+from speechbrain_ext.utils.machine import cpu_name
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "sherpa.csv"
+FIELDS = ("encoder", "type", "precision", "utterances", "texts_equal", "letters_differ", "largest_difference")
+FIELDS += ("tokens_differ", "size_mib", "real_time_factor", "peak_mib", "sherpa_onnx", "cpu")
+ROW = FIELDS[:3]
+"""What a row is of."""
+FILES = {"cascade": "cascade_hyperconformer_squeezeformer"}
+"""Hparams files that are not called as their encoder is."""
+SIZE = {"d_model": 144, "nhead": 8, "num_encoder_layers": 6, "num_decoder_layers": 0, "d_ffn": 576}
+SIZE |= {"encoder_kwargs": "null", "vocab_size": 128, "number_of_epochs": 1}
+KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
+CENTRED = "!new:speechbrain_ext.lobes.features.Fbank {sample_rate: 16000, n_mels: 80, remove_dc: true}"
+SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
+
+
+def untrained(folder, encoder, features):
+    """Write a model with random weights, and tokens from the words of the licence."""
+    lines = [line.strip().upper() for line in (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()]
+    text = [line.replace(",", "").replace('"', "") for line in lines if line]
+    write_csv(folder / "text.csv", ("ID", "wrd"), enumerate(text))
+    train_tokenizer(folder / "text.csv", folder / "t.model", SIZE["vocab_size"], "unigram", 0, 1, 2, 3)
+    keys = SIZE | {"encoder": encoder, "output_folder": folder / "run", "compute_features": features, "normalize": SENTENCE}
+    overrides = "\n".join(f"{key}: {value}" for key, value in keys.items())
+    path = ROOT / "hparams" / f"{FILES.get(encoder, encoder)}.yaml"
+    hparams = load_hparams(path, overrides)
+    write_model_folder(folder / "model", merge_hparams(path, overrides), hparams, model_parts(hparams), folder / "t.model", [])
+    return folder / "model"
+
+
+def row(source, encoder, kind, precision, audio):
+    """Export a model and let it run; the values of a row, in the order of the fields."""
+    keys = {"streaming": True, "chunk_size": 16, "left_context": 4} if kind in STREAMS else {}
+    keys["hotwords"] = kind in TRANSDUCERS
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        source = source or untrained(temporary, encoder, CENTRED if kind == "omnilingual_asr_ctc" else KALDI)
+        int8 = precision == "int8"
+        report = export_sherpa(source, temporary / "sherpa", audio=audio, int8=int8, tolerance=1.0 if int8 else None, **keys)
+    found, texts = report.onnx, report.texts
+    numbers = [len(texts.wanted), texts.equal, f"{texts.error:.4f}", f"{found.max_difference:.2g}", f"{found.token_error:.4f}"]
+    numbers += [f"{found.size / 2**20:.1f}", f"{texts.real_time_factor:.4f}", round(texts.peak_mib)]
+    return [encoder, report.kind, precision, *numbers, texts.version, cpu_name()]
+
+
+def main():
+    """Run all and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=(), help="model folders, in place of untrained models of all encoders")
+    parser.add_argument("--encoders", nargs="+", help="of all, these")
+    parser.add_argument("--types", nargs="+", choices=GRAPHS, default=tuple(GRAPHS), help="of all, these")
+    parser.add_argument("--audio", nargs="+", required=True, help="audio files, or folders in LibriSpeech layout")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    arguments = parser.parse_args()
+    sources = [(folder, Path(folder).name) for folder in arguments.models]
+    sources = sources or [(None, encoder) for encoder in arguments.encoders or list_encoders()]
+    before = read_csv(arguments.out) if arguments.out.exists() else []
+    rows = {tuple(found[key] for key in ROW): list(found.values()) for found in before}
+    for source, encoder in sources:
+        for kind in arguments.types:
+            for precision in ("float32", "int8"):
+                rows[encoder, kind, precision] = row(source, encoder, kind, precision, arguments.audio)
+                print(*rows[encoder, kind, precision], sep=",", flush=True)
+                write_csv(arguments.out, FIELDS, [rows[key] for key in sorted(rows)])
+
+
+if __name__ == "__main__":
+    main()

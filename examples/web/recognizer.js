@@ -1,0 +1,170 @@
+// A model that `python -m speechbrain_ext export --streaming` wrote: samples in, words out, chunk by chunk.
+
+import * as ort from './node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
+
+ort.env.wasm.numThreads = 1; // more need headers that a static server does not send
+
+const ARRAYS = {float32: Float32Array, float64: Float64Array, int64: BigInt64Array};
+const FORMAT = 'speechbrain_ext';
+const METADATA_PROPS = 14; // of ONNX's ModelProto
+
+/** The metadata of an ONNX file, which onnxruntime-web does not hand out: its protocol buffer is walked over. */
+export function metadataOf(bytes) {
+  const about = {};
+  for (const [field, value] of fieldsOf(bytes)) {
+    if (field === METADATA_PROPS) {
+      const entry = new Map(fieldsOf(value));
+      const [key, text] = [1, 2].map((part) => new TextDecoder().decode(entry.get(part)));
+      about[key] = text;
+    }
+  }
+  return about;
+}
+
+function* fieldsOf(bytes) {
+  let place = 0;
+  const varint = () => {
+    let value = 0;
+    for (let scale = 1; ; scale *= 128) {
+      const byte = bytes[place++];
+      value += (byte & 127) * scale;
+      if (!(byte & 128)) return value;
+    }
+  };
+  while (place < bytes.length) {
+    const tag = varint();
+    const kind = tag & 7;
+    const size = kind === 2 ? varint() : {1: 8, 5: 4}[kind];
+    if (size === undefined) {
+      varint(); // a number
+      continue;
+    }
+    yield [Math.floor(tag / 8), bytes.subarray(place, place + size)];
+    place += size;
+  }
+}
+
+export class Recognizer {
+  /** Load a model; throws an Error that says what to do. */
+  static async load(url) {
+    const response = await fetch(url);
+    if (!response.ok) throw new Error(`There is no ${url} beside this page.`);
+    const bytes = new Uint8Array(await response.arrayBuffer());
+    const about = metadataOf(bytes);
+    if (about.format !== FORMAT || about.mode !== 'streaming') {
+      throw new Error(`${url} was not written by "python -m ${FORMAT} export --streaming".`);
+    }
+    return new Recognizer(await ort.InferenceSession.create(bytes), about, bytes.length);
+  }
+
+  constructor(session, about, bytes) {
+    this.session = session;
+    this.bytes = bytes;
+    this.encoder = about.encoder;
+    this.sampleRate = Number(about.sample_rate);
+    this.secondsPerFrame = Number(about.seconds_per_frame);
+    this.blank = Number(about.blank_index);
+    this.symbols = JSON.parse(about.tokens);
+    this.states = JSON.parse(about.state);
+    const names = ['window', 'before', 'hop_length', 'chunk_step', 'chunk_samples'];
+    [this.window, this.before, this.hop, this.step, this.size] = names.map((name) => Number(about[name]));
+    this.mirrors = about.ends === 'mirrored';
+    this.reset();
+  }
+
+  /** Seconds of audio per chunk. */
+  get chunkSeconds() {
+    return this.step / this.sampleRate;
+  }
+
+  /** Seconds that have been heard. */
+  get seconds() {
+    return this.heard / this.sampleRate;
+  }
+
+  /** Begin a stream. */
+  reset() {
+    this.kept = new Float32Array(0); // the samples from number `from` on
+    this.from = this.heard = this.chunk = this.frames = this.computing = 0;
+    this.last = this.blank;
+    this.tokens = []; // {symbol, time}
+    this.given = {};
+    for (const {input, shape, type} of this.states) {
+      const sizes = shape.map((size) => (size === 'batch' ? 1 : size));
+      const length = sizes.reduce((product, size) => product * size, 1);
+      this.given[input] = new ort.Tensor(type, new ARRAYS[type](length), sizes);
+    }
+  }
+
+  /** Take in samples in [-1, 1]. */
+  async accept(samples) {
+    const joined = new Float32Array(this.kept.length + samples.length);
+    joined.set(this.kept);
+    joined.set(samples, this.kept.length);
+    this.kept = joined;
+    this.heard += samples.length;
+    while (this.heard >= this.start + this.size) await this.#run(this.start + this.size);
+    const from = Math.min(Math.max(0, this.start - this.window), this.heard);
+    this.kept = this.kept.slice(from - this.from);
+    this.from = from;
+  }
+
+  /** End the stream: what fills no chunk is heard, too. */
+  async finish() {
+    if (!this.heard) return;
+    const frames = Math.max(1, Math.floor((this.heard + this.before - Math.floor(this.window / 2)) / this.hop) + 1);
+    const end = (frames - 1) * this.hop + this.window - this.before; // of the last frame's window
+    while (this.chunk * this.step < frames * this.hop) await this.#run(Math.min(this.start + this.size, end));
+  }
+
+  /** Where the next chunk's first window begins; the first one begins before the first sample. */
+  get start() {
+    return this.chunk * this.step - this.before;
+  }
+
+  /** The sample of a number; beyond the ends there are zeros, or the samples mirrored. */
+  #sample(number) {
+    if (number < 0 || number >= this.heard) {
+      if (!this.mirrors) return 0;
+      const period = 2 * this.heard;
+      number = ((number % period) + period) % period;
+      if (number >= this.heard) number = period - 1 - number;
+    }
+    return this.kept[number - this.from];
+  }
+
+  async #run(end) {
+    const began = performance.now();
+    const start = this.start;
+    const waveform = Float32Array.from({length: end - start}, (_, i) => this.#sample(start + i));
+    const found = await this.session.run({waveform: new ort.Tensor('float32', waveform, [1, waveform.length]), ...this.given});
+    for (const {input, output} of this.states) this.given[input] = found[output];
+    this.chunk += 1;
+    this.#search(found.log_probs);
+    this.computing += (performance.now() - began) / 1000;
+  }
+
+  /** The best token of each frame, without blanks and repetitions. */
+  #search({data, dims: [, frames, size]}) {
+    for (let frame = 0; frame < frames; frame++, this.frames++) {
+      const scores = data.subarray(frame * size, (frame + 1) * size);
+      const token = scores.indexOf(scores.reduce((most, score) => Math.max(most, score)));
+      if (token !== this.blank && token !== this.last) {
+        this.tokens.push({symbol: this.symbols[token], time: this.frames * this.secondsPerFrame});
+      }
+      this.last = token;
+    }
+  }
+
+  /** What has been said: a list of {time, text}, parted where there was a pause, in seconds. */
+  parts(pause = 1.0) {
+    const parts = [];
+    let before = -Infinity;
+    for (const {symbol, time} of this.tokens) {
+      if (time - before > pause && (symbol.startsWith('▁') || !parts.length)) parts.push({time, text: ''});
+      parts[parts.length - 1].text += symbol.replaceAll('▁', ' ');
+      before = time;
+    }
+    return parts.map(({time, text}) => ({time, text: text.split(' ').filter(Boolean).join(' ')})).filter(({text}) => text);
+  }
+}

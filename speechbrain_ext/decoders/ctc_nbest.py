@@ -1,0 +1,105 @@
+"""The most probable texts under CTC, by tokens: for rescoring, and with token graphs.
+
+Prefix beam search (Hannun et al. 2014, https://arxiv.org/abs/1408.2873) of all utterances of a batch at once. Flashlight's and
+SpeechBrain's searches, which :mod:`speechbrain_ext.decoders.ctc_beam` has, give texts and not tokens, and take no such graphs.
+"""
+
+import math
+
+import torch
+
+from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
+from speechbrain_ext.lobes.masks import absolute_lengths
+
+TOKENS_PER_FRAME = 16
+"""Of a frame, the tokens that are tried: as in the other searches."""
+
+
+@torch.no_grad()
+def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
+    """Search.
+
+    Arguments
+    ---------
+    log_probs : torch.Tensor
+        (B, T, V) log-probabilities of a CTC model.
+    lens : torch.Tensor
+        (B,) relative lengths.
+    blank : int
+        The blank.
+    beam_size : int
+        Number of texts that are kept.
+    excluded : sequence of int
+        Tokens that no text has.
+    graphs : sequence of TokenGraph
+        What they add counts as log-probabilities do.
+
+    Returns
+    -------
+    list of list of Hypothesis
+        Of each utterance the texts, the best first.
+
+    Example
+    -------
+    >>> frame = torch.tensor([0.6, 0.4]).log()  # the blank, and "A"
+    >>> (texts,) = ctc_nbest(frame.expand(1, 2, 2), torch.ones(1))
+    >>> [(text.tokens, round(math.exp(text.score), 2)) for text in texts]
+    [([1], 0.64), ([], 0.36)]
+    """
+    (batch, count, tokens), device, log_probs = log_probs.shape, log_probs.device, log_probs.float()
+    lengths = absolute_lengths(lens, count).to(device)
+    labels = log_probs.index_fill(2, torch.tensor([blank, *excluded], device=device), -math.inf)
+    values, candidates = labels.topk(min(TOKENS_PER_FRAME, tokens), -1)  # (B, T, C)
+    in_blank = torch.full((batch, beam_size), -math.inf, device=device)
+    in_blank[:, 0] = 0.0
+    in_label, bonus = torch.full_like(in_blank, -math.inf), torch.zeros_like(in_blank)
+    hashes, last = torch.zeros_like(in_blank, dtype=torch.long), torch.full_like(in_blank, blank, dtype=torch.long)
+    places = token_graph.begin(graphs, batch * beam_size, device).view(batch, beam_size, -1)
+    own, steps = torch.arange(beam_size, device=device).expand(batch, -1), []
+    for frame in range(count):
+        tried, said = values[:, frame].unsqueeze(1), candidates[:, frame].unsqueeze(1).expand(-1, beam_size, -1)  # (B, K, C)
+        total = in_blank.logaddexp(in_label)
+        stays = in_label + log_probs[:, frame].gather(1, last).masked_fill(last == blank, -math.inf)
+        goes = torch.where(said == last.unsqueeze(2), in_blank.unsqueeze(2), total.unsqueeze(2)) + tried
+        keys = hashes.unsqueeze(2) * HASH + said + 1
+        # A longer text that is in the beam already, and the same one that stays, are one
+        same = (keys.flatten(1).unsqueeze(1) == hashes.unsqueeze(2)) & (total > -math.inf).unsqueeze(2)
+        flat = goes.flatten(1)
+        stays = stays.logaddexp(flat.unsqueeze(1).masked_fill(~same, -math.inf).logsumexp(2))
+        flat = flat.masked_fill(same.any(1), -math.inf)
+        blanks = total + log_probs[:, frame, blank].unsqueeze(1)
+        gained = token_graph.added(graphs, places).gather(2, said).flatten(1) if graphs else torch.zeros_like(flat)
+        gained = gained + bonus.repeat_interleave(said.shape[2], 1)
+        ranked = torch.cat((blanks.logaddexp(stays) + bonus, flat + gained), 1)
+        chosen = ranked.topk(beam_size).indices  # K that stay, K * C that go on
+        goes_on = chosen >= beam_size
+        place = (chosen - beam_size).clamp(min=0)
+        parents = torch.where(goes_on, place // said.shape[2], chosen.clamp(max=beam_size - 1))
+        token = torch.where(goes_on, said.flatten(1).gather(1, place), blank)
+        valid = (frame < lengths).unsqueeze(1)
+        goes_on, parents, token = goes_on & valid, torch.where(valid, parents, own), torch.where(valid, token, blank)
+        # What was searched to its end stays as it is
+        blanks, stays = torch.where(valid, blanks, in_blank), torch.where(valid, stays, in_label)
+        choice = goes_on, place, parents
+        in_blank, in_label = _follow(*choice, torch.full_like(flat, -math.inf), blanks), _follow(*choice, flat, stays)
+        bonus, hashes = _follow(*choice, gained, bonus), _follow(*choice, keys.flatten(1), hashes)
+        last = _follow(*choice, said.flatten(1), last)
+        places = places.gather(1, parents.unsqueeze(2).expand_as(places))
+        places = torch.where(goes_on.unsqueeze(2), token_graph.advance(graphs, places, token), places)
+        steps.append(torch.cat((parents, token, torch.full_like(parents[:, :1], frame)), 1))
+    scores = in_blank.logaddexp(in_label) + bonus + token_graph.ends(graphs, places)
+    steps = torch.stack(steps, 1).tolist() if steps else [[]] * batch
+    found = []
+    for row, row_steps in zip(scores.tolist(), steps, strict=True):
+        texts = []
+        for rank in sorted((k for k in range(beam_size) if row[k] > -math.inf), key=lambda k: -row[k]):
+            said = trace(row_steps, rank, beam_size, blank)[1:]
+            texts.append(Hypothesis([token for token, _ in said], [at for _, at in said], row[rank]))
+        found.append(texts)
+    return found
+
+
+def _follow(goes_on, place, parents, going, staying):
+    """Of the chosen hypotheses, the values (B, K) of longer texts (B, K * C) and of those that stay (B, K)."""
+    return torch.where(goes_on, going.gather(1, place), staying.gather(1, parents))

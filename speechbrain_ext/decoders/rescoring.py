@@ -1,0 +1,64 @@
+"""Second pass over the n-best texts of CTC: the decoder with attention scores each as a whole, without a loop over its tokens.
+
+The two passes of U2 (Zhang et al. 2020, https://arxiv.org/abs/2012.05481). What counts is what the joint search adds up: decoder,
+CTC, language model and phrases with their weights.
+"""
+
+import torch
+
+from speechbrain_ext.decoders import token_graph
+
+
+@torch.no_grad()
+def rescore(search, frames, nbest, pad=0):
+    """Score texts as a joint search would.
+
+    Arguments
+    ---------
+    search : S2STransformerBeamSearcher
+        The joint search of :mod:`speechbrain_ext.decoders.searchers`.
+    frames : torch.Tensor
+        (T, D) encoder frames of an utterance.
+    nbest : list of Hypothesis
+        N texts, from :func:`speechbrain_ext.decoders.ctc_nbest.ctc_nbest` with the token graphs of the search.
+    pad : int
+        The token that pads texts.
+
+    Returns
+    -------
+    list of float
+        The score of each, divided by its length where the search does so.
+    """
+    device = frames.device
+    lengths = torch.tensor([len(text.tokens) for text in nbest], device=device)
+    texts = torch.full((len(nbest), int(lengths.max()) + 1), pad)
+    for row, text in zip(texts, nbest, strict=True):
+        row[: len(text.tokens)] = torch.tensor(text.tokens, dtype=torch.long)
+    texts = texts.to(device)
+    begun = torch.cat((torch.full_like(texts[:, :1], search.bos_index), texts[:, :-1]), 1)  # (N, U + 1)
+    wanted = texts.scatter(1, lengths.unsqueeze(1), search.eos_index)
+    is_said = torch.arange(texts.shape[1], device=device) <= lengths.unsqueeze(1)
+    bonus, places = torch.zeros(len(nbest), device=device), token_graph.begin(search.graphs, len(nbest), device)
+    for token, counts in zip(texts.unbind(1), is_said[:, 1:].unbind(1), strict=False):
+        if search.graphs:
+            bonus += torch.where(counts, token_graph.added(search.graphs, places).gather(1, token.unsqueeze(1)).squeeze(1), 0.0)
+            places = torch.where(counts.unsqueeze(1), token_graph.advance(search.graphs, places, token), places)
+    bonus += token_graph.ends(search.graphs, places)
+    ctc = torch.tensor([text.score for text in nbest], device=device) - bonus
+
+    def total(log_probs):
+        return log_probs.gather(2, wanted.unsqueeze(2)).squeeze(2).masked_fill(~is_said, 0.0).sum(1)
+
+    decoded = search.model.decode_targets(begun, frames.expand(len(nbest), -1, -1), pad_idx=pad)
+    score = search.attn_weight * total(search.softmax(search.fc(decoded) / search.temperature)) + bonus
+    for name, scorer in ({} if search.scorer is None else search.scorer.full_scorers | search.scorer.partial_scorers).items():
+        if name == "ctc":
+            score += search.scorer.weights[name] * ctc
+        elif name in ("transformerlm", "rnnlm"):
+            memory, steps = None, []
+            scorer.lm.to(device)
+            for token in begun.unbind(1):
+                log_probs, memory = scorer.score(token, memory, None, None)
+                steps.append(log_probs)
+            score += search.scorer.weights[name] * total(torch.stack(steps, 1))
+    return (score / (lengths + 1) if search.length_normalization else score).tolist()

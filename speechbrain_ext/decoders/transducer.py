@@ -1,0 +1,316 @@
+"""Searches of a transducer: greedy, and a beam that adds up equal texts; for whole utterances, all at once, and for streams.
+
+Greedy search lets every utterance go on at its own pace (label looping, Xu et al. 2024, https://arxiv.org/abs/2406.06220): one
+call of the joint network looks at the next frames of each, up to the first label. The beam is icefall's modified beam search: at
+most one label per frame, so that all hypotheses of all utterances stay at the same frame (Kang et al. 2022,
+https://arxiv.org/abs/2211.00484). Neither depends on what else is in the batch.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import nn
+
+from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
+from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, is_number, is_whole
+from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.lobes.transducer import Transducer
+from speechbrain_ext.registry import loadable
+from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line
+
+WINDOW = 8
+"""Frames that are looked at in one call: with a label every six frames or so, few are looked at twice."""
+
+
+@loadable
+class TransducerSearch(nn.Module):
+    """The search of a transducer; called as SpeechBrain's searchers are.
+
+    Arguments
+    ---------
+    transducer : Transducer
+        Predictor and joint network.
+    beam_size : int
+        Number of hypotheses; 1 is greedy search.
+    beam_threshold : float
+        Labels that score lower than the best hypothesis by more than this are not tried.
+    max_symbols : int
+        Tokens of a frame, at most, in greedy search; the beam has one.
+
+    Raises
+    ------
+    UserError
+        If a number is impossible.
+
+    Example
+    -------
+    >>> search = TransducerSearch(Transducer(d_model=16, vocab_size=30, predictor_size=8, joint_size=12), beam_size=4).eval()
+    >>> tokens, lengths, scores, _ = search(torch.randn(2, 20, 16), torch.tensor([1.0, 0.5]))
+    >>> len(tokens), lengths.tolist() == [len(ids) for ids in tokens]
+    (2, True)
+    """
+
+    def __init__(self, transducer, beam_size=4, beam_threshold=8.0, max_symbols=5):
+        super().__init__()
+        if not isinstance(transducer, Transducer):
+            raise UserTypeError(f"transducer is {one_line(repr(transducer), 60)}; give one of speechbrain_ext.lobes.transducer.")
+        for name, value in (("beam_size", beam_size), ("max_symbols", max_symbols)):
+            if not is_whole(value, 1):
+                raise UserError(f"{name} is {value!r}; give a whole number of 1 or more.")
+        if not is_number(beam_threshold, 0) or not beam_threshold:
+            raise UserError(f"beam_threshold is {beam_threshold!r}; give a positive number.")
+        self.transducer, self.max_symbols = transducer, max_symbols
+        self.beam_size, self.beam_threshold = beam_size, beam_threshold
+        self.graphs = []
+        """Token graphs, which the beam listens to; greedy search does not."""
+
+    def forward(self, frames, lens):
+        """Search a batch.
+
+        Arguments
+        ---------
+        frames : torch.Tensor
+            (B, T, D) encoder frames.
+        lens : torch.Tensor
+            (B,) relative lengths.
+
+        Returns
+        -------
+        tuple
+            Lists of tokens, their numbers (B,), log-probabilities (B,), and None, as SpeechBrain's searchers return them.
+        """
+        best = self.hypotheses(frames, lens)
+        return [each.tokens for each in best], *self._summary(best), None
+
+    @torch.no_grad()
+    def hypotheses(self, frames, lens, beam_size=None):
+        """The best hypothesis of each utterance.
+
+        Arguments
+        ---------
+        frames : torch.Tensor
+            (B, T, D) encoder frames.
+        lens : torch.Tensor
+            (B,) relative lengths.
+        beam_size : int, optional
+            Another one than the search's own.
+
+        Returns
+        -------
+        list of Hypothesis
+        """
+        lengths = absolute_lengths(lens, frames.shape[1])
+        with torch.autocast(frames.device.type, enabled=False):
+            projected = self.transducer.project_frames(frames.float())
+            if (beam_size or self.beam_size) == 1:
+                said, times, scores, _ = self._greedy(projected, lengths)
+                return [Hypothesis(*texts, score) for *texts, score in zip(said, times, scores, strict=True)]
+            state = self._begin(len(frames), beam_size or self.beam_size)
+            texts, state = self._beam(projected, lengths, state)
+            scores = self._scores(state)
+        return [_best(*each) for each in zip(texts, scores, strict=True)]
+
+    def stream(self, beam_size=None):
+        """A search of one stream, see :class:`TransducerStream`."""
+        return TransducerStream(self, beam_size or self.beam_size)
+
+    def check(self):
+        """Search a few random frames, so that what does not fit shows before a training; the random state is not touched.
+
+        Raises
+        ------
+        UserError
+            If it fails.
+        """
+        weight = self.transducer.project_frames.weight
+        frames = torch.rand(2, CHECKED_FRAMES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+        self(frames, torch.tensor([1.0, 0.6], device=weight.device))
+
+    def _summary(self, best):
+        device = self.transducer.out.weight.device
+        return torch.tensor([len(each.tokens) for each in best]), torch.tensor([each.score for each in best], device=device)
+
+    def _greedy(self, frames, lengths, state=None):
+        """Tokens, their frames and the score of each utterance of projected frames (B, T, J), and the predictor's state."""
+        batch, count, _ = frames.shape
+        device, blank = frames.device, self.transducer.blank_index
+        state = self.transducer.predictor.begin(batch) if state is None else state
+        predicted = self.transducer.predict(state).unsqueeze(1)  # (B, 1, J)
+        rows, window = torch.arange(batch, device=device).unsqueeze(1), torch.arange(WINDOW, device=device)
+        at, symbols = lengths.new_zeros(batch), lengths.new_zeros(batch)
+        score, said, last = frames.new_zeros(batch), [], max(0, count - 1)
+        for _ in _steps(at, lengths, count):
+            places = at.unsqueeze(1) + window  # (B, W)
+            valid = places < lengths.unsqueeze(1)
+            seen = frames[rows, places.clamp(max=last)]
+            values, tokens = self.transducer.join(seen, predicted).log_softmax(-1).max(-1)
+            labels = (tokens != blank) & valid
+            labels[:, 0] &= symbols < self.max_symbols
+            found, first = labels.any(1), labels.int().argmax(1)
+            # Where the limit of symbols turned a label into a blank, its probability stands for the blank's
+            passed = valid & ((window < first.unsqueeze(1)) | ~found.unsqueeze(1))
+            token, value = (part.gather(1, first.unsqueeze(1)).squeeze(1) for part in (tokens, values))
+            score = score + torch.where(passed, values, 0.0).sum(1) + torch.where(found, value, 0.0)
+            at += torch.where(found, first, WINDOW)
+            symbols = torch.where(found, torch.where(first == 0, symbols, 0) + 1, 0)
+            said.append(torch.stack((torch.where(found, token, -1), at)))
+            following = self.transducer.predictor.advance(state, token)
+            state = tuple(_where(found, new, old) for new, old in zip(following, state, strict=True))
+            predicted = self.transducer.predict(state).unsqueeze(1)
+        said = torch.stack(said, -1).tolist() if said else [[[]] * batch] * 2  # (2, B, steps)
+        pairs = [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in zip(*said, strict=True)]
+        return [[t for t, _ in row] for row in pairs], [[f for _, f in row] for row in pairs], score.tolist(), state
+
+    def _begin(self, batch, beam_size):
+        """Scores (B, K), hashes (B, K), the predictor's states and those of the graphs (B * K, G), of beams without a token."""
+        state = self.transducer.predictor.begin(batch * beam_size)
+        scores = state[0].new_full((batch, beam_size), -math.inf, dtype=torch.float32)
+        scores[:, 0] = 0.0
+        graph = token_graph.begin(self.graphs, batch * beam_size, scores.device)
+        return scores, torch.zeros_like(scores, dtype=torch.long), state, graph
+
+    def _scores(self, state):
+        """Of each utterance's hypotheses, were they to end here."""
+        return (state[0] + token_graph.ends(self.graphs, state[3]).view_as(state[0])).tolist()
+
+    def _beam(self, frames, lengths, state):
+        """Texts of each utterance's hypotheses, lists of (token, frame) after those of ``state``, and the next state.
+
+        A text begins with the number of the hypothesis of ``state`` that it goes on with. Frames in which no label comes near the
+        best hypothesis change nothing but scores: several are looked at together, up to the first one in which one does.
+        """
+        scores, hashes, predictor, graph = state
+        (batch, beam), blank, device = scores.shape, self.transducer.blank_index, scores.device
+        rows, own = torch.arange(batch, device=device).unsqueeze(1), torch.arange(beam, device=device)
+        window, order = torch.arange(WINDOW, device=device), torch.arange(2 * beam, device=device)
+        at, steps, last = lengths.new_zeros(batch), [], max(0, frames.shape[1] - 1)
+        for _ in _steps(at, lengths, frames.shape[1]):
+            places = at.unsqueeze(1) + window  # (B, W)
+            valid = (places < lengths.unsqueeze(1)).unsqueeze(1)
+            seen = frames[rows, places.clamp(max=last)].unsqueeze(1)
+            predicted = self.transducer.predict(predictor).unflatten(0, (batch, beam)).unsqueeze(2)
+            log_probs = self.transducer.join(seen, predicted).log_softmax(-1)  # (B, K, W, V)
+            if self.graphs:
+                log_probs = log_probs + token_graph.added(self.graphs, graph).view(batch, beam, 1, -1)
+            blanks = log_probs[..., blank].masked_fill(~valid, 0.0)
+            after = scores.unsqueeze(2) + blanks.cumsum(2)  # of blanks alone
+            labels = log_probs.index_fill(3, torch.tensor([blank], device=device), -math.inf).amax(3)
+            near = (after - blanks + labels).amax(1) > after.amax(1) - self.beam_threshold
+            near &= valid.squeeze(1)
+            found, first = near.any(1), near.int().argmax(1)
+            place = first.view(-1, 1, 1)
+            here = log_probs.gather(2, place.unsqueeze(3).expand(-1, beam, 1, log_probs.shape[3])).squeeze(2)  # (B, K, V)
+            before = (after - blanks).gather(2, place.expand(-1, beam, 1))
+            values, candidates = (before + here).flatten(1).topk(2 * beam)
+            parents, said = candidates // here.shape[2], candidates % here.shape[2]
+            keys = hashes.gather(1, parents)
+            keys = torch.where(said == blank, keys, keys * HASH + said + 1)
+            # Equal texts become one, at the place of the best of them
+            same = keys.unsqueeze(2) == keys.unsqueeze(1)
+            summed = values.unsqueeze(1).masked_fill(~same, -math.inf).logsumexp(2)
+            is_first = same.int().argmax(2) == order
+            values, kept = summed.masked_fill(~is_first, -math.inf).topk(beam)
+            takes = found.unsqueeze(1)
+            parents = torch.where(takes, parents.gather(1, kept), own)
+            said = torch.where(takes, said.gather(1, kept), blank)
+            scores = torch.where(takes, values, after[..., -1])
+            hashes = torch.where(takes, keys.gather(1, kept), hashes)
+            chosen = (rows * beam + parents).flatten()
+            predictor, graph = tuple(part[chosen] for part in predictor), graph[chosen]
+            following = self.transducer.predictor.advance(predictor, said.flatten())
+            is_label = said.flatten() != blank
+            predictor = tuple(_where(is_label, new, old) for new, old in zip(following, predictor, strict=True))
+            graph = _where(is_label, token_graph.advance(self.graphs, graph, said.flatten()), graph)
+            steps.append(torch.cat((parents, said, (at + first).unsqueeze(1)), 1))
+            at += torch.where(found, first + 1, WINDOW)
+        steps = torch.stack(steps, 1).tolist() if steps else [[]] * batch  # (B, steps, 2 K + 1)
+        texts = [[trace(each, place, beam, blank) for place in range(beam)] for each in steps]
+        return texts, (scores, hashes, predictor, graph)
+
+
+class TransducerStream:
+    """The search of one stream: what has been said so far, and how much of it is certain.
+
+    Arguments
+    ---------
+    search : TransducerSearch
+        The search.
+    beam_size : int
+        Number of hypotheses; 1 is greedy search, which takes nothing back.
+
+    Example
+    -------
+    >>> search = TransducerSearch(Transducer(d_model=16, vocab_size=30, predictor_size=8, joint_size=12)).eval()
+    >>> frames, stream = torch.randn(20, 16), search.stream()
+    >>> for piece in frames.split(7):
+    ...     stream.accept(piece)
+    >>> [token for token, _ in stream.tokens] == search(frames.unsqueeze(0), torch.ones(1))[0][0]
+    True
+    """
+
+    def __init__(self, search, beam_size):
+        self._search, self._beam_size = search, beam_size
+        self._state, self._start = None, 0
+        self._texts, self._scores = [[]], [0.0]
+
+    @torch.no_grad()
+    def accept(self, frames):
+        """Take in the next encoder frames (T, D)."""
+        lengths = torch.tensor([len(frames)], device=frames.device)
+        with torch.autocast(frames.device.type, enabled=False):
+            projected = self._search.transducer.project_frames(frames.float()).unsqueeze(0)
+            if self._beam_size == 1:
+                (said,), (times,), _, self._state = self._search._greedy(projected, lengths, self._state)
+                self._texts[0] += [(token, self._start + time) for token, time in zip(said, times, strict=True)]
+            else:
+                state = self._search._begin(1, self._beam_size) if self._state is None else self._state
+                (texts,), self._state = self._search._beam(projected, lengths, state)
+                known, self._scores = self._texts * (self._beam_size // len(self._texts)), self._search._scores(self._state)[0]
+                self._texts = [known[parent] + [(token, self._start + time) for token, time in said] for parent, *said in texts]
+        self._start += len(frames)
+
+    @property
+    def tokens(self):
+        """(token, frame) of the best hypothesis; the frames count from the stream's beginning."""
+        return self._texts[_best_of(self._texts, self._scores)]
+
+    @property
+    def certain(self):
+        """How many of these tokens will not change: those that all hypotheses begin with."""
+        texts = [text for text, score in zip(self._texts, self._scores, strict=True) if score > -math.inf]
+        columns = zip(*([token for token, _ in text] for text in texts), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+    def forget(self, frames):
+        """Count frames from so many later on; what was said before is said at 0."""
+        self._start -= frames
+        self._texts = [[(token, max(0, time - frames)) for token, time in text] for text in self._texts]
+
+
+def _steps(at, lengths, most):
+    """Count steps until all utterances, at the frames ``at`` that the caller moves in place, have come to their ends.
+
+    A step takes a window of frames at most, so that many are certain without a look at what the device has computed.
+    """
+    left = most
+    while left > 0:
+        yield from range(-(-left // WINDOW))
+        left = int((lengths - at).max())
+
+
+def _where(condition, new, old):
+    """A state's rows (N, ...), new where the condition (N,) holds."""
+    return torch.where(condition.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def _best_of(texts, scores):
+    """Which one to choose: that of the best score per token, the beginning counted as one, as in SpeechBrain and icefall."""
+    return max(range(len(texts)), key=lambda i: scores[i] / (1 + len(texts[i])))
+
+
+def _best(texts, scores):
+    texts = [text for _, *text in texts]
+    best = _best_of(texts, scores)
+    return Hypothesis([token for token, _ in texts[best]], [time for _, time in texts[best]], scores[best])

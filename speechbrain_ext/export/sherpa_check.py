@@ -1,0 +1,250 @@
+"""An export for sherpa-onnx against its model: in onnxruntime, fed as sherpa-onnx would feed it, and in sherpa-onnx itself."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from speechbrain_ext.dataio.audio import load_audio
+from speechbrain_ext.export import sherpa_texts
+from speechbrain_ext.export.check import Feed, edit_distance, files_of, greedy, reference, synthetic, written
+from speechbrain_ext.export.onnx_write import ExportError
+from speechbrain_ext.export.sherpa_graphs import Decoder, Joiner
+from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
+from speechbrain_ext.lobes.filter_banks import front_end
+
+PADDING = -23.025850929940457
+"""ln 1e-10, with which the runtime fills the shorter utterances of a batch."""
+MOST = 20
+"""Utterances that the runtime itself gets at most."""
+SHORTEST = 0.1
+"""Seconds; of much less the runtime makes no frame, and no text."""
+AXES = (1, 1, 1, 1, 0, 0, 0, 0)
+"""Along which the runtime batches the states of ``zipformer2_ctc``."""
+
+
+def feed_of(graph, compute_features):
+    """How the runtime runs a graph.
+
+    Arguments
+    ---------
+    graph : torch.nn.Module
+        Of :mod:`speechbrain_ext.export.sherpa_graphs`.
+    compute_features : torch.nn.Module
+        The model's features.
+
+    Returns
+    -------
+    Feed
+    """
+    if graph.mode == "omnilingual_asr_ctc":
+        return Feed(_run_waveforms, heard=standardized_waveform, answer=graph.answer)
+
+    def features(wav):
+        return compute_features(wav.unsqueeze(0))[0]
+
+    if graph.mode not in STREAMS:
+        return Feed(lambda session, wavs: _run_whole(session, [features(wav) for wav in wavs]), answer=graph.answer)
+    step = graph.step
+
+    def run(session, wavs):
+        return _run_streams(session, [features(wav).split(graph.frames) for wav in wavs], graph.zeros(1))
+
+    def whole_chunks(wav):
+        return torch.nn.functional.pad(wav, (0, -len(wav) % step))
+
+    return Feed(run, graph.config, step, heard=whole_chunks, answer=graph.answer)
+
+
+def standardized_waveform(wav):
+    """A waveform (N,) as ``omnilingual_asr_ctc`` gets it: of mean 0 and variance 1."""
+    centred = wav.double() - wav.double().mean()
+    return (centred / (centred.square().mean() + 1e-5).sqrt()).float()
+
+
+def _run_whole(session, features):
+    x = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=PADDING).numpy()
+    lengths = np.array([len(one) for one in features])
+    log_probs, frames = session.run(None, {"x": x, "x_lens": lengths})
+    return [one[:count] for one, count in zip(log_probs, frames, strict=True)]
+
+
+def _run_waveforms(session, wavs):
+    return [session.run(None, {"x": wav.unsqueeze(0).numpy()})[0][0] for wav in wavs]
+
+
+def _run_streams(session, chunks, zeros):
+    """Each stream begins one chunk after the one before, so that those of a batch are of different age."""
+    names = [entry.name for entry in session.get_inputs()]
+    states = [[tensor.numpy() for tensor in zeros] for _ in chunks]
+    found = [[] for _ in chunks]
+    for turn in range(max(i + len(parts) for i, parts in enumerate(chunks))):
+        alive = [i for i, parts in enumerate(chunks) if 0 <= turn - i < len(parts)]
+        x = np.stack([chunks[i][turn - i].numpy() for i in alive])
+        stacked = [np.concatenate(parts, axis) for axis, *parts in zip(AXES, *(states[i] for i in alive), strict=True)]
+        log_probs, *following = session.run(None, dict(zip(names, [x, *stacked], strict=True)))
+        split = [np.split(tensor, len(alive), axis) for axis, tensor in zip(AXES, following, strict=True)]
+        for place, i in enumerate(alive):
+            found[i].append(log_probs[place])
+            states[i] = [parts[place] for parts in split]
+    return [np.concatenate(parts) for parts in found]
+
+
+@dataclass
+class Texts:
+    """What sherpa-onnx wrote, and what it should have.
+
+    Arguments
+    ---------
+    version : str
+        Of sherpa-onnx.
+    wanted, alone, together : list of str
+        PyTorch's texts, and those of the runtime, of each waveform alone and of all together. Of a model for hotwords, those of
+        the transducer without hotwords.
+    real_time_factor : float
+        Seconds of computation per second of audio, on one thread, each waveform alone.
+    peak_mib : float or None
+        The most memory that the runtime's process took for it, in MiB; None where the system does not say.
+    """
+
+    version: str
+    wanted: list
+    alone: list
+    together: list
+    real_time_factor: float
+    peak_mib: float | None = None
+
+    @property
+    def equal(self):
+        """Number of waveforms whose text is PyTorch's, alone and together."""
+        return sum(wanted == alone == other for wanted, alone, other in zip(self.wanted, self.alone, self.together, strict=True))
+
+    @property
+    def error(self):
+        """Edit distance in letters of all texts, divided by the number of PyTorch's."""
+        letters = 2 * max(1, sum(map(len, self.wanted)))
+        pairs = zip(2 * self.wanted, self.alone + self.together, strict=True)
+        return sum(edit_distance(list(wanted), list(found)) for wanted, found in pairs) / letters
+
+    def __str__(self):
+        return (
+            f"sherpa-onnx {self.version}: {self.equal} of {len(self.wanted)} texts are PyTorch's, alone and together, "
+            f"letters written differently: {self.error:.2%}, real-time factor {self.real_time_factor:.4f} on one thread"
+        )
+
+
+def has_runtime():
+    """Whether sherpa-onnx is installed."""
+    return importlib.util.find_spec("sherpa_onnx") is not None
+
+
+def texts_in_runtime(folder, model, graph, symbols, audio=()):
+    """Let sherpa-onnx transcribe with an exported folder.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The folder, complete.
+    model : speechbrain_ext.inference.models.CtcModel or JointModel
+        The model that it was made of.
+    graph : torch.nn.Module
+        Its graph.
+    symbols : list of str
+        Those of ``tokens.txt``.
+    audio : list of str
+        Audio files, or folders in LibriSpeech layout; without any, synthetic signals.
+
+    Returns
+    -------
+    Texts
+
+    Raises
+    ------
+    ExportError
+        If the runtime does not take the folder.
+    """
+    rate, front = model.sample_rate, front_end(model.mods.encoder.compute_features)
+    files = files_of(audio)[:MOST]
+    wavs = [load_audio(file, rate) for file, _ in files] if files else synthetic(rate)
+    wavs = [wav for wav in wavs if len(wav) >= SHORTEST * rate] or synthetic(rate, (1.0,))
+    tail = tail_samples(graph) if graph.mode in STREAMS else 0
+    wanted = [_wanted(wav, model, graph, symbols, tail) for wav in wavs]
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "waveforms.npz")
+        named = {f"wav{i}": wav.numpy() for i, wav in enumerate(wavs)}
+        np.savez(path, rate=rate, feature_dim=front.n_mels, count=len(wavs), **named)
+        # Without a place of its own at the head of the path, where this folder's modules would hide others
+        command = [sys.executable, "-P", sherpa_texts.__file__, str(folder), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise ExportError(f"sherpa-onnx does not take the exported model, so nothing was written: {cause}")
+    found = json.loads(done.stdout)
+    trim = trimmed if graph.mode in STREAMS else str
+    wanted, alone, together = (
+        [trim(" ".join(text.split())) for text in texts] for texts in (wanted, found["alone"], found["together"])
+    )
+    seconds = sum(len(wav) + tail for wav in wavs) / rate
+    return Texts(found["version"], wanted, alone, together, found["seconds"] / seconds, found["peak_mib"])
+
+
+def trimmed(text):
+    """A text without the punctuation at its beginning, which the runtime leaves out of streams (not of their tokens).
+
+    Example
+    -------
+    >>> trimmed("'TIS THE DAY, ISN'T IT")
+    "TIS THE DAY, ISN'T IT"
+    """
+    while text and (text[0].isspace() or unicodedata.category(text[0]).startswith("P")):
+        text = text[1:]
+    return text
+
+
+def tail_samples(graph):
+    """Zeros that a client of a streaming model adds behind its samples: the runtime drops what fills no chunk, and wants a
+    frame more than a chunk before it begins with one."""
+    return (graph.frames + 1) * graph.features.hop_length
+
+
+def _wanted(wav, model, graph, symbols, tail):
+    feed = feed_of(graph, model.mods.encoder.compute_features)
+    if tail:
+        wav = torch.nn.functional.pad(wav, (0, tail))
+    # What the runtime hears are the samples as they are, whatever it makes of them
+    if graph.mode == "omnilingual_asr_ctc":
+        feed.heard = lambda wav: wav
+    log_probs = reference(model.mods.encoder, model.ctc_head, feed, wav, model.pass_name)
+    if tail:
+        chunks = (graph.features.framing.count(len(wav)) - 1) // graph.frames
+        log_probs = log_probs[: chunks * graph.config.chunk_size * graph.answer.repeats]
+    search = greedy_transducer if graph.mode in TRANSDUCERS else greedy
+    return written(search(log_probs, model.blank), symbols)
+
+
+@torch.no_grad()
+def greedy_transducer(pairs, blank=0):
+    """The best tokens of :class:`speechbrain_ext.export.sherpa_graphs.Pairs` (T, 2 V), searched as the runtime does.
+
+    Example
+    -------
+    >>> frames = np.log([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
+    >>> before = np.log([[1, 1e-9, 1e-9], *np.exp(frames[:-1])])
+    >>> greedy_transducer(np.concatenate((frames, before), 1).astype(np.float32))
+    [1, 1]
+    """
+    vocabulary = pairs.shape[1] // 2
+    decoder, joiner, tokens, last = Decoder(vocabulary), Joiner(vocabulary), [], blank
+    for frame in torch.from_numpy(pairs).split(1):
+        token = int(joiner(frame, decoder(torch.tensor([[last]]))).argmax())
+        if token != blank:
+            tokens.append(token)
+            last = token
+    return tokens

@@ -1,0 +1,306 @@
+"""Trained models as folders that sherpa-onnx loads: on phones, in browsers, on servers, in a dozen languages.
+
+A folder holds ``model.onnx`` or ``model.int8.onnx``, ``tokens.txt``, and a ``README.md`` with the calls. Which type of model it
+is for follows from the features:
+
+=============================  ========================  ===================
+features                       whole utterances          streams
+=============================  ========================  ===================
+KaldiFbank                     ``zipformer_ctc``         ``zipformer2_ctc``
+Fbank, sentence statistics     ``omnilingual_asr_ctc``   refused
+Fbank, global statistics       refused                   refused
+=============================  ========================  ===================
+
+For KaldiFbank the runtime computes the features; the other type takes samples, which the runtime normalises, and the features
+are in the graph. The CTC branch is what answers. For hotwords it goes as a transducer, ``transducer`` or ``zipformer2``, in three
+graphs, ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, with the scores of the pieces in ``bpe.vocab``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechbrain.lobes.features import Fbank
+
+from speechbrain_ext.export.check import Report
+from speechbrain_ext.export.onnx_model import chunks_of, refuse_tolerance, write_checked, written_by
+from speechbrain_ext.export.onnx_write import ExportError, require_packages, write_onnx
+from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
+from speechbrain_ext.export.sherpa_graphs import (
+    Answer,
+    Decoder,
+    FromFeatures,
+    FromWaveform,
+    Joiner,
+    Packed,
+    PackedTransducer,
+    Pairs,
+    TransducerFromFeatures,
+)
+from speechbrain_ext.export.sherpa_readme import readme
+from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.features import KaldiFbank
+from speechbrain_ext.lobes.filter_banks import front_end
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import replacing_folder, write_text
+
+FILES = {"model.onnx", "model.int8.onnx", "encoder.onnx", "encoder.int8.onnx", "decoder.onnx", "joiner.onnx", "bpe.vocab"}
+FILES |= {"tokens.txt", "README.md"}
+"""What such folders hold; one with other files is not replaced."""
+GRAPHS = {
+    "zipformer_ctc": FromFeatures,
+    "omnilingual_asr_ctc": FromWaveform,
+    "zipformer2_ctc": Packed,
+    "transducer": TransducerFromFeatures,
+    "zipformer2": PackedTransducer,
+}
+"""The graph of each type of model."""
+SECONDS_PER_FRAME = {kind: 0.02 if kind == "omnilingual_asr_ctc" else 0.04 for kind in GRAPHS}
+"""As the runtime counts."""
+NEVER_WRITTEN = ("SIL", "</s>")
+"""Symbols that the runtime leaves out of the texts of whole utterances."""
+
+
+@dataclass
+class SherpaReport:
+    """What an export for sherpa-onnx found.
+
+    Arguments
+    ---------
+    kind : str
+        The runtime's type of model.
+    file : pathlib.Path
+        The ONNX file, of a transducer the encoder's.
+    onnx : Report
+        The graph in onnxruntime against PyTorch.
+    texts : Texts, optional
+        The folder in sherpa-onnx, where that is installed.
+    """
+
+    kind: str
+    file: Path
+    onnx: Report
+    texts: Texts | None
+
+    def __str__(self):
+        texts = self.texts or "sherpa-onnx is not installed: its own texts were not compared"
+        return f"type {self.kind}, {self.file}\n{self.onnx}\n{texts}"
+
+
+def export_sherpa(
+    source,
+    folder,
+    pass_name=None,
+    int8=False,
+    audio=(),
+    tolerance=None,
+    streaming=False,
+    chunk_size=None,
+    left_context=None,
+    trust=False,
+    hotwords=False,
+):
+    """Write a trained model as a folder for sherpa-onnx, 1.12.26 or later.
+
+    The folder is there only after the graph's answers have been compared with PyTorch's, those of streams chunk by chunk in
+    batches of different age; and, where sherpa-onnx is installed, what that writes, too.
+
+    Arguments
+    ---------
+    source : str
+        A model folder, or the name of a Hugging Face repository.
+    folder : str
+        The folder to write; one that such an export wrote is replaced.
+    pass_name, int8, audio, streaming, chunk_size, trust
+        As for :func:`speechbrain_ext.export.onnx_model.export_model`.
+    tolerance : float, optional
+        Likewise. What sherpa-onnx writes may differ by 5 % of the letters, 20 % on synthetic signals, or by as much as the
+        tokens in 8 bits may.
+    left_context : int, optional
+        Likewise; -1 = all, for encoders whose state does not grow with it.
+    hotwords : bool
+        Whether as a transducer, with which the runtime searches for hotwords.
+
+    Returns
+    -------
+    SherpaReport
+        As text, lines to print.
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError, NotADirectoryError
+        If the model or an audio file is missing, or the folder holds other files.
+    ImportError
+        If the packages for ONNX are missing.
+    UserError
+        If the runtime has no type of model for this one, with the reason.
+    ExportError
+        If the comparison fails, or the disk is full; nothing is written then.
+
+    Example
+    -------
+    >>> export_sherpa("/no/such/folder", "model")
+    Traceback (most recent call last):
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    """
+    folder = Path(folder)
+    _refuse_place(folder)
+    refuse_tolerance(tolerance)
+    require_packages()
+    model = load_model(source, "cpu", pass_name, trust=trust)
+    graph = make_graph(model, streaming, chunk_size, left_context, hotwords)
+    symbols = symbols_of(model, whole=not (streaming or hotwords))
+    name = ("encoder" if hotwords else "model") + (".int8.onnx" if int8 else ".onnx")
+    feed = feed_of(graph, model.mods.encoder.compute_features)
+    with replacing_folder(folder) as partial:
+        report = write_checked(model, {"": graph}, folder / name, {"": partial / name}, int8, audio, tolerance, feed)
+        write_text(partial / "tokens.txt", "".join(f"{symbol} {index}\n" for index, symbol in enumerate(symbols)))
+        if hotwords:
+            _write_search(model, partial)
+        front, tail = front_end(model.mods.encoder.compute_features), tail_samples(graph) if streaming else 0
+        write_text(partial / "README.md", readme(graph.mode, name, front.sample_rate, front.n_mels, tail))
+        texts = texts_in_runtime(partial, model, graph, symbols, audio) if has_runtime() else None
+        _refuse_texts(texts, report, int8, tolerance)
+    return SherpaReport(graph.mode, folder / name, report, texts)
+
+
+def _write_search(model, folder):
+    """The parts of a transducer that are the same for all models of a vocabulary, and what splits hotwords into pieces."""
+    tokenizer = model.hparams.tokenizer
+    for name, part in (("decoder", Decoder), ("joiner", Joiner)):
+        part = part(tokenizer.vocab_size())
+        write_onnx(part, folder / f"{name}.onnx", False, part.metadata)
+    pieces = range(tokenizer.vocab_size())
+    write_text(folder / "bpe.vocab", "".join(f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i)}\n" for i in pieces))
+
+
+def make_graph(model, streaming=False, chunk_size=None, left_context=None, hotwords=False):
+    """The graph of a model for the runtime's type of model that fits it.
+
+    Arguments
+    ---------
+    model : speechbrain_ext.inference.models.CtcModel or JointModel
+        The model.
+    streaming, chunk_size, left_context, hotwords
+        As for :func:`export_sherpa`.
+
+    Returns
+    -------
+    torch.nn.Module
+        One of :mod:`speechbrain_ext.export.sherpa_graphs`.
+
+    Raises
+    ------
+    UserError
+        If there is no such type.
+    """
+    encoder, head = model.mods.encoder, model.ctc_head
+    kind = _kind(encoder, streaming, hotwords)
+    if hotwords and model.blank:
+        raise UserError(
+            f"The model's blank is token {model.blank}, and sherpa-onnx searches for hotwords where it is token 0; train with "
+            "blank_index 0, or export without --hotwords."
+        )
+    front, tokenizer = front_end(encoder.compute_features), model.hparams.tokenizer
+    seconds, unit = encoder.subsampling.factor * front.framing.hop / front.sample_rate, SECONDS_PER_FRAME[kind]
+    repeats = round(seconds / unit)
+    if abs(repeats * unit - seconds) > 1e-6:
+        raise UserError(f"The model's frames take {seconds:g} s, and sherpa-onnx counts {unit:g} s; train one whose frames fit.")
+    silent = [token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token)]
+    answer = Answer(tokenizer.vocab_size(), model.blank, silent, repeats)
+    if kind in TRANSDUCERS:
+        answer = Pairs(answer)
+    settings = [chunks_of(model, chunk_size, left_context)] if kind in STREAMS else []
+    return GRAPHS[kind](encoder, head, *settings, answer, model.pass_name)
+
+
+def _kind(encoder, streaming, hotwords):
+    """The runtime's type of model."""
+    features, norm = encoder.compute_features, encoder.normalize.norm_type
+    if isinstance(features, KaldiFbank):
+        whole, streams = TRANSDUCERS if hotwords else ("zipformer_ctc", "zipformer2_ctc")
+        return streams if streaming else whole
+    if not isinstance(features, Fbank):
+        raise UserError(f"sherpa-onnx does not compute {type(features).__name__} features; train with KaldiFbank.")
+    if hotwords:
+        raise UserError(
+            "sherpa-onnx takes hotwords with features that it computes, and not with SpeechBrain's Fbank; train with KaldiFbank."
+        )
+    if streaming:
+        raise UserError(
+            "sherpa-onnx does not compute SpeechBrain's Fbank for streams; train with KaldiFbank, or fine-tune with it."
+        )
+    if norm != "sentence":
+        raise UserError(
+            f"sherpa-onnx normalises the samples that Fbank is computed from, and the model's statistics are {norm}; train with "
+            "sentence statistics, or with KaldiFbank."
+        )
+    if features.compute_STFT.sample_rate != 16000:
+        raise UserError(
+            f"sherpa-onnx gives 16000 samples per second to models with Fbank, not {features.compute_STFT.sample_rate}; train "
+            "with KaldiFbank."
+        )
+    return "omnilingual_asr_ctc"
+
+
+def symbols_of(model, whole):
+    """What ``tokens.txt`` calls each token.
+
+    The blank is ``<blk>``, by which the runtime finds it. A ``▁`` at the beginning becomes a space.
+
+    Arguments
+    ---------
+    model : speechbrain_ext.inference.models.CtcModel or JointModel
+        The model.
+    whole : bool
+        Whether for whole utterances.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    UserError
+        If the runtime would write a token otherwise than Python.
+    """
+    tokenizer = model.hparams.tokenizer
+    symbols = []
+    for token in range(tokenizer.vocab_size()):
+        # A space behind the sign for the unknown token would be written as it stands
+        symbol = (
+            "<blk>" if token == model.blank else written_by(tokenizer, token).removesuffix("▁") or tokenizer.id_to_piece(token)
+        )
+        silent = token == model.blank or tokenizer.is_control(token)
+        if not silent and ("▁" in symbol[1:] or symbol.split() != [symbol]):
+            raise UserError(
+                f"The model's token '{symbol}' has a space that is not at its beginning, which sherpa-onnx cannot write."
+            )
+        if not silent and whole and symbol in NEVER_WRITTEN:
+            raise UserError(
+                f"The model has a token '{symbol}', which sherpa-onnx leaves out of every text of a whole utterance; train with "
+                "a tokenizer without it, or export with --streaming."
+            )
+        symbols.append(symbol)
+    return symbols
+
+
+def _refuse_place(folder):
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the name of a folder.")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder.parent} for {folder.name}; create it, or give another path.")
+    others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.exists() else []
+    if others:
+        raise FileExistsError(f"{folder} holds other files, such as {others[0]}; give a new folder.")
+
+
+def _refuse_texts(texts, report, int8, tolerance):
+    limit = 0.2 if report.synthetic else 0.05
+    if int8 and tolerance is not None:
+        limit = tolerance
+    if texts is not None and texts.error > limit:
+        raise ExportError(
+            f"sherpa-onnx {texts.version} writes {texts.error:.1%} of the letters differently, and {limit:.1%} is accepted, so "
+            "nothing was written; compare on real speech with --audio."
+        )

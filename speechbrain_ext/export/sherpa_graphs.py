@@ -1,0 +1,413 @@
+"""Trained models as the graphs that sherpa-onnx runs: its inputs and outputs in its order, which is all that it goes by.
+
+Which type of model a graph is for, what metadata that type wants, and how much of an utterance a frame stands for:
+
+==========================  =========================================  ==========================  =================
+type                        inputs                                     outputs                     seconds per frame
+==========================  =========================================  ==========================  =================
+``zipformer_ctc``           ``x`` (N, T, F), ``x_lens`` (N,)           ``log_probs``, their        0.04
+                                                                       numbers of frames
+``omnilingual_asr_ctc``     ``x`` (1, samples) of mean 0, variance 1   ``log_probs``               0.02
+``zipformer2_ctc``          ``x`` (N, T, F) and eight states           ``log_probs``, the states   0.04
+``transducer``              as ``zipformer_ctc``                       ``encoder_out``, likewise   0.04
+``zipformer2``              as ``zipformer2_ctc``                      ``encoder_out``, likewise   0.04
+==========================  =========================================  ==========================  =================
+
+The last two are for hotwords, which the runtime takes with transducers only: CTC as a transducer, whose :class:`Decoder` knows
+the last token, and whose :class:`Joiner` tells its repetition from the same token anew by the frame before, which
+``encoder_out`` has behind each frame (:class:`Pairs`).
+
+The features ``x`` are those of :class:`speechbrain_ext.lobes.features.KaldiFbank`, which the runtime computes itself.
+
+Source: the classes ``OfflineZipformerCtcModel``, ``OfflineOmnilingualAsrCtcModel``, ``OnlineZipformer2CtcModel``,
+``OfflineTransducerModel`` and ``OnlineZipformer2TransducerModel`` of https://github.com/k2-fsa/sherpa-onnx, versions 1.12.26 to
+2.0.1.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from speechbrain_ext.export.onnx_streaming import Streaming
+from speechbrain_ext.export.onnx_whole import FullContext
+from speechbrain_ext.utils.errors import UserError
+
+IMPOSSIBLE = -1e4
+"""Log-probability of a token that is never answered."""
+BALLAST = [[1, None, 1, 3], [1, None, 1], [1, None, 1], [None, 4, 1], [None, 4, 1], [None, 128, 3, 19]]
+"""Shapes of the states of ``zipformer2_ctc`` that go through unchanged, None for the number of streams."""
+SMALLEST = 1e-30
+"""Probability in place of less, whose logarithm is not finite."""
+DIMENSIONS = {
+    "encoder_dims": "4",
+    "value_head_dims": "1",
+    "num_heads": "1",
+    "num_encoder_layers": "1",
+    "cnn_module_kernels": "2",
+    "left_context_len": "1",
+}
+"""What the runtime computes these shapes from: a Zipformer of one layer, whose keys, (1, N, ``query_head_dims``), are free."""
+
+
+class Answer(nn.Module):
+    """Log-probabilities as the runtime's search needs them.
+
+    It writes every token but the blank. So the tokens that write nothing, such as those for the beginning and the end of a
+    sentence, lend their probability to the blank: greedily decoded, the text is the same.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V.
+    blank : int
+        The blank's index.
+    silent : list of int
+        The other tokens that write nothing.
+    repeats : int
+        How often each frame is given, so that the runtime's times are right.
+
+    Example
+    -------
+    >>> Answer(4, blank=0, silent=[1])(torch.tensor([[[-3.0, -1.0, -2.0, -4.0]]]))
+    tensor([[[-1.0000e+00, -1.0000e+04, -2.0000e+00, -4.0000e+00]]])
+    """
+
+    def __init__(self, vocabulary, blank, silent, repeats=1):
+        super().__init__()
+        self.repeats, self._has_silent = repeats, any(token != blank for token in silent)
+        place = torch.arange(vocabulary)
+        self.register_buffer("is_blank", place == blank)
+        self.register_buffer("is_silent", torch.isin(place, torch.tensor(silent, dtype=torch.int64)) & ~self.is_blank)
+
+    def forward(self, log_probs):
+        """(B, T, V) to (B, T * repeats, V)."""
+        if self._has_silent:
+            nothing = log_probs.masked_fill(~(self.is_silent | self.is_blank), -torch.inf).amax(-1, keepdim=True)
+            log_probs = torch.where(self.is_blank, nothing, log_probs.masked_fill(self.is_silent, IMPOSSIBLE))
+        return log_probs if self.repeats == 1 else log_probs.repeat_interleave(self.repeats, 1)
+
+
+class Pairs(nn.Module):
+    """Log-probabilities of each frame, and behind them those of the frame before; before the first one a blank is certain.
+
+    Arguments
+    ---------
+    answer : Answer
+        What comes first.
+
+    Example
+    -------
+    >>> Pairs(Answer(2, blank=0, silent=[]))(torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]]))[0]
+    tensor([[-1.0000e+00, -2.0000e+00,  0.0000e+00, -1.0000e+04],
+            [-3.0000e+00, -4.0000e+00, -1.0000e+00, -2.0000e+00]])
+    """
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.repeats, self.vocabulary = answer, answer.repeats, len(answer.is_blank)
+        self.register_buffer("certain", IMPOSSIBLE * (~answer.is_blank).float())
+
+    def forward(self, log_probs):
+        """(B, T, V) to (B, T * repeats, 2 V)."""
+        now = self.answer(log_probs)
+        return torch.cat((now, torch.cat((self.certain.expand(now.shape[0], 1, -1), now[:, :-1]), 1)), 2)
+
+
+class Decoder(nn.Module):
+    """The last token (N, 1) as (N, V): one in its place, and nothing for the blank, token 0.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V.
+
+    Example
+    -------
+    >>> Decoder(3)(torch.tensor([[2], [0]]))
+    tensor([[0., 0., 1.],
+            [0., 0., 0.]])
+    """
+
+    input_names = ("y",)
+    output_names = ("decoder_out",)
+    dynamic_shapes = ({0: "batch"},)
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.metadata = {"vocab_size": str(vocabulary), "context_size": "1"}
+        self.register_buffer("tokens", torch.arange(vocabulary))
+
+    def forward(self, y):
+        """See the class."""
+        return ((y == self.tokens) & (self.tokens > 0)).float()
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        return (torch.tensor([[1], [0]]),)
+
+
+class Joiner(nn.Module):
+    """CTC as a transducer: a token's repetition in the frame behind it is a blank.
+
+    Where the last token is l, the frame before was l with probability p(l) or blank with p(blank), for all that the decoder
+    knows. The share p(l) / (p(l) + p(blank)) of what now is l is that frame going on, and goes to the blank; the rest is l anew.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V; token 0 is the blank.
+
+    Example
+    -------
+    >>> now, before = torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([[0.2, 0.6, 0.2]]).log()
+    >>> Joiner(3)(torch.cat((now, before), 1), torch.tensor([[0.0, 1.0, 0.0]])).exp()
+    tensor([[0.7250, 0.1750, 0.1000]])
+    """
+
+    input_names = ("encoder_out", "decoder_out")
+    output_names = ("logit",)
+    dynamic_shapes = ({0: "batch"}, {0: "batch"})
+    metadata = {}
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.register_buffer("is_blank", torch.arange(vocabulary) == 0)
+
+    def forward(self, encoder_out, decoder_out):
+        """(N, 2 V) of :class:`Pairs` and (N, V) of :class:`Decoder` to log-probabilities (N, V)."""
+        now, before = encoder_out.chunk(2, 1)
+        last, last_before = ((part.exp() * decoder_out).sum(1, keepdim=True) for part in (now, before))
+        goes_on = last * last_before / (last_before + before[:, :1].exp()).clamp(min=SMALLEST)
+        anew = (last - goes_on).clamp(min=SMALLEST).log()
+        blank = (now[:, :1].exp() + goes_on).clamp(min=SMALLEST).log()
+        return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, anew, now))
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        size = len(self.is_blank)
+        return torch.randn(2, 2 * size).log_softmax(1), torch.eye(2, size)
+
+
+class FromFeatures(FullContext):
+    """Whole utterances from the runtime's features: ``zipformer_ctc``.
+
+    Arguments
+    ---------
+    encoder, head, pass_name
+        As for :class:`speechbrain_ext.export.onnx_whole.FullContext`.
+    answer : Answer
+        What follows.
+    """
+
+    mode = "zipformer_ctc"
+    input_names = ("x", "x_lens")
+    output_names = ("log_probs", "log_probs_lens")
+    dynamic_shapes = ({0: "batch", 1: "frames"}, {0: "batch"})
+
+    def __init__(self, encoder, head, answer, pass_name=None):
+        super().__init__(encoder, head, pass_name)
+        self.answer = answer
+
+    def forward(self, x, lengths):
+        """Log mel bins (N, T, F), padded with anything, and numbers of frames (N,)."""
+        log_probs, frames = self.log_probs(self.features.normalized(x, lengths), lengths)
+        return self.answer(log_probs), frames * self.answer.repeats
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        features = torch.randn(2, 125, self.features.filters.shape[1], generator=torch.Generator().manual_seed(0))
+        return features, torch.tensor([125, 75])
+
+
+class TransducerFromFeatures(FromFeatures):
+    """The same with :class:`Pairs`: the encoder of ``transducer``."""
+
+    mode = "transducer"
+    output_names = ("encoder_out", "encoder_out_lens")
+
+
+class FromWaveform(FullContext):
+    """Whole utterances one by one from samples of mean 0 and variance 1: ``omnilingual_asr_ctc``.
+
+    Arguments
+    ---------
+    encoder, head, pass_name
+        As for :class:`speechbrain_ext.export.onnx_whole.FullContext`.
+    answer : Answer
+        What follows.
+    """
+
+    mode = "omnilingual_asr_ctc"
+    input_names = ("x",)
+    output_names = ("log_probs",)
+    dynamic_shapes = ({1: "samples"},)
+
+    def __init__(self, encoder, head, answer, pass_name=None):
+        super().__init__(encoder, head, pass_name)
+        self.answer = answer
+
+    def forward(self, waveform):
+        """Samples (1, N)."""
+        return self.answer(super().forward(waveform, torch.ones_like(waveform, dtype=torch.int64).sum(1))[0])
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        return (torch.randn(1, 20000, generator=torch.Generator().manual_seed(0)),)
+
+
+class Packed(Streaming):
+    """One chunk of streams of different age, from the runtime's features: ``zipformer2_ctc``.
+
+    All state but the counters lies side by side in the first of the runtime's tensors; the last one counts the chunks of each
+    stream, and the counters of the encoder follow from it. Float64 goes as two float32, the number and what rounding left of it.
+
+    Arguments
+    ---------
+    encoder, head, config, pass_name
+        As for :class:`speechbrain_ext.export.onnx_streaming.Streaming`.
+    answer : Answer
+        What follows.
+
+    Raises
+    ------
+    UserError
+        If the model does not stream, or its state grows with the stream.
+    """
+
+    mode = "zipformer2_ctc"
+
+    def __init__(self, encoder, head, config, answer, pass_name=None):
+        super().__init__(encoder, head, config, pass_name)
+        self.answer = answer
+        self.frames = self.encoder.subsampling.factor * config.chunk_size
+        self.ballast = BALLAST
+        self._packed = [_fixed(state, self.encoder.subsampling.factor) for state in self.states if not state.step]
+        names = [f"state{i}" for i in range(len(self.ballast) + 1)] + ["chunks"]
+        self.input_names = ("x", *names)
+        self.output_names = ("log_probs", *(f"next_{name}" for name in names))
+
+    @property
+    def size(self):
+        """Number of floats of state per stream."""
+        return sum(_size(state) for state in self._packed)
+
+    def zeros(self, streams):
+        """The states of streams that begin."""
+        shapes = [[1, streams, self.size], *([streams if size is None else size for size in shape] for shape in self.ballast)]
+        return [*(torch.zeros(shape) for shape in shapes), torch.zeros(streams, dtype=torch.int64)]
+
+    def forward(self, x, state, *ballast_and_chunks):
+        """Log mel bins (N, T, F) of one chunk, and the states."""
+        *ballast, chunks = ballast_and_chunks
+        parts = iter(self._unpack(state[0]))
+        states = [chunks * known.step if known.step else next(parts) for known in self.states]
+        log_probs, *following = self.encode(x, states, chunks == 0)
+        kept = [tensor for tensor, known in zip(following, self.states, strict=True) if not known.step]
+        return self.answer(log_probs), self._pack(kept).unsqueeze(0), *(part.clone() for part in ballast), chunks + 1
+
+    def _pack(self, tensors):
+        """To (N, size)."""
+        pieces = []
+        for state, tensor in zip(self._packed, tensors, strict=True):
+            tensor = tensor.movedim(state.shape.index("batch"), 0).flatten(1)
+            pieces.append(tensor.float())
+            if tensor.dtype == torch.float64:
+                pieces.append((tensor - pieces[-1]).float())
+        return torch.cat(pieces, 1)
+
+    def _unpack(self, packed):
+        """From (N, size)."""
+        tensors = []
+        for state, piece in zip(self._packed, packed.split([_size(state) for state in self._packed], 1), strict=True):
+            if state.dtype == torch.float64:
+                high, low = piece.double().chunk(2, 1)
+                piece = high + low
+            shape = [size for size in state.shape if size != "batch"]
+            tensors.append(piece.to(state.dtype).reshape(-1, *shape).movedim(0, state.shape.index("batch")))
+        return tensors
+
+    def example_inputs(self):
+        """Inputs to trace with: two streams, one of which begins."""
+        x = torch.randn(2, self.frames, self.features.mels, generator=torch.Generator().manual_seed(0))
+        *states, _ = self.zeros(2)
+        return x, *states, torch.tensor([0, 3])
+
+    @property
+    def metadata(self):
+        """What the runtime needs to know."""
+        left = self.config.left_context_size
+        return DIMENSIONS | {
+            "query_head_dims": str(self.size),
+            "T": str(self.frames),
+            "decode_chunk_len": str(self.frames),
+            "chunk_size": str(self.config.chunk_size),
+            "left_context": str(-1 if left is None else left),
+        }
+
+    @property
+    def dynamic_shapes(self):
+        """What is free in the inputs."""
+        batch = torch.export.Dim("batch")
+        return {0: batch}, {1: batch}, tuple({shape.index(None): batch} for shape in self.ballast) + ({0: batch},)
+
+
+class PackedTransducer(Packed):
+    """The same with :class:`Pairs`: the encoder of ``zipformer2``. The last frame's log-probabilities are state, too.
+
+    Arguments
+    ---------
+    encoder, head, config, answer, pass_name
+        As for :class:`Packed`, with ``answer`` of :class:`Pairs`.
+
+    Raises
+    ------
+    UserError
+        Likewise.
+    """
+
+    mode = "zipformer2"
+
+    def __init__(self, encoder, head, config, answer, pass_name=None):
+        super().__init__(encoder, head, config, answer, pass_name)
+        *others, (streams, channels, width, _) = BALLAST
+        self.ballast = [*others, [streams, channels, width, ((self.features.mels - 1) // 2 - 1) // 2]]
+        self.output_names = ("encoder_out", *self.output_names[1:])
+
+    @property
+    def size(self):
+        """Number of floats of state per stream."""
+        return super().size + self.answer.vocabulary
+
+    def forward(self, x, state, *ballast_and_chunks):
+        """Log mel bins (N, T, F) of one chunk, and the states."""
+        vocabulary, begins = self.answer.vocabulary, ballast_and_chunks[-1] == 0
+        pairs, following, *others = super().forward(x, state[..., :-vocabulary], *ballast_and_chunks)
+        before = torch.where(begins.unsqueeze(1), self.answer.certain, state[0, :, -vocabulary:]).unsqueeze(1)
+        now, then = pairs.chunk(2, 2)
+        then = torch.cat((before, then[:, 1:]), 1)
+        return torch.cat((now, then), 2), torch.cat((following, now[:, -1].unsqueeze(0)), 2), *others
+
+    @property
+    def metadata(self):
+        """What the runtime needs to know."""
+        return super().metadata | {"model_type": self.mode}
+
+
+def _fixed(state, factor):
+    """A tensor of the state in the size that it has from the second chunk on."""
+    if state.name == "subsampling.left":
+        state.shape[1] = factor
+    elif state.growth:
+        raise UserError(
+            f"The model's {state.name} grows with a stream, and sherpa-onnx keeps states of one size; give a --left-context."
+        )
+    if "batch" not in state.shape:
+        raise UserError(f"The model's {state.name} is one for all streams, where sherpa-onnx batches streams of different age.")
+    return state
+
+
+def _size(state):
+    """Number of floats that a tensor of the state takes."""
+    numbers = math.prod(size for size in state.shape if size != "batch")
+    return numbers * (2 if state.dtype == torch.float64 else 1)

@@ -1,0 +1,136 @@
+"""What sherpa-onnx itself writes, with an exported folder: a program of its own, which needs sherpa-onnx and numpy only.
+
+    python sherpa_texts.py FOLDER WAVEFORMS.npz
+
+It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
+them, the seconds of computation that the first took, and the most memory that the process had. It is a program because
+sherpa-onnx ends the process where a file is not what it expects.
+"""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+PIECE = 0.1
+"""Seconds of audio that streams get at once."""
+STREAMS = ("zipformer2_ctc", "zipformer2")
+"""Types of model for streams."""
+TRANSDUCERS = ("transducer", "zipformer2")
+"""Types of three files."""
+
+
+def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
+    """A recogniser of sherpa-onnx.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        What ``export --runtime sherpa-onnx`` wrote.
+    kind : str
+        Its type of model.
+    sample_rate, feature_dim : int
+        Of its features.
+    **keys
+        For the runtime's constructor.
+
+    Returns
+    -------
+    sherpa_onnx.OfflineRecognizer or OnlineRecognizer
+    """
+    import sherpa_onnx
+
+    owner = sherpa_onnx.OnlineRecognizer if kind in STREAMS else sherpa_onnx.OfflineRecognizer
+    parts = ("encoder", "decoder", "joiner") if kind in TRANSDUCERS else ("model",)
+    files = {part: str(next(Path(folder).glob(f"{part}*.onnx"))) for part in parts}
+    if kind != "omnilingual_asr_ctc":
+        keys = {"sample_rate": sample_rate, "feature_dim": feature_dim, **keys}
+    keys = {"num_threads": 1, "tokens": str(Path(folder, "tokens.txt")), **keys}
+    return getattr(owner, "from_transducer" if kind in TRANSDUCERS else f"from_{kind}")(**files, **keys)
+
+
+def settings_of(folder):
+    """Type of model and, of streams, zeros behind the end, in samples, as the folder's README says."""
+    text = Path(folder, "README.md").read_text(encoding="utf-8")
+    tail = re.search(r"zeros \((\d+) samples\)", text)
+    return re.search(r"type of model `(\w+)`", text)[1], int(tail[1]) if tail else 0
+
+
+def transcribe_whole(recognizer, wavs, rate):
+    """Texts of waveforms, decoded as one batch."""
+    streams = [recognizer.create_stream() for _ in wavs]
+    for stream, wav in zip(streams, wavs, strict=True):
+        stream.accept_waveform(rate, wav)
+    recognizer.decode_streams(streams)
+    return [stream.result.text for stream in streams]
+
+
+def transcribe_streams(recognizer, wavs, rate, tail):
+    """Texts of streams that come in pieces, each beginning three pieces after the one before, with zeros behind the end."""
+    import numpy as np
+
+    size = int(PIECE * rate)
+    waiting = [np.concatenate([wav, np.zeros(tail, wav.dtype)]) for wav in wavs]
+    streams, done, turn = [recognizer.create_stream() for _ in wavs], [False] * len(wavs), 0
+    while not all(done):
+        for i, stream in enumerate(streams):
+            if done[i] or turn < 3 * i:
+                continue
+            if len(waiting[i]):
+                stream.accept_waveform(rate, waiting[i][:size])
+                waiting[i] = waiting[i][size:]
+            else:
+                stream.input_finished()
+                done[i] = True
+        while ready := [stream for stream in streams if recognizer.is_ready(stream)]:
+            recognizer.decode_streams(ready)
+        turn += 1
+    return [recognizer.get_result(stream) for stream in streams]
+
+
+def transcriber(folder, sample_rate=16000, feature_dim=80):
+    """What makes of a list of waveforms their texts.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        What ``export --runtime sherpa-onnx`` wrote.
+    sample_rate, feature_dim : int
+        Of its features.
+
+    Returns
+    -------
+    callable
+    """
+    kind, tail = settings_of(folder)
+    recognizer = open_recognizer(folder, kind, sample_rate, feature_dim)
+    if kind in STREAMS:
+        return lambda wavs: transcribe_streams(recognizer, wavs, sample_rate, tail)
+    return lambda wavs: transcribe_whole(recognizer, wavs, sample_rate)
+
+
+def main(folder, waveforms):
+    """See the module."""
+    import numpy as np
+    import sherpa_onnx
+
+    data = np.load(waveforms)
+    transcribe = transcriber(folder, int(data["rate"]), int(data["feature_dim"]))
+    wavs = [data[f"wav{i}"] for i in range(int(data["count"]))]
+    began = time.process_time()  # on one thread; other programs may have the processor meanwhile
+    alone = [transcribe([wav])[0] for wav in wavs]
+    seconds = time.process_time() - began
+    found = {"version": sherpa_onnx.__version__, "alone": alone, "seconds": seconds, "peak_mib": peak_mib()}
+    print(json.dumps(found | {"together": transcribe(wavs)}))
+
+
+def peak_mib():
+    """The most memory that this process has had, in MiB; None where the system does not say (Linux does)."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return found and int(found[1]) / 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

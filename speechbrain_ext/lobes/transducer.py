@@ -1,0 +1,228 @@
+"""The transducer's own parts: a predictor that reads the tokens so far, and the joint network over frames and tokens.
+
+Source: Graves 2012, https://arxiv.org/abs/1211.3711; the predictor without memory is that of Ghodsi et al. 2020
+(https://doi.org/10.1109/ICASSP40776.2020.9054419) as icefall has it.
+
+A predictor's state is a tuple of tensors whose first axis counts hypotheses, so that a search gathers and replaces states
+without knowing what is in them.
+"""
+
+import math
+
+import torch
+from speechbrain.nnet.embedding import Embedding
+from speechbrain.nnet.RNN import LSTM
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from torch import nn
+
+from speechbrain_ext.registry import loadable
+from speechbrain_ext.utils.errors import UserError
+
+CHANNELS_PER_GROUP = 4
+"""Of the stateless predictor's convolution, as in icefall."""
+
+
+class StatelessPredictor(nn.Module):
+    """An embedding and a convolution over the last tokens: its state is these tokens.
+
+    Positions before the text are zeros, in training and in search alike.
+
+    Arguments
+    ---------
+    vocab_size : int
+        Number of tokens V.
+    size : int
+        Width P of its output, a multiple of 4.
+    context : int
+        Number of tokens that it sees.
+    blank_index : int
+        The blank, which stands for positions before the text.
+
+    Raises
+    ------
+    UserError
+        If the size or the context is impossible.
+
+    Example
+    -------
+    >>> predictor = StatelessPredictor(vocab_size=30, size=8)
+    >>> tokens = torch.tensor([[5, 7]])
+    >>> state = predictor.begin(1)
+    >>> for token in tokens.unbind(1):
+    ...     state = predictor.advance(state, token)
+    >>> torch.allclose(predictor.output(state), predictor(tokens)[:, -1])
+    True
+    """
+
+    def __init__(self, vocab_size, size=512, context=2, blank_index=0):
+        super().__init__()
+        if size < 1 or size % CHANNELS_PER_GROUP:
+            raise UserError(f"predictor_size is {size}; give a multiple of {CHANNELS_PER_GROUP} for the stateless predictor.")
+        if context < 1:
+            raise UserError(f"predictor_context is {context}; give a number of tokens of 1 or more.")
+        self.context, self.blank_index = context, blank_index
+        self.embedding = nn.Embedding(vocab_size, size, padding_idx=blank_index)
+        self.convolution = nn.Conv1d(size, size, context, groups=size // CHANNELS_PER_GROUP, bias=False)
+
+    def forward(self, tokens):
+        """Tokens (B, U) to outputs (B, U + 1, P): before the first token, and after each."""
+        return self._outputs(nn.functional.pad(tokens, (self.context, 0), value=self.blank_index))
+
+    def begin(self, number):
+        """The states of so many hypotheses without a token."""
+        device = self.embedding.weight.device
+        return (torch.full((number, self.context), self.blank_index, dtype=torch.long, device=device),)
+
+    def advance(self, state, tokens):
+        """The states after one more token (N,) each."""
+        return (torch.cat((state[0][:, 1:], tokens.unsqueeze(1)), 1),)
+
+    def output(self, state):
+        """Outputs (N, P) of states."""
+        return self._outputs(state[0]).squeeze(1)
+
+    def _outputs(self, tokens):
+        return self.convolution(self.embedding(tokens).transpose(1, 2)).relu().transpose(1, 2)
+
+
+class LstmPredictor(nn.Module):
+    """SpeechBrain's embedding and LSTM over all tokens so far; the blank begins a text.
+
+    Arguments
+    ---------
+    vocab_size : int
+        Number of tokens V.
+    size : int
+        Width P of embedding and output.
+    layers : int
+        Number of layers.
+    blank_index : int
+        The blank, whose embedding is zero.
+
+    Example
+    -------
+    >>> predictor = LstmPredictor(vocab_size=30, size=8)
+    >>> tokens = torch.tensor([[5, 7]])
+    >>> state = predictor.begin(1)
+    >>> for token in tokens.unbind(1):
+    ...     state = predictor.advance(state, token)
+    >>> torch.allclose(predictor.output(state), predictor(tokens)[:, -1], atol=1e-6)
+    True
+    """
+
+    def __init__(self, vocab_size, size=512, layers=1, blank_index=0):
+        super().__init__()
+        if size < 1 or layers < 1:
+            raise UserError(f"The LSTM predictor has size {size} and {layers} layers; give 1 or more of both.")
+        self.blank_index = blank_index
+        self.embedding = Embedding(vocab_size, embedding_dim=size, consider_as_one_hot=False, blank_id=blank_index)
+        self.lstm = LSTM(hidden_size=size, input_size=size, num_layers=layers)
+
+    def forward(self, tokens):
+        """As the stateless predictor's."""
+        with torch.autocast(tokens.device.type, enabled=False):  # small, and not in float16 on every device
+            return self.lstm(self.embedding(nn.functional.pad(tokens, (1, 0), value=self.blank_index)))[0]
+
+    def begin(self, number):
+        """The states of so many hypotheses without a token: hidden and cell (N, layers, P)."""
+        rnn = self.lstm.rnn
+        zeros = rnn.weight_hh_l0.new_zeros(number, rnn.num_layers, rnn.hidden_size)
+        return self.advance((zeros, zeros), torch.full((number,), self.blank_index, device=zeros.device))
+
+    def advance(self, state, tokens):
+        """The states after one more token (N,) each."""
+        # By hand: the library's LSTM lays out its weights anew for each call, which for one step takes longest
+        x, rnn, after = self.embedding(tokens), self.lstm.rnn, []
+        for layer, (hidden, cell) in enumerate(zip(*(part.unbind(1) for part in state), strict=True)):
+            weights = (getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh"))
+            from_input, input_bias, from_hidden, hidden_bias = weights
+            gates = nn.functional.linear(x, from_input, input_bias) + nn.functional.linear(hidden, from_hidden, hidden_bias)
+            enter, keep, new, leave = gates.chunk(4, 1)
+            cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+            x = leave.sigmoid() * cell.tanh()
+            after.append((x, cell))
+        return tuple(torch.stack(parts, 1) for parts in zip(*after, strict=True))
+
+    def output(self, state):
+        """Outputs (N, P) of states."""
+        return state[0][:, -1]
+
+
+PREDICTORS = ("stateless", "lstm")
+
+
+@loadable
+class Transducer(nn.Module):
+    """Predictor and joint network: the head that turns encoder frames into tokens.
+
+    Arguments
+    ---------
+    d_model : int
+        Width D of encoder frames.
+    vocab_size : int
+        Number of tokens V, the blank among them.
+    predictor : str
+        "stateless" or "lstm".
+    predictor_size : int
+        Width P of the predictor.
+    predictor_context : int
+        Number of tokens that the stateless predictor sees.
+    predictor_layers : int
+        Number of layers of the LSTM.
+    joint_size : int
+        Width J of the joint network.
+    blank_index : int
+        The blank.
+
+    Raises
+    ------
+    UserError
+        If there is no such predictor, or a size is impossible.
+
+    Example
+    -------
+    >>> transducer = Transducer(d_model=16, vocab_size=30, predictor_size=8, joint_size=12)
+    >>> frames = transducer.project_frames(torch.rand(2, 50, 16)).unsqueeze(2)  # (B, T, 1, J)
+    >>> predicted = transducer.project_outputs(transducer.predictor(torch.randint(1, 30, (2, 7)))).unsqueeze(1)
+    >>> transducer.join(frames, predicted).shape
+    torch.Size([2, 50, 8, 30])
+    """
+
+    def __init__(
+        self,
+        d_model,
+        vocab_size,
+        predictor="stateless",
+        predictor_size=512,
+        predictor_context=2,
+        predictor_layers=1,
+        joint_size=512,
+        blank_index=0,
+    ):
+        super().__init__()
+        if predictor not in PREDICTORS:
+            raise UserError(f"Unknown predictor '{predictor}'; the known ones are: {', '.join(PREDICTORS)}.")
+        if joint_size < 1:
+            raise UserError(f"joint_size is {joint_size}; give 1 or more.")
+        if not 0 <= blank_index < vocab_size:
+            raise UserError(f"blank_index is {blank_index} and there are {vocab_size} tokens; give the index of the blank.")
+        self.blank_index = blank_index
+        if predictor == "stateless":
+            self.predictor = StatelessPredictor(vocab_size, predictor_size, predictor_context, blank_index)
+        else:
+            self.predictor = LstmPredictor(vocab_size, predictor_size, predictor_layers, blank_index)
+        self.project_frames = nn.Linear(d_model, joint_size)
+        self.project_outputs = nn.Linear(predictor_size, joint_size)
+        self.joint = Transducer_joint(joint="sum", nonlinearity=nn.Tanh)
+        self.out = nn.Linear(joint_size, vocab_size)
+        with torch.no_grad():
+            # Half of the probability at first: where all tokens had the same, searches would say something in every frame
+            self.out.bias[blank_index] += math.log(vocab_size)
+
+    def join(self, frames, predicted):
+        """Logits (..., V) of projected frames and projected outputs of the predictor (..., J), which are broadcast."""
+        return self.out(self.joint(frames, predicted))
+
+    def predict(self, state):
+        """Projected outputs (N, J) of the predictor's states."""
+        return self.project_outputs(self.predictor.output(state))

@@ -1,0 +1,368 @@
+"""Language models of SpeechBrain in the joint search, in the layout that they are published in."""
+
+import math
+import re
+
+import pytest
+import torch
+from hub import Hub, client
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
+from speechbrain.decoders.scorer import KenLMScorer, RNNLMScorer
+from speechbrain.lobes.models.RNNLM import RNNLM
+from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
+from speechbrain.nnet.RNN import LSTM
+from test_warm_start import make_tokenizer
+from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
+
+import train
+from speechbrain_ext import cli
+from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
+from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders.lm import TransformerLMScorer, make_scorer
+from speechbrain_ext.decoders.ngram import write_arpa
+from speechbrain_ext.decoders.token_ngram import ngram_graph
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.model_folder.lm import load_lm
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import read_csv
+
+FOLDERS = ROOT / "tests" / "data" / "model_folders"
+# As the recipes of SpeechBrain have published them, with smaller sizes
+TRANSFORMER = """
+output_neurons: 25
+bos_index: 1
+eos_index: 2
+asr_model: !new:torch.nn.ModuleList [[!apply:os.mkdir [executed]]]
+lm_model: !new:speechbrain.lobes.models.transformer.TransformerLM.TransformerLM # yamllint disable-line rule:line-length
+    vocab: !ref <output_neurons>
+    d_model: 16
+    nhead: 2
+    num_encoder_layers: 2
+    num_decoder_layers: 0
+    d_ffn: 32
+    dropout: 0.0
+    activation: !name:torch.nn.GELU
+    normalize_before: False
+tokenizer: !new:sentencepiece.SentencePieceProcessor
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    paths:
+        lm: !ref <pretrained_lm_tokenizer_path>/lm.ckpt
+"""
+RNN = """
+bos_index: 1
+eos_index: 2
+lm_model: !new:speechbrain.lobes.models.RNNLM.RNNLM
+    output_neurons: 25
+    embedding_dim: 8
+    activation: !name:torch.nn.LeakyReLU
+    dropout: 0.0
+    rnn_layers: 2
+    rnn_neurons: 16
+    dnn_blocks: 1
+    dnn_neurons: 16
+"""
+SIZES = {"d_model": 16, "nhead": 2, "num_encoder_layers": 2, "d_ffn": 32, "dropout": 0.0, "activation": torch.nn.GELU}
+
+
+def rnn_lm(tokens):
+    keys = {"rnn_layers": 2, "rnn_neurons": 16, "dnn_blocks": 1, "dnn_neurons": 16, "dropout": 0.0, "return_hidden": True}
+    return RNNLM(tokens, 8, torch.nn.LeakyReLU, rnn_class=LSTM, **keys)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model with a decoder, and the tokenizer of a language model for it: other numbers, and no token for the blank."""
+    folder = tmp_path_factory.mktemp("lm")
+    make_model(folder, 1)
+    tokenizer = (folder / "model" / "tokenizer.ckpt").read_bytes()
+    theirs = arrange_tokenizer(tokenizer, 24, 1, 2, 0)
+    pieces = SentencePieceProcessor(model_proto=theirs)
+    assert pieces.vocab_size() == 25 and pieces.id_to_piece(3) != SentencePieceProcessor(model_proto=tokenizer).id_to_piece(3)
+    for name, settings in (("transformer", TRANSFORMER), ("rnn", RNN)):
+        torch.manual_seed(0)
+        lm = TransformerLM(25, **SIZES) if name == "transformer" else rnn_lm(25)
+        write(
+            folder / name,
+            settings,
+            {key: 4 * value if value.dim() == 2 else value for key, value in lm.state_dict().items()},
+            theirs,
+        )
+    return folder
+
+
+def write(folder, settings, weights, tokenizer):
+    folder.mkdir(exist_ok=True)
+    (folder / "hyperparams.yaml").write_text(settings)
+    torch.save(weights, folder / "lm.ckpt")
+    (folder / "tokenizer.ckpt").write_bytes(tokenizer)
+    return folder
+
+
+def answers(model, **keys):
+    """Tokens of three utterances of noise, and the scores of the search."""
+    wavs = 0.1 * torch.randn(3, 30000, generator=torch.Generator().manual_seed(1))
+    enc, lens = model._encode(wavs, torch.tensor([1.0, 0.6, 0.8]))
+    tokens, _, scores, _ = model.mods.decoder(enc, lens)
+    return tokens, scores
+
+
+@pytest.mark.parametrize("kind", ["transformer", "rnn"])
+def test_a_published_language_model_is_what_it_was_whatever_the_numbers_of_its_tokens(kind, place):
+    tokenizer = SentencePieceProcessor(str(place / "model" / "tokenizer.ckpt"))
+    theirs = SentencePieceProcessor(str(place / kind / "tokenizer.ckpt"))
+    ours, scorer = load_lm(place / kind, tokenizer), make_scorer(load_lm(place / kind, tokenizer), 1.0)
+    plain = TransformerLM(25, **SIZES) if kind == "transformer" else rnn_lm(25)
+    plain.load_state_dict(torch.load(place / kind / "lm.ckpt"))
+    plain.eval()
+    text, memory, hidden = [tokenizer.bos_id(), *tokenizer.encode_as_ids("THE CAT SAT")], None, None
+    same = [theirs.piece_to_id(tokenizer.id_to_piece(token)) for token in range(4, 25)]
+    for end, token in enumerate(text, 1):
+        found, memory = scorer.score(torch.tensor([token]), memory, None, None)
+        prefix = [theirs.piece_to_id(tokenizer.id_to_piece(each)) for each in text[:end]]
+        if kind == "rnn":
+            logits, hidden = plain(torch.tensor([prefix[-1]]), hx=hidden)
+        else:
+            logits = plain(torch.tensor([prefix]))[:, -1]
+        torch.testing.assert_close(found[0, 4:], logits.log_softmax(-1)[0, same], atol=1e-5, rtol=1e-5)
+    assert not ours.training and not any(parameter.requires_grad for parameter in scorer.lm.parameters())
+
+
+@pytest.mark.parametrize("kind", ["transformer", "rnn"])
+def test_the_search_listens_to_the_language_model(kind, place):
+    model = load_model(place / "model", "cpu")
+    plain = answers(model)
+    state, size = set(model.hparams.asr_model.state_dict()), sum(p.numel() for p in model.mods.parameters())
+    model.choose_lm(place / kind, weight=0.0)
+    nothing = answers(model)
+    assert nothing[0] == plain[0]
+    model.choose_lm(place / kind, weight=1.0)
+    assert answers(model)[0] != plain[0]
+    # It is no part of the model, and what it never says is said no more
+    assert set(model.hparams.asr_model.state_dict()) == state and sum(p.numel() for p in model.mods.parameters()) == size
+    said = {token for text in plain[0] for token in text}
+    lm = model.mods.decoder.scorer.full_scorers["transformerlm" if kind == "transformer" else "rnnlm"].lm
+    output = lm.output_proj.layers[-1].w if kind == "transformer" else lm.out.w
+    output.bias.data[list(said)] = -1e3
+    assert not said.intersection(token for text in answers(model)[0] for token in text)
+    assert model.search_settings["lm"][1] == 1.0
+
+
+def test_scorers_of_an_n_gram(place):
+    """SpeechBrain's, which takes the package kenlm."""
+    pytest.importorskip("kenlm")
+    tokenizer = SentencePieceProcessor(str(place / "model" / "tokenizer.ckpt"))
+    write_arpa([tokenizer.encode_as_pieces(text) for text in SENTENCES], place / "tokens.arpa", order=2)
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
+    model = load_model(place / "model", "cpu")
+    plain = answers(model)
+    model.mods.decoder.add_scorer(KenLMScorer(str(place / "tokens.arpa"), len(pieces), pieces), 2.0)
+    assert answers(model)[0] != plain[0]
+
+
+def test_a_repository_of_the_hub(place):
+    """Fetched as a commit has it; the text is that of the folder."""
+    files = {file.name: file.read_bytes() for file in (place / "transformer").iterdir()}
+    model = load_model(place / "model", "cpu")
+    model.choose_lm(place / "transformer", weight=1.0, temperature=1.0)
+    expected = model.transcribe_file(place / "long.flac")
+    with Hub() as hub:
+        hub.make("ann/lm")
+        commit = hub.commit("ann/lm", "main", files)
+        hub.commit("ann/lm", "main", {"lm.ckpt": b"another"})
+        command = ["transcribe", "--model", place / "model", "--device", "cpu", place / "long.flac", "--lm"]
+        asked = ["--lm-weight", "1", "--lm-temperature", "1"]
+        commands = [[*command, f"ann/lm@{commit}", *asked], [*command, "ann/lm"], [*command, "ann/none"]]
+        found, damaged, missing = client(place / "cache", hub.url, *commands)
+    assert found[:2] == [0, f"{place / 'long.flac'}\t{expected}\n"]
+    assert damaged[0] == 2 and "The language model ann/lm cannot be used: lm.ckpt is damaged" in damaged[2]
+    assert missing[0] == 2 and "ann/none is neither a folder nor a model" in missing[2]
+
+
+def test_a_training_tests_with_it_and_keeps_nothing_of_it(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    corpus, results = make_corpus(tmp_path / "corpus"), tmp_path / "results.csv"
+    keys = {**SMALL, "data_folder": corpus, "output_folder": tmp_path / "run", "results_file": results, "device": "cpu"}
+    keys |= {"tokenizer_from": place / "model" / "tokenizer.ckpt", "lm": place / "transformer", "lm_weight": 0.5}
+    assert train.main(["hparams/hyperconformer.yaml", *arguments(**keys)]) == 0
+    kept = tmp_path / "run" / "pretrained"
+    model = [
+        "--model",
+        str(kept),
+        "--device",
+        "cpu",
+        "--lm",
+        str(place / "transformer"),
+        "--lm-weight",
+        "0.5",
+        "--beam-size",
+        "2",
+    ]
+    assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), "--output", str(tmp_path / "again.csv")]) == 0
+    *_, row = read_csv(results)
+    (again,) = read_csv(tmp_path / "again.csv")
+    assert row["search"] == "joint_beam_lm" and (again["search"], again["lm"], again["lm_weight"]) == (
+        "joint_beam",
+        str(place / "transformer"),
+        "0.5",
+    )
+    counts = ("WER", "insertions", "deletions", "substitutions")
+    assert [row[count] for count in counts] == [again[count] for count in counts]
+    (checkpoint,) = (tmp_path / "run" / "save").glob("*/model.ckpt")
+    for names in (torch.load(checkpoint), load_file(kept / "asr.safetensors")):
+        assert not any("lm" in name.split(".")[0] and not name.startswith("ctc_lin") for name in names)
+        assert not any("output_proj" in name for name in names)
+    assert str(place / "transformer") not in (kept / "hyperparams.yaml").read_text()
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def broken(place, tokenizer, weights):
+    lower = [text.lower() for text in SENTENCES]
+    yield TRANSFORMER, {"a": Trap()}, tokenizer, "holds more than tensors"
+    yield TRANSFORMER, {**weights, "x": torch.ones(1)}, tokenizer, "lm.ckpt is not that of its hyperparams.yaml"
+    yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 48"), weights, tokenizer, "size mismatch"
+    yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 900000"), weights, tokenizer, "larger"
+    yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: [32]"), weights, tokenizer, "no number, text or name"
+    yield TRANSFORMER.replace("!name:torch.nn.GELU", "!name:os.system"), weights, tokenizer, "!name:os.system"
+    yield TRANSFORMER.replace("lm_model: !new", "lm_model: !name"), weights, tokenizer, "has 0 keys with a TransformerLM or RNNLM"
+    yield "lm_model: [", weights, tokenizer, "is no YAML"
+    yield TRANSFORMER, {key: value * math.nan for key, value in weights.items()}, tokenizer, "no numbers"
+    yield TRANSFORMER, weights, tokenizer[:50], "damaged"
+    yield TRANSFORMER, weights, arrange_tokenizer(make_tokenizer(lower), 24, 1, 2, 0), "for other tokens than the model's"
+    yield TRANSFORMER.replace("eos_index: 2", "eos_index: 77"), weights, tokenizer, "do not both have a token eos"
+
+
+def test_what_cannot_be_used_is_refused(place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    weights, tokenizer = torch.load(place / "transformer" / "lm.ckpt"), (place / "transformer" / "tokenizer.ckpt").read_bytes()
+    model = load_model(place / "model", "cpu")
+    for number, (*content, message) in enumerate(broken(place, tokenizer, weights)):
+        folder = write(tmp_path / str(number), *content)
+        with pytest.raises(UserError, match=message) as caught:
+            model.choose_lm(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    (folder / "lm.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match="has no lm.ckpt"):
+        model.choose_lm(folder)
+    for keys, message in (
+        ({"weight": math.nan}, "weight of the language model is nan"),
+        ({"temperature": 0}, "lm_temperature is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.choose_lm(place / "transformer", **keys)
+    assert "executed" not in capfd.readouterr().out and not (tmp_path / "executed").exists()
+
+
+def test_a_language_model_in_another_form_is_refused():
+    with pytest.raises(UserError, match="1 decoder layers"):
+        TransformerLMScorer(TransformerLM(9, d_model=8, nhead=2, num_encoder_layers=1, num_decoder_layers=1, d_ffn=8))
+    with pytest.raises(UserError, match="is a Linear; give SpeechBrain's TransformerLM or RNNLM"):
+        make_scorer(torch.nn.Linear(2, 2))
+    assert isinstance(make_scorer(rnn_lm(9)), RNNLMScorer)
+
+
+# ------------------------------------------------------------------ n-grams of tokens, in every beam
+
+
+@pytest.fixture(scope="module")
+def arpa(place):
+    """A trigram and a bigram of a model's tokens, as the command writes them, and one of words."""
+    (place / "text.txt").write_text("\n".join([*SENTENCES[:4], "ÉÀ CAT"]))
+    for name, *options in (("tri", "--tokens", str(place / "model")), ("bi", "--order", "2", "--tokens", str(place / "t.model"))):
+        assert cli.main(["ngram", str(place / "text.txt"), "--out", str(place / f"{name}.arpa"), *options]) == 0
+    assert cli.main(["ngram", str(place / "text.txt"), "--out", str(place / "words.arpa")]) == 0
+    return place
+
+
+def log10_of(path, tokens):
+    """Of a text, by the back-off rule."""
+    grams = {}
+    for line in path.read_text().splitlines():
+        fields = line.split("\t")
+        if len(fields) > 1:
+            grams[tuple(fields[1].split())] = float(fields[0]), float(fields[2]) if len(fields) > 2 else 0.0
+
+    def score(history, token):
+        if (*history, token) in grams:
+            return grams[*history, token][0]
+        return score(history[1:], token) + grams.get(history, (0, 0.0))[1] if history else grams["<unk>",][0]
+
+    order = max(map(len, grams))
+    said = ["<s>", *tokens, "</s>"]
+    return sum(score(tuple(said[max(0, i - order + 1) : i]), said[i]) for i in range(1, len(said)))
+
+
+@pytest.mark.parametrize("name", ["tri", "bi"])
+def test_the_automaton_of_an_n_gram_gives_its_probabilities(name, arpa):
+    tokenizer = SentencePieceProcessor(str(arpa / "model" / "tokenizer.ckpt"))
+    graph = ngram_graph(arpa / f"{name}.arpa", tokenizer, 0.7)
+    for text in [*SENTENCES, "SSS", "CAT CAT THE", ""]:
+        score, places = 0.0, token_graph.begin([graph], 1)
+        for token in tokenizer.encode_as_ids(text):
+            score += token_graph.added([graph], places)[0, token].item()
+            places = token_graph.advance([graph], places, torch.tensor([token]))
+        score += token_graph.ends([graph], places).item()
+        expected = 0.7 * math.log(10) * log10_of(arpa / f"{name}.arpa", tokenizer.encode_as_pieces(text))
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ctc_beam", "joint_beam", "ctc_rescored", "transducer_beam"])
+def test_every_beam_takes_it(kind, arpa):
+    """With a weight of 0 as without; subtracted from itself, too; else it counts."""
+    folder, answers = FOLDERS / "transducer-v1" if kind == "transducer_beam" else arpa / "model", {}
+    wavs = 0.1 * torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
+    path = arpa / "own.arpa"
+    tokenizer = SentencePieceProcessor(str(folder / "tokenizer.ckpt"))
+    write_arpa([tokenizer.encode_as_pieces(text) for text in SENTENCES], path, order=2)
+    for name, keys in {"none": None, "zero": {"weight": 0.0}, "one": {"weight": 1.5}, "itself": {"weight": 1.5}}.items():
+        model = load_model(folder, "cpu")
+        model.choose_search(kind)
+        if keys is not None:
+            model.choose_lm(path, **keys, **({"lodr": path, "lodr_weight": 1.5} if name == "itself" else {}))
+        answers[name] = model.transcribe_batch(wavs, torch.tensor([1.0, 0.8]))[1]
+    assert answers["none"] == answers["zero"] == answers["itself"] != answers["one"]
+
+
+def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
+    model = load_model(FOLDERS / "transducer-v1", "cpu")
+    for source, keys, message in (
+        (arpa / "words.arpa", {}, "words.arpa is not of the model's tokens, as it knows '"),
+        (arpa / "none.arpa", {}, "There is no language model"),
+        (arpa / "text.txt", {}, "is not in ARPA format"),
+        (arpa / "tri.arpa", {"weight": math.nan}, "is nan; give a number"),
+        (arpa / "tri.arpa", {"temperature": 1.0}, "is an ARPA file, which has no temperature"),
+        (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number of 0 or more"),
+        (arpa / "transformer", {}, "this model takes ARPA files alone"),
+    ):
+        with pytest.raises((UserError, FileNotFoundError), match=message):
+            model.choose_lm(source, **keys)
+    assert not model.graphs
+    with pytest.raises(UserError, match="tri.arpa is to be subtracted, and .*transformer is no ARPA file"):
+        load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
+    for options, message in (
+        (["--lodr", "x.arpa"], "--lodr is given, and there is no language model"),
+        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+    ):
+        assert cli.main(["transcribe", "--model", str(arpa / "model"), "--device", "cpu", "x.flac", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_evaluate_takes_it(arpa, tmp_path, capsys):
+    corpus, common = make_corpus(tmp_path / "corpus"), ["--model", str(arpa / "model"), "--device", "cpu"]
+    model = [*common, "--lm", str(arpa / "tri.arpa"), "--lodr", str(arpa / "bi.arpa")]
+    asked = ["--search", "ctc_beam", "--search", "joint_beam", "--output", str(tmp_path / "rows.csv")]
+    assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), *asked]) == 0
+    assert [(row["search"], row["lm"], row["lodr"]) for row in read_csv(tmp_path / "rows.csv")] == [
+        (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam")
+    ]
+    capsys.readouterr()
+    for options, message in (
+        (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, and .*words.arpa is of words"),
+        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+    ):
+        assert cli.main(["evaluate", *common, str(corpus / "test-tiny"), *options]) == 2
+        assert re.search(message, capsys.readouterr().err)

@@ -1,0 +1,288 @@
+"""Phrases in every beam: what they add, what is taken back, that they are found; n-best texts of CTC, and their rescoring."""
+
+import itertools
+import math
+
+import pytest
+import soundfile
+import torch
+from sentencepiece import SentencePieceProcessor
+from test_search import model as joint_parts
+from test_search import scorers
+from tiny import ROOT, SENTENCES, make_model
+
+from speechbrain_ext import cli
+from speechbrain_ext.decoders import ctc_prefix, token_graph
+from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
+from speechbrain_ext.decoders.phrases import BONUS, phrase_graph, read_phrases
+from speechbrain_ext.decoders.rescoring import rescore
+from speechbrain_ext.decoders.searchers import S2STransformerBeamSearcher
+from speechbrain_ext.decoders.token_graph import TokenGraph
+from speechbrain_ext.decoders.transducer import TransducerSearch
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.streaming import StreamingRecognizer
+from speechbrain_ext.lobes.transducer import Transducer
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import read_csv
+
+FOLDERS = ROOT / "tests" / "data" / "model_folders"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phrases")
+    make_model(folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(place):
+    return SentencePieceProcessor(str(place / "model" / "tokenizer.ckpt"))
+
+
+def value(graph, tokens):
+    """What a graph adds to a text, and on the way to it."""
+    places, on_the_way = token_graph.begin([graph], 1), [0.0]
+    for token in tokens:
+        on_the_way.append(on_the_way[-1] + token_graph.added([graph], places)[0, token].item())
+        places = token_graph.advance([graph], places, torch.tensor([token]))
+    return on_the_way[-1] + token_graph.ends([graph], places).item(), on_the_way
+
+
+PHRASES = {"A CAT": 3.0, "CAT": 2.0, "A": 0.5, "CAT SAT": 4.0, "THE TEA IS HOT": 5.0, "TEA": 1.0, "HAT AND A CAT": None}
+
+
+def test_a_text_is_worth_the_phrases_in_it(tokenizer):
+    """Phrases that overlap, begin alike and lie within one another; words that only begin like one have nothing."""
+    graph, ids = phrase_graph(PHRASES, tokenizer), tokenizer.encode_as_ids
+    worth = PHRASES | {"HAT AND A CAT": BONUS * len(ids("HAT AND A CAT"))}
+    for text in [
+        *SENTENCES,
+        "CATS",
+        "A CATS A CAT SAT CAT SAT",
+        "THE TEA IS HOTA",
+        "TEA A HAT AND A CATE",
+        "THE TEA IS",
+        "ASAT A",
+    ]:
+        words = text.split()
+        expected = sum(
+            bonus * sum(words[i : i + len(phrase.split())] == phrase.split() for i in range(len(words)))
+            for phrase, bonus in worth.items()
+        )
+        assert value(graph, ids(text))[0] == pytest.approx(expected, abs=1e-4), text
+    # A share is there on the way, and the blank and other special tokens change nothing
+    on_the_way = value(graph, ids("THE TEA IS HOT"))[1]
+    assert on_the_way[1] > 0 and on_the_way[1] < on_the_way[2] < on_the_way[-1]
+    with_blanks = [token for each in ids("THE CAT SAT") for token in (0, each, 3)]
+    assert value(graph, with_blanks)[0] == pytest.approx(value(graph, ids("THE CAT SAT"))[0], abs=1e-4)
+
+
+def log_probs_of(batch=3, frames=24, tokens=25, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(batch, frames, tokens, generator=generator)).log_softmax(-1)
+
+
+def test_the_n_best_texts_are_those_of_all_alignments():
+    log_probs = log_probs_of(2, 5, 3)
+    for row, count, texts in zip(log_probs, (5, 3), ctc_nbest(log_probs, torch.tensor([1.0, 0.6]), beam_size=200), strict=True):
+        totals = {}
+        for path in itertools.product(range(3), repeat=count):
+            text = tuple(token for token, _ in itertools.groupby(path) if token)
+            score = sum(row[frame, token].item() for frame, token in enumerate(path))
+            totals[text] = totals.get(text, 0.0) + math.exp(score)
+        found = {tuple(text.tokens): math.exp(text.score) for text in texts}
+        assert len(found) == len(texts) and found == pytest.approx(totals, rel=1e-3)
+        assert [text.score for text in texts] == sorted((text.score for text in texts), reverse=True)
+        assert all(text.frames == sorted(set(text.frames)) and len(text.frames) == len(text.tokens) for text in texts)
+
+
+def test_n_best_texts_do_not_depend_on_the_batch(tokenizer):
+    graph, lengths = phrase_graph(PHRASES, tokenizer), (24, 13, 1)
+    log_probs = log_probs_of()
+    together = ctc_nbest(log_probs, torch.tensor(lengths) / 24, excluded=(1, 2, 3), graphs=[graph])
+    for row, count, texts in zip(log_probs, lengths, together, strict=True):
+        (alone,) = ctc_nbest(row[None, :count], torch.ones(1), excluded=(1, 2, 3), graphs=[graph])
+        assert [text.tokens for text in texts] == [text.tokens for text in alone]
+        assert [text.score for text in texts] == pytest.approx([text.score for text in alone], abs=1e-4)
+        assert not {1, 2, 3}.intersection(*[text.tokens for text in texts])
+    assert ctc_nbest(log_probs[:, :0], torch.ones(3))[0][0].tokens == []
+
+
+def nothing(tokens):
+    """A graph of several states that adds nothing."""
+    return TokenGraph(torch.randint(5, (5, tokens)), torch.zeros(5, tokens), torch.zeros(5))
+
+
+def scores_with(graphs):
+    """Best texts of each kind of beam, with their scores."""
+    torch.manual_seed(0)
+    transducer = TransducerSearch(Transducer(8, 25, predictor_size=8, joint_size=16), beam_size=4).eval()
+    transducer.transducer.out.weight.data.mul_(8)
+    transducer.graphs = graphs
+    net, seq_lin, ctc_lin = joint_parts()
+    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 4}
+    joint = S2STransformerBeamSearcher([net, seq_lin], **keys, excluded=[0, 1], scorer=scorers("partial", ctc_prefix, ctc_lin))
+    joint.graphs = graphs if not graphs or graphs[0].added.shape[1] == 40 else [nothing(40)]
+    generator = torch.Generator().manual_seed(5)
+    frames, others = torch.randn(2, 20, 32, generator=generator), torch.randn(2, 20, 8, generator=generator)
+    tokens, _, scores, _ = joint(frames, torch.tensor([1.0, 0.7]))
+    return [
+        [(each[0].tokens, each[0].score) for each in ctc_nbest(log_probs_of(2), torch.tensor([1.0, 0.5]), graphs=graphs)],
+        [each[::2] for each in transducer.hypotheses(others, torch.tensor([1.0, 0.5]))],
+        list(zip(tokens, scores.flatten().tolist(), strict=True)),
+    ]
+
+
+def test_graphs_that_add_nothing_change_nothing():
+    plain, with_graph = scores_with([]), scores_with([nothing(25)])
+    assert plain == with_graph and all(text for kind in plain for text, _ in kind)
+
+
+def test_phrases_that_are_not_said_are_refunded(tokenizer):
+    """The score of a text without a phrase is what it was, whatever shares it was given on the way."""
+    phrases = {"THE DAY IS SAD AND HOT": 0.2, "SHE IS A DAY": 0.1}
+    plain, with_phrases = (scores_with(graphs)[:2] for graphs in ([], [phrase_graph(phrases, tokenizer)]))
+    for before, after in zip(plain, with_phrases, strict=True):
+        assert [text for text, _ in before] == [text for text, _ in after]
+        assert [score for _, score in before] == pytest.approx([score for _, score in after], abs=1e-4)
+
+
+@pytest.mark.parametrize("search", ["ctc_beam", "joint_beam", "ctc_rescored", "transducer_beam"])
+def test_a_phrase_that_is_worth_enough_is_found(search, place):
+    model = load_model(FOLDERS / "transducer-v1" if search == "transducer_beam" else place / "model", "cpu")
+    model.choose_search(search)
+    wavs = 0.1 * torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
+    plain = model.transcribe_batch(wavs, torch.tensor([1.0, 0.8]))[0]
+    assert not any("SAD" in text.split() for text in plain)
+    model.choose_phrases({"SAD": 60.0, "SHE HAS": 0.0})
+    found, _ = model.transcribe_batch(wavs, torch.tensor([1.0, 0.8]))
+    assert all("SAD" in text.split() for text in found) and model.search_settings["phrases"]["SAD"] == 60
+    assert model.transcribe_batch(wavs[:1], torch.ones(1))[0] == found[:1]
+
+
+def test_phrases_of_no_worth_leave_every_search_as_it_is(place):
+    wavs = 0.1 * torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
+    for folder, search in (
+        ("joint", "ctc_beam"),
+        ("joint", "joint_beam"),
+        ("joint", "ctc_rescored"),
+        ("transducer", "transducer_beam"),
+    ):
+        models = [load_model(FOLDERS / f"{folder}-v1", "cpu") for _ in range(2)]
+        models[1].choose_phrases({"THE TEA": 0.0, "HAT": 0.0})
+        answers = []
+        for model in models:
+            model.choose_search(search)
+            answers.append(model.transcribe_batch(wavs, torch.tensor([1.0, 0.7])))
+        assert answers[0] == answers[1]
+
+
+def test_rescoring_is_the_joint_search_over_all_texts():
+    """Of two tokens, all texts of up to two: the best is that of the joint search, with its score."""
+    net, seq_lin, ctc_lin = joint_parts()
+    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 30}
+    excluded = [0, 1, 3, *range(6, 40)]
+    scorer = scorers("full", ctc_prefix, ctc_lin)
+    search = S2STransformerBeamSearcher([net, seq_lin], **keys, excluded=excluded, scorer=scorer, using_eos_threshold=False)
+    for seed in range(5):
+        frames = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(seed))
+        log_probs = ctc_lin(frames).log_softmax(-1)
+        (texts,) = ctc_nbest(log_probs, torch.ones(1), beam_size=30, excluded=[*excluded, 2])
+        texts = [text for text in texts if len(text.tokens) < 2]
+        scores = rescore(search, frames[0], texts)
+        tokens, _, (score,), _ = search(frames, torch.ones(1))
+        if len(tokens[0]) < 2:
+            best = scores.index(max(scores))
+            assert texts[best].tokens == tokens[0] and max(scores) == pytest.approx(float(score), abs=1e-3)
+            break
+    else:
+        raise AssertionError("the joint search found long texts only")
+
+
+def test_a_stream_s_segment_ends_with_what_was_chosen(place):
+    """Until then, greedy search shows what it hears."""
+    wav = 0.1 * torch.randn(40000, generator=torch.Generator().manual_seed(2))
+    for search, phrases in ((None, {"SAD": 60.0}), ("ctc_rescored", None), ("ctc_rescored", {"SAD": 60.0}), ("ctc_beam", None)):
+        model = load_model(place / "model", "cpu")
+        if search is not None:
+            model.choose_search(search)
+        if phrases is not None:
+            model.choose_phrases(phrases)
+        recognizer = StreamingRecognizer(model, endpoint=30)
+        shown = recognizer.accept(wav)
+        assert not shown and recognizer.stable_text == ""
+        (segment,) = recognizer.finish()
+        assert ("SAD" in segment.text.split()) == bool(phrases) and segment.words
+
+
+def test_a_transducer_s_stream_listens_all_along():
+    """And ends with what the whole frames give."""
+    model = load_model(FOLDERS / "transducer-v1", "cpu")
+    frames, graph = torch.randn(40, 8, generator=torch.Generator().manual_seed(3)), phrase_graph({"SAD": 20.0}, model.tokenizer)
+    answers = []
+    for graphs in ([], [graph]):
+        search = model.mods.decoder
+        search.graphs, stream = graphs, search.stream(4)
+        for piece in frames.split(7):
+            stream.accept(piece)
+        said = [token for token, _ in stream.tokens]
+        assert said == search.hypotheses(frames[None], torch.ones(1), 4)[0].tokens
+        answers.append("SAD" in model.tokenizer.decode_ids(said).split())
+    assert answers == [False, True]
+
+
+def test_the_command_line_listens(place, tmp_path, capsys):
+    """Phrases and search in transcribe, stream and evaluate, which says how many were found."""
+    audio, phrases = place / "long.flac", tmp_path / "phrases.txt"
+    phrases.write_text("SAD\t60\n\nTHE TEA\t0\n")
+    soundfile.write(tmp_path / "a.flac", soundfile.read(audio)[0], 16000)
+    (tmp_path / "set.csv").write_text("ID,wav,wrd\na,a.flac,THE TEA IS SAD\nb,a.flac,SAD\n")
+    model = ["--model", str(place / "model"), "--device", "cpu"]
+    outputs = []
+    for command in (["transcribe", str(audio)], ["stream", str(audio)], ["transcribe", str(audio), "--search", "ctc_rescored"]):
+        for more in ([], ["--phrases", str(phrases)]):
+            assert cli.main([command[0], *model, *command[1:], *more]) == 0
+            outputs.append(capsys.readouterr().out)
+    assert ["SAD" in text.split() for text in outputs] == [False, True] * 3
+    asked = ["--search", "ctc_beam", "--search", "ctc_greedy", "--phrases", str(phrases), "--output", str(tmp_path / "rows.csv")]
+    assert cli.main(["evaluate", *model, str(tmp_path / "set.csv"), *asked]) == 0
+    said = capsys.readouterr().out
+    assert "ctc_beam: 66.67 % of the 3 times that phrases" in said and "ctc_greedy: 0.0 % of the 3 times" in said
+    assert [row["phrase_recall"] for row in read_csv(tmp_path / "rows.csv")] == ["66.67", "0.0"]
+    output = ["transcribe", *model, str(audio), "--output", str(tmp_path / "out")]
+    assert cli.main([*output, "--phrases", str(phrases)]) == 0
+    assert cli.main(output) == 2 and "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "has no phrases"),
+        (b" \n\t\n", "has no phrases"),
+        (b"THE\nTHE CAT\tmany\n", "Line 2 of .*'THE CAT.*give a phrase"),
+        (b"THE CAT\t1\t2\n", "Line 1 of"),
+        (b"THE CAT\tnan\n", "Line 1 of"),
+        (b"THE CAT\t-1\n", "Line 1 of"),
+        (b"\t5\n", "Line 1 of"),
+        (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* has 'CAT' again"),
+        (b"CAT\xff", "no text in UTF-8"),
+        (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as its transcripts are in upper case"),
+        ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as its transcripts are, or"),
+    ],
+)
+def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_path):
+    (tmp_path / "phrases.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        phrase_graph(read_phrases(tmp_path / "phrases.txt"), tokenizer)
+
+
+def test_searches_that_cannot_listen_are_refused(place):
+    model = load_model(FOLDERS / "transducer-v1", "cpu")
+    model.choose_beam(1)
+    with pytest.raises(UserError, match="answers with transducer_greedy, which cannot listen; give a larger beam size"):
+        model.choose_phrases({"CAT": None})
+    with pytest.raises(UserError, match="has no search joint_beam; it has ctc_greedy, ctc_beam, transducer_greedy"):
+        model.choose_search("joint_beam")
+    with pytest.raises(UserError, match="answers with ctc_greedy, which has no beam"):
+        load_model(FOLDERS / "ctc-v1", "cpu").choose_beam(4)

@@ -1,0 +1,563 @@
+"""Folders for sherpa-onnx: what it computes, and what it writes, is what PyTorch does; what it cannot run is refused.
+
+All encoders run packed in PyTorch, and one in sherpa-onnx; the others there are marked slow, as exporting each takes long.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import README_ENCODERS, make_encoder
+from speechbrain.lobes.features import MFCC
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from tiny import make_model
+
+from speechbrain_ext import cli
+from speechbrain_ext.asr import TransformerASR
+from speechbrain_ext.export import sherpa_texts
+from speechbrain_ext.export.check import greedy, reference, synthetic, written
+from speechbrain_ext.export.sherpa_check import feed_of, greedy_transducer, has_runtime, tail_samples
+from speechbrain_ext.export.sherpa_folder import export_sherpa, make_graph, symbols_of
+from speechbrain_ext.export.sherpa_graphs import Answer, Packed, PackedTransducer, Pairs
+from speechbrain_ext.export.sherpa_texts import open_recognizer, transcribe_streams, transcribe_whole
+from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.streaming import StreamingRecognizer
+from speechbrain_ext.lobes.features import Fbank, InputNormalization, KaldiFbank
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.registry import list_encoders
+from speechbrain_ext.speech_encoder import SpeechEncoder
+
+for package in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[dev]")
+import onnx  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+needs_runtime = pytest.mark.skipif(not has_runtime(), reason="sherpa-onnx is not installed: pip install -e .[dev]")
+KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
+CENTRED = "!new:speechbrain_ext.lobes.features.Fbank {sample_rate: 16000, n_mels: 80, remove_dc: true}"
+SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
+ENCODERS = [name for name in list_encoders() if name not in README_ENCODERS]
+HPARAMS = {"cascade": "cascade_hyperconformer_squeezeformer"}
+TOKENS = 12
+
+
+def speech_encoder(encoder, features=None, norm="sentence"):
+    """An encoder behind features and subsampling, under a CTC head."""
+    subsampling = ConvolutionSubsampling(80, (8, 4))
+    net = TransformerASR(TOKENS, subsampling.output_size, encoder.d_model, 4, 1, 0, 8)
+    net.encoder = encoder
+    normalize = InputNormalization(norm_type=norm)
+    normalize(3 * torch.randn(2, 50, 80) - 8, torch.ones(2), epoch=0)
+    return SpeechEncoder(features or KaldiFbank(), normalize, subsampling, net, torch.nn.Linear(32, TOKENS)).eval()
+
+
+class InPyTorch:
+    """A graph that runs in PyTorch, with the calls of onnxruntime's session."""
+
+    def __init__(self, graph):
+        self.graph = graph
+
+    def get_inputs(self):
+        return [SimpleNamespace(name=name) for name in self.graph.input_names]
+
+    def run(self, outputs, inputs):
+        return [tensor.numpy() for tensor in self.graph(*(torch.from_numpy(inputs[name]) for name in self.graph.input_names))]
+
+
+def in_pytorch(graph, speech, *lengths, pass_name=None):
+    """Largest difference between streams of different age and whole utterances."""
+    generator = torch.Generator().manual_seed(0)
+    feed, wavs = feed_of(graph, speech.compute_features), [0.1 * torch.randn(n, generator=generator) for n in lengths]
+    found = feed.run(InPyTorch(graph), [feed.heard(wav) for wav in wavs])
+    wanted = [reference(speech, speech.head, feed, wav, pass_name) for wav in wavs]
+    return max(float(np.abs(one - other).max()) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("left", [2, 0])
+@torch.no_grad()
+def test_every_encoder_streams_beside_streams_of_other_age(encoder_case, streaming_encoder, left):
+    speech = speech_encoder(streaming_encoder)
+    graph = Packed(speech, speech.head, DynChunkTrainConfig(4, left), Answer(TOKENS, 0, [1, 2]))
+    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-4
+    assert [state.shape for state in graph.zeros(3)][0] == (1, 3, graph.size)
+
+
+@torch.no_grad()
+def test_a_cascades_first_pass_streams_alone():
+    speech = speech_encoder(make_encoder("cascade", {}))
+    config, answer = DynChunkTrainConfig(4, 2), Answer(TOKENS, 0, [])
+    first, both = (Packed(speech, speech.head, config, answer, name) for name in ("first", None))
+    assert first.size < both.size and in_pytorch(first, speech, 7 * 2560, 4000, pass_name="first") < 1e-4
+
+
+@pytest.mark.parametrize("name", ["hyperconformer", "practical_conformer"])
+@torch.no_grad()
+def test_a_state_that_does_not_grow_takes_all_of_the_past(name):
+    speech = speech_encoder(make_encoder(name, {}), norm="global")
+    graph = Packed(speech, speech.head, DynChunkTrainConfig(4, None), Answer(TOKENS, 0, []))
+    assert in_pytorch(graph, speech, 12000, 5000) < 1e-4
+
+
+@torch.no_grad()
+def test_a_transducer_keeps_the_frame_before():
+    speech = speech_encoder(make_encoder("hyperconformer", {}))
+    graph = PackedTransducer(speech, speech.head, DynChunkTrainConfig(4, 2), Pairs(Answer(TOKENS, 0, [1])))
+    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-3  # beside impossible ones of -10000
+    assert graph.zeros(2)[6].shape == (2, 128, 3, 19) and graph.metadata["model_type"] == "zipformer2"
+
+
+def test_a_transducer_of_ctc_writes_what_ctc_does():
+    """Where the model is sure of each frame: repetitions, blanks between two of a kind, and tokens one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    path = torch.randint(0, 4, (300,), generator=generator).repeat_interleave(torch.randint(1, 4, (300,), generator=generator))
+    log_probs = (8 * torch.eye(4)[path] + torch.randn(len(path), 4, generator=generator)).log_softmax(-1)
+    pairs = Pairs(Answer(4, 0, []))(log_probs.unsqueeze(0))[0].numpy()
+    assert greedy_transducer(pairs) == greedy(log_probs.numpy(), 0) and len(greedy_transducer(pairs)) > 150
+
+
+def test_tokens_that_write_nothing_are_blanks():
+    answer = Answer(4, blank=1, silent=[3], repeats=2)
+    given = torch.log_softmax(torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0)), -1)
+    best, wanted = answer(given).argmax(-1)[:, ::2], given.argmax(-1)
+    assert torch.equal(best, wanted.where(wanted != 3, torch.tensor(1))) and (wanted == 3).any()
+
+
+# ---- The runtime's features: a graph hands them out as tokens, three digits of base 256 for each value
+
+
+def probe(path, online, mels):
+    """A model that answers, for each value of the features, three tokens with the digits of (value + 16) * 2^19."""
+    ints = {"zero": [0, -1], "axis": [3], "length": [3 * mels]}
+    floats = {"shift": 16.0, "scale": 2.0**19, "low": 0.0, "high": 2.0**24 - 1, "b2": 65536.0, "b1": 256.0}
+    constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in ints.items()]
+    constants += [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in floats.items()]
+    constants.append(numpy_helper.from_array(np.array([1, 257, 513], np.float32), "first"))
+    constants.append(numpy_helper.from_array(np.array(769, np.int64), "depth"))
+    constants.append(numpy_helper.from_array(np.array([0, 1], np.float32), "off_on"))
+    steps = [
+        ("Add", ["x", "shift"], "shifted", {}),
+        ("Mul", ["shifted", "scale"], "scaled", {}),
+        ("Floor", ["scaled"], "whole", {}),
+        ("Clip", ["whole", "low", "high"], "number", {}),
+        ("Div", ["number", "b2"], "n2", {}),
+        ("Floor", ["n2"], "d2", {}),
+        ("Mul", ["d2", "b2"], "m2", {}),
+        ("Sub", ["number", "m2"], "rest", {}),
+        ("Div", ["rest", "b1"], "n1", {}),
+        ("Floor", ["n1"], "d1", {}),
+        ("Mul", ["d1", "b1"], "m1", {}),
+        ("Sub", ["rest", "m1"], "d0", {}),
+        *[("Unsqueeze", [f"d{i}", "axis"], f"u{i}", {}) for i in (2, 1, 0)],
+        ("Concat", ["u2", "u1", "u0"], "digits", {"axis": 3}),
+        ("Add", ["digits", "first"], "tokens", {}),  # no two neighbours are alike, and none is a blank
+        ("Reshape", ["tokens", "zero"], "row", {}),
+        ("Cast", ["row"], "index", {"to": TensorProto.INT64}),
+        ("OneHot", ["index", "depth", "off_on"], "log_probs", {"axis": -1}),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", "T", mels])]
+    outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["N", "U", 769])]
+    if online:
+        shapes = [[1, "N", 5], [1, "N", 1, 3], [1, "N", 1], [1, "N", 1], ["N", 4, 1], ["N", 4, 1], ["N", 128, 3, 19]]
+        kinds = [TensorProto.FLOAT] * 7 + [TensorProto.INT64]
+        for i, (shape, kind) in enumerate(zip([*shapes, ["N"]], kinds, strict=True)):
+            inputs.append(helper.make_tensor_value_info(f"s{i}", kind, shape))
+            outputs.append(helper.make_tensor_value_info(f"t{i}", kind, shape))
+            steps.append(("Identity", [f"s{i}"], f"t{i}", {}))
+    else:
+        inputs.append(helper.make_tensor_value_info("x_lens", TensorProto.INT64, ["N"]))
+        outputs.append(helper.make_tensor_value_info("lens", TensorProto.INT64, ["N"]))
+        steps.append(("Mul", ["x_lens", "length"], "lens", {}))
+    nodes = [helper.make_node(kind, given, [out], **keys) for kind, given, out, keys in steps]
+    graph = helper.make_graph(nodes, "probe", inputs, outputs, constants)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    if online:
+        about = {"encoder_dims": 4, "query_head_dims": 5, "value_head_dims": 1, "num_heads": 1, "num_encoder_layers": 1}
+        about |= {"cnn_module_kernels": 2, "left_context_len": 1, "T": 8, "decode_chunk_len": 8}
+        helper.set_model_props(proto, {key: str(value) for key, value in about.items()})
+    path.mkdir()
+    onnx.save(proto, path / "model.onnx")
+    names = ["<blk>", *(f"t{i}" for i in range(1, 769))]
+    (path / "tokens.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(names)))
+
+
+@needs_runtime
+@pytest.mark.parametrize("rate, mels", [(16000, 80), (8000, 40)])
+@pytest.mark.parametrize("kind", ["zipformer_ctc", "zipformer2_ctc"])
+def test_the_features_are_the_runtimes(kind, rate, mels, tmp_path):
+    probe(tmp_path / "probe", kind == "zipformer2_ctc", mels)
+    recognizer = open_recognizer(tmp_path / "probe", kind, rate, mels)
+    wav = synthetic(rate, (0.51,))[0] + 0.01
+    stream = recognizer.create_stream()
+    stream.accept_waveform(rate, wav.numpy())
+    if kind == "zipformer_ctc":
+        recognizer.decode_stream(stream)
+        tokens = stream.result.tokens
+    else:
+        stream.input_finished()
+        while recognizer.is_ready(stream):
+            recognizer.decode_stream(stream)
+        tokens = recognizer.tokens(stream)
+    digits = np.array([(int(token.strip()[1:]) - 1) % 256 for token in tokens]).reshape(-1, mels, 3)
+    found = torch.from_numpy(digits @ [65536, 256, 1] / 2**19 - 16)
+    wanted = KaldiFbank(rate, mels)(wav.unsqueeze(0))[0]
+    assert len(found) == (len(wanted) if kind == "zipformer_ctc" else (len(wanted) - 1) // 8 * 8)
+    torch.testing.assert_close(found.float(), wanted[: len(found)], atol=1e-3, rtol=0)
+
+
+# ---- Folders
+
+
+def make(folder, name="hyperconformer", **keys):
+    """A model folder with random weights, whose texts have no unknown token: the runtime puts its spaces otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_model(folder, 0, HPARAMS.get(name, name), **keys)
+    model = load_model(folder / "model", "cpu")
+    with torch.no_grad():
+        for layer in model.ctc_head.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.bias[3] -= 1000
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Model folders of Kaldi's features and of SpeechBrain's."""
+    root = tmp_path_factory.mktemp("sherpa")
+    return SimpleNamespace(
+        root=root,
+        kaldi=make(root / "kaldi", compute_features=KALDI, normalize=SENTENCE),
+        fbank=make(root / "fbank", compute_features=CENTRED, normalize=SENTENCE),
+    )
+
+
+def export(model, folder, **keys):
+    """Export a model that has been loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("speechbrain_ext.export.sherpa_folder.load_model", lambda *_, **__: model)
+        return export_sherpa("model", folder, **keys)
+
+
+@pytest.fixture(scope="module")
+def stream_folder(models):
+    """The folder of a model for streams, and the report."""
+    report = export(models.kaldi, models.root / "stream", streaming=True, chunk_size=8, left_context=4)
+    return models.root / "stream", report
+
+
+@needs_runtime
+def test_whole_utterances_of_kaldis_features(models):
+    report = export(models.kaldi, models.root / "whole")
+    assert report.kind == "zipformer_ctc" and report.onnx.max_difference < 1e-3
+    assert report.texts.equal == len(report.texts.wanted) == 5 and "texts are PyTorch's" in str(report)
+    assert sorted(os.listdir(models.root / "whole")) == ["README.md", "model.onnx", "tokens.txt"]
+    assert onnx.load(models.root / "whole" / "model.onnx").ir_version == 9
+    wavs = synthetic(16000, (2.5, 0.9, 4.0))
+    lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
+    wanted = models.kaldi.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)[0]
+    recognizer = open_recognizer(models.root / "whole", "zipformer_ctc")
+    alone = [transcribe_whole(recognizer, [wav.numpy()], 16000)[0] for wav in wavs]
+    together = transcribe_whole(recognizer, [wav.numpy() for wav in wavs], 16000)
+    assert [" ".join(text.split()) for text in alone + together] == 2 * wanted and all(wanted)
+
+
+@needs_runtime
+def test_whole_utterances_of_speechbrains_features(models):
+    """The runtime removes the mean of the samples, and so does Fbank with remove_dc."""
+    for i, wav in enumerate(synthetic(16000, (2.5, 0.9, 4.0))):
+        soundfile.write(models.root / f"{i}.wav", 0.02 * i + wav.numpy(), 16000)
+    report = export(models.fbank, models.root / "waves", audio=[str(models.root / f"{i}.wav") for i in range(3)])
+    assert report.kind == "omnilingual_asr_ctc" and report.onnx.max_difference < 1e-3
+    assert report.texts.equal == 3 and all(report.texts.wanted)
+    assert "from_omnilingual_asr_ctc" in (models.root / "waves" / "README.md").read_text()
+
+
+@needs_runtime
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
+def test_hotwords(streaming, models, tmp_path):
+    """Without them, texts are those of the same search in PyTorch; with them, they are written more often."""
+    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
+    report = export(models.kaldi, tmp_path / "folder", hotwords=True, **keys)
+    assert report.kind == ("zipformer2" if streaming else "transducer")
+    assert report.texts.equal == len(report.texts.wanted) == 5 and all(report.texts.wanted[1:])
+    soundfile.write(tmp_path / "folder" / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    (tmp_path / "folder" / "hotwords.txt").write_text("SAD :9.0\n")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
+    found = []
+    for program in (code, code.replace('hotwords_file="hotwords.txt"', 'hotwords_file=""')):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path / "folder", capture_output=True, text=True, check=True
+        )
+        found.append(done.stdout)
+    assert found[0].count("SAD") > found[1].count("SAD") and found[1].strip()
+
+
+def their_stream(model, wav, chunk_size=8, left_context=4):
+    """Text of StreamingRecognizer with no endpoints."""
+    recognizer = StreamingRecognizer(model, chunk_size, left_context, endpoint=1000.0, longest=1000.0)
+    segments = recognizer.accept(wav) + recognizer.finish()
+    return " ".join(segment.text for segment in segments)
+
+
+@needs_runtime
+def test_streams_alone_and_beside_others(models, stream_folder):
+    folder, report = stream_folder
+    assert report.kind == "zipformer2_ctc" and report.texts.equal == len(report.texts.wanted) == 5
+    recognizer = open_recognizer(folder, "zipformer2_ctc")
+    graph = make_graph(models.kaldi, True, 8, 4)
+    tail = tail_samples(graph)
+    assert tail == 33 * 160 and f"FloatArray({tail})" in (folder / "README.md").read_text()
+    wavs = synthetic(16000, (2.5, 0.9, 4.0))
+    step = graph.step
+    wanted = []
+    for wav in wavs:
+        heard = torch.nn.functional.pad(wav, (0, tail))
+        wanted.append(their_stream(models.kaldi, heard[: (graph.features.framing.count(len(heard)) - 1) // 32 * step + 200]))
+    found = [transcribe_streams(recognizer, [wav.numpy()], 16000, tail)[0] for wav in wavs]
+    assert found == wanted and all(wanted)
+    assert transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail) == wanted
+    without = transcribe_streams(recognizer, [wavs[0].numpy()], 16000, 0)
+    assert without[0] != wanted[0] and wanted[0].startswith(without[0])
+
+
+@needs_runtime
+@torch.no_grad()
+def test_a_stream_begins_anew_behind_an_endpoint(models, stream_folder):
+    rules = {"enable_endpoint_detection": True, "rule1_min_trailing_silence": 99, "rule2_min_trailing_silence": 99}
+    recognizer = open_recognizer(stream_folder[0], "zipformer2_ctc", rule3_min_utterance_length=1.0, **rules)
+    wav, graph = synthetic(16000, (4.0,))[0], make_graph(models.kaldi, True, 8, 4)
+    stream, texts, ends, decoded = recognizer.create_stream(), [], [], 0
+    stream.accept_waveform(16000, wav.numpy())
+    while recognizer.is_ready(stream):
+        recognizer.decode_stream(stream)
+        decoded += 1
+        if recognizer.is_endpoint(stream):
+            texts.append(recognizer.get_result(stream))
+            ends.append(decoded)
+            recognizer.reset(stream)
+            assert not recognizer.is_endpoint(stream) and recognizer.get_result(stream) == ""
+    assert len(ends) >= 2
+    chunks = KaldiFbank()(wav.unsqueeze(0)).split(32, 1)
+    symbols, wanted = symbols_of(models.kaldi, whole=False), []
+    for start, end in zip([0, *ends], ends, strict=False):
+        state, found = graph.zeros(1), []
+        for chunk in chunks[start:end]:
+            log_probs, *state = graph(chunk, *state)
+            found.append(log_probs[0])
+        wanted.append(written(greedy(torch.cat(found).numpy(), models.kaldi.blank), symbols))
+    assert texts == wanted and all(wanted)
+
+
+@needs_runtime
+def test_the_folders_readme_runs(models, stream_folder, tmp_path):
+    folder = stream_folder[0]
+    for name in ("model.onnx", "tokens.txt"):
+        shutil.copy(folder / name, tmp_path / name)
+    soundfile.write(tmp_path / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    wav = soundfile.read(tmp_path / "speech.wav", dtype="float32")[0]
+    tail = tail_samples(make_graph(models.kaldi, True, 8, 4))
+    assert said.strip() == transcribe_streams(open_recognizer(folder, "zipformer2_ctc"), [wav], 16000, tail)[0] != ""
+
+
+def binary(name):
+    """A program of the package sherpa-onnx-bin."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+@needs_runtime
+def test_the_websocket_server_with_three_clients(models, stream_folder, tmp_path):
+    server, client = (binary(f"sherpa-onnx-online-websocket-{name}") for name in ("server", "client"))
+    if server is None:
+        pytest.skip("sherpa-onnx-bin is not installed: pip install -e .[dev]")
+    import sherpa_onnx
+
+    folder, tail = stream_folder[0], tail_samples(make_graph(models.kaldi, True, 8, 4))
+    libraries = Path(sherpa_onnx.__file__).parent / "lib"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [server, f"--port={port}", f"--zipformer2-ctc-model={folder}/model.onnx", f"--tokens={folder}/tokens.txt"]
+    command += [f"--end-tail-padding={tail / 16000}", "--max-batch-size=3", f"--log-file={tmp_path}/log"]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with socket.socket() as probing:
+                if probing.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert running.poll() is None
+            time.sleep(0.1)
+        wavs, clients = synthetic(16000, (2.5, 1.5, 4.0)), []
+        for i, wav in enumerate(wavs):
+            soundfile.write(tmp_path / f"{i}.wav", wav.numpy(), 16000, subtype="PCM_16")
+            command = [client, "--server-ip=127.0.0.1", f"--server-port={port}", "--seconds-per-message=0.05"]
+            command += ["--samples-per-message=3200", str(tmp_path / f"{i}.wav")]
+            clients.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+        said = [one.communicate(timeout=60)[0] for one in clients]
+    finally:
+        running.kill()
+        running.wait()
+    recognizer = open_recognizer(folder, "zipformer2_ctc")
+    for i, heard in enumerate(said):
+        wav = soundfile.read(tmp_path / f"{i}.wav", dtype="float32")[0]
+        text = transcribe_streams(recognizer, [wav], 16000, tail)[0]
+        assert re.findall(r'"text": "(.*?)", "tokens"', heard)[-1] == text != ""
+
+
+# ---- What is refused
+
+
+class Pieces:
+    """A tokenizer of these pieces; the first one is the blank, the second a control token."""
+
+    def __init__(self, *pieces):
+        self.pieces = ["<pad>", "<s>", *pieces]
+
+    def vocab_size(self):
+        return len(self.pieces)
+
+    def is_control(self, token):
+        return token == 1
+
+    def is_unknown(self, token):
+        return self.pieces[token] == "<unk>"
+
+    def id_to_piece(self, token):
+        return self.pieces[token]
+
+
+def test_symbols():
+    def symbols(*pieces, whole=True):
+        return symbols_of(SimpleNamespace(hparams=SimpleNamespace(tokenizer=Pieces(*pieces)), blank=0), whole)
+
+    assert symbols("<unk>", "▁A", "▁", "5") == ["<blk>", "<s>", "▁⁇", "▁A", "▁", "5"]
+    with pytest.raises(ValueError, match="a token 'SIL', which sherpa-onnx leaves out of every text"):
+        symbols("▁A", "SIL")
+    assert symbols("▁A", "SIL", whole=False)[-1] == "SIL"
+    for piece in ("▁A▁B", "A B"):
+        with pytest.raises(ValueError, match="has a space that is not at its beginning"):
+            symbols(piece)
+
+
+@pytest.mark.parametrize(
+    "features, norm, keys, message",
+    [
+        (Fbank(n_mels=80), "sentence", {"streaming": True}, "does not compute SpeechBrain's Fbank for streams"),
+        (Fbank(n_mels=80), "global", {}, "the model's statistics are global; train with sentence statistics"),
+        (Fbank(n_mels=80, sample_rate=8000), "sentence", {}, "gives 16000 samples per second.*not 8000"),
+        (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, and sherpa-onnx counts 0.02 s"),
+        (Fbank(n_mels=80), "sentence", {"hotwords": True}, "takes hotwords with features that it computes, and not with"),
+        (None, "global", {"streaming": True, "left_context": -1}, "grows with a stream.*give a --left-context"),
+        (None, "global", {"streaming": True, "left_context": -1, "hotwords": True}, "grows with a stream"),
+        (None, "global", {"hotwords": True, "blank": 3}, "blank is token 3, and sherpa-onnx searches.*where it is token 0"),
+        (MFCC(n_mels=80), "sentence", {}, "does not compute MFCC features; train with KaldiFbank"),
+    ],
+)
+def test_what_the_runtime_cannot_run(features, norm, keys, message):
+    keys = dict(keys)
+    blank = keys.pop("blank", 0)
+    speech = speech_encoder(make_encoder("conformer", {}), features, norm)
+    hparams = SimpleNamespace(tokenizer=Pieces(*map(str, range(TOKENS - 2))))
+    model = SimpleNamespace(
+        mods=SimpleNamespace(encoder=speech), ctc_head=speech.head, hparams=hparams, blank=blank, pass_name=None
+    )
+    with pytest.raises(ValueError, match=message):
+        make_graph(model, **keys)
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("kaldi", "holds other files, such as"),
+        ("kaldi/t.model", "is a file; give the name of a folder"),
+        ("gone/folder", "There is no folder"),
+    ],
+)
+def test_wrong_usage(out, message, models, monkeypatch, capsys):
+    monkeypatch.chdir(models.root)
+    assert cli.main(["export", "--runtime", "sherpa-onnx", "--model", "kaldi/model", out]) == 2
+    assert message in capsys.readouterr().err and not Path("gone").exists()
+
+
+def test_what_the_runtime_writes_otherwise_is_not_written(models, monkeypatch):
+    """A fixture's folder serves as what was written; the runtime's texts are made up."""
+    from speechbrain_ext.export import sherpa_folder
+    from speechbrain_ext.export.sherpa_check import Texts
+
+    report = SimpleNamespace(synthetic=False)
+    wrong = Texts("9.9", ["ABC DEF"], ["ABC"], ["ABC DEF"], 0.1)
+    assert wrong.equal == 0 and wrong.error == pytest.approx(4 / 14)
+    monkeypatch.setattr(sherpa_folder, "write_checked", lambda *_: report)
+    monkeypatch.setattr(sherpa_folder, "has_runtime", lambda: True)
+    monkeypatch.setattr(sherpa_folder, "texts_in_runtime", lambda *_: wrong)
+    with pytest.raises(RuntimeError, match="sherpa-onnx 9.9 writes 28.6% of the letters differently, and 5.0% is accepted"):
+        export(models.kaldi, models.root / "wrong")
+    assert not list(models.root.glob("*wrong*"))
+
+
+@needs_runtime
+def test_what_the_runtime_does_not_take_is_not_written(models, monkeypatch):
+    """A configuration that ends the runtime's process ends no other."""
+    from speechbrain_ext.export import sherpa_folder
+
+    monkeypatch.setattr(sherpa_folder, "write_checked", lambda model, graph, path, partial, *_: partial.write_bytes(b"nothing"))
+    with pytest.raises(RuntimeError, match="sherpa-onnx does not take the exported model, so nothing was written"):
+        export(models.kaldi, models.root / "nothing")
+    assert not list(models.root.glob("*nothing*"))
+
+
+# ---- What takes long
+
+
+@needs_runtime
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("kind", ["zipformer_ctc", "zipformer2_ctc", "omnilingual_asr_ctc"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_in_the_runtime(name, kind, int8, tmp_path):
+    features = {} if kind == "omnilingual_asr_ctc" else {"compute_features": KALDI}
+    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if kind == "zipformer2_ctc" else {}
+    model = make(tmp_path, name, normalize=SENTENCE, **features)
+    report = export(model, tmp_path / "folder", int8=int8, tolerance=0.5 if int8 else None, **keys)
+    assert report.kind == kind and (int8 or report.onnx.max_difference < 1e-3)
+    assert int8 or kind == "omnilingual_asr_ctc" or report.texts.equal == len(report.texts.wanted)
+
+
+@needs_runtime
+@pytest.mark.slow
+def test_a_cascades_first_pass_streams(tmp_path):
+    model = make(tmp_path, "cascade", compute_features=KALDI)
+    model.pass_name = "first"
+    report = export(model, tmp_path / "first", streaming=True, chunk_size=8, left_context=4)
+    assert report.texts.equal == len(report.texts.wanted)
+
+
+@needs_runtime
+@pytest.mark.slow
+def test_the_oldest_version(models, stream_folder, tmp_path):
+    """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26, which make slow has."""
+    oldest = os.environ.get("SHERPA_OLDEST")
+    if oldest is None:
+        pytest.skip("the oldest sherpa-onnx is not at hand; set SHERPA_OLDEST to a folder with it")
+    wavs = synthetic(16000, (2.5, 0.9, 4.0))
+    tail = tail_samples(make_graph(models.kaldi, True, 8, 4))
+    np.savez(tmp_path / "w.npz", rate=16000, feature_dim=80, count=3, **{f"wav{i}": w for i, w in enumerate(wavs)})
+    command = [sys.executable, "-P", sherpa_texts.__file__, str(stream_folder[0]), str(tmp_path / "w.npz")]
+    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": oldest}, check=True).stdout
+    assert '"version": "1.12' in said
+    recognizer = open_recognizer(stream_folder[0], "zipformer2_ctc")
+    assert transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail)[0] in said
