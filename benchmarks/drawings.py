@@ -156,7 +156,7 @@ def save(figure, name, theme):
     pyplot.close(figure)
 
 
-HEIGHTS = {"residual": 12.8, "norm": 6.2}
+HEIGHTS = {"residual": 12.5, "norm": 6.2}
 WIDTH = 29.0
 
 
@@ -190,9 +190,13 @@ def draw_steps(canvas, x, top, title, steps):
     canvas.text(centre, y - 3, "(B, T, D)", 7.5, quiet=True)
 
 
+DOWN, UP = "halve the rate", "repeat, add the input"
+"""Where a Temporal U-Net leaves the full rate, and where it returns to it."""
+
+
 def draw_stack(canvas, x, top, title, rows):
     """The whole encoder from its input up: rows of (colour, text, width in parts of the widest, remark)."""
-    width, y = 24.0, top
+    width, y, passing = 24.0, top, []
     canvas.text(x + width / 2, y + 5.2, title, 10, weight="bold")
     for color, text, share, remark in rows:
         height = 4.4 if "\n" not in text else 6.4
@@ -200,6 +204,13 @@ def draw_stack(canvas, x, top, title, rows):
         canvas.box(x + width * (1 - share) / 2, y - 1.8 - height, width * share, height, color, text)
         if remark:
             canvas.text(x + width + 1.2, y - 1.8 - height / 2, remark, 7.2, quiet=True, ha="left")
+        if text == DOWN:
+            passing.append(y - 0.7)
+        elif text == UP:  # the input of the U-Net passes by on the left
+            start, end, left = passing.pop(), y - 1.8 - height / 2, x - 1.8
+            canvas.arrow((x + width / 2, start), (left, start), head=False)
+            canvas.arrow((left, start), (left, end), head=False)
+            canvas.arrow((left, end), (x + width * (1 - share) / 2, end))
         y -= height + 1.8
     canvas.arrow((x + width / 2, y), (x + width / 2, y - 1.8))
 
@@ -227,9 +238,9 @@ def rows_of(layers, rate="40 ms", label="block"):
     for layer in layers:
         if isinstance(layer, TemporalUNet):
             inner = rows_of(layer.layers, "80 ms", label)
-            rows.append(("norm", "halve the rate", 0.8, "depthwise, stride 2"))
+            rows.append(("norm", DOWN, 0.8, "depthwise, stride 2"))
             rows += [(color, text, 0.6, remark) for color, text, _, remark in inner]
-            rows.append(("norm", "repeat, add the input", 0.8, "back to 40 ms"))
+            rows.append(("norm", UP, 0.8, "back to 40 ms"))
             continue
         plain = getattr(layer, "mixer", None) is None
         row = ["convolution" if plain else "mixer", layer, 1.0, f"a frame is {rate}"]
