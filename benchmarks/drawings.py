@@ -186,7 +186,7 @@ def draw_steps(canvas, x, top, title, steps):
         canvas.arrow((x - 1.8, y - 1.2), (x - 1.8, y - 11.4), head=False)
         canvas.arrow((x - 1.8, y - 11.4), (centre - 1.1, y - 11.4))
         y -= HEIGHTS["residual"]
-    canvas.arrow((centre, y + 0.3), (centre, y - 1.6))
+    canvas.arrow((centre, y), (centre, y - 1.6))
     canvas.text(centre, y - 3, "(B, T, D)", 7.5, quiet=True)
 
 
