@@ -203,6 +203,8 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         said = error.strerror is not None and error.filename is not None
         cause = f"{error.filename} cannot be read or written: {error.strerror}; give another place." if said else str(error)
         raise UsageError(cause) from error
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
     run_on_main(sb.create_experiment_directory, [str(output)])
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
@@ -211,8 +213,6 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
 
 def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     """The steps, in an output folder that no other run writes to."""
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
     output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
     # Not before: a mistyped data_folder is no run that later ones are compared with
