@@ -106,7 +106,7 @@ class Pairs(nn.Module):
     def __init__(self, answer):
         super().__init__()
         self.answer, self.repeats, self.vocabulary = answer, answer.repeats, len(answer.is_blank)
-        self.register_buffer("certain", IMPOSSIBLE * (~answer.is_blank).float())
+        self.register_buffer("certain", torch.where(answer.is_blank, 0.0, IMPOSSIBLE))
 
     def forward(self, log_probs):
         """(B, T, V) to (B, T * repeats, 2 V)."""

@@ -53,7 +53,9 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     """
     dtype = torch.promote_types(positions.dtype, torch.float32)
     angles = positions.to(dtype).unsqueeze(-1) * inverse_frequencies(size, positions.device, dtype)  # (..., T, size/2)
-    if torch.compiler.is_exporting() and dtype == torch.float64:
+    # The first of these is true in torch.compile, too
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting and dtype == torch.float64:
         # Many builds of onnxruntime, sherpa-onnx's among them, have no cosine in float64; of one turn float32 is exact enough
         angles = (angles - 2 * math.pi * (angles / (2 * math.pi)).floor()).float()
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
