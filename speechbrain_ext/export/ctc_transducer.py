@@ -38,7 +38,8 @@ class Pairs(nn.Module):
     def forward(self, log_probs):
         """(B, T, V) to (B, T * repeats, 2 V)."""
         now = self.answer(log_probs)
-        return torch.cat((now, torch.cat((self.certain.expand(now.shape[0], 1, -1), now[:, :-1]), 1)), 2)
+        before = torch.cat((self.certain.expand(now.shape[0], 1, -1), now), 1)[:, :-1]  # of no frames, none
+        return torch.cat((now, before), 2)
 
 
 class CtcDecoder(nn.Module):

@@ -32,7 +32,7 @@ class Decoder(nn.Module):
     """The predictor: ``y`` (N, context) int64 to ``decoder_out`` (N, J).
 
     Of an LSTM, ``y`` (N, 1) is the last token, and its state goes in and out: ``hidden`` and ``cell`` (N, layers, P), zeros at
-    first. The blank begins a text, and any number below 0 is it, too: of sherpa-onnx, all but the last of what begins a text.
+    first. The blank begins a text; a number below 0, with which sherpa-onnx begins one, counts as the blank.
 
     Arguments
     ---------
