@@ -125,7 +125,9 @@ def test_a_transducer_of_ctc_writes_what_ctc_does():
     generator = torch.Generator().manual_seed(0)
     path = torch.randint(0, 4, (300,), generator=generator).repeat_interleave(torch.randint(1, 4, (300,), generator=generator))
     log_probs = (8 * torch.eye(4)[path] + torch.randn(len(path), 4, generator=generator)).log_softmax(-1)
-    pairs = Pairs(Answer(4, 0, []))(log_probs.unsqueeze(0))[0].numpy()
+    pairs_of = Pairs(Answer(4, 0, []))
+    pairs = pairs_of(log_probs.unsqueeze(0))[0].numpy()
+    assert pairs_of(log_probs[None, :0]).shape == (1, 0, 8)  # a chunk of no frames
     decoder, joiner = CtcDecoder(4), CtcJoiner(4)
     search = Search(InPyTorch(decoder), InPyTorch(joiner), decoder, max_symbols=1)
     said = sum(search(pairs)[0], [])
