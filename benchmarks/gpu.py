@@ -61,7 +61,7 @@ class Failed(Exception):
 def run(commands, until):
     """Run processes side by side until they end or the time is over; returns the exit status of each, None where it was ended.
 
-    Where this one is told to end (SIGTERM, of which ``finally`` knows nothing by itself), they end with it.
+    If this process gets SIGTERM, which by itself runs no ``finally``, they end with it.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} | os.environ
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -8,13 +8,13 @@ Peers are moonshine-voice, which comes with its weights, and faster-whisper in i
 that ``export --runtime sherpa-onnx`` wrote run without PyTorch, too. MANIFEST is in any format that training takes, a LibriSpeech
 folder among them.
 
-Each system runs in a process of its own, kept to one processor, and hears one utterance at a time, greedy. The audio is decoded
-before. Transcripts and answers are compared in upper case without punctuation, and no more: numbers and abbreviations stay as a
-system writes them, so that digits, or "Mr." for MISTER, are errors, and rates are higher than after Whisper's normaliser.
-``real_time_factor`` is by the clock; on a machine that does other things, too, ``cpu_per_audio``, processor seconds per second of
-audio, is the better figure. Memory is the peak of the process, interpreter and audio included; the size is that of all files of a
-model.
-The peers have heard 10,000 hours and more: neither parameters nor hours of training are equal here.
+Each system runs in a process of its own, kept to one processor, and reads one utterance at a time, with greedy search. The
+audio is decoded before. Transcripts and answers are compared in upper case without punctuation, and no more: numbers and
+abbreviations stay as a system writes them, so that digits, or "Mr." for MISTER, are errors, and rates are higher than after
+Whisper's normaliser. ``real_time_factor`` is by the clock; on a machine that does other things, too, ``cpu_per_audio``,
+processor seconds per second of audio, is the better figure. Memory is the peak of the process, interpreter and audio included;
+the size is that of all files of a model. The peers have heard 10,000 hours and more: neither parameters nor hours of training
+are equal here.
 """
 
 import argparse

@@ -21,20 +21,23 @@ import torch
 from conftest import README_ENCODERS, make_encoder
 from speechbrain.lobes.features import MFCC
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
-from tiny import make_model
+from tiny import SMALL_TRANSDUCER, make_model
 
 from speechbrain_ext import cli
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.export import sherpa_texts
 from speechbrain_ext.export.check import greedy, reference, synthetic, written
-from speechbrain_ext.export.sherpa_check import feed_of, greedy_transducer, has_runtime, tail_samples
-from speechbrain_ext.export.sherpa_folder import export_sherpa, make_graph, symbols_of
-from speechbrain_ext.export.sherpa_graphs import Answer, Packed, PackedTransducer, Pairs
+from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
+from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
+from speechbrain_ext.export.sherpa_check import feed_of, has_runtime, tail_samples
+from speechbrain_ext.export.sherpa_folder import export_sherpa, make_graphs, symbols_of
+from speechbrain_ext.export.sherpa_graphs import Answer, Frames, Packed, PackedPairs, PackedTransducer
 from speechbrain_ext.export.sherpa_texts import open_recognizer, transcribe_streams, transcribe_whole
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.lobes.features import Fbank, InputNormalization, KaldiFbank
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.lobes.transducer import LstmPredictor, Transducer
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.speech_encoder import SpeechEncoder
 
@@ -49,6 +52,7 @@ CENTRED = "!new:speechbrain_ext.lobes.features.Fbank {sample_rate: 16000, n_mels
 SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
 ENCODERS = [name for name in list_encoders() if name not in README_ENCODERS]
 HPARAMS = {"cascade": "cascade_hyperconformer_squeezeformer"}
+TRANSDUCER = Path(__file__).parent / "data" / "model_folders" / "transducer-v1"
 TOKENS = 12
 
 
@@ -62,24 +66,18 @@ def speech_encoder(encoder, features=None, norm="sentence"):
     return SpeechEncoder(features or KaldiFbank(), normalize, subsampling, net, torch.nn.Linear(32, TOKENS)).eval()
 
 
-class InPyTorch:
+class OurSession(InPyTorch):
     """A graph that runs in PyTorch, with the calls of onnxruntime's session."""
-
-    def __init__(self, graph):
-        self.graph = graph
 
     def get_inputs(self):
         return [SimpleNamespace(name=name) for name in self.graph.input_names]
-
-    def run(self, outputs, inputs):
-        return [tensor.numpy() for tensor in self.graph(*(torch.from_numpy(inputs[name]) for name in self.graph.input_names))]
 
 
 def in_pytorch(graph, speech, *lengths, pass_name=None):
     """Largest difference between streams of different age and whole utterances."""
     generator = torch.Generator().manual_seed(0)
     feed, wavs = feed_of(graph, speech.compute_features), [0.1 * torch.randn(n, generator=generator) for n in lengths]
-    found = feed.run(InPyTorch(graph), [feed.heard(wav) for wav in wavs])
+    found = feed.run(OurSession(graph), [feed.heard(wav) for wav in wavs])
     wanted = [reference(speech, speech.head, feed, wav, pass_name) for wav in wavs]
     return max(float(np.abs(one - other).max()) for one, other in zip(found, wanted, strict=True))
 
@@ -109,11 +107,16 @@ def test_a_state_that_does_not_grow_takes_all_of_the_past(name):
     assert in_pytorch(graph, speech, 12000, 5000) < 1e-4
 
 
+@pytest.mark.parametrize("of_ctc", [True, False])
 @torch.no_grad()
-def test_a_transducer_keeps_the_frame_before():
-    speech = speech_encoder(make_encoder("hyperconformer", {}))
-    graph = PackedTransducer(speech, speech.head, DynChunkTrainConfig(4, 2), Pairs(Answer(TOKENS, 0, [1])))
-    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-3  # beside impossible ones of -10000
+def test_a_transducers_frames_stream(of_ctc):
+    """Those of CTC as one with the frame before, which is state."""
+    speech, config = speech_encoder(make_encoder("hyperconformer", {})), DynChunkTrainConfig(4, 2)
+    if of_ctc:
+        graph = PackedPairs(speech, speech.head, config, Pairs(Answer(TOKENS, 0, [1])))
+    else:
+        graph = PackedTransducer(speech, speech.head, config, Frames(), None, "encoder_out")
+    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-4 * (1 + 2 * of_ctc)  # beside impossible ones of -1000
     assert graph.zeros(2)[6].shape == (2, 128, 3, 19) and graph.metadata["model_type"] == "zipformer2"
 
 
@@ -122,8 +125,27 @@ def test_a_transducer_of_ctc_writes_what_ctc_does():
     generator = torch.Generator().manual_seed(0)
     path = torch.randint(0, 4, (300,), generator=generator).repeat_interleave(torch.randint(1, 4, (300,), generator=generator))
     log_probs = (8 * torch.eye(4)[path] + torch.randn(len(path), 4, generator=generator)).log_softmax(-1)
-    pairs = Pairs(Answer(4, 0, []))(log_probs.unsqueeze(0))[0].numpy()
-    assert greedy_transducer(pairs) == greedy(log_probs.numpy(), 0) and len(greedy_transducer(pairs)) > 150
+    pairs_of = Pairs(Answer(4, 0, []))
+    pairs = pairs_of(log_probs.unsqueeze(0))[0].numpy()
+    assert pairs_of(log_probs[None, :0]).shape == (1, 0, 8)  # a chunk of no frames
+    decoder, joiner = CtcDecoder(4), CtcJoiner(4)
+    search = Search(InPyTorch(decoder), InPyTorch(joiner), decoder, max_symbols=1)
+    said = sum(search(pairs)[0], [])
+    assert said == greedy(log_probs.numpy(), 0) and len(said) > 150
+
+
+@torch.no_grad()
+def test_a_transducer_takes_what_the_runtime_gives_and_gives_what_it_writes():
+    """-1 and 0 before the text; tokens that write nothing are blanks."""
+    torch.manual_seed(0)
+    net = Transducer(8, TOKENS, predictor_size=8, joint_size=16)
+    decoder, joiner = Decoder(net), Joiner(net, Answer(TOKENS, 0, [1, 2]))
+    assert torch.equal(decoder(torch.tensor([[-1, 0]])), decoder(torch.tensor([[0, 0]])))
+    assert not torch.equal(decoder(torch.tensor([[5, 0]])), decoder(torch.tensor([[0, 0]])))
+    net.out.bias[0] -= 2.5
+    frames, predicted = torch.randn(200, 16), torch.randn(200, 16)
+    best, wanted = joiner(frames, predicted).argmax(1), Joiner(net)(frames, predicted).argmax(1)
+    assert torch.equal(best, wanted.where(wanted > 2, torch.tensor(0))) and ((wanted == 1) | (wanted == 2)).any()
 
 
 def test_tokens_that_write_nothing_are_blanks():
@@ -230,6 +252,19 @@ def make(folder, name="hyperconformer", **keys):
     return model
 
 
+def make_transducer(folder):
+    """The same with a transducer that says something in many frames, a token in each at most, as the runtime does."""
+    model = make(
+        folder, "hyperconformer_transducer", compute_features=KALDI, normalize=SENTENCE, transducer_beam=1, **SMALL_TRANSDUCER
+    )
+    model.mods.decoder.max_symbols = 1
+    with torch.no_grad():
+        out = model.mods.decoder.transducer.out
+        out.weight.mul_(6)
+        out.bias[1:4] -= 1000  # of which Python keeps the silent ones in the predictor's context
+    return model
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Model folders of Kaldi's features and of SpeechBrain's."""
@@ -290,16 +325,46 @@ def test_hotwords(streaming, models, tmp_path):
     report = export(models.kaldi, tmp_path / "folder", hotwords=True, **keys)
     assert report.kind == ("zipformer2" if streaming else "transducer")
     assert report.texts.equal == len(report.texts.wanted) == 5 and all(report.texts.wanted[1:])
-    soundfile.write(tmp_path / "folder" / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
-    (tmp_path / "folder" / "hotwords.txt").write_text("SAD :9.0\n")
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
+    assert_hotwords_act(tmp_path / "folder", "SAD")
+
+
+def assert_hotwords_act(folder, word):
+    """The README's program writes a hotword more often than without."""
+    soundfile.write(folder / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    (folder / "hotwords.txt").write_text(f"{word} :9.0\n")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     found = []
     for program in (code, code.replace('hotwords_file="hotwords.txt"', 'hotwords_file=""')):
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path / "folder", capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
         found.append(done.stdout)
-    assert found[0].count("SAD") > found[1].count("SAD") and found[1].strip()
+    assert found[0].count(word) > found[1].count(word) and found[1].strip()
+
+
+@needs_runtime
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
+def test_a_transducer(streaming, tmp_path):
+    """Searched greedily, texts are those of the model; with a beam, hotwords are written more often."""
+    model, folder = make_transducer(tmp_path), tmp_path / "folder"
+    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
+    report = export(model, folder, **keys)
+    kind = "zipformer2" if streaming else "transducer"
+    assert report.kind == kind and report.onnx.max_difference < 1e-3 and report.onnx.token_error == 0
+    assert report.texts.equal == len(report.texts.wanted) == 5 and all(report.texts.wanted[1:])
+    assert sorted(os.listdir(folder)) == [
+        "README.md", "bpe.vocab", "decoder.onnx", "encoder.onnx", "joiner.onnx", "tokens.txt"
+    ]  # fmt: skip
+    wavs, recognizer = synthetic(16000, (2.5, 0.9, 4.0)), open_recognizer(folder, kind)
+    if streaming:
+        graph = make_graphs(model, **keys)["encoder"]
+        tail = tail_samples(graph)
+        wanted = [their_stream(model, heard(wav, graph, tail)) for wav in wavs]
+        found = transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail)
+    else:
+        lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
+        wanted = model.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)[0]
+        found = transcribe_whole(recognizer, [wav.numpy() for wav in wavs], 16000)
+    assert [" ".join(text.split()) for text in found] == wanted and all(wanted)
+    assert_hotwords_act(folder, "DAY")
 
 
 def their_stream(model, wav, chunk_size=8, left_context=4):
@@ -309,20 +374,22 @@ def their_stream(model, wav, chunk_size=8, left_context=4):
     return " ".join(segment.text for segment in segments)
 
 
+def heard(wav, graph, tail):
+    """Samples of the chunks that the runtime decodes of a stream with zeros behind its end."""
+    wav = torch.nn.functional.pad(wav, (0, tail))
+    return wav[: (graph.features.framing.count(len(wav)) - 1) // graph.frames * graph.step + 200]
+
+
 @needs_runtime
 def test_streams_alone_and_beside_others(models, stream_folder):
     folder, report = stream_folder
     assert report.kind == "zipformer2_ctc" and report.texts.equal == len(report.texts.wanted) == 5
     recognizer = open_recognizer(folder, "zipformer2_ctc")
-    graph = make_graph(models.kaldi, True, 8, 4)
+    graph = make_graphs(models.kaldi, True, 8, 4)[""]
     tail = tail_samples(graph)
     assert tail == 33 * 160 and f"FloatArray({tail})" in (folder / "README.md").read_text()
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
-    step = graph.step
-    wanted = []
-    for wav in wavs:
-        heard = torch.nn.functional.pad(wav, (0, tail))
-        wanted.append(their_stream(models.kaldi, heard[: (graph.features.framing.count(len(heard)) - 1) // 32 * step + 200]))
+    wanted = [their_stream(models.kaldi, heard(wav, graph, tail)) for wav in wavs]
     found = [transcribe_streams(recognizer, [wav.numpy()], 16000, tail)[0] for wav in wavs]
     assert found == wanted and all(wanted)
     assert transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail) == wanted
@@ -335,7 +402,7 @@ def test_streams_alone_and_beside_others(models, stream_folder):
 def test_a_stream_begins_anew_behind_an_endpoint(models, stream_folder):
     rules = {"enable_endpoint_detection": True, "rule1_min_trailing_silence": 99, "rule2_min_trailing_silence": 99}
     recognizer = open_recognizer(stream_folder[0], "zipformer2_ctc", rule3_min_utterance_length=1.0, **rules)
-    wav, graph = synthetic(16000, (4.0,))[0], make_graph(models.kaldi, True, 8, 4)
+    wav, graph = synthetic(16000, (4.0,))[0], make_graphs(models.kaldi, True, 8, 4)[""]
     stream, texts, ends, decoded = recognizer.create_stream(), [], [], 0
     stream.accept_waveform(16000, wav.numpy())
     while recognizer.is_ready(stream):
@@ -367,7 +434,7 @@ def test_the_folders_readme_runs(models, stream_folder, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     wav = soundfile.read(tmp_path / "speech.wav", dtype="float32")[0]
-    tail = tail_samples(make_graph(models.kaldi, True, 8, 4))
+    tail = tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
     assert said.strip() == transcribe_streams(open_recognizer(folder, "zipformer2_ctc"), [wav], 16000, tail)[0] != ""
 
 
@@ -383,7 +450,7 @@ def test_the_websocket_server_with_three_clients(models, stream_folder, tmp_path
         pytest.skip("sherpa-onnx-bin is not installed: pip install -e .[dev]")
     import sherpa_onnx
 
-    folder, tail = stream_folder[0], tail_samples(make_graph(models.kaldi, True, 8, 4))
+    folder, tail = stream_folder[0], tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
     libraries = Path(sherpa_onnx.__file__).parent / "lib"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
     with socket.socket() as free:
@@ -460,10 +527,15 @@ def test_symbols():
         (Fbank(n_mels=80), "global", {}, "the model's statistics are global; train with sentence statistics"),
         (Fbank(n_mels=80, sample_rate=8000), "sentence", {}, "gives 16000 samples per second.*not 8000"),
         (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, and sherpa-onnx counts 0.02 s"),
-        (Fbank(n_mels=80), "sentence", {"hotwords": True}, "takes hotwords with features that it computes, and not with"),
+        (Fbank(n_mels=80), "sentence", {"hotwords": True}, "takes transducers, and so hotwords, with features that it computes"),
         (None, "global", {"streaming": True, "left_context": -1}, "grows with a stream.*give a --left-context"),
         (None, "global", {"streaming": True, "left_context": -1, "hotwords": True}, "grows with a stream"),
-        (None, "global", {"hotwords": True, "blank": 3}, "blank is token 3, and sherpa-onnx searches.*where it is token 0"),
+        (
+            None,
+            "global",
+            {"hotwords": True, "blank": 3},
+            "blank is token 3, and.*is token 0; train with.*or export without",
+        ),
         (MFCC(n_mels=80), "sentence", {}, "does not compute MFCC features; train with KaldiFbank"),
     ],
 )
@@ -476,7 +548,24 @@ def test_what_the_runtime_cannot_run(features, norm, keys, message):
         mods=SimpleNamespace(encoder=speech), ctc_head=speech.head, hparams=hparams, blank=blank, pass_name=None
     )
     with pytest.raises(ValueError, match=message):
-        make_graph(model, **keys)
+        make_graphs(model, **keys)
+
+
+def test_transducers_that_the_runtime_cannot_run():
+    model = load_model(TRANSDUCER, "cpu")
+    with pytest.raises(ValueError, match="takes transducers.*and not with SpeechBrain's Fbank; train with KaldiFbank"):
+        make_graphs(model)
+    model.mods.encoder.compute_features = KaldiFbank()
+    assert list(make_graphs(model)) == list(make_graphs(model, hotwords=True)) == ["encoder", "decoder", "joiner"]
+    model.mods.encoder.subsampling.factor *= 2
+    with pytest.raises(ValueError, match="frames take 0.08 s, and sherpa-onnx counts 0.04 s"):
+        make_graphs(model)
+    model.mods.decoder.transducer.predictor = LstmPredictor(25, 8)
+    with pytest.raises(ValueError, match="has predictor: lstm.*train with predictor: stateless"):
+        make_graphs(model)
+    model.hparams.blank_index = 3
+    with pytest.raises(ValueError, match="blank is token 3, and.*is token 0; train with blank_index 0.$"):
+        make_graphs(model)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +603,9 @@ def test_what_the_runtime_does_not_take_is_not_written(models, monkeypatch):
     """A configuration that ends the runtime's process ends no other."""
     from speechbrain_ext.export import sherpa_folder
 
-    monkeypatch.setattr(sherpa_folder, "write_checked", lambda model, graph, path, partial, *_: partial.write_bytes(b"nothing"))
+    monkeypatch.setattr(
+        sherpa_folder, "write_checked", lambda model, graphs, path, partials, *_: partials[""].write_bytes(b"nothing")
+    )
     with pytest.raises(RuntimeError, match="sherpa-onnx does not take the exported model, so nothing was written"):
         export(models.kaldi, models.root / "nothing")
     assert not list(models.root.glob("*nothing*"))
@@ -554,7 +645,7 @@ def test_the_oldest_version(models, stream_folder, tmp_path):
     if oldest is None:
         pytest.skip("the oldest sherpa-onnx is not at hand; set SHERPA_OLDEST to a folder with it")
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
-    tail = tail_samples(make_graph(models.kaldi, True, 8, 4))
+    tail = tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
     np.savez(tmp_path / "w.npz", rate=16000, feature_dim=80, count=3, **{f"wav{i}": w for i, w in enumerate(wavs)})
     command = [sys.executable, "-P", sherpa_texts.__file__, str(stream_folder[0]), str(tmp_path / "w.npz")]
     said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": oldest}, check=True).stdout

@@ -42,7 +42,7 @@ def add_phrases(parser):
     parser.add_argument(
         "--phrases",
         metavar="FILE",
-        help="names and words that beams listen for: one phrase a line, and behind a tab its bonus, else 2 for each token",
+        help="names and words that beams listen for: one phrase per line, and after a tab its bonus (2 for each token)",
     )
 
 

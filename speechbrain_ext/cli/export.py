@@ -24,7 +24,11 @@ def add(commands):
     )
     parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
     parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
-    parser.add_argument("--hotwords", action="store_true", help="for sherpa-onnx: as a transducer, with which it takes hotwords")
+    parser.add_argument(
+        "--hotwords",
+        action="store_true",
+        help="for sherpa-onnx: CTC as a transducer, to take hotwords (a model with a transducer does anyway)",
+    )
     parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")
     parser.add_argument(
         "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the model's"

@@ -28,7 +28,7 @@ def read_phrases(path):
     Arguments
     ---------
     path : str or os.PathLike
-        A text file, a phrase on each line, and behind a tab its bonus, if that is not to be 2 for each of its tokens.
+        A text file, one phrase per line, and after a tab its bonus; by default 2 for each of its tokens.
 
     Returns
     -------

@@ -15,7 +15,7 @@ from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.records import librispeech_records
-from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
+from speechbrain_ext.export.onnx_transducer import MAX_SYMBOLS, InPyTorch, Search
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
@@ -106,6 +106,8 @@ class Feed:
         From PyTorch's log-probabilities (B, T, V) to what the graph gives.
     log_probs : bool
         Whether the head gives logits, of which log-probabilities are taken, and not a transducer's frames.
+    max_symbols : int
+        Of a transducer, tokens of a frame in greedy search, at most.
     """
 
     run: Callable
@@ -115,6 +117,7 @@ class Feed:
     heard: Callable = lambda wav: wav
     answer: Callable = lambda log_probs: log_probs
     log_probs: bool = True
+    max_symbols: int = MAX_SYMBOLS
 
 
 def usual_feed(about):
@@ -128,7 +131,7 @@ def usual_feed(about):
 
 
 @torch.no_grad()
-def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=None, transducer=None, parts=()):
+def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=None, parts=()):
     """Compare a file with its model.
 
     Arguments
@@ -149,10 +152,8 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=Non
         Of a cascade, the pass that was exported.
     feed : Feed, optional
         How the file is run, where its metadata do not say it.
-    transducer : Transducer, optional
-        The model's transducer.
-    parts : tuple
-        The ONNX files of its decoder and joiner.
+    parts : list of tuple
+        Of a transducer, the graph (torch.nn.Module) and the ONNX file of its decoder, and those of its joiner.
 
     Returns
     -------
@@ -165,13 +166,14 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=Non
     ValueError
         If a folder is not in LibriSpeech layout.
     """
-    session, *others = map(open_session, (path, *parts))
+    session = open_session(path)
     feed = feed or usual_feed(session.get_modelmeta().custom_metadata_map)
     rate = front_end(encoder.compute_features).sample_rate
     searches = ()
-    if transducer is not None:
-        graph = Decoder(transducer)
-        searches = Search(InPyTorch(graph), InPyTorch(Joiner(transducer)), graph), Search(*others, graph)
+    if parts:
+        graphs, part_files = zip(*parts, strict=True)
+        runs = map(InPyTorch, graphs), map(open_session, part_files)
+        searches = [Search(*sessions, graphs[0], feed.max_symbols) for sessions in runs]
 
     def theirs(wav):
         return reference(encoder, head, feed, wav, pass_name)
@@ -192,8 +194,8 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=Non
         return _difference(log_probs, searches[1](found, said)[1])
 
     def said_of(wanted, found):
-        if not searches:  # of a graph for hotwords, the frame before stands beside each
-            return [greedy(log_probs[:, : len(tokens)], blank) for log_probs in (wanted, found)]
+        if not searches:
+            return [greedy(log_probs, blank) for log_probs in (wanted, found)]
         return [sum(search(frames)[0], []) for search, frames in zip(searches, (wanted, found), strict=True)]
 
     files = files_of(audio)
@@ -230,7 +232,7 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=Non
         token_error=distance / max(1, total),
         torch_wer=_wer(references, texts[0]) if scored else None,
         onnx_wer=_wer(references, texts[1]) if scored else None,
-        size=sum(Path(each).stat().st_size for each in (path, *parts)),
+        size=sum(Path(each).stat().st_size for each in (path, *(file for _, file in parts))),
         torch_seconds=times["torch"] / 1000,
         onnx_seconds=times["onnx"] / 1000,
         chunk_seconds=None if feed.step is None else feed.step / rate,

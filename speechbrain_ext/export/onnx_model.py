@@ -32,11 +32,10 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain_ext import __version__
 from speechbrain_ext.export.check import Report, check
 from speechbrain_ext.export.onnx_streaming import Streaming
-from speechbrain_ext.export.onnx_transducer import Decoder, Joiner
+from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
 from speechbrain_ext.export.onnx_whole import FullContext
 from speechbrain_ext.export.onnx_write import ExportError, require_packages, write_onnx
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.streaming import chunk_setting
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
@@ -172,7 +171,7 @@ def write_checked(model, graphs, path, partials, int8, audio=(), tolerance=None,
             write_onnx(graph, partials[part], int8, metadata[part])
     except OSError as error:  # such as a full disk
         raise ExportError(f"{path} cannot be written: {error.strerror or one_line(error)}; give another path.") from error
-    report = _check(list(partials.values()), model, next(iter(metadata.values())), audio, feed)
+    report = _check(model, graphs, partials, next(iter(metadata.values())), audio, feed)
     _refuse(report, int8, tolerance)
     return report
 
@@ -187,9 +186,8 @@ def chunks_of(model, chunk_size=None, left_context=None):
 
 def _graphs(model, config):
     """What to export, by the part of the model; "" where there are no parts."""
-    transducer = model.mods.decoder.transducer if isinstance(model, TransducerModel) else None
+    transducer, head = transducer_of(model), head_of(model)
     keys = {"pass_name": model.pass_name} | ({} if transducer is None else {"output": "encoder_out"})
-    head = model.ctc_head if transducer is None else transducer.project_frames
     if config is None:
         graph = FullContext(model.mods.encoder, head, **keys)
     else:
@@ -237,13 +235,12 @@ def written_by(tokenizer, token):
     return "▁⁇▁" if tokenizer.is_unknown(token) else tokenizer.id_to_piece(token)
 
 
-def _check(paths, model, metadata, audio, feed):
-    path, *parts = paths
-    transducer = model.mods.decoder.transducer if parts else None
-    head = transducer.project_frames if parts else model.ctc_head
+def _check(model, graphs, paths, metadata, audio, feed):
+    path, *files = paths.values()
+    parts = list(zip(list(graphs.values())[1:], files, strict=True))
     tokens, blank = json.loads(metadata["tokens"]), int(metadata["blank_index"])
     try:
-        return check(path, model.mods.encoder, head, tokens, blank, audio, model.pass_name, feed, transducer, parts)
+        return check(path, model.mods.encoder, head_of(model), tokens, blank, audio, model.pass_name, feed, parts)
     except (OSError, UserError):  # of the audio
         raise
     except Exception as error:  # onnxruntime has a class of error per kind of failure

@@ -11,15 +11,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from speechbrain_ext.inference.models import TransducerModel
+
 MAX_SYMBOLS = 5
 """Tokens of a frame in greedy search, as in :class:`speechbrain_ext.decoders.transducer.TransducerSearch`."""
+
+
+def transducer_of(model):
+    """A model's transducer; None of a model without."""
+    return model.mods.decoder.transducer if isinstance(model, TransducerModel) else None
+
+
+def head_of(model):
+    """What stands behind the encoder in a model's graph: its CTC head, or its transducer's projection of frames."""
+    transducer = transducer_of(model)
+    return model.ctc_head if transducer is None else transducer.project_frames
 
 
 class Decoder(nn.Module):
     """The predictor: ``y`` (N, context) int64 to ``decoder_out`` (N, J).
 
     Of an LSTM, ``y`` (N, 1) is the last token, and its state goes in and out: ``hidden`` and ``cell`` (N, layers, P), zeros at
-    first. The blank begins a text.
+    first. The blank begins a text; a number below 0, with which sherpa-onnx begins one, counts as the blank.
 
     Arguments
     ---------
@@ -39,6 +52,7 @@ class Decoder(nn.Module):
         self.transducer = transducer
         self.has_state = not hasattr(transducer.predictor, "context")
         self.context = 1 if self.has_state else transducer.predictor.context
+        self.blank = transducer.blank_index
         state = ("hidden", "cell") if self.has_state else ()
         self.input_names, self.output_names = ("y", *state), ("decoder_out", *(f"next.{name}" for name in state))
         self.dynamic_shapes = tuple({0: "batch"} for _ in self.input_names)
@@ -46,6 +60,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, hidden=None, cell=None):
         """See the class."""
+        tokens = tokens.masked_fill(tokens < 0, self.blank)
         if not self.has_state:
             return self.transducer.predict((tokens,))
         state = self.transducer.predictor.advance((hidden, cell), tokens.squeeze(1))
@@ -56,7 +71,7 @@ class Decoder(nn.Module):
         state = ()
         if self.has_state:
             state = tuple(torch.zeros_like(part) for part in self.transducer.predictor.begin(2))
-        return torch.full((2, self.context), self.transducer.blank_index), *state
+        return torch.full((2, self.context), self.blank), *state
 
     @property
     def metadata(self):
@@ -72,6 +87,8 @@ class Joiner(nn.Module):
     ---------
     transducer : speechbrain_ext.lobes.transducer.Transducer
         The head.
+    answer : torch.nn.Module, optional
+        What the logits go through.
 
     Example
     -------
@@ -84,15 +101,15 @@ class Joiner(nn.Module):
     input_names, output_names = ("encoder_out", "decoder_out"), ("logit",)
     dynamic_shapes = ({0: "batch"}, {0: "batch"})
 
-    def __init__(self, transducer):
+    def __init__(self, transducer, answer=None):
         super().__init__()
-        self.transducer = transducer
+        self.transducer, self.answer = transducer, answer or nn.Identity()
         self.metadata = {"joiner_dim": str(transducer.out.in_features)}
         self.eval()
 
     def forward(self, frames, predicted):
         """See the class."""
-        return self.transducer.join(frames, predicted)
+        return self.answer(self.transducer.join(frames, predicted))
 
     def example_inputs(self):
         """Inputs to trace with."""
@@ -126,7 +143,9 @@ class Search:
     decoder, joiner : onnxruntime.InferenceSession or InPyTorch
         They run the graphs.
     graph : Decoder
-        Names and sizes of the decoder's inputs.
+        Names of the decoder's inputs, and what begins a text.
+    max_symbols : int
+        Tokens of a frame, at most.
 
     Example
     -------
@@ -140,8 +159,8 @@ class Search:
     (True, (20, 30))
     """
 
-    def __init__(self, decoder, joiner, graph):
-        self.decoder, self.joiner, self.graph = decoder, joiner, graph
+    def __init__(self, decoder, joiner, graph, max_symbols=MAX_SYMBOLS):
+        self.decoder, self.joiner, self.graph, self.max_symbols = decoder, joiner, graph, max_symbols
 
     def __call__(self, frames, known=None):
         """Search, or follow what another search has said.
@@ -158,19 +177,19 @@ class Search:
         tuple
             The tokens of each frame, and log-probabilities (T, V) of each frame when it was left.
         """
-        blank, names = self.graph.transducer.blank_index, self.graph.input_names
+        blank, names = self.graph.blank, self.graph.input_names
         given = dict(zip(names, (part[:1].numpy() for part in self.graph.example_inputs()), strict=True))
         predicted, *state = self.decoder.run(None, given)
-        said, left = [], np.zeros((len(frames), self.graph.transducer.out.out_features), np.float32)
+        said, left = [], []
         for time, frame in enumerate(frames):
             said.append([])
             while True:
                 (logits,) = self.joiner.run(None, {"encoder_out": frame[None], "decoder_out": predicted})
                 token = int(logits[0].argmax()) if known is None else [*known[time], blank][len(said[-1])]
-                if token == blank or len(said[-1]) == MAX_SYMBOLS:
+                if token == blank or len(said[-1]) == self.max_symbols:
                     break
                 said[-1].append(token)
                 given = dict(zip(names, (np.append(given["y"][:, 1:], [[token]], 1), *state), strict=True))
                 predicted, *state = self.decoder.run(None, given)
-            left[time] = logits[0] - np.logaddexp.reduce(logits[0])
-        return said, left
+            left.append(logits[0] - np.logaddexp.reduce(logits[0]))
+        return said, np.stack(left)

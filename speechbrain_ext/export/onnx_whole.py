@@ -235,7 +235,7 @@ class FullContext(nn.Module):
     def __init__(self, encoder, head, pass_name=None, output="log_probs"):
         super().__init__()
         self.pass_name = pass_name
-        self.output_names = (output, "frames")
+        self.output_names, self.normalises = (output, "frames"), output == "log_probs"
         self.features = Features(encoder.compute_features, encoder.normalize)
         self.encoder = without_features(encoder, head)
         fuse_(self)
@@ -249,8 +249,7 @@ class FullContext(nn.Module):
     def log_probs(self, x, frames):
         """Features (B, T, F) and numbers of frames (B,) to log-probabilities (B, T', V) and numbers of these frames (B,)."""
         x, relative = self.encoder.encode_features(x, frames / x.shape[1], pass_name=self.pass_name)
-        x = x.log_softmax(dim=-1) if self.output_names[0] == "log_probs" else x
-        return x, absolute_lengths(relative, x.shape[1])
+        return x.log_softmax(dim=-1) if self.normalises else x, absolute_lengths(relative, x.shape[1])
 
     def example_inputs(self):
         """Inputs to trace with: two utterances, as an axis of one would be taken for a constant."""

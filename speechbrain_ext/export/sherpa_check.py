@@ -15,9 +15,9 @@ import torch
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.export import sherpa_texts
 from speechbrain_ext.export.check import Feed, edit_distance, files_of, greedy, reference, synthetic, written
+from speechbrain_ext.export.onnx_transducer import InPyTorch, Search, head_of
 from speechbrain_ext.export.onnx_write import ExportError
-from speechbrain_ext.export.sherpa_graphs import Decoder, Joiner
-from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
+from speechbrain_ext.export.sherpa_texts import STREAMS
 from speechbrain_ext.lobes.filter_banks import front_end
 
 PADDING = -23.025850929940457
@@ -28,6 +28,8 @@ SHORTEST = 0.1
 """Seconds; of much less the runtime makes no frame, and no text."""
 AXES = (1, 1, 1, 1, 0, 0, 0, 0)
 """Along which the runtime batches the states of ``zipformer2_ctc``."""
+SYMBOLS = 1
+"""Tokens that a transducer writes in a frame, at most."""
 
 
 def feed_of(graph, compute_features):
@@ -50,8 +52,9 @@ def feed_of(graph, compute_features):
     def features(wav):
         return compute_features(wav.unsqueeze(0))[0]
 
+    keys = {"answer": graph.answer, "log_probs": graph.normalises, "max_symbols": SYMBOLS}
     if graph.mode not in STREAMS:
-        return Feed(lambda session, wavs: _run_whole(session, [features(wav) for wav in wavs]), answer=graph.answer)
+        return Feed(lambda session, wavs: _run_whole(session, [features(wav) for wav in wavs]), **keys)
     step = graph.step
 
     def run(session, wavs):
@@ -60,7 +63,7 @@ def feed_of(graph, compute_features):
     def whole_chunks(wav):
         return torch.nn.functional.pad(wav, (0, -len(wav) % step))
 
-    return Feed(run, graph.config, step, heard=whole_chunks, answer=graph.answer)
+    return Feed(run, graph.config, step, heard=whole_chunks, **keys)
 
 
 def standardized_waveform(wav):
@@ -106,8 +109,8 @@ class Texts:
     version : str
         Of sherpa-onnx.
     wanted, alone, together : list of str
-        PyTorch's texts, and those of the runtime, of each waveform alone and of all together. Of a model for hotwords, those of
-        the transducer without hotwords.
+        PyTorch's texts, and those of the runtime, of each waveform alone and of all together. Of a transducer, those of greedy
+        search with a token per frame at most.
     real_time_factor : float
         Seconds of computation per second of audio, on one thread, each waveform alone.
     peak_mib : float or None
@@ -145,17 +148,17 @@ def has_runtime():
     return importlib.util.find_spec("sherpa_onnx") is not None
 
 
-def texts_in_runtime(folder, model, graph, symbols, audio=()):
+def texts_in_runtime(folder, model, graphs, symbols, audio=()):
     """Let sherpa-onnx transcribe with an exported folder.
 
     Arguments
     ---------
     folder : pathlib.Path
         The folder, complete.
-    model : speechbrain_ext.inference.models.CtcModel or JointModel
+    model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
         The model that it was made of.
-    graph : torch.nn.Module
-        Its graph.
+    graphs : dict
+        Its graphs by part, see :func:`speechbrain_ext.export.sherpa_folder.make_graphs`.
     symbols : list of str
         Those of ``tokens.txt``.
     audio : list of str
@@ -170,12 +173,13 @@ def texts_in_runtime(folder, model, graph, symbols, audio=()):
     ExportError
         If the runtime does not take the folder.
     """
+    graph, *parts = graphs.values()
     rate, front = model.sample_rate, front_end(model.mods.encoder.compute_features)
     files = files_of(audio)[:MOST]
     wavs = [load_audio(file, rate) for file, _ in files] if files else synthetic(rate)
     wavs = [wav for wav in wavs if len(wav) >= SHORTEST * rate] or synthetic(rate, (1.0,))
     tail = tail_samples(graph) if graph.mode in STREAMS else 0
-    wanted = [_wanted(wav, model, graph, symbols, tail) for wav in wavs]
+    wanted = [_wanted(wav, model, graph, parts, symbols, tail) for wav in wavs]
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "waveforms.npz")
         named = {f"wav{i}": wav.numpy() for i, wav in enumerate(wavs)}
@@ -214,37 +218,18 @@ def tail_samples(graph):
     return (graph.frames + 1) * graph.features.hop_length
 
 
-def _wanted(wav, model, graph, symbols, tail):
+def _wanted(wav, model, graph, parts, symbols, tail):
     feed = feed_of(graph, model.mods.encoder.compute_features)
     if tail:
         wav = torch.nn.functional.pad(wav, (0, tail))
     # What the runtime hears are the samples as they are, whatever it makes of them
     if graph.mode == "omnilingual_asr_ctc":
         feed.heard = lambda wav: wav
-    log_probs = reference(model.mods.encoder, model.ctc_head, feed, wav, model.pass_name)
+    frames = reference(model.mods.encoder, head_of(model), feed, wav, model.pass_name)
     if tail:
         chunks = (graph.features.framing.count(len(wav)) - 1) // graph.frames
-        log_probs = log_probs[: chunks * graph.config.chunk_size * graph.answer.repeats]
-    search = greedy_transducer if graph.mode in TRANSDUCERS else greedy
-    return written(search(log_probs, model.blank), symbols)
-
-
-@torch.no_grad()
-def greedy_transducer(pairs, blank=0):
-    """The best tokens of :class:`speechbrain_ext.export.sherpa_graphs.Pairs` (T, 2 V), searched as the runtime does.
-
-    Example
-    -------
-    >>> frames = np.log([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
-    >>> before = np.log([[1, 1e-9, 1e-9], *np.exp(frames[:-1])])
-    >>> greedy_transducer(np.concatenate((frames, before), 1).astype(np.float32))
-    [1, 1]
-    """
-    vocabulary = pairs.shape[1] // 2
-    decoder, joiner, tokens, last = Decoder(vocabulary), Joiner(vocabulary), [], blank
-    for frame in torch.from_numpy(pairs).split(1):
-        token = int(joiner(frame, decoder(torch.tensor([[last]]))).argmax())
-        if token != blank:
-            tokens.append(token)
-            last = token
-    return tokens
+        frames = frames[: chunks * graph.config.chunk_size * graph.answer.repeats]
+    if not parts:
+        return written(greedy(frames, model.blank), symbols)
+    search = Search(*map(InPyTorch, parts), parts[0], feed.max_symbols)
+    return written(sum(search(frames)[0], []), symbols)

@@ -12,8 +12,9 @@ Fbank, global statistics       refused                   refused
 =============================  ========================  ===================
 
 For KaldiFbank the runtime computes the features; the other type takes samples, which the runtime normalises, and the features
-are in the graph. The CTC branch is what answers. For hotwords it goes as a transducer, ``transducer`` or ``zipformer2``, in three
-graphs, ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, with the scores of the pieces in ``bpe.vocab``.
+are in the graph. The CTC branch is what answers. A model with a transducer, and for hotwords the CTC branch as one, goes as
+``transducer`` or ``zipformer2``, in three graphs, ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, with the scores of the
+pieces in ``bpe.vocab``.
 """
 
 from dataclasses import dataclass
@@ -22,18 +23,19 @@ from pathlib import Path
 from speechbrain.lobes.features import Fbank
 
 from speechbrain_ext.export.check import Report
+from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
 from speechbrain_ext.export.onnx_model import chunks_of, refuse_tolerance, write_checked, written_by
-from speechbrain_ext.export.onnx_write import ExportError, require_packages, write_onnx
+from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
+from speechbrain_ext.export.onnx_write import ExportError, require_packages
 from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
 from speechbrain_ext.export.sherpa_graphs import (
     Answer,
-    Decoder,
+    Frames,
     FromFeatures,
     FromWaveform,
-    Joiner,
     Packed,
+    PackedPairs,
     PackedTransducer,
-    Pairs,
     TransducerFromFeatures,
 )
 from speechbrain_ext.export.sherpa_readme import readme
@@ -41,11 +43,12 @@ from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank
 from speechbrain_ext.lobes.filter_banks import front_end
+from speechbrain_ext.lobes.transducer import LstmPredictor
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import replacing_folder, write_text
 
-FILES = {"model.onnx", "model.int8.onnx", "encoder.onnx", "encoder.int8.onnx", "decoder.onnx", "joiner.onnx", "bpe.vocab"}
-FILES |= {"tokens.txt", "README.md"}
+FILES = {f"{part}{kind}.onnx" for part in ("model", "encoder", "decoder", "joiner") for kind in ("", ".int8")}
+FILES |= {"bpe.vocab", "tokens.txt", "README.md"}
 """What such folders hold; one with other files is not replaced."""
 GRAPHS = {
     "zipformer_ctc": FromFeatures,
@@ -70,7 +73,7 @@ class SherpaReport:
     kind : str
         The runtime's type of model.
     file : pathlib.Path
-        The ONNX file, of a transducer the encoder's.
+        The ONNX file, of a transducer its encoder's.
     onnx : Report
         The graph in onnxruntime against PyTorch.
     texts : Texts, optional
@@ -119,7 +122,7 @@ def export_sherpa(
     left_context : int, optional
         Likewise; -1 = all, for encoders whose state does not grow with it.
     hotwords : bool
-        Whether as a transducer, with which the runtime searches for hotwords.
+        Whether CTC goes as a transducer, with which the runtime searches for hotwords; a transducer goes as one anyway.
 
     Returns
     -------
@@ -148,83 +151,91 @@ def export_sherpa(
     refuse_tolerance(tolerance)
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
-    graph = make_graph(model, streaming, chunk_size, left_context, hotwords)
-    symbols = symbols_of(model, whole=not (streaming or hotwords))
-    name = ("encoder" if hotwords else "model") + (".int8.onnx" if int8 else ".onnx")
+    graphs = make_graphs(model, streaming, chunk_size, left_context, hotwords)
+    graph = next(iter(graphs.values()))
+    symbols = symbols_of(model, whole=graph.mode not in (*STREAMS, *TRANSDUCERS))
+    names = {part: f"{part or 'model'}{'.int8' if int8 else ''}.onnx" for part in graphs}
+    file = folder / next(iter(names.values()))
+    front, tail = front_end(model.mods.encoder.compute_features), tail_samples(graph) if streaming else 0
     feed = feed_of(graph, model.mods.encoder.compute_features)
     with replacing_folder(folder) as partial:
-        report = write_checked(model, {"": graph}, folder / name, {"": partial / name}, int8, audio, tolerance, feed)
+        partials = {part: partial / name for part, name in names.items()}
+        report = write_checked(model, graphs, file, partials, int8, audio, tolerance, feed)
         write_text(partial / "tokens.txt", "".join(f"{symbol} {index}\n" for index, symbol in enumerate(symbols)))
-        if hotwords:
-            _write_search(model, partial)
-        front, tail = front_end(model.mods.encoder.compute_features), tail_samples(graph) if streaming else 0
-        write_text(partial / "README.md", readme(graph.mode, name, front.sample_rate, front.n_mels, tail))
-        texts = texts_in_runtime(partial, model, graph, symbols, audio) if has_runtime() else None
+        if graph.mode in TRANSDUCERS:  # what splits hotwords into pieces
+            tokenizer = model.hparams.tokenizer
+            pieces = ((tokenizer.id_to_piece(i), tokenizer.get_score(i)) for i in range(tokenizer.vocab_size()))
+            write_text(partial / "bpe.vocab", "".join(f"{piece}\t{score}\n" for piece, score in pieces))
+        write_text(partial / "README.md", readme(graph.mode, names, front.sample_rate, front.n_mels, tail))
+        texts = texts_in_runtime(partial, model, graphs, symbols, audio) if has_runtime() else None
         _refuse_texts(texts, report, int8, tolerance)
-    return SherpaReport(graph.mode, folder / name, report, texts)
+    return SherpaReport(graph.mode, file, report, texts)
 
 
-def _write_search(model, folder):
-    """The parts of a transducer that are the same for all models of a vocabulary, and what splits hotwords into pieces."""
-    tokenizer = model.hparams.tokenizer
-    for name, part in (("decoder", Decoder), ("joiner", Joiner)):
-        part = part(tokenizer.vocab_size())
-        write_onnx(part, folder / f"{name}.onnx", False, part.metadata)
-    pieces = range(tokenizer.vocab_size())
-    write_text(folder / "bpe.vocab", "".join(f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i)}\n" for i in pieces))
-
-
-def make_graph(model, streaming=False, chunk_size=None, left_context=None, hotwords=False):
-    """The graph of a model for the runtime's type of model that fits it.
+def make_graphs(model, streaming=False, chunk_size=None, left_context=None, hotwords=False):
+    """The graphs of a model for the runtime's type of model that fits it.
 
     Arguments
     ---------
-    model : speechbrain_ext.inference.models.CtcModel or JointModel
+    model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
         The model.
     streaming, chunk_size, left_context, hotwords
         As for :func:`export_sherpa`.
 
     Returns
     -------
-    torch.nn.Module
-        One of :mod:`speechbrain_ext.export.sherpa_graphs`.
+    dict
+        By the part of the model, "" where there are no parts; the first one is of :mod:`speechbrain_ext.export.sherpa_graphs`.
 
     Raises
     ------
     UserError
         If there is no such type.
     """
-    encoder, head = model.mods.encoder, model.ctc_head
-    kind = _kind(encoder, streaming, hotwords)
-    if hotwords and model.blank:
+    encoder, transducer = model.mods.encoder, transducer_of(model)
+    kind = _kind(encoder, streaming, hotwords or transducer is not None)
+    if kind in TRANSDUCERS and model.blank:
+        remedy = ", or export without --hotwords" if transducer is None else ""
         raise UserError(
-            f"The model's blank is token {model.blank}, and sherpa-onnx searches for hotwords where it is token 0; train with "
-            "blank_index 0, or export without --hotwords."
+            f"The model's blank is token {model.blank}, and that of a transducer in sherpa-onnx is token 0; train with "
+            f"blank_index 0{remedy}."
+        )
+    if isinstance(getattr(transducer, "predictor", None), LstmPredictor):
+        raise UserError(
+            "The model's transducer has predictor: lstm, and sherpa-onnx takes those of NeMo only, which hear other features; "
+            "train with predictor: stateless."
         )
     front, tokenizer = front_end(encoder.compute_features), model.hparams.tokenizer
     seconds, unit = encoder.subsampling.factor * front.framing.hop / front.sample_rate, SECONDS_PER_FRAME[kind]
     repeats = round(seconds / unit)
-    if abs(repeats * unit - seconds) > 1e-6:
+    if abs(repeats * unit - seconds) > 1e-6 or (transducer is not None and repeats != 1):
         raise UserError(f"The model's frames take {seconds:g} s, and sherpa-onnx counts {unit:g} s; train one whose frames fit.")
     silent = [token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token)]
-    answer = Answer(tokenizer.vocab_size(), model.blank, silent, repeats)
-    if kind in TRANSDUCERS:
-        answer = Pairs(answer)
-    settings = [chunks_of(model, chunk_size, left_context)] if kind in STREAMS else []
-    return GRAPHS[kind](encoder, head, *settings, answer, model.pass_name)
+    vocabulary, graph = tokenizer.vocab_size(), GRAPHS[kind]
+    answer, output, parts = Answer(vocabulary, model.blank, silent, repeats), "log_probs", None
+    if transducer is not None:
+        parts = {"decoder": Decoder(transducer), "joiner": Joiner(transducer, answer)}
+        answer, output = Frames(), "encoder_out"
+    elif kind in TRANSDUCERS:
+        parts = {"decoder": CtcDecoder(vocabulary), "joiner": CtcJoiner(vocabulary)}
+        answer, graph = Pairs(answer), PackedPairs if streaming else graph
+    settings = [chunks_of(model, chunk_size, left_context)] if streaming else []
+    graph = graph(encoder, head_of(model), *settings, answer, model.pass_name, output)
+    return {"": graph} if parts is None else {"encoder": graph, **parts}
 
 
-def _kind(encoder, streaming, hotwords):
+def _kind(encoder, streaming, is_transducer):
     """The runtime's type of model."""
     features, norm = encoder.compute_features, encoder.normalize.norm_type
     if isinstance(features, KaldiFbank):
-        whole, streams = TRANSDUCERS if hotwords else ("zipformer_ctc", "zipformer2_ctc")
+        whole, streams = TRANSDUCERS if is_transducer else ("zipformer_ctc", "zipformer2_ctc")
         return streams if streaming else whole
     if not isinstance(features, Fbank):
         raise UserError(f"sherpa-onnx does not compute {type(features).__name__} features; train with KaldiFbank.")
-    if hotwords:
+    if is_transducer:
         raise UserError(
-            "sherpa-onnx takes hotwords with features that it computes, and not with SpeechBrain's Fbank; train with KaldiFbank."
+            "sherpa-onnx takes transducers, and so hotwords, with features that it computes, and not with SpeechBrain's Fbank; "
+            "train with KaldiFbank."
         )
     if streaming:
         raise UserError(
@@ -250,7 +261,7 @@ def symbols_of(model, whole):
 
     Arguments
     ---------
-    model : speechbrain_ext.inference.models.CtcModel or JointModel
+    model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
         The model.
     whole : bool
         Whether for whole utterances.

@@ -13,9 +13,8 @@ type                        inputs                                     outputs  
 ``zipformer2``              as ``zipformer2_ctc``                      ``encoder_out``, likewise   0.04
 ==========================  =========================================  ==========================  =================
 
-The last two are for hotwords, which the runtime takes with transducers only: CTC as a transducer, whose :class:`Decoder` knows
-the last token, and whose :class:`Joiner` tells its repetition from the same token anew by the frame before, which
-``encoder_out`` has behind each frame (:class:`Pairs`).
+The last two are encoders of transducers. For hotwords, which the runtime takes with transducers only, CTC is one, too
+(:mod:`speechbrain_ext.export.ctc_transducer`).
 
 The features ``x`` are those of :class:`speechbrain_ext.lobes.features.KaldiFbank`, which the runtime computes itself.
 
@@ -29,16 +28,13 @@ import math
 import torch
 from torch import nn
 
+from speechbrain_ext.export.ctc_transducer import IMPOSSIBLE
 from speechbrain_ext.export.onnx_streaming import Streaming
 from speechbrain_ext.export.onnx_whole import FullContext
 from speechbrain_ext.utils.errors import UserError
 
-IMPOSSIBLE = -1e4
-"""Log-probability of a token that is never answered."""
 BALLAST = [[1, None, 1, 3], [1, None, 1], [1, None, 1], [None, 4, 1], [None, 4, 1], [None, 128, 3, 19]]
 """Shapes of the states of ``zipformer2_ctc`` that go through unchanged, None for the number of streams."""
-SMALLEST = 1e-30
-"""Probability in place of less, whose logarithm is not finite."""
 DIMENSIONS = {
     "encoder_dims": "4",
     "value_head_dims": "1",
@@ -51,7 +47,7 @@ DIMENSIONS = {
 
 
 class Answer(nn.Module):
-    """Log-probabilities as the runtime's search needs them.
+    """Log-probabilities, or a transducer's logits, as the runtime's search needs them.
 
     It writes every token but the blank. So the tokens that write nothing, such as those for the beginning and the end of a
     sentence, lend their probability to the blank: greedily decoded, the text is the same.
@@ -70,7 +66,7 @@ class Answer(nn.Module):
     Example
     -------
     >>> Answer(4, blank=0, silent=[1])(torch.tensor([[[-3.0, -1.0, -2.0, -4.0]]]))
-    tensor([[[-1.0000e+00, -1.0000e+04, -2.0000e+00, -4.0000e+00]]])
+    tensor([[[   -1., -1000.,    -2.,    -4.]]])
     """
 
     def __init__(self, vocabulary, blank, silent, repeats=1):
@@ -88,105 +84,10 @@ class Answer(nn.Module):
         return log_probs if self.repeats == 1 else log_probs.repeat_interleave(self.repeats, 1)
 
 
-class Pairs(nn.Module):
-    """Log-probabilities of each frame, and behind them those of the frame before; before the first one a blank is certain.
+class Frames(nn.Identity):
+    """A transducer's frames as they are, where otherwise :class:`Answer` stands."""
 
-    Arguments
-    ---------
-    answer : Answer
-        What comes first.
-
-    Example
-    -------
-    >>> Pairs(Answer(2, blank=0, silent=[]))(torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]]))[0]
-    tensor([[-1.0000e+00, -2.0000e+00,  0.0000e+00, -1.0000e+04],
-            [-3.0000e+00, -4.0000e+00, -1.0000e+00, -2.0000e+00]])
-    """
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.repeats, self.vocabulary = answer, answer.repeats, len(answer.is_blank)
-        self.register_buffer("certain", torch.where(answer.is_blank, 0.0, IMPOSSIBLE))
-
-    def forward(self, log_probs):
-        """(B, T, V) to (B, T * repeats, 2 V)."""
-        now = self.answer(log_probs)
-        return torch.cat((now, torch.cat((self.certain.expand(now.shape[0], 1, -1), now[:, :-1]), 1)), 2)
-
-
-class Decoder(nn.Module):
-    """The last token (N, 1) as (N, V): one in its place, and nothing for the blank, token 0.
-
-    Arguments
-    ---------
-    vocabulary : int
-        Number of tokens V.
-
-    Example
-    -------
-    >>> Decoder(3)(torch.tensor([[2], [0]]))
-    tensor([[0., 0., 1.],
-            [0., 0., 0.]])
-    """
-
-    input_names = ("y",)
-    output_names = ("decoder_out",)
-    dynamic_shapes = ({0: "batch"},)
-
-    def __init__(self, vocabulary):
-        super().__init__()
-        self.metadata = {"vocab_size": str(vocabulary), "context_size": "1"}
-        self.register_buffer("tokens", torch.arange(vocabulary))
-
-    def forward(self, y):
-        """See the class."""
-        return ((y == self.tokens) & (self.tokens > 0)).float()
-
-    def example_inputs(self):
-        """Inputs to trace with."""
-        return (torch.tensor([[1], [0]]),)
-
-
-class Joiner(nn.Module):
-    """CTC as a transducer: a token's repetition in the frame behind it is a blank.
-
-    Where the last token is l, the frame before was l with probability p(l) or blank with p(blank), for all that the decoder
-    knows. The share p(l) / (p(l) + p(blank)) of what now is l is that frame going on, and goes to the blank; the rest is l anew.
-
-    Arguments
-    ---------
-    vocabulary : int
-        Number of tokens V; token 0 is the blank.
-
-    Example
-    -------
-    >>> now, before = torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([[0.2, 0.6, 0.2]]).log()
-    >>> Joiner(3)(torch.cat((now, before), 1), torch.tensor([[0.0, 1.0, 0.0]])).exp()
-    tensor([[0.7250, 0.1750, 0.1000]])
-    """
-
-    input_names = ("encoder_out", "decoder_out")
-    output_names = ("logit",)
-    dynamic_shapes = ({0: "batch"}, {0: "batch"})
-    metadata = {}
-
-    def __init__(self, vocabulary):
-        super().__init__()
-        self.register_buffer("is_blank", torch.arange(vocabulary) == 0)
-
-    def forward(self, encoder_out, decoder_out):
-        """(N, 2 V) of :class:`Pairs` and (N, V) of :class:`Decoder` to log-probabilities (N, V)."""
-        now, before = encoder_out.chunk(2, 1)
-        last, last_before = ((part.exp() * decoder_out).sum(1, keepdim=True) for part in (now, before))
-        goes_on = last * last_before / (last_before + before[:, :1].exp()).clamp(min=SMALLEST)
-        anew = (last - goes_on).clamp(min=SMALLEST).log()
-        blank = (now[:, :1].exp() + goes_on).clamp(min=SMALLEST).log()
-        return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, anew, now))
-
-    def example_inputs(self):
-        """Inputs to trace with."""
-        size = len(self.is_blank)
-        return torch.randn(2, 2 * size).log_softmax(1), torch.eye(2, size)
+    repeats = 1
 
 
 class FromFeatures(FullContext):
@@ -194,19 +95,18 @@ class FromFeatures(FullContext):
 
     Arguments
     ---------
-    encoder, head, pass_name
+    encoder, head, pass_name, output
         As for :class:`speechbrain_ext.export.onnx_whole.FullContext`.
-    answer : Answer
+    answer : Answer, Pairs or Frames
         What follows.
     """
 
     mode = "zipformer_ctc"
     input_names = ("x", "x_lens")
-    output_names = ("log_probs", "log_probs_lens")
     dynamic_shapes = ({0: "batch", 1: "frames"}, {0: "batch"})
 
-    def __init__(self, encoder, head, answer, pass_name=None):
-        super().__init__(encoder, head, pass_name)
+    def __init__(self, encoder, head, answer, pass_name=None, output="log_probs"):
+        super().__init__(encoder, head, pass_name, output)
         self.answer = answer
 
     def forward(self, x, lengths):
@@ -221,10 +121,13 @@ class FromFeatures(FullContext):
 
 
 class TransducerFromFeatures(FromFeatures):
-    """The same with :class:`Pairs`: the encoder of ``transducer``."""
+    """The same as the encoder of a ``transducer``."""
 
     mode = "transducer"
-    output_names = ("encoder_out", "encoder_out_lens")
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.output_names = ("encoder_out", "frames")
 
 
 class FromWaveform(FullContext):
@@ -232,7 +135,7 @@ class FromWaveform(FullContext):
 
     Arguments
     ---------
-    encoder, head, pass_name
+    encoder, head, pass_name, output
         As for :class:`speechbrain_ext.export.onnx_whole.FullContext`.
     answer : Answer
         What follows.
@@ -240,12 +143,11 @@ class FromWaveform(FullContext):
 
     mode = "omnilingual_asr_ctc"
     input_names = ("x",)
-    output_names = ("log_probs",)
     dynamic_shapes = ({1: "samples"},)
 
-    def __init__(self, encoder, head, answer, pass_name=None):
-        super().__init__(encoder, head, pass_name)
-        self.answer = answer
+    def __init__(self, encoder, head, answer, pass_name=None, output="log_probs"):
+        super().__init__(encoder, head, pass_name, output)
+        self.answer, self.output_names = answer, self.output_names[:1]
 
     def forward(self, waveform):
         """Samples (1, N)."""
@@ -264,9 +166,9 @@ class Packed(Streaming):
 
     Arguments
     ---------
-    encoder, head, config, pass_name
+    encoder, head, config, pass_name, output
         As for :class:`speechbrain_ext.export.onnx_streaming.Streaming`.
-    answer : Answer
+    answer : Answer, Pairs or Frames
         What follows.
 
     Raises
@@ -277,15 +179,15 @@ class Packed(Streaming):
 
     mode = "zipformer2_ctc"
 
-    def __init__(self, encoder, head, config, answer, pass_name=None):
-        super().__init__(encoder, head, config, pass_name)
+    def __init__(self, encoder, head, config, answer, pass_name=None, output="log_probs"):
+        super().__init__(encoder, head, config, pass_name, output)
         self.answer = answer
         self.frames = self.encoder.subsampling.factor * config.chunk_size
         self.ballast = BALLAST
         self._packed = [_fixed(state, self.encoder.subsampling.factor) for state in self.states if not state.step]
         names = [f"state{i}" for i in range(len(self.ballast) + 1)] + ["chunks"]
         self.input_names = ("x", *names)
-        self.output_names = ("log_probs", *(f"next_{name}" for name in names))
+        self.output_names = (output, *(f"next_{name}" for name in names))
 
     @property
     def size(self):
@@ -353,26 +255,24 @@ class Packed(Streaming):
 
 
 class PackedTransducer(Packed):
-    """The same with :class:`Pairs`: the encoder of ``zipformer2``. The last frame's log-probabilities are state, too.
-
-    Arguments
-    ---------
-    encoder, head, config, answer, pass_name
-        As for :class:`Packed`, with ``answer`` of :class:`Pairs`.
-
-    Raises
-    ------
-    UserError
-        Likewise.
-    """
+    """The same as the encoder of a transducer: ``zipformer2``."""
 
     mode = "zipformer2"
 
-    def __init__(self, encoder, head, config, answer, pass_name=None):
-        super().__init__(encoder, head, config, answer, pass_name)
+    def __init__(self, *args):
+        super().__init__(*args)
         *others, (streams, channels, width, _) = BALLAST
         self.ballast = [*others, [streams, channels, width, ((self.features.mels - 1) // 2 - 1) // 2]]
         self.output_names = ("encoder_out", *self.output_names[1:])
+
+    @property
+    def metadata(self):
+        """What the runtime needs to know."""
+        return super().metadata | {"model_type": self.mode}
+
+
+class PackedPairs(PackedTransducer):
+    """The same with ``answer`` of :class:`Pairs`: the last frame's log-probabilities are state, too."""
 
     @property
     def size(self):
@@ -387,11 +287,6 @@ class PackedTransducer(Packed):
         now, then = pairs.chunk(2, 2)
         then = torch.cat((before, then[:, 1:]), 1)
         return torch.cat((now, then), 2), torch.cat((following, now[:, -1].unsqueeze(0)), 2), *others
-
-    @property
-    def metadata(self):
-        """What the runtime needs to know."""
-        return super().metadata | {"model_type": self.mode}
 
 
 def _fixed(state, factor):

@@ -12,15 +12,15 @@ OWNERS = {
 """What holds the model's path: the field in C++, the one in Kotlin and JavaScript, and its class in Kotlin."""
 
 
-def readme(kind, file, sample_rate, feature_dim, tail=0):
+def readme(kind, files, sample_rate, feature_dim, tail=0):
     """Write it.
 
     Arguments
     ---------
     kind : str
         The runtime's type of model.
-    file : str
-        Name of the ONNX file.
+    files : dict
+        Names of the ONNX files by part, "" where there are no parts.
     sample_rate, feature_dim : int
         Of the features.
     tail : int
@@ -33,16 +33,16 @@ def readme(kind, file, sample_rate, feature_dim, tail=0):
 
     Example
     -------
-    >>> print(readme("zipformer_ctc", "model.onnx", 16000, 80).splitlines()[0])
+    >>> print(readme("zipformer_ctc", {"": "model.onnx"}, 16000, 80).splitlines()[0])
     # Speech recognition for sherpa-onnx
     """
     field, camel, owner = OWNERS[kind]
     if kind in TRANSDUCERS:
-        factory, files = "transducer", {"encoder": file, "decoder": "decoder.onnx", "joiner": "joiner.onnx"}
+        factory = "transducer"
         search = {"decoding_method": "modified_beam_search", "hotwords_file": "hotwords.txt"}
         model = {"tokens": "tokens.txt", "modeling_unit": "bpe", "bpe_vocab": "bpe.vocab"}
     else:
-        factory, files, search, model = kind, {"model": file}, {}, {"tokens": "tokens.txt"}
+        factory, files, search, model = kind, {"model": files[""]}, {}, {"tokens": "tokens.txt"}
     features = "" if kind == "omnilingual_asr_ctc" else f", sample_rate={sample_rate}, feature_dim={feature_dim}"
     cpp = [(files, f'config.model_config.{field}.{{key}} = "{{value}}";'), (model, 'config.model_config.{key} = "{value}";')]
     cpp.append((search, 'config.{key} = "{value}";'))
@@ -79,8 +79,9 @@ def _settings(values, form):
 
 
 _HOTWORDS = """The search is a beam search for hotwords. `hotwords.txt` has one to a line, written as the model writes, and
-perhaps its score: `SHERPA ONNX :2.0`. Hotwords of one stream alone: `create_stream(hotwords="ONE/ANOTHER ONE")`. Without any, and
-searched greedily, texts are nearly those of the model exported without `--hotwords`."""
+perhaps its score: `SHERPA ONNX :2.0`. Hotwords of one stream alone: `create_stream(hotwords="ONE/ANOTHER ONE")`. Where there are
+none, leave out the file; without the decoding method, too, the search is greedy. Either search writes at most one token per frame
+of 0.04 s."""
 
 _HEAD = """# Speech recognition for sherpa-onnx
 

@@ -1,0 +1,119 @@
+"""CTC as a transducer, for runtimes that search for hotwords with transducers only.
+
+What the encoder gives has the log-probabilities of each frame, and behind them those of the frame before (:class:`Pairs`). The
+:class:`CtcDecoder` knows the last token, and the :class:`CtcJoiner` tells its repetition from the same token anew by the frame
+before. The calls are those of :mod:`speechbrain_ext.export.onnx_transducer`.
+"""
+
+import torch
+from torch import nn
+
+IMPOSSIBLE = -1e3
+"""Log-probability of a token that is never answered."""
+SMALLEST = 1e-30
+"""Probability in place of less, whose logarithm is not finite."""
+
+
+class Pairs(nn.Module):
+    """Log-probabilities of each frame, and behind them those of the frame before; before the first one a blank is certain.
+
+    Arguments
+    ---------
+    answer : speechbrain_ext.export.sherpa_graphs.Answer
+        What comes first.
+
+    Example
+    -------
+    >>> from speechbrain_ext.export.sherpa_graphs import Answer
+    >>> Pairs(Answer(2, blank=0, silent=[]))(torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]]))[0]
+    tensor([[   -1.,    -2.,     0., -1000.],
+            [   -3.,    -4.,    -1.,    -2.]])
+    """
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.repeats, self.vocabulary = answer, answer.repeats, len(answer.is_blank)
+        self.register_buffer("certain", torch.where(answer.is_blank, 0.0, IMPOSSIBLE))
+
+    def forward(self, log_probs):
+        """(B, T, V) to (B, T * repeats, 2 V)."""
+        now = self.answer(log_probs)
+        before = torch.cat((self.certain.expand(now.shape[0], 1, -1), now), 1)[:, :-1]  # of no frames, none
+        return torch.cat((now, before), 2)
+
+
+class CtcDecoder(nn.Module):
+    """The last token (N, 1) as (N, V): one in its place, and nothing for the blank, token 0.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V.
+
+    Example
+    -------
+    >>> CtcDecoder(3)(torch.tensor([[2], [0]]))
+    tensor([[0., 0., 1.],
+            [0., 0., 0.]])
+    """
+
+    input_names = ("y",)
+    output_names = ("decoder_out",)
+    dynamic_shapes = ({0: "batch"},)
+    blank = 0
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.metadata = {"vocab_size": str(vocabulary), "context_size": "1"}
+        self.register_buffer("tokens", torch.arange(vocabulary))
+
+    def forward(self, y):
+        """See the class."""
+        return ((y == self.tokens) & (self.tokens > 0)).float()
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        return (torch.zeros(2, 1, dtype=torch.int64),)
+
+
+class CtcJoiner(nn.Module):
+    """CTC as a transducer: a token's repetition in the frame behind it is a blank.
+
+    Where the last token is l, the frame before was l with probability p(l) or blank with p(blank), for all that the decoder
+    knows. The share p(l) / (p(l) + p(blank)) of what now is l is that frame going on, and goes to the blank; the rest is l anew.
+
+    Arguments
+    ---------
+    vocabulary : int
+        Number of tokens V; token 0 is the blank.
+
+    Example
+    -------
+    >>> now, before = torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([[0.2, 0.6, 0.2]]).log()
+    >>> CtcJoiner(3)(torch.cat((now, before), 1), torch.tensor([[0.0, 1.0, 0.0]])).exp()
+    tensor([[0.7250, 0.1750, 0.1000]])
+    """
+
+    input_names = ("encoder_out", "decoder_out")
+    output_names = ("logit",)
+    dynamic_shapes = ({0: "batch"}, {0: "batch"})
+    metadata = {}
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.register_buffer("is_blank", torch.arange(vocabulary) == 0)
+
+    def forward(self, encoder_out, decoder_out):
+        """(N, 2 V) of :class:`Pairs` and (N, V) of :class:`CtcDecoder` to log-probabilities (N, V)."""
+        now, before = encoder_out.chunk(2, 1)
+        last, last_before = ((part * decoder_out).sum(1, keepdim=True) for part in (now, before))
+        lead = last_before - before[:, :1]
+        goes_on = decoder_out.sum(1, keepdim=True) * last.exp() * lead.sigmoid()
+        anew = last + nn.functional.logsigmoid(-lead)
+        blank = (now[:, :1].exp() + goes_on).clamp(min=SMALLEST).log()
+        return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, anew, now))
+
+    def example_inputs(self):
+        """Inputs to trace with."""
+        size = len(self.is_blank)
+        return torch.randn(2, 2 * size).log_softmax(1), torch.eye(2, size)
