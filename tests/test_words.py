@@ -1,6 +1,9 @@
-"""Words that CONTRIBUTING asks to avoid are in no prose."""
+"""Words that CONTRIBUTING asks to avoid are in no prose: pages, docstrings, comments, messages and help."""
 
+import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -10,34 +13,73 @@ TABLE = re.search(
     r"<!-- words:begin -->(.*?)<!-- words:end -->", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
 )[1]
 AVOIDED = [word for row in re.findall(r"^\| (.+?) \|", TABLE, re.MULTILINE)[2:] for word in row.split(", ")]
+WORDS = re.compile(rf"\b({'|'.join(map(re.escape, AVOIDED))})\b", re.IGNORECASE)
 
 
-def prose_of_markdown(path):
-    """The text of a page, its lines where they were, without code, comments, addresses and what is generated."""
-    text = path.read_text(encoding="utf-8")
-    for code in (r"<!-- (\w+):begin -->.*?<!-- \1:end -->", r"```.*?```", r"<!--.*?-->", r"`[^`\n]*`", r"\]\([^)]*\)"):
-        text = re.sub(code, lambda found: re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
+def blanked(text, *patterns):
+    """A text without what matches, its lines where they were."""
+    for pattern in patterns:
+        text = re.sub(pattern, lambda found: re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL | re.MULTILINE)
     return text
 
 
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "recipes").rglob("*.md")),
-]
-PROSE = {path: prose_of_markdown for path in PAGES}
-"""Files, and how their prose is taken out."""
+def prose_of_markdown(text):
+    """A page without code, comments, addresses and what is generated."""
+    generated = r"<!-- (\w+):begin -->.*?<!-- \1:end -->"
+    return blanked(text, generated, r"```.*?```", r"<!--.*?-->", r"`[^`\n]*`", r"\]\([^)]*\)")
 
 
-@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_prose_has_a_word_to_avoid(path):
-    lines = PROSE[path](path).splitlines()
-    words = re.compile(rf"\b({'|'.join(map(re.escape, AVOIDED))})\b", re.IGNORECASE)
-    found = [f"line {number}: {match[0]}" for number, line in enumerate(lines, 1) for match in words.finditer(line)]
-    assert not found, found
+def prose_of_python(text):
+    """Comments, docstrings and, but in tests, which have sentences to recognise, every other string with a space."""
+    lines = [""] * (text.count("\n") + 2)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0]] += token.string
+    tree = ast.parse(text)
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    is_test = "\nimport pytest" in text
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            if id(node) in statements or not is_test:
+                prose = blanked(node.value, r"``.*?``", r"`[^`\n]*`", r"^ *(>>>|\.\.\. ).*?$")
+                for number, line in enumerate(prose.split("\n"), node.lineno):
+                    lines[min(number, len(lines) - 1)] += " " + line
+    return "\n".join(lines[1:])
+
+
+def prose_of_yaml(text):
+    """Comments."""
+    return "\n".join(line.partition("#")[2] for line in text.splitlines())
+
+
+PROSE = {".md": prose_of_markdown, ".py": prose_of_python, ".yaml": prose_of_yaml, ".js": str, ".html": str}
+"""By the end of a file's name, how its prose is taken out."""
+FOLDERS = ("benchmarks", "docs", "examples", "hparams", "recipes", "speechbrain_ext", "tests")
+FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if "node_modules" not in path.parts]
+FILES = sorted(path for path in [*ROOT.iterdir(), *FILES] if path.suffix in PROSE and path != Path(__file__).resolve())
+
+
+def avoided(path):
+    lines = PROSE[path.suffix](path.read_text(encoding="utf-8")).split("\n")
+    return [f"line {number}: {found[0]}" for number, line in enumerate(lines, 1) for found in WORDS.finditer(line)]
+
+
+@pytest.mark.parametrize("folder", [ROOT, *(ROOT / name for name in FOLDERS)], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_prose_has_a_word_to_avoid(folder):
+    files = [path for path in FILES if (path.parent == ROOT if folder == ROOT else folder in path.parents)]
+    found = {str(path.relative_to(ROOT)): avoided(path) for path in files}
+    assert files and not any(found.values()), {name: words for name, words in found.items() if words}
 
 
 def test_words_are_found_in_prose_alone(tmp_path):
-    (tmp_path / "page.md").write_text("One behind\n`behind` [x](behind) ```\nbehind\n```\nanew\n")
-    assert re.findall(r"behind|anew", prose_of_markdown(tmp_path / "page.md")) == ["behind", "anew"]
-    assert "behind" in AVOIDED and "heard" in AVOIDED and "avoid" not in AVOIDED
+    texts = {
+        "page.md": "One behind\n`behind` [x](behind) ```\nbehind\n```\nanew\n",
+        "code.py": '"""A\n\nbehind ``anew``\n>>> anew\n"""\nheard = 1  # hears\nraise ValueError(f"{heard} upon x", "behind")\n',
+        "file.yaml": "behind: 1  # anew\n",
+    }
+    found = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        found[name] = avoided(tmp_path / name)
+    assert found["page.md"] == ["line 1: behind", "line 5: anew"] and found["file.yaml"] == ["line 1: anew"]
+    assert found["code.py"] == ["line 3: behind", "line 6: hears", "line 7: upon"]
