@@ -1,4 +1,4 @@
-"""What the tests share: the registry's encoders at a small size, and real speech where it is at hand."""
+"""Fixtures of all tests: the registered encoders at a small size, and real speech if there is some."""
 
 import importlib.util
 import os
@@ -16,11 +16,11 @@ from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
 ROOT = Path(__file__).resolve().parents[1]
 
 
-FOLDER = tempfile.TemporaryDirectory(prefix="page-encoders-")  # for as long as the tests run
+FOLDER = tempfile.TemporaryDirectory(prefix="page-encoders-")  # exists while the tests run
 
 
 def import_page_encoders():
-    """The encoders of the page "Add an encoder", each from a file of its own, as a user would write it."""
+    """The encoders of the page "Add an encoder", each from a separate file, as users write them."""
     names = []
     folder = FOLDER.name
     page = (ROOT / "docs" / "extend-encoder.md").read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ CASES = [(name, keys) for name in list_encoders() for keys in ({}, *VARIANTS.get
 
 
 def case_name(name, keys):
-    """Of an encoder with its keys."""
+    """Name of an encoder with its keys."""
     return "-".join([name, *map(str, keys.values())])
 
 
@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc):
 
 
 def make_encoder(name, keys, **sizes):
-    """A registered encoder, small, in evaluation mode, with weights that are not special."""
+    """A registered encoder, small, in evaluation mode, with random weights."""
     torch.manual_seed(0)
     encoder = build_encoder(name, **SMALL | sizes, **keys).eval()
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""The parts that encoders are made of, one idea per file; they know nothing of encoders."""
+"""Building blocks of encoders, one idea per file. They do not depend on any encoder."""

@@ -1,9 +1,9 @@
-"""Activations that work in place where no gradient is wanted.
+"""Activations that work in place when no gradient is needed.
 
-A second tensor of the hidden layer's size costs a CPU more than the activation itself: memory that the allocator has just given
-back is cleared page by page when it is asked for again (500 frames x 576: 0.6 ms out of place, 0.16 ms in place, torch 2.11).
-With a gradient they work out of place, as the input is kept for it, or is a view, of which autograd would copy the base.
-Their input must not be used again, by a forward hook on the layer before them neither.
+On a CPU, a second tensor of the hidden layer's size costs more than the activation itself: the system clears the memory page by
+page when the allocator requests it again (500 frames x 576: 0.6 ms out of place, 0.16 ms in place, torch 2.11).
+With a gradient they work out of place: autograd keeps the input, or the input is a view, and autograd would copy its base.
+Do not use the input again after the call, nor in a forward hook on the layer before.
 """
 
 import torch
@@ -45,12 +45,12 @@ def gelu(x):
     Arguments
     ---------
     x : torch.Tensor
-        Any shape; without a gradient it is overwritten.
+        Any shape; overwritten when no gradient is needed.
 
     Returns
     -------
     torch.Tensor
-        Of the same shape.
+        The same shape.
 
     Example
     -------

@@ -1,7 +1,7 @@
 """Self-attention on ``scaled_dot_product_attention``, with relative (Transformer-XL) or rotary positions.
 
-Both stream with cached projected keys and values: a chunk of C frames with M cached ones costs 4 C d^2 + 2 C (C + M) d
-multiply-accumulates (plus the position projection of the relative form), and the state is 2 M d numbers per utterance and layer.
+Both stream with cached projected keys and values. A chunk of C frames with M cached frames costs 4 C d^2 + 2 C (C + M) d
+multiply-accumulates (plus the position projection of the relative form). The state is 2 M d numbers per utterance and layer.
 With an unlimited left context M grows with the audio.
 """
 
@@ -22,25 +22,25 @@ from speechbrain_ext.utils.errors import UserError
 
 QUERY_BLOCK = 256
 """Queries that the relative form handles at once on a CPU: its scores take heads x QUERY_BLOCK x 2 T numbers, not
-heads x T x 2 T. Of a batch a quarter of each utterance's (8 x 20 s: 0.44 s, and 0.50 s with as many)."""
+heads x T x 2 T. In a batch it handles a quarter as many of each utterance (8 x 20 s: 0.44 s; with QUERY_BLOCK 0.50 s)."""
 MOST_SCORES = 2**28
-"""Scores that it makes at once on other devices, where each launch takes the host some time: 1 GiB in float32."""
+"""Scores that the relative form computes at once on other devices, where each launch costs host time: 1 GiB in float32."""
 ALIGNMENT = 8
-"""Fused kernels of CUDA want head sizes and rows of the bias in multiples of so many numbers; in float32 half of it is enough."""
+"""Fused CUDA kernels need head sizes and bias rows that are multiples of this number; in float32 half of it is enough."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""What compiled graphs choose from. Not cuDNN's, which PyTorch would take first: it makes a plan for each new length, and batches
-of speech have all lengths."""
+"""Kernels for compiled graphs. cuDNN's kernel is left out: PyTorch would take it first, but it makes a plan for each new length,
+and batches of speech have all lengths."""
 
 
 @dataclass
 class AttentionState:
-    """What one layer remembers between chunks."""
+    """State of one layer between chunks."""
 
     left_frames: int | None
     """How many frames to keep; None = all."""
     frames: int | torch.Tensor = 0
-    """How many there have been; in a graph a tensor, (B,) where streams are of different age. There a limited cache always has
-    ``left_frames`` frames, at first zeros."""
+    """Number of frames so far; in a graph a tensor, (B,) if the streams have different ages. There a limited cache always has
+    ``left_frames`` frames, zeros at first."""
     keys: torch.Tensor | None = None
     """(B, heads, M, head size), rotated where positions are rotary."""
     values: torch.Tensor | None = None
@@ -48,7 +48,7 @@ class AttentionState:
 
 
 class SelfAttention(nn.Module):
-    """What the attentions share: projections, masks, cache.
+    """Base of both attentions: projections, masks and cache.
 
     Arguments
     ---------
@@ -59,21 +59,21 @@ class SelfAttention(nn.Module):
     dropout : float
         Dropout on the attention probabilities.
     speechbrain_scores : bool
-        Reproduce SpeechBrain's scores, for its published checkpoints: scaled by the model width, where scaling by the head size
-        is right, and (relative form) blind to the sign of the distance.
+        Reproduce SpeechBrain's scores, for its published checkpoints. They are scaled by the model width instead of the head
+        size, and in the relative form they ignore the sign of the distance.
     causal : bool
-        Whether a frame sees nothing after itself, in full context and inside its chunk.
+        Whether a frame sees no later frame, in full context and inside its chunk.
 
     Raises
     ------
     ValueError
-        If the width does not divide by the number of heads.
+        If the width is not a multiple of the number of heads.
     """
 
     def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, speechbrain_scores: bool = False, causal: bool = False):
         super().__init__()
         if d_model < 1 or nhead < 1 or d_model % nhead:
-            raise UserError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
+            raise UserError(f"d_model is {d_model}; give a positive multiple of nhead ({nhead}).")
         self.nhead = nhead
         self.dropout = dropout
         self.speechbrain_scores = speechbrain_scores
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         return self.out
 
     def prepare(self, x, mask, config):
-        """What all layers of an encoder share in one forward: (position table, blocked keys, padding mask).
+        """Compute the values that all layers share in one forward: (position table, blocked keys, padding mask).
 
         Arguments
         ---------
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
         Returns
         -------
         tuple
-            The second one is a :class:`_Blocked`, and None where nothing is blocked.
+            The second value is a :class:`_Blocked`, or None if nothing is blocked.
         """
         frames = x.shape[1]
         blocked = None if mask is None else mask[:, None, None, :]
@@ -146,7 +146,7 @@ class SelfAttention(nn.Module):
         return AttentionState(None if config.is_infinite_left_context() else config.left_context_size_frames())
 
     def prepare_stream(self, x, state: AttentionState):
-        """What all layers share for one chunk: the position table, and what is blocked or None.
+        """Compute the values that all layers share for one chunk: the position table, and the blocked keys or None.
 
         Arguments
         ---------
@@ -191,7 +191,7 @@ class SelfAttention(nn.Module):
         if state.keys is not None:
             key, value = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
         drop = 0 if state.left_frames is None else max(0, key.shape[2] - state.left_frames)
-        # Cloned where cut, or the view would keep the dropped frames in memory.
+        # Clone after a cut: a view would keep the dropped frames in memory.
         state.keys, state.values = (t[:, :, drop:].clone() if drop else t for t in (key, value))
         return self.out(self._attend(query, key, value, *shared))
 
@@ -203,7 +203,7 @@ class SelfAttention(nn.Module):
         return self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4)
 
     def _table(self, frames: int, cached: int, before: int, x):
-        """Positions of ``frames`` frames, with ``cached`` ones in the cache, and ``before`` ones in all, before them."""
+        """Positions of ``frames`` frames. ``before`` frames precede them, ``cached`` of these are in the cache."""
         raise NotImplementedError
 
     def _attend(self, query, key, value, table, blocked):
@@ -211,12 +211,12 @@ class SelfAttention(nn.Module):
 
 
 class _Blocked:
-    """What queries may not see: made once for all layers.
+    """Keys that queries must not see, computed once for all layers.
 
     Arguments
     ---------
     where : torch.Tensor
-        Bool, broadcasts to (B, heads, Q, K). Off the CPU its rows may be longer, see :data:`ALIGNMENT`; the rest is blocked.
+        Bool, broadcasts to (B, heads, Q, K). On a GPU its rows may be longer, see :data:`ALIGNMENT`; the rest is blocked.
     keys : int
         K.
     """
@@ -227,7 +227,7 @@ class _Blocked:
 
     @classmethod
     def of(cls, where):
-        """From a tensor with rows of K, or None."""
+        """Build from a tensor with rows of K, or from None."""
         if where is None:
             return None
         keys = where.shape[3]
@@ -236,11 +236,11 @@ class _Blocked:
         return cls(where, keys)
 
     def rows(self, start, end):
-        """That of some queries."""
+        """The blocked keys of some queries."""
         return self if self.where.shape[2] == 1 else _Blocked(self.where[:, :, start:end], self.keys)
 
     def bias(self, dtype):
-        """The same as a bias on scores."""
+        """The blocked keys as a bias on scores."""
         if self._bias is None or self._bias.dtype != dtype:
             self._bias = torch.zeros_like(self.where, dtype=dtype).masked_fill(self.where, _lowest(dtype))[..., : self.keys]
         return self._bias
@@ -251,14 +251,14 @@ def _has_fused_kernels(x):
 
 
 def any_length(x):
-    """Context in which attention on CUDA takes none of the kernels that make a plan for each length; see :data:`KERNELS`."""
+    """Context in which attention on CUDA uses no kernel that makes a plan for each length; see :data:`KERNELS`."""
     if not x.is_cuda:
         return nullcontext()
     return sdpa_kernel(KERNELS) if torch.compiler.is_compiling() else _WithoutCudnn()
 
 
 class _WithoutCudnn:
-    """The same outside of graphs in a tenth of the time, which the host has with each layer, and without a say about others."""
+    """Switches off cuDNN's kernel only, outside of graphs, in a tenth of the host time that ``sdpa_kernel`` takes per layer."""
 
     def __enter__(self):
         self.before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -272,7 +272,7 @@ class _WithoutCudnn:
 
 def _sdpa(query, key, value, bias, scale, dropout):
     size = query.shape[-1]
-    if _has_fused_kernels(query) and size % ALIGNMENT:  # zeros change nothing: the scale is given
+    if _has_fused_kernels(query) and size % ALIGNMENT:  # zeros change nothing, as the scale is given
         query, key, value = (F.pad(part, (0, -size % ALIGNMENT)) for part in (query, key, value))
     with any_length(query):
         y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
@@ -285,7 +285,7 @@ def _lowest(dtype):
 
 
 class RelativeSelfAttention(SelfAttention):
-    """Self-attention with Transformer-XL relative positions: signed, so that past and future differ.
+    """Self-attention with Transformer-XL relative positions. They are signed: past and future differ.
 
     The score of query i and key j is ``((q_i + u) k_j + (q_i + v) W p(i - j)) / sqrt(head size)``, with the sinusoid p of the
     signed distance. Source: Dai et al. 2019, https://arxiv.org/abs/1901.02860, section 3.3.
@@ -301,12 +301,12 @@ class RelativeSelfAttention(SelfAttention):
     speechbrain_scores : bool
         Reproduce SpeechBrain's ``RelPosMHAXL``, see :class:`SelfAttention`.
     causal : bool
-        Whether a frame sees nothing after itself.
+        Whether a frame sees no later frame.
 
     Raises
     ------
     ValueError
-        If the width is odd or does not divide by the number of heads.
+        If the width is odd, or not a multiple of the number of heads.
 
     Example
     -------
@@ -325,8 +325,8 @@ class RelativeSelfAttention(SelfAttention):
         self.bias_v = nn.Parameter(torch.zeros(nhead, 1, d_model // nhead))
 
     def _table(self, frames, cached, before, x):
-        """Sinusoids of the distances keys-1, ..., -queries; the last one only fills a row, see :func:`_relative_shift`. And
-        memory for scores, in which the layers take turns."""
+        """Sinusoids of the distances keys-1, ..., -queries, and memory for scores that the layers share. The last distance only
+        fills a row, see :func:`_relative_shift`."""
         distances = torch.arange(cached + frames - 1, -frames - 1, -1, device=x.device)
         if self.speechbrain_scores:
             distances = distances.abs()
@@ -340,31 +340,31 @@ class RelativeSelfAttention(SelfAttention):
         dropout = self.dropout if self.training else 0.0
         if not torch.compiler.is_compiling():
             return _attend_in_blocks(*tensors, blocked, scratch, self.scale, dropout)
-        # A traced graph cannot have a loop over a free length, so that all queries are one block in it. A compiled one calls the
-        # loop as an operator of its own; an exported one must do without. (Inside torch.compile ``is_exporting`` is true, too, in
-        # torch 2.11; ``is_dynamo_compiling`` is true in a strict export, too.)
+        # A traced graph cannot loop over a free length: all queries are one block in it. A compiled graph calls the loop as a
+        # custom operator; an exported graph cannot. (In torch 2.11 ``is_exporting`` is also true inside torch.compile, and
+        # ``is_dynamo_compiling`` is also true in a strict export.)
         if not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or self.training:
             return _attend(*tensors, blocked, scratch, self.scale, dropout)
-        tensors = (tensor.to(value.dtype) for tensor in tensors)  # as autocast would, of whose rules an operator knows nothing
+        tensors = (tensor.to(value.dtype) for tensor in tensors)  # autocast does not cast for a custom operator
         return torch.ops.speechbrain_ext.relative_attention(*tensors, None if blocked is None else blocked.where, self.scale)
 
 
 def _attend(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout):
     """Attention of all queries at once."""
     scores, keys = scratch.product(query_v, positions), key.shape[2]
-    # Of the columns beyond the keys, which align the rows, there are as many as there are queries
+    # Columns beyond the keys align the rows; the shifted scores have queries - 1 of them
     where = None if blocked is None else blocked.where[..., : keys + min(blocked.where.shape[3] - keys, query_v.shape[2] - 1)]
     plain, columns = torch.compiler.is_compiling() or not scores.requires_grad, keys if where is None else where.shape[3]
     bias = _relative_shift(scores, columns) if plain else _Shift.apply(scores, columns)
     if where is not None:
-        # A copy has aligned rows, which fused kernels want; a CPU takes them as they are
+        # Fused kernels need the aligned rows of a copy; a CPU does not
         in_place = not (torch.compiler.is_compiling() or scores.requires_grad or _has_fused_kernels(scores))
         bias = (bias.masked_fill_ if in_place else bias.masked_fill)(where, _lowest(bias.dtype))[..., :keys]
     return _sdpa(query_u, key, value, bias, scale, dropout)
 
 
 def _attend_in_blocks(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout):
-    """The same, some queries at a time."""
+    """Attention of one block of queries after the other."""
     queries, keys = query_u.shape[2], key.shape[2]
     if key.device.type == "cpu":
         block = QUERY_BLOCK if len(key) == 1 else max(1, QUERY_BLOCK // 4)
@@ -392,7 +392,7 @@ def _compiled(
     blocked: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """What compiled graphs call on a CPU without a gradient; 40 s take a Conformer 2.3 times as long with all queries at once."""
+    """Operator of compiled graphs on a CPU without a gradient. All queries at once take a Conformer 2.3 times as long (40 s)."""
     return _attend_in_blocks(query_u, query_v, key, value, positions, _Blocked.of(blocked), _Scratch(), scale, 0.0)
 
 
@@ -402,17 +402,17 @@ def _(query_u, query_v, key, value, positions, blocked, scale):
 
 
 class _Scratch:
-    """Memory for the scores of one block of queries, kept for the next block and the next layer where no gradient is wanted.
+    """Memory for the scores of one block of queries, which the next block and the next layer reuse without a gradient.
 
-    Released after each block, it may go back to the system, which hands it out again page by page, cleared: of one utterance of
-    160 s that took two thirds of the time (torch 2.11, glibc 2.36).
+    Memory that is released after each block may return to the system, which clears it page by page before the next use. For one
+    utterance of 160 s that took two thirds of the time (torch 2.11, glibc 2.36).
     """
 
     def __init__(self):
         self.memory = None
 
     def product(self, query, positions):
-        """(B, heads, Q, head size) times (heads, head size, W); what the last call gave is overwritten."""
+        """(B, heads, Q, head size) times (heads, head size, W); overwrites the result of the last call."""
         on_cpu = query.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_cpu:
             return query @ positions
@@ -429,17 +429,17 @@ class _Scratch:
 def _relative_shift(scores, keys: int):
     """From scores per distance (..., Q, Q+K), distances K-1 .. -Q, to scores per key (..., Q, K).
 
-    Row i has to start Q-1-i further right, which reading the scores flat, in rows one shorter, gives: a view, nothing is copied.
+    Row i must start Q-1-i columns further right. Flat scores, read in rows that are one shorter, give that: a view, no copy.
     """
     queries, width = scores.shape[-2:]
     flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (width - 1)]
     rows = flat.unflatten(-1, (queries, width - 1))
-    # Where both lengths are free, the exporter does not find the length of a slice.
+    # If both lengths are free, the exporter cannot infer the length of a slice.
     return F.pad(rows, (0, 1 - queries)) if torch.compiler.is_exporting() else rows[..., :keys]
 
 
 class _Shift(torch.autograd.Function):
-    """:func:`_relative_shift` with one gradient the size of the scores, where each of its views would make one of its own."""
+    """:func:`_relative_shift` with one gradient of the scores' size; autograd would make one for each view."""
 
     generate_vmap_rule = True
 
@@ -459,7 +459,7 @@ class _Shift(torch.autograd.Function):
 
 
 class RotarySelfAttention(SelfAttention):
-    """Self-attention with rotary positions (RoPE): no T x T tensor without a chunk setting, hence the choice for long audio.
+    """Self-attention with rotary positions (RoPE). It makes no T x T tensor without a chunk setting: use it for long audio.
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34.
 
@@ -474,12 +474,12 @@ class RotarySelfAttention(SelfAttention):
     speechbrain_scores : bool
         Reproduce SpeechBrain's ``RoPEMHA``, see :class:`SelfAttention`.
     causal : bool
-        Whether a frame sees nothing after itself.
+        Whether a frame sees no later frame.
 
     Raises
     ------
     ValueError
-        If the width does not divide by the number of heads, or the head size is odd.
+        If the width is not a multiple of the number of heads, or the head size is odd.
 
     Example
     -------
@@ -495,7 +495,7 @@ class RotarySelfAttention(SelfAttention):
             raise UserError(f"Rotary positions need an even head size, not {d_model // nhead} (d_model / nhead).")
 
     def _table(self, frames, cached, before, x):
-        """Cosines and signed sines, (2, frames, head size); (2, B, 1, frames, head size) for streams of different age."""
+        """Cosines and signed sines, (2, frames, head size); (2, B, 1, frames, head size) for streams of different ages."""
         positions = stream_positions(before, frames, x.device, widest_dtype(x.device))
         if positions.dim() == 2:
             positions = positions.unsqueeze(1)  # the heads
@@ -515,7 +515,7 @@ class RotarySelfAttention(SelfAttention):
 def _rotate(x, table):
     """Turn the pairs of channels (c, c + half) of (..., T, head size) by their position's angles.
 
-    The pairs of the paper are neighbours; those here differ by an order of the projections' rows, and take half the time.
+    The paper pairs neighbouring channels. These pairs differ only in the order of the projections' rows, and take half the time.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * table[0], torch.cat((second, first), dim=-1), table[1])
@@ -526,14 +526,14 @@ ATTENTIONS = {"RelPosMHAXL": RelativeSelfAttention, "RoPEMHA": RotarySelfAttenti
 
 
 def build_attention(attention_type: str, *args, **kwargs) -> SelfAttention:
-    """An attention by SpeechBrain's name.
+    """Build an attention by SpeechBrain's name.
 
     Arguments
     ---------
     attention_type : str
         "RelPosMHAXL" or "RoPEMHA".
     *args, **kwargs
-        Of :class:`SelfAttention`.
+        Arguments of :class:`SelfAttention`.
 
     Returns
     -------

@@ -1,6 +1,6 @@
-"""Augmentation of waveforms and features that runs where they lie, without a wait for the device.
+"""Augmentation of waveforms and features on their own device, without waiting for the device.
 
-Both classes are called with a batch and relative lengths, and give a batch and relative lengths.
+Both classes take a batch and relative lengths, and return a batch and relative lengths.
 """
 
 import torch
@@ -11,7 +11,7 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class SpeedPerturb(time_domain.SpeedPerturb):
-    """SpeechBrain's SpeedPerturb, on the device of the waveforms: the batch is made slower or faster, by resampling.
+    """SpeechBrain's SpeedPerturb on the device of the waveforms. It resamples a batch to make it slower or faster.
 
     Arguments
     ---------
@@ -27,7 +27,7 @@ class SpeedPerturb(time_domain.SpeedPerturb):
     torch.Size([2, 10000])
     """
 
-    keeps_lengths = True  # the relative ones
+    keeps_lengths = True  # relative lengths do not change
 
     def forward(self, wavs, lens):
         """(B, N) samples to (B, N'); the relative lengths (B,) stay."""
@@ -38,8 +38,8 @@ class SpeedPerturb(time_domain.SpeedPerturb):
 class SpecAugment:
     """SpecAugment with time masks in proportion to each utterance's own length, and zeros in the masks.
 
-    For features that are normalised, so that zero is their mean. Torchaudio's and SpeechBrain's know only the length of the
-    batch, so that its short utterances lose too much or nothing.
+    Use it on normalised features, whose mean is zero. The versions of torchaudio and SpeechBrain use only the length of the
+    batch: short utterances lose too much or nothing.
 
     Source: Park et al. 2020, https://arxiv.org/abs/1912.05533, section 3.1, with the settings of the Squeezeformer's authors.
 
@@ -48,22 +48,22 @@ class SpecAugment:
     time_masks : int
         Number of time masks.
     time_mask_ratio : float
-        Time masks are narrower than this part of the utterance.
+        Time masks are narrower than this share of the utterance.
     frequency_masks : int
         Number of frequency masks.
     frequency_mask_width : int or list of int
-        Frequency masks are narrower than so many bins; of two numbers the first is the narrowest.
+        Frequency masks are narrower than this number of bins. Of two numbers the first is the narrowest width.
     time_mask_width : int or list of int, optional
-        Likewise for time masks, in frames, where ``time_mask_ratio`` leaves as many.
+        The same for time masks, in frames. ``time_mask_ratio`` still limits them.
     time_warp : int
-        First of all, a frame of each utterance is moved by up to so many frames, and the rest is stretched; 0 = not.
+        Before masking, one frame of each utterance moves by up to this number of frames, and the rest is stretched; 0 = off.
     frequency_warp : int
-        The same with bins, as another length of the vocal tract would; 0 = not.
+        The same for bins, to imitate another length of the vocal tract; 0 = off.
 
     Raises
     ------
     UserError
-        If a width is no number, or no pair of numbers of which the second is the larger.
+        If a width is neither a number nor a pair of numbers, the second larger than the first.
 
     Example
     -------
@@ -118,16 +118,16 @@ class SpecAugment:
 
 
 def _width(name, value):
-    """The narrowest mask, and what masks are narrower than."""
+    """The narrowest width, and the limit below which all widths lie."""
     low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (0, value)
     numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (low, high))
     if not numbers or not 0 <= low < high:
-        raise UserError(f"{name} is {value!r}; give what masks are narrower than, or the narrowest mask and that: [15, 25].")
+        raise UserError(f"{name} is {value!r}; give the limit of widths, or the narrowest width and the limit: [15, 25].")
     return low, high
 
 
 def _masks(count, width, limits, sizes, length):
-    """(B, length) bool, True in ``count`` masks of a width (low, high), narrower than (B,) limits, in the first (B,) sizes."""
+    """(B, length) bool, True in ``count`` masks of widths in (low, high), below (B,) limits, within the first (B,) sizes."""
     high = limits.clamp(max=width[1]).unsqueeze(1)
     low = high.clamp(max=width[0])
     widths = (low + torch.rand(len(limits), count, device=limits.device) * (high - low)).floor()
@@ -137,8 +137,8 @@ def _masks(count, width, limits, sizes, length):
 
 
 def _warp(feats, frames, most):
-    """Features (B, T, F) stretched and squeezed around one frame each, padding as it was; linear between frames."""
-    last = (frames - 1).unsqueeze(1).to(feats.dtype)  # it stays where it is, as the first one does
+    """Stretch and squeeze features (B, T, F) around one frame each, by linear interpolation. Padding does not change."""
+    last = (frames - 1).unsqueeze(1).to(feats.dtype)  # the last frame does not move, like the first
     free = (last - 2 * most).clamp(min=0)
     anchor = most + torch.rand_like(free) * free
     moved = anchor + torch.where(free > 0, torch.rand_like(free) * (2 * most) - most, 0.0)

@@ -1,4 +1,4 @@
-"""Sums over the frames that a chunk sees: what linear mixers are made of, for whole utterances and chunk by chunk.
+"""Sums over the frames that a chunk sees, for whole utterances and chunk by chunk. Linear mixers use them.
 
 Sums over long audio are kept in float64: a float32 sum over hours would lose the newest frames.
 """
@@ -12,7 +12,7 @@ from speechbrain_ext.lobes.precision import widest
 
 
 def window_sum(sums: torch.Tensor, left_chunks: int | None) -> torch.Tensor:
-    """For every chunk the sum over itself and its left context.
+    """Sum over each chunk and its left context.
 
     Arguments
     ---------
@@ -40,7 +40,7 @@ def window_sum(sums: torch.Tensor, left_chunks: int | None) -> torch.Tensor:
 
 @dataclass
 class ChunkSums:
-    """The same for a stream: what it remembers are sums, of constant size however much audio went before.
+    """The same sums for a stream. The state has a constant size, whatever the length of the audio so far.
 
     Example
     -------
@@ -54,22 +54,22 @@ class ChunkSums:
     """Unlimited left context: (1, ...) float64 running sum; limited: (<= L, ...) sums of the last chunks."""
 
     def add(self, now: torch.Tensor) -> torch.Tensor:
-        """Take in the sum of a chunk, and give that over it and its left context.
+        """Add the sum of a chunk, and return the sum over the chunk and its left context.
 
         Arguments
         ---------
         now : torch.Tensor
-            Of any shape.
+            Any shape.
 
         Returns
         -------
         torch.Tensor
-            Of the same shape.
+            The same shape.
         """
         return self.before(now) + now
 
     def before(self, now: torch.Tensor) -> torch.Tensor:
-        """Take in the sum of a chunk, and give that over its left context alone."""
+        """Add the sum of a chunk, and return the sum over its left context alone."""
         if self.sums is None:
             before = torch.zeros_like(now)
             self.sums = widest(now).unsqueeze(0) if self.left_chunks is None else now.unsqueeze(0)[: self.left_chunks].clone()
@@ -79,5 +79,5 @@ class ChunkSums:
             self.sums = self.sums + now
         else:
             window = torch.cat((self.sums, now.unsqueeze(0)))
-            self.sums = window[max(0, len(window) - self.left_chunks) :].clone()  # a view would keep them all
+            self.sums = window[max(0, len(window) - self.left_chunks) :].clone()  # a view would keep all sums in memory
         return before

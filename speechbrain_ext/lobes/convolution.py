@@ -12,12 +12,12 @@ from speechbrain_ext.lobes.precision import at_least_float32, autocasts, full_pr
 from speechbrain_ext.utils.errors import UserError
 
 SMALL = 2**16
-"""Products below which a depthwise convolution on a CPU is faster as one multiplication and one sum: half the time at a quarter
-of that (144 channels, kernel 15, 8 frames), the same at twice that (torch 2.11, AVX-512)."""
+"""With fewer products than this, a depthwise convolution on a CPU is faster as one multiplication and one sum: half the time at a
+quarter of this number (144 channels, kernel 15, 8 frames), the same time at twice this number (torch 2.11, AVX-512)."""
 
 
 def channels_last_conv(x, weight, bias=None, stride: int = 1, padding=(0, 0), groups: int = 1):
-    """Convolution over time and bins of tensors that lie channels last, the layout of the CPU's fast kernels.
+    """Convolution over time and bins of channels-last tensors, the layout of the CPU's fast kernels.
 
     Arguments
     ---------
@@ -32,12 +32,12 @@ def channels_last_conv(x, weight, bias=None, stride: int = 1, padding=(0, 0), gr
     padding : sequence of int
         Zeros on either side of time, and on either side of the bins.
     groups : int
-        With more than one, it is computed in float32 or better on a CPU.
+        With more than one group, a CPU computes in float32 or better.
 
     Returns
     -------
     torch.Tensor
-        (B, T', F', C'); under autocast of its type, but that of ``x`` for more than one group on a CPU.
+        (B, T', F', C'). The type is that of autocast where it is on; with more than one group on a CPU it is that of ``x``.
 
     Example
     -------
@@ -51,8 +51,8 @@ def channels_last_conv(x, weight, bias=None, stride: int = 1, padding=(0, 0), gr
     elif autocasts(x):
         dtype = torch.get_autocast_dtype(device)
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-    # Where torch.compile sees a convolution on a CPU, it gives all tensors of four dimensions around it another layout, those of
-    # attention, too: slower, and in training with free lengths it fails at that (inductor of torch 2.11).
+    # If torch.compile sees a convolution on a CPU, it changes the layout of all four-dimensional tensors around it, also those of
+    # attention. That is slower, and it fails in training with free lengths (inductor of torch 2.11).
     compiled = device == "cpu" and torch.compiler.is_dynamo_compiling()
     return (_opaque_conv if compiled else _conv)(*tensors, [stride] * 2, list(padding), groups).to(dtype)
 
@@ -60,7 +60,7 @@ def channels_last_conv(x, weight, bias=None, stride: int = 1, padding=(0, 0), gr
 def _conv(x, weight, bias, stride, padding, groups):
     x = x.permute(0, 3, 1, 2)
     if groups > 1 and x.is_cuda:
-        x = x.contiguous()  # PyTorch's own kernel; for channels last it takes cuDNN's, which makes a plan for each new length
+        x = x.contiguous()  # PyTorch's own kernel; channels last would take cuDNN's, which makes a plan for each new length
     with full_precision(x):
         return F.conv2d(x, weight, bias, stride, padding, groups=groups).permute(0, 2, 3, 1)
 
@@ -93,7 +93,7 @@ def _opaque_conv_backward(
     groups: int,
     wanted: list[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of input, weight and bias, those that are wanted."""
+    """The wanted gradients of input, weight and bias."""
     grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     keys = [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], groups, wanted
     x, weight, bias = torch.ops.aten.convolution_backward(grad, x, weight, *keys)
@@ -135,7 +135,7 @@ def depthwise_conv(x, weight, bias=None, stride: int = 1, padding: int = 0):
     stride : int
         Frames from one output to the next.
     padding : int
-        Zeros on either side; at 2000 frames the copy that padding beforehand makes takes a third of the time.
+        Zeros on either side. Padding before the call makes a copy, which takes a third of the time at 2000 frames.
 
     Returns
     -------
@@ -149,30 +149,30 @@ def depthwise_conv(x, weight, bias=None, stride: int = 1, padding: int = 0):
     """
     if x.device.type != "cpu":
         return F.conv1d(x.transpose(1, 2), weight, bias, stride, padding, groups=weight.shape[0]).transpose(1, 2)
-    # Time lies where bins do, and there is one frame; Conv1d takes 12 to 15 times as long for K = 31.
+    # Time takes the place of bins, and there is one frame: Conv1d takes 12 to 15 times as long for K = 31.
     return channels_last_conv(x.unsqueeze(1), weight.unsqueeze(2), bias, stride, (0, padding), weight.shape[0]).squeeze(1)
 
 
 class DepthwiseModule(nn.Module):
-    """What convolution modules share: a depthwise convolution over time, whole, in chunks and streaming.
+    """Base of convolution modules: a depthwise convolution over time, for whole utterances, in chunks and streaming.
 
-    Padded frames are zeroed just before the depthwise convolution: earlier, biases would fill them again, and after it they have
-    already reached their neighbours.
+    Padded frames are zeroed just before the depthwise convolution. Before that, biases would fill them again; after it, they
+    would have reached their neighbours.
 
     With a chunk setting the convolution is a Dynamic Chunk Convolution (Li et al. 2023,
     https://arxiv.org/abs/2304.09325): it sees (K - 1) / 2 frames to the left across chunks and nothing to the right of its chunk.
-    The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution. A causal one sees K - 1 frames to the left
-    and none to the right, whatever the chunks; its state is twice as long.
+    The streaming state is the last (K - 1) / 2 inputs of the depthwise convolution. A causal convolution sees K - 1 frames to the
+    left and none to the right, with any chunks; its state is twice as long.
 
-    Subclasses have ``_before(x, mask)``, ``_after(x, mask)``, the convolution ``depthwise`` between the two, and what normalises
-    its output, ``depthwise_norm``.
+    Subclasses define ``_before(x, mask)``, ``_after(x, mask)``, the convolution ``depthwise`` between the two, and
+    ``depthwise_norm``, which normalises its output.
 
     Arguments
     ---------
     kernel_size : int
         Odd kernel size K of the depthwise convolution, in frames.
     causal : bool
-        Whether it sees nothing to the right.
+        Whether the convolution sees nothing to the right.
 
     Raises
     ------
@@ -221,7 +221,7 @@ class DepthwiseModule(nn.Module):
         x = F.pad(x, (0, 0, self.context, fill)).unfold(1, size + self.context, size)  # (B, chunks, D, context + size)
         if x.device.type == "cpu":
             x = F.pad(x.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.look_ahead))
-        else:  # elsewhere the kernel wants time last, as it lies in the view
+        else:  # other devices' kernels need time last, as in the view
             x = F.pad(x, (0, self.look_ahead)).flatten(0, 1).transpose(1, 2)
         return self._after(self._convolve(x).reshape(batch, frames + fill, width)[:, :frames], mask)
 
@@ -246,7 +246,7 @@ class DepthwiseModule(nn.Module):
         return y, x[:, x.shape[1] - self.context :].clone()
 
     def fuse_(self):
-        """Fold a BatchNorm behind the depthwise convolution into it, in place."""
+        """Fold a BatchNorm after the depthwise convolution into its weights, in place."""
         if isinstance(self.depthwise_norm, MaskedBatchNorm):
             self.depthwise_norm.fold_into_(self.depthwise)
             self.depthwise_norm = Unchanged()
@@ -255,8 +255,8 @@ class DepthwiseModule(nn.Module):
         return depthwise_conv(x, self.depthwise.weight, self.depthwise.bias, padding=padding)
 
     def _convolve_few(self, x):
-        """The same for the frames of a chunk, as a product and a sum where the call of a convolution costs more than its work."""
-        if torch.compiler.is_exporting():  # a graph for any batch cannot ask how many products there are
+        """Convolve the few frames of a chunk: as a product and a sum if the call of a convolution costs more than its work."""
+        if torch.compiler.is_exporting():  # in a graph for any batch the number of products is unknown
             return self._convolve(x)
         windows = x.unfold(1, self.depthwise.weight.shape[2], 1).transpose(2, 3)  # (B, C, K, D)
         if x.device.type != "cpu" or windows.numel() > SMALL:
@@ -267,7 +267,7 @@ class DepthwiseModule(nn.Module):
 
 
 class ConvolutionModule(DepthwiseModule):
-    """LayerNorm, pointwise, GLU, depthwise, LayerNorm, Swish, pointwise, dropout; without the residual.
+    """The Conformer's module: LayerNorm, pointwise, GLU, depthwise, LayerNorm, Swish, pointwise, dropout; without the residual.
 
     See :class:`DepthwiseModule` for padding, chunks and streaming.
 
@@ -284,7 +284,7 @@ class ConvolutionModule(DepthwiseModule):
     bias : bool
         Whether the linear and convolution layers have a bias.
     causal : bool
-        Whether it sees nothing to the right.
+        Whether the convolution sees nothing to the right.
 
     Raises
     ------
@@ -323,12 +323,12 @@ class ConvolutionModule(DepthwiseModule):
 
 
 class SwishConvolutionModule(DepthwiseModule):
-    """The Squeezeformer's: scale, pointwise, Swish, depthwise, BatchNorm, Swish, pointwise, dropout; without the residual.
+    """The Squeezeformer's module: scale, pointwise, Swish, depthwise, BatchNorm, Swish, pointwise, dropout; without the residual.
 
-    Swish stands where the Conformer has a GLU, so that the depthwise convolution has width 2 D. Padding never enters the
-    statistics of the BatchNorm.
+    Swish replaces the Conformer's GLU; the depthwise convolution therefore has width 2 D. Padding never enters the statistics of
+    the BatchNorm.
 
-    Source: Kim et al. 2022, https://arxiv.org/abs/2206.00888, section 3.2.1, and the authors' code for what it leaves open.
+    Source: Kim et al. 2022, https://arxiv.org/abs/2206.00888, section 3.2.1; the authors' code for details that it leaves open.
 
     Arguments
     ---------
@@ -339,7 +339,7 @@ class SwishConvolutionModule(DepthwiseModule):
     dropout : float
         Dropout on the output.
     eps : float
-        Of the BatchNorm.
+        Epsilon of the BatchNorm.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Keys and values of SpeechBrain's Transformer decoder, kept from step to step of a search.
 
-SpeechBrain decodes the whole prefix again for every new token. But what a layer gives at a position does not depend on later
-tokens, so that a step needs the new position alone, with the keys and values of those before it. The hypotheses of an utterance
-differ in these, and share those of its encoder frames: to the encoder, they are queries of one attention.
+SpeechBrain decodes the whole prefix again for every new token. But the output of a layer at a position does not depend on later
+tokens. A step therefore needs only the new position, and the keys and values of the positions before it. Each hypothesis has its
+own; all hypotheses of an utterance share the keys and values of the encoder frames, and are queries of one attention over them.
 """
 
 import torch
@@ -10,27 +10,27 @@ import torch.nn.functional as F
 
 
 class _Cache:
-    """Keys and values of the positions so far, of hypotheses that go on from one another."""
+    """Keys and values of the positions so far. Hypotheses continue earlier hypotheses."""
 
     def __init__(self, layers, hypotheses, like):
         self.length = 0
         """Number of positions so far."""
-        # Positions first: those so far are one block, which is put in order in one copy
+        # Positions first: the positions so far are one block, which one copy reorders
         self._past = self._spare = like.new_empty(0, 2 * layers, hypotheses, like.shape[-1])
         self._order = None
 
     def reorder(self, index):
-        """Go on with other hypotheses.
+        """Continue with other hypotheses.
 
         Arguments
         ---------
         index : torch.Tensor
-            (B * K,) which of the hypotheses so far each one continues; of the same utterance.
+            (B * K,) for each new hypothesis, the index of the one that it continues, of the same utterance.
         """
         self._order = index if self._order is None else self._order[index]
 
     def _make_room(self, x):
-        """Room for one more position, behind those so far in their new order."""
+        """Make room for one more position, and bring the positions so far into their new order."""
         length = self.length
         if self._order is None and length < len(self._past):
             return
@@ -56,16 +56,16 @@ class _Cache:
 
 
 class DecoderCache(_Cache):
-    """Runs a decoder one position at a time; what it gives is what the decoder gives for the whole prefix.
+    """Runs a decoder one position at a time. The output is that of the decoder for the whole prefix.
 
     Arguments
     ---------
     decoder : speechbrain.lobes.models.transformer.Transformer.TransformerDecoder
-        The decoder, in evaluation mode; its weights stay as they are. Nothing here has a gradient.
+        The decoder, in evaluation mode. Its weights do not change, and nothing has a gradient.
     encoder_out : torch.Tensor
         (B, T, D).
     memory_mask : torch.Tensor, optional
-        (B, T) bool, True = not attended; no utterance may have only such frames.
+        (B, T) bool, True = not attended. Each utterance needs at least one attended frame.
     beam_size : int
         Number of hypotheses K per utterance.
 
@@ -75,7 +75,7 @@ class DecoderCache(_Cache):
     >>> decoder = TransformerDecoder(num_layers=2, nhead=4, d_ffn=64, d_model=32).eval()
     >>> cache = DecoderCache(decoder, torch.rand(3, 20, 32), beam_size=5)
     >>> out, attention = cache.step(torch.rand(15, 32))
-    >>> cache.reorder(torch.tensor([0, 0, 1, 1, 2, 5, 5, 5, 6, 7, 10, 11, 12, 13, 14]))  # hypothesis 0 goes on twice
+    >>> cache.reorder(torch.tensor([0, 0, 1, 1, 2, 5, 5, 5, 6, 7, 10, 11, 12, 13, 14]))  # hypothesis 0 continues twice
     >>> out, attention = cache.step(torch.rand(15, 32))
     >>> out.shape, attention.shape
     (torch.Size([15, 32]), torch.Size([15, 20]))
@@ -139,16 +139,16 @@ class DecoderCache(_Cache):
 
 
 class EncoderCache(_Cache):
-    """Runs a causal encoder one position at a time, as language models have it.
+    """Runs the causal encoder of a language model one position at a time.
 
     Arguments
     ---------
     encoder : speechbrain.lobes.models.transformer.Transformer.TransformerEncoder
-        The encoder with plain attention, in evaluation mode. Nothing here has a gradient.
+        The encoder with plain attention, in evaluation mode. Nothing has a gradient.
     hypotheses : int
         Number of hypotheses N.
     like : torch.Tensor
-        (..., D) of the type and device of what :meth:`step` takes.
+        (..., D) with the type and device of the input of :meth:`step`.
 
     Example
     -------

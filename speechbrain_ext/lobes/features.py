@@ -1,9 +1,9 @@
-"""Features of whole utterances with exact lengths, and chunk by chunk exactly the same.
+"""Features of whole utterances with exact lengths, and exactly the same features chunk by chunk.
 
-Two steps of SpeechBrain's pipelines look at the whole utterance: its filter banks are clipped 80 dB below its maximum, and
-"sentence" normalisation takes its statistics. With a chunk setting both look only at what came until the end of the chunk, in
-:func:`clip_features` and :func:`normalize_features` as in :class:`FeatureStream`. So features are extracted without clipping
-first (:func:`raw_features`); these do not depend on the chunk setting, and can be cached.
+Two steps of SpeechBrain's pipelines use the whole utterance: filter banks are clipped 80 dB below its maximum, and "sentence"
+normalisation uses its statistics. With a chunk setting both use only the audio up to the end of the chunk, in
+:func:`clip_features` and :func:`normalize_features` as in :class:`FeatureStream`. Features are therefore extracted without
+clipping first (:func:`raw_features`). These do not depend on the chunk setting, and can be cached.
 """
 
 import torch
@@ -20,25 +20,25 @@ from speechbrain_ext.utils.distributed import sum_over_processes
 from speechbrain_ext.utils.errors import UserError
 
 FEWEST = 16
-"""Frames that are computed at once at least."""
+"""Smallest number of frames to compute at once."""
 BLOCK = 512
-"""Frames of KaldiFbank that a CPU computes at once: 10 s took 1.5 ms, and 8 x 15 s 21 ms, in place of 3.3 and 41 ms."""
+"""Frames of KaldiFbank that a CPU computes at once: 10 s take 1.5 ms instead of 3.3 ms, and 8 x 15 s 21 ms instead of 41 ms."""
 FLOOR = torch.finfo(torch.float32).eps
-"""The least energy in a filter, Kaldi's."""
+"""Lowest energy in a filter, as in Kaldi."""
 
 
 @loadable
 class KaldiFbank(torch.nn.Module):
-    """Kaldi's log mel filter banks, as the runtimes of k2 compute them: what sherpa-onnx feeds to models that take features.
+    """Kaldi's log mel filter banks, as the runtimes of k2 compute them. sherpa-onnx feeds them to models that take features.
 
     Frames of 25 ms every 10 ms without their mean, pre-emphasis of 0.97, Povey's window, a power spectrum of the next power of
     two, triangular filters in HTK's mel scale from 20 Hz to 400 Hz below half the sampling rate. Frame t is centred 10 t + 5 ms
-    from the beginning, and beyond its ends the signal is mirrored (``snip_edges`` false): N samples have (N + hop / 2) // hop
-    frames, and at least one, which Kaldi does not give for less than 5 ms.
+    from the beginning. The signal is mirrored at its ends (``snip_edges`` false): N samples have (N + hop / 2) // hop frames, and
+    at least one. Kaldi gives no frame for less than 5 ms.
 
-    A value is the natural logarithm of the energy in a filter, of samples in [-1, 1], at least ln 1.19e-7 = -15.94. SpeechBrain's
-    Fbank has 10 log10, 4.34 times as much, and is clipped 80 dB below the loudest bin of the utterance. Here nothing is clipped
-    but at the constant floor, so that the features of a stream need no state but samples.
+    A value is the natural logarithm of the energy in a filter, for samples in [-1, 1]. It is at least ln 1.19e-7 = -15.94.
+    SpeechBrain's Fbank uses 10 log10, which is 4.34 times as much, and clips 80 dB below the loudest bin of the utterance. Here
+    only the constant floor clips: the features of a stream need no state except samples.
 
     Source: kaldi-native-fbank (https://github.com/csukuangfj/kaldi-native-fbank); the same numbers as
     ``torchaudio.compliance.kaldi.fbank(wavs, num_mel_bins=80, dither=0, snip_edges=False, low_freq=20, high_freq=-400,
@@ -54,7 +54,7 @@ class KaldiFbank(torch.nn.Module):
     Raises
     ------
     UserError
-        If there are no such filter banks.
+        If the sample rate or the number of filters is impossible.
 
     Example
     -------
@@ -66,7 +66,7 @@ class KaldiFbank(torch.nn.Module):
     """
 
     top_db = torch.inf
-    """The features of an utterance are not clipped relative to one another."""
+    """Nothing is clipped relative to the loudest bin."""
 
     def __init__(self, sample_rate: int = 16000, n_mels: int = 80):
         super().__init__()
@@ -78,7 +78,7 @@ class KaldiFbank(torch.nn.Module):
         hop, length = sample_rate // 100, sample_rate // 40
         self.framing = Framing(hop, length, length // 2 - hop // 2, mirrors=True)
         self.n_fft = 1 << (length - 1).bit_length()
-        # By device, and no buffers: a model in half precision has its features in float32
+        # By device, not as buffers: a model in half precision has its features in float32
         self._constants = {torch.device("cpu"): (povey_window(length), kaldi_filters(sample_rate, self.n_fft, n_mels))}
 
     def forward(self, wavs, wav_lens=None):
@@ -94,23 +94,23 @@ class KaldiFbank(torch.nn.Module):
         Returns
         -------
         torch.Tensor
-            (B, T, F) float32. Of each utterance the valid frames are those that it has alone.
+            (B, T, F) float32. The valid frames of an utterance do not depend on the batch.
         """
         if wav_lens is None:
             wav_lens = torch.ones(len(wavs), device=wavs.device)
         return raw_features(self, wavs, wav_lens)[0]
 
     def of_utterances(self, wavs, samples):
-        """Samples (B, N), zero behind the end of each utterance, and numbers of them (B,) to (B, T, F)."""
+        """Samples (B, N), zero after the end of each utterance, and their numbers (B,), to features (B, T, F)."""
         framing, frames = self.framing, self.framing.count(wavs.shape[1])
         wavs = framing.extend(wavs, samples, framing.before, framing.after)
         return self.of_windows(wavs[:, : framing.needs(frames)])
 
     def of_windows(self, samples):
-        """The windows that lie in samples (B, N), to (B, 1 + (N - length) // hop, F)."""
+        """Samples (B, N) to the features of the windows in them, (B, 1 + (N - length) // hop, F)."""
         with full_precision(samples):
             frames = samples.float().unfold(1, self.framing.length, self.framing.hop)
-            # A CPU is twice as fast where all of a block stays in its cache; other devices want few launches
+            # A CPU is twice as fast if a block fits into its cache; other devices need few launches
             blocks = -(-len(frames) * frames.shape[1] // BLOCK) if _is_eager_cpu(frames) else 1
             return torch.cat([self._of_frames(block) for block in frames.chunk(blocks, 1)], 1)
 
@@ -120,28 +120,28 @@ class KaldiFbank(torch.nn.Module):
         return ((squares[..., 0] + squares[..., 1]) @ filters).clamp(min=FLOOR).log()
 
     def constants(self, device):
-        """Window (length,) and filters (n_fft / 2 + 1, F), brought to each device once."""
+        """Window (length,) and filters (n_fft / 2 + 1, F), copied to each device once."""
         if device not in self._constants:
-            with torch.inference_mode(False):  # for training, too, whoever asks first
+            with torch.inference_mode(False):  # usable in training, also if inference calls first
                 self._constants[device] = tuple(tensor.to(device) for tensor in self._constants[torch.device("cpu")])
         return self._constants[device]
 
     def check_streamable(self):
-        """Its features can be had chunk by chunk in any setting."""
+        """Accept: these features stream in any setting."""
 
 
 @loadable
 class Fbank(SpeechBrainFbank):
-    """SpeechBrain's Fbank, perhaps of samples without their mean over the utterance.
+    """SpeechBrain's Fbank, with the option to subtract the samples' mean over the utterance.
 
-    A recording's constant offset is then not heard. Such features need the whole utterance; they do not stream.
+    A constant offset of the recording then changes nothing. Such features need the whole utterance; they do not stream.
 
     Arguments
     ---------
     *args, **kwargs
-        For SpeechBrain's class.
+        Arguments of SpeechBrain's class.
     remove_dc : bool
-        Whether the mean is taken away. sherpa-onnx does so with the samples of models that compute their features themselves.
+        Whether to subtract the mean. sherpa-onnx subtracts it for models that compute their features themselves.
 
     Example
     -------
@@ -155,7 +155,7 @@ class Fbank(SpeechBrainFbank):
         self.remove_dc = remove_dc
 
     def forward(self, wav):
-        """Samples (B, N), all of them valid, to (B, 1 + N // hop, F)."""
+        """Samples (B, N), all of them valid, to features (B, 1 + N // hop, F)."""
         return super().forward(wav - wav.mean(1, keepdim=True) if self.remove_dc else wav)
 
 
@@ -166,12 +166,12 @@ def _is_eager_cpu(x):
 def raw_features(compute_features, wavs, wav_lens):
     """Features without clipping and with exact lengths: an utterance has the same number of frames alone and in any batch.
 
-    SpeechBrain's pipelines pass relative lengths on and round them at each stage, so that the batch decides about the last frame.
+    SpeechBrain's pipelines pass relative lengths on and round them at each stage: the last frame depends on the batch.
 
     Arguments
     ---------
     compute_features : KaldiFbank or speechbrain.lobes.features.Fbank
-        The feature extraction; any other with a centred ``compute_STFT`` is taken as it is.
+        The feature extraction; any other one with a centred ``compute_STFT`` is used unchanged.
     wavs : torch.Tensor
         (B, N) samples.
     wav_lens : torch.Tensor
@@ -195,24 +195,24 @@ def raw_features(compute_features, wavs, wav_lens):
     feats = front.of_utterances(wavs, samples)
     frames = front.framing.count(samples)
     relative = frames / feats.shape[1]
-    # SpeechBrain's normalisation counts the frames below relative * T without rounding: rounding must never push that up.
+    # SpeechBrain's normalisation counts the frames below relative * T without rounding: an error must not add a frame.
     above = relative * feats.shape[1] > frames
     return feats, torch.where(above, torch.nextafter(relative, torch.zeros_like(relative)), relative)
 
 
 def clip_features(compute_features, feats, lens, chunk: int | None = None):
-    """Clip what is quieter than the loudest bin by more than the features' range (``top_db``, 80 dB).
+    """Clip values that lie more than the features' range (``top_db``, 80 dB) below the loudest bin.
 
     Arguments
     ---------
     compute_features : KaldiFbank or speechbrain.lobes.features.Fbank
-        The feature extraction; others than Fbank clip nothing here.
+        The feature extraction; only SpeechBrain's Fbank clips.
     feats : torch.Tensor
         (B, T, F) of :func:`raw_features`.
     lens : torch.Tensor
-        (B,) relative lengths: the padding decides nothing.
+        (B,) relative lengths; padding has no influence.
     chunk : int, optional
-        Feature frames per chunk: the loudest bin is that until the end of the frame's chunk; without it, of the utterance.
+        Feature frames per chunk. The loudest bin is then that of the audio up to the end of the frame's chunk.
 
     Returns
     -------
@@ -222,7 +222,7 @@ def clip_features(compute_features, feats, lens, chunk: int | None = None):
     Raises
     ------
     UserError
-        If there is a chunk setting, and these features cannot be had chunk by chunk.
+        If there is a chunk size, and these features do not stream.
     """
     front = front_end(compute_features)
     if chunk is not None:
@@ -241,7 +241,7 @@ def clip_features(compute_features, feats, lens, chunk: int | None = None):
 
 
 def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwargs):
-    """Normalise; with ``chunk``, "sentence" statistics are those of the utterance until the end of the frame's chunk.
+    """Normalise; with ``chunk``, "sentence" statistics are those of the utterance up to the end of the frame's chunk.
 
     Arguments
     ---------
@@ -254,7 +254,7 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     chunk : int, optional
         Feature frames per chunk.
     **kwargs
-        For ``normalize``.
+        Keys of ``normalize``.
 
     Returns
     -------
@@ -277,7 +277,7 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     if chunk is None or not _grows(normalize):
         return normalize(feats, lens, **kwargs)
     if normalize.training:
-        normalize(feats, lens, **kwargs)  # for what it learns
+        normalize(feats, lens, **kwargs)  # to update its statistics
     frames = feats.shape[1]
     valid = ~padding_mask(absolute_lengths(lens, frames), frames)
     feats, valid = _chunked(feats, chunk), _chunked(valid.unsqueeze(-1), chunk)
@@ -287,7 +287,7 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
 
 @loadable
 class InputNormalization(SpeechBrainInputNormalization):
-    """SpeechBrain's InputNormalization, whose statistics are buffers: they move with the module, and are in its state.
+    """SpeechBrain's InputNormalization with its statistics as buffers: they move with the module, and are in its state dict.
 
     Arguments
     ---------
@@ -296,10 +296,10 @@ class InputNormalization(SpeechBrainInputNormalization):
     update_until_epoch : int
         Training updates the statistics before this epoch.
     prior_frames : int
-        With "sentence", in chunks: so many frames with the training set's statistics count as if they had come before. It needs
-        statistics, which are then learned as with "global".
+        For "sentence" in chunks: this number of frames with the training set's statistics counts as if they preceded the
+        utterance. Training then collects these statistics as for "global".
     **kwargs
-        For SpeechBrain's class.
+        Keys of SpeechBrain's class.
 
     Example
     -------
@@ -326,18 +326,18 @@ class InputNormalization(SpeechBrainInputNormalization):
     def count(self, value):
         if "frames" in self._buffers:
             self.frames = torch.as_tensor(value, device=self.frames.device)
-        else:  # SpeechBrain's constructor sets it first
+        else:  # SpeechBrain's constructor sets the count before the buffer exists
             self.register_buffer("frames", torch.as_tensor(value))
 
     def forward(self, x, lengths=None, epoch=None):
-        """(B, T, F) to (B, T, F), normalised; in training, until ``update_until_epoch``, it learns statistics."""
+        """Normalise (B, T, F). Training updates the statistics before the epoch ``update_until_epoch``."""
         if self.norm_type == "sentence" and self.prior_frames and self._should_update(epoch):
             self._update_global_stats(x, make_padding_mask(x, lengths, length_dim=1))
         return super().forward(x, lengths, epoch)
 
     @torch.no_grad()
     def _update_global_stats(self, x, mask):
-        """As in SpeechBrain, without a wait for the device; the same over all processes of a distributed run."""
+        """As in SpeechBrain, without waiting for the device; over all processes of a distributed run."""
         x = x.float().masked_fill(~mask, 0.0)
         number, total = sum_over_processes(mask.sum().view(1).to(x), x.sum((0, 1)))
         mean = total / number.clamp(min=1)
@@ -354,7 +354,7 @@ class InputNormalization(SpeechBrainInputNormalization):
         self.count = self.count + number.long().squeeze()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in ("glob_mean", "glob_std"):  # their size is that of the features, known from the first batch on
+        for name in ("glob_mean", "glob_std"):  # their size is the number of bins, unknown before the first batch
             value = state_dict.get(prefix + name)
             if value is not None and value.shape != getattr(self, name).shape:
                 setattr(self, name, torch.empty_like(value, device=getattr(self, name).device))
@@ -363,19 +363,19 @@ class InputNormalization(SpeechBrainInputNormalization):
 
 @loadable
 class SentenceNormalization(InputNormalization):
-    """ "Sentence" normalisation that knows, when a stream begins, how speech usually sounds.
+    """ "Sentence" normalisation that begins a stream with the statistics of the training set.
 
-    Whole utterances are normalised by their own mean and deviation, as in SpeechBrain. In chunks these are taken over what came
-    so far and, as if it had come before, half a second with the mean and deviation of the training set: a beginning that is
-    silent says nothing of speech.
+    Whole utterances are normalised by their own mean and deviation, as in SpeechBrain. In chunks the statistics are those of the
+    audio so far, preceded by half a second with the mean and deviation of the training set: statistics of a silent beginning
+    alone do not fit speech.
 
     Arguments
     ---------
     prior_frames : int
-        Frames that count as if they had come before: of 0, 50, 100, 200 and 400, 50 lost least against whole utterances (17.4,
-        8.2, 13.7, 19.1 and 26.2 % WER against 6.1 %; Practical Conformer on the embedded mini corpus, chunks of 160 ms).
+        Frames that count as if they preceded the utterance. With 0, 50, 100, 200 and 400 the WER is 17.4, 8.2, 13.7, 19.1 and
+        26.2 %, against 6.1 % for whole utterances (Practical Conformer on the embedded mini corpus, chunks of 160 ms).
     **kwargs
-        For :class:`InputNormalization`, such as ``update_until_epoch``.
+        Keys of :class:`InputNormalization`, such as ``update_until_epoch``.
 
     Example
     -------
@@ -392,9 +392,9 @@ class SentenceNormalization(InputNormalization):
 
 
 def keeps_statistics(normalize):
-    """Whether a normalisation has statistics of the training set that its state does not hold.
+    """Whether a normalisation has statistics of the training set that are not in its state dict.
 
-    SpeechBrain's own class keeps them in plain attributes, which no weights file has.
+    SpeechBrain's own class keeps them in plain attributes, which are in no weights file.
     """
     return getattr(normalize, "norm_type", None) == "global" and "glob_mean" not in dict(normalize.named_buffers())
 
@@ -414,7 +414,7 @@ class FeatureStream:
     Raises
     ------
     ValueError
-        If these features cannot be had chunk by chunk.
+        If these features do not stream.
 
     Example
     -------
@@ -432,14 +432,14 @@ class FeatureStream:
         self._front.check_streamable()
         self._framing, self._chunk = self._front.framing, chunk
         self._normalize, self._grows = normalize, _grows(normalize)
-        self._samples = None  # (B, n), from the beginning of the next frame's window on
-        self._lead = self._framing.before  # how many of these are still to be put before the first sample
+        self._samples = None  # (B, n), from the first sample of the next frame's window
+        self._lead = self._framing.before  # number of samples still to add before the first one
         self._heard = 0
         self._frames = 0
         self._peak = self._moments = None
 
     def accept(self, wavs):
-        """Take samples in.
+        """Accept the next samples.
 
         Arguments
         ---------
@@ -449,11 +449,11 @@ class FeatureStream:
         Returns
         -------
         iterator
-            Of the chunks (B, chunk, F) that they complete.
+            Over the chunks (B, chunk, F) that are now complete.
         """
         self._heard += wavs.shape[1]
         self._samples = wavs if self._samples is None else torch.cat((self._samples, wavs), 1)
-        if self._lead and self._heard >= self._lead:  # what is mirrored there has been heard
+        if self._lead and self._heard >= self._lead:  # the samples to mirror have arrived
             self._extend(0)
         while self._samples.shape[1] >= self._framing.needs(self._chunk):
             yield self._take(self._chunk)
@@ -464,12 +464,12 @@ class FeatureStream:
         Returns
         -------
         iterator
-            Of the chunks (B, <= chunk, F) that were still to come.
+            Over the remaining chunks (B, <= chunk, F).
         """
         if not self._heard:
             return
         frames = self._framing.count(self._heard)
-        # The last window's middle is no later than the last sample: what is mirrored behind that lies in the window itself
+        # The last window's middle is no later than the last sample: the samples to mirror lie in the window itself
         self._extend(self._framing.after)
         while self._frames < frames:
             yield self._take(min(self._chunk, frames - self._frames))
@@ -481,10 +481,10 @@ class FeatureStream:
     def _take(self, frames):
         needs = self._framing.needs
         samples = self._samples[:, : needs(frames)]
-        # Matrix products of few rows round in another way: with zeros behind, a chunk has the bits of the whole file
+        # Matrix products of few rows round differently: with zeros appended, a chunk has exactly the values of the whole file
         samples = F.pad(samples, (0, max(0, needs(FEWEST) - samples.shape[1])))
         feats = self._front.of_windows(samples)[:, :frames]
-        self._samples = self._samples[:, frames * self._framing.hop :].clone()  # a view would keep what has been heard
+        self._samples = self._samples[:, frames * self._framing.hop :].clone()  # a view would keep all samples in memory
         self._frames += frames
         if self._front.top_db < torch.inf:
             peak = feats.amax((1, 2))
@@ -498,7 +498,7 @@ class FeatureStream:
 
 
 def _grows(normalize):
-    """Whether statistics grow with the utterance; others are known before it."""
+    """Whether the statistics change during an utterance, instead of being fixed before it."""
     if normalize.norm_type not in ("global", "sentence"):
         raise UserError(f"Normalisation by {normalize.norm_type} does not stream; give norm_type global or sentence.")
     return normalize.norm_type == "sentence"
@@ -510,13 +510,13 @@ def _chunked(x, chunk, fill=0):
 
 
 def moments_of(feats, valid, dim):
-    """Number, sum and sum of squares of the valid frames (..., F), one behind the other: (3, ..., F), float64."""
+    """Number, sum and sum of squares of the valid frames (..., F), stacked: (3, ..., F), float64."""
     feats = widest(feats).masked_fill(~valid, 0.0)
     return torch.stack((valid.sum(dim).to(feats.dtype).expand_as(feats.select(dim, 0)), feats.sum(dim), feats.square().sum(dim)))
 
 
 def prior_of(normalize, moments):
-    """What statistics begin with."""
+    """Moments that precede those of the audio."""
     frames = getattr(normalize, "prior_frames", 0)
     if not frames or not normalize.glob_mean.numel():
         return 0.0
@@ -526,7 +526,7 @@ def prior_of(normalize, moments):
 
 
 def standardized(normalize, feats, moments):
-    """As SpeechBrain normalises a sentence, with the given moments."""
+    """Normalise as SpeechBrain normalises a sentence, with the given moments."""
     count, total, squares = moments + prior_of(normalize, moments)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt() if normalize.std_norm else torch.ones_like(mean)

@@ -7,7 +7,7 @@ from speechbrain_ext.lobes.fusible import ScaledLinear
 
 
 class FeedForward(nn.Sequential):
-    """LayerNorm, Linear, Swish, dropout, Linear, dropout; without the residual.
+    """The Conformer's module: LayerNorm, Linear, Swish, dropout, Linear, dropout; without the residual.
 
     Arguments
     ---------
@@ -44,7 +44,7 @@ class FeedForward(nn.Sequential):
 
 
 class ScaledFeedForward(nn.Sequential):
-    """The Squeezeformer's: learned scale and Linear, Swish, dropout, Linear, dropout; without the residual.
+    """The Squeezeformer's module: learned scale and Linear, Swish, dropout, Linear, dropout; without the residual.
 
     Arguments
     ---------

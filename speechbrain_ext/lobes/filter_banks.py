@@ -1,8 +1,8 @@
-"""Front ends frame by frame: which samples a frame looks at, and what is computed of these.
+"""Feature extraction frame by frame: the samples of a frame, and the features that are computed from them.
 
-A front end has ``framing``, ``sample_rate``, ``n_fft``, ``n_mels``, ``top_db`` and three methods: ``of_utterances`` for whole
-utterances, ``of_windows`` for the windows that lie in a piece of a stream, and ``check_streamable``.
-:class:`speechbrain_ext.lobes.features.KaldiFbank` is one; SpeechBrain's classes get there by :func:`front_end`.
+Here a feature extraction has ``framing``, ``sample_rate``, ``n_fft``, ``n_mels``, ``top_db`` and three methods: ``of_utterances``
+for whole utterances, ``of_windows`` for the windows in a piece of a stream, and ``check_streamable``.
+:class:`speechbrain_ext.lobes.features.KaldiFbank` has them; :func:`front_end` adds them to SpeechBrain's classes.
 """
 
 import copy
@@ -20,25 +20,25 @@ from speechbrain_ext.utils.errors import UserError
 PREEMPHASIS = 0.97
 """Kaldi's ``preemph_coeff``."""
 LOWEST, BELOW_NYQUIST = 20.0, 400.0
-"""Hz: from where on, and how far below half the sampling rate, Kaldi's filters lie in the recipes of k2 and in sherpa-onnx."""
+"""In Hz: where Kaldi's filters begin, and how far below half the sampling rate they end, in k2's recipes and in sherpa-onnx."""
 
 
 @dataclass(frozen=True)
 class Framing:
-    """Which samples a frame looks at: frame t the ``length`` samples from ``t * hop - before`` on.
+    """The samples of each frame: frame t has the ``length`` samples from ``t * hop - before`` on.
 
-    An utterance has the frames whose middle is no later than its end, and at least one.
+    An utterance has all frames whose middle is no later than its end, and at least one.
 
     Arguments
     ---------
     hop : int
         Samples from one frame to the next.
     length : int
-        Samples that a frame looks at.
+        Samples of a frame.
     before : int
-        Samples before the first one that the first frame looks at.
+        Samples of the first frame that precede the utterance.
     mirrors : bool
-        Whether the signal goes on mirrored beyond its ends (1 0 | 0 1 2 | 2 1), and not with zeros.
+        Whether the signal is mirrored at its ends (1 0 | 0 1 2 | 2 1) instead of extended by zeros.
 
     Example
     -------
@@ -54,31 +54,31 @@ class Framing:
 
     @property
     def after(self):
-        """Samples behind an utterance that its last frame looks at, at most."""
+        """Largest number of samples of the last frame that follow the utterance."""
         return self.length - self.before
 
     def count(self, samples):
-        """Number of frames of so many samples, of one utterance or of a tensor of them."""
+        """Number of frames for a number of samples, or for a tensor of such numbers."""
         frames = (samples + self.before - self.length // 2) // self.hop + 1
         return frames.clamp(min=1) if isinstance(frames, torch.Tensor) else max(1, frames)
 
     def needs(self, frames):
-        """Number of samples that so many frames look at."""
+        """Number of samples in a number of frames."""
         return (frames - 1) * self.hop + self.length
 
     def extend(self, wavs, samples, before, after):
-        """What lies beyond the ends of utterances.
+        """Extend utterances at both ends.
 
         Arguments
         ---------
         wavs : torch.Tensor
-            (B, N) samples, zero behind the end of each utterance.
+            (B, N) samples, zero after the end of each utterance.
         samples : torch.Tensor
             (B,) numbers of samples.
         before : int
-            Samples before the beginning.
+            Number of samples to add before the beginning.
         after : int
-            Samples behind the end.
+            Number of samples to add after the end.
 
         Returns
         -------
@@ -90,7 +90,7 @@ class Framing:
             return x
         place = torch.arange(before + after, device=wavs.device) - before
         outside = place + samples.unsqueeze(1) * (place >= 0)  # (B, before + after), counted from the first sample
-        period = 2 * samples.clamp(min=1).unsqueeze(1)  # an utterance shorter than its extension is mirrored again and again
+        period = 2 * samples.clamp(min=1).unsqueeze(1)  # a short utterance is mirrored several times
         inside = outside.remainder(period)
         inside = torch.minimum(inside, period - 1 - inside)
         return x.scatter(1, outside + before, x.gather(1, inside + before))
@@ -155,7 +155,7 @@ def _mel(hertz):
 def kaldi_frames(frames, window):
     """Frames without their mean, pre-emphasised and windowed.
 
-    The mean goes first: pre-emphasis of samples far from zero would round them, and a quiet signal with them.
+    The mean is subtracted first: pre-emphasis of samples far from zero would round a quiet signal away.
 
     Arguments
     ---------
@@ -184,14 +184,14 @@ def centred(wavs, samples):
     Arguments
     ---------
     wavs : torch.Tensor
-        (B, N) samples, zero behind the end of each utterance.
+        (B, N) samples, zero after the end of each utterance.
     samples : torch.Tensor
         (B,) numbers of samples.
 
     Returns
     -------
     torch.Tensor
-        (B, N), zero there, too.
+        (B, N), also zero after the end of each utterance.
 
     Example
     -------
@@ -203,17 +203,17 @@ def centred(wavs, samples):
 
 
 def front_end(compute_features):
-    """A feature extraction as the module's text has it: ours as it is, SpeechBrain's behind an object that gives its frames.
+    """A feature extraction with the methods of this module: KaldiFbank unchanged, SpeechBrain's classes wrapped.
 
     Arguments
     ---------
     compute_features : torch.nn.Module
-        KaldiFbank, SpeechBrain's Fbank, or another of its classes with a centred ``compute_STFT``, which does not stream.
+        KaldiFbank, SpeechBrain's Fbank, or another of SpeechBrain's with a centred ``compute_STFT``. Only the first two stream.
 
     Returns
     -------
     object
-        See the module; None where it is no such feature extraction.
+        The feature extraction; None for any other module.
 
     Example
     -------
@@ -226,7 +226,7 @@ def front_end(compute_features):
 
 
 class _SpeechBrain:
-    """SpeechBrain's Fbank, with clipping left out; others of its classes as they are."""
+    """Wraps SpeechBrain's Fbank, without clipping, or another of its classes, unchanged."""
 
     def __init__(self, compute_features):
         self._features, stft, fbanks = compute_features, compute_features.compute_STFT, compute_features.compute_fbanks
@@ -238,20 +238,20 @@ class _SpeechBrain:
         self._of_windows = None
 
     def of_utterances(self, wavs, samples):
-        """Samples (B, N), zero behind the end of each utterance, and numbers of them (B,) to (B, 1 + N // hop, F)."""
+        """Samples (B, N), zero after the end of each utterance, and their numbers (B,), to features (B, 1 + N // hop, F)."""
         if self.removes_dc:
             wavs = centred(wavs, samples)
         return (_without_clipping(self._features, wavs.device) if self._is_plain else self._features)(wavs)
 
     def of_windows(self, samples):
-        """(B, N) samples to (B, 1 + (N - n_fft) // hop, F)."""
+        """Samples (B, N) to the features of the windows in them, (B, 1 + (N - n_fft) // hop, F)."""
         if self._of_windows is None:
             self._of_windows = _without_clipping(self._features, samples.device)
-            self._of_windows.compute_STFT.center = False  # the caller cuts what each frame needs
+            self._of_windows.compute_STFT.center = False  # the caller cuts the samples of each frame
         return self._of_windows(samples)
 
     def check_streamable(self):
-        """Refuse features that cannot be had chunk by chunk; the message says which setting is in the way."""
+        """Refuse features that do not stream; the message names the setting to change."""
         if self.removes_dc:
             raise UserError("Fbank with remove_dc looks at the whole utterance and does not stream; leave remove_dc out.")
         if not self._is_plain:
@@ -259,20 +259,20 @@ class _SpeechBrain:
         stft = self._features.compute_STFT
         if stft.n_fft % 2 or stft.hop_length > stft.n_fft:
             raise UserError(
-                f"Features with n_fft {stft.n_fft} and hops of {stft.hop_length} samples do not stream; give an even n_fft, "
-                "no less."
+                f"Features with n_fft {stft.n_fft} and hops of {stft.hop_length} samples do not stream; give an even n_fft "
+                "of at least the hop."
             )
         if not stft.center:
             raise UserError("Features whose STFT is not centred do not stream; leave center at True.")
 
 
 def _without_clipping(compute_features, device):
-    """A view of the features that clips nothing, with the same filters and window, which lie on the device."""
+    """A view of a feature extraction that clips nothing, with the same filters and window, on the device."""
     view, fbanks = _view(compute_features), compute_features.compute_fbanks
     view.compute_STFT, view.compute_fbanks = _view(view.compute_STFT), _view(fbanks)
     view.compute_fbanks.top_db = torch.inf
-    view.remove_dc = False  # of the utterance, and what comes here may be windows of it
-    if fbanks.freeze and not fbanks.param_rand_factor:  # others are new in each call
+    view.remove_dc = False  # the mean is that of the utterance, but the input may be windows of it
+    if fbanks.freeze and not fbanks.param_rand_factor:  # other filters change in each call
         view.compute_STFT.window, matrix = _constants(compute_features, device)
         view.compute_fbanks = _Filters(view.compute_fbanks, matrix)
     return view
@@ -282,18 +282,18 @@ _CONSTANTS = weakref.WeakKeyDictionary()
 
 
 def _constants(compute_features, device):
-    """Window and filters, made once for each device: SpeechBrain makes the filters anew in each call, on the CPU."""
+    """Window and filters, computed once per device: SpeechBrain computes the filters again in each call, on the CPU."""
     kept = {} if torch.compiler.is_compiling() else _CONSTANTS.setdefault(compute_features, {})
     if device not in kept:
         fbanks, window = compute_features.compute_fbanks, compute_features.compute_STFT.window
-        with torch.inference_mode(False), torch.no_grad():  # for training, too, whoever asks first
+        with torch.inference_mode(False), torch.no_grad():  # usable in training, also if inference calls first
             centres, bands = (part.unsqueeze(1).expand_as(fbanks.all_freqs_mat) for part in (fbanks.f_central, fbanks.band))
             kept[device] = window.to(device), fbanks._create_fbank_matrix(centres, bands).to(device)
     return kept[device]
 
 
 class _Filters(torch.nn.Module):
-    """SpeechBrain's filter banks with the matrix that is given."""
+    """SpeechBrain's filter banks with a given matrix."""
 
     def __init__(self, fbanks, matrix):
         super().__init__()
@@ -307,7 +307,7 @@ class _Filters(torch.nn.Module):
 
 
 def _view(module):
-    """A copy of a module with settings of its own, and the same parameters, buffers and parts."""
+    """A copy of a module with separate settings, and the same parameters, buffers and parts."""
     view = copy.copy(module)
     view._modules = dict(module._modules)
     return view

@@ -1,6 +1,6 @@
-"""What training needs and inference folds into a neighbouring layer's weights, exactly: learned scales and BatchNorm.
+"""Learned scales and BatchNorm, which inference folds exactly into the weights of a neighbouring layer.
 
-Layers here are called with ``(x, mask)``, the mask (B, T) bool, True = padding, or None.
+Layers here are called with ``(x, mask)``. The mask is (B, T) bool, True = padding, or None.
 """
 
 import threading
@@ -19,12 +19,12 @@ from speechbrain_ext.utils.errors import UserError
 
 
 def fuse_(module: nn.Module) -> None:
-    """Fold what the parts of a module can fold, in place, for inference; a second call changes nothing.
+    """Fuse all parts of a module that can be fused, in place, for inference; a second call changes nothing.
 
     Arguments
     ---------
     module : torch.nn.Module
-        Any.
+        Any module.
 
     Example
     -------
@@ -41,26 +41,26 @@ def fuse_(module: nn.Module) -> None:
 
 @torch.no_grad()
 def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> None:
-    """Replace the running statistics of all :class:`MaskedBatchNorm` inside by those of a pass over data.
+    """Replace the running statistics of all :class:`MaskedBatchNorm` inside by those of the given batches.
 
-    For averaged weights, which no statistics belong to yet, and for data that differ from the training's, such as without
-    augmentation. They are means over the batches, all of the same weight, without those that are not finite.
+    Use it for averaged weights, which have no statistics yet, and for data that differ from the training data, such as without
+    augmentation. The new statistics are means over the batches with equal weights, without batches that are not finite.
 
     Arguments
     ---------
     module : torch.nn.Module
-        Left in evaluation mode.
+        It is in evaluation mode afterwards.
     batches : iterable
-        What ``forward`` takes, at least one.
+        Inputs of ``forward``, at least one.
     forward : callable
         Runs the module on one batch.
     frozen : sequence of torch.nn.Module
-        Modules inside whose statistics stay as they are.
+        Modules inside whose statistics do not change.
 
     Raises
     ------
     ValueError
-        If there is no batch, or none gives some BatchNorm statistics that are finite. All statistics are then as they were.
+        If there is no batch, or no batch gives finite statistics to one of the BatchNorms. No statistics change then.
 
     Example
     -------
@@ -82,7 +82,7 @@ def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> Non
                 norm.train()
                 norm.momentum = 1.0
                 norm.running_mean.zero_()
-                norm.running_var.fill_(-1)  # where it stays so, the batch could not be used
+                norm.running_var.fill_(-1)  # stays negative if the batch is not usable
             forward(batch)
             for norm, total in zip(norms, sums, strict=True):
                 used = norm.running_var.amin() >= 0
@@ -107,7 +107,7 @@ def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> Non
 
 
 class PlainLinear(nn.Linear):
-    """Linear layer that stands where another encoder has one with a normalisation: it is called with a mask and needs none.
+    """Linear layer that ignores the mask, in the place of one with a normalisation.
 
     Example
     -------
@@ -121,7 +121,7 @@ class PlainLinear(nn.Linear):
 
 
 class Unchanged(nn.Module):
-    """Stands where there is no normalisation, or none any more.
+    """Identity in the place of a normalisation: there was none, or it is fused.
 
     Example
     -------
@@ -135,11 +135,11 @@ class Unchanged(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """Linear layer on ``scale * x + shift`` with a learned scale and shift per channel, which begin as 1 and 0.
+    """Linear layer on ``scale * x + shift`` with a learned scale and shift per channel, initially 1 and 0.
 
-    The Squeezeformer has it where the Conformer has a LayerNorm in front of a module. It is computed as one linear layer with
-    the weight ``weight * scale`` and the bias ``bias + weight @ shift``: nothing the size of x is made or kept for the
-    gradient. For inference :meth:`fuse_` does that once and for all.
+    The Squeezeformer has it where the Conformer has a LayerNorm in front of a module. It runs as one linear layer with the weight
+    ``weight * scale`` and the bias ``bias + weight @ shift``: no further tensor of the size of x is made or kept for the
+    gradient. For inference :meth:`fuse_` stores these weights.
 
     Source: Kim et al. 2022, https://arxiv.org/abs/2206.00888, section 3.2.1.
 
@@ -180,10 +180,10 @@ class ScaledLinear(nn.Linear):
 
 
 class MaskedBatchNorm(nn.Module):
-    """BatchNorm of frames (B, T, D) whose statistics are those of the valid frames: padding never enters them.
+    """BatchNorm of frames (B, T, D) with the statistics of the valid frames: padding never enters them.
 
-    In training, statistics are taken in float32 under autocast too, and over the batches of all processes where there are
-    several (with any backend); one frame is enough. In evaluation it is a multiplication and an addition.
+    In training, statistics are computed in float32, also under autocast, and over the batches of all processes (with any
+    backend). One frame is enough. In evaluation it is a multiplication and an addition.
 
     Source: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
 
@@ -212,7 +212,7 @@ class MaskedBatchNorm(nn.Module):
     def __init__(self, size: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
         if not 0 < momentum <= 1 or eps <= 0:
-            raise UserError(f"A BatchNorm has momentum {momentum} and eps {eps}; give one in (0, 1], and one above 0.")
+            raise UserError(f"A BatchNorm has momentum {momentum} and eps {eps}; give a momentum in (0, 1] and an eps above 0.")
         self.momentum = momentum
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
@@ -233,10 +233,10 @@ class MaskedBatchNorm(nn.Module):
         Returns
         -------
         torch.Tensor
-            (B, T, D); what stands in padded frames has no meaning.
+            (B, T, D); values in padded frames have no meaning.
         """
         if not self.training:
-            # In float32 for half types, too: where the mean is far from zero, rounded products would leave little behind.
+            # In float32 also for half types: with a mean far from zero, rounded products would lose most of the signal.
             scale, shift = self._affine(torch.promote_types(x.dtype, torch.float32))
             return torch.addcmul(shift, at_least_float32(x), scale).to(x.dtype)
         frames, scope = _frames_of(x, mask, self.eps), _current_scope()
@@ -249,12 +249,12 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def fold_into_(self, layer: nn.Module) -> None:
-        """Put the evaluation-time normalisation into the weights of the layer before it.
+        """Fold the normalisation of evaluation into the weights of the layer before it.
 
         Arguments
         ---------
         layer : torch.nn.Linear or a convolution
-            With the outputs on the first axis of its weight; it gets a bias if it has none.
+            Its weight has the outputs on the first axis. It gets a bias if it has none.
         """
         if layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros_like(self.bias), requires_grad=layer.weight.requires_grad)
@@ -263,13 +263,13 @@ class MaskedBatchNorm(nn.Module):
         layer.bias.copy_(torch.addcmul(shift, widest(layer.bias), scale))
 
     def _affine(self, dtype):
-        """The (D,) scale and shift that evaluation amounts to."""
+        """The (D,) scale and shift that evaluation applies."""
         scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
         return scale, torch.addcmul(self.bias.to(dtype), self.running_mean.to(dtype), scale, value=-1)
 
 
 class NormLinear(nn.Module):
-    """Linear layer without bias and a :class:`MaskedBatchNorm` behind it; after :meth:`fuse_` a linear layer with a bias.
+    """Linear layer without bias, and a :class:`MaskedBatchNorm` after it; after :meth:`fuse_` a linear layer with a bias.
 
     Arguments
     ---------
@@ -278,9 +278,9 @@ class NormLinear(nn.Module):
     out_features : int
         Width of the output.
     momentum, eps : float
-        Of the BatchNorm.
+        Keys of the BatchNorm.
     zero_init : bool
-        Whether the BatchNorm's gain begins as zero, so that a residual branch that ends here begins as nothing.
+        Whether the BatchNorm's gain begins at zero: a residual branch that ends here then begins at zero.
 
     Example
     -------
@@ -309,24 +309,24 @@ class NormLinear(nn.Module):
 
 
 class _Frames(NamedTuple):
-    """What a mask says to a BatchNorm."""
+    """Numbers that a BatchNorm derives from a mask."""
 
     valid: torch.Tensor | None
     """(B, T, 1), 1 in valid frames and 0 in padded ones; None where all are valid."""
     share: torch.Tensor
-    """(B, T, 1) or (), the same divided by the number of valid frames."""
+    """(B, T, 1) or (), ``valid`` divided by the number of valid frames."""
     count: torch.Tensor
     """() number of valid frames."""
     divisor: torch.Tensor
-    """() the same, at least 1."""
+    """() ``count``, at least 1."""
     ratio: torch.Tensor
-    """() all frames, padded ones too, to the divisor."""
+    """() number of all frames, padded ones included, divided by ``divisor``."""
     eps: torch.Tensor
-    """() what is added to variances."""
+    """() added to variances."""
 
 
 class _Scope:
-    """What the BatchNorms of one pass share."""
+    """Values that the BatchNorms share in one forward."""
 
     def __init__(self):
         self.frames = {}
@@ -342,14 +342,14 @@ _scope = _Current()
 
 @contextmanager
 def batch_statistics(updates: bool = True):
-    """Context of one pass in training: its BatchNorms count each mask once, and update their statistics at its end, all at once.
+    """Context of one forward in training: BatchNorms count each mask once, and update all statistics together at the end.
 
-    An inner one leaves it to the outer one.
+    An inner context leaves the update to the outer one.
 
     Arguments
     ---------
     updates : bool
-        Whether statistics are updated; not where a pass is done a second time, for the gradient.
+        Whether statistics are updated; False if a forward is repeated for the gradient.
 
     Example
     -------
@@ -372,7 +372,7 @@ def batch_statistics(updates: bool = True):
         _scope.current = outer
     groups = {}
     for frames, one in scope.found if updates else ():
-        # Of the same frames, count and ratio are equal: where there are several processes, too, though each norm has its own then
+        # Norms with the same frames have equal count and ratio, also with several processes, where each has its own tensors
         norm = one[0]
         key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(frames)
         groups.setdefault(key, []).append(one)
@@ -381,7 +381,7 @@ def batch_statistics(updates: bool = True):
 
 
 def statistics_of(module: nn.Module):
-    """The context of a pass through a module: :func:`batch_statistics` in training; a compiled graph does without it.
+    """The context of a forward: :func:`batch_statistics` in training, but not in a compiled graph.
 
     Example
     -------
@@ -403,7 +403,7 @@ def _frames_of(x, mask, eps):
     if scope is None:
         return _count_frames(x, mask, eps)
     key = x.dtype, eps, x.shape[:2] if mask is None else id(mask)
-    if key not in scope.frames:  # with the mask, which lives as long, so that no other one gets its id
+    if key not in scope.frames:  # keeping the mask, too, prevents that another one gets its id
         scope.frames[key] = _count_frames(x, mask, eps), mask
     return scope.frames[key][0]
 
@@ -421,15 +421,15 @@ def _count_frames(x, mask, eps):
 def _update(group):
     """Update the running statistics of norms with one momentum and one mask, in few launches.
 
-    Each is a norm, the sum over its valid frames, the mean over all frames of their squared deviations (padded ones have none),
-    the number of valid frames, and the ratio of all frames to these.
+    Each item has a norm, the sum over its valid frames, the mean over all frames of the squared deviations (0 in padded frames),
+    the number of valid frames, and the ratio of all frames to valid frames.
     """
     norms, totals, spreads, (count, *_), (ratio, *_) = zip(*group, strict=True)
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
     means = torch.cat(totals) / count.clamp(min=1)
     variances = torch.cat(spreads) * (ratio * count / (count - 1).clamp(min=1))
     now, before = torch.cat((means, variances)).to(running[0].dtype), torch.cat(running)
-    # A batch that training leaves out, because its loss is not finite, has passed through here before that is known.
+    # Training leaves out batches whose loss is not finite, but only after this update.
     usable = now.isfinite().all() & (count > 0)
     after = torch.where(usable, before.lerp(now, norms[0].momentum), before)
     torch._foreach_copy_(running, after.split([part.numel() for part in running]))
@@ -451,7 +451,7 @@ class _Normalize(torch.autograd.Function):
             count, total = counts.sum(), totals.sum(0)
             divisor = count.clamp(min=1)
             share, ratio = (1.0 if valid is None else valid) / divisor, torch.ones_like(divisor)
-            # Each process knows the squares around its own mean
+            # Each process has the squares around its own mean
             spread = squares.sum(0) + (counts * (totals / counts.clamp(min=1) - total / divisor).square()).sum(0)
             spread = spread / divisor
             centred = torch.addcmul(wide, share, total, value=-1)
@@ -462,7 +462,7 @@ class _Normalize(torch.autograd.Function):
         ctx.mark_non_differentiable(total, spread, count, ratio)
         ctx.set_materialize_grads(False)
         y = torch.addcmul(bias, normal, weight)
-        # Without a condition, torch.compile (2.11) would silently lose the gradient of this function where the types are equal.
+        # Without the condition, torch.compile (2.11) would silently lose the gradient of this function if the types are equal.
         return (y.to(x.dtype) if narrow else y), total, spread, count, ratio
 
     @staticmethod
@@ -494,5 +494,5 @@ class _Normalize(torch.autograd.Function):
 def _mean_square(x):
     """Mean of the squares over the frames of x (B, T, D), whose mean is zero."""
     if x.device.type == "cpu" or torch.compiler.is_compiling():
-        return x.square().mean((0, 1))  # there, the variance takes ten times as long
-    return x.var((0, 1), correction=0)  # reads x once, and writes nothing of its size
+        return x.square().mean((0, 1))  # x.var takes ten times as long here
+    return x.var((0, 1), correction=0)  # reads x once, and writes no tensor of its size

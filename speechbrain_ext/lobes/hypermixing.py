@@ -1,6 +1,6 @@
-r"""Multi-head HyperMixing, linear in time and memory, of any length, and streaming.
+r"""Multi-head HyperMixing, linear in time and memory, for any length, and streaming.
 
-What is computed, per head with inputs x_t of width e = d / heads, over the frames t of an utterance:
+Each head computes, for inputs x_t of width e = d / heads over the frames t of an utterance:
 
     u_t = x_t + PE(t)                              the weight generators see positions, the mixed values do not
     g_t = GELU(A1 u_t + a1),  w1_t = B1 g_t + b1   first generator; w1_t has k numbers
@@ -8,8 +8,8 @@ What is computed, per head with inputs x_t of width e = d / heads, over the fram
     Z   = sum_t x_t w1_t'                          (e, k) hidden layer of the token-mixing MLP: a *sum over frames*
     y_t = GELU(Z) w2_t                             and LayerNorm over the concatenated heads
 
-**Linear, with small constants.** Written as above, T x k weights are generated and multiplied twice. Sums commute with the
-generators' second layers, so neither has to be built:
+**Linear, with small constants.** As written above, T x k weights are generated and multiplied twice. Sums commute with the
+generators' second layers, so neither weight matrix has to be built:
 
     Z   = (sum_t x_t g_t') B1' + (sum_t x_t) b1'   = S [B1 b1]',   S = sum_t x_t [g_t 1]' of shape (e, e + 1)
     y_t = (GELU(Z) B2) h_t + GELU(Z) b2
@@ -28,8 +28,8 @@ and mixes its own frames with Z_c = S_c [B1 b1]'. No frame after the chunk enter
   (22 kB per layer for d = 144, 8 heads);
 * L chunks of left context: the last L chunk sums, L times half of that (float32).
 
-A chunk of C frames costs C 4 d^2/heads + 2 d^2 k/heads multiply-accumulates, and L sums of the state, however much
-audio went before. Running sums are kept in float64: a float32 sum over hours of audio would lose the newest frames.
+A chunk of C frames costs C 4 d^2/heads + 2 d^2 k/heads multiply-accumulates, and L sums of the state, whatever the length of the
+audio so far. Running sums are kept in float64: a float32 sum over hours of audio would lose the newest frames.
 
 Sources: Mai et al. 2022 (HyperMixer, https://arxiv.org/abs/2203.03691), Mai et al. 2023 (HyperConformer,
 https://arxiv.org/abs/2305.18281); parameter names and layout as in ``speechbrain.nnet.hypermixing``.
@@ -52,7 +52,7 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class _Generator(nn.Module):
-    """One two-layer MLP per head, from a frame to k weights; only the parameters live here, see :class:`HyperMixing`."""
+    """One two-layer MLP per head, from a frame to k weights; it only holds parameters, see :class:`HyperMixing`."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int):
         super().__init__()
@@ -77,7 +77,7 @@ class _Generators(nn.Module):
 
 @dataclass
 class HyperMixingState(ChunkSums):
-    """What one layer remembers between chunks: sums of (heads, B, e, e + 1)."""
+    """State of one layer between chunks: sums of (heads, B, e, e + 1)."""
 
     frames: int | torch.Tensor = 0
 
@@ -85,8 +85,8 @@ class HyperMixingState(ChunkSums):
 class HyperMixing(nn.Module):
     """Multi-head HyperMixing: a token-mixing MLP whose weights are generated from the tokens, in place of self-attention.
 
-    A drop-in for ``speechbrain.nnet.hypermixing.HyperMixing``: same constructor, call, parameters and result, without its
-    length limit, its (B, T, T) tensor of zeros and its blindness to chunks. Equations, cost and streaming state: see the module.
+    A drop-in for ``speechbrain.nnet.hypermixing.HyperMixing``: same constructor, call, parameters and result, but with chunks,
+    without a length limit, and without a (B, T, T) tensor of zeros. The module's text has equations, cost and streaming state.
 
     Arguments
     ---------
@@ -106,7 +106,7 @@ class HyperMixing(nn.Module):
     Raises
     ------
     ValueError
-        If a size does not divide by the number of heads, or the width is odd.
+        If a size is not a multiple of the number of heads, or the width is odd.
 
     Example
     -------
@@ -131,7 +131,7 @@ class HyperMixing(nn.Module):
             raise UserError(f"HyperMixing needs an even width for its sinusoids, not {input_output_dim}.")
         for what, size in (("width (d_model)", input_output_dim), ("hidden size (d_ffn)", hypernet_size)):
             if num_heads < 1 or size < 1 or size % num_heads:
-                raise UserError(f"HyperMixing's {what} {size} must be positive and divide by its number of heads {num_heads}.")
+                raise UserError(f"HyperMixing's {what} is {size}; give a positive multiple of its number of heads ({num_heads}).")
         self.input_output_dim = input_output_dim
         self.num_heads = num_heads
         self.head_dim = input_output_dim // num_heads
@@ -146,7 +146,7 @@ class HyperMixing(nn.Module):
         return self.layer_norm
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # SpeechBrain stores the sinusoid table of every layer (17 MB of an 8M checkpoint); it carries no information.
+        # SpeechBrain saves the sinusoid table of every layer (17 MB of an 8M checkpoint), although it is deterministic.
         state_dict.pop(prefix + "positional_encoding.pe", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -161,18 +161,18 @@ class HyperMixing(nn.Module):
         pos_embs=None,
         dynchunktrain_config: DynChunkTrainConfig | None = None,
     ):
-        """Mix tokens; the call of SpeechBrain's attentions.
+        """Mix tokens, with the arguments of SpeechBrain's attentions.
 
         Arguments
         ---------
         query : torch.Tensor
             (B, T, D).
         key, value, attn_mask, return_attn_weights, pos_embs
-            Accepted so that the module can stand where an attention stood; without effect, as in SpeechBrain.
+            Accepted because the module can replace an attention; without effect, as in SpeechBrain.
         key_padding_mask : torch.Tensor, optional
             (B, T) bool, True = padding.
         dynchunktrain_config : DynChunkTrainConfig, optional
-            Each chunk mixes itself and its left context only.
+            Restricts each frame to its chunk and the left context.
 
         Returns
         -------
@@ -184,10 +184,10 @@ class HyperMixing(nn.Module):
         shared = self.prepare(query, key_padding_mask, dynchunktrain_config)
         return self.mix(query, shared), None
 
-    # The encoders' side of the module: prepare once per forward, mix in each layer.
+    # The interface for encoders: prepare once per forward, mix in each layer.
 
     def prepare(self, x, mask, config):
-        """What all layers of an encoder share in one forward: (sinusoids (1, T, D), padding mask, chunk setting).
+        """Compute the values that all layers share in one forward: (sinusoids (1, T, D), padding mask, chunk setting).
 
         Arguments
         ---------
@@ -224,18 +224,18 @@ class HyperMixing(nn.Module):
         x = zero_padding(x, mask)
         if config is None:
             values, first, second = self._generate(x, table)
-            with full_precision(x):  # sums over time leave the range and the resolution of half types
+            with full_precision(x):  # sums over time exceed the range and the resolution of half types
                 y = self._mix_tokens(_chunk_sum(values, first), second)
             y = y.permute(1, 2, 0, 3).reshape(batch, frames, width)
         else:
-            # Chunks become an axis of their own; the frames that fill the last one are zeros and add nothing.
+            # Chunks become a separate axis; zero frames fill the last chunk and add nothing.
             size = chunk_length(config, frames)
             fill = -frames % size
             x, table = F.pad(x, (0, 0, 0, fill)), F.pad(table, (0, 0, 0, fill))
             values, first, second = (
                 tensor.unflatten(2, (-1, size)) for tensor in self._generate(x, table)
             )  # (heads, B, chunks, size, e)
-            with full_precision(x):  # sums over time leave the range and the resolution of half types
+            with full_precision(x):  # sums over time exceed the range and the resolution of half types
                 y = self._mix_tokens(window_sum(_chunk_sum(values, first), config.left_context_size), second)
             y = y.flatten(2, 3).permute(1, 2, 0, 3).reshape(batch, frames + fill, width)[:, :frames]
         return self._norm(zero_padding(y, mask)).to(x.dtype)
@@ -255,7 +255,7 @@ class HyperMixing(nn.Module):
         return HyperMixingState(config.left_context_size)
 
     def prepare_stream(self, x, state: HyperMixingState):
-        """What all layers share for one chunk: the sinusoids of its absolute positions.
+        """Compute the values that all layers share for one chunk: the sinusoids of its absolute positions.
 
         Arguments
         ---------
@@ -267,7 +267,7 @@ class HyperMixing(nn.Module):
         Returns
         -------
         torch.Tensor
-            (1, C, D), or (B, C, D) where the streams are of different age.
+            (1, C, D), or (B, C, D) if the streams have different ages.
         """
         table = sinusoids(stream_positions(state.frames, x.shape[1], x.device), x.shape[2])
         return table if table.dim() == 3 else table.unsqueeze(0)
@@ -290,7 +290,7 @@ class HyperMixing(nn.Module):
             (B, C, D).
         """
         values, first, second = self._generate(x, shared)
-        with full_precision(x):  # sums over time leave the range and the resolution of half types
+        with full_precision(x):  # sums over time exceed the range and the resolution of half types
             y = self._mix_tokens(state.add(_chunk_sum(values, first)), second)
         state.frames = state.frames + x.shape[1]
         return self._norm(y.permute(1, 2, 0, 3).flatten(2)).to(x.dtype)
@@ -299,7 +299,7 @@ class HyperMixing(nn.Module):
         """Values and both generators' hidden layers, head by head: three (heads, B, T, e) tensors."""
         batch, frames, width = x.shape
         heads, size = self.num_heads, width // self.num_heads
-        # One copy lays the heads out as a batch, so that everything below is a batched matmul on contiguous rows.
+        # One copy makes the heads a batch axis: everything below is a batched matmul on contiguous rows.
         values = x.reshape(batch, frames, heads, size).permute(2, 0, 1, 3).contiguous()  # (heads, B, T, e)
         table = table.to(x.dtype).unflatten(2, (heads, size)).permute(2, 0, 1, 3)  # (heads, 1 or B, T, e)
         generators = [self.hyper.w1_gen] if self.tied else [self.hyper.w1_gen, self.hyper.w2_gen]

@@ -1,7 +1,7 @@
 """Lengths, padding and chunks.
 
-Two conventions hold everywhere: masks are boolean and True means *blocked* (padding, or not to be attended), and lengths
-travel as SpeechBrain's relative lengths, chosen so that ``round(relative * frames)`` is exact.
+Two conventions hold everywhere. Masks are boolean, and True means *blocked* (padding, or not to be attended). Lengths are
+SpeechBrain's relative lengths, chosen so that ``round(relative * frames)`` is exact.
 """
 
 import torch
@@ -58,7 +58,7 @@ def padding_mask(lengths: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Set padded frames to zero, as must be done before anything that mixes time.
+    """Set padded frames to zero, as is necessary before each operation that mixes frames.
 
     Arguments
     ---------
@@ -92,7 +92,7 @@ def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None, causal: bo
     device : torch.device, optional
         Where to build the mask.
     causal : bool
-        Whether a frame sees nothing after itself in its own chunk either.
+        Whether a frame sees no later frame of its own chunk either.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def chunk_mask(frames: int, config: DynChunkTrainConfig, device=None, causal: bo
 
 
 def chunk_length(config: DynChunkTrainConfig, frames: int) -> int:
-    """Frames of the chunks that a whole utterance is cut into: no more than it has.
+    """Number of frames per chunk of a whole utterance: the chunk size, but at most the utterance's length.
 
     Arguments
     ---------
@@ -135,7 +135,7 @@ def chunk_length(config: DynChunkTrainConfig, frames: int) -> int:
     >>> chunk_length(DynChunkTrainConfig(16), 10)
     10
     """
-    # A graph would hold for ever to what is the less of both in its example
+    # A graph would keep the smaller of the two numbers in its example
     return config.chunk_size if torch.compiler.is_exporting() else min(config.chunk_size, frames)
 
 
@@ -147,7 +147,7 @@ def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
     config : DynChunkTrainConfig
         The setting.
     multiple : int
-        What the chunk size must divide by (an encoder's ``chunk_multiple``).
+        The chunk size must be a multiple of it (an encoder's ``chunk_multiple``).
 
     Raises
     ------

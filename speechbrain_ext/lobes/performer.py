@@ -4,7 +4,7 @@ Softmax attention weighs key j for query i by exp(q_i k_j / sqrt(e)), e = head s
 
     weight(i, j) = phi(q_i)' psi(k_j),      y_i = sum_j weight(i, j) v_j / sum_j weight(i, j)
 
-so that the sums over j are taken before the product with the query: with
+and the sums over j come before the product with the query: with
 
     S = sum_j psi(k_j) [v_j 1]'   of shape (m, e + 1),      [numerator denominator]_i = phi(q_i)' S
 
@@ -13,16 +13,16 @@ rows w_r of a random matrix that are Gaussian each and orthogonal in blocks of e
 
     phi_r(q) = exp(w_r q^ + |w_r|^2 / 2 - max over r),      psi_r(k) = exp(-|k^ - w_r|^2 / 2 + e / 2)
 
-The usual form, exp(w x^ - |x^|^2 / 2) for both, is the same up to factors that cancel: one per query, and one per feature that
-keys lose and queries get. Keys are then bounded without a maximum over time, which would look into the future.
+The usual form is exp(w x^ - |x^|^2 / 2) for both. The form here is the same up to factors that cancel: one per query, and one per
+feature, which moves from keys to queries. Keys are then bounded without a maximum over time, which would look into the future.
 "relu": phi(x) = psi(x) = ReLU(w x / sqrt(e)) + 1e-3; without random features (``features`` 0) ReLU(x) + 1e-3, with m = e.
 
-**Causal, in training.** Frames are taken in blocks of at least 64. What lies before a block enters as one running sum; inside the
-block the weights are multiplied out, and those of later frames (or chunks) left out. No loop over time, T / 64 sums.
+**Causal, in training.** Frames are taken in blocks of at least 64. The frames before a block enter as one running sum. Inside the
+block all weights are computed, and those of later frames (or chunks) are set to zero. No loop over time, T / 64 sums.
 
 **Recurrent.** Chunk by chunk, S is the state: heads m (e + 1) float64 numbers per utterance and layer for an unlimited left
 context (266 kB for 8 heads of 64 with 64 features), whatever the length of the audio so far; with L chunks of left context, L
-times half of that. This is an RNN's step, hence "RNN attention".
+times half of that. This is the step of an RNN, hence "RNN attention".
 
 Sources: Choromanski et al. 2020, https://arxiv.org/abs/2009.14794 (features, causal prefix sums); Katharopoulos et al. 2020,
 https://arxiv.org/abs/2006.16236 (the recurrence).
@@ -41,7 +41,7 @@ from speechbrain_ext.lobes.precision import at_least_float32, full_precision, wi
 from speechbrain_ext.utils.errors import UserError
 
 BLOCK = 64
-"""Frames whose weights the causal form multiplies out at once."""
+"""Frames per block of the causal form."""
 RELU_FLOOR = 1e-3
 """Added to ReLU features, so that no denominator is zero; the value of Lingvo's Performer."""
 KERNELS = ("softmax", "relu")
@@ -79,10 +79,10 @@ def orthogonal_gaussian(rows: int, size: int, generator: torch.Generator | None 
 
 @torch.no_grad()
 def redraw_features(module: nn.Module, draw: int) -> None:
-    """Give all :class:`RandomFeatures` inside new random features, for training; evaluation keeps those it was built with.
+    """Draw new random features for training, in all :class:`RandomFeatures` inside. Evaluation keeps its features.
 
-    The same number gives the same features in every process and after every resumption. As evaluation's stay, averages of
-    checkpoints keep their meaning.
+    The same number gives the same features in every process and in every resumed run. The features of evaluation do not change,
+    so averages of checkpoints are valid.
 
     Arguments
     ---------
@@ -106,7 +106,7 @@ def redraw_features(module: nn.Module, draw: int) -> None:
 
 
 class RandomFeatures(nn.Module):
-    """The features of queries and keys.
+    """Features of queries and keys.
 
     Arguments
     ---------
@@ -120,7 +120,7 @@ class RandomFeatures(nn.Module):
     Raises
     ------
     ValueError
-        If the kernel is unknown, or has no such number of features, or cannot have heads of this size.
+        If the kernel is unknown, or does not support the number of features or the head size.
 
     Example
     -------
@@ -135,7 +135,7 @@ class RandomFeatures(nn.Module):
             raise UserError(f"Unknown kernel '{kernel}' of Performer attention; the known ones are: {', '.join(KERNELS)}.")
         if kernel == "softmax" and head_size > 128:
             raise UserError(
-                f"The head size (d_model / nhead) is {head_size}; the softmax kernel's features leave float32's range above 128: "
+                f"The head size (d_model / nhead) is {head_size}; softmax features exceed float32's range above 128: "
                 "give more heads, or the relu kernel."
             )
         if not isinstance(features, int) or features < 0 or (kernel == "softmax" and not features):
@@ -165,14 +165,14 @@ class RandomFeatures(nn.Module):
         head_size = key.shape[-1]
         query = query + half_norms
         key_norms = key.square().sum(-1, keepdim=True) * (0.5 * head_size**-0.5)
-        # exp(40) summed over hours is far from float32's end
+        # exp(40) summed over hours is far below float32's maximum
         return (query - query.detach().amax(-1, keepdim=True)).exp(), (
             projected - key_norms - (half_norms - min(0.5 * head_size, 40.0))
         ).exp()
 
 
 class PerformerAttention(nn.Module):
-    """Multi-head Performer attention, with the calls of :class:`speechbrain_ext.lobes.attention.SelfAttention`.
+    """Multi-head Performer attention, with the methods of :class:`speechbrain_ext.lobes.attention.SelfAttention`.
 
     Arguments
     ---------
@@ -181,19 +181,19 @@ class PerformerAttention(nn.Module):
     nhead : int
         Number of heads.
     dropout : float
-        Dropout on the output; attention probabilities, which softmax attention drops, are nowhere.
+        Dropout on the output. Softmax attention applies it to attention probabilities, which do not exist here.
     kernel : str
         "softmax" or "relu", see the module.
     features : int, optional
         Number m of random features per head; 0 (relu only) = no random projection, m = head size. By default 0 for relu, and
         twice the head size for softmax.
     causal : bool
-        Whether a frame sees nothing after itself, in full context and inside its chunk.
+        Whether a frame sees no later frame, in full context and inside its chunk.
 
     Raises
     ------
     ValueError
-        If the width does not divide by the number of heads, or the kernel is unknown.
+        If the width is not a multiple of the number of heads, or the kernel is unknown.
 
     Example
     -------
@@ -214,7 +214,7 @@ class PerformerAttention(nn.Module):
     ):
         super().__init__()
         if d_model < 1 or nhead < 1 or d_model % nhead:
-            raise UserError(f"d_model {d_model} must be positive and divide by nhead {nhead}.")
+            raise UserError(f"d_model is {d_model}; give a positive multiple of nhead ({nhead}).")
         head_size = d_model // nhead
         if features is None:
             features = 2 * head_size if kernel == "softmax" else 0
@@ -234,7 +234,7 @@ class PerformerAttention(nn.Module):
         return self.out
 
     def prepare(self, x, mask, config: DynChunkTrainConfig | None):
-        """What all layers share in one forward: (padding mask, chunk setting)."""
+        """Return the values that all layers share in one forward: (padding mask, chunk setting)."""
         return mask, config
 
     def mix(self, x, shared):
@@ -269,10 +269,10 @@ class PerformerAttention(nn.Module):
         return ChunkSums(config.left_context_size)
 
     def prepare_stream(self, x, state):
-        """Nothing is shared."""
+        """Return None: layers share nothing."""
 
     def stream(self, x, state: ChunkSums, shared):
-        """Attend from one chunk over what went before and itself, and update the state.
+        """Attend from one chunk over the frames before it and itself, and update the state.
 
         Arguments
         ---------
@@ -299,39 +299,39 @@ class PerformerAttention(nn.Module):
         return self._finish(y, x.dtype, None)
 
     def _project(self, x, mask):
-        """Query and key (B, heads, T, e), and value with a one behind it (B, heads, T, e + 1)."""
+        """Query and key (B, heads, T, e), and value with a one appended (B, heads, T, e + 1)."""
         query, key, value = self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, F.pad(at_least_float32(value), (0, 1), value=1.0)
 
     def _attend_to_past(self, query, key, value):
-        """Of a chunk alone."""
+        """Causal attention inside one chunk."""
         if not torch.compiler.is_exporting():
             return _attend_in_blocks(query, key, value, None, True)
-        # Blocks in a graph for any length would be filled with zeros: in one for chunks they cost more than they save.
+        # A graph for any length would fill blocks with zeros: for chunks, blocks then cost more than they save.
         position = torch.arange(query.shape[2], device=query.device)
         return _attend_inside(query, key, value, position > position.unsqueeze(1))
 
     def _finish(self, y, dtype, mask):
         """From numerators and denominators (B, heads, T, e + 1) to the output (B, T, D)."""
-        # A frame that sees nothing but padding has neither; nor has one whose keys all lie beyond float32.
+        # Both are zero for a frame that sees only padding, and for one whose keys all underflow in float32.
         total = y[..., -1:]
         y = y[..., :-1] / total.masked_fill(total < 1e-30, float("inf"))
         return self.dropout(self.out(y.transpose(1, 2).flatten(2).to(dtype), mask))
 
 
 def _attend_inside(query, key, value, blocked):
-    """All weights multiplied out, those of blocked keys left out."""
+    """Attention with all weights computed, and those of blocked keys set to zero."""
     return (query @ key.transpose(-1, -2)).masked_fill(blocked, 0.0) @ value
 
 
 def _attend_in_blocks(query, key, value, config, causal):
     """phi(q)' S for the frames that each query sees: (B, H, T, m) twice and (B, H, T, e + 1) to (B, H, T, e + 1).
 
-    Blocks are whole chunks: what a block's last chunk sees before the block is a sum; the rest lies in the block itself, and,
-    with a limited left context, in the same block of keys and values moved right by one left context and a chunk: what has left
-    the sight of the block's last chunk but not yet of the query's. What has left the sight altogether is subtracted from the sum:
-    the same numbers that were added, in float64, so that nothing of them is left. With a limited left context a causal block is
-    at least as long as a chunk.
+    A block is a number of whole chunks. A query sees up to three parts: a sum over the frames before the block that the block's
+    last chunk sees; frames of the block itself; and, with a limited left context, older frames that the block's last chunk does
+    not see any more. The third part comes from the same block of keys and values, moved right by the left context and a chunk.
+    Frames that the last chunk does not see any more are subtracted from the sum: the same float64 numbers that were added, so
+    nothing of them remains. With a limited left context a causal block is at least as long as a chunk.
     """
     size, left = (1, None) if config is None else (config.chunk_size, config.left_context_size)
     if causal and left is None:
@@ -346,18 +346,18 @@ def _attend_in_blocks(query, key, value, config, causal):
     if not compiling:
         chunks = min(chunks, math.ceil(frames / size))
     block = chunks * size
-    # A graph for any length must not see a single block: broadcasting is another operation. A block of zeros changes nothing.
+    # A graph for any length needs more than one block, as broadcasting is another operation. A block of zeros changes nothing.
     count = frames // block + 2 if compiling else math.ceil(frames / block)
     rest = count * block - frames
-    alone = not causal and chunks == 1  # a block is a chunk that sees all of itself
+    alone = not causal and chunks == 1  # a block is one chunk, which sees all its frames
 
     def inside():
-        """(block, block) bool: what a block's frames do not see of it, and what they see of the block before it."""
+        """(block, block) bool: frames of a block that a query must not see, and the same for the block of older frames."""
         position = torch.arange(block, device=query.device)
         chunk = position // size
         return position > position.unsqueeze(1) if causal else chunk > chunk.unsqueeze(1), chunk <= chunk.unsqueeze(1)
 
-    if count == 1 and not alone and not rest:  # all that is seen lies inside
+    if count == 1 and not alone and not rest:  # all visible frames lie in the block
         return _attend_inside(query, key, value, inside()[0])
 
     def cut(tensor, shift=0):
@@ -366,12 +366,12 @@ def _attend_in_blocks(query, key, value, config, causal):
         return F.pad(tensor, (0, 0, shift, rest))[:, :, : frames + rest].reshape(-1, block, tensor.shape[3])
 
     def sums(start, end):
-        """Over frames ``start`` to ``end`` of each block, (B, H, blocks, m, e + 1)."""
+        """Sums over frames ``start`` to ``end`` of each block, (B, H, blocks, m, e + 1)."""
         each = torch.bmm(keys[:, start:end].transpose(1, 2), values[:, start:end])
         return widest(each.unflatten(0, (*query.shape[:2], -1)))
 
     def later(tensor, blocks):
-        """The same some blocks later, zeros first."""
+        """Sums moved right by some blocks, zeros first."""
         blocks = min(blocks, count)
         return F.pad(tensor, (0, 0, 0, 0, blocks, -blocks))
 
@@ -382,7 +382,7 @@ def _attend_in_blocks(query, key, value, config, causal):
         seen = sums(0, block).cumsum(2)
         seen = seen if alone else later(seen, 1)
     else:
-        # What is out of sight begins at no block's beginning: blocks are summed in two parts
+        # The visible frames begin inside a block: each block is summed in two parts
         blocks, cut_off = divmod((left + 1) * size, block)
         first = sums(0, block - cut_off)
         running = (first + sums(block - cut_off, block) if cut_off else first).cumsum(2)

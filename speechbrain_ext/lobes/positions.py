@@ -1,4 +1,4 @@
-"""Sinusoids for positions, computed for the frames at hand, so that no table ends and none is stored in a checkpoint."""
+"""Sinusoids for positions, computed when needed: no table limits the length, and no checkpoint stores one."""
 
 import math
 
@@ -36,14 +36,14 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     Arguments
     ---------
     positions : torch.Tensor
-        (..., T) positions in frames; as float64 where they grow with a stream, whose angles float32 would blur.
+        (..., T) positions in frames; float64 for those of a stream, as float32 would make large angles inexact.
     size : int
         Number of channels, even.
 
     Returns
     -------
     torch.Tensor
-        (..., T, size) float32, float64 for float64 positions unless in an exported graph.
+        (..., T, size) float32; float64 for float64 positions, except in an exported graph.
 
     Example
     -------
@@ -53,10 +53,10 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
     """
     dtype = torch.promote_types(positions.dtype, torch.float32)
     angles = positions.to(dtype).unsqueeze(-1) * inverse_frequencies(size, positions.device, dtype)  # (..., T, size/2)
-    # The first of these is true in torch.compile, too
+    # is_exporting is also true in torch.compile
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exporting and dtype == torch.float64:
-        # Many builds of onnxruntime, sherpa-onnx's among them, have no cosine in float64; of one turn float32 is exact enough
+        # Many builds of onnxruntime, sherpa-onnx's among them, have no cosine in float64; within one turn float32 is exact enough
         angles = (angles - 2 * math.pi * (angles / (2 * math.pi)).floor()).float()
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
@@ -67,7 +67,7 @@ def stream_positions(before: int | torch.Tensor, frames: int, device=None, dtype
     Arguments
     ---------
     before : int or torch.Tensor
-        Number of frames that came before them; as (B,) where the streams of a batch are of different age.
+        Number of frames before the chunk; (B,) if the streams of a batch have different ages.
     frames : int
         Number T of frames.
     device : torch.device, optional
@@ -78,7 +78,7 @@ def stream_positions(before: int | torch.Tensor, frames: int, device=None, dtype
     Returns
     -------
     torch.Tensor
-        (T,), or (B, T) where streams are of different age.
+        (T,), or (B, T) if streams have different ages.
 
     Example
     -------

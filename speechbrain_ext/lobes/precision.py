@@ -1,4 +1,4 @@
-"""Where half precision must not go."""
+"""Tools for computations that half precision would harm."""
 
 import functools
 import threading
@@ -11,7 +11,7 @@ WITHOUT_FLOAT64 = {"mps"}
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast would change the type of a tensor in a matrix product; never that of float64.
+    """Whether autocast would change the type of a tensor in a matrix product. It never changes float64.
 
     Arguments
     ---------
@@ -37,10 +37,10 @@ def _enabled(device):
 
 
 def full_precision(x: torch.Tensor):
-    """Context in which float32 stays float32: autocast leaves it alone, and on CUDA no product is made in TF32.
+    """Context in which float32 stays float32: without autocast, and on CUDA without TF32 products.
 
-    Where neither would change anything, it does nothing, and leaves no trace in a graph. PyTorch keeps the TF32 setting for the
-    whole process: products of other threads are without it meanwhile, and gradients, which are computed later, are with it.
+    If neither would change anything, it does nothing, and adds nothing to a graph. PyTorch keeps the TF32 setting for the whole
+    process: other threads compute without TF32 meanwhile, and gradients, which are computed later, with it.
 
     Arguments
     ---------
@@ -66,7 +66,7 @@ def full_precision(x: torch.Tensor):
 
 @functools.cache
 def _tf32_switches():
-    """Where PyTorch keeps whether CUDA may round to TF32: module, attribute, and the value that forbids it."""
+    """PyTorch's settings that allow CUDA to round to TF32: module, attribute, and the value that forbids it."""
     backends = torch.backends
     if hasattr(backends.cudnn, "conv"):
         return (backends.cuda.matmul, "fp32_precision", "ieee"), (backends.cudnn.conv, "fp32_precision", "ieee")
@@ -74,8 +74,8 @@ def _tf32_switches():
 
 
 class _WithoutTF32:
-    """What SpeechBrain, or the user, has switched on by whichever of PyTorch's two ways, is as before after the last of those
-    that are open at a time, in one thread or in several."""
+    """Switches TF32 off. The last of several open contexts, in one thread or in several, restores what SpeechBrain or the user
+    had set through either of PyTorch's two interfaces."""
 
     lock, count, before = threading.Lock(), 0, ()
 

@@ -1,16 +1,15 @@
 """A stack of blocks that run at one frame rate, and the protocol of the blocks.
 
 ``prepare(x, mask, config)``
-    What all blocks of a kind share in one forward, such as position tables and masks; None where there is nothing to share.
+    Returns the values that all blocks of a kind share in one forward, such as position tables and masks, or None.
 ``forward(x, shared, mask, config)``
     (B, T, D) to (B, T, D); ``mask`` is (B, T) bool or None, True = padding; ``config`` is the chunk setting or None.
 ``initial_state(config)``, ``prepare_stream(x, state)``, ``stream(x, state, shared)``
     The same chunk by chunk; the state is updated in place.
 ``chunk_multiple`` (optional attribute)
-    What a chunk length must divide by.
+    A chunk length must be a multiple of it.
 
-A part that makes a residual branch says in ``branch_end`` which of its layers is the last one with weights:
-see :func:`begin_as_identity`.
+A module of a residual branch names its last layer with weights in ``branch_end``, see :func:`begin_as_identity`.
 """
 
 from contextlib import nullcontext
@@ -24,12 +23,12 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class Stack(nn.ModuleList):
-    """Blocks one after the other; what they share is prepared once.
+    """Blocks one after the other. The values that they share are computed once.
 
     Arguments
     ---------
     layers : iterable of torch.nn.Module
-        The blocks, at least one. Those that share anything share all of it: one kind of mixer in one stack.
+        The blocks, at least one. Blocks that share values share all of them: use one kind of mixer in a stack.
 
     Raises
     ------
@@ -47,7 +46,7 @@ class Stack(nn.ModuleList):
     """
 
     recomputes = False
-    """Whether training keeps the input of each block alone for the gradient, and computes the rest again."""
+    """Whether training keeps only the input of each block for the gradient, and recomputes the rest."""
 
     def __init__(self, layers):
         super().__init__(layers)
@@ -56,7 +55,7 @@ class Stack(nn.ModuleList):
 
     @property
     def chunk_multiple(self) -> int:
-        """What a chunk length must divide by, in frames."""
+        """A chunk length must be a multiple of it, in frames."""
         return max(getattr(layer, "chunk_multiple", 1) for layer in self)
 
     def forward(self, x, mask=None, config=None):
@@ -65,7 +64,7 @@ class Stack(nn.ModuleList):
         for layer in self:
             if shared is None:
                 shared = layer.prepare(x, mask, config)
-            again = self.recomputes and not any(isinstance(part, Stack) for part in layer.modules())  # else its own blocks do
+            again = self.recomputes and not any(isinstance(part, Stack) for part in layer.modules())  # else its blocks do
             x = recompute(layer, x, shared, mask, config) if again else layer(x, shared, mask, config)
         return x
 
@@ -84,20 +83,20 @@ class Stack(nn.ModuleList):
 
 
 def recompute(module, *args):
-    """Call a module that keeps its inputs alone for the gradient, and computes the rest again: activation checkpointing.
+    """Call a module with activation checkpointing: keep only its inputs for the gradient, and recompute the rest.
 
-    What is drawn is drawn again the same, and statistics are updated once.
+    Random numbers are the same the second time, and statistics are updated once.
 
     Arguments
     ---------
     module : torch.nn.Module
-        What to call.
+        The module.
     *args
-        What to call it with.
+        Its arguments.
 
     Returns
     -------
-    Whatever the module gives.
+    The output of the module.
 
     Example
     -------
@@ -117,11 +116,11 @@ def _contexts():
 
 @torch.no_grad()
 def begin_as_identity(encoder: nn.Module) -> None:
-    """Let every residual branch begin as nothing, in place, so that an encoder begins by passing on what it is given.
+    """Let every residual branch begin at zero, in place: the encoder then begins as the identity.
 
-    For training from nothing with CTC. In a deep stack of random blocks with LayerNorms the frames of an utterance become alike:
-    behind ten blocks their mean over time is 82 % of what a Conformer puts out, and 95 % of a HyperConformer's. Then CTC, which
-    begins by answering with blanks alone, stays there for long.
+    Use it to train from random weights with CTC. In a deep stack of random blocks with LayerNorms the frames of an utterance
+    become alike: after ten blocks their mean over time is 82 % of a Conformer's output, and 95 % of a HyperConformer's. CTC
+    begins by predicting blanks only, and with such frames it continues to do so for long.
 
     Arguments
     ---------
@@ -144,7 +143,7 @@ def begin_as_identity(encoder: nn.Module) -> None:
     ends = [part.branch_end for part in encoder.modules() if hasattr(part, "branch_end")]
     if not ends:
         name = type(encoder).__name__
-        raise UserError(f"No part of {name} has a branch_end, so that it cannot begin as the identity; leave identity_init out.")
+        raise UserError(f"No part of {name} has a branch_end, so it cannot begin as the identity; leave identity_init out.")
     for end in ends:
-        for parameter in (getattr(end, "norm", None) or end).parameters():  # of a linear layer with a norm behind it, the norm's
+        for parameter in (getattr(end, "norm", None) or end).parameters():  # those of the norm after a linear layer
             parameter.zero_()

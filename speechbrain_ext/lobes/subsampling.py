@@ -1,10 +1,10 @@
-"""Front ends that turn 10 ms feature frames into 40 ms encoder frames, padding-exact.
+"""Subsampling of 10 ms feature frames to 40 ms encoder frames, padding-exact.
 
-Both halve the rate twice with kernels of 3 padded by 1, hence ceil(T / 4) frames. Output frame j of a halving sees the inputs
-2j - 1 to 2j + 1, so a chunk of a multiple of 4 feature frames never looks past its own end.
+All classes halve the rate twice with kernels of 3 padded by 1, hence ceil(T / 4) frames. Output frame j of a halving sees the
+inputs 2j - 1 to 2j + 1, so a chunk of a multiple of 4 feature frames never looks past its own end.
 
-All tensors lie (B, T, F, C), channels last: the layout in which convolutions of few bins and many channels are fast, depthwise
-and bfloat16 ones above all, and in which the next linear layer finds its input without a copy.
+All tensors are (B, T, F, C), channels last. In this layout convolutions of few bins and many channels are fast, above all
+depthwise and bfloat16 ones, and the next linear layer needs no copy of its input.
 """
 
 import torch
@@ -19,8 +19,8 @@ from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError
 
 PIECE, MIN_PIECE = 800, 128
-"""Feature frames of all utterances that a CPU subsamples at once where no gradient is wanted, and of each at least: beyond the
-caches, in memory that the system hands out anew, the same takes up to four times as long (160 s: 131 ms, in pieces 35 ms)."""
+"""Feature frames that a CPU subsamples at once without a gradient: of all utterances together, and of each at least. Larger
+pieces exceed the caches, and the system clears their memory first: up to four times as long (160 s: 131 ms, in pieces 35 ms)."""
 
 
 class _Halving(nn.Conv2d):
@@ -41,7 +41,7 @@ class _Halving(nn.Conv2d):
 
 
 class _Subsampling(nn.Module):
-    """Two halvings with lengths carried along; subclasses build ``stages`` of layers on (B, T, F, C)."""
+    """Two halvings, with lengths; subclasses build ``stages`` of layers on (B, T, F, C)."""
 
     factor = 4
 
@@ -66,16 +66,16 @@ class _Subsampling(nn.Module):
         return y, None if frames is None else (frames + self.factor - 1) // self.factor / y.shape[1]
 
     def _pieces(self, x, frames):
-        """Input (B, T', F), valid frames (B,) or None, and number of output frames that are not wanted."""
+        """Pieces: input (B, T', F), valid frames (B,) or None, and number of output frames to leave out."""
         size = x.shape[1]
         whole = torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu"
-        if not whole and not any(module.training for module in self.modules()):  # training takes statistics
+        if not whole and not any(module.training for module in self.modules()):  # training needs statistics of whole batches
             size = max(MIN_PIECE, PIECE // len(x) // self.factor * self.factor)
         if size >= x.shape[1]:
             return [(x, frames, 0)]
         pieces = []
         for start in range(0, x.shape[1], size):
-            # The first frame of four more is wrong, as it misses its left neighbours, and the only wrong one.
+            # Four more frames at the left give one more output frame, the only wrong one: it lacks left neighbours.
             before = min(start, self.factor)
             piece = x[:, start - before : start + size]
             valid = None if frames is None else (frames - start + before).clamp(0, piece.shape[1])
@@ -86,7 +86,7 @@ class _Subsampling(nn.Module):
         x = x.unsqueeze(-1)
         for stage in self.stages:
             if frames is not None:
-                # Zeros before each convolution, where a lone utterance meets the convolution's own zero padding.
+                # Zeros before each convolution, as an utterance alone gets from the convolution's own zero padding.
                 x = x.masked_fill(padding_mask(frames, x.shape[1])[:, :, None, None], 0.0)
                 frames = (frames + 1) // 2
             x = self._run(stage, x, frames)
@@ -98,21 +98,21 @@ class _Subsampling(nn.Module):
         Arguments
         ---------
         x : torch.Tensor
-            (B, C, F) features; C divides by 4, but for the last chunk.
+            (B, C, F) features; C is a multiple of 4, except in the last chunk.
         before : torch.Tensor, optional
             (B, 4, F) from the last call; None or (B, 0, F) before the first chunk.
 
         Returns
         -------
         tuple
-            (B, ceil(C / 4), ``output_size``), and what the next call needs.
+            (B, ceil(C / 4), ``output_size``), and ``before`` of the next call.
         """
-        # The first frame of four more is wrong, as it misses its left neighbours, and the only wrong one.
+        # Four more frames at the left give one more output frame, the only wrong one: it lacks left neighbours.
         wrong = 0 if before is None else before.shape[1] // self.factor
         y, _ = self(x) if before is None else self(torch.cat((before, x), 1))
         if torch.compiler.is_exporting():
-            # Slices whose ends depend on two lengths have no length for the exporter. Nothing comes behind a chunk of fewer than
-            # four frames that would ask for the zeros.
+            # The exporter cannot infer the length of a slice whose ends depend on two lengths. The padded zeros are never used:
+            # no chunk follows a chunk of fewer than four frames.
             valid = torch.arange((x.shape[1] - 1) // self.factor + 1, device=x.device)
             return y[:, wrong + valid], F.pad(x, (0, 0, self.factor, 0))[:, x.shape[1] :]
         return y[:, wrong:], x[:, -self.factor :]
@@ -125,8 +125,8 @@ class _Subsampling(nn.Module):
 class ConvolutionSubsampling(_Subsampling):
     """Regular 4x convolution: twice Conv2d 3 x 3 of stride 2, LayerNorm, LeakyReLU, dropout.
 
-    The front end of SpeechBrain's published Transformer and (Hyper)Conformer recipes (``ConvolutionFrontEnd`` with two blocks),
-    with the same parameters, but padding-exact: zeros instead of reflection at the ends, masked between the layers.
+    That of SpeechBrain's published Transformer and (Hyper)Conformer recipes (``ConvolutionFrontEnd`` with two blocks), with the
+    same parameters, but padding-exact: zeros instead of reflection at the ends, and masks between the layers.
 
     Arguments
     ---------
@@ -162,7 +162,7 @@ class ConvolutionSubsampling(_Subsampling):
 class FusibleSubsampling(_Subsampling):
     """Regular 4x convolution: twice Conv2d 3 x 3 of stride 2, BatchNorm, ReLU; the BatchNorm folds into the convolution.
 
-    :class:`ConvolutionSubsampling` as the FusionFormer has it.
+    The FusionFormer's version of :class:`ConvolutionSubsampling`.
 
     Arguments
     ---------
@@ -171,9 +171,9 @@ class FusibleSubsampling(_Subsampling):
     channels : tuple of int
         Channels of both convolutions.
     momentum, eps : float
-        Of the BatchNorm.
+        Keys of the BatchNorm.
     fused : bool
-        Whether to build it as :meth:`fuse_` leaves it, for weights that were saved so.
+        Whether to build it fused, for weights that were saved after :meth:`fuse_`.
 
     Example
     -------
@@ -240,13 +240,13 @@ class DepthwiseSubsampling(_Subsampling):
     channels : int
         Channels of all layers.
     padding : str
-        ``symmetric``; or ``right``, for models of the authors' code and only for these: it gives floor(T / 4) frames, wants
-        zeros behind an utterance's end, and its last frames depend on whether longer ones are in the batch.
+        ``symmetric``, or ``right`` for models of the authors' code only. ``right`` gives floor(T / 4) frames and needs zeros
+        after an utterance's end; its last frames depend on whether the batch has longer utterances.
 
     Raises
     ------
     ValueError
-        If the padding is unknown; in use, if there are fewer than 4 frames with the padding ``right``.
+        If the padding is unknown; in ``forward``, if there are fewer than 4 frames with the padding ``right``.
 
     Example
     -------
@@ -276,7 +276,7 @@ class DepthwiseSubsampling(_Subsampling):
     def stream(self, x, before=None):
         """See :class:`ConvolutionSubsampling`; not with the padding ``right``, which looks into the next chunk."""
         if self.padding != "symmetric":
-            raise UserError(f"A front end with padding '{self.padding}' does not stream; train one with padding 'symmetric'.")
+            raise UserError(f"Subsampling with padding '{self.padding}' does not stream; train a model with padding 'symmetric'.")
         return super().stream(x, before)
 
     def forward(self, x, lengths=None):

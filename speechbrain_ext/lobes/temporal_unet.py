@@ -1,6 +1,6 @@
 """The Temporal U-Net of the Squeezeformer (Kim et al. 2022, https://arxiv.org/abs/2206.00888, section 3.1.1).
 
-Neighbouring frames of the middle blocks are alike: so these run at half the frame rate, where a block costs less than half.
+Neighbouring frames of the middle blocks are alike. These blocks run at half the frame rate, where a block costs less than half.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.utils.errors import UserError
 
 KERNEL = 5
-"""Of the reduction, in frames: 5 in the authors' code and checkpoints (the paper's text says 3)."""
+"""Kernel of the reduction, in frames: 5 in the authors' code and checkpoints (3 in the paper's text)."""
 
 
 @dataclass
 class TemporalUNetState:
-    """What a Temporal U-Net remembers between chunks."""
+    """State of a Temporal U-Net between chunks."""
 
     layers: list
     """The states of the blocks inside, at their own rate."""
@@ -30,12 +30,12 @@ class TemporalUNetState:
 
 
 class TemporalUNet(nn.Module):
-    """Runs a stack of blocks at half the frame rate: itself a block, so that U-Nets nest and stand in any encoder's stack.
+    """Runs a stack of blocks at half the frame rate. It is itself a block: U-Nets can be nested, and used in any encoder.
 
-    The input is halved by a depthwise convolution (kernel 5, stride 2) and a pointwise one; the output of the blocks goes through
-    a linear layer, is repeated twice, cut to length and added to the input.
+    A depthwise convolution (kernel 5, stride 2) and a pointwise one halve the input. The output of the blocks goes through a
+    linear layer, is repeated twice, cut to length and added to the input.
 
-    A chunk must hold an even number of frames. The streaming state is three frames of the reduction and what the blocks keep,
+    A chunk must have an even number of frames. The streaming state is three frames of the reduction, and the states of the blocks
     at half the rate.
 
     Arguments
@@ -46,14 +46,14 @@ class TemporalUNet(nn.Module):
         Width.
     padding : str
         ``symmetric``: reduced frame i sees the frames 2 i - 3 to 2 i + 1, as in NeMo. Padding has no influence, and no frame
-        beyond the pair that it stands for is needed. ``right``: the frames 2 i to 2 i + 4, and a zero frame behind an odd number
-        of frames, as in the authors' code; for their models. It looks ahead, so that there are no chunks, and the answer for an
-        utterance of an odd number of frames depends on whether longer ones are in the batch.
+        after the pair 2 i, 2 i + 1 is needed. ``right``, for models of the authors' code: frame i sees the frames 2 i to
+        2 i + 4, and a zero frame follows an odd number of frames. It looks ahead, and does not support chunks. The output for an
+        utterance with an odd number of frames depends on whether the batch has longer ones.
 
     Raises
     ------
     ValueError
-        If the padding is unknown; in use, if there is a chunk setting with the padding ``right``.
+        If the padding is unknown; in ``forward``, if there is a chunk setting with the padding ``right``.
 
     Example
     -------
@@ -83,11 +83,11 @@ class TemporalUNet(nn.Module):
 
     @property
     def chunk_multiple(self) -> int:
-        """What a chunk length must divide by, in frames of the input."""
+        """A chunk length must be a multiple of it, in frames of the input."""
         return 2 * self.layers.chunk_multiple
 
     def prepare(self, x, mask, config):
-        """Nothing: what the blocks inside share has another rate."""
+        """Return None: the blocks inside have another rate, and share their own values."""
 
     def forward(self, x, shared=None, mask=None, config: DynChunkTrainConfig | None = None):
         """Run the blocks.
@@ -111,7 +111,7 @@ class TemporalUNet(nn.Module):
         half = None if config is None else self._half(config)
         y = zero_padding(x, mask)
         if torch.compiler.is_exporting():
-            # A graph for any length cannot ask whether there is only one frame at half rate: so there is one more, as padding.
+            # A graph for any length cannot treat one frame at half rate as a special case: add one more, as padding.
             y = F.pad(y, (0, 0, 0, 2))
             mask = F.pad(torch.zeros_like(x[..., 0], dtype=torch.bool) if mask is None else mask, (0, 2), value=True)
         if self.padding == "symmetric":
@@ -129,20 +129,20 @@ class TemporalUNet(nn.Module):
         return TemporalUNetState(self.layers.initial_state(self._half(config)))
 
     def prepare_stream(self, x, state: TemporalUNetState):
-        """Nothing, see :meth:`prepare`."""
+        """Return None, see :meth:`prepare`."""
 
     def stream(self, x, state: TemporalUNetState, shared=None):
-        """One chunk (B, C, D) to (B, C, D), C even but in the last chunk; updates the state."""
+        """One chunk (B, C, D) to (B, C, D), C even except in the last chunk; updates the state."""
         left = KERNEL - 2
         y = F.pad(x, (0, 0, left, 0)) if state.reduction is None else torch.cat((state.reduction, x), dim=1)
         state.reduction = y[:, -left:].clone()
         return self._recover(self.layers.stream(self._reduce(F.pad(y, (0, 0, 0, 1))), state.layers), x)
 
     def _half(self, config):
-        """The chunk setting at half rate; contexts are counted in chunks, and stay."""
+        """The chunk setting at half rate. The left context is counted in chunks, and does not change."""
         if self.padding == "right":
             raise UserError(
-                "A Temporal U-Net with padding 'right' looks 3 frames past its chunk, so that it neither streams nor trains in "
+                "A Temporal U-Net with padding 'right' looks 3 frames past its chunk, so it neither streams nor trains in "
                 "chunks; build it with padding 'symmetric'."
             )
         return DynChunkTrainConfig(config.chunk_size // 2, config.left_context_size)
@@ -153,13 +153,13 @@ class TemporalUNet(nn.Module):
     def _recover(self, y, x):
         y = self.recovery(y)  # before repeating it, at half the cost
         frames = x.shape[1]
-        if torch.compiler.is_exporting():  # where the slice below would tie the graph to even lengths
+        if torch.compiler.is_exporting():  # the slice below would tie the graph to even lengths
             return x + y[:, torch.arange(frames, device=x.device) // 2]
         return x + y.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1, 2)[:, :frames]
 
 
 def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str = "symmetric") -> Stack:
-    """Put spans of a stack into Temporal U-Nets.
+    """Put ranges of blocks into Temporal U-Nets.
 
     Arguments
     ---------
@@ -170,8 +170,8 @@ def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str
     reduce_before : iterable of int
         Indices (from 0) of the blocks before which the rate halves.
     recover_before : iterable of int
-        Indices of the blocks before which it doubles again, the number of blocks for after the last one. Each recovery ends the
-        most recent reduction that is still open.
+        Indices of the blocks before which it doubles again; the number of blocks means after the last one. Each recovery ends
+        the most recent reduction that is still open.
     padding : str
         See :class:`TemporalUNet`.
 
@@ -211,7 +211,7 @@ def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str
 
 
 def block_names(num_layers: int, reduce_before=(), recover_before=()) -> list[str]:
-    """Where :func:`nest` puts each block, as a prefix of names in the state dict.
+    """The place that :func:`nest` gives each block, as a prefix of names in the state dict.
 
     Arguments
     ---------

@@ -1,10 +1,10 @@
-"""The transducer's own parts: a predictor that reads the tokens so far, and the joint network over frames and tokens.
+"""Parts of the transducer: a predictor over the tokens so far, and the joint network over frames and tokens.
 
-Source: Graves 2012, https://arxiv.org/abs/1211.3711; the predictor without memory is that of Ghodsi et al. 2020
-(https://doi.org/10.1109/ICASSP40776.2020.9054419) as icefall has it.
+Source: Graves 2012, https://arxiv.org/abs/1211.3711; the stateless predictor is that of Ghodsi et al. 2020
+(https://doi.org/10.1109/ICASSP40776.2020.9054419), as in icefall.
 
-A predictor's state is a tuple of tensors whose first axis counts hypotheses, so that a search gathers and replaces states
-without knowing what is in them.
+A predictor's state is a tuple of tensors with the hypotheses on the first axis. A search selects and replaces states along this
+axis, and needs no other knowledge of them.
 """
 
 import math
@@ -19,13 +19,13 @@ from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError
 
 CHANNELS_PER_GROUP = 4
-"""Of the stateless predictor's convolution, as in icefall."""
+"""Channels per group of the stateless predictor's convolution, as in icefall."""
 
 
 class StatelessPredictor(nn.Module):
-    """An embedding and a convolution over the last tokens: its state is these tokens.
+    """An embedding and a convolution over the last tokens. Its state is these tokens.
 
-    Positions before the text are zeros, in training and in search alike.
+    Positions before the text are zeros, in training and in search.
 
     Arguments
     ---------
@@ -36,7 +36,7 @@ class StatelessPredictor(nn.Module):
     context : int
         Number of tokens that it sees.
     blank_index : int
-        The blank, which stands for positions before the text.
+        The blank, which fills positions before the text.
 
     Raises
     ------
@@ -69,12 +69,12 @@ class StatelessPredictor(nn.Module):
         return self._outputs(nn.functional.pad(tokens, (self.context, 0), value=self.blank_index))
 
     def begin(self, number):
-        """The states of so many hypotheses without a token."""
+        """The states of a number of hypotheses without tokens."""
         device = self.embedding.weight.device
         return (torch.full((number, self.context), self.blank_index, dtype=torch.long, device=device),)
 
     def advance(self, state, tokens):
-        """The states after one more token (N,) each."""
+        """The states after one more token (N,) for each."""
         return (torch.cat((state[0][:, 1:], tokens.unsqueeze(1)), 1),)
 
     def output(self, state):
@@ -119,19 +119,19 @@ class LstmPredictor(nn.Module):
         self.lstm = LSTM(hidden_size=size, input_size=size, num_layers=layers)
 
     def forward(self, tokens):
-        """As the stateless predictor's."""
-        with torch.autocast(tokens.device.type, enabled=False):  # small, and not in float16 on every device
+        """Tokens (B, U) to outputs (B, U + 1, P): before the first token, and after each."""
+        with torch.autocast(tokens.device.type, enabled=False):  # small, and not every device has it in float16
             return self.lstm(self.embedding(nn.functional.pad(tokens, (1, 0), value=self.blank_index)))[0]
 
     def begin(self, number):
-        """The states of so many hypotheses without a token: hidden and cell (N, layers, P)."""
+        """The states of a number of hypotheses without tokens: hidden and cell (N, layers, P)."""
         rnn = self.lstm.rnn
         zeros = rnn.weight_hh_l0.new_zeros(number, rnn.num_layers, rnn.hidden_size)
         return self.advance((zeros, zeros), torch.full((number,), self.blank_index, device=zeros.device))
 
     def advance(self, state, tokens):
-        """The states after one more token (N,) each."""
-        # By hand: the library's LSTM lays out its weights anew for each call, which for one step takes longest
+        """The states after one more token (N,) for each."""
+        # By hand: the library's LSTM rearranges its weights in each call, which takes most of the time of one step
         x, rnn, after = self.embedding(tokens), self.lstm.rnn, []
         for layer, (hidden, cell) in enumerate(zip(*(part.unbind(1) for part in state), strict=True)):
             weights = (getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh"))
@@ -177,7 +177,7 @@ class Transducer(nn.Module):
     Raises
     ------
     UserError
-        If there is no such predictor, or a size is impossible.
+        If the predictor is unknown, or a size is impossible.
 
     Example
     -------
@@ -216,7 +216,7 @@ class Transducer(nn.Module):
         self.joint = Transducer_joint(joint="sum", nonlinearity=nn.Tanh)
         self.out = nn.Linear(joint_size, vocab_size)
         with torch.no_grad():
-            # Half of the probability at first: where all tokens had the same, searches would say something in every frame
+            # Half of the probability at first: if all tokens had the same, searches would give a token in every frame
             self.out.bias[blank_index] += math.log(vocab_size)
 
     def join(self, frames, predicted):

@@ -1,13 +1,13 @@
 """The transducer's loss, pruned or full, on a lattice of two symbols.
 
-The log-probabilities of a blank and of the next label at each frame and label, (B, T, U + 1, 2), are all that the sum over
-alignments needs, and its gradient is minus the posterior of each arc. So neither the logits (B, T, U + 1, V) nor their gradient
-exist at once, and everything that changes arcs is a line of PyTorch. ``torchaudio.functional.rnnt_loss`` gives the same values;
-on CUDA, the host waits three times for each of its calls, to compare lengths, where the sums here wait for nothing.
+The sum over alignments needs only the log-probabilities of a blank and of the next label at each frame and label,
+(B, T, U + 1, 2). Its gradient is minus the posterior of each arc. The logits (B, T, U + 1, V) and their gradient therefore never
+exist as a whole, and PyTorch code can change the arcs. ``torchaudio.functional.rnnt_loss`` gives the same values. On CUDA the
+host waits three times in each of its calls, to compare lengths; the sums here do not wait.
 
 The pruned loss is that of k2 (Kuang et al. 2022, https://arxiv.org/abs/2206.13236). A joint network that only adds two linear
-layers has a lattice that costs two matrix products. Its posteriors say which few labels each frame can be at, and the real joint
-network is computed for these alone.
+layers has a lattice that costs two matrix products. Its posteriors show the few labels that are likely at each frame, and the
+real joint network is computed for these labels only.
 """
 
 import itertools
@@ -24,15 +24,15 @@ KINDS = ("pruned", "full")
 UNREACHABLE = -1e4
 """Log-probability of arcs outside of a band: sums stay finite, and gradients are zero there."""
 OUTSIDE = -1e5
-"""That of arcs outside of an utterance, which is below all that a band has on its way."""
+"""Log-probability of arcs outside of an utterance, lower than that of arcs outside of a band."""
 SIMPLE_SCALE, FIRST_PRUNED_SCALE = 0.5, 0.1
-"""Weights of the simple loss at last, and of the pruned one at first: icefall's."""
+"""Final weight of the simple loss, and first weight of the pruned loss, as in icefall."""
 COPIES = 2, 3
-"""Of logits, and of the joint network's hidden layer, that are held at most while a slice goes forward and backward."""
+"""Largest number of copies of logits, and of the joint network's hidden layer, in forward and backward of a slice."""
 
 
 class _Lattice(torch.autograd.Function):
-    """Losses, and posteriors of the arcs, which are minus the gradient."""
+    """Losses, and the posteriors of the arcs. The gradient is minus the posteriors."""
 
     @staticmethod
     def forward(ctx, arcs, frames, labels):
@@ -53,16 +53,16 @@ def _sums(arcs, frames, labels):
     time, place = (torch.arange(size, device=arcs.device) for size in arcs.shape[1:3])
     inside = (time < frames).unsqueeze(2) & (place <= labels).unsqueeze(1)
     following = inside & (place < labels).unsqueeze(1)
-    # What is behind an utterance may be anything, NaN too
+    # Values after the end of an utterance may be anything, also NaN
     blanks, emitted = (torch.where(*pair, OUTSIDE) for pair in zip((inside, following), widest(arcs).unbind(-1), strict=True))
 
     def turned(x):
-        """From the last frame and label to the first, which is its own inverse."""
+        """Reverse frames and labels of each utterance. Twice gives the original."""
         x = x.gather(1, (frames - 1 - time).clamp(min=0).unsqueeze(2).expand_as(x))
         return x.gather(2, (labels - place).clamp(min=0).unsqueeze(1).expand_as(x))
 
-    # Sums from the beginning and from the end are one computation on a batch of twice the size. It goes frame by frame: with
-    # E(u) the sum of the labels' arcs up to u, x(u) = score(u) - E(u) is a cumulative sum over the labels
+    # Sums from the beginning and from the end are one computation on a batch of twice the size, frame by frame: with E(u) the
+    # sum of the labels' arcs up to u, x(u) = score(u) - E(u) is a cumulative sum over the labels
     blanks_before = torch.cat((nn.functional.pad(blanks[:, :-1], (0, 0, 1, 0)), turned(blanks)))
     emitted_before = torch.cat((nn.functional.pad(emitted[..., :-1], (1, 0)), turned(emitted)))
     emitted_before[..., 0] = 0.0
@@ -91,8 +91,8 @@ def lattice_loss(arcs, frames, labels):
     Arguments
     ---------
     arcs : torch.Tensor
-        (B, T, U + 1, 2) log-probabilities, at each frame and number of labels, of the blank and of the next label. What is
-        behind an utterance's frames or labels has no influence, and gets no gradient.
+        (B, T, U + 1, 2) log-probabilities, at each frame and number of labels, of the blank and of the next label. Values after
+        an utterance's frames or labels have no influence, and get no gradient.
     frames : torch.Tensor
         (B,) numbers of frames, from 1 to T.
     labels : torch.Tensor
@@ -114,7 +114,7 @@ def lattice_loss(arcs, frames, labels):
 
 
 def simple_arcs(frame_scores, label_scores, targets, blank=0):
-    """Arcs of a joint network that adds its inputs, without (B, T, U + 1, V).
+    """Arcs of a joint network that adds its inputs, without a tensor (B, T, U + 1, V).
 
     Arguments
     ---------
@@ -142,7 +142,7 @@ def simple_arcs(frame_scores, label_scores, targets, blank=0):
     high, low = frame_scores.amax(-1, keepdim=True), label_scores.amax(-1, keepdim=True)  # exp() neither over- nor underflows
     product = (frame_scores - high).exp() @ (label_scores - low).exp().transpose(1, 2)
     norm = (product + torch.finfo(product.dtype).tiny).log() + high + low.transpose(1, 2)
-    following = nn.functional.pad(targets, (0, 1))  # of the last label none follows, and none is read
+    following = nn.functional.pad(targets, (0, 1))  # no label follows the last one, and the value is not used
     blanks = frame_scores[..., blank].unsqueeze(2) + label_scores[..., blank].unsqueeze(1)
     emitted = frame_scores.gather(2, following.unsqueeze(1).expand(-1, frame_scores.shape[1], -1))
     emitted = emitted + label_scores.gather(2, following.unsqueeze(2)).transpose(1, 2)
@@ -150,10 +150,10 @@ def simple_arcs(frame_scores, label_scores, targets, blank=0):
 
 
 def pruning_band(posteriors, frames, labels, width):
-    """The first of the labels that each frame can be at.
+    """The first label of each frame's window.
 
-    Of all positions of a window of ``width`` labels, each frame takes the one that holds most of its posterior. The windows begin
-    at no label, end at the last one, never go back, and overlap, so that there is a way through them.
+    Each frame takes the window of ``width`` labels with most of its posterior. The first window begins before the first label,
+    the last window ends at the last label. Windows never move back, and they overlap: there is always a path through them.
 
     Arguments
     ---------
@@ -178,14 +178,14 @@ def pruning_band(posteriors, frames, labels, width):
     """
     blanks, emitted = posteriors.unbind(-1)
     sums = nn.functional.pad(blanks.cumsum(2), (1, 0))
-    inside = sums[..., width:] - sums[..., :-width]  # (B, T, U + 2 - width), left by a blank from within the window
-    entered = nn.functional.pad(emitted, (1, 0))[..., : inside.shape[2]]  # and come to by the label that it begins with
+    inside = sums[..., width:] - sums[..., :-width]  # (B, T, U + 2 - width), blanks inside the window
+    entered = nn.functional.pad(emitted, (1, 0))[..., : inside.shape[2]]  # the label that enters the window
     first = (inside - entered).argmax(2)
     last = (labels - width + 1).clamp(min=0).unsqueeze(1)
     time = torch.arange(first.shape[1], device=first.device)
     first = torch.where(time < (frames - 1).unsqueeze(1), first.minimum(last), last)
-    first = first.flip(1).cummin(1).values.flip(1)  # never back
-    # As many steps on as windows overlap, counted from the first frame, where nothing has been said
+    first = first.flip(1).cummin(1).values.flip(1)  # windows never move back
+    # Windows move on by at most width - 1 labels per frame, from no label in the first frame
     slack = (width - 1) * time - first
     return (width - 1) * time - slack.flip(1).cummin(1).values.flip(1).clamp(min=0)
 
@@ -204,23 +204,23 @@ class TransducerLoss(nn.Module):
     kind : str
         "pruned" or "full".
     prune_range : int
-        Number of labels per frame that the pruned loss looks at.
+        Number of labels per frame in the pruned loss.
     warmup : int
-        Optimizer steps in which the pruned loss takes over from the simple one, whose posteriors mean nothing at first.
+        Optimizer steps in which weight moves from the simple to the pruned loss. At first the posteriors are random.
     fastemit : float
-        FastEmit (Yu et al. 2021, https://arxiv.org/abs/2010.11148): the gradient of labels is larger by this share, so that they
-        come sooner; 0.001 to 0.01, 0 = not.
+        FastEmit (Yu et al. 2021, https://arxiv.org/abs/2010.11148): the gradient of labels is larger by this share, and
+        labels come earlier; 0.001 to 0.01, 0 = off.
     delay_penalty : float
-        Added to the log-probability of a label for each frame before the middle of the utterance, and subtracted behind it, to
-        the same end (Kang et al. 2022, https://arxiv.org/abs/2211.00490); 0.001 to 0.01, 0 = not.
+        Added to the log-probability of a label for each frame before the middle of the utterance, and subtracted after it. It
+        also makes labels come earlier (Kang et al. 2022, https://arxiv.org/abs/2211.00490); 0.001 to 0.01, 0 = off.
     joint_memory : float
-        MiB that logits and hidden layer of the joint network may take. Where they need more, frames go through it in slices,
-        which are computed again for the gradient: a third more time.
+        MiB that logits and hidden layer of the joint network may take. If they need more, frames are computed in slices, and
+        again for the gradient: a third more time.
 
     Raises
     ------
     UserError
-        If there is no such kind of loss, or a number is impossible.
+        If the kind of loss is unknown, or a number is impossible.
 
     Example
     -------
@@ -264,27 +264,27 @@ class TransducerLoss(nn.Module):
     def forward(self, transducer, frames, lengths, targets, target_lengths, step=None):
         """The loss.
 
-        Utterances of more tokens than frames have none, as in SpeechBrain's CTC loss: they count as 0.
+        The loss of utterances with more tokens than frames counts as 0, as in SpeechBrain's CTC loss.
 
         Arguments
         ---------
         transducer : Transducer
-            Its predictor and joint network.
+            Predictor and joint network.
         frames : torch.Tensor
             (B, T, D) encoder frames.
         lengths : torch.Tensor
             (B,) numbers of frames.
         targets : torch.Tensor
-            (B, U) tokens, padded with any of them.
+            (B, U) tokens, padded with any token.
         target_lengths : torch.Tensor
             (B,) numbers of tokens.
         step : int, optional
-            Optimizer steps so far, for the warm-up; without it the weights are the last ones.
+            Optimizer steps so far, for the warm-up; without it the final weights apply.
 
         Returns
         -------
         torch.Tensor
-            (), float32. Of the pruned kind it is in training a sum with the simple loss, in evaluation the pruned loss alone.
+            (), float32. With the pruned kind, training gives the sum with the simple loss, evaluation the pruned loss alone.
         """
         fits = target_lengths <= lengths
         sizes = lengths.clamp(min=1), target_lengths
@@ -311,7 +311,7 @@ class TransducerLoss(nn.Module):
         return torch.where(fits, losses, 0.0).mean()
 
     def _earlier(self, arcs, lengths):
-        """Arcs under which labels come sooner."""
+        """Arcs that make labels come earlier."""
         if not self.fastemit and not self.delay_penalty:
             return arcs
         blanks, emitted = arcs.unbind(-1)
@@ -320,8 +320,8 @@ class TransducerLoss(nn.Module):
         return torch.stack((blanks, emitted - self.delay_penalty * late.unsqueeze(2)), -1)
 
     def _arcs(self, transducer, frames, outputs, targets, first=None):
-        """Arcs (B, T, U + 1, 2) of the joint network on frames (B, T, 1, J) and outputs (B, U + 1, J); with the first label
-        (B, T) of a band, in that band alone."""
+        """Arcs (B, T, U + 1, 2) of the joint network on frames (B, T, 1, J) and outputs (B, U + 1, J). With the first label
+        (B, T) of a band, only arcs in that band are computed."""
         count, width = frames.shape[1], outputs.shape[1]
         following = nn.functional.pad(targets, (0, 1))
         if first is None:
@@ -339,7 +339,7 @@ class TransducerLoss(nn.Module):
         else:
             sliced = frames.split(size, 1), outputs.split(size, 1), following.split(size, 1)
             sliced = zip(*(parts if len(parts) > 1 else itertools.repeat(parts[0]) for parts in sliced), strict=False)
-            keys = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+            keys = {"use_reentrant": False, "preserve_rng_state": False}  # no random numbers are drawn
             arcs = torch.cat([checkpoint(_joint_arcs, transducer, *parts, **keys) for parts in sliced], 1)
         if places is None:
             return arcs
@@ -353,7 +353,7 @@ def _joint_arcs(transducer, frames, outputs, following):
 
 
 class _PairOfLogProbs(torch.autograd.Function):
-    """The log-probabilities of two tokens, with one tensor (..., V) for the gradient, where PyTorch's own steps make four."""
+    """The log-probabilities of two tokens, with one tensor (..., V) for the gradient instead of PyTorch's four."""
 
     @staticmethod
     def forward(ctx, logits, following, blank):

@@ -1,4 +1,4 @@
-"""The encoder contract, over the registry: a new encoder is tested here without a new line."""
+"""The encoder contract for all registered encoders. A new encoder needs no new line here."""
 
 import copy
 import io
@@ -81,7 +81,7 @@ def test_no_look_ahead_past_the_chunk(streaming_encoder, chunks):
 
 @torch.no_grad()
 def test_left_context_is_limited(streaming_encoder):
-    """Each layer reaches the left context further back, and the convolution a little: beyond that nothing has influence."""
+    """Each layer extends the reach by the left context and a few frames of the convolution. Earlier frames have no influence."""
     encoder = streaming_encoder
     size = 32 * encoder.chunk_multiple  # longer than any kernel's reach
     x = torch.randn(1, 12 * size, 32)
@@ -137,7 +137,7 @@ def test_every_parameter_gets_a_finite_gradient(encoder, dtype, chunks):
     encoder.train()
     setting = None if chunks is None else config(encoder, *chunks)
     x = torch.randn(3, 50, encoder.d_model)
-    # The last utterance is so short that, in chunks, some padded queries see nothing but padding.
+    # The last utterance is short: in chunks, some padded queries see only padding.
     mask = padding((50, 31, 2), 50)
     x = x.masked_fill(mask.unsqueeze(-1), float("nan"))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -184,7 +184,7 @@ def test_fuse_is_exact_and_idempotent(encoder):
 
 @torch.no_grad()
 def test_positions_matter(encoder):
-    """Frames in another order give another answer for the utterance, not the same one reordered."""
+    """Frames in another order give other outputs, not the same outputs reordered."""
     x = torch.randn(1, 64, encoder.d_model)
     out, _ = encoder(x)
     assert (encoder(x.flip(1))[0].flip(1) - out).abs().max() > 1e-3
@@ -200,7 +200,7 @@ class Masked(torch.nn.Module):
 
 
 def test_begins_as_identity(encoder):
-    """A frame is passed on alone, and training reaches the end of every branch: of two within another in the third step."""
+    """Each output frame depends on its own frame. Training reaches the end of every branch; of nested ones in the third step."""
     try:
         begin_as_identity(encoder)
     except UserError as error:
@@ -225,13 +225,13 @@ def test_begins_as_identity(encoder):
 
 
 def test_recomputed_activations_give_the_same_gradients(encoder):
-    """And the same statistics, with what is dropped drawn alike, while a third at most is kept for the gradient."""
+    """And the same statistics, with the same dropout; at most a third of the memory is kept for the gradient."""
     twin, kept = copy.deepcopy(encoder).train(), []
     for part in twin.modules():
         if isinstance(part, Stack):
             part.recomputes = True
             for layer in part:
-                layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].nbytes))  # held by the checkpoint itself
+                layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].nbytes))  # kept by the checkpoint
     x, mask, sizes = torch.randn(3, 60, encoder.d_model), padding((60, 40, 20), 60), []
     for model in (encoder.train(), twin):
         tensors = {}
@@ -266,7 +266,7 @@ def test_compiles_without_graph_break(encoder):
 @torch.no_grad()
 def test_compiled_gives_the_same(encoder):
     torch._dynamo.reset()
-    x, mask = torch.randn(2, 300, encoder.d_model), padding((300, 21), 300)  # more than attention takes at once
+    x, mask = torch.randn(2, 300, encoder.d_model), padding((300, 21), 300)  # more queries than one block of attention
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(x, src_key_padding_mask=mask)[0], encoder(x, src_key_padding_mask=mask)[0], atol=1e-5, rtol=0
@@ -274,7 +274,7 @@ def test_compiled_gives_the_same(encoder):
 
 
 def test_compiled_training_gives_the_same_gradients(encoder):
-    """Buffers too; of a loss whose gradient a final normalisation does not make vanish."""
+    """And the same buffers. With this loss a final normalisation does not make the gradient vanish."""
     torch._dynamo.reset()
     compiled_encoder, mask = copy.deepcopy(encoder.double()), padding((40, 21), 40)
     x = torch.randn(2, 40, encoder.d_model, dtype=torch.float64)
@@ -298,7 +298,7 @@ def test_compiled_training_gives_the_same_gradients(encoder):
 
 @torch.no_grad()
 def test_exports_with_dynamic_batch_and_time(encoder, tmp_path):
-    """To a graph of PyTorch's, and from that to ONNX."""
+    """To PyTorch's graph, and from that to ONNX."""
     batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
     x, mask = torch.randn(2, 40, encoder.d_model), padding((40, 21), 40)
     program = torch.export.export(Masked(encoder).eval(), (x, mask), dynamic_shapes=({0: batch, 1: time}, {0: batch, 1: time}))
@@ -351,4 +351,4 @@ def test_memory_given_back_is_kept_for_the_next_call():
         print(sum(counts[-5:]))"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 5000  # without it 40,000
+    assert int(run.stdout) < 5000  # without keep_freed_memory 40,000

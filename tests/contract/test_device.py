@@ -1,4 +1,4 @@
-"""Rule 8 of the contract, over the registry: every part is device-pure and waits for nothing, held to it without a GPU."""
+"""The contract on devices: every part computes on one device and never waits for it. No GPU is needed."""
 
 import copy
 
@@ -31,9 +31,9 @@ from speechbrain_ext.speech_encoder import SpeechEncoder
 
 CHUNKS = {"whole": None, "left 2": (4, 2), "left all": (4, None), "left 0": (4, 0)}
 LAUNCHES = 75
-"""A layer, forward. Each takes the host some 7 us: with more, a small model waits for it on any GPU."""
+"""Launches of a layer's forward. Each takes the host some 7 us: with more, a small model on any GPU waits for the host."""
 NORM_LAUNCHES = 9
-"""A BatchNorm, on top of that."""
+"""Further launches of a BatchNorm."""
 
 
 def setting_of(encoder, key):
@@ -51,14 +51,14 @@ def on_device(module):
 
 
 def assert_pure(recorder):
-    """Nothing waits for the device, nothing is sent to it, nothing is computed on the CPU."""
+    """Check that nothing waits for the device, is sent to it, or is computed on the CPU."""
     assert not recorder.syncs, dict(recorder.syncs)
     assert not recorder.uploads, dict(recorder.uploads)
     assert not recorder.host, dict(recorder.host)
     assert not recorder.double_products, dict(recorder.double_products)
 
 
-# ------------------------------------------------------------------ does the instrument see what it should?
+# ------------------------------------------------------------------ the instrument itself
 
 SYNCS = {
     "item": lambda x, mask: x.sum().item(),
@@ -116,7 +116,7 @@ def test_the_instrument_refuses_mixed_devices():
 @pytest.mark.parametrize("key", CHUNKS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_encoder(encoder, key, training):
-    """Forward and backward: pure, in few launches, and with the numbers of the CPU."""
+    """Forward and backward: pure, in few launches, and with the results of the CPU."""
     setting = setting_of(encoder, key)
     for part in encoder.modules():
         part.dropout = 0.0 if isinstance(getattr(part, "dropout", None), float) else getattr(part, "dropout", None)
@@ -172,7 +172,7 @@ def test_stream(encoder, key):
 @pytest.mark.parametrize("key", ["whole", "left 2", "left all"])
 @torch.no_grad()
 def test_devices_without_float64(encoder, key, monkeypatch):
-    """As Apple's: whole and as a stream."""
+    """Apple's devices are such: whole utterances, and a stream."""
     monkeypatch.setattr("speechbrain_ext.lobes.precision.WITHOUT_FLOAT64", {"mps", DEVICE.type})
     setting, encoder = setting_of(encoder, key), on_device(encoder)
     with PretendGpu() as recorder:
@@ -185,7 +185,7 @@ def test_devices_without_float64(encoder, key, monkeypatch):
     assert not recorder.doubles, dict(recorder.doubles)
 
 
-# ------------------------------------------------------------------ what stands around them
+# ------------------------------------------------------------------ front end, model and searches
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_front_end(front_end, training):
 @pytest.mark.parametrize("loaded", [False, True], ids=["learned", "loaded"])
 @torch.no_grad()
 def test_from_waveforms(features, normalize, chunked, loaded):
-    """Waveforms to the head's output, with statistics that were learned here, or loaded on the device; and as a stream."""
+    """From waveforms to the head's output, with learned statistics, or statistics loaded on the device; also as a stream."""
     torch.manual_seed(0)
     normalize, front_end = normalize(), ConvolutionSubsampling(80)
     normalize.train()(torch.randn(2, 50, 80), torch.ones(2), epoch=0)
@@ -231,7 +231,7 @@ def test_from_waveforms(features, normalize, chunked, loaded):
             device_model.normalize = type(normalize)().to(DEVICE).eval()
             device_model.normalize.load_state_dict(model.normalize.state_dict())
         device_wavs, device_lens = wavs.to(DEVICE), lens.to(DEVICE)
-        device_model.encode(device_wavs, device_lens, setting)  # what is made once is made now
+        device_model.encode(device_wavs, device_lens, setting)  # the constants are made now
     with PretendGpu() as recorder:
         y, _ = device_model.encode(device_wavs, device_lens, setting)
     assert_pure(recorder)
@@ -248,15 +248,15 @@ SEARCH_STEPS = 10  # of 20 frames with a ratio of 0.5
 
 
 JOINT_SYNCS = 4 * SEARCH_STEPS + 3 * 6
-# A transducer's asks every eight frames whether all have come to their end; of the last step, 1 and 1 for texts and scores
+# The transducer search checks every eight frames whether all utterances have ended; the last two waits are for texts and scores
 SYNCS_OF_SEARCHES = {"greedy": 1, "joint": JOINT_SYNCS, "joint, listening": JOINT_SYNCS, "n best": 2, "transducer": 20 + 2}
 
 
 @pytest.mark.parametrize("search", SYNCS_OF_SEARCHES)
 @torch.no_grad()
 def test_search(search):
-    """Greedy search waits once, the joint one four times a step and six times an utterance (3) at most: SpeechBrain's asks which
-    hypotheses have ended. A language model and phrases make it wait for nothing more."""
+    """Greedy search waits once. Joint search waits at most four times per step and six times per utterance (3): SpeechBrain's
+    code checks which hypotheses have ended. A language model and phrases add no wait."""
     net = TransformerASR(30, 8, 32, 4, 1, 1, 64, encoder_module="conformer").eval()
     seq_lin, ctc_lin = Linear(input_size=32, n_neurons=30), Linear(input_size=32, n_neurons=30)
     net, seq_lin, ctc_lin = (on_device(module) for module in (net, seq_lin, ctc_lin))
@@ -288,7 +288,7 @@ def test_search(search):
 
 SIZES = [
     (path.stem, None) for path in tiny.ARCHITECTURES if not path.stem.endswith("_transducer")
-]  # whose encoder is another file's
+]  # their encoders are those of other files
 SIZES += [(name, size) for name in ("squeezeformer", "practical_conformer") for size in encoder_sizes(name)]
 
 
@@ -297,7 +297,7 @@ SIZES += [(name, size) for name in ("squeezeformer", "practical_conformer") for 
 @pytest.mark.parametrize("key", ["whole", "left 2"])
 @torch.no_grad()
 def test_attention_has_a_fused_kernel(name, size, dtype, key):
-    """At the widths and heads of each hparams file, with padding: no scores multiplied out, no copy of the bias."""
+    """With the width and heads of each hparams file, and padding: no full matrix of scores, no copy of the bias."""
     overrides = {"num_encoder_layers": 4, "num_decoder_layers": 0, "d_ffn": 8, "vocab_size": 30, "data_folder": "unused"}
     overrides |= {} if size is None else {"size": size}
     encoder = load_hparams(tiny.ROOT / "hparams" / f"{name}.yaml", overrides)["Transformer"].encoder.eval()

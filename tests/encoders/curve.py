@@ -1,6 +1,6 @@
 """A short training with CTC on made-up data, in one process or in several: torchrun --nproc_per_node N curve.py ENCODER OUTPUT
 
-The batch of each step is the same whatever the number of processes: each takes its share of the utterances, of its own lengths.
+The batch of each step is the same for any number of processes: each process takes its share of the utterances.
 """
 
 import json
@@ -35,7 +35,7 @@ def main(name, output):
     rank, world = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
     net = DistributedDataParallel(Net(name))
-    # Not Adam, which makes steps of full size out of the rounding errors of biases in front of a BatchNorm
+    # Not Adam: it makes full steps of the rounding errors of biases before a BatchNorm
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
     data = torch.Generator().manual_seed(1)
     losses = []
@@ -59,7 +59,7 @@ def main(name, output):
         with open(output, "w") as file:
             json.dump({"losses": losses, "statistics": statistics}, file)
     distributed.barrier()  # the first process still answers the others
-    del net  # its threads must be gone before the group is
+    del net  # its threads must end before the process group
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Cascaded encoders: who trains, what each pass sees, and that streaming the first and then running the second is the whole."""
+"""Cascaded encoders: what each pass trains and sees, and that a streamed first pass and the second pass give the whole."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_the_first_pass_alone_runs_and_remembers_nothing_of_the_second():
 
 
 def influenced(encoder, frames, changed_from, pass_name=None):
-    """The first frame whose answer changes with the frames from ``changed_from`` on."""
+    """The first output frame that changes when the frames from ``changed_from`` on change."""
     x = torch.randn(1, frames, 32)
     other = x.clone()
     other[:, changed_from:] = 5 * torch.randn_like(other[:, changed_from:])
@@ -156,7 +156,7 @@ def test_any_encoder_is_either_stage(name, stage):
 
 @torch.no_grad()
 def test_the_first_pass_streams_in_the_chunks_it_was_trained_with():
-    """What the second stage needs is none of its business."""
+    """The chunk multiple of the second stage does not restrict it."""
     encoder = build(first="hyperconformer", second="squeezeformer", first_chunk=5)
     x = torch.randn(1, 23, 32)
     streamed = stream(encoder, x, DynChunkTrainConfig(5), "first")

@@ -1,4 +1,4 @@
-"""FusionFormer: folding is exact and complete, the variants are what they say, training in several processes is that of one."""
+"""FusionFormer: fusing is exact and complete, the variants are right, and several processes train like one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SMALL = {"d_model": 32, "nhead": 4, "num_layers": 3, "d_ffn": 64, "kernel_size":
 
 
 def trained(seed=0, **keys):
-    """An encoder whose weights and statistics are not special."""
+    """An encoder with random weights and statistics."""
     torch.manual_seed(seed)
     encoder = build_encoder("fusionformer", **{**SMALL, **keys})
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_its_blocks_begin_as_the_identity():
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_every_variant_is_padding_exact_and_streams(variant):
-    """In float64: what BatchNorm in LayerNorm's place does to rounding errors is not the question here."""
+    """In float64: a BatchNorm in place of a LayerNorm can enlarge rounding errors."""
     encoder, setting = trained(variant=variant).double(), DynChunkTrainConfig(6, 2)
     x = 3 * torch.randn(2, 40, 32, dtype=torch.float64)
     mask = torch.arange(40) >= torch.tensor([[40], [17]])
@@ -129,7 +129,7 @@ CURVE = Path(__file__).with_name("curve.py")
 
 
 def curve(encoder, processes, folder):
-    """Losses and final statistics of a short training in so many processes."""
+    """Losses and final statistics of a short training in a number of processes."""
     output = folder / f"{encoder}_{processes}.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     subprocess.run(

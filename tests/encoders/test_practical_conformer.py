@@ -1,4 +1,4 @@
-"""Practical Conformer: blocks without attention, causal answers that chunks do not change, sizes, a state that does not grow."""
+"""Practical Conformer: blocks without attention, causal outputs that chunks do not change, sizes, a state that does not grow."""
 
 import pytest
 import torch

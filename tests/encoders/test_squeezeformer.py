@@ -1,4 +1,4 @@
-"""Squeezeformer against the authors' model (golden vectors), the published counts, and NeMo's weights."""
+"""Squeezeformer compared with the authors' model (golden vectors), the published counts, and NeMo's weights."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from speechbrain_ext.lobes import attention
 from speechbrain_ext.lobes.subsampling import DepthwiseSubsampling
 from speechbrain_ext.registry import build_encoder
 
-# Trainable parameters, and 10^9 multiply-accumulates for 3,000 feature frames, of the front end and the encoder together:
-# counted in the authors' model and in NeMo's, which agree.
+# Trainable parameters, and 10^9 multiply-accumulates for 3,000 feature frames, of subsampling and encoder together. The counts
+# of the authors' model and of NeMo's agree.
 COUNTS = {
     "xs": (9_013_248, 8.913826),
     "s": (18_540_424, 16.522991),
@@ -29,7 +29,7 @@ COUNTS = {
 
 
 def model(d_model, padding="symmetric", head=None, device=None, **keys):
-    """Front end and encoder as one module, from features on."""
+    """Subsampling and encoder as one module, on features."""
     subsampling = DepthwiseSubsampling(80, d_model, padding)
     published = {"nhead": 4, "num_layers": 4, **keys}
     transformer = TransformerASR(
@@ -63,7 +63,7 @@ def tiny(golden, padding, eps):
 
 
 def stages(net, x, lengths):
-    """All that the golden file has of a forward pass, by its names."""
+    """All stages of one forward that the golden file has, by their names in it."""
     encoder, seen = net.transformer.encoder, {}
     first, unet, last = encoder.layers
 

@@ -1,4 +1,4 @@
-"""Augmentation on its own; masks in proportion to the length are in tests/test_squeezeformer_recipe.py."""
+"""Augmentation; tests/test_squeezeformer_recipe.py tests masks in proportion to the length."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_warping_moves_frames_of_each_utterance_and_leaves_padding():
     moved = feats[..., 0] - ramp[..., 0]
     for i, length in enumerate(lengths.tolist()):
         assert not moved[i, length:].any() and moved[i, 0].abs() < 1e-4 and moved[i, length - 1].abs() < 1e-3
-        assert (feats[i, 1:length, 0] >= feats[i, : length - 1, 0]).all()  # time goes forward
+        assert (feats[i, 1:length, 0] >= feats[i, : length - 1, 0]).all()  # time never moves back
     assert 3 < moved[lengths == 100].abs().max() <= 5 and not moved[lengths == 6].any()  # too short to be warped
     assert len({tuple(row) for row in moved[lengths == 60].tolist()}) == 100
 
@@ -57,5 +57,5 @@ def test_speeds_change_the_number_of_samples_and_no_relative_length():
 
 @pytest.mark.parametrize("width", [[25, 15], [1, 2, 3], "8", -1, True, None])
 def test_impossible_widths_are_refused(width):
-    with pytest.raises(ValueError, match="frequency_mask_width is .*; give what masks are narrower than"):
+    with pytest.raises(ValueError, match="frequency_mask_width is .*; give the limit of widths"):
         SpecAugment(1, frequency_mask_width=width)

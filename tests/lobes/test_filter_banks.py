@@ -1,4 +1,4 @@
-"""Kaldi's filter banks: torchaudio's numbers, whatever else is in the batch, in pieces, and from a model folder."""
+"""Kaldi's filter banks: torchaudio's numbers, in any batch, in pieces, and from a model folder."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_any_length_alone_and_in_a_batch():
         alone = fbank(wavs[i : i + 1, :length])[0]
         assert len(alone) == max(1, (length + 80) // 160) == round(float(lens[i]) * feats.shape[1])
         torch.testing.assert_close(feats[i, : len(alone)], alone, atol=2e-6, rtol=0)
-        wavs[i, length:] = 1e4  # what lies behind is never heard
+        wavs[i, length:] = 1e4  # samples after the end have no influence
     assert torch.equal(fbank(wavs, torch.tensor(LENGTHS) / 16000), feats) and feats.isfinite().all()
 
 
@@ -80,7 +80,7 @@ def test_ends_are_mirrored_as_numpy_does(length):
 
 
 def test_fbank_without_the_mean_of_the_utterance():
-    """Alone, in a batch, in a graph, with an offset and without; and it does not stream."""
+    """Alone, in a batch, in a graph, with and without an offset; and it does not stream."""
     fbank, lengths, wavs = Fbank(n_mels=80, remove_dc=True), [16000, 9000, 1], torch.zeros(3, 16000)
     for i, length in enumerate(lengths):
         wavs[i, :length] = 0.2 * (i + 1) + signal(length, "tone")
@@ -119,7 +119,7 @@ def test_what_is_no_filter_bank_is_refused(keys):
 
 
 def test_a_model_folder_loads_with_it(tmp_path):
-    """Its statistics included; and what contradicts the folder is refused."""
+    """With its statistics; and a sample rate that contradicts the folder is refused."""
     kaldi = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: !ref <sample_rate>, n_mels: !ref <n_mels>}"
     hparams = make_model(tmp_path, decoder_layers=0, compute_features=kaldi)
     model = load_model(tmp_path / "model", "cpu")

@@ -1,4 +1,4 @@
-"""Masked BatchNorm and learned scales on their own."""
+"""Masked BatchNorm and learned scales."""
 
 import copy
 import os
@@ -86,7 +86,7 @@ def test_one_frame_and_no_frame_at_all():
 
 
 def test_statistics_are_float32_under_bfloat16():
-    """Of values that bfloat16 sums would get wrong by percents: 4,096 numbers of about 100."""
+    """For 4,096 numbers of about 100, whose sums in bfloat16 would be wrong by percents."""
     x = 100 + torch.randn(8, 512, 2)
     norm = MaskedBatchNorm(2, momentum=1.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,12 +192,12 @@ def test_statistics_of_one_pass_are_updated_together_at_its_end():
     with pytest.raises(RuntimeError), batch_statistics():
         norms[0](*x)
         raise RuntimeError
-    assert torch.equal(norms[0].running_mean, before)  # of a pass that failed, nothing is learned
+    assert torch.equal(norms[0].running_mean, before)  # a forward that failed changes nothing
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_one_update_is_for_all_norms_of_a_mask(distributed, monkeypatch):
-    """In each of several processes, too; here a single one."""
+    """Also in each of several processes; here there is one."""
     monkeypatch.setattr(fusible, "is_distributed", lambda: distributed)
     updated, update = [], fusible._update
     monkeypatch.setattr(fusible, "_update", lambda group: (updated.append(len(group)), update(group)))
@@ -212,7 +212,7 @@ def test_one_update_is_for_all_norms_of_a_mask(distributed, monkeypatch):
 
 @torch.no_grad()
 def test_averaged_weights_need_statistics_of_their_own():
-    """The statistics behind a ReLU of averaged weights are not the average of the statistics: the known trap."""
+    """After a ReLU, the statistics of averaged weights are not the average of the statistics."""
     torch.manual_seed(0)
     batches = [torch.randn(4, 200, 6) for _ in range(3)]
 

@@ -1,4 +1,4 @@
-"""HyperMixing against SpeechBrain's, its memory, its streaming."""
+"""HyperMixing compared with SpeechBrain's, its memory and its streaming."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SIZES = [(144, 576, 8, False), (144, 576, 1, False), (64, 128, 4, True), (64, 25
 def pair(width, hidden, heads, tied, fix):
     reference = SpeechBrainHyperMixing(width, hidden, tied, heads, fix).eval()
     ours = HyperMixing(width, hidden, tied, heads, fix).eval()
-    ours.load_state_dict(reference.state_dict(), strict=True)  # its position tables included
+    ours.load_state_dict(reference.state_dict(), strict=True)  # also its position tables
     return reference, ours
 
 
@@ -42,7 +42,7 @@ def test_gradients_equal_speechbrain():
 
 
 def test_parameters_as_published():
-    # The specification's counts of SpeechBrain's module.
+    # The counts of SpeechBrain's module.
     assert sum(p.numel() for p in HyperMixing(144, 576, num_heads=8).parameters()) == 27_648
     assert sum(p.numel() for p in HyperMixing(144, 576, num_heads=8, tied=True).parameters()) == 13_968
     assert sum(p.numel() for p in HyperMixing(144, 576, num_heads=8, fix_tm_hidden_size=True).parameters()) == 180_864
@@ -76,7 +76,7 @@ def test_memory_is_linear(chunks):
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_chunks_mix_themselves_and_their_left_context(left, tied):
-    """Against the definition: each chunk is mixed by an utterance that ends with it and starts with its left context."""
+    """Compared with the definition: each chunk mixes as in an utterance of its left context and itself."""
     net = HyperMixing(24, 48, num_heads=3, tied=tied).eval()
     size, frames = 5, 48
     x = torch.randn(2, frames, 24)
@@ -102,7 +102,7 @@ def test_state_is_what_the_docstring_says():
 
 @torch.no_grad()
 def test_hours_of_stream_keep_the_newest_frames():
-    """Ten hours of 40 ms frames into the running sum, then a chunk that must still count."""
+    """Ten hours of 40 ms frames in the running sum, then a chunk that must still count."""
     net = HyperMixing(8, 16, num_heads=2).eval()
     setting = DynChunkTrainConfig(8, None)
     state = net.initial_state(setting)
@@ -132,8 +132,8 @@ def test_autocast_keeps_long_sums_finite():
     "arguments, message",
     [
         ((15, 30), "even width"),
-        ((16, 32, False, 3), "16 must be positive and divide"),
-        ((16, 34, False, 4), "34 must be positive and divide"),
+        ((16, 32, False, 3), r"is 16; give a positive multiple of its number of heads \(3\)"),
+        ((16, 34, False, 4), r"is 34; give a positive multiple of its number of heads \(4\)"),
     ],
 )
 def test_impossible_sizes(arguments, message):

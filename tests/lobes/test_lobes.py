@@ -1,4 +1,4 @@
-"""Attention, convolution and subsampling on their own."""
+"""Attention, convolution, subsampling and activations."""
 
 import copy
 import shutil
@@ -155,12 +155,12 @@ def test_subsampling_in_pieces(net, monkeypatch):
             assert (again is None and relative is None) or torch.equal(again, relative)
     with torch.enable_grad():
         assert len(net._pieces(x, None)) == 1
-    net.stages[0].train()  # its BatchNorm, if it has one, takes statistics of all frames
+    net.stages[0].train()  # a BatchNorm needs the statistics of all frames
     assert len(net._pieces(x, None)) == 1
 
 
 class Encoder(torch.nn.Module):
-    """All front ends, and what may disturb their compilation: convolution and attention behind them."""
+    """All subsamplings, followed by convolution and attention, which may disturb their compilation."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class Encoder(torch.nn.Module):
         return self.attention.mix(x, self.attention.prepare(x, mask, None))
 
 
-# Inductor, which takes half a minute, has failed where aot_eager did not.
+# Inductor takes half a minute, but it has failed where aot_eager did not.
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++)")
 
 

@@ -17,7 +17,7 @@ from speechbrain_ext.lobes.performer import (
 )
 
 KERNELS = [("softmax", 24), ("relu", 24), ("relu", 0)]
-# Blocks hold several chunks, one chunk, or part of what a chunk sees; 123 frames of left context move by no whole block.
+# A block is several chunks, one chunk, or part of what a chunk sees; 123 frames of left context are no whole number of blocks.
 CHUNKS = [(1, None), (5, None), (200, None), (1, 0), (1, 70), (5, 0), (5, 2), (7, 1), (3, 40), (100, 0), (70, 1)]
 
 
@@ -48,7 +48,7 @@ def textbook(attention, x):
 
 
 def quadratic(attention, x, mask=None, setting=None):
-    """All weights of all pairs of frames."""
+    """Attention with the weights of all pairs of frames."""
     query, key = textbook(attention, x)
     weights = query @ key.transpose(-1, -2)
     if setting is not None or attention.causal:
@@ -112,7 +112,7 @@ def test_a_causal_recurrence_takes_frames_in_any_portions(kernel, features):
 @pytest.mark.parametrize("left", [0, 1, 9, 20])
 @torch.no_grad()
 def test_a_frame_of_great_weight_is_forgotten_with_its_chunk(left):
-    """In float32, whose rounding of a great weight must not stay in sight: the quiet frame weighs 10^9 times the others."""
+    """In float32, where the rounding error of a large weight must not remain: the quiet frame weighs 10^9 times the others."""
     attention, setting = build("softmax", 24, dtype=torch.float32), DynChunkTrainConfig(8, left)
     x = 5 * torch.randn(1, 500, 24)
     x[:, 3] *= 0.02
@@ -220,7 +220,7 @@ def test_orthogonal_features_have_the_smaller_error(m, attended):
 
 
 def test_the_softmax_kernel_is_unbiased(attended):
-    """The error of a biased one would stop to fall: with many features it is as small as that of independent ones."""
+    """With many features the error is as small as that of independent features; that of a biased kernel would not be."""
     orthogonal, independent = (errors([draw(2**16, 16)], *attended) for draw in (orthogonal_gaussian, torch.randn))
     assert orthogonal < 1.5 * independent and orthogonal < 0.02
 
@@ -269,7 +269,7 @@ def test_large_logits_stay_finite(kernel, features, causal, chunks):
 @pytest.mark.parametrize("size, loudness", [(8, 3.0), (64, 1.0), (64, 3.0), (128, 1.0)])
 @torch.no_grad()
 def test_a_frame_that_sees_one_frame_answers_with_its_value(size, loudness):
-    """However small the weight of this frame would be beside others."""
+    """Even if the weight of this frame would be small beside others."""
     attention = build("softmax", d_model=size, nhead=1, causal=True, dtype=torch.float32)
     x = loudness * torch.randn(50, 1, size)
     expected = attention.out(split(attention, x)[2].transpose(1, 2).flatten(2), None)
@@ -319,7 +319,7 @@ def test_the_same_number_gives_the_same_features(kernel):
     torch.manual_seed(99)
     state = torch.get_rng_state()
     redraw_features(nets[1], 7)
-    assert torch.equal(torch.get_rng_state(), state)  # dropout and augmentation draw what they would have drawn
+    assert torch.equal(torch.get_rng_state(), state)  # the random numbers of dropout and augmentation do not change
     for one, two in zip(*nets, strict=True):
         assert torch.equal(one.features.training_projection, two.features.training_projection)
     assert not torch.equal(nets[1][0].features.training_projection, other)
@@ -354,8 +354,8 @@ def test_features_survive_a_round_trip_and_the_average_of_checkpoints(tmp_path):
         ({"kernel": "cosine"}, "Unknown kernel 'cosine'.*softmax, relu"),
         ({"kernel": "softmax", "features": 0}, "features is 0; the softmax kernel needs a whole number of at least 1"),
         ({"features": -1}, "features is -1; the relu kernel needs a whole number of at least 0"),
-        ({"nhead": 5}, "24 must be positive and divide by nhead 5"),
-        ({"nhead": 0}, "divide by nhead 0"),
+        ({"nhead": 5}, r"d_model is 24; give a positive multiple of nhead \(5\)"),
+        ({"nhead": 0}, r"nhead \(0\)"),
     ],
 )
 def test_impossible_sizes(keys, message):

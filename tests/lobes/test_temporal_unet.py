@@ -10,7 +10,7 @@ from speechbrain_ext.registry import build_encoder
 
 
 class Same(nn.Module):
-    """A block that changes nothing and remembers how many frames it saw."""
+    """A block that changes nothing and keeps the number of frames."""
 
     def prepare(self, x, mask, config):
         self.frames = x.shape[1]
@@ -23,7 +23,7 @@ class Same(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 2, 7, 8])
 def test_reduction_sees_two_i_minus_three_to_two_i_plus_one(frames):
-    """Against a convolution and a repetition written out, with the symmetric padding of NeMo."""
+    """Compared with a convolution and a repetition, with the symmetric padding of NeMo."""
     unet = TemporalUNet([Same()], 4)
     x = torch.randn(2, frames, 4)
     reduced = nn.functional.conv1d(

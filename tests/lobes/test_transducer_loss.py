@@ -1,4 +1,4 @@
-"""The transducer's loss against a plain dynamic programme in float64, its pruning, and its memory."""
+"""The transducer's loss compared with plain dynamic programming in float64, its pruning, and its memory."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.measure import peak_memory
 
 D, P, J, V = 6, 8, 10, 9
-LENGTHS, TARGETS = torch.tensor([12, 7, 12, 5, 3]), torch.tensor([5, 3, 0, 5, 4])  # of the last one, more tokens than frames
+LENGTHS, TARGETS = torch.tensor([12, 7, 12, 5, 3]), torch.tensor([5, 3, 0, 5, 4])  # the last one has more tokens than frames
 
 
 def plain_loss(log_probs, targets):
-    """Of one utterance (T, U + 1, V): the forward recursion, step by step."""
+    """The loss of one utterance (T, U + 1, V) by the forward recursion, step by step."""
     frames, labels = len(log_probs), len(targets)
     alpha = [[None] * (labels + 1) for _ in range(frames)]
     for t in range(frames):
@@ -48,7 +48,7 @@ def batch():
 
 
 def expected(transducer, frames, lengths, targets, target_lengths):
-    """Mean loss and gradients; utterances of more tokens than frames have none, as in CTC."""
+    """Mean loss and gradients; the loss of utterances with more tokens than frames is 0, as in CTC."""
     twin = Transducer(D, V, "lstm" if hasattr(transducer.predictor, "lstm") else "stateless", predictor_size=P, joint_size=J)
     twin.load_state_dict(transducer.state_dict())
     twin, wide, losses = twin.double(), frames.detach().double().requires_grad_(), []
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_those_of_the_recursion(transducer, batch, kind, 
 
 
 def test_a_lattice_is_that_of_torchaudio():
-    """With utterances of any length, one without labels among them, and anything behind their ends."""
+    """With utterances of any length, one of them without labels, and with any values after their ends."""
     torch.manual_seed(0)
     frames, labels = torch.tensor([50, 31, 1, 12]), torch.tensor([20, 0, 1, 17])
     arcs = torch.randn(4, 50, 21, 3).log_softmax(-1)[..., :2].contiguous().requires_grad_()
@@ -215,11 +215,11 @@ def test_slices_keep_to_the_memory_that_is_stated():
 
 
 def test_the_pruned_loss_takes_a_quarter_of_the_memory():
-    """At V 500, B 4, T 250, U 60: against torchaudio's kernel on all logits (its time: benchmarks/transducer_loss.py)."""
+    """At V 500, B 4, T 250, U 60, compared with torchaudio's kernel on all logits (time: benchmarks/transducer_loss.py)."""
     net, loss = Transducer(64, 500, predictor_size=512, joint_size=512), TransducerLoss(64, 512, 500)
     frames, lengths = torch.randn(4, 250, 64, requires_grad=True), torch.full((4,), 250)
     targets, counts = torch.randint(1, 500, (4, 60)), torch.full((4,), 60)
-    logits = 4 * 4 * 250 * 61 * (500 + 512) / 2**20  # they alone, with the hidden layer
+    logits = 4 * 4 * 250 * 61 * (500 + 512) / 2**20  # of logits and hidden layer alone, in MiB
     peak = peak_memory(lambda: loss(net, frames, lengths, targets, counts).backward())
     assert peak < 2 * logits / 4  # the kernel's gradient is another copy of the logits
 
