@@ -4,24 +4,25 @@ The contract, which SpeechBrain's TransformerASR, EncoderWrapper, searchers and 
 
 ``forward(src, src_mask=None, src_key_padding_mask=None, pos_embs=None, dynchunktrain_config=None)``
     (B, T, D) to ``(out (B, T, D), [])``; the mask is (B, T) bool, True = padding. An encoder makes its own positions and chunk
-    masks: ``pos_embs`` and ``src_mask`` are accepted and not needed.
+    masks: ``pos_embs`` and ``src_mask`` are accepted and ignored.
 ``make_streaming_context(dynchunktrain_config)``, ``forward_streaming(src, context, pos_embs=None)``
     One chunk in, ``(its frames, [])`` out; the context holds all state and reports its size.
 ``passes``
-    The names of its answers, the best one last; one for all but a cascade. An encoder with several takes ``pass_name`` in
-    ``forward`` and ``make_streaming_context``, and has ``second_pass(frames)``, from the first pass's frames (B, T, D) of an
-    utterance to the last one's.
+    The names of its passes, the best one last. Only a cascade has more than one. It takes ``pass_name`` in ``forward`` and
+    ``make_streaming_context``, and has ``second_pass(frames)``: from the first pass's frames (B, T, D) of an utterance to the
+    second pass's.
 ``fuse_()``
-    Fold what inference allows into the weights, in place; encoders with nothing to fold return themselves.
+    Fuse the encoder, in place, and return it.
 ``d_model``, ``chunk_multiple``, ``streamable``
-    The width; what a chunk length must divide by; whether ``forward_streaming`` works.
+    The width; the number that a chunk length must be a multiple of; whether ``forward_streaming`` works.
 ``sizes``
-    Only on classes with a constructor key ``size``: a dictionary whose keys are the values that it takes.
+    Only on classes with a constructor key ``size``: a dictionary with the accepted sizes as keys.
 
-:class:`Encoder` has all of that around a :class:`~speechbrain_ext.lobes.stack.Stack` of blocks; start from it.
+:class:`Encoder` implements this around a :class:`~speechbrain_ext.lobes.stack.Stack` of blocks; start from it.
 
-Every registered encoder is held to: padding never reaches a valid frame; chunk by chunk gives what ``forward`` gives under the
-same setting; nothing looks past its chunk; any length; finite gradients for every parameter; exportable and compilable.
+Tests check every registered encoder: padding never reaches a valid frame; streaming gives the same frames as ``forward`` with the
+same chunk setting; no frame sees past its chunk; any length works; every parameter gets a finite gradient; the encoder can be
+exported and compiled.
 """
 
 from speechbrain_ext.encoders._base import Encoder, LayerState

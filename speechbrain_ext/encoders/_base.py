@@ -1,4 +1,4 @@
-"""What the encoders here share: SpeechBrain's call around a stack of blocks, whole utterances or chunk by chunk."""
+"""Base of the encoders: SpeechBrain's interface around a stack of blocks, for whole utterances and chunk by chunk."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +15,20 @@ from speechbrain_ext.utils.errors import UserError
 
 
 def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, given: dict) -> list:
-    """The sizes to build an encoder with: those given, else those of the named row of a table.
+    """The sizes of an encoder: the given values, and those of a named row of a table for the rest.
 
     Arguments
     ---------
     architecture : str
-        For messages.
+        Name of the architecture, for messages.
     sizes : dict
         Rows by name.
     size : str, optional
         Name of the row.
     usual : str
-        Name of the row that completes what is given where no name is.
+        Name of the row if ``size`` is None.
     given : dict
-        Values by attribute of a row; None = the row's.
+        Values by attribute of a row; None = the row's value.
 
     Returns
     -------
@@ -63,14 +63,14 @@ def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, gi
 
 @dataclass
 class LayerState:
-    """What a block remembers between chunks."""
+    """State of one block between chunks."""
 
     mixer: Any
     convolution: torch.Tensor | None = None
 
 
 class Encoder(nn.Module):
-    """An encoder around a stack of blocks. Subclasses build the blocks, and may override what comes before and after them.
+    """An encoder around a stack of blocks. Subclasses build the blocks, and may override the steps before and after them.
 
     Arguments
     ---------
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 
     @property
     def chunk_multiple(self) -> int:
-        """What a chunk length must divide by, in frames."""
+        """A chunk length must be a multiple of it, in frames."""
         return self.layers.chunk_multiple
 
     def before_layers(self, x):
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self.chunk_multiple)
         with statistics_of(self):
-            x = self.before_layers(zero_padding(src, src_key_padding_mask))  # whatever lies there, NaN included
+            x = self.before_layers(zero_padding(src, src_key_padding_mask))  # padding may hold any values, also NaN
             x = self.layers(x, src_key_padding_mask, dynchunktrain_config)
             return zero_padding(self.after_layers(x, src_key_padding_mask), src_key_padding_mask), []
 
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
         return self.after_layers(x), []
 
     def fuse_(self):
-        """Fold all that can be folded into the weights, in place and exactly, for inference; a second call changes nothing.
+        """Fuse the encoder for inference, in place and exactly; a second call changes nothing.
 
         Returns
         -------

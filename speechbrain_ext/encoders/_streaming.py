@@ -1,4 +1,4 @@
-"""What streaming encoders share: the context that holds all state between chunks."""
+"""The context that holds all state of a streaming encoder between chunks."""
 
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from speechbrain_ext.utils.errors import UserError
 
 @dataclass
 class StreamingContext:
-    """All state of one stream (or one batch of streams in step).
+    """All state of one stream (or of one batch of simultaneous streams).
 
     Arguments
     ---------
@@ -44,7 +44,7 @@ class StreamingContext:
         return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.layers))
 
     def accept(self, chunk: torch.Tensor) -> None:
-        """Check that a chunk may come next: all have the configured size, only the last may be shorter.
+        """Check the size of the next chunk: all have the configured size, only the last may be shorter.
 
         Arguments
         ---------
@@ -54,10 +54,10 @@ class StreamingContext:
         Raises
         ------
         ValueError
-            If the chunk is empty or too long, or a shorter one has ended the stream already.
+            If the chunk is empty or too long, or a shorter chunk has already ended the stream.
         """
         if torch.compiler.is_exporting():
-            return  # a graph cannot raise; whoever runs it keeps to its chunks
+            return  # a graph cannot raise; its caller must give chunks of the right size
         frames, size = chunk.shape[1], self.dynchunktrain_config.chunk_size
         if not 1 <= frames <= size:
             raise UserError(f"The chunk has {frames} frames, but this streaming context takes chunks of {size}.")

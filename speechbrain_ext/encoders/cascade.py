@@ -1,8 +1,8 @@
-"""Cascaded encoders (Narayanan et al. 2020, https://arxiv.org/abs/2010.14606): a first pass that answers at once, and a second,
-non-causal one on top of it that sees more; one head or decoder serves both.
+"""Cascaded encoders (Narayanan et al. 2020, https://arxiv.org/abs/2010.14606): a first pass answers at once, and a non-causal
+second pass on top of it sees more. One head or decoder serves both.
 
-Any registered encoder can be either stage. Ours are: the second stage's default (a Conformer with a third of the blocks), and
-that its right context comes in chunks, so that it does not add up over the blocks.
+Any registered encoder can be either stage. Two decisions are ours: the second stage is by default a Conformer with a third of the
+blocks, and its right context comes in chunks, which does not add up over the blocks.
 """
 
 import math
@@ -22,11 +22,10 @@ PASSES = ("first", "second")
 class CascadedEncoder(nn.Module):
     """Two encoders, one on top of the other.
 
-    ``pass_name`` of a call says whose frames it gives: "second", the usual one, or "first", for which the second stage does not
-    run at all. Where no chunk setting is given, the first stage runs as it will when it streams (``first_chunk``), and the second
-    one sees ``right_context``. A chunk setting that is given holds for both: the whole cascade streams with the latency of one
-    chunk. For a first pass that streams and a second one over the finished utterance, stream with ``pass_name="first"`` and give
-    the frames to :meth:`second_pass`.
+    ``pass_name`` selects the pass: "second", the default, or "first", which does not run the second stage. Without a chunk
+    setting, the first stage runs as in streaming (``first_chunk``), and the second stage sees ``right_context``. A chunk setting
+    applies to both stages: the whole cascade streams with the latency of one chunk. To stream the first pass, and run the second
+    pass on the finished utterance, stream with ``pass_name="first"`` and give the frames to :meth:`second_pass`.
 
     Arguments
     ---------
@@ -35,7 +34,7 @@ class CascadedEncoder(nn.Module):
     nhead : int
         Number of heads of both, likewise.
     num_layers : int
-        Number of blocks of both together, at least one each; the second stage has a third, or as many as ``second`` says.
+        Number of blocks of both together, at least one each. The second stage has a third, or the number in ``second``.
     d_ffn : int
         Width of the feed-forward modules' hidden layer of both, likewise.
     dropout : float
@@ -43,15 +42,15 @@ class CascadedEncoder(nn.Module):
     kernel_size : int, optional
         Kernel of the depthwise convolutions of both, likewise; by default their own.
     first, second : str or dict
-        Name of the encoder, or a dictionary with its name as ``encoder`` and its own keys, which come before those above.
+        Name of the encoder, or a dictionary with its name as ``encoder`` and its own keys, which override those above.
     first_chunk : int, optional
-        Chunk size in frames of the first stage where the call gives none; None for encoders that are causal by themselves, and
-        for full context.
+        Chunk size in frames of the first stage if the call gives no chunk setting; None for causal encoders, and for full
+        context.
     right_context : int, optional
-        Chunk size in frames of the second stage where the call gives none: what it sees to the right at most; None = the whole
-        utterance.
+        Chunk size in frames of the second stage if the call gives no chunk setting. It sees at most this number of frames to the
+        right; None = the whole utterance.
     adapter : bool
-        Whether a linear layer with LayerNorm stands between the stages; between different widths it always does.
+        Whether there is a linear layer with LayerNorm between the stages. Between different widths there always is.
 
     Raises
     ------
@@ -97,7 +96,7 @@ class CascadedEncoder(nn.Module):
         above = second.get("num_layers", above) if isinstance(second, dict) else above
         self.first = _build("first", first, usual | {"num_layers": max(1, num_layers - above)})
         if self.first.d_model != d_model:
-            raise UserError(f"The first stage has d_model {self.first.d_model}, and the cascade {d_model}; give it once.")
+            raise UserError(f"The first stage has d_model {self.first.d_model}, and the cascade {d_model}; make them equal.")
         width = self.second.d_model
         adapts = adapter or width != d_model
         self.adapter = nn.Sequential(nn.Linear(d_model, width), nn.LayerNorm(width)) if adapts else nn.Identity()
@@ -111,7 +110,7 @@ class CascadedEncoder(nn.Module):
 
     @property
     def chunk_multiple(self) -> int:
-        """What a chunk length must divide by, in frames, for both passes."""
+        """A chunk length must be a multiple of it, in frames, for both passes."""
         return self._chunk_multiple(None)
 
     def _chunk_multiple(self, pass_name):
@@ -143,7 +142,7 @@ class CascadedEncoder(nn.Module):
         dynchunktrain_config : DynChunkTrainConfig, optional
             Restricts every frame of both stages to its chunk and the left context.
         pass_name : str, optional
-            "second", the usual one, or "first".
+            "second", the default, or "first".
 
         Returns
         -------
@@ -165,7 +164,7 @@ class CascadedEncoder(nn.Module):
         return x, []
 
     def second_pass(self, frames, mask=None, dynchunktrain_config: DynChunkTrainConfig | None = None):
-        """The second stage on the frames of the first one.
+        """Run the second stage on the frames of the first one.
 
         Arguments
         ---------
@@ -174,7 +173,7 @@ class CascadedEncoder(nn.Module):
         mask : torch.Tensor, optional
             (B, T) bool, True = padding.
         dynchunktrain_config : DynChunkTrainConfig, optional
-            In place of ``right_context``.
+            Replaces ``right_context``.
 
         Returns
         -------
@@ -186,14 +185,14 @@ class CascadedEncoder(nn.Module):
         return zero_padding(self.output(x), mask)
 
     def make_streaming_context(self, dynchunktrain_config: DynChunkTrainConfig, pass_name: str | None = None) -> StreamingContext:
-        """The context of a new stream, of the stages that a pass needs.
+        """The context of a new stream, with the stages that a pass needs.
 
         Arguments
         ---------
         dynchunktrain_config : DynChunkTrainConfig
             Chunk size in frames and left context in chunks (None = all).
         pass_name : str, optional
-            "second", the usual one, or "first", for this stream.
+            "second", the default, or "first", for this stream.
 
         Returns
         -------
@@ -216,7 +215,7 @@ class CascadedEncoder(nn.Module):
         src : torch.Tensor
             (B, C, D); C is the configured chunk size, less only in the last chunk.
         context : StreamingContext
-            Updated in place; it decides which passes run.
+            Updated in place; it determines which stages run.
         pos_embs
             Not needed.
 
@@ -239,7 +238,7 @@ class CascadedEncoder(nn.Module):
         return x, []
 
     def fuse_(self):
-        """Fold what both stages can, in place.
+        """Fuse both stages, in place.
 
         Returns
         -------
@@ -252,7 +251,7 @@ class CascadedEncoder(nn.Module):
 
 
 def _build(stage, asked, usual):
-    """A stage from its name, or a dictionary with its name and keys; one with a ``size`` takes all from that."""
+    """A stage from its name, or from a dictionary with its name and keys. A ``size`` sets all sizes of the stage."""
     keys = {"encoder": asked} if isinstance(asked, str) else dict(asked) if isinstance(asked, dict) else {}
     if "encoder" not in keys:
         raise UserError(f"The {stage} stage of the cascade is {asked}; give a name, or a dictionary with the name as 'encoder'.")

@@ -1,8 +1,8 @@
 """Conformer (Gulati et al. 2020, https://arxiv.org/abs/2005.08100), as SpeechBrain builds it: the baseline of this collection.
 
-A block is half a feed-forward module, a token mixer, the convolution module and half a feed-forward module, each on a residual
-with LayerNorm in front, and a LayerNorm behind. LayerNorm stands in the convolution module where the paper has BatchNorm, as in
-SpeechBrain.
+A block is half a feed-forward module, a mixer, the convolution module and half a feed-forward module, each on a residual with a
+LayerNorm before it, and a final LayerNorm. As in SpeechBrain, the convolution module has a LayerNorm instead of the paper's
+BatchNorm.
 """
 
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
@@ -18,7 +18,7 @@ from speechbrain_ext.registry import register_encoder
 
 
 class ConformerLayer(nn.Module):
-    """One Conformer block around any token mixer.
+    """One Conformer block around any mixer.
 
     Arguments
     ---------
@@ -70,7 +70,7 @@ class ConformerLayer(nn.Module):
         self.norm = nn.LayerNorm(d_model)
 
     def prepare(self, x, mask, config):
-        """What the mixers of all layers share in one forward."""
+        """Compute the values that the mixers of all layers share in one forward."""
         return self.mixer.prepare(x, mask, config) if self.mixer else None
 
     def forward(self, x, shared, mask=None, config: DynChunkTrainConfig | None = None):
@@ -86,7 +86,7 @@ class ConformerLayer(nn.Module):
         return LayerState(self.mixer.initial_state(config) if self.mixer else None)
 
     def prepare_stream(self, x, state: LayerState):
-        """What the mixers of all layers share for one chunk."""
+        """Compute the values that the mixers of all layers share for one chunk."""
         return self.mixer.prepare_stream(x, state.mixer) if self.mixer else None
 
     def stream(self, x, state: LayerState, shared):

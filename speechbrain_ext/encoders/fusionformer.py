@@ -1,13 +1,15 @@
-"""FusionFormer (Song et al. 2022, https://arxiv.org/abs/2210.17079): a Conformer whose normalisations vanish at inference.
+"""FusionFormer (Song et al. 2022, https://arxiv.org/abs/2210.17079): a Conformer without normalisation at inference.
 
-The paper replaces LayerNorm by a BatchNorm behind every linear and convolution layer, and Swish and GLU by ReLU; for inference
-all BatchNorms fold into the weights. Its abstract is public and no code is: what it leaves open is decided here, and named so.
+The paper replaces LayerNorm by a BatchNorm after every linear and convolution layer, and Swish and GLU by ReLU. For inference all
+BatchNorms are folded into the weights. The abstract is public, but no code is. The decisions that it leaves open are ours:
 
-Ours are: the Conformer's order and half-weighted feed-forward modules; a first pointwise layer of width d (there is no GLU to
-halve it); one BatchNorm over queries, keys and values, which is the same as three; none behind the projection of relative
-positions, whose input is no data, and none behind TransformerASR's input layer; a last linear layer with its BatchNorm, which
-gives the output unit variance, as LayerNorm does in the Conformer; gains of zero at first for the last BatchNorm of every
-residual branch; eps 1e-3, and statistics with a momentum of 0.01.
+* the Conformer's order, and half-weighted feed-forward modules;
+* a first pointwise layer of width d, as no GLU halves it;
+* one BatchNorm over queries, keys and values, which is the same as three;
+* no BatchNorm after the projection of relative positions, whose input is no data, and none after TransformerASR's input layer;
+* a last linear layer with a BatchNorm: the output has unit variance, as with the Conformer's LayerNorm;
+* an initial gain of zero for the last BatchNorm of every residual branch;
+* eps 1e-3, and statistics with a momentum of 0.01.
 """
 
 from dataclasses import dataclass
@@ -29,14 +31,14 @@ from speechbrain_ext.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Variant:
-    """Where normalisation stands, and which activations."""
+    """Places of normalisation, and activations."""
 
     before: str | None
-    """Norm in front of each module, between depthwise convolution and activation, and at the ends: layer, batch or None."""
+    """Norm before each module, between depthwise convolution and activation, and at the ends: layer, batch or None."""
     behind: bool
-    """Whether a BatchNorm stands behind each linear and convolution layer."""
+    """Whether a BatchNorm follows each linear and convolution layer."""
     relu: bool
-    """Whether ReLU stands in place of Swish and GLU."""
+    """Whether ReLU replaces Swish and GLU."""
 
 
 VARIANTS = {
@@ -62,11 +64,11 @@ class _Parts:
         self.norm_linear = partial(NormLinear, momentum=momentum, eps=eps)
 
     def before(self, size):
-        """What stands where a Conformer has a LayerNorm."""
+        """The module in the place of a Conformer's LayerNorm."""
         return {"layer": _LayerNorm, "batch": self.batch_norm, None: lambda size: Unchanged()}[self.variant.before](size)
 
     def linear(self, inputs, outputs, last=False):
-        """A linear layer with what stands behind it; ``last`` of its residual branch."""
+        """A linear layer, with a BatchNorm if the variant has one; ``last`` = the last one of its residual branch."""
         if self.variant.behind:
             return self.norm_linear(inputs, outputs, zero_init=last)
         return PlainLinear(inputs, outputs)
@@ -77,7 +79,7 @@ class _Parts:
 
 
 class FusionFeedForward(nn.Module):
-    """Linear, activation, dropout, Linear, dropout, each Linear with what the variant has around it; without the residual."""
+    """Linear, activation, dropout, Linear, dropout, with the variant's normalisation; without the residual."""
 
     def __init__(self, parts: _Parts, d_model: int, d_ffn: int, dropout: float):
         super().__init__()
@@ -99,7 +101,7 @@ class FusionFeedForward(nn.Module):
 
 
 class FusionConvolution(DepthwiseModule):
-    """Pointwise, activation or GLU, depthwise, activation, pointwise, dropout, with what the variant has around each."""
+    """Pointwise, activation or GLU, depthwise, activation, pointwise, dropout, with the variant's normalisation."""
 
     def __init__(self, parts: _Parts, d_model: int, kernel_size: int, dropout: float):
         super().__init__(kernel_size)
@@ -129,7 +131,7 @@ class FusionFormerLayer(nn.Module):
     parts : _Parts
         Builds the layers.
     attention : SelfAttention
-        Of :mod:`speechbrain_ext.lobes.attention`; its projections are replaced by the variant's.
+        From :mod:`speechbrain_ext.lobes.attention`; the variant's projections replace its own.
     d_model, d_ffn : int
         Widths.
     dropout : float
@@ -152,7 +154,7 @@ class FusionFormerLayer(nn.Module):
         self.norm = parts.before(d_model)
 
     def prepare(self, x, mask, config):
-        """The positions and masks of all blocks."""
+        """Compute the positions and masks of all blocks."""
         return self.mixer.prepare(x, mask, config)
 
     def forward(self, x, shared, mask=None, config: DynChunkTrainConfig | None = None):
@@ -167,7 +169,7 @@ class FusionFormerLayer(nn.Module):
         return LayerState(self.mixer.initial_state(config))
 
     def prepare_stream(self, x, state: LayerState):
-        """The positions of all blocks."""
+        """Compute the positions of all blocks."""
         return self.mixer.prepare_stream(x, state.mixer)
 
     def stream(self, x, state: LayerState, shared):
@@ -183,9 +185,9 @@ class FusionFormerLayer(nn.Module):
 class FusionFormerEncoder(Encoder):
     """FusionFormer encoder, and the variants that the paper compares it with.
 
-    After :meth:`fuse_` it holds no normalisation, and gives the same answers in fewer and cheaper steps; the variants with a
-    normalisation in front of the modules, "batch_norm_in_place" and "layer_norm", keep that. The streaming state per
-    block is the attention's cache, 2 M d numbers for M cached frames, and (K - 1) / 2 frames of the convolution.
+    After :meth:`fuse_` it has no normalisation, and gives the same output in fewer and cheaper steps. Only the variants with a
+    normalisation before the modules, "batch_norm_in_place" and "layer_norm", keep it. The streaming state per block is the
+    attention's cache, 2 M d numbers for M cached frames, and (K - 1) / 2 frames of the convolution.
 
     Arguments
     ---------
@@ -207,9 +209,9 @@ class FusionFormerEncoder(Encoder):
         "fusionformer"; for comparison "batch_norm_behind_each" (the same with Swish and GLU), "batch_norm_in_place" (BatchNorm
         where the Conformer has LayerNorm), "no_norm", and "layer_norm" (the Conformer).
     momentum, eps : float
-        Of the BatchNorms.
+        Keys of the BatchNorms.
     fused : bool
-        Whether to build it as :meth:`fuse_` leaves it, for weights that were saved so.
+        Whether to build it fused, for weights that were saved after :meth:`fuse_`.
 
     Raises
     ------
@@ -252,7 +254,7 @@ class FusionFormerEncoder(Encoder):
             self.fuse_()
 
     def before_layers(self, x):
-        """Under autocast the residual stream is float32, as LayerNorm makes it in a Conformer; what is added to it is not."""
+        """Under autocast make the residual stream float32, as LayerNorm does in a Conformer. The branches are not float32."""
         return x.float() if autocasts(x) else x
 
     def after_layers(self, x, mask=None):

@@ -1,4 +1,4 @@
-"""HyperConformer (Mai et al. 2023, https://arxiv.org/abs/2305.18281): a Conformer that mixes by HyperMixing, linear in length."""
+"""HyperConformer (Mai et al. 2023, https://arxiv.org/abs/2305.18281): a Conformer with HyperMixing, linear in length."""
 
 from speechbrain_ext.encoders.conformer import ConformerEncoder
 from speechbrain_ext.lobes.activations import Swish
@@ -12,7 +12,7 @@ class HyperConformerEncoder(ConformerEncoder):
 
     Time and memory are linear in length. Its streaming state per layer is HyperMixing's running sum, d (d / heads + 1) float64
     numbers for an unlimited left context (see :mod:`speechbrain_ext.lobes.hypermixing`), and (K - 1) / 2 frames of the
-    convolution: constant however long the stream.
+    convolution. It does not grow with the stream.
 
     Arguments
     ---------

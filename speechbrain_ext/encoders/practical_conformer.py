@@ -1,12 +1,17 @@
 """Practical Conformer (Botros et al. 2023, https://arxiv.org/abs/2304.00171): a small causal Conformer with little state.
 
-The paper's three levers are public, its sizes and figures are not (to us): the lower blocks mix by convolution alone; the model
-is made small; the upper blocks have Performer attention in recurrent form in place of softmax attention
-("RNNAttention-Performer").
+Three ideas of the paper are public: the lower blocks mix by convolution alone; the model is small; the upper blocks have
+Performer attention in recurrent form instead of softmax attention ("RNNAttention-Performer"). Its sizes and figures are not known
+to us.
 
-Ours are: how many blocks are convolution only (a third); every number in :data:`SIZES`; a kernel of 15; the feature map (ReLU
-without random projection, trained from the start, where the paper may fine-tune a model trained with softmax attention); no
-positions in attention, as the convolutions give order; LayerNorm in the convolution module; no decay of the running sums.
+These decisions are ours:
+
+* a third of the blocks mix by convolution alone;
+* every number in :data:`SIZES`, and a kernel of 15;
+* ReLU features without random projection, trained from the start; the paper may fine-tune a model trained with softmax attention;
+* no positions in attention, as the convolutions give order;
+* LayerNorm in the convolution module;
+* no decay of the running sums.
 """
 
 from dataclasses import dataclass
@@ -33,7 +38,7 @@ class Size:
 
     @property
     def cascade_layers(self) -> int:
-        """Blocks of a cascade in which these are the first two thirds."""
+        """Number of blocks of a cascade with ``num_layers`` blocks in its first stage."""
         return self.num_layers * 3 // 2
 
 
@@ -43,20 +48,20 @@ SIZES = {
     "m": Size(256, 4, 12, 768),
     "l": Size(512, 8, 14, 1536),
 }
-"""Ours, encoders of 1.4, 3.8, 14.0 and 65.8 M parameters; a Conformer of 17 blocks, d_model 512 and d_ffn 2048 has 103 M."""
+"""Our sizes: 1.4, 3.8, 14.0 and 65.8 M parameters. A Conformer of 17 blocks, d_model 512 and d_ffn 2048 has 103 M."""
 
 
 @register_encoder("practical_conformer")
 class PracticalConformerEncoder(Encoder):
     """Practical Conformer encoder.
 
-    Time is linear in length. The streaming state is constant however long the stream: K - 1 frames (causal) per block, and
+    Time is linear in length. The streaming state does not grow with the stream: K - 1 frames (causal) per block, and
     nhead m (d / nhead + 1) float64 numbers per block with Performer attention, see :mod:`speechbrain_ext.lobes.performer`.
 
     Arguments
     ---------
     d_model : int, optional
-        Width. By default the size's, as the next four; without a size that of "s".
+        Width. The default of it and of the next three is that of the size; without a size that of "s".
     nhead : int, optional
         Number of attention heads.
     num_layers : int, optional
@@ -68,16 +73,16 @@ class PracticalConformerEncoder(Encoder):
     size : str, optional
         One of :data:`SIZES`.
     convolution_layers : int, optional
-        How many of the lower blocks mix by convolution alone; by default a third.
+        Number of lower blocks that mix by convolution alone; by default a third.
     kernel_size : int
         Kernel of the depthwise convolutions, in frames.
     attention_type : str
-        Of the upper blocks: "Performer", or "RoPEMHA" or "RelPosMHAXL" for softmax attention.
+        Attention of the upper blocks: "Performer", or "RoPEMHA" or "RelPosMHAXL" for softmax attention.
     kernel, features : str, int
-        Of the Performer, see :class:`speechbrain_ext.lobes.performer.PerformerAttention`.
+        Keys of the Performer, see :class:`speechbrain_ext.lobes.performer.PerformerAttention`.
     causal : bool
-        Whether a frame sees nothing after itself. Then, with unlimited left context, chunks change no answer: streaming in chunks
-        of any size gives what the whole utterance gives. Otherwise full context, or all of a frame's chunk.
+        Whether a frame sees no later frame. With unlimited left context chunks then change nothing: streaming in chunks of any
+        size gives the frames of the whole utterance. If False, a frame sees the full context, or all of its chunk.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Squeezeformer (Kim et al. 2022, https://arxiv.org/abs/2206.00888), with the authors' code for what the paper leaves open.
+"""Squeezeformer (Kim et al. 2022, https://arxiv.org/abs/2206.00888), and the authors' code for details that it leaves open.
 
-A block is attention, feed-forward, convolution, feed-forward, each on a residual of weight one with LayerNorm behind it and a
-learned scale in front of it; the middle blocks run at half the frame rate, in a Temporal U-Net. The depthwise-separable
-subsampling of the paper is :class:`speechbrain_ext.lobes.subsampling.DepthwiseSubsampling`.
+A block is attention, feed-forward, convolution, feed-forward, each on a residual of weight one with a learned scale before it and
+a LayerNorm after it. The middle blocks run at half the frame rate, in a Temporal U-Net. The paper's depthwise-separable
+subsampling is :class:`speechbrain_ext.lobes.subsampling.DepthwiseSubsampling`.
 """
 
 import operator
@@ -22,7 +22,7 @@ from speechbrain_ext.registry import register_encoder
 
 @dataclass(frozen=True)
 class Size:
-    """A published size and the settings it was trained with."""
+    """A published size, with its training settings."""
 
     num_layers: int
     d_model: int
@@ -30,7 +30,7 @@ class Size:
     lr: float
     """Peak learning rate, from the header of NeMo's recipe, which follows the paper."""
     time_masks: int
-    """Of SpecAugment, from the authors' configuration files."""
+    """Number of SpecAugment's time masks, from the authors' configuration files."""
 
     @property
     def d_ffn(self) -> int:
@@ -65,7 +65,7 @@ class SqueezeformerLayer(nn.Module):
     kernel_size : int
         Kernel of the depthwise convolution, in frames.
     eps : float
-        Of LayerNorm and BatchNorm.
+        Epsilon of LayerNorm and BatchNorm.
 
     Example
     -------
@@ -90,7 +90,7 @@ class SqueezeformerLayer(nn.Module):
         self.ffn2_norm = nn.LayerNorm(d_model, eps)
 
     def prepare(self, x, mask, config):
-        """The position table and mask of all blocks at one rate."""
+        """Compute the position table and mask of all blocks at one rate."""
         return self.mixer.prepare(x, mask, config)
 
     def forward(self, x, shared, mask=None, config: DynChunkTrainConfig | None = None):
@@ -105,7 +105,7 @@ class SqueezeformerLayer(nn.Module):
         return LayerState(self.mixer.initial_state(config))
 
     def prepare_stream(self, x, state: LayerState):
-        """The position table of all blocks at one rate."""
+        """Compute the position table of all blocks at one rate."""
         return self.mixer.prepare_stream(x, state.mixer)
 
     def stream(self, x, state: LayerState, shared):
@@ -121,9 +121,9 @@ class SqueezeformerLayer(nn.Module):
 class SqueezeformerEncoder(Encoder):
     """Squeezeformer encoder.
 
-    Chunks must hold an even number of frames (a multiple of 2^n with n nested reductions). The streaming state per block is the
+    Chunks must have an even number of frames (a multiple of 2^n with n nested reductions). The streaming state per block is the
     attention's cache, 2 M d numbers for M cached frames at the block's own rate, and (K - 1) / 2 frames of width 2 d of the
-    convolution; three frames for the reduction.
+    convolution. The reduction keeps three frames.
 
     Arguments
     ---------
@@ -134,7 +134,7 @@ class SqueezeformerEncoder(Encoder):
     dropout : float
         Dropout everywhere but on the attention probabilities.
     size : str, optional
-        A published size: xs (the default where no other key gives the size), s, sm, m, ml or l.
+        A published size: xs (the default if no other key gives the size), s, sm, m, ml or l.
     kernel_size : int
         Kernel of the depthwise convolutions, in frames.
     reduce_before, recover_before : int or list of int, optional
@@ -142,10 +142,10 @@ class SqueezeformerEncoder(Encoder):
         :func:`speechbrain_ext.lobes.temporal_unet.nest`. By default, as published, one reduction before block L/2 - 1 of L and
         the recovery before the last block; a single block has none. ``[]`` for none.
     padding : str
-        Of the time reduction: ``symmetric``, or ``right`` for models of the authors' code, see
+        Padding of the time reduction: ``symmetric``, or ``right`` for models of the authors' code, see
         :class:`speechbrain_ext.lobes.temporal_unet.TemporalUNet`.
     eps : float
-        Of LayerNorm and BatchNorm; 1e-3 in the authors' code, which is Keras' default.
+        Epsilon of LayerNorm and BatchNorm; 1e-3 in the authors' code, as in Keras.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The contract on devices: every part computes on one device and never waits for it. No GPU is needed."""
+"""Rule 8 of the contract: every part computes on one device and never waits for it. The tests need no GPU."""
 
 import copy
 
