@@ -1,4 +1,4 @@
-"""TransformerASR with its encoder taken from the registry."""
+"""TransformerASR with an encoder from the registry."""
 
 import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
@@ -23,8 +23,8 @@ _SPEECHBRAIN_ATTENTIONS = (*ATTENTIONS, "hypermixing")
 class TransformerASR(SpeechBrainTransformerASR):
     """SpeechBrain's TransformerASR with any registered encoder; its decoder, searchers and wrappers work unchanged.
 
-    A drop-in for ``speechbrain.lobes.models.transformer.TransformerASR.TransformerASR`` in a recipe's YAML. What differs:
-    ``encoder_module`` is a registered name; the answer does not depend on the padding of the batch; the encoder has no length
+    A drop-in for ``speechbrain.lobes.models.transformer.TransformerASR.TransformerASR`` in a recipe's YAML, except:
+    ``encoder_module`` is a registered name; the output does not depend on the padding of the batch; the encoder has no length
     limit; ``forward`` takes a chunk setting; ``causal=None`` means not causal; ``decode_step`` decodes token by token, for
     :mod:`speechbrain_ext.decoders.searchers`.
 
@@ -43,7 +43,7 @@ class TransformerASR(SpeechBrainTransformerASR):
     activation : type
         Class of the decoder's activation.
     positional_encoding : str or None
-        Accepted and not needed: encoders make their own positions, the decoder uses sinusoids.
+        Accepted and ignored: encoders make their own positions, the decoder uses sinusoids.
     normalize_before : bool
         Whether the decoder normalises before its modules.
     kernel_size, bias, conformer_activation : optional
@@ -56,16 +56,16 @@ class TransformerASR(SpeechBrainTransformerASR):
     max_length : int
         Longest target sequence, in tokens.
     causal : bool, optional
-        Whether every frame sees the past only: each frame (each ``chunk_multiple`` of them) is a chunk of its own, with
-        unlimited left context.
+        Whether every frame sees the past only: each frame (or each ``chunk_multiple`` frames) is a chunk, with unlimited left
+        context.
     branchformer_activation, csgu_linear_units, gate_activation, use_linear_after_conv
         Accepted for compatibility; only SpeechBrain's Branchformer uses them.
     output_hidden_states, layerdrop_prob
-        Not offered by the encoders here: anything but the default is refused.
+        Not supported by the encoders here: other values than the defaults are refused.
     encoder_kwargs : dict, optional
-        Further keys of the encoder; they win over the arguments above.
+        Further keys of the encoder; they override the arguments above.
     identity_init : bool
-        Whether the encoder's residual branches begin as nothing: see :func:`speechbrain_ext.lobes.stack.begin_as_identity`.
+        Whether the encoder's residual branches begin at zero: see :func:`speechbrain_ext.lobes.stack.begin_as_identity`.
 
     Raises
     ------
@@ -113,7 +113,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         identity_init: bool = False,
     ):
         if output_hidden_states or layerdrop_prob:
-            raise UserError("The encoders here offer neither output_hidden_states nor layerdrop_prob; leave both unset.")
+            raise UserError("The encoders here support neither output_hidden_states nor layerdrop_prob; leave both out.")
         if attention_type not in (None, *_SPEECHBRAIN_ATTENTIONS):
             raise UserError(
                 f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(_SPEECHBRAIN_ATTENTIONS)}."
@@ -145,9 +145,9 @@ class TransformerASR(SpeechBrainTransformerASR):
         if identity_init:
             begin_as_identity(encoder)
         if encoder.d_model != d_model:
-            raise UserError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; give it once.")
-        # SpeechBrain's constructor builds front linear and decoder. "RoPEMHA" is its value for encoders that need no positions;
-        # it refuses to build nothing, so that without a decoder it builds a small encoder, which ours replaces.
+            raise UserError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; make them equal.")
+        # SpeechBrain's constructor builds the input layer and the decoder. "RoPEMHA" is its value for encoders that need no
+        # positions. It must build an encoder or a decoder: without a decoder it builds a small encoder, which ours replaces.
         super().__init__(
             tgt_vocab,
             input_size,
@@ -197,12 +197,12 @@ class TransformerASR(SpeechBrainTransformerASR):
         dynchunktrain_config : DynChunkTrainConfig, optional
             The chunk setting of the encoder.
         pass_name : str, optional
-            Which of the encoder's ``passes`` answers; the last one by default.
+            One of the encoder's ``passes``; the last one by default.
 
         Returns
         -------
         tuple
-            Encoder output (B, T, D), and decoder output (B, U, D) or None where there is no target or no decoder.
+            Encoder output (B, T, D), and decoder output (B, U, D) or None if there is no target or no decoder.
         """
         encoder_out = self.encode(src, wav_len, pad_idx, dynchunktrain_config, pass_name)
         return encoder_out, self.decode_targets(tgt, encoder_out, wav_len, pad_idx)
@@ -224,7 +224,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         Returns
         -------
         torch.Tensor or None
-            (B, U, D); None where there is no target or no decoder.
+            (B, U, D); None if there is no target or no decoder.
         """
         if tgt is None or not hasattr(self, "decoder"):
             return None
@@ -252,7 +252,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         dynchunktrain_config : DynChunkTrainConfig, optional
             The chunk setting.
         pass_name : str, optional
-            Which of the encoder's ``passes`` answers; the last one by default.
+            One of the encoder's ``passes``; the last one by default.
 
         Returns
         -------
@@ -279,7 +279,7 @@ class TransformerASR(SpeechBrainTransformerASR):
 
     @torch.no_grad()
     def decode(self, tgt, encoder_out, enc_len=None):
-        """One step of a search; as in SpeechBrain, but for any precision, and where no utterance fills the encoder output.
+        """One step of a search, as in SpeechBrain, but in any precision, and with more encoder frames than any utterance has.
 
         Arguments
         ---------
@@ -306,7 +306,7 @@ class TransformerASR(SpeechBrainTransformerASR):
 
     @torch.no_grad()
     def make_decoder_cache(self, encoder_out, enc_len=None, beam_size=1):
-        """What :meth:`decode_step` needs: a search that decodes each token once, where :meth:`decode` takes whole prefixes.
+        """Make the cache for :meth:`decode_step`, which decodes each token once; :meth:`decode` takes whole prefixes.
 
         Arguments
         ---------
@@ -327,14 +327,14 @@ class TransformerASR(SpeechBrainTransformerASR):
 
     @torch.no_grad()
     def decode_step(self, tokens, cache):
-        """The last position of what :meth:`decode` gives for prefixes that end with ``tokens``.
+        """Decode one token: the last position of the output of :meth:`decode` for prefixes that end with ``tokens``.
 
         Arguments
         ---------
         tokens : torch.Tensor
             (B * K,) the next token of each hypothesis.
         cache : DecoderCache
-            From :meth:`make_decoder_cache`; updated in place. ``cache.reorder(index)`` goes on with other hypotheses.
+            From :meth:`make_decoder_cache`; updated in place. ``cache.reorder(index)`` continues with other hypotheses.
 
         Returns
         -------
@@ -344,7 +344,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         Raises
         ------
         ValueError
-            If there have been ``max_length`` tokens.
+            If the hypotheses already have ``max_length`` tokens.
 
         Example
         -------
@@ -413,10 +413,10 @@ class TransformerASR(SpeechBrainTransformerASR):
         if lengths is None:
             return None
         mask = padding_mask(lengths, encoder_out.shape[1])
-        mask[:, 0] = False  # an utterance of no frames attends to a zero, not to nothing, which would be NaN
+        mask[:, 0] = False  # an utterance without frames attends to one zero frame: attention to no frame gives NaN
         return mask
 
 
 def _weights_if_wanted(attention, args, kwargs):
-    """Before a call of the decoder's attention: only ``decode`` wants the weights, and without them it is one fused kernel."""
+    """Hook of the decoder's attention: only ``decode`` needs the weights; without them the attention is one fused kernel."""
     return args, kwargs | {"need_weights": attention.gives_weights}

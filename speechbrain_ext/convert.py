@@ -1,4 +1,4 @@
-"""Weights of other toolkits' encoders, renamed and laid out for the encoders here."""
+"""Conversion of other toolkits' weights to the names and layout of the encoders here."""
 
 import re
 
@@ -33,17 +33,17 @@ _SPEECHBRAIN_BLOCK = {
 
 
 def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict[str, torch.Tensor]:
-    """SpeechBrain's Conformer or HyperConformer weights for the encoders here.
+    """Convert SpeechBrain's Conformer or HyperConformer weights for the encoders here.
 
-    The encoder that takes them is ``hyperconformer`` for ``attention_type: hypermixing``, and otherwise ``conformer`` with the
-    same ``attention_type`` and ``speechbrain_scores=True``. For models with ``causal: False``, as published: the weights do
-    not tell, and a causal one would convert and answer otherwise.
+    Load the result into ``hyperconformer`` for ``attention_type: hypermixing``, and otherwise into ``conformer`` with the same
+    ``attention_type`` and ``speechbrain_scores=True``. The model must have ``causal: False``, as the published ones do. The
+    weights do not show this: a causal model would convert, but give other output.
 
     Arguments
     ---------
     state_dict : dict
-        Of a ``ConformerEncoder``, a ``TransformerASR``, or a list of modules with one inside, as SpeechBrain's recipes save it;
-        everything outside the encoder is passed through, position tables excepted.
+        State of a ``ConformerEncoder``, a ``TransformerASR``, or a list of modules with one inside, as SpeechBrain's recipes save
+        it. Weights outside the encoder do not change; position tables are left out.
     nhead : int
         The encoder's number of heads.
 
@@ -89,7 +89,7 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
                 # Rows lie head by head there (query, key, value of head 0, then of head 1), projection by projection here.
                 width = tensor.shape[1]
                 tensor = tensor.reshape(nhead, 3, width // nhead, width).transpose(0, 1)
-                if rotary:  # turned pairs of channels are neighbours there, half a head apart here
+                if rotary:  # rotated pairs of channels are neighbours there, half a head apart here
                     pairs = tensor[:2].unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
                     tensor = torch.cat((pairs, tensor[2:]))
                 tensor = tensor.reshape(3 * width, width)
@@ -143,29 +143,29 @@ _NEMO_UNET = {
 
 
 def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None = None, recover_before: int | None = None):
-    """NeMo's Squeezeformer weights for the one here.
+    """Convert NeMo's Squeezeformer weights for the encoder here.
 
-    What takes them is a :class:`speechbrain_ext.asr.SpeechEncoder` of
+    Load the result into a :class:`speechbrain_ext.asr.SpeechEncoder` of
     ``DepthwiseSubsampling(80, d_model)`` and ``TransformerASR(..., num_decoder_layers=0, encoder_module="squeezeformer")`` of
-    the same sizes, with a ``speechbrain.nnet.linear.Linear`` as head where the weights have one. NeMo's CTC blank is the last
+    the same sizes, with a ``speechbrain.nnet.linear.Linear`` as head if the weights have one. NeMo's CTC blank is the last
     output. The features must be NeMo's: this converts weights only.
 
     Arguments
     ---------
     state_dict : dict
-        Of NeMo's ``SqueezeformerEncoder``, or of a whole model (``model_weights.ckpt`` in the archive that a ``.nemo`` file is).
+        State of NeMo's ``SqueezeformerEncoder``, or of a whole model (``model_weights.ckpt`` in a ``.nemo`` archive).
     reduce_before, recover_before : int, optional
         NeMo's ``time_reduce_idx`` and ``time_recovery_idx``; by default as published, L/2 - 1 and L - 1 of L blocks.
 
     Returns
     -------
     dict
-        For ``load_state_dict`` of the SpeechEncoder; without a head, where there is none.
+        For ``load_state_dict`` of the SpeechEncoder; with a head if the weights have one.
 
     Raises
     ------
     ValueError
-        If the weights are no Squeezeformer's, or some have no counterpart here.
+        If the weights are not those of a Squeezeformer, or some have no counterpart here.
 
     Example
     -------
@@ -185,7 +185,7 @@ def convert_nemo(state_dict: dict[str, torch.Tensor], reduce_before: int | None 
     converted = {}
     for key, tensor in weights.items():
         if key.endswith("num_batches_tracked") or re.search(r"self_attn\.linear_[kv]\.", key):
-            continue  # the latter go with the query's
+            continue  # converted with the query's
         block = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
         if block and block[2].startswith("self_attn.linear_q."):
             keys = [key.replace("linear_q", f"linear_{letter}") for letter in "qkv"]

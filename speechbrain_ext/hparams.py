@@ -1,9 +1,9 @@
-"""Reading hparams files: HyperPyYAML, with one addition that lets a file state only what differs from another one.
+"""Reading hparams files: HyperPyYAML with one addition. A file can extend another one, and state only the differences.
 
-A file whose first key is ``extends: other.yaml`` (a path relative to it) is an overrides text for that file, as HyperPyYAML's
-own ``overrides`` are: scalars and lists replace, mappings merge. Only a mapping with a tag of its own (``!new:...``) replaces
-what was there, as another class has other keys, and so does ``card``. Chains may have any depth. With
-``extends: [a.yaml, b.yaml]``, ``b.yaml`` overrides ``a.yaml``, and the file both.
+A file whose first key is ``extends: other.yaml`` (a path relative to it) overrides that file, as HyperPyYAML's ``overrides`` do:
+scalars and lists replace, mappings merge. Two kinds of mappings replace the old one instead: a mapping with a tag (``!new:...``),
+as another class has other keys, and ``card``. Chains may have any depth. With ``extends: [a.yaml, b.yaml]``, ``b.yaml`` overrides
+``a.yaml``, and the file overrides both.
 """
 
 import copy
@@ -21,18 +21,18 @@ from speechbrain_ext.utils.errors import UserError, one_line, raised_in, yaml_pr
 
 EXTENDS = "extends"
 WHOLE = ("card",)
-"""Keys whose mappings replace what was there: what is said of one corpus is not true of another."""
+"""Keys whose mappings replace the old mapping: the card of one corpus is not true of another."""
 
 
 def merge_hparams(paths, overrides=""):
-    """Merge hparams files and overrides into one text, references still unresolved.
+    """Merge hparams files and overrides into one text, with references unresolved.
 
     Arguments
     ---------
     paths : str, os.PathLike, or a sequence of them
-        An hparams file, or several of which each overrides those before it; but for the first, they may be mappings, too.
+        An hparams file, or several: each overrides those before it. All but the first may also be mappings.
     overrides : str or dict
-        What to replace, as YAML text (such as ``speechbrain.parse_arguments`` makes from the command line) or a mapping.
+        Values to replace, as YAML text (such as ``speechbrain.parse_arguments`` makes from the command line) or a mapping.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def load_hparams(paths, overrides=""):
     Raises
     ------
     FileNotFoundError, ValueError
-        As in :func:`merge_hparams`, and where a value is missing.
+        As in :func:`merge_hparams`, and if a value is missing.
 
     Example
     -------
@@ -121,7 +121,7 @@ def resolve_hparams(paths, overrides=""):
     Returns
     -------
     dict
-        What would be built is still a mapping or list with a tag.
+        An object to build is still a mapping or list with a tag.
     """
     with _explained():
         return ruamel.yaml.YAML().load(resolve_references(merge_hparams(paths, overrides)))
@@ -129,10 +129,10 @@ def resolve_hparams(paths, overrides=""):
 
 @contextmanager
 def _explained():
-    """HyperPyYAML's errors as the user's: a reference, a placeholder, a class that does not exist or does not take its keys.
+    """Turn HyperPyYAML's errors into a UserError: about a reference, a placeholder, a class that is missing or refuses its keys.
 
-    What a class of another package raises itself is a bug of that class, or a UserError already; SpeechBrain's classes refuse
-    settings so.
+    An error that a class of another package raises is a bug of that class, or already a UserError. But SpeechBrain's classes
+    refuse settings with such errors.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def parse_overrides(text):
 
 
 def needed_keys(tree, node):
-    """The top-level keys that a node refers to, and that these refer to, and so on.
+    """The top-level keys that a node refers to, directly or through other keys.
 
     Arguments
     ---------
@@ -204,12 +204,12 @@ def _references(node):
 
 
 def tag_of(node):
-    """The tag of a part of parsed hparams, such as ``!new:package.Class``; empty where it has none."""
+    """The tag of a part of parsed hparams, such as ``!new:package.Class``; empty if it has none."""
     return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
 def _read(path, extended_by=()):
-    """The tree of a file and of all that it extends."""
+    """The tree of a file, merged with the files that it extends."""
     path = path.resolve()
     if path in extended_by:
         raise UserError(f"The hparams file {path} extends itself; remove one of the '{EXTENDS}' keys.")
@@ -221,7 +221,7 @@ def _read(path, extended_by=()):
     tree = None
     if EXTENDS in own:
         if next(iter(own)) != EXTENDS:
-            raise UserError(f"In {path} the key '{EXTENDS}' must be the first one, as it is the ground for all others.")
+            raise UserError(f"In {path} the key '{EXTENDS}' must be the first one; move it to the top.")
         bases = own.pop(EXTENDS)
         for base in [bases] if isinstance(bases, str) else bases:
             tree = _override(tree, _read(path.parent / base, (*extended_by, path)))
@@ -234,7 +234,7 @@ def _parse(text, name):
     except ruamel.yaml.YAMLError as error:
         raise UserError("{} is no valid YAML: {}{}.".format(name, *yaml_problem(error))) from error
     if not isinstance(tree, dict):
-        raise UserError(f"{name} should hold 'key: value' lines, and it is: {text.strip()[:60]!r}.")
+        raise UserError(f"{name} should hold 'key: value' lines, but it is: {text.strip()[:60]!r}.")
     return tree
 
 

@@ -1,13 +1,13 @@
-"""Names: of encoders and their sizes, and of the classes that a model folder may name.
+"""Registry of encoders with their sizes, and of the classes that a model folder may name.
 
 An encoder enters the registry in one of three ways:
 
-* a module in ``speechbrain_ext/encoders`` whose class carries ``@register_encoder("name")``;
+* a module in ``speechbrain_ext/encoders`` whose class has the decorator ``@register_encoder("name")``;
 * the same decorator in any code that has been imported;
 * a Python entry point in the group ``speechbrain_ext.encoders`` of an installed package, ``name = "package.module:Class"``.
 
-A class that a model folder may name, such as a front end of one's own, carries ``@loadable`` in code that has been imported, or
-is an entry point in the group ``speechbrain_ext.loadable``: ``"package.module.Class" = "package.module:Class"``.
+A class that a model folder may name, such as your own subsampling, has the decorator ``@loadable`` in imported code, or is an
+entry point in the group ``speechbrain_ext.loadable``: ``"package.module.Class" = "package.module:Class"``.
 """
 
 import importlib
@@ -69,7 +69,7 @@ def register_encoder(name: str):
 
 
 def _import_shipped() -> None:
-    """Importing a shipped encoder's module registers it."""
+    """Import the modules of the shipped encoders, which registers them."""
     encoders = importlib.import_module(SHIPPED)
     for module in pkgutil.iter_modules(encoders.__path__):
         importlib.import_module(f"{SHIPPED}.{module.name}")
@@ -92,7 +92,7 @@ def list_encoders() -> list[str]:
 
 
 def get_encoder(name: str) -> type:
-    """The class behind a name.
+    """The encoder class with a name.
 
     Arguments
     ---------
@@ -142,7 +142,7 @@ def encoder_keys(name: str) -> list[str]:
     ['d_model', 'nhead', 'num_layers', 'd_ffn', 'dropout']
     """
     keys = []
-    for base in get_encoder(name).__mro__:  # a constructor with **kwargs hands on to the next one
+    for base in get_encoder(name).__mro__:  # a constructor with **kwargs passes keys on to the next one
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
@@ -153,7 +153,7 @@ def encoder_keys(name: str) -> list[str]:
 
 
 def encoder_sizes(name: str) -> dict:
-    """The named sizes of an encoder: what its constructor key ``size`` takes, by the ``sizes`` of its class.
+    """The named sizes of an encoder: the values of its constructor key ``size``, from the ``sizes`` of its class.
 
     Arguments
     ---------
@@ -163,8 +163,8 @@ def encoder_sizes(name: str) -> dict:
     Returns
     -------
     dict
-        From the name of a size to its row, an object with ``d_model``, ``nhead``, ``num_layers`` and ``d_ffn`` at least. Empty
-        where the encoder has no sizes.
+        Rows by name: objects with at least ``d_model``, ``nhead``, ``num_layers`` and ``d_ffn``. Empty if the encoder has no
+        named sizes.
 
     Example
     -------
@@ -175,7 +175,7 @@ def encoder_sizes(name: str) -> dict:
 
 
 def passes_of(encoder) -> tuple:
-    """The names of an encoder's answers, the best one last; one for all but a cascade.
+    """The names of an encoder's passes, the best one last. Only a cascade has more than one.
 
     Example
     -------
@@ -186,7 +186,7 @@ def passes_of(encoder) -> tuple:
 
 
 def encoder_name(encoder) -> str:
-    """The registered name of an encoder, or that of its class where it has none.
+    """The registered name of an encoder, or the name of its class if it has none.
 
     Example
     -------
@@ -198,19 +198,19 @@ def encoder_name(encoder) -> str:
 
 
 def encoder_passes(encoder, pass_name: str | None = None) -> dict:
-    """The keyword that asks an encoder for one of its passes: ``encoder(x, **encoder_passes(encoder, "first"))``.
+    """The keyword that selects a pass of an encoder: ``encoder(x, **encoder_passes(encoder, "first"))``.
 
     Arguments
     ---------
     encoder : torch.nn.Module
         An encoder.
     pass_name : str, optional
-        One of them.
+        Name of the pass.
 
     Returns
     -------
     dict
-        Empty for the encoder's usual answer, its last pass.
+        Empty for the default, the last pass.
 
     Raises
     ------
@@ -265,12 +265,12 @@ def encoder_size(name: str, size: str):
 
 
 def loadable(target):
-    """Class decorator that lets a model folder name a class: such a class is built from the folder's own values.
+    """Class decorator that allows model folders to name a class, which is then built from the folder's values.
 
     Arguments
     ---------
     target : type
-        Its constructor must be safe with any arguments that a file can hold: it reads no file and calls nothing by name.
+        The class. Its constructor must be safe with any arguments from a file: it reads no file and calls nothing by name.
 
     Returns
     -------
@@ -289,7 +289,7 @@ def loadable(target):
 
 
 def find_loadable(path: str):
-    """The class behind a path, if a model folder may name it. Nothing is imported for it but an installed entry point.
+    """The class at a path, if a model folder may name it. This imports only installed entry points.
 
     Arguments
     ---------
@@ -315,7 +315,7 @@ def build_encoder(name: str, **kwargs):
     name : str
         A registered name.
     **kwargs
-        Keys of that encoder; all understand ``d_model``, ``nhead``, ``num_layers``, ``d_ffn`` and ``dropout``, all have defaults.
+        Keys of that encoder. All encoders have ``d_model``, ``nhead``, ``num_layers``, ``d_ffn`` and ``dropout``, with defaults.
 
     Returns
     -------

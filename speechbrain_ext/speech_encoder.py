@@ -1,4 +1,4 @@
-"""The way from waveforms to encoder frames: features, normalisation, subsampling, encoder."""
+"""From waveforms to encoder frames: features, normalisation, subsampling, encoder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,9 @@ from speechbrain_ext.registry import loadable
 
 @loadable
 class SpeechEncoder(nn.Module):
-    """From waveforms to encoder frames, with exact lengths all the way: the ``encoder`` of a trained model.
+    """From waveforms to encoder frames, with exact lengths at each step: the ``encoder`` of a trained model.
 
-    Training, whole files, streams and both ONNX graphs go through it.
+    Training, whole files, streams and both ONNX graphs use it.
 
     Arguments
     ---------
@@ -27,7 +27,7 @@ class SpeechEncoder(nn.Module):
     normalize : torch.nn.Module
         Feature normalisation, called with (features, relative lengths).
     subsampling : torch.nn.Module
-        A front end of :mod:`speechbrain_ext.lobes.subsampling`.
+        A module of :mod:`speechbrain_ext.lobes.subsampling`.
     transformer : TransformerASR
         Encodes the subsampled features.
     head : torch.nn.Module, optional
@@ -35,7 +35,7 @@ class SpeechEncoder(nn.Module):
     chunk_size : int, optional
         Chunk size in encoder frames that the model was trained to stream with; None = it was trained in full context only.
     left_context : int, optional
-        Likewise, the left context in chunks; None = all.
+        Left context in chunks that the model was trained with; None = all.
 
     Example
     -------
@@ -62,9 +62,9 @@ class SpeechEncoder(nn.Module):
     recomputes = False
 
     def recompute_activations(self):
-        """Let training keep the inputs of the front end and of each block alone for the gradient, and compute the rest again.
+        """Let training keep only the inputs of the subsampling and of each block for the gradient, and recompute the rest.
 
-        It takes about a third more time, and a fraction of the memory.
+        This takes about a third more time, and a fraction of the memory.
         """
         self.recomputes = True
         for part in self.modules():
@@ -72,7 +72,7 @@ class SpeechEncoder(nn.Module):
                 part.recomputes = True
 
     def forward(self, wavs, wav_lens=None):
-        """Waveforms (B, N) with relative lengths to encoder frames (B, T, D); what SpeechBrain's inference classes call."""
+        """Waveforms (B, N) with relative lengths to encoder frames (B, T, D). SpeechBrain's inference classes call it."""
         return self.encode(wavs, wav_lens)[0]
 
     def encode(
@@ -91,9 +91,9 @@ class SpeechEncoder(nn.Module):
         wav_lens : torch.Tensor, optional
             (B,) relative lengths.
         dynchunktrain_config : DynChunkTrainConfig, optional
-            The chunk setting, for features and encoder: no frame then depends on what follows its chunk.
+            The chunk setting, for features and encoder: no frame then depends on audio after its chunk.
         pass_name : str, optional
-            Which of the encoder's ``passes`` answers; the last one by default.
+            One of the encoder's ``passes``; the last one by default.
 
         Returns
         -------
@@ -103,14 +103,14 @@ class SpeechEncoder(nn.Module):
         Raises
         ------
         UserError
-            If the chunk setting is impossible, or the features cannot be had chunk by chunk.
+            If the chunk setting is impossible, or the features do not stream.
         """
         feats, lens = self.features(wavs, wav_lens)
         feats = self.normalized(feats, lens, dynchunktrain_config)
         return self.encode_features(feats, lens, dynchunktrain_config, pass_name)
 
     def features(self, wavs, wav_lens=None):
-        """From waveforms to features as they are kept in memory: no chunk setting and no statistics have a part in them.
+        """Waveforms to features that can be cached: they depend on no chunk setting and no statistics.
 
         Arguments
         ---------
@@ -129,7 +129,7 @@ class SpeechEncoder(nn.Module):
         return raw_features(self.compute_features, wavs, wav_lens)
 
     def count_frames(self, length, is_features: bool = False):
-        """Number of encoder frames of so many samples, or of so many feature frames; of one utterance or of a tensor of them."""
+        """Number of encoder frames for a number of samples, or of feature frames; also for a tensor of such numbers."""
         frames = length if is_features else front_end(self.compute_features).framing.count(length)
         return -(-frames // self.subsampling.factor)
 
@@ -143,9 +143,9 @@ class SpeechEncoder(nn.Module):
         lens : torch.Tensor
             (B,) relative lengths.
         dynchunktrain_config : DynChunkTrainConfig, optional
-            The chunk setting: with it, clipping and statistics know what a stream knows.
+            The chunk setting. Clipping and statistics then use only the audio up to the end of each chunk.
         **keys
-            For the normalisation, such as ``epoch``.
+            Keys of the normalisation, such as ``epoch``.
 
         Returns
         -------
@@ -175,7 +175,7 @@ class SpeechEncoder(nn.Module):
         dynchunktrain_config : DynChunkTrainConfig, optional
             The chunk setting.
         pass_name : str, optional
-            Which of the encoder's ``passes`` answers; the last one by default.
+            One of the encoder's ``passes``; the last one by default.
 
         Returns
         -------
@@ -194,7 +194,7 @@ class SpeechEncoder(nn.Module):
         dynchunktrain_config : DynChunkTrainConfig
             Chunk size in encoder frames and left context in chunks (None = all).
         encoder_kwargs : dict, optional
-            For the encoder's ``make_streaming_context``.
+            Keys of the encoder's ``make_streaming_context``.
 
         Returns
         -------
@@ -203,14 +203,14 @@ class SpeechEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the chunk setting is impossible, or the features cannot be had chunk by chunk.
+            If the chunk setting is impossible, or the features do not stream.
         """
         encoder = self.transformer.make_streaming_context(dynchunktrain_config, encoder_kwargs or {})
         features = FeatureStream(self.compute_features, self.normalize, self._feature_chunk(dynchunktrain_config))
         return SpeechStreamingContext(features, encoder)
 
     def encode_streaming(self, wavs, context, last: bool = False):
-        """Encode the next samples: what :meth:`encode` gives under the same chunk setting, as soon as a chunk is complete.
+        """Encode the next samples. As soon as a chunk is complete, it gives the output of :meth:`encode` with the same setting.
 
         Arguments
         ---------
@@ -224,8 +224,8 @@ class SpeechEncoder(nn.Module):
         Returns
         -------
         tuple
-            What ``forward`` gives for the frames of the chunks that are complete now, (B, T, ...) with T >= 0; and these
-            frames without the head (B, T, D).
+            The output of ``forward`` for the chunks that are now complete, (B, T, ...) with T >= 0; and the same frames without
+            the head (B, T, D).
 
         Example
         -------
@@ -256,10 +256,10 @@ class SpeechEncoder(nn.Module):
 
 @dataclass
 class SpeechStreamingContext:
-    """All state of one stream of waveforms (or one batch of streams in step)."""
+    """All state of one stream of waveforms (or of one batch of simultaneous streams)."""
 
     features: FeatureStream
     encoder: Any
-    """Of ``TransformerASR.make_streaming_context``."""
+    """From ``TransformerASR.make_streaming_context``."""
     tail: torch.Tensor | None = None
-    """The front end's left context."""
+    """The left context of the subsampling."""

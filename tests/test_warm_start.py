@@ -662,7 +662,7 @@ def test_what_cannot_begin_is_refused_before_training(keys, message, train, tmp_
         ({"freeze": ["subsampling", "transformer", "ctc_lin", "seq_lin"]}, "freeze leaves nothing to train; name fewer parts"),
         ({"freeze_steps": 5}, "freeze_steps is 5, and freeze names no part; name some, or give 0"),
         ({"lr_scales": {"head": 1}}, "lr_scales has 'head', which no weight begins with"),
-        ({"lr_scales": {"ctc_lin": 0}}, "lr_scales has 0 for ctc_lin; give a number above 0, and what should not move to freeze"),
+        ({"lr_scales": {"ctc_lin": 0}}, "lr_scales has 0 for ctc_lin; give a number above 0, or name the part in freeze"),
     ],
 )
 def test_what_cannot_be_frozen_or_scaled_is_refused(keys, message, tmp_path):

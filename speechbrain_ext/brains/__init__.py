@@ -1,1 +1,1 @@
-"""Training: one Brain for all architectures, and a subclass where an architecture trains in its own way."""
+"""Training: one Brain for all architectures, and subclasses for architectures that train differently."""

@@ -1,4 +1,4 @@
-"""What the Brains of all architectures share: joint CTC/attention training, search, error rates and checkpoints."""
+"""The Brain of all architectures: joint CTC/attention training, search, error rates and checkpoints."""
 
 import functools
 import inspect
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 
 class Predictions(NamedTuple):
-    """What the model says of a batch."""
+    """Output of the model for a batch."""
 
     frames: torch.Tensor
     """(B, T, D) encoder frames."""
@@ -47,19 +47,19 @@ class Predictions(NamedTuple):
 
 
 def repeated(batch, views):
-    """A tensor (B, ...) or None, so many times, one behind the other."""
+    """A tensor (B, ...) repeated ``views`` times along its first axis, or None."""
     return batch if batch is None or views == 1 else torch.cat([batch] * views)
 
 
 def disagreement(log_probs, lengths):
-    """How far the frames of two views are from each other, in nats per utterance: the loss of CR-CTC.
+    """Divergence between the frames of two views, in nats per utterance: the loss of CR-CTC.
 
-    Source: Yao et al. 2024, https://arxiv.org/abs/2410.05101, equation 5: each view is drawn to the other, which is held fixed.
+    Source: Yao et al. 2024, https://arxiv.org/abs/2410.05101, equation 5: each view moves towards the other, which is held fixed.
 
     Arguments
     ---------
     log_probs : torch.Tensor
-        (2 B, T, V), one view of a batch behind the other.
+        (2 B, T, V), the two views of a batch one after the other.
     lengths : torch.Tensor
         (2 B,) relative lengths.
 
@@ -81,7 +81,7 @@ def disagreement(log_probs, lengths):
 
 
 class AsrModel(torch.nn.Module):
-    """All that has weights, in one forward: what is checkpointed, and wrapped for several GPUs.
+    """All modules with weights, in one forward. Checkpoints save it, and several GPUs need it as one module.
 
     Arguments
     ---------
@@ -90,11 +90,11 @@ class AsrModel(torch.nn.Module):
     ctc_lin : torch.nn.Module
         The CTC head.
     seq_lin : torch.nn.Module, optional
-        The decoder's output layer; left out where the encoder's TransformerASR has no decoder.
+        The decoder's output layer; left out if the encoder's TransformerASR has no decoder.
     transducer : Transducer, optional
         Predictor and joint network.
     transducer_cost : TransducerLoss, optional
-        Its loss, which has weights of its own.
+        Its loss, which also has weights.
 
     Example
     -------
@@ -121,7 +121,7 @@ class AsrModel(torch.nn.Module):
         self.frozen = []  # modules inside that stay in evaluation mode
 
     def train(self, mode=True):
-        """As in PyTorch, but for what is frozen."""
+        """As in PyTorch, but frozen modules stay in evaluation mode."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
@@ -152,7 +152,7 @@ class AsrModel(torch.nn.Module):
         lens : torch.Tensor
             (B,) relative lengths.
         targets : torch.Tensor, optional
-            (B, 1 + U) the token that begins a text, and the text, for the decoder or the transducer.
+            (B, 1 + U) the token that begins a text, then the text, for the decoder or the transducer.
         target_lens : torch.Tensor, optional
             (B,) relative lengths of the texts, for the transducer.
         is_features : bool
@@ -160,11 +160,11 @@ class AsrModel(torch.nn.Module):
         chunks : DynChunkTrainConfig, optional
             The chunk setting, of features and encoder.
         passes : tuple of str
-            Which of the encoder's passes answer; None for its usual one.
+            The encoder's passes to run; None for the default.
         augment : callable, optional
-            From normalised features and their lengths to augmented ones.
+            Turns normalised features and their lengths into augmented ones.
         views : int
-            How often the batch is augmented; the predictions are then of all these views, one behind the other.
+            Number of augmented views of the batch. The predictions are those of all views, one after the other.
         pad_index : int
             The token that pads ``targets``.
         step : int, optional
@@ -210,12 +210,12 @@ class AsrBrain(Brain):
     Raises
     ------
     UserError
-        If the normalisation's statistics could not be kept in a model folder, heads and their weights do not go together, or
-        ``freeze`` or ``lr_scales`` are impossible.
+        If a model folder cannot keep the normalisation's statistics, heads or their weights do not fit together, or ``freeze`` or
+        ``lr_scales`` is impossible.
     """
 
     passes = (None,)
-    """The encoder's passes that are validated and tested; their names go before those of searches."""
+    """The encoder's passes to validate and test; their names precede those of searches."""
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])
@@ -225,12 +225,12 @@ class AsrBrain(Brain):
         check_scales(hparams["lr_scales"], self.parts)
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         if self.compile and self.hparams.activation_checkpointing:
-            raise UserError("activation_checkpointing is True, and --compile decides what it keeps itself; leave one out.")
+            raise UserError("activation_checkpointing is True, but --compile decides itself what to keep; leave one out.")
         if self.compile and self.hparams.chunk_sampler:
-            raise UserError("There is a chunk_sampler, and --compile would compile anew for each chunk size; leave it out.")
+            raise UserError("There is a chunk_sampler, but --compile would compile again for each chunk size; leave one out.")
         if self.hparams.activation_checkpointing:
             self.hparams.speech_encoder.recompute_activations()
-        # Of training, over all starts of the run
+        # Totals of training, over all starts of the run
         self.audio_seconds = 0.0
         self.train_seconds = 0.0
         self.peak_memory_mib = 0.0
@@ -238,21 +238,21 @@ class AsrBrain(Brain):
 
     @property
     def selection(self):
-        """The search whose error rate selects checkpoints: the greedy one, of the last pass."""
+        """The search whose error rate selects checkpoints: greedy search of the last pass."""
         search = GREEDY if self.hparams.transducer is None else TRANSDUCER_GREEDY
         return search_name(self.passes[-1], search)
 
     # ------------------------------------------------------------------ one batch
 
     def compute_forward(self, batch, stage):
-        """From a batch to the predictions of each pass.
+        """Compute the predictions of each pass for a batch.
 
         Arguments
         ---------
         batch : PaddedBatch
-            Of items as :func:`speechbrain_ext.dataio.datasets.make_datasets` describes them.
+            Items as :func:`speechbrain_ext.dataio.datasets.make_datasets` describes them.
         stage : speechbrain.Stage
-            Training augments.
+            Only training augments.
 
         Returns
         -------
@@ -283,8 +283,8 @@ class AsrBrain(Brain):
         return dict(zip(passes, predictions, strict=True))
 
     def count_frames(self, batch, length, augments):
-        """Encoder frames (B,) of a batch of signals of this length, as the host knows them before the device has computed them;
-        None where augmentation may have changed the relative lengths."""
+        """Numbers of encoder frames (B,) of a batch of signals of this length. The host computes them, without waiting for the
+        device. None if augmentation may have changed the relative lengths."""
         hparams = self.hparams
         augmentations = [hparams.wav_augment, hparams.fea_augment] if augments else []
         if not all(getattr(each, "keeps_lengths", False) for each in augmentations if each):
@@ -305,10 +305,10 @@ class AsrBrain(Brain):
         return DynChunkTrainConfig(multiple * math.ceil(chunks.chunk_size / multiple), chunks.left_context_size)
 
     def compute_objectives(self, predictions, batch, stage):
-        """The loss, the mean over the passes that ran; outside of training the error rates, too."""
+        """The mean loss of the passes; outside of training also update the error rates."""
         losses = []
         for pass_name, prediction in predictions.items():
-            with torch.autocast(self.device_type, enabled=False):  # in float32 whatever the precision
+            with torch.autocast(self.device_type, enabled=False):  # in float32 in any precision
                 ctc_log_probs = prediction.ctc_logits.float().log_softmax(-1)
                 losses.append(self.loss(prediction, ctc_log_probs, batch))
             if stage != Stage.TRAIN:
@@ -321,7 +321,7 @@ class AsrBrain(Brain):
         """The loss of one pass."""
         hparams, frames = self.hparams, ctc_log_probs.shape[1]
         views = len(ctc_log_probs) // len(batch.tokens.data)
-        # From the device, the loss would fetch the lengths, and wait for all that comes before them
+        # With lengths on the device, the loss would wait for all earlier computations
         lengths = prediction.lengths if self.frames is None else repeated(self.frames / frames, views)
         tokens, token_lengths = (repeated(each, views) for each in (batch.tokens.data, batch.host_lengths["tokens"]))
         loss = hparams.ctc_cost(ctc_log_probs, tokens, lengths, token_lengths)
@@ -338,7 +338,7 @@ class AsrBrain(Brain):
         return hparams.ctc_weight * loss + (1 - hparams.ctc_weight) * seq_loss
 
     def search(self, prediction, ctc_log_probs, stage):
-        """Texts by the name of the search; the slow ones on test sets only."""
+        """Texts by the name of the search; slow searches run on test sets only."""
         hparams = self.hparams
         texts = {GREEDY: self.decode(greedy_tokens(ctc_log_probs, prediction.lengths, hparams.blank_index))}
         if stage == Stage.TEST and hparams.ctc_search:
@@ -367,13 +367,13 @@ class AsrBrain(Brain):
     # ------------------------------------------------------------------ training
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
-        # In place of SpeechBrain's wrapper, which drops or repeats batches where their number does not divide
+        # SpeechBrain's wrapper would drop or repeat batches if their number is not a multiple of the processes
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
         self.train_sampler = BatchesOfProcess(loader_kwargs["batch_sampler"], self.rank if world > 1 else 0, world)
         return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
     def fit_batch(self, batch):
-        """As in SpeechBrain, but what is left over at the end of an epoch takes a step, too; its gradient is the mean over it.
+        """As in SpeechBrain, but the last batches of an epoch make a step even if they are few, with their mean gradient.
 
         Raises
         ------
@@ -404,7 +404,7 @@ class AsrBrain(Brain):
         return read
 
     def update_average(self, loss, avg_loss):
-        """As in SpeechBrain; in training, with the losses that :meth:`fit_batch` has read, as (loss, step)."""
+        """As in SpeechBrain, but training uses the losses that :meth:`fit_batch` has read, as (loss, step)."""
         if not isinstance(loss, list):
             return super().update_average(loss, avg_loss)
         for value, step in loss:
@@ -413,7 +413,7 @@ class AsrBrain(Brain):
         return avg_loss
 
     def _wrap_distributed(self):
-        """As in SpeechBrain; gradients lie in the buffers that are sent, and are not copied there."""
+        """As in SpeechBrain, but gradients are views of the buffers to send, without a copy."""
         if not self.distributed_launch:
             return
         devices = None if self.distributed_backend == "gloo" else [self.device]
@@ -428,7 +428,7 @@ class AsrBrain(Brain):
                     )
 
     def _compile(self):
-        """What ``--compile`` compiles: front end and encoder, in place, once for all lengths."""
+        """Compile subsampling and encoder for ``--compile``, in place, once for all lengths."""
         if not self.compile:
             return
         encoder = self.hparams.speech_encoder
@@ -436,8 +436,8 @@ class AsrBrain(Brain):
             part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
 
     def init_optimizers(self):
-        """As in SpeechBrain, with the groups of ``lr_scales``; on a GPU, the optimizer that has it updates all weights in one
-        launch, unless hparams say how."""
+        """As in SpeechBrain, with the groups of ``lr_scales``. On a GPU, optimizers with a fused form update all weights in one
+        launch, unless hparams choose another way."""
         opt_class, scales = self.opt_class, self.hparams.lr_scales
         given, make = {"fused", "foreach", "differentiable"} & getattr(opt_class, "keywords", {}).keys(), opt_class
         if self.device_type == "cuda" and "fused" in inspect.signature(opt_class).parameters and not given:
@@ -447,15 +447,15 @@ class AsrBrain(Brain):
         self.opt_class = opt_class
 
     def on_fit_start(self):
-        """As in SpeechBrain, and no further epoch where the last one ended with the limit of optimizer steps."""
+        """As in SpeechBrain, but without a further epoch if the last one reached the limit of optimizer steps."""
         super().on_fit_start()
         if self.step == 0 and self._optimizer_step_limit_exceeded:
             self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
 
     def optimizers_step(self):
-        """As in SpeechBrain, with one wait for the device: the losses since the last step and the gradients' norm come at once.
+        """As in SpeechBrain, with one wait for the device: losses since the last step and the gradients' norm come together.
 
-        The learning rate is set before the step: otherwise the first one would have the peak rate.
+        The learning rate is set before the step: otherwise the first step would have the peak rate.
 
         Returns
         -------
@@ -481,7 +481,7 @@ class AsrBrain(Brain):
                 self.count_nonfinite(loss, step, ids)
         if not math.isfinite(norm) and all(math.isfinite(loss) for loss in losses) and not self.scaler.is_enabled():
             logger.warning("The gradients are not finite at step %d of the epoch; the step is left out.", self.step)
-        # With float16 the scaler leaves such steps out, and needs to see them
+        # With float16 the scaler leaves such steps out itself
         if self.scaler.is_enabled() or math.isfinite(norm) or not self.skip_nonfinite_grads:
             for optimizer in optimizers:
                 with scaled_rates(optimizer):
@@ -493,24 +493,24 @@ class AsrBrain(Brain):
         return [(loss, step) for loss, step, _ in read]
 
     def count_nonfinite(self, loss, step, ids):
-        """Count losses that are not finite, and stop with the names of the utterances where there are too many."""
+        """Count losses that are not finite, and stop with the names of the utterances if there are too many."""
         self.nonfinite_count += 1
         message = f"The loss is {loss} at step {step} of the epoch, for the utterances {', '.join(ids)}"
         if self.nonfinite_count > self.nonfinite_patience:
             raise UserRuntimeError(
-                f"{message}; it was so {self.nonfinite_count} times in this epoch, more often than nonfinite_patience allows: "
-                "look at these utterances, lower lr, or use bf16 or fp32 in place of fp16."
+                f"{message}; this happened {self.nonfinite_count} times in the epoch, more often than nonfinite_patience allows: "
+                "check these utterances, lower lr, or use bf16 or fp32 in place of fp16."
             )
         logger.warning("%s; the step is left out.", message)
 
     def on_fit_batch_start(self, batch, should_step):
-        """Train what was frozen for so many steps."""
+        """Unfreeze parts that were frozen for some steps."""
         super().on_fit_batch_start(batch, should_step)
         if self.frozen.update(self.optimizer_step):
             self.modules.train()
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """Measure."""
+        """Measure audio and time."""
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
         now = time.perf_counter()
         seconds, longest = float(batch.duration.sum()), float(batch.duration.max())  # on the host
@@ -561,18 +561,18 @@ class AsrBrain(Brain):
     # ------------------------------------------------------------------ the trained model
 
     def make_final(self, batches):
-        """Turn the trained model into the one that is tested and kept: the average of the best checkpoints.
+        """Turn the trained model into the one to test and save: the average of the best checkpoints.
 
         Arguments
         ---------
         batches : iterable
-            Training batches, for BatchNorm statistics: the average of statistics is not that of the averaged weights.
+            Training batches, for BatchNorm statistics: averaged weights need new statistics.
 
         Returns
         -------
         dict
-            What a model folder is written of, by the folder's name: the weights
-            (:func:`speechbrain_ext.model_folder.write.model_parts`), and whether they are fused.
+            By the name of a model folder: its weights (:func:`speechbrain_ext.model_folder.write.model_parts`), and whether they
+            are fused.
 
         Raises
         ------
@@ -582,11 +582,11 @@ class AsrBrain(Brain):
         best = self.checkpointer.find_checkpoints(min_key="WER", max_num_checkpoints=self.hparams.average_checkpoints)
         if not best:
             raise UserError(f"There is no checkpoint of a finished epoch in {self.checkpointer.checkpoints_dir}; train first.")
-        # All but the weights is that of the last epoch, the statistics of the features among it
+        # Everything except the weights comes from the last epoch, also the statistics of the features
         self.checkpointer.recover_if_possible(ckpt_predicate=lambda checkpoint: checkpoint.meta["end-of-epoch"])
         model = self.hparams.model
         self.frozen.update(self.optimizer_step)
-        latest, frozen = model.speech_encoder.normalize.state_dict(), self.frozen.state()  # of which a mean would be rounded
+        latest, frozen = model.speech_encoder.normalize.state_dict(), self.frozen.state()  # averaging would round them
         model.load_state_dict(average_checkpoints(best, "model"))
         model.speech_encoder.normalize.load_state_dict(latest)
         self.parts.load_state_dict(frozen, strict=False)
@@ -611,7 +611,7 @@ class AsrBrain(Brain):
 
 
 def check_heads(hparams):
-    """Refuse heads that do not go together, and a weight with which one of them would not be trained.
+    """Refuse heads that do not fit together, and a weight that would leave one of them untrained.
 
     Arguments
     ---------
@@ -635,6 +635,6 @@ def check_heads(hparams):
         )
     if not 0 < hparams["ctc_weight"] < 1:
         raise UserError(
-            f"ctc_weight is {hparams['ctc_weight']}; give more than 0, as CTC tells when words are said, and less than 1, with "
-            "which the transducer would learn nothing."
+            f"ctc_weight is {hparams['ctc_weight']}; give more than 0, as CTC gives the times of words, and less than 1, as the "
+            "transducer would learn nothing with 1."
         )

@@ -1,4 +1,4 @@
-"""Parts of a model that are not trained, or at a rate of their own."""
+"""Frozen parts of a model, and parts with a separate learning rate."""
 
 import contextlib
 import math
@@ -8,23 +8,23 @@ from speechbrain_ext.utils.prefixes import begins_with, check_prefixes
 
 
 class Frozen:
-    """Parts of a model that get no gradient and stay in evaluation mode: no dropout, and statistics that do not move.
+    """Parts of a model that get no gradient and stay in evaluation mode: no dropout, and statistics that do not change.
 
     Arguments
     ---------
     model : torch.nn.Module
-        What is trained; its ``frozen`` lists the modules inside that its ``train()`` leaves in evaluation mode.
+        The model to train. Its ``train()`` leaves the modules of its ``frozen`` in evaluation mode.
     parts : torch.nn.Module
-        The same with the names of a model folder (:func:`speechbrain_ext.model_folder.write.model_parts`).
+        The same model with the names of a model folder (:func:`speechbrain_ext.model_folder.write.model_parts`).
     prefixes : list of str
-        Of these names, such as ``transformer.encoder.layers.0``.
+        Prefixes of these names, such as ``transformer.encoder.layers.0``.
     steps : int
-        The optimizer step from which on they are trained like the others; 0 = never.
+        The optimizer step from which they are trained like the others; 0 = never.
 
     Raises
     ------
     UserError
-        If a prefix matches nothing, all would be frozen, or there are steps and nothing to freeze.
+        If a prefix matches nothing, everything would be frozen, or there are steps but nothing to freeze.
 
     Example
     -------
@@ -53,7 +53,7 @@ class Frozen:
         self._set(self.holds)
 
     def update(self, step):
-        """Whether this optimizer step ends it; what is frozen depends on the step alone, as runs are interrupted anywhere."""
+        """Unfreeze if it is time, and return whether it was. This depends only on the step, as runs can be interrupted."""
         if not self.holds or not self.steps or step < self.steps:
             return False
         self.holds = False
@@ -62,7 +62,7 @@ class Frozen:
 
     @contextlib.contextmanager
     def lifted(self):
-        """A context in which what is frozen for some steps wants a gradient: DistributedDataParallel asks once, at the start."""
+        """Context in which parts frozen for some steps require a gradient: DistributedDataParallel checks only at the start."""
         self._set(self.holds and not self.steps)
         yield
         self._set(self.holds)
@@ -78,7 +78,7 @@ class Frozen:
 
 
 def check_scales(scales, parts):
-    """Refuse factors of learning rates for parts that do not exist, and such that are none.
+    """Refuse impossible factors of learning rates, and factors for parts that do not exist.
 
     Arguments
     ---------
@@ -90,12 +90,12 @@ def check_scales(scales, parts):
     Raises
     ------
     UserError
-        If a prefix matches nothing, or a factor is no number above 0.
+        If a prefix matches nothing, or a factor is not a number above 0.
     """
     check_prefixes("lr_scales", scales, parts.state_dict())
     for prefix, factor in scales.items():
         if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf:
-            raise UserError(f"lr_scales has {factor!r} for {prefix}; give a number above 0, and what should not move to freeze.")
+            raise UserError(f"lr_scales has {factor!r} for {prefix}; give a number above 0, or name the part in freeze.")
 
 
 def scaled_groups(parameters, scales, parts):
@@ -138,7 +138,7 @@ def scaled_groups(parameters, scales, parts):
 
 @contextlib.contextmanager
 def scaled_rates(optimizer):
-    """A context in which the groups of an optimizer have their own learning rates; schedulers set one for all."""
+    """Context in which each group of an optimizer has its own learning rate. Schedulers set one rate for all groups."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * group.get("lr_scale", 1)

@@ -15,12 +15,12 @@ logger = get_logger(__name__)
 
 
 class FusionFormerBrain(AsrBrain):
-    """Trains a FusionFormer; tests it fused, and compares the unfused model with it.
+    """Trains a FusionFormer, tests the fused model, and compares it with the unfused one.
 
     Raises
     ------
     UserError
-        If the encoder or the front end has nothing to fold.
+        If the encoder or the subsampling has nothing to fold.
     """
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
@@ -34,7 +34,7 @@ class FusionFormerBrain(AsrBrain):
         self.unfused = None
 
     def make_final(self, batches):
-        """Fold the BatchNorms of the averaged model into its weights, and keep the unfused model beside it."""
+        """Fuse the averaged model, and also keep it unfused."""
         (parts, _), hparams = super().make_final(batches)["pretrained"], self.hparams
         self.unfused = copy.deepcopy(hparams.model).eval()
         unfused = copy.deepcopy(parts)
@@ -43,7 +43,7 @@ class FusionFormerBrain(AsrBrain):
         return {"pretrained": (model_parts(vars(hparams)), True), "pretrained_unfused": (unfused, False)}
 
     def compute_forward(self, batch, stage):
-        """As for all architectures; in the test also greedy search with the unfused model."""
+        """As in AsrBrain. The test also searches greedily with the unfused model."""
         predictions = super().compute_forward(batch, stage)
         if stage != Stage.TEST or self.unfused is None:
             return predictions
@@ -63,13 +63,13 @@ class FusionFormerBrain(AsrBrain):
         self.difference = 0.0
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """After a test, the fused model must give the unfused one's answers.
+        """After a test, check that the fused model gives the same output as the unfused one.
 
         Raises
         ------
         RuntimeError
-            If it does not: if a probability differs by more than a hundredth, or the error rate by more than a word in a
-            thousand, which rounding may turn. In reduced precision, where rounding does more, a warning says so.
+            If a probability differs by more than 0.01, or the number of errors by more than a word in a thousand, which rounding
+            may change. In reduced precision, where rounding changes more, there is only a warning.
         """
         super().on_stage_end(stage, stage_loss, epoch)
         if stage != Stage.TEST or self.unfused is None:
@@ -81,5 +81,5 @@ class FusionFormerBrain(AsrBrain):
         if turned > max(1, fused["num_scored_tokens"] / 1000) or not self.difference < 0.01:
             message = f"Greedy search, {rates}, with probabilities that differ by up to {self.difference:.1e}"
             if self.eval_precision == "fp32":
-                raise RuntimeError(f"{message}: fusing went wrong; the checkpoints of the training are as they were.")
+                raise RuntimeError(f"{message}: fusing went wrong; the checkpoints of the training are unchanged.")
             logger.warning("%s; in fp32 (--eval_precision fp32) they should be the same.", message)

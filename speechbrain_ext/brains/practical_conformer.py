@@ -11,15 +11,15 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class PracticalConformerBrain(AsrBrain):
-    """Trains a cascade: draws for each batch the pass that answers, and validates and tests both.
+    """Trains a cascade: draws the pass of each batch at random, and validates and tests both passes.
 
-    Batches of the first pass train the first stage alone, those of the second pass both. The draws, and those of random features,
-    depend on the step only: they are the same in all processes, and in a run that was interrupted.
+    Batches of the first pass train only the first stage, batches of the second pass train both. The draws of passes and of random
+    features depend only on the step: they are the same in all processes, and in a resumed run.
 
     Raises
     ------
     UserError
-        If the encoder is no cascade, or ``first_pass_prob`` or ``redraw_interval`` is impossible.
+        If the encoder is not a cascade, or ``first_pass_prob`` or ``redraw_interval`` is impossible.
     """
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
@@ -31,7 +31,7 @@ class PracticalConformerBrain(AsrBrain):
         share, interval = self.hparams.first_pass_prob, self.hparams.redraw_interval
         if not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise UserError(
-                f"first_pass_prob is {share!r}; give 0 or more and less than 1, where the second pass would learn nothing."
+                f"first_pass_prob is {share!r}; give 0 or more and less than 1; with 1 the second pass would learn nothing."
             )
         if not isinstance(interval, int) or interval < 0:
             raise UserError(f"redraw_interval is {interval!r}; give a whole number of optimizer steps, or 0 for never.")
@@ -39,7 +39,7 @@ class PracticalConformerBrain(AsrBrain):
         self.draw = 0
 
     def on_fit_batch_start(self, batch, should_step):
-        """Draw the pass and, from time to time, the random features."""
+        """Draw the pass and, every ``redraw_interval`` steps, the random features."""
         super().on_fit_batch_start(batch, should_step)
         number = f"{self.hparams.seed}/{self.hparams.epoch_counter.current}/{self.step}"
         self.drawn = self.passes[random.Random(number).random() >= self.hparams.first_pass_prob]
@@ -48,5 +48,5 @@ class PracticalConformerBrain(AsrBrain):
             redraw_features(self.encoder, self.draw)
 
     def passes_of(self, stage):
-        """In training the one that was drawn."""
+        """The drawn pass in training, otherwise all."""
         return (self.drawn,) if stage == Stage.TRAIN else self.passes
