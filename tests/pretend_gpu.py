@@ -1,10 +1,10 @@
-"""A GPU that is none: tensors that say they are on a device ``pretend:0`` and keep their numbers in CPU tensors behind.
+"""A pretended GPU: tensors on a device ``pretend:0`` that keep their numbers in CPU tensors.
 
-Python code, autograd and the dispatcher meet what they would on a GPU. Mixed devices raise, and everything that makes the host
-wait for the device, or sends something to it, is written down with the line that did it. Built on torch's hooks for backends in
-Python (``torch.utils.backend_registration``).
+Python code, autograd and the dispatcher behave as on a GPU. Mixed devices raise. A Recorder lists all operations that make the
+host wait for the device, or send data to it, with their lines. This uses torch's hooks for backends in Python
+(``torch.utils.backend_registration``).
 
-What it cannot show: autocast (this backend casts nothing), the speed of kernels, communication between devices.
+It cannot test autocast (this backend casts nothing), the speed of kernels, or communication between devices.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 NAME = "pretend"
 CPU = torch.device("cpu")
 
-SYNCS = {  # operators that wait for the device, because what they give has a size or a type that only the device knows
+SYNCS = {  # operators that wait for the device: the size or value of their result is only on the device
     "aten::_local_scalar_dense": "a number for Python (.item(), int(), bool(), if)",
     "aten::nonzero": "nonzero",
     "aten::masked_select": "masked_select",
@@ -48,13 +48,13 @@ ALLOCATIONS = {
 QUIET = {"aten::alias", "aten::detach", "aten::is_pinned", "aten::lift_fresh", "prim::device"}
 COPIES = {"aten::_to_copy", "aten::copy", "aten::copy_"}
 INDEXING = {"aten::_index_put_impl_", "aten::_unsafe_index", "aten::index", "aten::index_put", "aten::index_put_"}
-CTC = {"aten::_ctc_loss": (2, 3), "aten::_ctc_loss_backward": (3, 4)}  # places of the lengths, which CUDA wants on the host
+CTC = {"aten::_ctc_loss": (2, 3), "aten::_ctc_loss_backward": (3, 4)}  # places of the lengths, which CUDA needs on the host
 PRODUCTS = {"aten::addmm", "aten::baddbmm", "aten::bmm", "aten::convolution", "aten::mm"}
 
 
 class _Backend(_DummyBackendModule):
     def is_available(self):
-        return False  # nobody takes it unasked
+        return False  # never chosen by default
 
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]
@@ -68,7 +68,7 @@ DEVICE = torch.device(NAME, 0)
 
 
 class DeviceMixError(RuntimeError):
-    """Tensors of two devices met in one operator."""
+    """An operator got tensors of two devices."""
 
 
 class Pretend(torch.Tensor):
@@ -118,18 +118,18 @@ class Pretend(torch.Tensor):
         return self.detach().cpu().__reduce_ex__(protocol)
 
 
-for _module in (optimizer, _foreach_utils):  # as CUDA's tensors, these take the paths with few launches
+for _module in (optimizer, _foreach_utils):  # take the paths with few launches, as CUDA's tensors do
     if Pretend not in getattr(_module, "_foreach_supported_types", [Pretend]):
         _module._foreach_supported_types.append(Pretend)
 
 
 def to_pretend(x):
-    """A CPU tensor as one on the device; anything else as it is."""
+    """A CPU tensor as a tensor on the device; other objects unchanged."""
     if not isinstance(x, torch.Tensor) or isinstance(x, Pretend):
         return x
     if not torch.is_inference_mode_enabled():
         return Pretend(x.detach())
-    with torch.inference_mode(False):  # a view of a tensor with a version must have one, too
+    with torch.inference_mode(False):  # a view of a tensor with a version must also have one
         return Pretend(x)
 
 
@@ -142,14 +142,14 @@ def _tensors(tree):
 
 
 class Recorder:
-    """What happened, each with the line that did it."""
+    """Counts of events, with the lines that caused them."""
 
     current = None
 
     def __init__(self):
         self.syncs = Counter()  # (kind, line): the host waits for the device
         self.uploads = Counter()  # line: from the host to the device
-        self.launches = Counter()  # operator: at least so many kernels
+        self.launches = Counter()  # operator: lower limit of the number of kernels
         self.host = Counter()  # (operator, line): computed on the CPU
         self.host_elements = Counter()  # line: the largest CPU tensor there
         self.double_products = Counter()  # line: products in float64, 64 times as slow on many GPUs
@@ -178,7 +178,7 @@ def where():
 
 def _run(func, args, kwargs, recorder, mode=None):
     name = func._schema.name
-    if torch.is_inference_mode_enabled() and func._can_decompose():  # there, operators that are made of others come whole
+    if torch.is_inference_mode_enabled() and func._can_decompose():  # in inference mode composed operators are not decomposed
         with mode or contextlib.nullcontext():
             return func.decompose(*args, **kwargs)
     tensors = _tensors((args, kwargs))
@@ -210,14 +210,14 @@ def _run(func, args, kwargs, recorder, mode=None):
         recorder.doubles[where()] += 1
     if not pretend:
         return out
-    if torch.is_inference_mode_enabled():  # whose tensors have no versions
+    if torch.is_inference_mode_enabled():  # tensors have no versions in inference mode
         written = [i for i, x in enumerate(func._schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
         return args[written[0]] if written and written[0] < len(args) else out
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 def _refuse_mixed(func, name, args, plain, recorder):
-    """CUDA takes single numbers from the CPU, lengths of CTC, and indices; these are uploaded."""
+    """CUDA accepts single numbers, lengths of CTC and indices from the CPU; indices are uploaded."""
     allowed = _tensors(args[1]) if name in INDEXING else [args[place] for place in CTC.get(name, ())]
     if recorder is not None and name in INDEXING and any(not isinstance(x, Pretend) for x in allowed):
         recorder.uploads[f"index on the CPU, {where()}"] += 1
@@ -265,8 +265,8 @@ def _copy(func, name, args, kwargs, device, recorder):
 
 
 def attention_kernel(query, value, bias):
-    """The kernel of ``scaled_dot_product_attention`` that CUDA takes on Ampere or newer, by the rules of torch 2.11's
-    ``sdp_utils.cpp``: "flash" and "efficient" are fused, "math" multiplies the scores out."""
+    """The kernel of ``scaled_dot_product_attention`` that CUDA uses on Ampere or newer, by the rules of torch 2.11's
+    ``sdp_utils.cpp``: "flash" and "efficient" are fused, "math" computes all scores."""
     half, size = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
     if half and bias is None and size <= 256:
         return "flash"
@@ -302,7 +302,7 @@ ATTENTION = {
 
 
 def _cuda_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """``F.scaled_dot_product_attention`` decides by the device in C++; here is what it would do on CUDA."""
+    """``F.scaled_dot_product_attention`` chooses by the device in C++. This is its choice on CUDA."""
     if not isinstance(query, Pretend):
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     kernel = attention_kernel(query, value, attn_mask)
@@ -325,7 +325,7 @@ _attention = F.scaled_dot_product_attention
 
 
 class PretendGpu(TorchDispatchMode):
-    """A context in which tensors can be made on ``DEVICE`` and moved there; as a variable it is its Recorder."""
+    """Context in which tensors can be made on ``DEVICE`` and moved there. Its variable is a Recorder."""
 
     def __init__(self):
         super().__init__()
@@ -349,7 +349,7 @@ class PretendGpu(TorchDispatchMode):
 
     @contextlib.contextmanager
     def recorded(self):
-        """Inside: a part with a Recorder of its own, which is the variable."""
+        """Inner context with a separate Recorder as its variable."""
         before, self.recorder = self.recorder, Recorder()
         Recorder.current = self.recorder
         try:
@@ -359,7 +359,7 @@ class PretendGpu(TorchDispatchMode):
 
 
 def load_there(monkeypatch):
-    """Let ``torch.load`` put tensors on ``DEVICE``, where ``map_location`` asks for it."""
+    """Let ``torch.load`` put tensors on ``DEVICE`` if ``map_location`` names it."""
 
     def load(*args, map_location=None, original=torch.load, **keys):
         loaded = original(*args, map_location="cpu", **keys)

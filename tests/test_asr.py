@@ -48,10 +48,10 @@ def test_forward_in_a_batch_and_alone(encoder_case):
     assert torch.equal(net.encode(src.unflatten(2, (20, 32)), torch.tensor(lengths) / 60), enc)
     for i, length in enumerate(lengths):
         alone, decoded = net(src[i : i + 1, :length], tgt[i : i + 1], torch.ones(1))
-        torch.testing.assert_close(enc[i, :length], alone[0], atol=2e-5, rtol=0)  # the linear in front rounds, too
+        torch.testing.assert_close(enc[i, :length], alone[0], atol=2e-5, rtol=0)  # the input layer also rounds
         torch.testing.assert_close(dec[i], decoded[0], atol=1e-4, rtol=0)
     assert net(src, None)[1] is None
-    # Whatever lies in the padding, and an utterance of no frames, do no harm.
+    # NaN in padding and an utterance without frames have no influence.
     src[1, 23:] = float("nan")
     enc, dec = net.double()(src.double(), tgt, torch.tensor([1.0, 23 / 60, 0.001]))
     assert enc.isfinite().all() and dec.isfinite().all()
@@ -85,7 +85,7 @@ def test_joint_beam_search(encoder_case):
     lengths = torch.tensor([30, 10]) / 30
     together = searcher(net.encode(src, lengths), lengths)[0]
     assert together[0] == searcher(net.encode(src[:1]), torch.ones(1))[0][0]
-    # No utterance fills the padded length: SpeechBrain's decode raises a size mismatch there.
+    # No utterance fills the padded length: here SpeechBrain's decode raises a size mismatch.
     out, attention = net.decode(torch.ones(2, 3).long(), torch.randn(2, 30, 32), torch.tensor([20, 10]))
     assert out.shape == (2, 3, 32) and attention.shape == (2, 3, 30)
 
@@ -115,7 +115,7 @@ def test_causal_means_no_future(encoder_case):
 @pytest.mark.parametrize("attention", ["RelPosMHAXL", "RoPEMHA", "hypermixing"])
 @torch.no_grad()
 def test_speechbrain_weights_convert(attention):
-    """The same keys in a recipe's YAML, the same weights, the same answer: what published checkpoints need."""
+    """Published checkpoints need the same output from the same keys and weights."""
     torch.manual_seed(0)
     keys = {
         "tgt_vocab": 30,
@@ -140,7 +140,7 @@ def test_speechbrain_weights_convert(attention):
         src, tgt = torch.randn(1, frames, 40), torch.randint(1, 30, (1, 12))
         for mine, expected in zip(ours(src, tgt, torch.ones(1)), theirs(src, tgt, torch.ones(1)), strict=True):
             torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)
-    # As recipes save it: a list of modules with the model somewhere inside; and the encoder alone.
+    # Recipes save a list of modules with the model somewhere inside. The encoder alone also converts.
     saved = torch.nn.ModuleList([torch.nn.Linear(2, 2), theirs]).state_dict()
     torch.nn.ModuleList([torch.nn.Linear(2, 2), ours]).load_state_dict(convert_speechbrain(saved, nhead=4), strict=True)
     ours.encoder.load_state_dict(convert_speechbrain(theirs.encoder.state_dict(), nhead=4), strict=True)
@@ -168,7 +168,7 @@ def test_mistakes_fail_at_construction(keys, error, message):
 @torch.no_grad()
 @pytest.mark.parametrize("norm_type", ["global", "sentence"])
 def test_waveforms_to_frames_in_a_batch_and_alone(encoder_case, norm_type):
-    """From samples on, each utterance has the same frames alone and in any batch, whatever its number of samples."""
+    """Each utterance has the same frames alone and in any batch, for any number of samples."""
     net = small(encoder_case, decoder_layers=0)
     normalize = InputNormalization(norm_type=norm_type, update_until_epoch=1)
     normalize.glob_mean, normalize.glob_std = torch.zeros(80), torch.ones(80)
@@ -181,7 +181,7 @@ def test_waveforms_to_frames_in_a_batch_and_alone(encoder_case, norm_type):
     for i, (length, frames) in enumerate(zip(lengths, absolute_lengths(relative, out.shape[1]).tolist(), strict=True)):
         alone, _ = encoder.encode(wavs[i : i + 1, :length])
         assert alone.shape[1] == frames
-        # A sentence of a few frames is divided by their small deviation, and so is its rounding.
+        # The normalisation of few frames divides by a small deviation, which enlarges rounding errors.
         torch.testing.assert_close(out[i, :frames], alone[0], atol=1e-4 if norm_type == "global" else 1e-3, rtol=0)
 
 
@@ -195,11 +195,11 @@ def test_features_ignore_what_lies_behind_an_utterance():
 
 
 def test_two_views_of_a_batch():
-    """CR-CTC: views that are the same agree, and what is padded has no say."""
+    """CR-CTC: equal views have no divergence, and padding has no influence."""
     hparams = load_hparams(ROOT / "hparams" / "hyperconformer.yaml", "\n".join(f"{key}: {value}" for key, value in SMALL.items()))
     model, lens = hparams["model"], torch.tensor([1.0, 0.4])
     feats, targets = torch.randn(2, 60, 80), torch.randint(4, 30, (2, 5))
-    hparams["normalize"](feats, lens, epoch=0)  # its statistics
+    hparams["normalize"](feats, lens, epoch=0)  # sets its statistics
     model.eval()
     keys = {"is_features": True, "epoch": 1}
     (once,), (twice,) = (model(feats, lens, targets, views=views, **keys) for views in (1, 2))
@@ -207,7 +207,7 @@ def test_two_views_of_a_batch():
         torch.testing.assert_close(getattr(twice, field), torch.cat([getattr(once, field)] * 2), atol=1e-5, rtol=0)
     log_probs = twice.ctc_logits.log_softmax(-1)
     assert disagreement(log_probs, twice.lengths).abs() < 1e-6
-    # By hand: the first frame of the first utterance, which one view knows and the other does not
+    # By hand: in the first frame of the first utterance one view is sure, and the other is not
     other, sure = log_probs.clone(), torch.full((log_probs.shape[2],), 1e-6)
     sure[3] = 1 - sure[1:].sum()
     other[0, 0] = sure.log()
@@ -217,7 +217,7 @@ def test_two_views_of_a_batch():
     padded = log_probs.clone()
     padded[1, -1] = sure.log()
     assert disagreement(padded, twice.lengths).abs() < 1e-6
-    # Each is drawn to the other, which is held fixed
+    # Each view moves towards the other, which is held fixed
     leaf = other.detach().clone().requires_grad_()
     disagreement(leaf, twice.lengths).backward()
     torch.testing.assert_close(leaf.grad[0, 0], -log_probs[0, 0].exp() / 4)

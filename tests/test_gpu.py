@@ -1,4 +1,4 @@
-"""The script for the day when a GPU is there: it runs to its end, and what it finds wrong is said."""
+"""The script for a machine with a GPU: it runs to its end, and reports failures."""
 
 import gc
 import os
@@ -45,7 +45,7 @@ def start(folder, *argv):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=500,  # a busy machine; the script ends by itself
+        timeout=500,  # for a busy machine; the script ends itself
     )
 
 
@@ -120,7 +120,7 @@ def test_processes_are_ended_when_the_time_is_over(tmp_path):
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    """As where a scheduler ends it: a table would go on for hours."""
+    """A scheduler may end the script; a table would otherwise run for hours."""
     code = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
     paths = f"import sys, time; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})"
     script = f"{paths}; import gpu; gpu.run([['-c', {code!r}]], time.time() + 60)"
@@ -159,7 +159,7 @@ def test_an_encoder_that_answers_otherwise_does_not_pass(tmp_path, monkeypatch, 
     def differs(encoder, x, mask, config, weights, half=None):
         out, gradients = real(encoder, x, mask, config, weights, half)
         answers.append(out)
-        return out + (1e-3 if len(answers) == 2 else 0), gradients  # on the device, of the first way
+        return out + (1e-3 if len(answers) == 2 else 0), gradients  # the first way, on the device
 
     def fails(*arguments):
         raise RuntimeError("no kernel for this")
@@ -205,7 +205,7 @@ def test_folders_get_names_of_their_own(tmp_path):
 
 
 def test_batches_on_the_device_are_those_of_the_loader(corpus, tmp_path):
-    """Features, tokens and lengths as the project's own datasets give them one by one."""
+    """Features, tokens and lengths are those of the project's datasets."""
     work = tmp_path / "work"
     splits = gpu_training.prepare(work, [corpus / "train-tiny"], [corpus / "test-tiny"], "cpu", True)
     assert splits == (["train-tiny"], ["test-tiny"])
@@ -240,7 +240,7 @@ def test_the_rate_follows_the_clock(monkeypatch):
 
 
 def train(corpus, folder, device, until):
-    """Prepare the data and train a HyperConformer; returns the rows."""
+    """Prepare the data, train a HyperConformer, and return the rows."""
     work = folder / "work"
     gpu_training.prepare(work, [corpus / "train-tiny"], [corpus / "test-tiny"], device, True)
     usual = ["--work", work, "--out", folder, "--device", device, "--precision", "fp32", "--tiny", "--until", until]
@@ -254,7 +254,7 @@ def test_training_ends_with_the_time(corpus, tmp_path):
 
 
 def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, monkeypatch):
-    """On the device that tests pretend: nothing is mixed, and what a batch needs is one upload."""
+    """On the pretended device: no devices are mixed, and each batch needs one upload."""
     mode, batches = PretendGpu(), []
     collate = gpu_training.OnDevice.collate
 
@@ -282,13 +282,13 @@ def test_waits_of_the_host_are_counted(monkeypatch):
     assert len(waits) == 2 and modes == ["warn", "default"]
 
 
-# ---------------------------------------------------------------------- what only CUDA does, without CUDA
+# ---------------------------------------------------------------------- code for CUDA, tested without CUDA
 
 
 @pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_as_before_after_full_precision(allowed, new):
-    """PyTorch keeps it in two ways, and refuses to answer where they say different things."""
+    """PyTorch has two interfaces for this setting, and raises when they contradict each other."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if new and not hasattr(cudnn, "conv"):
         pytest.skip("this PyTorch has one way only")
@@ -307,12 +307,12 @@ def test_tf32_is_as_before_after_full_precision(allowed, new):
         assert [call() for call in read] == expected
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-    # As one does who wants none: it raised, where full_precision had left the two ways with different answers
+    # Reading the settings raises if full_precision leaves the two interfaces with different values
     assert matmul.allow_tf32 == before[0] and torch.get_float32_matmul_precision() in ("highest", "high")
 
 
 def test_tf32_is_as_before_where_contexts_overlap():
-    """Of two threads, the one that began first may end first."""
+    """Of two threads, the one that begins first may end first."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before, x = (matmul.allow_tf32, cudnn.allow_tf32), SimpleNamespace(device=torch.device("cuda"))
 
@@ -344,7 +344,7 @@ def test_attention_allows_no_kernel_that_the_user_has_excluded():
 
 @pytest.mark.parametrize("name", attention.ATTENTIONS)
 def test_attention_without_plans_compiles(name, monkeypatch):
-    """What is compiled for a GPU has the same context, and no graph break for it."""
+    """Code compiled for a GPU has the same context, without a graph break."""
     on_gpu, original = SimpleNamespace(is_cuda=True), attention.any_length
     monkeypatch.setattr(attention, "any_length", lambda x: original(on_gpu))
     layer, counter = attention.ATTENTIONS[name](16, 2), CompileCounter()
@@ -355,7 +355,7 @@ def test_attention_without_plans_compiles(name, monkeypatch):
 
 
 def test_new_lengths_need_no_plans(monkeypatch):
-    """Attention and depthwise convolutions of cuDNN plan for each new length, for up to a second (H100, torch 2.11)."""
+    """cuDNN makes a plan for each new length of attention and depthwise convolution: up to a second (H100, torch 2.11)."""
     seen = []
 
     class Recorder(TorchDispatchMode):
@@ -381,12 +381,12 @@ def test_new_lengths_need_no_plans(monkeypatch):
 
 
 def test_a_captured_stream_keeps_its_memory(monkeypatch):
-    """A graph knows addresses alone: memory that is freed beneath it is an illegal access, or someone else's numbers."""
+    """A graph holds only addresses: if its memory is freed, it reads other data, or fails with an illegal access."""
     for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph", "device"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     state, usual = weakref.WeakSet(), torch.cuda.Stream
 
-    def new_stream():  # on whichever GPU the chunk is
+    def new_stream():  # on the GPU of the chunk
         assert torch.cuda.device.call_args.args == (torch.device("cpu"),)
         assert torch.cuda.device.return_value.__enter__.called and not torch.cuda.device.return_value.__exit__.called
         return usual()

@@ -1,4 +1,4 @@
-"""Hparams files: the ``extends`` key, and what every shipped file keeps."""
+"""Hparams files: the ``extends`` key, and checks of every shipped file."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The picture that the code shows: who may import whom, and no file that two rooms must know."""
+"""The layout of the package: imports run one way, and private modules stay inside their room."""
 
 import ast
 import graphlib
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "speechbrain_ext"
-# A room may import those on lines above it, and itself
+# A room may import itself and the rooms on lines above it
 ROOMS = [
     {"utils"},
     {"registry", "hparams"},
@@ -36,7 +36,7 @@ MODULES = {module_of(path) for path in PACKAGE.rglob("*.py")}
 
 
 def imports(path):
-    """(module of ours, name or None) of every import in a file, those inside of functions included."""
+    """(module of ours, name or None) of every import in a file, also of those inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] in (PACKAGE.name, "recipes"))
@@ -64,7 +64,7 @@ def test_imports_run_one_way(path):
 
 def test_no_circle():
     graph = {module_of(path): {module for module, _ in imports(path)} - {module_of(path)} for path in FILES}
-    for module, names in graph.items():  # a package's __init__ is run for each of its modules
+    for module, names in graph.items():  # a package's __init__ runs for each of its modules
         graph[module] = {name for name in names if name in MODULES}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 

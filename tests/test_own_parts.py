@@ -1,4 +1,4 @@
-"""What a user adds: an encoder, a front end, a corpus, as the pages say it, each in his own files only."""
+"""Parts of a user: an encoder and a corpus, as in the documentation, in files outside of the package."""
 
 import re
 from pathlib import Path
@@ -26,14 +26,14 @@ def block(language, mark):
 
 
 def train_here(hparams, corpus, **keys):
-    """A training run in this process, where an encoder of one's own has been imported."""
+    """A training run in this process, where the user's encoder has been imported."""
     asked = arguments(**{**SMALL, "num_decoder_layers": 0, **keys})
     path, run_opts, overrides = sb.parse_arguments([str(hparams), "--data_folder", str(corpus), "--device", "cpu", *asked])
     return run(path, run_opts, overrides)
 
 
 def test_the_page_has_an_encoder_of_one_s_own():
-    assert "mine" in PAGE_ENCODERS  # conftest has registered it, so that the whole contract is run on it
+    assert "mine" in PAGE_ENCODERS  # conftest registers it: the contract tests include it
 
 
 def test_an_encoder_of_one_s_own_trains_and_loads(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_a_bug_in_an_encoder_of_one_s_own_shows_where_it_is(tmp_path, monkeypatc
 
 
 def test_a_corpus_of_one_s_own_trains_with_one_command(tmp_path):
-    """Outside of the repository, with its own prepare function and layout; nothing is copied."""
+    """Outside of the repository, with its own prepare function and layout, without copying files."""
     mine, data = tmp_path / "mine", tmp_path / "data"
     mine.mkdir()
     (mine / "corpus.yaml").write_text(block("yaml", "prepare_mine.prepare"))
@@ -86,7 +86,7 @@ def test_a_corpus_of_one_s_own_trains_with_one_command(tmp_path):
     (card,) = (tmp_path / "work").glob("results/conformer/*/pretrained/README.md")
     assert "Nothing is known of how it does on other speech" in card.read_text() and "LibriSpeech" not in card.read_text()
     (text,) = (tmp_path / "work").glob("results/conformer/*/wer_test_ctc_greedy.txt")
-    assert re.search(r"the\s+;\s+cat\s+;\s+sat", text.read_text())  # the case is the corpus's
+    assert re.search(r"the\s+;\s+cat\s+;\s+sat", text.read_text())  # in the corpus's lower case
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_bad_corpus_file_is_refused_in_one_sentence(text, message, tmp_path):
 
 
 def test_without_tests_the_average_is_kept_and_fused(tmp_path, monkeypatch):
-    """--test_splits '[]': what training ends with does not depend on a test."""
+    """--test_splits '[]': the final model does not depend on a test."""
     corpus, states = make_corpus(tmp_path / "corpus"), []
     for splits in ("[]", "[test-tiny]"):
         folder = tmp_path / f"with {splits}"

@@ -1,4 +1,4 @@
-"""The Practical Conformer's recipe: both passes in every report, and draws that depend on nothing but the step."""
+"""The Practical Conformer's recipe: both passes in every report, and draws that depend only on the step."""
 
 import csv
 import os
@@ -49,7 +49,7 @@ def train(folder, corpus, path=FILE, **keys):
 
 def build(folder, monkeypatch, **keys):
     """A Brain that is not trained."""
-    monkeypatch.chdir(folder)  # where the checkpointer makes its folder
+    monkeypatch.chdir(folder)  # the checkpointer makes its folder here
     small = {"d_model": 16, "nhead": 2, "num_encoder_layers": 3, "d_ffn": 32, "vocab_size": 20}
     hparams = load_hparams(FILE, {**small, **keys})
     return PracticalConformerBrain(hparams["modules"], hparams["opt_class"], hparams, {"device": "cpu"}, hparams["checkpointer"])
@@ -132,7 +132,7 @@ def test_chunks_suit_both_passes_whichever_was_drawn_before(tmp_path, monkeypatc
 
 
 def draws(brain, epoch, steps, optimizer_step=0):
-    """The passes that answer in the steps of an epoch."""
+    """The drawn passes of the steps of an epoch."""
     brain.hparams.epoch_counter.current, brain.optimizer_step, drawn = epoch, optimizer_step, []
     for brain.step in steps:
         brain.on_fit_batch_start(SimpleNamespace(id=["a"]), True)

@@ -1,4 +1,4 @@
-"""Three ways into the registry, and no silent way past it."""
+"""The three ways to register an encoder, and the errors."""
 
 import sys
 from importlib.metadata import EntryPoint
@@ -24,7 +24,7 @@ def test_decorator(clean_registry):
     assert registry.register_encoder("passing")(Passing) is Passing
     assert isinstance(registry.build_encoder("passing", d_model=4), Passing)
     assert "passing" in registry.list_encoders()
-    registry.register_encoder("passing")(Passing)  # importing a module twice is no conflict
+    registry.register_encoder("passing")(Passing)  # a module that is imported twice is no conflict
     with pytest.raises(ValueError, match="'passing' is taken by .*Passing"):
         registry.register_encoder("passing")(torch.nn.Linear)
 

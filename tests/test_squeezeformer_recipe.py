@@ -13,7 +13,7 @@ FILE = Path(__file__).resolve().parents[1] / "hparams" / "squeezeformer.yaml"
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
+    monkeypatch.chdir(tmp_path)  # the checkpointer makes its folder here
 
 
 @pytest.mark.parametrize("size, parameters, lr, masks", [("s", 18_565_640, 2e-3, 5), ("m", 55_621_856, 1.5e-3, 7)])

@@ -1,4 +1,4 @@
-"""Streams of waveforms: the same frames, words and times as of whole files, whatever the pieces in which the samples come."""
+"""Streams of waveforms give the same frames, words and times as whole files, with pieces of any size."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ both_features = pytest.mark.parametrize("features", FEATURES)
 
 
 def speech(samples, seed=0):
-    """Noise whose loudness rises and falls, with silence, so that peaks and statistics move."""
+    """Noise of changing loudness, with silence: peaks and statistics change."""
     generator = torch.Generator().manual_seed(seed)
     loudness = torch.rand(samples // 3000 + 2, generator=generator).repeat_interleave(3000)[:samples] ** 8
     return (loudness * torch.randn(samples, generator=generator)).where(loudness > 1e-3, torch.zeros(()))
@@ -44,7 +44,7 @@ def speech_encoder(name, keys=None, subsampling="convolution", norm_type="global
 
 
 def stream(encoder, wavs, config, pieces):
-    """Logits of samples that come in pieces of the given sizes, again and again."""
+    """Logits of samples in pieces of the given sizes, in turn."""
     context, logits, start = encoder.make_streaming_context(config), [], 0
     while start < wavs.shape[1]:
         for size in pieces:
@@ -104,7 +104,7 @@ def test_features_of_a_chunk_do_not_depend_on_what_follows(norm_type, features):
     config = DynChunkTrainConfig(4, 2)
     wavs = 1e-3 * speech(40_000).unsqueeze(0)
     louder = wavs.clone()
-    end = 5 * 16 * 160 - 160 + (200 if features == "fbank" else 280)  # of what 5 chunks of 16 features look at
+    end = 5 * 16 * 160 - 160 + (200 if features == "fbank" else 280)  # of the samples of 5 chunks of 16 features
     louder[:, end:] = torch.randn(1, 40_000 - end)
     expected, _ = encoder.encode(wavs, dynchunktrain_config=config)
     changed, _ = encoder.encode(louder, dynchunktrain_config=config)
@@ -144,7 +144,7 @@ def test_what_does_not_stream_says_so():
 @pytest.mark.parametrize("norm_type", ["global", "sentence", "prior"])
 @pytest.mark.parametrize("samples", [40_123, 8_000])
 def test_training_hears_what_a_stream_hears(norm_type, samples, features):
-    """Under the same chunk setting, bit for bit: also after a silent start, where the loudest bin is still to come."""
+    """With the same chunk setting features are equal, bit for bit, also after a silent start, before the loudest bin."""
     encoder = speech_encoder("hyperconformer", norm_type=norm_type, features=features)
     config = DynChunkTrainConfig(4, 2)
     head, encoder.head = encoder.head, None

@@ -1,4 +1,4 @@
-"""Whole training runs on a device, held to a budget for each optimizer step, without a GPU: see tests/pretend_gpu.py."""
+"""Whole training runs on a device, with a budget for each optimizer step. They need no GPU: see tests/pretend_gpu.py."""
 
 import functools
 from pathlib import Path
@@ -15,13 +15,13 @@ from speechbrain_ext.brains.asr import AsrBrain, AsrModel
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.registry import build_encoder
 
-# What a transducer does is the same for all encoders
+# A transducer works the same for all encoders
 NAMES = [path.stem for path in tiny.ARCHITECTURES]
 HPARAMS = [name for name in NAMES if not name.endswith("_transducer") or name == "practical_conformer_transducer"]
 SYNCS = 1
-"""Times that the host waits for the device in an optimizer step, whatever the number of batches, utterances and parameters."""
+"""Waits of the host for the device in an optimizer step, for any number of batches, utterances and parameters."""
 UPLOADS = 3
-"""Copies from the host for each batch."""
+"""Copies from the host per batch."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
-    """Trains on the device; gives a Recorder of each batch, in lists by optimizer step."""
+    """Trains on the device, and returns a Recorder of each batch, in lists by optimizer step."""
     load_there(monkeypatch)
     monkeypatch.chdir(tiny.ROOT)
     mode, steps = PretendGpu(), [[]]
@@ -81,14 +81,14 @@ def test_accumulation_waits_once_for_all_its_batches(run):
 
 @pytest.mark.parametrize("name", ["hyperconformer", "cascade_hyperconformer_squeezeformer"])
 def test_two_views_stay_in_the_budget(run, name):
-    """CR-CTC, beside a decoder and in a cascade."""
+    """CR-CTC, with a decoder and in a cascade."""
     *_, step = run(name, number_of_epochs=2, test_splits="[]", consistency=0.2, augment_warmup=0)
     assert sum(recorder.syncs.total() for recorder, _ in step) <= SYNCS
     assert all(recorder.uploads.total() <= UPLOADS for recorder, _ in step)
 
 
 def test_norms_take_few_launches(run):
-    """The FusionFormer of published depth, whose step has had 10,405."""
+    """The FusionFormer of published depth. Its step once had 10,405 launches."""
     layers = {"num_encoder_layers": 12, "num_decoder_layers": 4}
     *_, step = run("fusionformer", number_of_epochs=2, test_splits="[]", chunk_sampler="{chunkwise_prob: 1.0}", **layers)
     ((recorder, _),) = step
@@ -101,7 +101,7 @@ def small_hparams(name, **keys):
 
 
 def test_compiling_is_done_once_for_all_lengths(monkeypatch, tmp_path):
-    """What --compile compiles, counted over 20 batches of different lengths."""
+    """Compilations of --compile, counted over 20 batches of different lengths."""
     counter = CompileCounter()
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compile_in_place(self, backend=counter, dynamic=True))
@@ -136,7 +136,7 @@ def test_too_little_memory_is_said_with_what_to_do(corpus, tmp_path, monkeypatch
         ("AdamW", {}, True),
         ("SGD", {}, True),
         ("AdamW", {"fused": False}, False),
-        ("AdamW", {"foreach": True}, None),  # the two together are refused
+        ("AdamW", {"foreach": True}, None),  # PyTorch refuses the two together
         ("Adadelta", {}, None),
     ],
 )
@@ -169,7 +169,7 @@ def test_float16_training_overflows_nowhere(name, tmp_path):
         scaler.update()
         optimizer.zero_grad()
         losses.append(float(loss))
-    assert scaler.get_scale() == 2.0**10  # it is lowered where a gradient is infinite
+    assert scaler.get_scale() == 2.0**10  # an infinite gradient would lower it
     assert losses[-1] < losses[0]
 
 
@@ -184,7 +184,7 @@ def test_the_residual_stream_without_layer_norms_is_float32(dtype):
 
 
 def test_a_run_on_a_device_ends_with_a_model_for_any(run, tmp_path):
-    """Averaged, fused, searched and tested there; its folder loads here."""
+    """It is averaged, fused, searched and tested there; its folder loads on the CPU."""
     from speechbrain_ext.inference import load_model
 
     run("fusionformer")
