@@ -39,7 +39,7 @@ def _enabled(device):
 def full_precision(x: torch.Tensor):
     """Context in which float32 stays float32: without autocast, and on CUDA without TF32 products.
 
-    If neither would change anything, it does nothing, and adds nothing to a graph. PyTorch keeps the TF32 setting for the whole
+    Where neither applies, it does nothing, and adds nothing to a graph. PyTorch keeps the TF32 setting for the whole
     process: other threads compute without TF32 meanwhile, and gradients, which are computed later, with it.
 
     Arguments
