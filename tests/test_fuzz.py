@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from sentencepiece import SentencePieceTrainer
 from tiny import make_model
 
@@ -561,7 +561,7 @@ def test_the_tokenizer_of_another_model(copy):
 
 def test_the_weights_of_another_model(copy):
     path = copy / "asr.safetensors"
-    state = load_file(path)
+    state = load(path.read_bytes())
     first = next(iter(state))
     cases = {
         f'Missing key(s) in state_dict: "{first}"': {name: value for name, value in state.items() if name != first},
@@ -574,7 +574,7 @@ def test_the_weights_of_another_model(copy):
         "answers NaN": {name: value * torch.nan if value.is_floating_point() else value for name, value in state.items()},
     }
     for message, weights in cases.items():
-        save_file({name: value.clone() for name, value in weights.items()}, path)
+        save_file(weights, path)
         assert message in refusal(copy)
 
 
@@ -584,7 +584,7 @@ def test_the_weights_of_another_model(copy):
 )
 def test_the_statistics_of_another_model(change, message, copy):
     path = copy / "asr.safetensors"
-    state = load_file(path)
+    state = load(path.read_bytes())
     for name in ("normalize.glob_mean", "normalize.glob_std"):
         value = state.pop(name)
         if change is not None:
@@ -624,6 +624,6 @@ def test_hparams_of_another_model(old, new, message, copy):
 def test_a_model_without_a_ctc_head(copy):
     path = copy / "hyperparams.yaml"
     path.write_text(path.read_text().replace("    ctc_lin: !ref <ctc_lin>\n", ""))
-    state = load_file(copy / "asr.safetensors")
+    state = load((copy / "asr.safetensors").read_bytes())
     save_file({name: value for name, value in state.items() if not name.startswith("ctc_lin.")}, copy / "asr.safetensors")
     assert "has no CTC head" in refusal(copy)
