@@ -213,7 +213,7 @@ def test_an_mp3_whose_header_states_less_than_it_holds_is_read_whole(tmp_path):
     damaged = bytearray(path.read_bytes())
     del damaged[-500:-470]
     path.write_bytes(damaged)
-    with pytest.raises(AudioError, match="are no MPEG frames, others follow"):
+    with pytest.raises(AudioError, match="are no MPEG frames, but frames follow"):
         load_audio(path)
 
 
@@ -297,7 +297,7 @@ def test_a_last_page_of_ogg_that_takes_samples_back_is_refused(subtype, tmp_path
     ogg = encode("OGG", samples=480_000, subtype=subtype)
     last = ogg.rindex(b"OggS")
     for samples, message in (
-        (8000, "states that 8000 samples have been, and the one before it"),
+        (8000, "states that it ends at sample 8000, and the page before"),
         (-1, "no packet ends on its last"),
     ):
         page = ogg[last : last + 6] + samples.to_bytes(8, "little", signed=True) + ogg[last + 14 : last + 22]
@@ -382,7 +382,7 @@ def test_a_second_chunk_of_samples_is_refused(form, subtype, chunk, tmp_path):
     path, data = tmp_path / "a", encode(form, subtype=subtype)
     path.write_bytes(data + data[data.index(chunk) :])
     sentence = str(outcome(path, [])[1])
-    assert f"more than one chunk of samples, of which soundfile reads only one: another begins at byte {len(data)};" in sentence
+    assert f"more than one chunk of samples, and soundfile reads only one: another begins at byte {len(data)};" in sentence
 
 
 def pages(ogg):

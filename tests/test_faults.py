@@ -120,7 +120,7 @@ def test_transcripts_longer_than_their_frames_are_left_out_by_name(run, tmp_path
     (row,) = csv.DictReader((result.output / "unfit_train.csv").open())
     assert row["ID"] == "1-1-0003" and int(row["tokens"]) > int(row["frames"])
     transcripts.write_text("\n".join(f"{line} {' '.join(SENTENCES * 3)}" for line in lines) + "\n")
-    with pytest.raises(UserError, match="12 of 12 utterances have transcripts of more tokens than frames, .*raise max_skipped"):
+    with pytest.raises(UserError, match="12 of 12 utterances have more tokens than frames, .*raise max_skipped"):
         run(data=long, output_folder="other")
 
 
@@ -237,7 +237,7 @@ def test_all_processes_together_visit_each_utterance_once(world):
 
 
 def test_more_processes_than_utterances_are_refused():
-    with pytest.raises(UserError, match="2 utterances cannot be shared by 3 processes"):
+    with pytest.raises(UserError, match="2 utterances are too few for 3 processes"):
         len(BatchesOfProcess([[1], [2]], 0, 3))
 
 

@@ -390,13 +390,13 @@ def broken(**values):
         (broken(text=...), "no transcript"),
         (broken(text=None, text_filepath="gone.txt"), "no transcript"),
         (broken(text=" \u200b\n"), "empty transcript"),
-        (broken(text=["a"]), "transcript is no text"),
+        (broken(text=["a"]), "transcript is not text"),
         (broken(text="\ud800"), "not UTF-8"),
-        (broken(duration=5.0), "not of the stated duration"),
-        (broken(duration=-1), "not of the stated duration"),
-        (broken(duration="long"), "no number where one should be"),
-        (broken(duration=True), "no number where one should be"),
-        (broken(offset=float("nan")), "no number where one should be"),
+        (broken(duration=5.0), "wrong duration"),
+        (broken(duration=-1), "wrong duration"),
+        (broken(duration="long"), "not a number"),
+        (broken(duration=True), "not a number"),
+        (broken(offset=float("nan")), "not a number"),
         (broken(offset=19.5), "segment outside of its audio"),
         (broken(offset=-0.5), "segment outside of its audio"),
         (broken(offset=0, duration=0), "segment outside of its audio"),
@@ -406,11 +406,11 @@ def broken(**values):
         (broken(start=3), "start without end or stop"),
         (broken(channel=1), "no such channel"),
         (broken(channel=-1), "no such channel"),
-        (broken(channel=0.5), "no number where one should be"),
+        (broken(channel=0.5), "not a number"),
         (broken(id="utt0"), "duplicate id"),
         (broken(offset=0, duration=45), "longer than 40 s"),
-        (lambda row: "{", "no valid JSON"),
-        (lambda row: "[1]", "no JSON object"),
+        (lambda row: "{", "not valid JSON"),
+        (lambda row: "[1]", "not a JSON object"),
     ],
 )
 def test_a_line_that_is_no_good_is_named(change, reason, audio, valid, tmp_path):
@@ -471,7 +471,7 @@ def test_lines_of_a_kaldi_folder_that_do_not_belong_together_are_named(audio, va
         file.write(b"few A\nnowhere A\nlate A\nalone A B\n")
     prepare(tmp_path / "save", folder, valid, max_skipped=0.5)
     assert skipped(tmp_path / "save") == {
-        "few": "line of other columns",
+        "few": "wrong number of columns",
         "nowhere": "no audio path",
         "mute": "no transcript",
         "late": "segment outside of its audio",
@@ -493,8 +493,8 @@ def test_members_of_a_tar_file_that_do_not_belong_together_are_named(audio, vali
     prepare(tmp_path / "save", tmp_path / "t.tar", valid, max_skipped=0.7)
     assert skipped(tmp_path / "save") == {
         "alone": "transcript without audio",
-        "utt3": "several audio files of one name",
-        "utt4": "no valid JSON",
+        "utt3": "several audio files with one name",
+        "utt4": "not valid JSON",
         "utt5": "no transcript",
     }
 
@@ -506,8 +506,8 @@ def test_lines_of_a_table_with_other_columns_are_named(audio, valid, tmp_path):
     assert [row["ID"] for row in read_csv(tmp_path / "save" / "train.csv")] == ["a", "d"]
     rows = read_csv(tmp_path / "save" / "skipped.csv")
     assert [(row["file"], row["detail"]) for row in rows] == [
-        (f"{tmp_path}/t.csv, line 3", "2 in place of 3"),
-        (f"{tmp_path}/t.csv, line 4", "4 in place of 3"),
+        (f"{tmp_path}/t.csv, line 3", "2 instead of 3"),
+        (f"{tmp_path}/t.csv, line 4", "4 instead of 3"),
     ]
 
 
@@ -529,7 +529,7 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
     ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", rows), valid)
     assert len(skipped(tmp_path / "save")) == 3 and not (tmp_path / "save" / "train.csv").exists()
-    with pytest.raises(UserRuntimeError, match="3 of 3 utterances in train cannot be used, most often .*: mend the corpus.$"):
+    with pytest.raises(UserRuntimeError, match="3 of 3 utterances in train cannot be used, most often .*: fix the corpus.$"):
         prepare(tmp_path / "save", wenet(tmp_path / "none", rows[:3]), valid, max_skipped=1)
 
 
@@ -539,27 +539,27 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("m.csv", "", "The manifest {path} holds no utterances; give one that does."),
-        ("m.csv", "ID,wav,wrd\n", "The manifest {path} holds no utterances; give one that does."),
-        ("m.json", "{}", "The manifest {path} holds no utterances; give one that does."),
+        ("m.csv", "", "The manifest {path} holds no utterances; give another one."),
+        ("m.csv", "ID,wav,wrd\n", "The manifest {path} holds no utterances; give another one."),
+        ("m.json", "{}", "The manifest {path} holds no utterances; give another one."),
         (
             "m.csv",
             "ID,file,wrd\na,b,c\n",
             "{path} has no column wav, nor any of audio_filepath, .*; rename one .*: ID, file, wrd.",
         ),
         ("m.csv", "ID,wav,said\na,b,c\n", "{path} has no column wrd, nor any of words, text, .*: ID, wav, said."),
-        ("m.csv", 'ID,wav,wrd\na,"b,c\n' + 70_000 * "b,c\n", "{path}, line .*, is no valid CSV: field larger than field limit"),
-        ("m.jsonl", '{"wav": "a", "text"', "{path} is no valid JSON: .*; mend it."),
+        ("m.csv", 'ID,wav,wrd\na,"b,c\n' + 70_000 * "b,c\n", "{path}, line .*, is not valid CSV: field larger than field limit"),
+        ("m.jsonl", '{"wav": "a", "text"', "{path} is not valid JSON: .*; fix it."),
         (
             "m.txt",
             "utt1 some text\n",
-            "{path} is no manifest that is known, as it begins with 'utt1 some text'; give",
+            "{path} is not a known kind of manifest: it begins with 'utt1 some text'; give",
         ),
         ("wav.scp", "utt1 a.wav\n", "{path} is one of the files of a Kaldi folder; give the folder."),
-        ("m.jsonl", "{}".encode("utf-16"), "{path} is no text in UTF-8; give"),
-        ("m.wav", b"RIFF\0\0\0\0WAVE", "{path} is no text in UTF-8; give"),
+        ("m.jsonl", "{}".encode("utf-16"), "{path} is not text in UTF-8; give"),
+        ("m.wav", b"RIFF\0\0\0\0WAVE", "{path} is not text in UTF-8; give"),
         ("m.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "{path} cannot be decompressed (.*); write it again."),
-        ("m.tar", b"no tar", "{path} cannot be read as a tar file (.*); give one that is whole and un"),
+        ("m.tar", b"no tar", "{path} cannot be read as a tar file (.*); give a complete, un"),
         (
             "m.csv",
             "ID,wav,wrd\na,$data_root/b,c\n",
@@ -587,7 +587,7 @@ def test_an_arrow_file_that_was_cut_between_two_batches_is_refused(audio, tmp_pa
     buffer = arrow.BufferReader(file.read_bytes())
     arrow.ipc.open_stream(buffer).read_next_batch()
     file.write_bytes(file.read_bytes()[: buffer.tell()])
-    with pytest.raises(UserError, match=f"{file} was cut, or not written to its end, as it lacks the mark of it; save it again"):
+    with pytest.raises(UserError, match=f"{file} has no end mark: it was cut, or not written to its end; save it again"):
         read_entries(folder)
 
 
@@ -596,7 +596,7 @@ def test_files_of_a_kaldi_folder_may_be_compressed(tmp_path):
     (tmp_path / "text").write_bytes(gzip.compress("utt0 Größe\n".encode()))
     assert read_entries(tmp_path)[0][0].utterance.wrd == "Größe"
     (tmp_path / "text").write_text("utt0 Größe\n", encoding="utf-16")
-    with pytest.raises(UserError, match=f"{tmp_path}/text is no text in UTF-8"):
+    with pytest.raises(UserError, match=f"{tmp_path}/text is not text in UTF-8"):
         read_entries(tmp_path)
 
 
@@ -607,9 +607,7 @@ def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
     path, more = tmp_path / "m.csv", "x," * (columns - 3)
     head = f"ID,wav,{'spk_id,' * (columns - 3)}wrd\n"
     path.write_text(head + f'a,1.wav,{more}TEXT\nb,2.wav,{more}"TEXT\nc,3.wav,{more}TEXT\nd,4.wav,{more}TEXT\n{after}')
-    with pytest.raises(
-        UserError, match=f"{path}, line 3: a quotation mark begins a field there, and it takes in the [234] lines"
-    ):
+    with pytest.raises(UserError, match=f"{path}, line 3: a quotation mark begins a field that includes the next [234] lines"):
         read_entries(path)
     path.write_text(head + f'a,1.wav,{more}"First, he said.\nSecond, ""a.wav"", he said.\n"\nb,2.wav,{more}5" nails\n')
     assert [entry.utterance.ID for entry in read_entries(path)[0]] == ["a", "b"]
@@ -619,11 +617,11 @@ def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
     "files, message",
     [
         ({"m.csv": "ID,wav,wrd,wrd\na,1.wav,ONE,TWO\n"}, "has two columns wrd"),
-        ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text is there twice"),
-        ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: a is there already, with something else"),
+        ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text occurs twice"),
+        ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: an earlier line has another value for a"),
         (
             {"wav.scp": "r 1.wav\nr 2.wav\n", "text": "a ONE\n", "segments": "a r 0 1\n"},
-            "wav.scp, line 2: r is there already, with something else",
+            "wav.scp, line 2: an earlier line has another value for r",
         ),
     ],
 )
@@ -643,27 +641,25 @@ def test_tar_files_that_are_cut_or_compressed_are_refused(audio, tmp_path):
         begin = archive.getmembers()[3].offset
     data = whole.read_bytes()
     for flawed, message in (
-        (data[:begin], f"at byte {begin} there is neither a member nor the mark of the end"),
-        (data[: begin + 99], f"at byte {begin} there is neither a member nor the mark of the end"),
-        (data[:begin] + b"x" * 512 + data[begin + 512 :], f"at byte {begin} there is neither a member nor the mark of the end"),
-        (data[:begin] + bytes(512) + data[begin + 512 :], f"it goes on behind the mark of its end at byte {begin}"),
-        (data + data, "it goes on behind the mark of its end at byte"),
+        (data[:begin], f"at byte {begin} there is neither a member nor the end mark"),
+        (data[: begin + 99], f"at byte {begin} there is neither a member nor the end mark"),
+        (data[:begin] + b"x" * 512 + data[begin + 512 :], f"at byte {begin} there is neither a member nor the end mark"),
+        (data[:begin] + bytes(512) + data[begin + 512 :], f"it continues after the end mark at byte {begin}"),
+        (data + data, "it continues after the end mark at byte"),
     ):  # at which tarfile stops without a word
         (tmp_path / "cut.tar").write_bytes(flawed)
         with pytest.raises(UserError, match=f"cut.tar cannot be read as a tar file .{message}"):
             read_entries(tmp_path / "cut.tar")
     (tmp_path / "0.tar.gz").write_bytes(gzip.compress(data))
-    with pytest.raises(
-        UserError, match="0.tar.gz is a compressed tar file, whose members cannot be read one by one; decompress it"
-    ):
+    with pytest.raises(UserError, match="0.tar.gz is a compressed tar file; decompress it"):
         read_entries(tmp_path / "0.tar.gz")
 
 
 @pytest.mark.parametrize(
     "files, message",
     [
-        (["a.wav", "b.txt"], "is no manifest that is known, as this folder holds a.wav, b.txt; give"),
-        (["wav.scp"], "has no file text; it takes wav.scp and text."),
+        (["a.wav", "b.txt"], "is not a known kind of manifest: this folder holds a.wav, b.txt; give"),
+        (["wav.scp"], "has no file text; it needs wav.scp and text."),
         (["dataset_dict.json"], "holds several saved datasets; give the folder of one of them."),
         (["state.json"], "The saved dataset .* cannot be read .*; save it again."),
     ],
@@ -702,8 +698,8 @@ def test_a_shell_command_is_refused(tmp_path):
     with pytest.raises(UserError) as refused:
         read_entries(tmp_path)
     assert str(refused.value) == (
-        f"{tmp_path}/wav.scp, line 2: the audio of utt1 is a shell command (touch done; sox b.sph -t wav - |), and none is run; "
-        "write what it prints to a file, and name that file in its place."
+        f"{tmp_path}/wav.scp, line 2: the audio of utt1 is a shell command (touch done; sox b.sph -t wav - |), and commands are "
+        "not run; write its output to a file, and give that file instead."
     )
     assert not Path("done").exists()
 

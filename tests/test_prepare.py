@@ -207,7 +207,7 @@ def test_one_split_for_two_purposes(small, save):
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"], "merge_name": "skipped.csv"}, "choose another"),
         ({"tr_splits": ["train-a"], "select_n_sentences": [1, 2]}, "for each of the 1 splits"),
         ({"tr_splits": ["train-a"], "select_n_sentences": [0]}, "one number above 0"),
-        ({"tr_splits": ["train-a"], "max_skipped": 5}, "max_skipped is a part of a split"),
+        ({"tr_splits": ["train-a"], "max_skipped": 5}, "max_skipped is 5; give a share of a split"),
     ],
 )
 def test_arguments_that_make_no_sense(small, save, options, message):
@@ -519,7 +519,7 @@ def test_other_rates_and_channels_are_accepted(small, save, caplog):
     prepare_train(small, save)
     row = read_csv(save / "train-a.csv")[0]
     assert float(row["duration"]) == 1.5 and len(load_audio(row["wav"])) == 24000
-    assert "1 files have 44100 Hz; what is not the model's rate is resampled when read" in caplog.text
+    assert "1 files have 44100 Hz; they are resampled when read" in caplog.text
     assert "1 files have several channels" in caplog.text
 
 
@@ -542,7 +542,7 @@ def test_too_many_skips_stop_the_run(corpus, save):
         prepare_librispeech(corpus.root, save, ["train-a"], te_splits=["test-a"])
     assert str(error.value) == (
         "4 of 60 utterances in train-a cannot be used, more than the allowed 5%, most often because of 'truncated or "
-        f"damaged' (3); they are listed in {save}/skipped.csv: mend the corpus, or raise max_skipped."
+        f"damaged' (3); they are listed in {save}/skipped.csv: fix the corpus, or raise max_skipped."
     )
     assert len(skipped(save)) == 4
     assert not list(save.glob("t*.csv")) and not (save / "prepared.json").exists()
