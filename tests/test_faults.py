@@ -167,7 +167,7 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"output_folder": ""}, "--output_folder has no value"),
         ({"results_file": ""}, "--results_file has no value"),
         ({"output_folder": "/proc/nowhere"}, "/proc/nowhere cannot be read or written: No such file or directory; give another"),
-        ({"ctc_search": "foo"}, "ctc_search is 'foo', which is no search"),
+        ({"ctc_search": "foo"}, "ctc_search is 'foo', which is not a search"),
         ({"output_folder": "x<seed>y"}, "would be read as a reference"),
         ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
     ],
@@ -208,7 +208,7 @@ def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, mon
         with pytest.raises(UserError, match="stopped"):
             run(output_folder="x")
     assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
-    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, and this one has 16"):
+    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, but this run has 16"):
         run(output_folder="x")
 
 
@@ -514,7 +514,7 @@ def test_a_full_disk_during_training(run, tmp_path):
     """The checkpoint that cannot be written is named, and the training goes on from the one before."""
     keys = {"number_of_epochs": 2, "output_folder": "run"}
     run(**{**keys, "number_of_epochs": 1})
-    with largest_file(20_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; make room"):
+    with largest_file(20_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; free some space"):
         run(**keys)
     assert run(**keys).folders["pretrained"].is_dir()
 
@@ -566,7 +566,7 @@ def test_a_results_file_of_something_else(run, tmp_path):
     with pytest.raises(training.UsageError, match="rows.csv cannot be used"):
         run(results_file="rows.csv")
     (tmp_path / "rows.csv").write_text("a,b\n1,2,3\n")
-    with pytest.raises(training.UsageError, match="rows.csv has lines of another number of columns"):
+    with pytest.raises(training.UsageError, match="rows.csv has lines with different numbers of columns"):
         run(results_file="rows.csv")
 
 

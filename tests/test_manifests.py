@@ -1004,7 +1004,7 @@ def test_characters_that_the_tokenizer_lacks_are_told(audio, train_here, tmp_pat
     valid = [row | {"text": text} for row, text in zip(valid, ("THE CAFÉ", "THE ÉCLAIR ñ", "CAT"), strict=False)]
     train, valid = wenet(tmp_path / "t", train), wenet(tmp_path / "v", valid)
     log = (train_here("--train_manifest", train, "--valid_manifest", valid).output / "log.txt").read_text(encoding="utf-8")
-    told = re.findall(r"(\w+): transcripts hold characters that the tokenizer lacks .in how many.: (.*)", log)
+    told = re.findall(r"(\w+): transcripts hold characters that the tokenizer lacks .number of transcripts.: (.*)", log)
     assert len(told) == 1 and told[0][0] == "valid" and "É (2)" in told[0][1] and "ñ (1)" in told[0][1]
 
 
@@ -1074,7 +1074,7 @@ def test_a_corpus_file_may_state_the_rest(audio, train_here, tmp_path):
 @pytest.mark.parametrize("key", ["--train_manifest", "--text_normalization"])
 def test_what_a_prepare_function_does_not_take_is_refused(key, train_here, tmp_path):
     (tmp_path / "corpus.yaml").write_text("corpus: Mine\nprepare: !name:recipes.LibriSpeech.prepare.prepare_librispeech\n")
-    with pytest.raises(UsageError, match=f"{key} is given, and the prepare function of Mine does not take it; leave it out"):
+    with pytest.raises(UsageError, match=f"{key} is given, but the prepare function of Mine does not take it; leave it out"):
         train_here(key, "lower", "--data_folder", tmp_path, corpus=tmp_path / "corpus.yaml")
 
 

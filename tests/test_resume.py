@@ -208,7 +208,7 @@ class Trap:
 def test_a_checkpoint_that_holds_code_runs_nothing(tmp_path, capfd):
     checkpointer = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
     torch.save(Trap(), checkpointer.save_checkpoint().path / "model.ckpt")
-    with pytest.raises(DamagedCheckpoint, match=r"\(a file of it is no checkpoint, or holds code\)"):
+    with pytest.raises(DamagedCheckpoint, match=r"\(one of its files is not a checkpoint, or holds code\)"):
         checkpointer.recover_if_possible()
     assert "executed" not in capfd.readouterr().out
 

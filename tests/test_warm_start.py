@@ -98,7 +98,7 @@ def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL, **keys)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
-    assert "and this model" not in (tmp_path / "run" / "log.txt").read_text()
+    assert "but this model" not in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_features_and_front_end_follow_their_keys(train, tmp_path):
@@ -109,7 +109,7 @@ def test_features_and_front_end_follow_their_keys(train, tmp_path):
     folder, log = result.folders["pretrained"], (result.output / "log.txt").read_text()
     text = (folder / "hyperparams.yaml").read_text()
     assert text.count("sample_rate: 8000") == 2 and "16000" not in text and "dropout: 0.1" not in text
-    assert "model has compute_features: sample_rate 16000, and this model 8000." in log
+    assert "model has compute_features: sample_rate 16000, but this model has 8000." in log
     assert load_model(folder, "cpu").sample_rate == 8000
     with pytest.raises(UserError, match=r"such as subsampling.* \(40 x 64, here 20 x 64\); give the sizes of that model"):
         train("finetune", **{**keys, "output_folder": "bins", "n_mels": 40})
@@ -247,7 +247,7 @@ def test_a_state_file_has_no_tokens(suffix, tmp_path):
     source = read_source("state", path, nhead=2)
     _, parts = small(tmp_path, seed=1)
     table = warm_start(parts, source, make_tokenizer(), SPECIAL, same_tokens=False)
-    assert table.count("which token each row is of is not known") == 3
+    assert table.count("the tokens of the rows are unknown") == 3
     expected = model_parts(hparams).state_dict()
     assert not torch.equal(parts.state_dict()["ctc_lin.w.weight"], expected["ctc_lin.w.weight"])
     warm_start(parts, source, make_tokenizer(), SPECIAL, same_tokens=True)
@@ -444,7 +444,7 @@ def test_the_page_s_fine_tuning_runs(train, corpus, tmp_path):
     assert f"| initial weights | {model} |" in card and "| manifests | my/train.jsonl |" in card
     assert "| mixed with | my/old.jsonl |" in card
     log = (result.output / "log.txt").read_text()
-    assert "| ctc_lin | 2 |" in log and "of pieces spelled alike |" in log
+    assert "| ctc_lin | 2 |" in log and "of equal pieces |" in log
     loaded = load_model(folder, "cpu")
     assert loaded.tokenizer.decode_ids(loaded.tokenizer.encode_as_ids("Привет 1")) == "Привет 1"
     argv[argv.index("--init_from") + 1] = folder
@@ -552,33 +552,33 @@ def broken_sources(folder):
     torch.save(theirs.state_dict(), folder / "bias.ckpt")
     torch.save({name: value.flatten() for name, value in theirs.state_dict().items()}, folder / "flat.ckpt")
     return {
-        "empty": "empty is no folder of a model, as it has neither asr.safetensors with hyperparams.yaml, nor asr.ckpt or",
-        "cut.safetensors": "is damaged, or no file of weights",
-        "code.ckpt": "is damaged, or holds more than tensors, which could run any code .*; give a file of weights alone",
+        "empty": "empty is not the folder of a model: it has neither asr.safetensors with hyperparams.yaml, nor asr.ckpt or",
+        "cut.safetensors": "is damaged, or not a file of weights",
+        "code.ckpt": "is damaged, or holds more than tensors, which could run code .*; give a file that holds only weights",
         "list.pt": "holds no weights by name; give the state of a model",
-        "none.nemo": "is damaged, or no archive of NeMo",
-        "bare.nemo": "holds no model_weights.ckpt, as an archive of NeMo does; give another one",
+        "none.nemo": "is damaged, or not an archive of NeMo",
+        "bare.nemo": "is not an archive of NeMo: it holds no model_weights.ckpt; give another one",
         "code.nemo": "is damaged, or holds more than tensors",
         "other.nemo": "These weights hold no Squeezeformer of NeMo",
         "list.nemo": "list.nemo holds no weights by name; give the state of a model",
-        "odd.nemo": "odd.nemo has weights with names or shapes that no model of its kind has .*; give another file",
-        "flat.nemo": "flat.nemo has weights with names or shapes that no model of its kind has .*; give another file",
-        "flat.ckpt": "flat.ckpt has weights with names or shapes that no model of its kind has .*; give another file",
+        "odd.nemo": "odd.nemo has weights with unknown names or wrong shapes .*; give another file",
+        "flat.nemo": "flat.nemo has weights with unknown names or wrong shapes .*; give another file",
+        "flat.ckpt": "flat.ckpt has weights with unknown names or wrong shapes .*; give another file",
         "empty.nemo": "The model_config.yaml of empty.nemo states no encoder of NeMo",
         "null.nemo": "The model_config.yaml of null.nemo states no encoder of NeMo",
         "latin.nemo": "The model_config.yaml of latin.nemo states no encoder of NeMo",
-        "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is no number of a block.",
+        "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is not the number of a block.",
         "torn": "The tokenizer of torn is damaged, or not a SentencePiece model; give another one",
         "harm": "The tokenizer of harm has a piece of 100000 bytes, and 1000 at most are read; give another one",
         "numbers.pt": "numbers.pt holds no weights by name",
-        "coded": "hyperparams.yaml of coded is that of no model here .*utf-8",
-        "plain": "hyperparams.yaml of plain is that of no model here .its Transformer has no encoder_module.",
+        "coded": "hyperparams.yaml of coded describes no model of this package .*utf-8",
+        "plain": "hyperparams.yaml of plain describes no model of this package .its Transformer has no encoder_module.",
         "fused": "is fused: .*; give the folder 'pretrained_unfused' beside it",
-        "tagged": "hyperparams.yaml of .* is that of no model here .!apply:os.system.",
-        "strange": "hyperparams.yaml of .* is that of no model here .it has no Transformer.",
-        "heads": "heads has attention of 4 heads, and nhead is 2; give --nhead 4",
-        "bias.ckpt": "bias.ckpt has attention of 4 heads, and nhead is 2; give --nhead 4",
-        "statistics": "normalizer.ckpt of .* holds no statistics of features; take it out of the folder",
+        "tagged": "hyperparams.yaml of .* describes no model of this package .!apply:os.system.",
+        "strange": "hyperparams.yaml of .* describes no model of this package .it has no Transformer.",
+        "heads": "heads has 4 attention heads, but nhead is 2; give --nhead 4",
+        "bias.ckpt": "bias.ckpt has 4 attention heads, but nhead is 2; give --nhead 4",
+        "statistics": "normalizer.ckpt of .* holds no statistics of features; remove it from the folder",
     }
 
 
@@ -586,7 +586,7 @@ def test_what_is_no_model_is_refused(tmp_path, capfd):
     for name, message in broken_sources(tmp_path).items():
         with pytest.raises(UserError, match=message):
             read_source(name, tmp_path / name, nhead=2)
-    with pytest.raises(UserError, match="model has attention of 2 heads, and nhead is 4; give --nhead 2"):
+    with pytest.raises(UserError, match="model has 2 attention heads, but nhead is 4; give --nhead 2"):
         read_source("model", tmp_path / "model", nhead=4)
     with pytest.raises(FileNotFoundError, match="There is no model gone.nemo; give a folder or file, or user/model of"):
         sources.locate("gone.nemo")
@@ -600,7 +600,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for changed, keys, message in (
         ({}, {"include": ["ctc_linn"]}, "init_include has 'ctc_linn', which no weight begins with; did you mean 'ctc_lin'?"),
         ({}, {"exclude": ["x"]}, "init_exclude has 'x', which no weight begins with; names begin with"),
-        ({"weights": {"a.b": torch.ones(1)}}, {}, "Nothing of old would be loaded: it has a, and this model"),
+        ({"weights": {"a.b": torch.ones(1)}}, {}, "Nothing of old would be loaded: it has a, and this model has"),
         ({}, {"include": ["ctc_lin"], "exclude": ["ctc_lin"]}, "Nothing of old would be loaded"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}}, {}, "1 weights of another shape, such as ctc_lin.w.weight"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}, "tokenizer": tokens}, {}, "5 x 4, here 30 x 16"),
@@ -619,23 +619,23 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"init_from": ""}, "--init_from has no value; name a model or file, or leave it out"),
+        ({"init_from": ""}, "--init_from has no value; give a model or file, or leave it out"),
         ({"init_from": "/no/such"}, "There is no model /no/such"),
         ({"init_from": "model", "tokenizer_from": "/no/such"}, "There is no tokenizer /no/such; give the file of a SentenceP"),
         ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer corpus.csv is damaged, or not a SentencePiece"),
-        ({"init_from": "state.ckpt"}, "state.ckpt does not say what its tokens are; give the tokenizer that it was trained with"),
+        ({"init_from": "state.ckpt"}, "state.ckpt has no tokenizer; give the one that it was trained with"),
         ({"mix": "{manifest: x, share: 1}"}, "The share of --mix is 1; give a number above 0 and below 1"),
-        ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', and LibriSpeech has splits; name one"),
+        ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', but LibriSpeech has splits; give the name"),
         ({"mix": "{manifset: x}"}, "--mix has the keys manifest, share, manifset; it takes manifest and share"),
         ({"freeze": "null"}, "--freeze is None; give a list of prefixes"),
-        ({"init_exclude": ["ctc_lin"]}, "--init_exclude is .'ctc_lin'., and there is no model to take it from; give --init_from"),
+        ({"init_exclude": ["ctc_lin"]}, "--init_exclude is .'ctc_lin'., but there is no initial model; give --init_from"),
         ({"lr_scales": "null"}, "--lr_scales is None; give a mapping of prefixes to factors"),
         ({"freeze_steps": -1}, "--freeze_steps is -1; give a whole number, 0 or more"),
-        ({"file": "finetune"}, "states no architecture, and there is no model to take it from; give --init_from MODEL"),
-        ({"file": "finetune", "init_from": "state.ckpt"}, "state.ckpt is no model folder of this package, and so has no arch"),
-        ({"file": "finetune", "init_from": "nameless"}, "The model nameless does not say which hparams file it was trained with"),
+        ({"file": "finetune"}, "states no architecture, and there is no initial model; give --init_from MODEL"),
+        ({"file": "finetune", "init_from": "state.ckpt"}, "state.ckpt is not a model folder of this package, so its arch"),
+        ({"file": "finetune", "init_from": "nameless"}, "The model nameless does not state its hparams file"),
         ({"init_from": "model", "output_folder": "torn"}, "torn/hyperparams.yaml is damaged .*; give another --output_folder"),
-        ({"file": "finetune", "init_from": "plain"}, "The model plain does not say which hparams file it was trained with"),
+        ({"file": "finetune", "init_from": "plain"}, "The model plain does not state its hparams file"),
         ({"file": "finetune", "init_from": "mine"}, "mine was trained with mine.yaml, which is not beside"),
     ],
 )
@@ -675,5 +675,5 @@ def test_a_model_without_statistics_of_features_is_refused(train, tmp_path):
     make_model(tmp_path, 0)
     state = {name: value for name, value in weights(tmp_path / "model").items() if not name.startswith("normalize")}
     save_file(state, tmp_path / "model" / "asr.safetensors")
-    with pytest.raises(UserError, match="No statistics of features come from model, and update_until_epoch of normalize lets"):
+    with pytest.raises(UserError, match="model has no statistics of features, and update_until_epoch is too small"):
         train("finetune", init_from="model", **OF_THE_MODEL)
