@@ -729,7 +729,7 @@ def test_without_pyarrow_a_sentence_says_how_to_install_it(tmp_path, monkeypatch
         (["test="], "'test=' has no name"),
         ([".x=a.csv"], "has no name"),
         (["skipped=a.csv"], "but none of skipped, train.merged"),
-        (["valid=a.csv"], "The sets are called train, valid, valid; give each test set a name of its own"),
+        (["valid=a.csv"], "The sets have the names train, valid, valid; give each test set a different name"),
     ],
 )
 def test_names_of_test_sets_are_free_and_differ(given, message, tmp_path):
@@ -768,7 +768,7 @@ def test_audio_of_the_training_set_in_a_test_set_is_refused(test, shared, audio,
     if not shared:
         return prepare(tmp_path / "save", train, valid, tests)
     with pytest.raises(
-        UserError, match="1 utterances of the test set test have the same audio as some in training, such as other: leave"
+        UserError, match="1 utterances of the test set test have the same audio as training utterances, such as other; remove"
     ):
         prepare(tmp_path / "save", train, valid, tests)
     assert not (tmp_path / "save" / "train.csv").exists()
@@ -783,9 +783,11 @@ def test_channels_of_one_recording_are_different_audio(audio, valid, tmp_path):
 def test_an_id_of_the_training_set_in_a_test_set_is_refused(audio, valid, tmp_path):
     train, test = utterances(audio)
     test[0]["ID"] = "utt5"
-    with pytest.raises(UserError, match="1 utterances of the test set test have the same id as some in training, such as utt5"):
+    with pytest.raises(
+        UserError, match="1 utterances of the test set test have the same id as training utterances, such as utt5"
+    ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", train), valid, [f"test={wenet(tmp_path / 'e', test)}"])
-    with pytest.raises(UserError, match="the same id as some in training, such as utt5"):  # also where two of them have it
+    with pytest.raises(UserError, match="the same id as training utterances, such as utt5"):  # also where two of them have it
         twice = [wenet(tmp_path / name, train) for name in ("1", "2")]
         prepare_manifests(
             None, tmp_path / "save", ["train"], ["valid"], ["test"], twice, [valid], [f"test={tmp_path}/e/data.list"]
@@ -801,8 +803,8 @@ def test_audio_of_the_training_set_to_validate_with_is_told(audio, tmp_path, cap
     train = wenet(tmp_path / "t", utterances(audio)[0])
     with caplog.at_level(logging.WARNING):
         prepare(tmp_path / "save", train, train)
-    assert "valid: 9 utterances have audio of the training set, such as utt0, utt1, utt2 and 6 more" in caplog.text
-    assert "valid: 3 speakers are in the training set, too: s0, s1, s2" in caplog.text
+    assert "valid: 9 utterances have the same audio as the training set: utt0, utt1, utt2 and 6 more" in caplog.text
+    assert "valid: 3 speakers are also in the training set: s0, s1, s2" in caplog.text
 
 
 # -------------------- again

@@ -199,7 +199,7 @@ def test_one_split_for_two_purposes(small, save):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "No split is named"),
+        ({}, "No split is given"),
         ({"tr_splits": ["../train-a"]}, "'../train-a' is not the name of a split"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-b"], "merge_name": "train.csv"}, "merge_lst names train-b"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"]}, "merge_lst needs merge_name"),
@@ -239,7 +239,7 @@ def test_absent_split(corpus, save):
 @pytest.mark.parametrize("folder", ["nowhere", "a-file", "", None])
 def test_absent_data_folder(tmp_path, save, folder):
     (tmp_path / "a-file").touch()
-    with pytest.raises(FileNotFoundError, match="is no folder; give the one that holds train-a"):
+    with pytest.raises(FileNotFoundError, match="is not a folder; give the folder that holds train-a"):
         prepare_librispeech(folder and tmp_path / folder, save, ["train-a"])
 
 
@@ -383,7 +383,7 @@ def test_odd_characters_are_reported(small, save, caplog):
     assert not caplog.text
     small.edit("train-a", "100-1-0000", b"0000 THE", "0000 ÇA 4".encode())
     prepare_train(small, save)
-    assert "train-a: transcripts hold characters other than A-Z and ' (in how many): " in caplog.text
+    assert "train-a: transcripts hold characters other than A-Z and ' (number of transcripts): " in caplog.text
     assert "Ç (1)" in caplog.text and "4 (1)" in caplog.text
 
 

@@ -232,7 +232,7 @@ def test_two_processes(name, corpus, tmp_path):
     "argv, status, message",
     [
         (["gone.yaml"], 2, "There is no hparams file"),
-        ([CONFORMER, "--data_folder", "/no/such"], 1, "The data folder '/no/such' is no folder"),
+        ([CONFORMER, "--data_folder", "/no/such"], 1, "The data folder '/no/such' is not a folder"),
         ([CONFORMER, "--data_folder", "/no/such", "--numer_of_epochs", "3"], 2, "did you mean 'number_of_epochs'?"),
         ([CONFORMER, "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
         ([CONFORMER, "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
