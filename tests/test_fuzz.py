@@ -609,7 +609,7 @@ def test_the_statistics_of_another_model(change, message, copy):
         ("    ctc_lin: !ref <ctc_lin>\n", "", "Unexpected key(s)"),
         ("\nctc_lin: !new", "\nothers: !new", "refers to <ctc_lin>"),
         ("encoder_kwargs: {}", "encoder_kwargs: {", "line "),
-        ("sample_rate", "\tsample_rate", "is no YAML"),
+        ("sample_rate", "\tsample_rate", "is not valid YAML"),
         ("  n_mels: 80", "  n_mels: 80\n  n_mels: 80", "duplicate key"),
     ],
 )

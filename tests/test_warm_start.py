@@ -569,7 +569,7 @@ def broken_sources(folder):
         "latin.nemo": "The model_config.yaml of latin.nemo states no encoder of NeMo",
         "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is not the number of a block.",
         "torn": "The tokenizer of torn is damaged, or not a SentencePiece model; give another one",
-        "harm": "The tokenizer of harm has a piece of 100000 bytes, and 1000 at most are read; give another one",
+        "harm": "The tokenizer of harm has a piece of 100000 bytes, more than the allowed 1000; give another one",
         "numbers.pt": "numbers.pt holds no weights by name",
         "coded": "hyperparams.yaml of coded describes no model of this package .*utf-8",
         "plain": "hyperparams.yaml of plain describes no model of this package .its Transformer has no encoder_module.",
