@@ -306,7 +306,7 @@ def test_a_line_stays_a_line_whatever_the_name(name, call, tmp_path):
         ("--sample-rate", "0", "--sample-rate is 0"),
         ("--sample-rate", "1", "--sample-rate is 1;"),
         ("--sample-rate", str(10**9), "--sample-rate is 1000000000"),
-        ("--sample-rate", str(10**20), "give the number of samples per second, 1000 to 768000"),
+        ("--sample-rate", str(10**20), "give a rate in Hz, 1000 to 768000"),
     ],
 )
 def test_impossible_settings_are_wrong_usage(option, value, message, call):
