@@ -1,4 +1,4 @@
-"""Own corpora from manifests: every format gives the same manifests and the same training, and what is no good is named."""
+"""Corpora from manifests: every format gives the same manifests and the same training, and unusable lines are named."""
 
 import contextlib
 import csv
@@ -63,8 +63,8 @@ def table(path, rows):
     return path
 
 
-# Each takes a folder for the manifest, and rows of ID, wav (a path), seconds of the file, text, speaker and, for a segment, start
-# and end in seconds, or also a channel; it gives the manifest.
+# Writers of manifests. Each takes a folder, and rows of ID, wav (a path), seconds of the file, text, speaker and, for a segment,
+# start and end in seconds and optionally a channel; it returns the manifest.
 
 
 def duration(row):
@@ -105,7 +105,7 @@ def nemo(folder, rows):
     lines = [
         {"audio_filepath": os.path.relpath(row["wav"], folder), "duration": duration(row), **placed(row, "offset")}
         | {"text": row["text"], "speaker": row["speaker"]}
-        | ({"id": row["ID"]} if "start" in row else {})  # which it does without otherwise
+        | ({"id": row["ID"]} if "start" in row else {})  # not needed for whole files
         for row in rows
     ]
     return json_lines(folder / "m.jsonl", lines)
@@ -171,7 +171,7 @@ def tar(folder, rows):
 
 
 def saved_dataset(folder, rows, inside=True):
-    """As save_to_disk writes it."""
+    """Write a dataset as save_to_disk does."""
     arrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
@@ -197,7 +197,7 @@ def saved_paths(folder, rows):
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory):
-    """Files of an utterance each, and long recordings of one and of two channels."""
+    """Files with one utterance each, and long recordings with one and two channels."""
     folder = tmp_path_factory.mktemp("audio")
     for index in range(12):
         write_wav(folder / f"utt{index}.flac", 0.8 + index / 16, index)
@@ -208,7 +208,7 @@ def audio(tmp_path_factory):
 
 
 def utterances(audio):
-    """Rows of whole files, to train on and to validate with."""
+    """Rows of whole files for training and validation."""
     rows = [
         {
             "ID": f"utt{index}",
@@ -223,7 +223,7 @@ def utterances(audio):
 
 
 def segments(audio, stereo):
-    """Rows of segments of recordings, the last one to the end."""
+    """Rows of segments of recordings; the last one goes to the end."""
     rows = [
         {
             "ID": f"seg{index}",
@@ -294,7 +294,7 @@ def test_every_format_gives_the_same_segments(stereo, audio, tmp_path):
 
 @pytest.mark.parametrize("write", [tar, saved_dataset, saved_paths])
 def test_audio_inside_of_other_files(write, audio, tmp_path):
-    """The same utterances, in the order of the files; each is read where it is."""
+    """The same utterances in the order of the files; audio is read from inside them."""
     rows = utterances(audio)
     prepared_by(write, rows, tmp_path, audio)
     for split, given in zip(("train", "valid"), rows, strict=True):
@@ -308,7 +308,7 @@ def test_audio_inside_of_other_files(write, audio, tmp_path):
 
 
 def test_a_folder_in_librispeech_layout(audio, tmp_path):
-    """Its ids say who speaks; what has no audio is named."""
+    """Speakers come from the ids; a transcript without audio is named."""
     chapter = tmp_path / "test-clean" / "7" / "21"
     chapter.mkdir(parents=True)
     os.link(audio / "utt0.flac", chapter / "7-21-0000.flac")
@@ -340,7 +340,7 @@ def test_a_list_or_a_line_of_json_does_as_well(audio, tmp_path):
 
 
 def test_ids_that_no_manifest_states(tmp_path):
-    """The stem, with the segment; the whole path where stems are alike, in different folders or of different kinds."""
+    """The stem with the segment, or the whole path if stems are equal, in different folders or with different suffixes."""
     rows = [{"audio_filepath": name, "text": "A"} for name in ("a/1.wav", "b/1.wav", "b/2.wav", "b/2.flac", "c.wav")]
     rows += [{"audio_filepath": "c.wav", "offset": second, "duration": 1.25, "text": "A"} for second in (0, 1.0005)]
     ids = [entry.utterance.ID for entry in read_entries(json_lines(tmp_path / "m.jsonl", rows))[0]]
@@ -370,11 +370,11 @@ def valid(audio, tmp_path):
     return wenet(tmp_path / "valid", utterances(audio)[1])
 
 
-# -------------------- what is left out
+# -------------------- utterances that are left out
 
 
 def broken(**values):
-    """A line of which these keys are other ones, or are not there."""
+    """Change or remove (with ...) keys of a line."""
     return lambda row: {key: value for key, value in {**row, **values}.items() if value is not ...}
 
 
@@ -457,7 +457,7 @@ def test_a_cut_that_is_no_piece_of_a_recording_is_named(change, reason, audio, v
 def test_audio_of_a_cut_that_is_no_file_is_named(change, reason, audio, valid, tmp_path):
     cuts = [cut(row, tmp_path) for row in segments(audio, False)[0]]
     cuts[3]["recording"]["sources"][0] |= change
-    cuts[4]["recording"]["transforms"] = [{"name": "Resample", "kwargs": {}}]  # which is no other speech
+    cuts[4]["recording"]["transforms"] = [{"name": "Resample", "kwargs": {}}]  # the speech is the same
     cuts[5]["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 1.1}}]
     prepare(tmp_path / "save", json_lines(tmp_path / "t.jsonl", cuts), valid, max_skipped=0.2)
     assert skipped(tmp_path / "save") == {cuts[5]["id"]: "recording with transforms", cuts[3]["id"]: reason}
@@ -533,7 +533,7 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
         prepare(tmp_path / "save", wenet(tmp_path / "none", rows[:3]), valid, max_skipped=1)
 
 
-# -------------------- what is refused
+# -------------------- manifests that are refused
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_files_of_a_kaldi_folder_may_be_compressed(tmp_path):
 @pytest.mark.parametrize("after", ["", 'e,5.wav,"quoted"\nf,6.wav,TEXT\n'])
 @pytest.mark.parametrize("columns", [3, 4])
 def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
-    """CSV lets a quoted text go on over lines, so that one mark too many would make the utterances below part of a transcript."""
+    """Quoted text may continue over lines in CSV; one mark too many would include the next utterances in a transcript."""
     path, more = tmp_path / "m.csv", "x," * (columns - 3)
     head = f"ID,wav,{'spk_id,' * (columns - 3)}wrd\n"
     path.write_text(head + f'a,1.wav,{more}TEXT\nb,2.wav,{more}"TEXT\nc,3.wav,{more}TEXT\nd,4.wav,{more}TEXT\n{after}')
@@ -646,7 +646,7 @@ def test_tar_files_that_are_cut_or_compressed_are_refused(audio, tmp_path):
         (data[:begin] + b"x" * 512 + data[begin + 512 :], f"at byte {begin} there is neither a member nor the end mark"),
         (data[:begin] + bytes(512) + data[begin + 512 :], f"it continues after the end mark at byte {begin}"),
         (data + data, "it continues after the end mark at byte"),
-    ):  # at which tarfile stops without a word
+    ):  # tarfile stops here without an error
         (tmp_path / "cut.tar").write_bytes(flawed)
         with pytest.raises(UserError, match=f"cut.tar cannot be read as a tar file .{message}"):
             read_entries(tmp_path / "cut.tar")
@@ -675,7 +675,7 @@ def test_a_folder_that_is_no_manifest_is_refused(files, message, tmp_path):
 
 @pytest.mark.parametrize("write", [speechbrain_csv, speechbrain_json, nemo, kaldi, wenet, tar, saved_dataset])
 def test_a_damaged_manifest_is_read_or_refused(write, audio, tmp_path):
-    """Bytes that are cut out, repeated or replaced: there is a sentence, and no traceback."""
+    """Bytes are removed, repeated or replaced: any error is one sentence without a traceback."""
     whole = write(tmp_path / "whole", segments(audio, False)[0] if write is kaldi else utterances(audio)[0])
     generator = random.Random(0)
     for _ in range(40):
@@ -753,13 +753,13 @@ def test_the_name_of_a_test_set_may_come_from_its_file(tmp_path):
         ({"start": 0.25, "end": 1.5}, True),
         ({"start": 0.5, "end": 1.5}, True),
         ({"start": 1.0, "end": 1.6}, True),
-        ({"start": 1.3, "end": 2.6}, False),  # an edge that both have
+        ({"start": 1.3, "end": 2.6}, False),  # only an edge is shared
         ({"start": 1.5, "end": 3.25}, False),
         ({}, True),
     ],
 )
 def test_audio_of_the_training_set_in_a_test_set_is_refused(test, shared, audio, valid, tmp_path):
-    """By whatever name the file goes, and however the segment is written."""
+    """With any name of the file, and any notation of the segment."""
     row = segments(audio, False)[0][0]
     train = nemo(tmp_path / "t", [row])
     (tmp_path / "link.flac").symlink_to(row["wav"])
@@ -787,12 +787,12 @@ def test_an_id_of_the_training_set_in_a_test_set_is_refused(audio, valid, tmp_pa
         UserError, match="1 utterances of the test set test have the same id as training utterances, such as utt5"
     ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", train), valid, [f"test={wenet(tmp_path / 'e', test)}"])
-    with pytest.raises(UserError, match="the same id as training utterances, such as utt5"):  # also where two of them have it
+    with pytest.raises(UserError, match="the same id as training utterances, such as utt5"):  # also if two manifests have it
         twice = [wenet(tmp_path / name, train) for name in ("1", "2")]
         prepare_manifests(
             None, tmp_path / "save", ["train"], ["valid"], ["test"], twice, [valid], [f"test={tmp_path}/e/data.list"]
         )
-    for folder, row in (("t", train[0]), ("e", test[1])):  # one that was made of the name of the file is not meant
+    for folder, row in (("t", train[0]), ("e", test[1])):  # ids made from file names do not count
         (tmp_path / folder).mkdir(exist_ok=True)
         row["wav"] = write_wav(tmp_path / folder / "1.flac", row["seconds"])
     manifests = [nemo(tmp_path / folder, rows) for folder, rows in (("t", train[:3]), ("e", test[1:]))]
@@ -830,7 +830,7 @@ def test_what_is_prepared_is_not_prepared_again_until_something_changes(change, 
     assert len(checked) == 24
 
 
-# -------------------- what a prepare function of one's own writes
+# -------------------- manifests of a user's prepare function
 
 
 def datasets_of(path):
@@ -856,7 +856,7 @@ def test_a_manifest_with_other_values_is_refused(rows, message, tmp_path):
 
 
 def test_a_manifest_may_hold_anything_in_a_transcript(audio, tmp_path):
-    """SpeechBrain's own reading would substitute $5, or fail."""
+    """SpeechBrain's reader would substitute $5, or fail."""
     (tmp_path / "m.csv").write_text(f"ID,duration,wav,spk_id,wrd,stop\na,1,{audio}/utt3.flac,s,costs $5 {{or}} $word,8000\n")
     dataset = datasets_of(tmp_path / "m.csv")
     dataset.set_output_keys(["sig", "wrd", "duration"])
@@ -872,7 +872,7 @@ TINY = {key: value for key, value in SMALL.items() if "split" not in key} | {"nu
 
 @pytest.fixture
 def train_here(tmp_path, monkeypatch):
-    """Trains in this process, as train.py does with these arguments."""
+    """Train in this process, as train.py does with these arguments."""
     monkeypatch.chdir(tmp_path)
 
     def train_here(*argv, hparams=CONFORMER, corpus=None, **keys):
@@ -929,7 +929,7 @@ def test_segments_train_as_files_that_were_cut(cached, audio, train_here, tmp_pa
 
 @pytest.mark.parametrize("write", [lhotse, tar])
 def test_training_on_parts_of_files_resumes_exactly(write, audio, train_here, tmp_path, monkeypatch):
-    """Segments of recordings, and members of tar files; also where these have been moved meanwhile."""
+    """With segments of recordings and members of tar files, also if these are moved meanwhile."""
     parts = utterances(audio) if write is tar else segments(audio, True)
     train, valid = (write(tmp_path / "corpus" / name, part) for name, part in zip("tv", parts, strict=True))
     command = ["--train_manifest", train, "--valid_manifest", valid]
@@ -969,7 +969,7 @@ SPOKEN = ["Съешь же ещё.", "Привет, мир!", "ทำไมน�
 
 
 def test_any_script_comes_back_as_it_was_written(train_here, tmp_path):
-    """A tone for each character, and a model that remembers a few utterances: from the manifest to the transcript."""
+    """From manifest to transcript: each character is a tone, and the model learns a few utterances by heart."""
     characters = sorted(set("".join(map(normal_form, SPOKEN))))
     time = np.arange(round(0.12 * RATE)) / RATE
     tones = {
@@ -1030,7 +1030,7 @@ def test_wrong_arguments_are_refused(argv, message, train_here):
 
 
 def test_a_corpus_of_manifests_may_be_a_file(audio, train_here, tmp_path):
-    """What it states holds, where the manifests are in it as well as where they are on the command line."""
+    """Its settings apply to manifests in the file and on the command line."""
     train, valid = (wenet(tmp_path / f"{name} #1", part) for name, part in zip("tv", utterances(audio), strict=True))
     (tmp_path / "own.yaml").write_text(
         f"extends: [{CONFORMER}, {OF_MANIFESTS}]\ncorpus: Mine\ntext_normalization: lower\ntrain_manifest: ['{train}']\n"
@@ -1106,7 +1106,7 @@ def test_every_corpus_goes_with_every_architecture(path, tmp_path):
 
 
 def test_mini_librispeech_takes_what_is_there(tmp_path):
-    """Its own sets, and those of LibriSpeech that lie beside them."""
+    """Its own sets, and LibriSpeech's sets beside them."""
     corpus = ROOT / "recipes" / "MiniLibriSpeech" / "corpus.yaml"
     keys = {"data_folder": str(tmp_path), "output_folder": str(tmp_path / "run"), **SMALL}
     keys = {key: value for key, value in keys.items() if "split" not in key and not str(value).startswith("{")}

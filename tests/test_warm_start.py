@@ -173,9 +173,7 @@ def test_a_folder_of_speechbrain_answers_as_there(attention, tmp_path):
     feats = normalize.eval()(feats, torch.ones(1))
     torch.testing.assert_close(parts["normalize"](3 + feats, torch.ones(1)), normalize(3 + feats, torch.ones(1)))
     for block in (cnn.convblock_0, cnn.convblock_1):
-        block.convs.conv_0.padding_mode = (
-            "constant"  # zeros around the features, as in our front end; SpeechBrain reflects the features
-        )
+        block.convs.conv_0.padding_mode = "constant"  # zeros around the features, as here; SpeechBrain reflects the features
     frames = cnn(feats)
     torch.testing.assert_close(parts["subsampling"](feats)[0], frames.flatten(2), atol=1e-4, rtol=1e-4)
     old, new = pieces(tokenizer), pieces(arranged)
