@@ -724,7 +724,7 @@ def test_without_pyarrow_a_sentence_says_how_to_install_it(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["test=a.csv", "b/test.jsonl"], "'b/test.jsonl' has no name, or that of another one; give it as name=path"),
+        (["test=a.csv", "b/test.jsonl"], "'b/test.jsonl' has no name, or the name of another one; give it as name=path"),
         (["=a.csv"], "'=a.csv' has no name"),
         (["test="], "'test=' has no name"),
         ([".x=a.csv"], "has no name"),

@@ -1,4 +1,4 @@
-"""A training step: the memory figures behind the table in the documentation, and its time compared with SpeechBrain's."""
+"""A training step: the memory figures of the table in the documentation, and its time compared with SpeechBrain's."""
 
 import sys
 from pathlib import Path
