@@ -715,9 +715,7 @@ def test_what_is_not_there_is_refused(tmp_path):
 def test_without_pyarrow_a_sentence_says_how_to_install_it(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        UserImportError, match=r"the package pyarrow, which reads it, is missing; install it with: pip install -e"
-    ):
+    with pytest.raises(UserImportError, match=r"reading it needs the package pyarrow; install it with: pip install -e"):
         read_entries(tmp_path)
 
 

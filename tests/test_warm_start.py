@@ -609,7 +609,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             {},
             "old has 1 weights with NaN or infinite values, such as ctc_lin.w.weight; give another model",
         ),
-        ({"kind": "a folder of SpeechBrain"}, {}, "attention scales its scores otherwise; give the encoder this key, too"),
+        ({"kind": "a folder of SpeechBrain"}, {}, "attention scales its scores differently; also give"),
     ):
         with pytest.raises(UserError, match=message):
             warm_start(parts, source._replace(**changed), tokens, SPECIAL, same_tokens=True, **keys)

@@ -379,7 +379,7 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         if if_main_process():
             print(
                 f"No data_folder: this runs on the embedded mini corpus with the overrides in {os.path.relpath(fallback)}. "
-                f"To train on {plain['corpus']}: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
+                f"To train on real speech: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
                 flush=True,
             )
         # The sizes of an initial model override those of the fallback
