@@ -344,8 +344,8 @@ def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
     with pytest.raises(UserError, match="tri.arpa is to be subtracted, and .*transformer is no ARPA file"):
         load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
     for options, message in (
-        (["--lodr", "x.arpa"], "--lodr is given, and there is no language model"),
-        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+        (["--lodr", "x.arpa"], "--lodr is given, but there is no language model"),
+        (["--lm-weight", "1"], "--lm-weight is given, but there is no language model"),
     ):
         assert cli.main(["transcribe", "--model", str(arpa / "model"), "--device", "cpu", "x.flac", *options]) == 2
         assert message in capsys.readouterr().err
@@ -362,7 +362,7 @@ def test_evaluate_takes_it(arpa, tmp_path, capsys):
     capsys.readouterr()
     for options, message in (
         (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, and .*words.arpa is of words"),
-        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+        (["--lm-weight", "1"], "--lm-weight is given, but there is no language model"),
     ):
         assert cli.main(["evaluate", *common, str(corpus / "test-tiny"), *options]) == 2
         assert re.search(message, capsys.readouterr().err)

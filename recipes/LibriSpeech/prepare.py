@@ -169,8 +169,8 @@ def find_corpus(data_folder, splits):
         return fitting[0]
     missing = [split for split in splits if split not in inside]
     raise FileNotFoundError(
-        f"{folder} has no folder for the splits {listing(missing)}; give the folder that holds them. "
-        f"The folders in it are: {listing(inside)}."
+        f"{folder} must hold a folder for each split, but has none named {listing(missing)}; "
+        f"the folders in it are: {listing(inside)}."
     )
 
 
