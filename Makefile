@@ -1,6 +1,6 @@
 # make demo   environment, embedded corpus, training, WER and a transcript: six to eight minutes on two cores
-# make test   environment and all tests but those that take minutes
-# make slow   environment and the tests that take minutes
+# make test   environment and all tests except the slow ones
+# make slow   environment and the slow tests, each takes minutes
 # make docs   the documentation as a site, in site/
 # make lint   style
 #
@@ -13,7 +13,7 @@ DEMO := results/demo
 
 .PHONY: demo test slow docs lint clean
 
-# A marker per set of packages, newer than what asks for them: an interrupted installation is done again.
+# A marker for each set of packages; it is written last, so an interrupted installation runs again
 $(VENV)/runtime: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "Python 3.11 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version); try: PYTHON=python3.11 make" >&2; exit 1; }
@@ -32,7 +32,7 @@ demo: $(VENV)/runtime
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# The oldest version that exports are for; the newest is in the environment
+# The oldest supported version; the environment has the newest
 $(VENV)/sherpa-1.12.26: $(VENV)/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ --no-deps sherpa-onnx==1.12.26 sherpa-onnx-core==1.12.26
 	touch $@
@@ -40,7 +40,7 @@ $(VENV)/sherpa-1.12.26: $(VENV)/dev
 slow: $(VENV)/dev $(VENV)/sherpa-1.12.26
 	OMP_NUM_THREADS=1 SHERPA_OLDEST=$(abspath $(VENV)/sherpa-1.12.26) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
-# An environment of its own, as the site reads the code and does not run it; a broken link or reference fails
+# A separate environment: the site is built without running the code. Broken links and references are errors
 $(VENV)-docs/done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')

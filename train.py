@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Train and test a speech recogniser: the one entry of all recipes.
+"""Train and test a speech recogniser, with any recipe.
 
 python train.py hparams/FILE.yaml                                                   the embedded mini corpus, minutes
 python train.py hparams/FILE.yaml --data_folder /path/to/LibriSpeech                LibriSpeech
 python train.py hparams/FILE.yaml --train_manifest FILE --valid_manifest FILE       your own data
-python train.py hparams/FILE.yaml --corpus my/corpus.yaml --data_folder FOLDER      a corpus of your own
+python train.py hparams/FILE.yaml --corpus my/corpus.yaml --data_folder FOLDER      your own corpus file
 python train.py hparams/finetune.yaml --init_from MODEL --train_manifest ...        fine-tuning
 torchrun --nproc_per_node 4 train.py hparams/FILE.yaml --data_folder FOLDER         several GPUs
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # the corpora name functions in recipes/, from any working directory
+sys.path.insert(0, str(ROOT))  # corpus files name functions in recipes/
 
 import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
@@ -28,7 +28,7 @@ from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa
 
 
 def main(argv=None):
-    """Run; returns the exit status: 0 when all went well, 2 for wrong arguments, 130 when interrupted, 1 otherwise."""
+    """Train and test; returns the exit status: 0 for success, 2 for wrong arguments, 130 for an interruption, else 1."""
     argv, paths = take_paths(list(sys.argv[1:] if argv is None else argv))
     if not argv or {"-h", "--help"} & {*argv}:
         print(f"{__doc__}\nFiles in hparams/:\n\n{list_hparams(ROOT / 'hparams')}\n")
@@ -37,9 +37,9 @@ def main(argv=None):
         print("Options of SpeechBrain:\n")
     corpus = paths.pop("corpus", None)
     if corpus:
-        sys.path.insert(0, str(Path(corpus).resolve().parent))  # what it names may lie beside it
+        sys.path.insert(0, str(Path(corpus).resolve().parent))  # its functions may lie beside it
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    if run_opts.device == "cpu" or not torch.cuda.is_available():  # where SpeechBrain's default, nccl, cannot run
+    if run_opts.device == "cpu" or not torch.cuda.is_available():  # SpeechBrain's default, nccl, needs a GPU
         run_opts = dataclasses.replace(
             run_opts, distributed_backend="gloo", overridden_args={*run_opts.overridden_args, "distributed_backend"}
         )
@@ -51,7 +51,7 @@ def main(argv=None):
         print(f"train.py: {one_line(error, 1000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("train.py: interrupted; start the same command again to go on from the last checkpoint.", file=sys.stderr)
+        print("train.py: interrupted; run the same command again to continue from the last checkpoint.", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():

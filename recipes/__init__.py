@@ -1,1 +1,1 @@
-"""Recipes: what belongs to one corpus, a package each."""
+"""Recipes: a package for each corpus."""

@@ -1,4 +1,4 @@
-"""Segments of audio files, and files inside of others: the same samples, without reading the rest."""
+"""Segments of audio files, and files inside other files: the same samples, without reading the rest."""
 
 import io
 import tarfile
@@ -36,7 +36,7 @@ KINDS = [
 
 
 def tolerance(kind):
-    """MP3 differs in the last bit, Opus by its own noise, far below that of another place."""
+    """MP3 may differ in the last bit, and Opus by its noise, much less than at another position."""
     return {"atol": 6e-3 if kind[1] == "OPUS" else 3e-7, "rtol": 0}
 
 
@@ -74,7 +74,7 @@ def test_segments_of_joined_files(kind, tmp_path):
 def test_an_mp3_without_a_header_of_its_length(tmp_path):
     data = write(tmp_path / "a.mp3", ("MP3", "MPEG_LAYER_III"), 20).read_bytes()
     path = tmp_path / "b.mp3"
-    path.write_bytes(data[data.index(data[:2], 10) :])  # the header is a frame of its own
+    path.write_bytes(data[data.index(data[:2], 10) :])  # the header is a separate frame
     whole = load_audio(path)
     torch.testing.assert_close(load_audio(path, RATE, 200_000, 216_000), whole[200_000:216_000], atol=3e-7, rtol=0)
 
@@ -94,11 +94,11 @@ def test_of_a_long_file_only_the_segment_is_decoded(kind, tmp_path, monkeypatch)
     for second in range(45, 55):
         assert len(load_audio(path, RATE, second * RATE, (second + 1) * RATE)) == RATE
     assert sum(decoded) <= 10 * 1.6 * RATE
-    assert len(walked) == (kind[0] == "MP3")  # whose frames state no length; once, not ten times
+    assert len(walked) == (kind[0] == "MP3")  # MP3 frames state no length; walked over once, not ten times
 
 
 def test_the_last_page_of_vorbis(tmp_path):
-    """It ends early, and libsndfile takes it to begin early, too."""
+    """The last page ends early, and libsndfile places its start too early."""
     soundfile.write(tmp_path / "a.ogg", noise(90) * (np.arange(90 * RATE) < 80 * RATE), RATE, format="OGG", subtype="VORBIS")
     whole = load_audio(tmp_path / "a.ogg")
     for start in range(60 * RATE, 90 * RATE - 10, 31_111):

@@ -242,7 +242,7 @@ def test_a_file_of_something_else_is_refused(capsys, tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     for more in ([], ["--report"]):
         assert cli.main(arguments(tmp_path / "a.csv", *more)) == 2
-        assert "has the columns of something else" in capsys.readouterr().err
+        assert "has the columns of another kind of file" in capsys.readouterr().err
     assert (tmp_path / "a.csv").read_text() == text
 
 

@@ -1,4 +1,4 @@
-"""The command line: what goes to which stream, and the exit status."""
+"""The command line: standard output, standard error and the exit status."""
 
 import io
 import os

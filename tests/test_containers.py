@@ -1,4 +1,4 @@
-"""Every container and codec that this libsndfile writes: read whole, or refused in a sentence that names the true reason."""
+"""All containers and codecs of this libsndfile: a file is read whole, or refused with a sentence that states the reason."""
 
 import gzip
 import io
@@ -22,27 +22,27 @@ from speechbrain_ext.dataio.audio import AudioError, check_audio, count_samples,
 from speechbrain_ext.dataio.containers import REVERSED_BITS, container_name, find_parts
 from speechbrain_ext.dataio.flac_frames import walk_frames
 
-RATES = (16000, 8000, 44100)  # the first that a format takes
+RATES = (16000, 8000, 44100)  # the first one that a format accepts is used
 SECONDS = 1.5
-BLOCK = 2400  # most samples of a codec's frames, at either end
+BLOCK = 2400  # largest number of samples that a codec adds or removes at each end
 NO_LENGTH = {"IRCAM", "PAF", "PVF", "SD2", "XI"}  # libsndfile writes 0 for the length of XI
-NO_HEADER = {"SD2"}  # its header is a file of its own
+NO_HEADER = {"SD2"}  # its header is a separate file
 
 
 def signal(samples, channels=1, rate=16000):
-    """A chirp with a swelling envelope, unlike itself at any shift; a different level in each channel."""
+    """A chirp with a rising envelope, which no shift maps to itself; each channel has a different level."""
     t = np.arange(samples) / rate
     chirp = np.sin(2 * np.pi * (200 * t + 300 * t**2)) * (0.2 + 0.3 * np.sin(2 * t) ** 2)
     return np.stack([chirp / (1 + channel) for channel in range(channels)], axis=1).astype(np.float32)
 
 
 def write(path, form, subtype, channels):
-    """Write the signal at a rate that the format takes; gives its samples, and the rate that the file states."""
+    """Write the signal at a rate that the format accepts; returns its samples and the stated rate."""
     for rate in RATES:
         try:
             samples = signal(int(SECONDS * rate), channels, rate)
             soundfile.write(path, samples, rate, format=form, subtype=subtype)
-            # WVE is always at 8000 Hz, XI at 44100
+            # WVE always has 8000 Hz, XI 44100
             return samples.mean(axis=1), rate if form == "RAW" else soundfile.info(path).samplerate
         except soundfile.SoundFileError:
             path.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def write(path, form, subtype, channels):
 
 
 def agrees(wav, expected):
-    """Whether samples are those that were written, but for the padding of a codec's frames and its loss."""
+    """Whether samples equal the written ones, apart from the padding and loss of the codec."""
     wav, expected = np.asarray(wav, np.float64), np.asarray(expected, np.float64)
     if not len(expected) - 1 <= len(wav) <= len(expected) + BLOCK:
         return False
@@ -61,7 +61,7 @@ def agrees(wav, expected):
 
 
 def outcome(path, expected, may_add=0):
-    """``whole`` or ``refused``; fails if a part of a file, or something else, is given without a word."""
+    """``whole`` or ``refused``; fails if only a part of a file, or other samples, are read without an error."""
     try:
         wav = load_audio(path)
     except AudioError as error:
@@ -91,7 +91,7 @@ MATRIX = Counter()
 
 @pytest.fixture(scope="module", autouse=True)
 def matrix():
-    """Prints, with -s, how many files of each format were whole or refused in each case."""
+    """With -s, print how many files of each format were whole or refused in each case."""
     yield
     cases = list(dict.fromkeys(case for _, case, _ in MATRIX))
     print("\n" + "\t".join(["format", *cases]))
@@ -124,7 +124,7 @@ def test_every_container_is_read_whole_or_refused(form, tmp_path):
                 return error
 
             whole, refused = ("whole",), ("refused",)
-            if form == "RAW":  # no header: what the name says is not taken for the truth
+            if form == "RAW":  # without a header, the name is not trusted
                 assert record("whole", data, expected, refused).reason in ("unreadable", "truncated or damaged")
                 continue
             record("whole", data, expected, whole)
@@ -133,7 +133,7 @@ def test_every_container_is_read_whole_or_refused(form, tmp_path):
                 ("cut in half", len(data) // 2 - 1),
                 ("cut at the end", len(data) - 5),
             ):
-                if form in NO_LENGTH:  # excluded: what no header can reveal; but no part of a sample is read
+                if form in NO_LENGTH:  # excluded, because no header shows it; but no part of a sample is read
                     width = {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DPCM_16": 2}.get(subtype, 1)
                     if form in NO_HEADER:
                         continue
@@ -148,7 +148,7 @@ def test_every_container_is_read_whole_or_refused(form, tmp_path):
                 error = record("twice", 2 * data, twice, whole if form in ("FLAC", "MP3", "OGG") else refused)
                 assert error is None or error.reason in ("joined", "unfinished"), error
             for case, tail in (("junk after", junk), ("zeros after", bytes(64)), ("ID3v1 after", b"TAG" + b"title".ljust(125))):
-                adds = 16000 * len(tail) // rate if form in NO_LENGTH else 0  # taken for samples: excluded
+                adds = 16000 * len(tail) // rate if form in NO_LENGTH else 0  # read as samples: excluded
                 record(case, data + tail, expected, ("whole", "refused") if form in NO_LENGTH else whole, adds)
             if form not in NO_HEADER:
                 record("junk before", junk + data, expected, whole if form == "MP3" else refused)
@@ -166,14 +166,14 @@ def encode(form="WAV", samples=24000, channels=1, rate=16000, **options):
 
 
 def without_xing(mp3):
-    """The frames of an MP3 file but the first, which holds no samples but states the length."""
+    """An MP3 file without its first frame, which has no samples and states the length."""
     mark = max(mp3.find(b"Xing"), mp3.find(b"Info"))
     first = mp3.rindex(b"\xff", 0, mark)
     return mp3[mp3.index(mp3[first : first + 2], mark) :]
 
 
 def variable_mp3():
-    """Loud noise, then near silence: its first frames are much larger than the others, so that its length is misjudged."""
+    """Loud noise, then near silence: the first frames are much larger than the others, so the estimated length is wrong."""
     noise = np.convolve(np.random.default_rng(0).standard_normal(10 * 16000), np.ones(6) / 6, "same")  # within the codec's band
     noise[2 * 16000 :] *= 1e-4
     noise += 0.3 * signal(len(noise))[:, 0]
@@ -188,7 +188,7 @@ def test_a_variable_mp3_without_a_header_is_read_whole(tmp_path):
     path = tmp_path / "a.mp3"
     path.write_bytes(without_xing(data))
     with soundfile.SoundFile(path) as file:
-        assert file.frames < 0.9 * len(samples)  # what libsndfile would stop at
+        assert file.frames < 0.9 * len(samples)  # libsndfile would stop here
     assert outcome(path, samples) == ("whole", None)
     path.write_bytes(without_xing(data)[:-3])
     assert outcome(path, samples)[1].reason == "truncated or damaged"
@@ -213,7 +213,7 @@ def test_an_mp3_whose_header_states_less_than_it_holds_is_read_whole(tmp_path):
     damaged = bytearray(path.read_bytes())
     del damaged[-500:-470]
     path.write_bytes(damaged)
-    with pytest.raises(AudioError, match="are no MPEG frames, others follow"):
+    with pytest.raises(AudioError, match="are no MPEG frames, but frames follow"):
         load_audio(path)
 
 
@@ -241,13 +241,13 @@ def test_joined_parts_may_differ_in_channels_but_not_in_rate(form, tmp_path):
 
 
 def flac_frames(flac):
-    """Where the frames of a FLAC file begin, and where the last one ends."""
+    """The positions of the frames of a FLAC file, and the end of the last one."""
     found = [match.start() for match in re.finditer(rb"\xff\xf8", flac)]
     return [place for number, place in enumerate(found) if flac[place + 4] == number] + [len(flac)]
 
 
 def with_total(flac, samples):
-    """A FLAC file whose header states another number of samples: the last 36 bits of 26 bytes."""
+    """A FLAC file with another number of samples in its header, in the last 36 bits of 26 bytes."""
     return flac[:21] + bytes([flac[21] & 0xF0 | samples >> 32]) + (samples & 0xFFFFFFFF).to_bytes(4, "big") + flac[26:]
 
 
@@ -269,7 +269,7 @@ def with_total(flac, samples):
 )
 @pytest.mark.parametrize("place", ["alone", "in front of another"])
 def test_a_flac_whose_frames_are_not_those_of_its_header_is_refused(change, message, place, tmp_path):
-    """libsndfile would read as much as the header states, with silence for the frames that are missing."""
+    """libsndfile would read as many samples as the header states, with silence for missing frames."""
     flac = encode("FLAC", subtype="PCM_16")
     (tmp_path / "a.flac").write_bytes(change(flac, flac_frames(flac)) + (b"" if place == "alone" else flac))
     with pytest.raises(AudioError, match=message) as refused:
@@ -297,7 +297,7 @@ def test_a_last_page_of_ogg_that_takes_samples_back_is_refused(subtype, tmp_path
     ogg = encode("OGG", samples=480_000, subtype=subtype)
     last = ogg.rindex(b"OggS")
     for samples, message in (
-        (8000, "states that 8000 samples have been, and the one before it"),
+        (8000, "states that it ends at sample 8000, and the page before"),
         (-1, "no packet ends on its last"),
     ):
         page = ogg[last : last + 6] + samples.to_bytes(8, "little", signed=True) + ogg[last + 14 : last + 22]
@@ -316,7 +316,7 @@ def test_a_cut_part_of_a_joined_flac_is_refused(tmp_path):
 
 
 def tags():
-    """Every kind of tag that stands at the end of a file, by name."""
+    """All kinds of tags at the end of a file, by name."""
     id3v1 = b"TAG" + b"title".ljust(125)
     items = b"\5\0\0\0\0\0\0\0Title\0hello"
     head, foot, old = (
@@ -362,7 +362,7 @@ def test_samples_that_begin_like_a_tag_are_no_tag(tmp_path):
     path = tmp_path / "a.wav"
     for begin in (b"TAG", b"TAG+", b"APETAGEX", b"LYRICSBEGIN", b"3DI"):
         wav = bytearray(encode())
-        struct.pack_into("<I", wav, 40, 16000)  # the header was not written again
+        struct.pack_into("<I", wav, 40, 16000)  # the header was not updated
         wav[44 + 16000 : 44 + 16000 + len(begin)] = begin
         path.write_bytes(wav)
         assert outcome(path, [])[1].reason == "unfinished", begin
@@ -382,7 +382,7 @@ def test_a_second_chunk_of_samples_is_refused(form, subtype, chunk, tmp_path):
     path, data = tmp_path / "a", encode(form, subtype=subtype)
     path.write_bytes(data + data[data.index(chunk) :])
     sentence = str(outcome(path, [])[1])
-    assert f"more than one chunk of samples, of which soundfile reads only one: another begins at byte {len(data)};" in sentence
+    assert f"more than one chunk of samples, and soundfile reads only one: another begins at byte {len(data)};" in sentence
 
 
 def pages(ogg):
@@ -409,7 +409,7 @@ def test_zeros_in_the_place_of_mpeg_frames_are_refused(tmp_path):
     assert error.reason == "truncated or damaged" and "bytes of zeros follow its last MPEG frame" in str(error)
     path.write_bytes(mp3 + frames[: len(frames) // 2].ljust(len(frames), b"\0"))
     assert outcome(path, [])[1].reason == "truncated or damaged"
-    path.write_bytes(mp3 + bytes(9000))  # its header says that nothing is missing
+    path.write_bytes(mp3 + bytes(9000))  # its header shows that nothing is missing
     assert outcome(path, one) == ("whole", None)
     path.write_bytes(frames + bytes(900))
     assert outcome(path, one) == ("whole", None)
@@ -426,7 +426,7 @@ def test_a_recorder_that_was_stopped(tmp_path):
     path.write_bytes(wav)
     sentence = str(outcome(path, [])[1])
     assert f"its header states no samples and {samples} bytes follow" in sentence and "was stopped" in sentence
-    struct.pack_into("<I", wav, 40, 3200)  # written again from time to time
+    struct.pack_into("<I", wav, 40, 3200)  # updated from time to time
     path.write_bytes(wav)
     assert outcome(path, [])[1].reason == "unfinished"
     for size in (0x7FFFFFFF, 0xFFFFFFFF):  # written to a pipe
@@ -522,7 +522,7 @@ def test_names_prove_nothing(tmp_path):
         path.write_bytes(b"no audio\n" * 990)
         assert outcome(path, [])[0] == "refused"
     soundfile.write(path, signal(12000, rate=8000), 8000, format="RAW", subtype="GSM610")
-    path.rename(tmp_path / "b.gsm")  # its frames have a mark
+    path.rename(tmp_path / "b.gsm")  # its frames can be recognised
     assert len(load_audio(tmp_path / "b.gsm")) == 24000
     (tmp_path / "b.gsm").write_bytes((tmp_path / "b.gsm").read_bytes()[:-1])
     assert outcome(tmp_path / "b.gsm", [])[1].reason == "truncated or damaged"
@@ -615,7 +615,7 @@ def arguments(file="-"):
 def test_a_file_on_standard_input_is_refused(form, monkeypatch, tmp_path):
     path = tmp_path / "a"
     write(path, form, soundfile.default_subtype(form), 1)
-    for size in (1, 7, 5000):  # bytes that come at a time
+    for size in (1, 7, 5000):  # bytes per read
         raw = io.BytesIO(path.read_bytes())
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read1=lambda n, raw=raw, s=size: raw.read(s))))
         with pytest.raises(AudioError, match="Standard input begins like a file in .* format") as error:
@@ -657,7 +657,7 @@ def test_what_is_no_audio_on_standard_input_is_refused(name, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read1=lambda n, raw=raw, s=size: raw.read(s))))
         with pytest.raises(AudioError, match=f"Standard input begins like a file in {name} format") as error:
             list(stream._pieces(arguments(), 16000))
-        assert "give the file's name" not in str(error.value)  # it would not be read either
+        assert "give the file's name" not in str(error.value)  # soundfile cannot read the file either
 
 
 def test_raw_samples_on_standard_input_are_taken(monkeypatch):

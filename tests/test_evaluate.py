@@ -165,7 +165,7 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
         (["gone.csv"], "There is no manifest"),
         (["lower.csv"], "characters that the model does not write"),
         (["bad.csv"], "no utterance that can be used (missing"),
-        (["a=lower.csv", "a=bad.csv"], "has no name, or that of another one"),
+        (["a=lower.csv", "a=bad.csv"], "has no name, or the name of another one"),
         (["lower.csv", "--text-normalization", "title"], "text_normalization is 'title'"),
         (["lower.csv", "--lm", "gone.arpa"], "There is no language model gone.arpa"),
         (["lower.csv", "--search", "joint_beam"], "no search joint_beam"),

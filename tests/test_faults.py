@@ -1,4 +1,4 @@
-"""Faults that users of other toolkits met: a run that says it succeeded has done its job, a value means the same everywhere."""
+"""Faults that are common in other toolkits: empty success, stale files, values with two meanings, and races."""
 
 import csv
 import os
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, corpus):
-    """Trains in this process, in a folder of its own, as train.py does with these arguments."""
+    """Train in this process and a separate folder, as train.py does with these arguments."""
     monkeypatch.chdir(tmp_path)
 
     def run(*more, hparams=CONFORMER, data=corpus, **keys):
@@ -66,7 +66,7 @@ def run(tmp_path, monkeypatch, corpus):
 
 
 def test_what_is_left_over_takes_a_step(run):
-    """Also where an epoch has fewer batches than the factor; the gradient is the mean over what is there."""
+    """Also if an epoch has fewer batches than the factor; the gradient is then the mean over these batches."""
     batches, steps = "{max_batch_length: 2.5, num_buckets: 10}", {}
     for factor in (1, 4, 1000):
         result = run(grad_accumulation_factor=factor, train_batch_sampler=batches, output_folder=factor)
@@ -75,7 +75,7 @@ def test_what_is_left_over_takes_a_step(run):
 
 
 def test_the_step_of_a_rest_is_that_of_the_rest_alone():
-    """Three batches with factor 2: the second step has the gradient of the third batch, not half of it."""
+    """Three batches with factor 2: the second step has the whole gradient of the third batch, not half of it."""
     steps = []
 
     class Brain(AsrBrain):
@@ -120,7 +120,7 @@ def test_transcripts_longer_than_their_frames_are_left_out_by_name(run, tmp_path
     (row,) = csv.DictReader((result.output / "unfit_train.csv").open())
     assert row["ID"] == "1-1-0003" and int(row["tokens"]) > int(row["frames"])
     transcripts.write_text("\n".join(f"{line} {' '.join(SENTENCES * 3)}" for line in lines) + "\n")
-    with pytest.raises(UserError, match="12 of 12 utterances have transcripts of more tokens than frames, .*raise max_skipped"):
+    with pytest.raises(UserError, match="12 of 12 utterances have more tokens than frames, .*raise max_skipped"):
         run(data=long, output_folder="other")
 
 
@@ -137,15 +137,15 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
     assert model.transcribe_batch(torch.from_numpy(samples)[None], torch.ones(1))[0][0] == model.transcribe_file(file)
     capsys.readouterr()
     assert cli.main(["stream", "--model", str(folder), str(file), "--device", "cpu"]) == 0
-    more = ["--streaming"] if "streaming" in name else []  # exporting takes long: so each graph once
+    more = ["--streaming"] if "streaming" in name else []  # each graph only once, because exporting is slow
     assert cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx"), "--audio", str(file), *more]) == 0
 
 
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"ctc_search": "{beam_size: 3}"}, "--ctc_search is {beam_size: 3}, and the hparams file has null there"),
-        ({"chunk_sampler": "{chunk_size_min: 3}"}, "name it: --chunk_sampler '!new:package.Class"),
+        ({"ctc_search": "{beam_size: 3}"}, "--ctc_search is {beam_size: 3}, but the hparams file has null there"),
+        ({"chunk_sampler": "{chunk_size_min: 3}"}, "give it: --chunk_sampler '!new:package.Class"),
         ({"number_of_epochs": "many"}, "--number_of_epochs is 'many'; give a whole number"),
         ({"number_of_epochs": "0"}, "--number_of_epochs is 0; give a whole number above 0"),
         ({"lr": "fast"}, "--lr is 'fast'; give a number"),
@@ -167,7 +167,7 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"output_folder": ""}, "--output_folder has no value"),
         ({"results_file": ""}, "--results_file has no value"),
         ({"output_folder": "/proc/nowhere"}, "/proc/nowhere cannot be read or written: No such file or directory; give another"),
-        ({"ctc_search": "foo"}, "ctc_search is 'foo', which is no search"),
+        ({"ctc_search": "foo"}, "ctc_search is 'foo', which is not a search"),
         ({"output_folder": "x<seed>y"}, "would be read as a reference"),
         ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
     ],
@@ -193,9 +193,9 @@ def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
     output = run(data=corpus).output
     transcripts = corpus / "train-tiny" / "1" / "1" / "1-1.trans.txt"
     transcripts.write_text(transcripts.read_text().replace("CAT", "KÄT"))
-    with pytest.raises(UserError, match="begun with other utterances; give another --output_folder"):
+    with pytest.raises(UserError, match="began with other utterances; give another --output_folder"):
         run(data=corpus, number_of_epochs=2)
-    (output / "save").rename(output / "elsewhere")  # as if it had been interrupted before the first checkpoint
+    (output / "save").rename(output / "elsewhere")  # as if the run was interrupted before its first checkpoint
     run(data=corpus)
     (model,) = output.glob("*.model")
     tokenizer = SentencePieceProcessor(str(model))
@@ -208,7 +208,7 @@ def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, mon
         with pytest.raises(UserError, match="stopped"):
             run(output_folder="x")
     assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
-    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, and this one has 16"):
+    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, but this run has 16"):
         run(output_folder="x")
 
 
@@ -237,7 +237,7 @@ def test_all_processes_together_visit_each_utterance_once(world):
 
 
 def test_more_processes_than_utterances_are_refused():
-    with pytest.raises(UserError, match="2 utterances cannot be shared by 3 processes"):
+    with pytest.raises(UserError, match="2 utterances are too few for 3 processes"):
         len(BatchesOfProcess([[1], [2]], 0, 3))
 
 
@@ -253,7 +253,7 @@ def test_an_epoch_that_another_number_of_processes_has_begun_begins_again(tmp_pa
 
 
 def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):
-    """A single batch is shared by both; a finished epoch goes on with any number of processes."""
+    """Two processes share a single batch; after a finished epoch a run may continue with any number of processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     keys = {**CTC, "train_splits": "[dev-tiny]", "train_batch_sampler": "{max_batch_length: 100, num_buckets: 1}"}
     command = [CONFORMER, "--data_folder", corpus, "--device", "cpu"]
@@ -264,7 +264,7 @@ def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):
     assert finished.returncode == 0 and rows(tmp_path)[-1]["epochs"] == "2", finished.stdout + finished.stderr
 
 
-# -------------------- D. one reading
+# -------------------- D. one meaning
 
 TEXTS = [
     "ทำไมน้ำ ขึ้น",
@@ -288,7 +288,7 @@ def test_a_perfect_model_makes_no_error_in_any_script(text, token_type, tmp_path
     reference = normal_form(text)
     ids = tokenizer.encode_as_ids(reference)
     assert tokenizer.unk_id() not in ids and tokenizer.decode_ids(ids).split() == reference.split()
-    assert normal_form(reference) == reference  # which a second reading leaves as it is
+    assert normal_form(reference) == reference  # normalising again changes nothing
 
 
 NAMES = ["corpus #2", "a: b", "&corpus", "2024", "2024-01-31", "~", "a=b", "(1)", "- x", "[x]", "null", "*a", "!x", "007", "1e3"]
@@ -308,7 +308,7 @@ def test_paths_are_literal(name, tmp_path, monkeypatch):
 
 def test_a_corpus_with_a_name_that_yaml_would_read(run, corpus, tmp_path):
     (tmp_path / "corpus #2").symlink_to(corpus)
-    (tmp_path / "corpus").symlink_to("/nowhere")  # what it was once taken for
+    (tmp_path / "corpus").symlink_to("/nowhere")  # the name without the part after #, as YAML would read it
     assert run(data="corpus #2", output_folder="2024").output == Path("2024")
 
 
@@ -323,7 +323,7 @@ def test_paths_in_a_file_are_names_too(run, corpus, tmp_path):
 
 
 def test_spawned_workers_read_audio(corpus, tmp_path):
-    """As on macOS: what workers get is pickled."""
+    """Spawned workers get pickled objects, as on macOS."""
     script = tmp_path / "spawn.py"
     script.write_text(
         f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
@@ -376,7 +376,7 @@ def stream(model, wav):
 
 
 def test_samples_are_scaled_by_their_type(model):
-    samples = (3000 * np.sin(np.arange(40_000) ** 1.3 / 50)).astype(np.int16)  # of no rounding in any type
+    samples = (3000 * np.sin(np.arange(40_000) ** 1.3 / 50)).astype(np.int16)  # exact in every type
     kinds = [samples, samples.astype(">i2"), samples.astype(np.int32) << 16, samples / 2.0**15, np.float32(samples / 2.0**15)]
     kinds += [torch.from_numpy(kind.astype(kind.dtype.newbyteorder("="))) for kind in kinds]
     expected = model.frames(kinds[-1][None], torch.ones(1))[0][0]
@@ -460,7 +460,7 @@ def test_a_faulty_search_is_refused_before_training(setting, run, monkeypatch):
 
 @contextmanager
 def largest_file(size):
-    """Files of more bytes cannot be written, as on a full disk."""
+    """Limit the size of written files, as on a full disk."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -492,7 +492,7 @@ def test_a_full_disk_names_the_file_and_the_others_go_on(long_seconds, tmp_path,
     assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == [str(files[0]), str(files[2])]
     assert len(said) == 1 and re.search(r"full/b\.[a-z.]+ cannot be written: .*; what is done is kept\.", said[0])
     assert not list((tmp_path / "full").glob(".*.tmp"))
-    assert transcribe(tmp_path / "full")[0] == 0  # goes on where there is room again
+    assert transcribe(tmp_path / "full")[0] == 0  # continues when there is space again
     for name in ("a.jsonl", "b.jsonl", "c.jsonl", "b.srt", "b.vtt"):
         assert (tmp_path / "full" / name).read_text() == (tmp_path / "usual" / name).read_text()
 
@@ -511,10 +511,10 @@ def test_two_that_write_one_transcript(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_during_training(run, tmp_path):
-    """The checkpoint that cannot be written is named, and the training goes on from the one before."""
+    """The message names the checkpoint that cannot be written; training continues from the previous one."""
     keys = {"number_of_epochs": 2, "output_folder": "run"}
     run(**{**keys, "number_of_epochs": 1})
-    with largest_file(20_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; make room"):
+    with largest_file(20_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; free some space"):
         run(**keys)
     assert run(**keys).folders["pretrained"].is_dir()
 
@@ -540,7 +540,7 @@ def test_an_export_onto_a_full_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_a_transcript_is_tied_to_the_search(tmp_path, capsys):
-    """What has been written with another beam is not taken for what this model writes."""
+    """A transcript with another beam is not taken for one of this model."""
     folder = shutil.copytree(ROOT / "tests" / "data" / "model_folders" / "joint-v1", tmp_path / "model")
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
     arguments = [
@@ -566,7 +566,7 @@ def test_a_results_file_of_something_else(run, tmp_path):
     with pytest.raises(training.UsageError, match="rows.csv cannot be used"):
         run(results_file="rows.csv")
     (tmp_path / "rows.csv").write_text("a,b\n1,2,3\n")
-    with pytest.raises(training.UsageError, match="rows.csv has lines of another number of columns"):
+    with pytest.raises(training.UsageError, match="rows.csv has lines with different numbers of columns"):
         run(results_file="rows.csv")
 
 
@@ -581,7 +581,7 @@ def test_a_damaged_tokenizer_is_made_again(tmp_path):
 
 
 def test_a_callers_buffer_is_its_own(model):
-    """Microphones write into the same memory again."""
+    """Microphones reuse their buffer."""
     wav = 0.1 * np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
     recognizer, buffer, segments = StreamingRecognizer(model), np.zeros(80, np.float32), []
     for start in range(0, len(wav), 80):
@@ -603,7 +603,7 @@ def test_nothing_is_said_in_no_samples(name):
 
 
 def test_files_of_one_name_in_one_folder(model, tmp_path):
-    """Also where neither was there when the calls began."""
+    """Also if neither file exists when the calls begin."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         soundfile.write(tmp_path / folder / "x.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
@@ -618,7 +618,7 @@ def test_subtitles_of_others_are_not_written_over(model, tmp_path):
         files_to_text.transcribe_files(model, [tmp_path / "a.wav"], tmp_path)
     assert (tmp_path / "a.srt").read_text() == "made by hand" and len(list(tmp_path.iterdir())) == 2
     (tmp_path / "a.srt").unlink()
-    for _ in range(2):  # and again where somebody deletes what a message tells him to delete
+    for _ in range(2):  # also after the user deletes the file that the message names
         assert [transcript.error for transcript in files_to_text.transcribe_files(model, [tmp_path / "a.wav"], tmp_path)] == [
             None
         ]
@@ -627,7 +627,7 @@ def test_subtitles_of_others_are_not_written_over(model, tmp_path):
 
 @pytest.mark.parametrize("samples", [16_100, 24_000, 31_999])
 def test_no_time_is_past_the_end_of_the_audio(model, samples, tmp_path):
-    """The last frame of 40 ms may be there in part: 24,000 samples are 37.5 frames."""
+    """The last frame of 40 ms may be incomplete: 24,000 samples are 37.5 frames."""
     wav = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(0))
     segments = [*stream(model, wav), *model.transcribe_segments(wav[None], torch.ones(1))]
     ends = [segment.end for segment in segments] + [word.end for segment in segments for word in segment.words]

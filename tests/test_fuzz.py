@@ -1,4 +1,4 @@
-"""Whatever comes in: a right answer, or one sentence that names what is wrong; never a library's traceback, never a hang."""
+"""Any input gives a right answer or one sentence with the problem, never a traceback of a library, and never a hang."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.registry import build_encoder
 from speechbrain_ext.utils.errors import UserError
 
-pytestmark = pytest.mark.timeout(60)  # a hang fails
+pytestmark = pytest.mark.timeout(60)  # a hang is a failure
 
 COMMANDS = [["transcribe"], ["transcribe", "--streaming"], ["transcribe", "--output"], ["stream"]]
 NOTICE = "speechbrain_ext: this model was trained in full context only"
@@ -52,7 +52,7 @@ def model(folder):
 
 @pytest.fixture
 def call(capsys, model, monkeypatch, tmp_path):
-    """Runs a command on the model and holds it to the promise; returns exit status, standard output and the sentence."""
+    """Run a command on the model, and check this; returns exit status, standard output and the sentence."""
     for command in (transcribe, stream):
         monkeypatch.setattr(command, "load", lambda arguments: model)
 
@@ -72,7 +72,7 @@ def call(capsys, model, monkeypatch, tmp_path):
         if status != 0:
             assert status in (1, 2) and (len(said) == 1 or "usage:" in err), err
             assert "usage:" in err or said[0].endswith("."), said
-        if output and (tmp_path / "out").exists():  # what is there is whole
+        if output and (tmp_path / "out").exists():  # existing files are complete
             names = sorted(path.name for path in (tmp_path / "out").iterdir())
             assert len(names) == (4 if status == 0 else 0) and not any(name.endswith(("partial", "tmp")) for name in names), names
         return status, out, said[0] if said else ""
@@ -84,7 +84,7 @@ def noise(samples, seed=0):
     return (0.1 * np.random.default_rng(seed).standard_normal(samples)).astype(np.float32)
 
 
-# -------------------- audio that is heard
+# -------------------- audio that is transcribed
 
 
 def tone(rate):
@@ -228,7 +228,7 @@ def test_cut_and_flipped_files(subtype, call, tmp_path):
         place, command = int(generator.integers(1, limit)), COMMANDS[index // 2 % 4]
         path.write_bytes(data[:place])
         status, out, _ = call(command, path)
-        assert status == 1 and (out == "" or command == ["stream"]), place  # a stream tells what it heard until there
+        assert status == 1 and (out == "" or command == ["stream"]), place  # a stream prints the text up to the fault
         flipped = bytearray(data)
         flipped[place] ^= 1 << int(generator.integers(8))
         path.write_bytes(flipped)
@@ -250,7 +250,7 @@ def test_random_bytes(suffix, call, tmp_path):
 def test_a_header_that_promises_terabytes(tmp_path):
     soundfile.write(tmp_path / "a.flac", noise(8000), 16000)
     data = bytearray((tmp_path / "a.flac").read_bytes())
-    data[21] |= 0x0F  # of 36 bits that count the samples, the highest
+    data[21] |= 0x0F  # the highest of the 36 bits with the number of samples
     (tmp_path / "a.flac").write_bytes(data)
     with pytest.raises(AudioError, match="truncated or damaged"):
         load_audio(tmp_path / "a.flac")
@@ -306,7 +306,7 @@ def test_a_line_stays_a_line_whatever_the_name(name, call, tmp_path):
         ("--sample-rate", "0", "--sample-rate is 0"),
         ("--sample-rate", "1", "--sample-rate is 1;"),
         ("--sample-rate", str(10**9), "--sample-rate is 1000000000"),
-        ("--sample-rate", str(10**20), "give the number of samples per second, 1000 to 768000"),
+        ("--sample-rate", str(10**20), "give a rate in Hz, 1000 to 768000"),
     ],
 )
 def test_impossible_settings_are_wrong_usage(option, value, message, call):
@@ -480,7 +480,7 @@ def copy(folder, tmp_path):
 
 
 def refusal(folder):
-    """What loading says, in one line that names the model."""
+    """The message of loading: one line that names the model."""
     with pytest.raises((FileNotFoundError, ValueError, RuntimeError)) as caught:
         load_model(folder, "cpu")
     message = str(caught.value)
@@ -609,7 +609,7 @@ def test_the_statistics_of_another_model(change, message, copy):
         ("    ctc_lin: !ref <ctc_lin>\n", "", "Unexpected key(s)"),
         ("\nctc_lin: !new", "\nothers: !new", "refers to <ctc_lin>"),
         ("encoder_kwargs: {}", "encoder_kwargs: {", "line "),
-        ("sample_rate", "\tsample_rate", "is no YAML"),
+        ("sample_rate", "\tsample_rate", "is not valid YAML"),
         ("  n_mels: 80", "  n_mels: 80\n  n_mels: 80", "duplicate key"),
     ],
 )

@@ -223,16 +223,16 @@ class Trap:
 def broken(place, tokenizer, weights):
     lower = [text.lower() for text in SENTENCES]
     yield TRANSFORMER, {"a": Trap()}, tokenizer, "holds more than tensors"
-    yield TRANSFORMER, {**weights, "x": torch.ones(1)}, tokenizer, "lm.ckpt is not that of its hyperparams.yaml"
+    yield TRANSFORMER, {**weights, "x": torch.ones(1)}, tokenizer, "lm.ckpt does not match hyperparams.yaml"
     yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 48"), weights, tokenizer, "size mismatch"
     yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 900000"), weights, tokenizer, "larger"
-    yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: [32]"), weights, tokenizer, "no number, text or name"
+    yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: [32]"), weights, tokenizer, "not a number, text or name"
     yield TRANSFORMER.replace("!name:torch.nn.GELU", "!name:os.system"), weights, tokenizer, "!name:os.system"
     yield TRANSFORMER.replace("lm_model: !new", "lm_model: !name"), weights, tokenizer, "has 0 keys with a TransformerLM or RNNLM"
-    yield "lm_model: [", weights, tokenizer, "is no YAML"
-    yield TRANSFORMER, {key: value * math.nan for key, value in weights.items()}, tokenizer, "no numbers"
+    yield "lm_model: [", weights, tokenizer, "is not valid YAML"
+    yield TRANSFORMER, {key: value * math.nan for key, value in weights.items()}, tokenizer, "NaN or infinite values"
     yield TRANSFORMER, weights, tokenizer[:50], "damaged"
-    yield TRANSFORMER, weights, arrange_tokenizer(make_tokenizer(lower), 24, 1, 2, 0), "for other tokens than the model's"
+    yield TRANSFORMER, weights, arrange_tokenizer(make_tokenizer(lower), 24, 1, 2, 0), "has other tokens than the model"
     yield TRANSFORMER.replace("eos_index: 2", "eos_index: 77"), weights, tokenizer, "do not both have a token eos"
 
 
@@ -344,8 +344,8 @@ def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
     with pytest.raises(UserError, match="tri.arpa is to be subtracted, and .*transformer is no ARPA file"):
         load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
     for options, message in (
-        (["--lodr", "x.arpa"], "--lodr is given, and there is no language model"),
-        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+        (["--lodr", "x.arpa"], "--lodr is given, but there is no language model"),
+        (["--lm-weight", "1"], "--lm-weight is given, but there is no language model"),
     ):
         assert cli.main(["transcribe", "--model", str(arpa / "model"), "--device", "cpu", "x.flac", *options]) == 2
         assert message in capsys.readouterr().err
@@ -362,7 +362,7 @@ def test_evaluate_takes_it(arpa, tmp_path, capsys):
     capsys.readouterr()
     for options, message in (
         (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, and .*words.arpa is of words"),
-        (["--lm-weight", "1"], "--lm-weight is given, and there is no language model"),
+        (["--lm-weight", "1"], "--lm-weight is given, but there is no language model"),
     ):
         assert cli.main(["evaluate", *common, str(corpus / "test-tiny"), *options]) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Own corpora from manifests: every format gives the same manifests and the same training, and what is no good is named."""
+"""Corpora from manifests: every format gives the same manifests and the same training, and unusable lines are named."""
 
 import contextlib
 import csv
@@ -63,8 +63,8 @@ def table(path, rows):
     return path
 
 
-# Each takes a folder for the manifest, and rows of ID, wav (a path), seconds of the file, text, speaker and, for a segment, start
-# and end in seconds, or also a channel; it gives the manifest.
+# Writers of manifests. Each takes a folder, and rows of ID, wav (a path), seconds of the file, text, speaker and, for a segment,
+# start and end in seconds and optionally a channel; it returns the manifest.
 
 
 def duration(row):
@@ -105,7 +105,7 @@ def nemo(folder, rows):
     lines = [
         {"audio_filepath": os.path.relpath(row["wav"], folder), "duration": duration(row), **placed(row, "offset")}
         | {"text": row["text"], "speaker": row["speaker"]}
-        | ({"id": row["ID"]} if "start" in row else {})  # which it does without otherwise
+        | ({"id": row["ID"]} if "start" in row else {})  # not needed for whole files
         for row in rows
     ]
     return json_lines(folder / "m.jsonl", lines)
@@ -171,7 +171,7 @@ def tar(folder, rows):
 
 
 def saved_dataset(folder, rows, inside=True):
-    """As save_to_disk writes it."""
+    """Write a dataset as save_to_disk does."""
     arrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
@@ -197,7 +197,7 @@ def saved_paths(folder, rows):
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory):
-    """Files of an utterance each, and long recordings of one and of two channels."""
+    """Files with one utterance each, and long recordings with one and two channels."""
     folder = tmp_path_factory.mktemp("audio")
     for index in range(12):
         write_wav(folder / f"utt{index}.flac", 0.8 + index / 16, index)
@@ -208,7 +208,7 @@ def audio(tmp_path_factory):
 
 
 def utterances(audio):
-    """Rows of whole files, to train on and to validate with."""
+    """Rows of whole files for training and validation."""
     rows = [
         {
             "ID": f"utt{index}",
@@ -223,7 +223,7 @@ def utterances(audio):
 
 
 def segments(audio, stereo):
-    """Rows of segments of recordings, the last one to the end."""
+    """Rows of segments of recordings; the last one goes to the end."""
     rows = [
         {
             "ID": f"seg{index}",
@@ -294,7 +294,7 @@ def test_every_format_gives_the_same_segments(stereo, audio, tmp_path):
 
 @pytest.mark.parametrize("write", [tar, saved_dataset, saved_paths])
 def test_audio_inside_of_other_files(write, audio, tmp_path):
-    """The same utterances, in the order of the files; each is read where it is."""
+    """The same utterances in the order of the files; audio is read from inside them."""
     rows = utterances(audio)
     prepared_by(write, rows, tmp_path, audio)
     for split, given in zip(("train", "valid"), rows, strict=True):
@@ -308,7 +308,7 @@ def test_audio_inside_of_other_files(write, audio, tmp_path):
 
 
 def test_a_folder_in_librispeech_layout(audio, tmp_path):
-    """Its ids say who speaks; what has no audio is named."""
+    """Speakers come from the ids; a transcript without audio is named."""
     chapter = tmp_path / "test-clean" / "7" / "21"
     chapter.mkdir(parents=True)
     os.link(audio / "utt0.flac", chapter / "7-21-0000.flac")
@@ -340,7 +340,7 @@ def test_a_list_or_a_line_of_json_does_as_well(audio, tmp_path):
 
 
 def test_ids_that_no_manifest_states(tmp_path):
-    """The stem, with the segment; the whole path where stems are alike, in different folders or of different kinds."""
+    """The stem with the segment, or the whole path if stems are equal, in different folders or with different suffixes."""
     rows = [{"audio_filepath": name, "text": "A"} for name in ("a/1.wav", "b/1.wav", "b/2.wav", "b/2.flac", "c.wav")]
     rows += [{"audio_filepath": "c.wav", "offset": second, "duration": 1.25, "text": "A"} for second in (0, 1.0005)]
     ids = [entry.utterance.ID for entry in read_entries(json_lines(tmp_path / "m.jsonl", rows))[0]]
@@ -370,11 +370,11 @@ def valid(audio, tmp_path):
     return wenet(tmp_path / "valid", utterances(audio)[1])
 
 
-# -------------------- what is left out
+# -------------------- utterances that are left out
 
 
 def broken(**values):
-    """A line of which these keys are other ones, or are not there."""
+    """Change or remove (with ...) keys of a line."""
     return lambda row: {key: value for key, value in {**row, **values}.items() if value is not ...}
 
 
@@ -390,13 +390,13 @@ def broken(**values):
         (broken(text=...), "no transcript"),
         (broken(text=None, text_filepath="gone.txt"), "no transcript"),
         (broken(text=" \u200b\n"), "empty transcript"),
-        (broken(text=["a"]), "transcript is no text"),
+        (broken(text=["a"]), "transcript is not text"),
         (broken(text="\ud800"), "not UTF-8"),
-        (broken(duration=5.0), "not of the stated duration"),
-        (broken(duration=-1), "not of the stated duration"),
-        (broken(duration="long"), "no number where one should be"),
-        (broken(duration=True), "no number where one should be"),
-        (broken(offset=float("nan")), "no number where one should be"),
+        (broken(duration=5.0), "wrong duration"),
+        (broken(duration=-1), "wrong duration"),
+        (broken(duration="long"), "not a number"),
+        (broken(duration=True), "not a number"),
+        (broken(offset=float("nan")), "not a number"),
         (broken(offset=19.5), "segment outside of its audio"),
         (broken(offset=-0.5), "segment outside of its audio"),
         (broken(offset=0, duration=0), "segment outside of its audio"),
@@ -406,11 +406,11 @@ def broken(**values):
         (broken(start=3), "start without end or stop"),
         (broken(channel=1), "no such channel"),
         (broken(channel=-1), "no such channel"),
-        (broken(channel=0.5), "no number where one should be"),
+        (broken(channel=0.5), "not a number"),
         (broken(id="utt0"), "duplicate id"),
         (broken(offset=0, duration=45), "longer than 40 s"),
-        (lambda row: "{", "no valid JSON"),
-        (lambda row: "[1]", "no JSON object"),
+        (lambda row: "{", "not valid JSON"),
+        (lambda row: "[1]", "not a JSON object"),
     ],
 )
 def test_a_line_that_is_no_good_is_named(change, reason, audio, valid, tmp_path):
@@ -457,7 +457,7 @@ def test_a_cut_that_is_no_piece_of_a_recording_is_named(change, reason, audio, v
 def test_audio_of_a_cut_that_is_no_file_is_named(change, reason, audio, valid, tmp_path):
     cuts = [cut(row, tmp_path) for row in segments(audio, False)[0]]
     cuts[3]["recording"]["sources"][0] |= change
-    cuts[4]["recording"]["transforms"] = [{"name": "Resample", "kwargs": {}}]  # which is no other speech
+    cuts[4]["recording"]["transforms"] = [{"name": "Resample", "kwargs": {}}]  # the speech is the same
     cuts[5]["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 1.1}}]
     prepare(tmp_path / "save", json_lines(tmp_path / "t.jsonl", cuts), valid, max_skipped=0.2)
     assert skipped(tmp_path / "save") == {cuts[5]["id"]: "recording with transforms", cuts[3]["id"]: reason}
@@ -471,7 +471,7 @@ def test_lines_of_a_kaldi_folder_that_do_not_belong_together_are_named(audio, va
         file.write(b"few A\nnowhere A\nlate A\nalone A B\n")
     prepare(tmp_path / "save", folder, valid, max_skipped=0.5)
     assert skipped(tmp_path / "save") == {
-        "few": "line of other columns",
+        "few": "wrong number of columns",
         "nowhere": "no audio path",
         "mute": "no transcript",
         "late": "segment outside of its audio",
@@ -493,8 +493,8 @@ def test_members_of_a_tar_file_that_do_not_belong_together_are_named(audio, vali
     prepare(tmp_path / "save", tmp_path / "t.tar", valid, max_skipped=0.7)
     assert skipped(tmp_path / "save") == {
         "alone": "transcript without audio",
-        "utt3": "several audio files of one name",
-        "utt4": "no valid JSON",
+        "utt3": "several audio files with one name",
+        "utt4": "not valid JSON",
         "utt5": "no transcript",
     }
 
@@ -506,8 +506,8 @@ def test_lines_of_a_table_with_other_columns_are_named(audio, valid, tmp_path):
     assert [row["ID"] for row in read_csv(tmp_path / "save" / "train.csv")] == ["a", "d"]
     rows = read_csv(tmp_path / "save" / "skipped.csv")
     assert [(row["file"], row["detail"]) for row in rows] == [
-        (f"{tmp_path}/t.csv, line 3", "2 in place of 3"),
-        (f"{tmp_path}/t.csv, line 4", "4 in place of 3"),
+        (f"{tmp_path}/t.csv, line 3", "2 instead of 3"),
+        (f"{tmp_path}/t.csv, line 4", "4 instead of 3"),
     ]
 
 
@@ -529,37 +529,37 @@ def test_too_much_that_is_left_out_stops_the_run(audio, valid, tmp_path):
     ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", rows), valid)
     assert len(skipped(tmp_path / "save")) == 3 and not (tmp_path / "save" / "train.csv").exists()
-    with pytest.raises(UserRuntimeError, match="3 of 3 utterances in train cannot be used, most often .*: mend the corpus.$"):
+    with pytest.raises(UserRuntimeError, match="3 of 3 utterances in train cannot be used, most often .*: fix the corpus.$"):
         prepare(tmp_path / "save", wenet(tmp_path / "none", rows[:3]), valid, max_skipped=1)
 
 
-# -------------------- what is refused
+# -------------------- manifests that are refused
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("m.csv", "", "The manifest {path} holds no utterances; give one that does."),
-        ("m.csv", "ID,wav,wrd\n", "The manifest {path} holds no utterances; give one that does."),
-        ("m.json", "{}", "The manifest {path} holds no utterances; give one that does."),
+        ("m.csv", "", "The manifest {path} holds no utterances; give another one."),
+        ("m.csv", "ID,wav,wrd\n", "The manifest {path} holds no utterances; give another one."),
+        ("m.json", "{}", "The manifest {path} holds no utterances; give another one."),
         (
             "m.csv",
             "ID,file,wrd\na,b,c\n",
             "{path} has no column wav, nor any of audio_filepath, .*; rename one .*: ID, file, wrd.",
         ),
         ("m.csv", "ID,wav,said\na,b,c\n", "{path} has no column wrd, nor any of words, text, .*: ID, wav, said."),
-        ("m.csv", 'ID,wav,wrd\na,"b,c\n' + 70_000 * "b,c\n", "{path}, line .*, is no valid CSV: field larger than field limit"),
-        ("m.jsonl", '{"wav": "a", "text"', "{path} is no valid JSON: .*; mend it."),
+        ("m.csv", 'ID,wav,wrd\na,"b,c\n' + 70_000 * "b,c\n", "{path}, line .*, is not valid CSV: field larger than field limit"),
+        ("m.jsonl", '{"wav": "a", "text"', "{path} is not valid JSON: .*; fix it."),
         (
             "m.txt",
             "utt1 some text\n",
-            "{path} is no manifest that is known, as it begins with 'utt1 some text'; give",
+            "{path} is not a known kind of manifest: it begins with 'utt1 some text'; give",
         ),
         ("wav.scp", "utt1 a.wav\n", "{path} is one of the files of a Kaldi folder; give the folder."),
-        ("m.jsonl", "{}".encode("utf-16"), "{path} is no text in UTF-8; give"),
-        ("m.wav", b"RIFF\0\0\0\0WAVE", "{path} is no text in UTF-8; give"),
+        ("m.jsonl", "{}".encode("utf-16"), "{path} is not text in UTF-8; give"),
+        ("m.wav", b"RIFF\0\0\0\0WAVE", "{path} is not text in UTF-8; give"),
         ("m.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "{path} cannot be decompressed (.*); write it again."),
-        ("m.tar", b"no tar", "{path} cannot be read as a tar file (.*); give one that is whole and un"),
+        ("m.tar", b"no tar", "{path} cannot be read as a tar file (.*); give a complete, un"),
         (
             "m.csv",
             "ID,wav,wrd\na,$data_root/b,c\n",
@@ -587,7 +587,7 @@ def test_an_arrow_file_that_was_cut_between_two_batches_is_refused(audio, tmp_pa
     buffer = arrow.BufferReader(file.read_bytes())
     arrow.ipc.open_stream(buffer).read_next_batch()
     file.write_bytes(file.read_bytes()[: buffer.tell()])
-    with pytest.raises(UserError, match=f"{file} was cut, or not written to its end, as it lacks the mark of it; save it again"):
+    with pytest.raises(UserError, match=f"{file} has no end mark: it was cut, or not written to its end; save it again"):
         read_entries(folder)
 
 
@@ -596,20 +596,18 @@ def test_files_of_a_kaldi_folder_may_be_compressed(tmp_path):
     (tmp_path / "text").write_bytes(gzip.compress("utt0 Größe\n".encode()))
     assert read_entries(tmp_path)[0][0].utterance.wrd == "Größe"
     (tmp_path / "text").write_text("utt0 Größe\n", encoding="utf-16")
-    with pytest.raises(UserError, match=f"{tmp_path}/text is no text in UTF-8"):
+    with pytest.raises(UserError, match=f"{tmp_path}/text is not text in UTF-8"):
         read_entries(tmp_path)
 
 
 @pytest.mark.parametrize("after", ["", 'e,5.wav,"quoted"\nf,6.wav,TEXT\n'])
 @pytest.mark.parametrize("columns", [3, 4])
 def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
-    """CSV lets a quoted text go on over lines, so that one mark too many would make the utterances below part of a transcript."""
+    """Quoted text may continue over lines in CSV; one mark too many would include the next utterances in a transcript."""
     path, more = tmp_path / "m.csv", "x," * (columns - 3)
     head = f"ID,wav,{'spk_id,' * (columns - 3)}wrd\n"
     path.write_text(head + f'a,1.wav,{more}TEXT\nb,2.wav,{more}"TEXT\nc,3.wav,{more}TEXT\nd,4.wav,{more}TEXT\n{after}')
-    with pytest.raises(
-        UserError, match=f"{path}, line 3: a quotation mark begins a field there, and it takes in the [234] lines"
-    ):
+    with pytest.raises(UserError, match=f"{path}, line 3: a quotation mark begins a field that includes the next [234] lines"):
         read_entries(path)
     path.write_text(head + f'a,1.wav,{more}"First, he said.\nSecond, ""a.wav"", he said.\n"\nb,2.wav,{more}5" nails\n')
     assert [entry.utterance.ID for entry in read_entries(path)[0]] == ["a", "b"]
@@ -619,11 +617,11 @@ def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
     "files, message",
     [
         ({"m.csv": "ID,wav,wrd,wrd\na,1.wav,ONE,TWO\n"}, "has two columns wrd"),
-        ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text is there twice"),
-        ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: a is there already, with something else"),
+        ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text occurs twice"),
+        ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: an earlier line has another value for a"),
         (
             {"wav.scp": "r 1.wav\nr 2.wav\n", "text": "a ONE\n", "segments": "a r 0 1\n"},
-            "wav.scp, line 2: r is there already, with something else",
+            "wav.scp, line 2: an earlier line has another value for r",
         ),
     ],
 )
@@ -643,27 +641,25 @@ def test_tar_files_that_are_cut_or_compressed_are_refused(audio, tmp_path):
         begin = archive.getmembers()[3].offset
     data = whole.read_bytes()
     for flawed, message in (
-        (data[:begin], f"at byte {begin} there is neither a member nor the mark of the end"),
-        (data[: begin + 99], f"at byte {begin} there is neither a member nor the mark of the end"),
-        (data[:begin] + b"x" * 512 + data[begin + 512 :], f"at byte {begin} there is neither a member nor the mark of the end"),
-        (data[:begin] + bytes(512) + data[begin + 512 :], f"it goes on behind the mark of its end at byte {begin}"),
-        (data + data, "it goes on behind the mark of its end at byte"),
-    ):  # at which tarfile stops without a word
+        (data[:begin], f"at byte {begin} there is neither a member nor the end mark"),
+        (data[: begin + 99], f"at byte {begin} there is neither a member nor the end mark"),
+        (data[:begin] + b"x" * 512 + data[begin + 512 :], f"at byte {begin} there is neither a member nor the end mark"),
+        (data[:begin] + bytes(512) + data[begin + 512 :], f"it continues after the end mark at byte {begin}"),
+        (data + data, "it continues after the end mark at byte"),
+    ):  # tarfile stops here without an error
         (tmp_path / "cut.tar").write_bytes(flawed)
         with pytest.raises(UserError, match=f"cut.tar cannot be read as a tar file .{message}"):
             read_entries(tmp_path / "cut.tar")
     (tmp_path / "0.tar.gz").write_bytes(gzip.compress(data))
-    with pytest.raises(
-        UserError, match="0.tar.gz is a compressed tar file, whose members cannot be read one by one; decompress it"
-    ):
+    with pytest.raises(UserError, match="0.tar.gz is a compressed tar file; decompress it"):
         read_entries(tmp_path / "0.tar.gz")
 
 
 @pytest.mark.parametrize(
     "files, message",
     [
-        (["a.wav", "b.txt"], "is no manifest that is known, as this folder holds a.wav, b.txt; give"),
-        (["wav.scp"], "has no file text; it takes wav.scp and text."),
+        (["a.wav", "b.txt"], "is not a known kind of manifest: this folder holds a.wav, b.txt; give"),
+        (["wav.scp"], "has no file text; it needs wav.scp and text."),
         (["dataset_dict.json"], "holds several saved datasets; give the folder of one of them."),
         (["state.json"], "The saved dataset .* cannot be read .*; save it again."),
     ],
@@ -679,7 +675,7 @@ def test_a_folder_that_is_no_manifest_is_refused(files, message, tmp_path):
 
 @pytest.mark.parametrize("write", [speechbrain_csv, speechbrain_json, nemo, kaldi, wenet, tar, saved_dataset])
 def test_a_damaged_manifest_is_read_or_refused(write, audio, tmp_path):
-    """Bytes that are cut out, repeated or replaced: there is a sentence, and no traceback."""
+    """Bytes are removed, repeated or replaced: any error is one sentence without a traceback."""
     whole = write(tmp_path / "whole", segments(audio, False)[0] if write is kaldi else utterances(audio)[0])
     generator = random.Random(0)
     for _ in range(40):
@@ -702,8 +698,8 @@ def test_a_shell_command_is_refused(tmp_path):
     with pytest.raises(UserError) as refused:
         read_entries(tmp_path)
     assert str(refused.value) == (
-        f"{tmp_path}/wav.scp, line 2: the audio of utt1 is a shell command (touch done; sox b.sph -t wav - |), and none is run; "
-        "write what it prints to a file, and name that file in its place."
+        f"{tmp_path}/wav.scp, line 2: the audio of utt1 is a shell command (touch done; sox b.sph -t wav - |), and commands are "
+        "not run; write its output to a file, and give that file instead."
     )
     assert not Path("done").exists()
 
@@ -719,21 +715,19 @@ def test_what_is_not_there_is_refused(tmp_path):
 def test_without_pyarrow_a_sentence_says_how_to_install_it(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        UserImportError, match=r"the package pyarrow, which reads it, is missing; install it with: pip install -e"
-    ):
+    with pytest.raises(UserImportError, match=r"reading it needs the package pyarrow; install it with: pip install -e"):
         read_entries(tmp_path)
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["test=a.csv", "b/test.jsonl"], "'b/test.jsonl' has no name, or that of another one; give it as name=path"),
+        (["test=a.csv", "b/test.jsonl"], "'b/test.jsonl' has no name, or the name of another one; give it as name=path"),
         (["=a.csv"], "'=a.csv' has no name"),
         (["test="], "'test=' has no name"),
         ([".x=a.csv"], "has no name"),
         (["skipped=a.csv"], "but none of skipped, train.merged"),
-        (["valid=a.csv"], "The sets are called train, valid, valid; give each test set a name of its own"),
+        (["valid=a.csv"], "The sets have the names train, valid, valid; give each test set a different name"),
     ],
 )
 def test_names_of_test_sets_are_free_and_differ(given, message, tmp_path):
@@ -757,13 +751,13 @@ def test_the_name_of_a_test_set_may_come_from_its_file(tmp_path):
         ({"start": 0.25, "end": 1.5}, True),
         ({"start": 0.5, "end": 1.5}, True),
         ({"start": 1.0, "end": 1.6}, True),
-        ({"start": 1.3, "end": 2.6}, False),  # an edge that both have
+        ({"start": 1.3, "end": 2.6}, False),  # only an edge is shared
         ({"start": 1.5, "end": 3.25}, False),
         ({}, True),
     ],
 )
 def test_audio_of_the_training_set_in_a_test_set_is_refused(test, shared, audio, valid, tmp_path):
-    """By whatever name the file goes, and however the segment is written."""
+    """With any name of the file, and any notation of the segment."""
     row = segments(audio, False)[0][0]
     train = nemo(tmp_path / "t", [row])
     (tmp_path / "link.flac").symlink_to(row["wav"])
@@ -772,7 +766,7 @@ def test_audio_of_the_training_set_in_a_test_set_is_refused(test, shared, audio,
     if not shared:
         return prepare(tmp_path / "save", train, valid, tests)
     with pytest.raises(
-        UserError, match="1 utterances of the test set test have the same audio as some in training, such as other: leave"
+        UserError, match="1 utterances of the test set test have the same audio as training utterances, such as other; remove"
     ):
         prepare(tmp_path / "save", train, valid, tests)
     assert not (tmp_path / "save" / "train.csv").exists()
@@ -787,14 +781,16 @@ def test_channels_of_one_recording_are_different_audio(audio, valid, tmp_path):
 def test_an_id_of_the_training_set_in_a_test_set_is_refused(audio, valid, tmp_path):
     train, test = utterances(audio)
     test[0]["ID"] = "utt5"
-    with pytest.raises(UserError, match="1 utterances of the test set test have the same id as some in training, such as utt5"):
+    with pytest.raises(
+        UserError, match="1 utterances of the test set test have the same id as training utterances, such as utt5"
+    ):
         prepare(tmp_path / "save", wenet(tmp_path / "t", train), valid, [f"test={wenet(tmp_path / 'e', test)}"])
-    with pytest.raises(UserError, match="the same id as some in training, such as utt5"):  # also where two of them have it
+    with pytest.raises(UserError, match="the same id as training utterances, such as utt5"):  # also if two manifests have it
         twice = [wenet(tmp_path / name, train) for name in ("1", "2")]
         prepare_manifests(
             None, tmp_path / "save", ["train"], ["valid"], ["test"], twice, [valid], [f"test={tmp_path}/e/data.list"]
         )
-    for folder, row in (("t", train[0]), ("e", test[1])):  # one that was made of the name of the file is not meant
+    for folder, row in (("t", train[0]), ("e", test[1])):  # ids made from file names do not count
         (tmp_path / folder).mkdir(exist_ok=True)
         row["wav"] = write_wav(tmp_path / folder / "1.flac", row["seconds"])
     manifests = [nemo(tmp_path / folder, rows) for folder, rows in (("t", train[:3]), ("e", test[1:]))]
@@ -805,8 +801,8 @@ def test_audio_of_the_training_set_to_validate_with_is_told(audio, tmp_path, cap
     train = wenet(tmp_path / "t", utterances(audio)[0])
     with caplog.at_level(logging.WARNING):
         prepare(tmp_path / "save", train, train)
-    assert "valid: 9 utterances have audio of the training set, such as utt0, utt1, utt2 and 6 more" in caplog.text
-    assert "valid: 3 speakers are in the training set, too: s0, s1, s2" in caplog.text
+    assert "valid: 9 utterances have the same audio as the training set: utt0, utt1, utt2 and 6 more" in caplog.text
+    assert "valid: 3 speakers are also in the training set: s0, s1, s2" in caplog.text
 
 
 # -------------------- again
@@ -832,7 +828,7 @@ def test_what_is_prepared_is_not_prepared_again_until_something_changes(change, 
     assert len(checked) == 24
 
 
-# -------------------- what a prepare function of one's own writes
+# -------------------- manifests of a user's prepare function
 
 
 def datasets_of(path):
@@ -858,7 +854,7 @@ def test_a_manifest_with_other_values_is_refused(rows, message, tmp_path):
 
 
 def test_a_manifest_may_hold_anything_in_a_transcript(audio, tmp_path):
-    """SpeechBrain's own reading would substitute $5, or fail."""
+    """SpeechBrain's reader would substitute $5, or fail."""
     (tmp_path / "m.csv").write_text(f"ID,duration,wav,spk_id,wrd,stop\na,1,{audio}/utt3.flac,s,costs $5 {{or}} $word,8000\n")
     dataset = datasets_of(tmp_path / "m.csv")
     dataset.set_output_keys(["sig", "wrd", "duration"])
@@ -874,7 +870,7 @@ TINY = {key: value for key, value in SMALL.items() if "split" not in key} | {"nu
 
 @pytest.fixture
 def train_here(tmp_path, monkeypatch):
-    """Trains in this process, as train.py does with these arguments."""
+    """Train in this process, as train.py does with these arguments."""
     monkeypatch.chdir(tmp_path)
 
     def train_here(*argv, hparams=CONFORMER, corpus=None, **keys):
@@ -931,7 +927,7 @@ def test_segments_train_as_files_that_were_cut(cached, audio, train_here, tmp_pa
 
 @pytest.mark.parametrize("write", [lhotse, tar])
 def test_training_on_parts_of_files_resumes_exactly(write, audio, train_here, tmp_path, monkeypatch):
-    """Segments of recordings, and members of tar files; also where these have been moved meanwhile."""
+    """With segments of recordings and members of tar files, also if these are moved meanwhile."""
     parts = utterances(audio) if write is tar else segments(audio, True)
     train, valid = (write(tmp_path / "corpus" / name, part) for name, part in zip("tv", parts, strict=True))
     command = ["--train_manifest", train, "--valid_manifest", valid]
@@ -971,7 +967,7 @@ SPOKEN = ["Съешь же ещё.", "Привет, мир!", "ทำไมน�
 
 
 def test_any_script_comes_back_as_it_was_written(train_here, tmp_path):
-    """A tone for each character, and a model that remembers a few utterances: from the manifest to the transcript."""
+    """From manifest to transcript: each character is a tone, and the model learns a few utterances by heart."""
     characters = sorted(set("".join(map(normal_form, SPOKEN))))
     time = np.arange(round(0.12 * RATE)) / RATE
     tones = {
@@ -1008,7 +1004,7 @@ def test_characters_that_the_tokenizer_lacks_are_told(audio, train_here, tmp_pat
     valid = [row | {"text": text} for row, text in zip(valid, ("THE CAFÉ", "THE ÉCLAIR ñ", "CAT"), strict=False)]
     train, valid = wenet(tmp_path / "t", train), wenet(tmp_path / "v", valid)
     log = (train_here("--train_manifest", train, "--valid_manifest", valid).output / "log.txt").read_text(encoding="utf-8")
-    told = re.findall(r"(\w+): transcripts hold characters that the tokenizer lacks .in how many.: (.*)", log)
+    told = re.findall(r"(\w+): transcripts hold characters that the tokenizer lacks .number of transcripts.: (.*)", log)
     assert len(told) == 1 and told[0][0] == "valid" and "É (2)" in told[0][1] and "ñ (1)" in told[0][1]
 
 
@@ -1032,7 +1028,7 @@ def test_wrong_arguments_are_refused(argv, message, train_here):
 
 
 def test_a_corpus_of_manifests_may_be_a_file(audio, train_here, tmp_path):
-    """What it states holds, where the manifests are in it as well as where they are on the command line."""
+    """Its settings apply to manifests in the file and on the command line."""
     train, valid = (wenet(tmp_path / f"{name} #1", part) for name, part in zip("tv", utterances(audio), strict=True))
     (tmp_path / "own.yaml").write_text(
         f"extends: [{CONFORMER}, {OF_MANIFESTS}]\ncorpus: Mine\ntext_normalization: lower\ntrain_manifest: ['{train}']\n"
@@ -1078,7 +1074,7 @@ def test_a_corpus_file_may_state_the_rest(audio, train_here, tmp_path):
 @pytest.mark.parametrize("key", ["--train_manifest", "--text_normalization"])
 def test_what_a_prepare_function_does_not_take_is_refused(key, train_here, tmp_path):
     (tmp_path / "corpus.yaml").write_text("corpus: Mine\nprepare: !name:recipes.LibriSpeech.prepare.prepare_librispeech\n")
-    with pytest.raises(UsageError, match=f"{key} is given, and the prepare function of Mine does not take it; leave it out"):
+    with pytest.raises(UsageError, match=f"{key} is given, but the prepare function of Mine does not take it; leave it out"):
         train_here(key, "lower", "--data_folder", tmp_path, corpus=tmp_path / "corpus.yaml")
 
 
@@ -1108,7 +1104,7 @@ def test_every_corpus_goes_with_every_architecture(path, tmp_path):
 
 
 def test_mini_librispeech_takes_what_is_there(tmp_path):
-    """Its own sets, and those of LibriSpeech that lie beside them."""
+    """Its own sets, and LibriSpeech's sets beside them."""
     corpus = ROOT / "recipes" / "MiniLibriSpeech" / "corpus.yaml"
     keys = {"data_folder": str(tmp_path), "output_folder": str(tmp_path / "run"), **SMALL}
     keys = {key: value for key, value in keys.items() if "split" not in key and not str(value).startswith("{")}

@@ -1,4 +1,4 @@
-"""What training leaves behind: loaded by SpeechBrain's classes and by ours, and transcribing the same."""
+"""Model folders: SpeechBrain's classes and ours load them, with the same transcripts; untrusted folders are checked."""
 
 import io
 import itertools
@@ -83,7 +83,7 @@ def test_the_folder_holds_inference_only(trained):
     assert ("seq_lin" in text) == bool(decoder_layers)
     files = {path.name for path in (folder / "model").iterdir()}
     assert files == {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tokenizer.ckpt"}
-    assert len({path.stat().st_mode for path in (folder / "model").iterdir()}) == 1  # who may read one may read all
+    assert len({path.stat().st_mode for path in (folder / "model").iterdir()}) == 1  # all files have the same permissions
     assert "| test-tiny | ctc_greedy | 12.3 | 1 | 2 | 3 | 49 |" in (folder / "model" / "README.md").read_text()
 
 
@@ -146,7 +146,7 @@ def test_a_folder_that_names_speechbrains_searcher_loads(trained, tmp_path):
     folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
     text = (folder / "hyperparams.yaml").read_text()
     assert ("decoders.searchers" in text) == ("decoders.ctc_prefix" in text) == bool(trained[2])
-    text = re.sub(r"\n  excluded:(\n  - .*)+", "", text)  # which SpeechBrain's searcher does not know
+    text = re.sub(r"\n  excluded:(\n  - .*)+", "", text)  # SpeechBrain's searcher lacks this argument
     (folder / "hyperparams.yaml").write_text(text)
     file = str(trained[0] / "middle.flac")
     ours = load_model(folder, "cpu").transcribe_file(file)
@@ -174,7 +174,7 @@ def test_a_pickle_with_code_is_not_executed(name, trained, tmp_path, capfd):
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
+    monkeypatch.chdir(tmp_path)  # the checkpointer creates a folder here
     keys = {"num_decoder_layers": layers, "output_folder": "x"}
     keys |= {} if "size" in YAML().load(merge_hparams(path)) else {"d_model": 16, "nhead": 2, "d_ffn": 16}
     tree, hparams = YAML().load(merge_hparams(path, keys)), load_hparams(path, keys)
@@ -184,7 +184,7 @@ def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monk
     assert {name: value.shape for name, value in states[0].items()} == {name: value.shape for name, value in states[1].items()}
     assert set(ours) == set(theirs) and ours["modules"].keys() == theirs["modules"].keys()
     sizes = [value.nbytes for value in states[0].values()]
-    assert build(text, (sum(sizes), len(sizes))).keys() == ours.keys()  # no larger than its weights allow
+    assert build(text, (sum(sizes), len(sizes))).keys() == ours.keys()  # not too large for its weights
     card = model_card(tree, "EncoderASR", [])
     assert YAML(typ="safe").load(card.split("---\n")[1])["pipeline_tag"] == "automatic-speech-recognition"
     assert ("--pass first" in card) == (tree["encoder"] == "cascade")
@@ -192,7 +192,7 @@ def test_what_training_writes_may_come_from_anybody(path, layers, tmp_path, monk
 
 @pytest.mark.parametrize("name", KINDS)
 def test_loading_does_not_import_pytorchs_compiler(name):
-    """It takes a second, for nothing."""
+    """The import takes a second, and loading does not need it."""
     folder = ROOT / "tests" / "data" / "model_folders" / f"{name}-v1"
     code = (
         f"import sys; from speechbrain_ext.inference import load_model; load_model({str(folder)!r}, 'cpu'); "
@@ -202,9 +202,9 @@ def test_loading_does_not_import_pytorchs_compiler(name):
     assert result.stdout.strip() == "[]"
 
 
-# -------------------- a stranger's folder runs nothing
+# -------------------- an untrusted folder runs no code
 
-TRACE = "os.mkdir"  # with the path of a folder that must not come to be
+TRACE = "os.mkdir"  # its argument is a folder that must not be created
 TAGS = [
     *(f"!{kind}:{TRACE}" for kind in ("new", "name", "module", "apply", "applyref")),
     *(
@@ -248,7 +248,7 @@ NODES = {
     "merge": "{{<<: {{a: {tag} [PATH]}}}}",
     "merged list": "{{<<: [{{a: {tag} [PATH]}}]}}",
 }
-# A file with all that files of ours have, in short
+# A short file with all kinds of content that our files have
 FILE = """
 head: !new:speechbrain.nnet.linear.Linear
   input_size: 16
@@ -265,13 +265,13 @@ blank_index: 0
 """
 PLACES = [": 16\n", ": true\n", ": !new:sentencepiece.SentencePieceProcessor\n", "- !ref <head>\n", ": !ref <head>\n"]
 PLACES += [": !name:torch.nn.GELU\n", ": 0\n"]
-# What stands alone is one of the few things that files of ours hold as well
+# Our files also hold this tag without content
 HARMLESS = {("!new:sentencepiece.SentencePieceProcessor", "nothing")}
 
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_a_stranger_s_file_runs_nothing(tag, tmp_path, monkeypatch):
-    """Every tag on every kind of node at every place: nothing but a refusal, and no trace."""
+    """Every tag is refused on every kind of node at every place, and leaves no trace."""
     (tmp_path / "trace.yaml").write_text(f"a: !apply:{TRACE} [{tmp_path / 'trace'}]")
     monkeypatch.setattr("os.mkdir", lambda *_: pytest.fail("something was run"))
     assert len(build(FILE)) == 5
@@ -286,8 +286,8 @@ def test_a_stranger_s_file_runs_nothing(tag, tmp_path, monkeypatch):
             continue
         with pytest.raises(UserError) as refused:
             build(text)
-        broken += "is no YAML" in str(refused.value)
-    assert broken < 40  # of 147: most are refused for what they hold
+        broken += "is not valid YAML" in str(refused.value)
+    assert broken < 40  # of 147: most are valid YAML, and refused for their content
     assert [path.name for path in tmp_path.iterdir()] == ["trace.yaml"]
 
 
@@ -298,7 +298,7 @@ def test_the_traps_above_do_snap(tmp_path):
         assert (tmp_path / str(number)).is_dir()
 
 
-# Two keys in each row, of which each refers to both of the row before: together 2 ** 40 ways through
+# Two keys per row, and each refers to both keys of the previous row: 2 ** 40 paths in all
 DOUBLING = "".join(
     f"{key}{i}: {{kind}}[[!ref <a{i - 1}>, !ref <b{i - 1}>]]\n" if i else f"{key}0: {{empty}}\n"
     for i in range(40)
@@ -354,12 +354,12 @@ def test_the_pretrainer_takes_known_types_only():
     import os
 
     for asr, tokenizer in ((torch.nn.Linear(1, 1), os), (os, SentencePieceProcessor())):
-        with pytest.raises(TypeError, match="and this is a module"):
+        with pytest.raises(TypeError, match="but this is a module"):
             SafetensorsPretrainer(asr, tokenizer)
 
 
 class FrontEnd(ConvolutionSubsampling):
-    """A front end of a user's own."""
+    """A front end of a user."""
 
 
 def test_a_front_end_of_one_s_own_loads_where_it_is_marked(trained, tmp_path, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_front_end_of_one_s_own_loads_where_it_is_marked(trained, tmp_path, mo
     (folder / "hyperparams.yaml").write_text(text.replace("speechbrain_ext.lobes.subsampling.ConvolutionSubsampling", path))
     with pytest.raises(UserError, match=rf"has !new:{path}, .*loadable and import its module"):
         load_model(folder, "cpu")
-    monkeypatch.setitem(registry._LOADABLE, path, FrontEnd)  # what the decorator does, undone after the test
+    monkeypatch.setitem(registry._LOADABLE, path, FrontEnd)  # as the decorator does, but undone after the test
     assert isinstance(load_model(folder, "cpu").mods.encoder.subsampling, FrontEnd)
     monkeypatch.delitem(registry._LOADABLE, path)
     points = [EntryPoint(path, f"{__name__}:FrontEnd", registry.LOADABLE_GROUP)]
@@ -413,7 +413,7 @@ def test_a_folder_of_every_kind_and_version_loads_for_ever(folder):
     if "said" in expected:
         assert model.transcribe_batch(wav, torch.ones(1))[1][0] == expected["said"]
     interface = EncoderDecoderASR if folder.name.startswith(("joint", "transducer")) else EncoderASR
-    theirs = interface.from_hparams(source=str(folder), run_opts={"device": "cpu"})  # SpeechBrain's own loader
+    theirs = interface.from_hparams(source=str(folder), run_opts={"device": "cpu"})  # SpeechBrain's loader
     texts = theirs.transcribe_batch(wav, torch.ones(1))[0]
     assert texts[0].split() == model.transcribe_batch(wav, torch.ones(1))[0][0].split()
 
@@ -431,7 +431,7 @@ def test_a_folder_of_a_later_format_is_refused(trained, tmp_path):
             load_model(folder, "cpu")
 
 
-# -------------------- a stranger's folder with values that no model has
+# -------------------- an untrusted folder with impossible values
 
 
 def edited(tmp_path, kind, old, new):
@@ -444,7 +444,7 @@ def edited(tmp_path, kind, old, new):
 
 
 def refused(folder):
-    """The sentence that loading refuses a folder with, at once."""
+    """The message of loading a folder that is refused quickly."""
     began = time.perf_counter()
     with pytest.raises(UserError) as caught:
         load_model(folder, "cpu")
@@ -470,7 +470,7 @@ def refused(folder):
 )
 def test_a_model_larger_than_its_weights_is_refused_at_once(old, new, tmp_path):
     message = refused(edited(tmp_path, "joint", old, new))
-    # What is larger by little enough to be built does not fit the weights
+    # A model that is only a little too large is built, but does not fit the weights
     assert any(flaw in message for flaw in ("larger than 1000000", "far larger than its weights", "size mismatch"))
 
 
@@ -479,7 +479,7 @@ def test_a_model_larger_than_its_weights_is_refused_at_once(old, new, tmp_path):
     [
         ("predictor: stateless", "predictor: gru", "Unknown predictor 'gru'"),
         ("predictor_size: 8", "predictor_size: 1000000", "far larger than its weights"),
-        ("predictor_size: 8", "predictor_size: x", "does not take its arguments"),
+        ("predictor_size: 8", "predictor_size: x", "refuses its arguments"),
         ("  predictor_context: 2", "  predictor_context: 3", "size mismatch"),
         ("  vocab_size: 25", "  vocab_size: 24", "size mismatch"),
         ("  blank_index: 0", "  blank_index: 1", "its blank_index is 0, and that of its transducer 1"),
@@ -514,7 +514,7 @@ def test_a_size_that_is_none_is_refused_in_one_sentence(old, value, tmp_path):
 
 @pytest.mark.parametrize("value", VALUES[-4:], ids=lambda value: value[:20])
 def test_a_value_that_its_tag_does_not_fit_is_refused(value, tmp_path):
-    assert "is no " in refused(edited(tmp_path, "ctc", "blank_index: 0", f"blank_index: {value}"))
+    assert "is not a " in refused(edited(tmp_path, "ctc", "blank_index: 0", f"blank_index: {value}"))
 
 
 @pytest.mark.parametrize(
@@ -526,11 +526,11 @@ def test_a_value_that_its_tag_does_not_fit_is_refused(value, tmp_path):
     ],
 )
 def test_arguments_of_another_kind_are_refused(old, new, tmp_path):
-    assert "does not take its arguments" in refused(edited(tmp_path, "ctc", old, new))
+    assert "refuses its arguments" in refused(edited(tmp_path, "ctc", old, new))
 
 
 class Faulty(ConvolutionSubsampling):
-    """A front end of a user's own with a bug."""
+    """A user's front end with a bug."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -538,7 +538,7 @@ class Faulty(ConvolutionSubsampling):
 
 
 class FaultyForward(ConvolutionSubsampling):
-    """A front end of a user's own with a bug that shows when it is used."""
+    """A user's front end with a bug that shows when it is used."""
 
     def forward(self, *args):
         return super().forward(*args)[0]  # no lengths
@@ -557,7 +557,7 @@ def test_a_bug_of_a_front_end_of_one_s_own_keeps_its_traceback(faulty, error, me
     assert not isinstance(caught.value, UserError)
 
 
-# -------------------- a stranger's folder that would choose how it is run, or harm what reads it
+# -------------------- an untrusted folder that sets options of the run, or harms its reader
 
 
 @pytest.mark.parametrize("line", ["compile: true", "device: cuda:7", "precision: fp16", "jit: true", "distributed_launch: true"])
@@ -571,7 +571,7 @@ def test_how_a_model_is_run_is_no_choice_of_its_folder(line, tmp_path):
 def test_nothing_but_a_tokenizer_is_told_to_load_a_file(value, tmp_path):
     folder = edited(tmp_path, "ctc", "tokenizer: !new:sentencepiece.SentencePieceProcessor", f"tokenizer: {value}")
     text = (folder / "hyperparams.yaml").read_text()
-    own = "  tokenizer: !new:sentencepiece.SentencePieceProcessor"  # the pretrainer's, which it checks itself
+    own = "  tokenizer: !new:sentencepiece.SentencePieceProcessor"  # for the pretrainer, which checks it
     (folder / "hyperparams.yaml").write_text(text.replace("  tokenizer: !ref <tokenizer>", own))
     assert "has no tokenizer" in refused(folder)
 
@@ -584,7 +584,7 @@ def copied(tmp_path):
 @pytest.mark.parametrize("name", ["hyperparams.yaml", "config.json", "tokenizer.ckpt"])
 def test_a_file_that_is_far_too_large_is_not_read(name, copied):
     with open(copied / name, "r+b") as file:
-        file.truncate(2**40)  # no such disk: a file with a hole
+        file.truncate(2**40)  # a sparse file, larger than the disk
     assert f"is damaged: {name} has more than" in refused(copied)
 
 
@@ -630,15 +630,15 @@ def test_tokenizers_that_sentencepiece_writes_are_read(rule, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (field(1, field(1, b"x" * 100_000)), "has a piece of 100000 bytes"),  # which would overflow the stack
+        (field(1, field(1, b"x" * 100_000)), "has a piece of 100000 bytes"),  # would overflow the stack
         (field(1, field(1, b"\x1b[2J")), r"has the piece '\x1b[2J', whose control characters"),
         (field(1, field(1, "\u202ea".encode())), r"has the piece '\u202ea', whose control characters"),
         (field(1, field(1, b"\xff")), "is damaged"),
         (field(1, field(1, b"<0x1B>") + b"\x18\6"), "has pieces for single bytes"),
         (field(2, field(44, b"\n")), r"has the piece '\n', whose control characters"),
-        (field(3, field(2, b"abc")), "has a table of normalisation that is damaged"),
-        (field(3, field(2, (64).to_bytes(4, "little") + b"\xff" * 64 + b"a\0")), "has a table of normalisation that is damaged"),
-        (field(5, field(2, b"\4\0\0\0\0\0\0\0a")), "has a table of normalisation that is damaged"),
+        (field(3, field(2, b"abc")), "has a damaged normalisation table"),
+        (field(3, field(2, (64).to_bytes(4, "little") + b"\xff" * 64 + b"a\0")), "has a damaged normalisation table"),
+        (field(5, field(2, b"\4\0\0\0\0\0\0\0a")), "has a damaged normalisation table"),
         (b"\x0a\x7f", "is damaged"),
         (b"\x0b", "is damaged"),
         (b"\xff" * 20, "is damaged"),
@@ -651,16 +651,16 @@ def test_a_tokenizer_that_would_do_harm_is_refused(more, message, copied):
 
 
 def test_a_table_that_leads_out_of_itself_is_refused(copied):
-    """SentencePiece follows such a table wherever it leads in the memory."""
+    """With such a table, SentencePiece would read any place in memory."""
     model = sentencepiece_with("nmt_nfkc")
-    begin = model.index(b"nmt_nfkc\x12") + len(b"nmt_nfkc\x12")  # name, and then the table, whose size is a varint of three bytes
+    begin = model.index(b"nmt_nfkc\x12") + len(b"nmt_nfkc\x12")  # the table; its size is a varint of three bytes
     table = model[begin + 3 :][: sum((byte & 127) << 7 * index for index, byte in enumerate(model[begin : begin + 3]))]
     check_tokenizer(field(3, field(2, table)))
     generator = np.random.default_rng(0)
     for _ in range(20):
         damaged = np.frombuffer(table, np.uint8).copy()
         damaged[generator.integers(4, len(table) // 2, 1000)] = generator.integers(0, 256, 1000)
-        with pytest.raises(UserError, match="has a table of normalisation that is damaged"):
+        with pytest.raises(UserError, match="has a damaged normalisation table"):
             check_tokenizer(field(3, field(2, damaged.tobytes())))
 
 

@@ -185,7 +185,7 @@ def test_the_command_writes_a_file(tmp_path, capsys):
         (["gone.txt"], "There is no text"),
         (["empty.txt"], "The text holds no words"),
         (["cut.txt.gz"], "cannot be decompressed to its end"),
-        (["latin.txt"], "latin.txt is no text in UTF-8"),
+        (["latin.txt"], "latin.txt is not text in UTF-8"),
         (["table.csv"], "has no transcript"),
         (["folder"], "folder holds no text"),
         (["a.txt", "--order", "1"], "The order is 1; give 2 to 6"),

@@ -248,7 +248,7 @@ def test_the_command_line_listens(place, tmp_path, capsys):
     asked = ["--search", "ctc_beam", "--search", "ctc_greedy", "--phrases", str(phrases), "--output", str(tmp_path / "rows.csv")]
     assert cli.main(["evaluate", *model, str(tmp_path / "set.csv"), *asked]) == 0
     said = capsys.readouterr().out
-    assert "ctc_beam: 66.67 % of the 3 times that phrases" in said and "ctc_greedy: 0.0 % of the 3 times" in said
+    assert "ctc_beam: 66.67 % of the 3 occurrences of phrases" in said and "ctc_greedy: 0.0 % of the 3 occurrences" in said
     assert [row["phrase_recall"] for row in read_csv(tmp_path / "rows.csv")] == ["66.67", "0.0"]
     output = ["transcribe", *model, str(audio), "--output", str(tmp_path / "out")]
     assert cli.main([*output, "--phrases", str(phrases)]) == 0

@@ -1,4 +1,4 @@
-"""Corpus folder -> manifests, on small corpora that are broken in every way that files break."""
+"""Preparing manifests from corpus folders, with small corpora and many kinds of broken files."""
 
 import contextlib
 import csv
@@ -37,7 +37,7 @@ SUFFIXES = list(FORMATS)
 
 
 def write_audio(path, seconds=1.0, rate=16000, channels=1, seed=0, suffix=None, **options):
-    """Coloured noise: it leaves no codec with empty packets, so that every part of a file matters."""
+    """Coloured noise: no codec makes empty packets of it, so every part of a file matters."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).standard_normal((round(seconds * rate), channels))
     samples = 0.1 * (noise + np.roll(noise, 1, axis=0))
@@ -46,7 +46,7 @@ def write_audio(path, seconds=1.0, rate=16000, channels=1, seed=0, suffix=None, 
 
 
 class Corpus:
-    """A corpus in LibriSpeech layout that can be broken file by file."""
+    """A corpus in LibriSpeech layout; tests break single files."""
 
     def __init__(self, root, counts, suffix=".flac"):
         self.root = root
@@ -81,7 +81,7 @@ class Corpus:
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Sixty utterances to train on: three of them may be skipped."""
+    """Sixty training utterances; three of them may be skipped."""
     return Corpus(tmp_path / "corpus", {"train-a": 60, "dev-a": 4, "test-a": 4})
 
 
@@ -105,7 +105,7 @@ def ids(save, split="train-a"):
 
 
 def skipped(save):
-    """{id: reason} of what was left out."""
+    """{id: reason} of skipped utterances."""
     return {row["ID"]: row["reason"] for row in read_csv(save / "skipped.csv")}
 
 
@@ -138,7 +138,7 @@ def test_speechbrain_reads_the_manifest(corpus, save):
 
 
 def test_arguments_are_speechbrains(small, save):
-    """Positions and names of SpeechBrain's prepare_librispeech; names of splits may come from anywhere in a YAML."""
+    """Positions and names are those of SpeechBrain's prepare_librispeech; split names may be YAML objects."""
     prepare_librispeech(str(small.root), str(save), ["train-a"], [], [], None, ["train-a"], "train.csv", False, False)
     assert (save / "train.csv").read_bytes() == (save / "train-a.csv").read_bytes()
     run_on_main(prepare_librispeech, kwargs={"data_folder": small.root, "save_folder": save, "te_splits": "train-a"})
@@ -158,7 +158,7 @@ def test_relative_folders(small, save, monkeypatch):
 
 
 def test_order_is_that_of_the_paths(corpus, tmp_path):
-    """Neither the order in which a file system lists files nor that in which workers finish shows."""
+    """The result does not depend on the order of files in the file system or of finished workers."""
     manifests = []
     for run in ("one", "two"):
         copy = tmp_path / run / "corpus"
@@ -199,7 +199,7 @@ def test_one_split_for_two_purposes(small, save):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "No split is named"),
+        ({}, "No split is given"),
         ({"tr_splits": ["../train-a"]}, "'../train-a' is not the name of a split"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-b"], "merge_name": "train.csv"}, "merge_lst names train-b"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"]}, "merge_lst needs merge_name"),
@@ -207,7 +207,7 @@ def test_one_split_for_two_purposes(small, save):
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"], "merge_name": "skipped.csv"}, "choose another"),
         ({"tr_splits": ["train-a"], "select_n_sentences": [1, 2]}, "for each of the 1 splits"),
         ({"tr_splits": ["train-a"], "select_n_sentences": [0]}, "one number above 0"),
-        ({"tr_splits": ["train-a"], "max_skipped": 5}, "max_skipped is a part of a split"),
+        ({"tr_splits": ["train-a"], "max_skipped": 5}, "max_skipped is 5; give a share of a split"),
     ],
 )
 def test_arguments_that_make_no_sense(small, save, options, message):
@@ -215,7 +215,7 @@ def test_arguments_that_make_no_sense(small, save, options, message):
         prepare_librispeech(small.root, save, **options)
 
 
-# -------------------- where the corpus is
+# -------------------- the corpus folder
 
 
 def test_one_level_off(corpus, save, tmp_path):
@@ -239,7 +239,7 @@ def test_absent_split(corpus, save):
 @pytest.mark.parametrize("folder", ["nowhere", "a-file", "", None])
 def test_absent_data_folder(tmp_path, save, folder):
     (tmp_path / "a-file").touch()
-    with pytest.raises(FileNotFoundError, match="is no folder; give the one that holds train-a"):
+    with pytest.raises(FileNotFoundError, match="is not a folder; give the folder that holds train-a"):
         prepare_librispeech(folder and tmp_path / folder, save, ["train-a"])
 
 
@@ -273,7 +273,7 @@ def test_odd_paths(tmp_path, save):
 
 
 def test_path_that_a_manifest_cannot_hold(tmp_path, save):
-    """SpeechBrain replaces $words in manifests and fails on those that it does not know."""
+    """SpeechBrain replaces $words in manifests, and fails on unknown ones."""
     corpus = Corpus(tmp_path / "$HOME", {"train-a": 2})
     with pytest.raises(RuntimeError, match=r"\$ in path or transcript"):
         prepare_train(corpus, save)
@@ -297,7 +297,7 @@ def test_upper_case_suffixes(small, save):
 
 
 def test_links(corpus, save, tmp_path):
-    """A split, a speaker or a file may be a link; a link back up does not send us round in circles."""
+    """A split, a speaker or a file may be a link; a link to a parent does not cause a loop."""
     moved = tmp_path / "elsewhere"
     (corpus.root / "train-a").rename(moved)
     (corpus.root / "train-a").symlink_to(moved)
@@ -355,7 +355,7 @@ def test_transcript_without_audio(corpus, save):
 
 
 def test_transcript_file_in_utf16(corpus, save):
-    """As a Windows editor saves it: every line is at fault, and every utterance is named."""
+    """As saved by a Windows editor: every line is wrong, and every utterance is named."""
     for mark in (b"\xff\xfe", b""):
         shutil.rmtree(save, ignore_errors=True)
         file = corpus.transcripts("dev-a", "200-1-0000")
@@ -378,12 +378,12 @@ def test_harmless_oddities_of_transcripts(small, save):
 
 
 def test_odd_characters_are_reported(small, save, caplog):
-    caplog.set_level(logging.WARNING)  # a training run before it in the same process lets more through
+    caplog.set_level(logging.WARNING)  # an earlier training run in this process may have set another level
     prepare_train(small, save)
     assert not caplog.text
     small.edit("train-a", "100-1-0000", b"0000 THE", "0000 ÇA 4".encode())
     prepare_train(small, save)
-    assert "train-a: transcripts hold characters other than A-Z and ' (in how many): " in caplog.text
+    assert "train-a: transcripts hold characters other than A-Z and ' (number of transcripts): " in caplog.text
     assert "Ç (1)" in caplog.text and "4 (1)" in caplog.text
 
 
@@ -424,7 +424,7 @@ def test_file_name_that_is_not_utf8(corpus, save):
 
 
 def test_duplicate_id_within_a_split(corpus, save):
-    """The same id as another format, and in another folder: the first path is kept, the others are named."""
+    """The same id in another format and in another folder: the first path is used, the others are named."""
     first = corpus.path("train-a", "100-1-0000")
     write_audio(first.with_suffix(".wav"))
     shutil.copy(first, corpus.folder("train-a", "101-2-0001"))
@@ -463,7 +463,7 @@ def overwrite_middle(path, byte):
 
 
 def overstate_wav(path, size=400000):
-    """The header promises more than there ever was."""
+    """The header states more samples than were written."""
     data = bytearray(path.read_bytes())
     data[40:44] = struct.pack("<I", size)
     path.write_bytes(data)
@@ -519,11 +519,11 @@ def test_other_rates_and_channels_are_accepted(small, save, caplog):
     prepare_train(small, save)
     row = read_csv(save / "train-a.csv")[0]
     assert float(row["duration"]) == 1.5 and len(load_audio(row["wav"])) == 24000
-    assert "1 files have 44100 Hz; what is not the model's rate is resampled when read" in caplog.text
+    assert "1 files have 44100 Hz; they are resampled when read" in caplog.text
     assert "1 files have several channels" in caplog.text
 
 
-# -------------------- how much is too much
+# -------------------- too many skipped utterances
 
 
 def test_summary_by_reason(corpus, save, caplog):
@@ -542,7 +542,7 @@ def test_too_many_skips_stop_the_run(corpus, save):
         prepare_librispeech(corpus.root, save, ["train-a"], te_splits=["test-a"])
     assert str(error.value) == (
         "4 of 60 utterances in train-a cannot be used, more than the allowed 5%, most often because of 'truncated or "
-        f"damaged' (3); they are listed in {save}/skipped.csv: mend the corpus, or raise max_skipped."
+        f"damaged' (3); they are listed in {save}/skipped.csv: fix the corpus, or raise max_skipped."
     )
     assert len(skipped(save)) == 4
     assert not list(save.glob("t*.csv")) and not (save / "prepared.json").exists()
@@ -573,7 +573,7 @@ def test_a_split_with_nothing_left_stops_the_run(tmp_path, save):
 
 @pytest.fixture
 def checked(monkeypatch):
-    """How many files were checked, here rather than in worker processes."""
+    """Count the checked files, in this process instead of workers."""
     seen = []
 
     def count(check, paths, **options):
@@ -647,7 +647,7 @@ def test_another_corpus_starts_over(small, save, tmp_path):
 
 @pytest.mark.parametrize("at", range(1, 6))
 def test_interrupted_while_writing(corpus, save, monkeypatch, at):
-    """Whichever file it was about to put in place: what is there is whole, and the next call starts over."""
+    """After an interruption at any file: existing files are complete, and the next call starts again."""
     arguments = (corpus.root, save, ["train-a"], ["dev-a"])
     prepare_librispeech(*arguments)
     expected = {path.name: path.read_bytes() for path in save.iterdir()}
@@ -672,7 +672,7 @@ def test_interrupted_while_writing(corpus, save, monkeypatch, at):
 
 
 def test_killed_while_checking(corpus, save):
-    """A process that is killed outright leaves no manifest at all on a first run."""
+    """A killed process leaves no manifest on a first run."""
     code = (
         "import os\nfrom recipes.LibriSpeech import prepare\nfrom speechbrain_ext.dataio import preparation\n"
         "preparation.parallel_map = lambda *_, **__: os._exit(9)\n"
@@ -739,10 +739,10 @@ def test_tags_do_no_harm(tmp_path, suffix, damage):
 
 
 def test_mp3_that_states_no_length(tmp_path):
-    """Without a Xing header libsndfile estimates the length from the size of the file, tags included."""
+    """Without a Xing header, libsndfile estimates the length from the size of the file with its tags."""
     path = write_audio(tmp_path / "a.mp3", bitrate_mode="CONSTANT")
     data = path.read_bytes()
-    frames = data[data.index(data[:2], 10) :]  # the header is a frame of its own
+    frames = data[data.index(data[:2], 10) :]  # the header is a separate frame
     path.write_bytes(b"ID3\x03\0\0\0\0\x40\0" + bytes(8192) + frames)
     assert soundfile.info(path).frames > 17000
     assert len(load_audio(path)) == check_audio(path).num_frames < 18500
@@ -750,7 +750,7 @@ def test_mp3_that_states_no_length(tmp_path):
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
 def test_wav_from_a_pipe(tmp_path, size):
-    """ffmpeg, SoX and others cannot know the size when they write to a pipe; the file is whole."""
+    """ffmpeg, SoX and others do not know the size when they write to a pipe; the file is whole."""
     path = write_audio(tmp_path / "a.wav")
     before = load_audio(path)
     overstate_wav(path, size)
@@ -758,7 +758,7 @@ def test_wav_from_a_pipe(tmp_path, size):
 
 
 def test_wav_with_other_chunks(tmp_path):
-    """Chunks before the samples, of odd size, and one cut off behind them: the samples are whole."""
+    """Chunks of odd size before the samples, and a truncated chunk after them: the samples are whole."""
     path = write_audio(tmp_path / "a.wav")
     data = path.read_bytes()
     path.write_bytes(data[:36] + b"LIST" + struct.pack("<I", 3001) + bytes(3002) + data[36:] + b"LIST\xff\0\0\0half")
@@ -786,7 +786,7 @@ def test_big_endian_wav(tmp_path):
 
 
 def test_ogg_without_a_page(tmp_path):
-    """A page that is missing altogether leaves all checksums right; libsndfile reads on as if nothing had happened."""
+    """Without one page, all checksums are still right, and libsndfile reads the rest without an error."""
     path = write_audio(tmp_path / "a.opus", 5.0)
     pages = re.split(rb"(?=OggS\0)", path.read_bytes())[1:]
     assert len(pages) > 5
@@ -858,4 +858,4 @@ def test_real_speech(real_english, save):
     again = time.perf_counter() - start - first
     assert sum(len(ids(save, split)) for split in splits) == files and not skipped(save)
     assert again < 1 + first / 10
-    assert files / first > 300  # thousands in seconds, on a busy machine too
+    assert files / first > 300  # also on a busy machine

@@ -1,4 +1,4 @@
-"""Whole training runs at toy size, as a user starts them."""
+"""Whole training runs at a tiny size, started as by a user."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def test_every_shipped_file_trains_and_tests(path, corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def ctc_run(corpus, tmp_path_factory):
-    """A CTC-only run in bfloat16 with two transcripts' worth of tokens fewer than asked for."""
+    """A CTC-only run in bfloat16; its transcripts give fewer tokens than vocab_size."""
     folder = tmp_path_factory.mktemp("ctc")
     keys = {**SMALL, "num_decoder_layers": 0, "vocab_size": 1000, "precision": "bf16"}
     run = train(folder, CONFORMER, "--data_folder", corpus, "--device=cpu", *arguments(**keys))
@@ -89,7 +89,7 @@ def test_ctc_only(ctc_run):
 
 
 def test_a_small_corpus_reduces_the_vocabulary_with_a_warning(ctc_run):
-    assert "not 1000; the model has as many" in ctc_run[1].stdout
+    assert "instead of 1000; the model uses the smaller number" in ctc_run[1].stdout
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_two_processes(name, corpus, tmp_path):
     "argv, status, message",
     [
         (["gone.yaml"], 2, "There is no hparams file"),
-        ([CONFORMER, "--data_folder", "/no/such"], 1, "The data folder '/no/such' is no folder"),
+        ([CONFORMER, "--data_folder", "/no/such"], 1, "The data folder '/no/such' is not a folder"),
         ([CONFORMER, "--data_folder", "/no/such", "--numer_of_epochs", "3"], 2, "did you mean 'number_of_epochs'?"),
         ([CONFORMER, "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
         ([CONFORMER, "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
@@ -254,7 +254,7 @@ def test_what_the_machine_cannot_do_ends_in_one_sentence(argv, message, corpus, 
 
 
 def test_a_loss_that_is_not_finite_names_the_utterances(corpus, tmp_path):
-    hparams = tmp_path / "spoiled.yaml"  # the first step makes all weights NaN
+    hparams = tmp_path / "spoiled.yaml"  # all weights are NaN after the first step
     hparams.write_text(f"extends: {CONFORMER}\nmax_grad_norm: .nan\nskip_nonfinite_grads: False\n")
     keys = {**SMALL, "nonfinite_patience": 0, "number_of_epochs": 2}
     run = train(tmp_path, hparams, "--data_folder", corpus, "--device", "cpu", *arguments(**keys))

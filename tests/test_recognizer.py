@@ -404,7 +404,7 @@ def test_transcribe_long_and_short_files_to_a_folder(capsys, folder, long_file, 
     before = (out / "talk.jsonl").stat().st_mtime_ns
     assert cli.main([*command, "--output", str(out)]) == 0
     again = capsys.readouterr()
-    assert again.out == printed and "left as it is" in again.err and (out / "talk.jsonl").stat().st_mtime_ns == before
+    assert again.out == printed and "exists and is kept" in again.err and (out / "talk.jsonl").stat().st_mtime_ns == before
 
 
 def test_files_of_one_name_are_refused(capsys, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What train.py tells: the files that there are, the options, the learning curve, and loggers beside the file."""
+"""Output of train.py: the list of files, the options, the learning curve, and further loggers."""
 
 import sys
 from pathlib import Path

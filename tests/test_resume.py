@@ -1,4 +1,4 @@
-"""An interrupted run that is started again ends in the same weights, bit for bit on CPU, as one that was never interrupted."""
+"""A run that is interrupted and started again ends with exactly the weights of an uninterrupted run (on CPU)."""
 
 import os
 import re
@@ -18,11 +18,11 @@ from speechbrain_ext.training.run import UsageError, check_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Runs train.py, and kills itself at a moment that it is told. With an empty moment it runs to its end.
+# Runs train.py and kills itself at the given moment. With an empty moment it runs to its end.
 DRIVER = """
 import os, shutil, signal, sys
 sys.path.insert(0, {root!r})
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 import train
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.training.checkpoints import RandomStates
@@ -43,7 +43,7 @@ if moment == "step":
     before(AsrBrain, "fit_batch")
 elif moment == "validation":
     before(AsrBrain, "evaluate_batch")
-elif moment == "saving":  # after some files of a checkpoint, before the others
+elif moment == "saving":  # when only some files of a checkpoint are written
     from speechbrain.utils import checkpoints
     original = checkpoints.DEFAULT_SAVE_HOOKS[RandomStates]
     def save(*args):
@@ -59,7 +59,7 @@ elif moment == "deleting":
 sys.exit(train.main(argv))
 """
 
-# All that draws or counts: dropout, speed perturbation, SpecAugment, random chunks, worker processes, gradient accumulation
+# Everything that draws numbers or counts: dropout, speed perturbation, SpecAugment, random chunks, workers, accumulation
 EVERYTHING = {
     **SMALL,
     "train_batch_sampler": "{max_batch_length: 2.5, num_buckets: 10, sorted_epochs: 1}",
@@ -105,7 +105,7 @@ def last_checkpoint(folder):
 
 
 def tensors(value, name=""):
-    """All tensors and numbers of a nested structure, by their place."""
+    """All tensors and numbers of a nested structure, by place."""
     if isinstance(value, dict):
         return {place: item for key in value for place, item in tensors(value[key], f"{name}.{key}").items()}
     if isinstance(value, (list, tuple)):
@@ -129,7 +129,7 @@ def assert_same_runs(straight, interrupted):
     progress = [yaml.safe_load((path / "brain.ckpt").read_text()) for path in (here, there)]
     for name in ("step", "optimizer_step", "audio_seconds"):
         assert progress[0][name] == progress[1][name], name
-    # What is averaged, and hence selected, is the same too
+    # The averages are equal, so the same checkpoints were selected
     averages = [next(folder.glob("results/*/7775/pretrained/asr.safetensors")) for folder in (straight, interrupted)]
     assert_same(*map(load_file, averages))
 
@@ -141,11 +141,11 @@ def test_resumed_training_is_exact(corpus, tmp_path):
         stopped = run(tmp_path / "interrupted", corpus, EVERYTHING, moment=moment, count=count, sent=sent)
         expected = 130 if sent == "SIGINT" else -getattr(signal, sent)
         assert stopped.returncode == expected, (moment, stopped.stdout + stopped.stderr)
-    assert "start the same command again" in stopped.stderr  # after SIGINT; a killed run can say nothing
+    assert "run the same command again" in stopped.stderr  # after SIGINT; a killed run prints nothing
     finished = run(tmp_path / "interrupted", corpus, EVERYTHING)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
-    again = run(tmp_path / "interrupted", corpus, EVERYTHING)  # nothing left to train: it tests once more
+    again = run(tmp_path / "interrupted", corpus, EVERYTHING)  # the training is complete; it only tests again
     assert again.returncode == 0, again.stdout + again.stderr
     assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
 
@@ -168,7 +168,7 @@ def test_a_half_written_or_half_deleted_checkpoint_is_none(tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             checkpointer.save_checkpoint(meta={"WER": 2.0})
     assert [checkpoint.path for checkpoint in checkpointer.list_checkpoints()] == [first.path]
-    second = checkpointer.save_checkpoint(meta={"WER": 3.0})  # which also clears away what was left
+    second = checkpointer.save_checkpoint(meta={"WER": 3.0})  # also removes the incomplete one
     assert sorted(tmp_path.iterdir()) == sorted([first.path, second.path])
     checkpointer.delete_checkpoints(min_keys=["WER"], importance_keys=[], num_to_keep=1)
     assert sorted(tmp_path.iterdir()) == sorted([first.path, second.path])  # the best one and the latest one
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     "content", ["", "a: [b", "- 1", "WER: 1.0", "unixtime: x", "\0", "a: !!python/object/apply:os.getcwd []"]
 )
 def test_a_checkpoint_without_its_meta_data_is_named(content, tmp_path):
-    """Such as a file of no bytes, which a power failure may leave."""
+    """For example an empty file, as after a power failure."""
     checkpointer = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
     checkpointer.save_checkpoint(meta={"WER": 1.0})
     path = checkpointer.save_checkpoint(meta={"WER": 2.0}).path / "CKPT.yaml"
@@ -208,7 +208,7 @@ class Trap:
 def test_a_checkpoint_that_holds_code_runs_nothing(tmp_path, capfd):
     checkpointer = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
     torch.save(Trap(), checkpointer.save_checkpoint().path / "model.ckpt")
-    with pytest.raises(DamagedCheckpoint, match=r"\(a file of it is no checkpoint, or holds code\)"):
+    with pytest.raises(DamagedCheckpoint, match=r"\(one of its files is not a checkpoint, or holds code\)"):
         checkpointer.recover_if_possible()
     assert "executed" not in capfd.readouterr().out
 

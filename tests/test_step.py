@@ -1,4 +1,4 @@
-"""What a training step takes: the memory that its table is computed from, and its times beside SpeechBrain's."""
+"""A training step: the memory figures of the table in the documentation, and its time compared with SpeechBrain's."""
 
 import sys
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_what_is_kept_grows_as_foretold(name, checkpointing, tmp_path):
 
 
 def test_what_is_computed_again_is_counted_once(tmp_path):
-    """Of equal blocks all keep their inputs, and one the rest."""
+    """All equal blocks keep their inputs; only one keeps the rest."""
     kept = {}
     for layers in (2, 4, 6):
         overrides = {"num_encoder_layers": layers, "num_decoder_layers": 0, "activation_checkpointing": True}

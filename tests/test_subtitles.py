@@ -433,8 +433,8 @@ def test_command_line(model, files, tmp_path, monkeypatch, capsys):
         (["--subtitle-line-length", "-3", "--output", "out"], "characters in a line is -3"),
         (["--subtitle-seconds", "nan", "--output", "out"], "longest time is nan"),
         (["--subtitle-lines", "two", "--output", "out"], "invalid int value: 'two'"),
-        (["--word-times"], "Options for subtitles need --output; name a folder."),
-        (["--subtitle-seconds", "5"], "Options for subtitles need --output; name a folder."),
+        (["--word-times"], "Options for subtitles need --output; give a folder."),
+        (["--subtitle-seconds", "5"], "Options for subtitles need --output; give a folder."),
     ],
 )
 def test_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):

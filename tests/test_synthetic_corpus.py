@@ -84,7 +84,7 @@ def test_sentences_differ_and_repeat_by_seed():
 
 def test_same_bytes_in_another_process(corpus, tmp_path):
     code = f"from recipes.Synthetic.prepare import build_mini_corpus; build_mini_corpus(utterances={SMALL})"
-    # One worker here, several in the fixture: each voice must not depend on what its process spoke before.
+    # One worker here, several in the fixture: a voice must not depend on earlier voices of its process.
     environment = os.environ | {"SPEECHBRAIN_EXT_CACHE": str(tmp_path), "SB_NUM_PROC": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True)
     assert contents(tmp_path / corpus.name) == contents(corpus)
@@ -145,6 +145,6 @@ def test_unknown_language_is_refused():
 
 
 def test_timbres_exist():
-    # eSpeak takes an unknown variant for none, so a misspelt one would be a voice twice.
+    # eSpeak ignores an unknown variant; a misspelt one would repeat another voice.
     variants = {path.name for path in Path(espeakng_loader.get_data_path(), "voices", "!v").iterdir()}
     assert {timbre for timbres in TIMBRES.values() for timbre in timbres} <= variants

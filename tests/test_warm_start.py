@@ -1,4 +1,4 @@
-"""Warm starts: weights of every origin answer as they did, new tokens find their rows, and what is frozen does not move."""
+"""Warm starts: weights of all origins give the same answers, tokens keep their rows, and frozen parts do not change."""
 
 import io
 import json
@@ -34,7 +34,7 @@ from speechbrain_ext.utils.errors import UserError
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
 CORPORA = [ROOT / "recipes" / name / "corpus.yaml" for name in ("Synthetic", "Manifest")]
 SPECIAL = {"blank": 0, "bos": 1, "eos": 2, "unk": 3}
-# Two batches of training in an epoch; the test set is the one that validates
+# Two training batches per epoch; the test set is the validation set
 KEYS = {**SMALL, "test_splits": "[dev-tiny]", "average_checkpoints": 1, "warmup_steps": 1, "lr": 0.01}
 KEYS["train_batch_sampler"] = "{max_batch_length: 8, num_buckets: 2}"
 
@@ -46,7 +46,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def train(corpus, tmp_path, monkeypatch):
-    """Trains in this process, as train.py does with these arguments."""
+    """Train in this process, as train.py does with these arguments."""
     monkeypatch.chdir(tmp_path)
 
     def train(name, *argv, data=("--data_folder", corpus), **keys):
@@ -71,7 +71,7 @@ def assert_same(left, right):
 
 SIZES = ("vocab_size", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn")
 OF_THE_MODEL = dict.fromkeys(SIZES)
-"""Keys that finetune.yaml needs not be given: the model's folder says them."""
+"""Keys that finetune.yaml takes from the model folder."""
 
 # ------------------------------------------------------------------ origins
 
@@ -82,7 +82,7 @@ OWN += ["cascade_hyperconformer_squeezeformer", "squeezeformer_transducer"]
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeypatch):
     layers = min(1, load_hparams(ROOT / "hparams" / f"{name}.yaml", "output_folder: x")["num_decoder_layers"])
-    # What the pruned loss leaves out follows weights that a folder does not hold
+    # The pruned loss selects labels with weights that a folder does not hold
     keys = {"transducer_loss": "full"} if name.endswith("transducer") else {}
     theirs = make_model(tmp_path, layers, name, **keys, **(SMALL_TRANSDUCER if keys else {}))
     losses = []
@@ -98,25 +98,25 @@ def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train("finetune", init_from=tmp_path / "model", output_folder="run", seed=2, **OF_THE_MODEL, **keys)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
-    assert "and this model" not in (tmp_path / "run" / "log.txt").read_text()
+    assert "but this model" not in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_features_and_front_end_follow_their_keys(train, tmp_path):
-    """A model for 16 kHz that goes on with 8 kHz hears them as such, is kept so, and the difference is told."""
+    """A model for 16 kHz is fine-tuned with 8 kHz: its features and its folder have 8 kHz, and the log tells the difference."""
     make_model(tmp_path, 0, "conformer")
     keys = {**OF_THE_MODEL, "init_from": "model", "sample_rate": 8000, "dropout": 0.3}
     result = train("finetune", **keys)
     folder, log = result.folders["pretrained"], (result.output / "log.txt").read_text()
     text = (folder / "hyperparams.yaml").read_text()
     assert text.count("sample_rate: 8000") == 2 and "16000" not in text and "dropout: 0.1" not in text
-    assert "model has compute_features: sample_rate 16000, and this model 8000." in log
+    assert "model has compute_features: sample_rate 16000, but this model has 8000." in log
     assert load_model(folder, "cpu").sample_rate == 8000
     with pytest.raises(UserError, match=r"such as subsampling.* \(40 x 64, here 20 x 64\); give the sizes of that model"):
         train("finetune", **{**keys, "output_folder": "bins", "n_mels": 40})
 
 
 def small(tmp_path, name="conformer", **keys):
-    """Built training hparams, and their parts under the names of a model folder."""
+    """Built training hparams, and their parts with the names of a model folder."""
     hparams = load_hparams(ROOT / "hparams" / f"{name}.yaml", {**numbers(SMALL), "output_folder": str(tmp_path), **keys})
     return hparams, model_parts(hparams).eval()
 
@@ -131,7 +131,7 @@ def numbers(keys):
 
 
 def make_tokenizer(texts=SENTENCES, **keys):
-    """A SentencePiece model as bytes, by default with the special tokens where SpeechBrain has them: unknown, bos, eos."""
+    """A SentencePiece model as bytes, by default with the special tokens of SpeechBrain: unknown, bos, eos."""
     model = io.BytesIO()
     keys = {"vocab_size": 24, "hard_vocab_limit": False, "normalization_rule_name": "identity", "minloglevel": 2, **keys}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **keys)
@@ -145,7 +145,7 @@ def pieces(model):
 @pytest.mark.parametrize("attention", ["RelPosMHAXL", "hypermixing"])
 @torch.no_grad()
 def test_a_folder_of_speechbrain_answers_as_there(attention, tmp_path):
-    """Front end, encoder, decoder, both heads and statistics; blank and unknown, one token there, are two here."""
+    """Front end, encoder, decoder, both heads and statistics; SpeechBrain has one token for blank and unknown, we have two."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     tokens = pieces(tokenizer).vocab_size()
@@ -173,7 +173,7 @@ def test_a_folder_of_speechbrain_answers_as_there(attention, tmp_path):
     feats = normalize.eval()(feats, torch.ones(1))
     torch.testing.assert_close(parts["normalize"](3 + feats, torch.ones(1)), normalize(3 + feats, torch.ones(1)))
     for block in (cnn.convblock_0, cnn.convblock_1):
-        block.convs.conv_0.padding_mode = "constant"  # zeros around the features, as here; the original reflects them
+        block.convs.conv_0.padding_mode = "constant"  # zeros around the features, as here; SpeechBrain reflects the features
     frames = cnn(feats)
     torch.testing.assert_close(parts["subsampling"](feats)[0], frames.flatten(2), atol=1e-4, rtol=1e-4)
     old, new = pieces(tokenizer), pieces(arranged)
@@ -191,7 +191,7 @@ def test_a_folder_of_speechbrain_answers_as_there(attention, tmp_path):
     for part, prefix in (
         (theirs, "transformer."),
         (theirs.encoder, "transformer.encoder."),
-    ):  # a part of several processes
+    ):  # a part of the model, saved by one of several processes
         torch.save({f"module.{name}": value for name, value in part.state_dict().items()}, tmp_path / "part.pt")
         found = read_source("part", tmp_path / "part.pt", nhead=2).weights
         assert found and all(torch.equal(value, source.weights[name]) for name, value in found.items())
@@ -217,7 +217,7 @@ def test_a_model_of_nemo_answers_as_there(tmp_path):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
 
-    source = read_source("theirs", tmp_path, nhead=4)  # a folder with one such file
+    source = read_source("theirs", tmp_path, nhead=4)  # a folder with one .nemo file
     arranged = arrange_tokenizer(source.tokenizer, 0, 1, 2, 3)
     places = {"reduce_before": 1, "recover_before": 3, "kernel_size": 5, "eps": 1e-5}
     keys = {"nhead": 4, "num_encoder_layers": 4, "d_ffn": 64, "num_decoder_layers": 0, "vocab_size": tokens + 3}
@@ -229,30 +229,30 @@ def test_a_model_of_nemo_answers_as_there(tmp_path):
         torch.testing.assert_close(out[i, :length], tensors["nemo/y"][i, :length], atol=1e-5, rtol=0)
     logits, expected = parts["ctc_lin"](out), out @ head[0].squeeze(-1).T + head[1]
     old, new = pieces(tokenizer), pieces(arranged)
-    rows = [new.piece_to_id(old.id_to_piece(row)) for row in range(tokens)] + [0]  # the blank, the last one there
+    rows = [new.piece_to_id(old.id_to_piece(row)) for row in range(tokens)] + [0]  # the blank is NeMo's last output
     torch.testing.assert_close(logits[..., rows], expected, atol=1e-5, rtol=1e-5)
     best = [old.decode_ids([i for i in utterance.tolist() if i < tokens]) for utterance in expected.argmax(2)]
     assert [new.decode_ids(utterance.tolist()) for utterance in logits.argmax(2)] == best
     several = {"a_tokenizer.model": tokenizer, "b_tokenizer.model": b"", "model_weights_ckpt": weights.getvalue()}
     nemo(tmp_path / "several.nemo", **several)
-    assert read_source("several", tmp_path / "several.nemo", nhead=4).tokenizer is None  # as nothing says which rows are whose
+    assert read_source("several", tmp_path / "several.nemo", nhead=4).tokenizer is None  # it is not known which tokenizer is used
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt"])
 def test_a_state_file_has_no_tokens(suffix, tmp_path):
-    """The checkpoint of a run, by its names; rows are taken where the file of its tokenizer is given."""
+    """A checkpoint of a run; rows of tokens are only loaded if its tokenizer is given."""
     hparams, _ = small(tmp_path)
     state, path = hparams["model"].state_dict(), tmp_path / f"state.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
     source = read_source("state", path, nhead=2)
     _, parts = small(tmp_path, seed=1)
     table = warm_start(parts, source, make_tokenizer(), SPECIAL, same_tokens=False)
-    assert table.count("which token each row is of is not known") == 3
+    assert table.count("the tokens of the rows are unknown") == 3
     expected = model_parts(hparams).state_dict()
     assert not torch.equal(parts.state_dict()["ctc_lin.w.weight"], expected["ctc_lin.w.weight"])
     warm_start(parts, source, make_tokenizer(), SPECIAL, same_tokens=True)
     assert_same(parts.state_dict(), expected)
-    if suffix == "ckpt":  # as in the folder of a checkpoint
+    if suffix == "ckpt":  # like the folder of a checkpoint
         (tmp_path / "CKPT").mkdir()
         path.rename(tmp_path / "CKPT" / "model.ckpt")
         assert_same(read_source("folder", tmp_path / "CKPT", nhead=2).weights, source.weights)
@@ -260,7 +260,7 @@ def test_a_state_file_has_no_tokens(suffix, tmp_path):
 
 @torch.no_grad()
 def test_permuted_tokens_give_permuted_answers(tmp_path):
-    """And pieces that the source lacks begin near the mean of those that it has."""
+    """Pieces that the source lacks start near the mean of its pieces."""
     old = arrange_tokenizer(make_tokenizer(), 0, 1, 2, 3)
     new = arrange_tokenizer(make_tokenizer([*SENTENCES, "ZEBRA ZOO"], vocab_size=30), 4, 0, 6, 5)
     sizes = [pieces(model).vocab_size() for model in (old, new)]
@@ -288,7 +288,7 @@ def test_permuted_tokens_give_permuted_answers(tmp_path):
 @pytest.mark.parametrize("predictor", ["stateless", "lstm"])
 @torch.no_grad()
 def test_permuted_tokens_of_a_transducer_give_permuted_answers(predictor, tmp_path):
-    """And beside a source without one, it begins anew, which the table says."""
+    """With a source without transducer, the transducer is not loaded, and the table shows that."""
     old, special = arrange_tokenizer(make_tokenizer(), 0, 1, 2, 3), {"blank": 3, "bos": 0, "eos": 2, "unk": 1}
     new, tokens = arrange_tokenizer(old, *special.values()), pieces(old).vocab_size()
     keys = {**numbers(SMALL_TRANSDUCER), "predictor": predictor, "vocab_size": tokens, "num_decoder_layers": 0}
@@ -320,11 +320,11 @@ def test_special_tokens_move_and_no_other_changes():
         assert arrange_tokenizer(new, 2, 7, 0, 5) == new
 
 
-# ------------------------------------------------------------------ what is frozen, and rates
+# ------------------------------------------------------------------ frozen parts and learning rates
 
 
 def spoiled(folder, seed):
-    """Statistics and weights that no training has brought about."""
+    """Random statistics and weights."""
     generator = torch.Generator().manual_seed(seed)
     state = weights(folder)
     for name, value in state.items():
@@ -335,7 +335,7 @@ def spoiled(folder, seed):
 
 
 def test_what_is_frozen_does_not_move(train, tmp_path, monkeypatch):
-    """Weights, statistics of BatchNorm and of features, over epochs, averaging and taking statistics anew."""
+    """Weights and statistics of BatchNorm and features stay fixed, over epochs, averaging and new statistics."""
     make_model(tmp_path, 0, "fusionformer")
     before = spoiled(tmp_path / "model", 0)
     frozen = ["normalize", "subsampling", "transformer.encoder.layers.0"]
@@ -344,7 +344,7 @@ def test_what_is_frozen_does_not_move(train, tmp_path, monkeypatch):
     def fitting(self, batch):
         layers = self.hparams.Transformer.encoder.layers
         training = [{part.training for part in layer.modules()} for layer in layers]
-        seen[:] = self.optimizer, dict(self.parts.named_parameters()), training  # before they are fused
+        seen[:] = self.optimizer, dict(self.parts.named_parameters()), training  # before fusing
         return fit_batch(self, batch)
 
     monkeypatch.setattr(AsrBrain, "fit_batch", fitting)
@@ -374,12 +374,12 @@ def test_each_part_has_its_rate(tmp_path):
     assert lr == pytest.approx(hparams["lr"] / 2) and {group["lr"] for group in brain.optimizer.param_groups} == {lr}
     for name, value in parts.named_parameters():
         factor = 4 if "encoder.layers.1" in name else 0.25 if name.startswith("transformer.encoder.") else 1
-        # Adam's first step is the rate, whatever the gradient
+        # Adam's first step has the size of the learning rate
         torch.testing.assert_close(before[name] - value, torch.full_like(value, factor * lr), atol=1e-6, rtol=1e-3, msg=name)
 
 
 def test_an_interrupted_fine_tuning_ends_in_the_same_weights(train, tmp_path, monkeypatch):
-    """With all that counts steps or draws: what is frozen for some steps, rates of parts, new tokens, and other data mixed in."""
+    """With everything that counts steps or draws numbers: freeze_steps, lr_scales, new tokens, and mixed data."""
     make_model(tmp_path, 1, "conformer")
     keys = {**OF_THE_MODEL, "init_from": tmp_path / "model", "tokenizer_from": "new", "vocab_size": 24, "number_of_epochs": 3}
     keys |= {"freeze": ["transformer.encoder"], "freeze_steps": 5, "lr_scales": "{subsampling: 0.1}"}
@@ -405,7 +405,7 @@ def test_an_interrupted_fine_tuning_ends_in_the_same_weights(train, tmp_path, mo
     per_epoch = len(visited) // 3
     epochs = [sorted(sum(visited[i : i + per_epoch], [])) for i in range(0, len(visited), per_epoch)]
     own = [f"1-1-{index:04d}" for index in range(12)]
-    for ids in epochs:  # a share of 0.1 beside twelve is one
+    for ids in epochs:  # a share of 0.1 with twelve own utterances is one utterance
         assert [name for name in ids if not name.startswith("mixed-")] == own and len(ids) == 13
     states = [state for _, state in seen]
     assert_same(states[0], states[5]) and per_epoch == 2
@@ -418,7 +418,7 @@ def test_an_interrupted_fine_tuning_ends_in_the_same_weights(train, tmp_path, mo
 
 
 def test_the_page_s_fine_tuning_runs(train, corpus, tmp_path):
-    """From a model and manifests to a model that says where it comes from."""
+    """From a model and manifests to a model folder with its provenance."""
     command, *_ = re.findall(r"```bash\n(python train.py hparams/finetune.yaml.*?)```", PAGE, re.DOTALL)
     _, _, file, *argv = shlex.split(command.replace("\\\n", " "))
     make_model(tmp_path, 0, "hyperconformer")
@@ -429,7 +429,7 @@ def test_the_page_s_fine_tuning_runs(train, corpus, tmp_path):
             {"audio_filepath": str(path), "text": "Привет " + path.stem[-1]}
             for path in sorted((corpus / split).glob("*/*/*.flac"))
         ]
-        if name == "old":  # what is tested on is not trained on
+        if name == "old":  # other audio, because the test set must not be in training
             rows = [{"audio_filepath": str(write_wav(tmp_path / "my" / "old.wav")), "text": "Привет 0"}]
         (tmp_path / "my" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {**OF_THE_MODEL, "dev_split": None, "train_splits": None, "test_splits": None}
@@ -444,7 +444,7 @@ def test_the_page_s_fine_tuning_runs(train, corpus, tmp_path):
     assert f"| initial weights | {model} |" in card and "| manifests | my/train.jsonl |" in card
     assert "| mixed with | my/old.jsonl |" in card
     log = (result.output / "log.txt").read_text()
-    assert "| ctc_lin | 2 |" in log and "of pieces spelled alike |" in log
+    assert "| ctc_lin | 2 |" in log and "of equal pieces |" in log
     loaded = load_model(folder, "cpu")
     assert loaded.tokenizer.decode_ids(loaded.tokenizer.encode_as_ids("Привет 1")) == "Привет 1"
     argv[argv.index("--init_from") + 1] = folder
@@ -465,7 +465,7 @@ def test_a_repository_is_taken_as_it_was_when_the_run_began(tmp_path, monkeypatc
     assert sources.locate("ann/speech")[0] == "ann/speech@" + "a" * 40
     assert sources.locate("ann/speech@v1") == ("ann/speech@" + "b" * 40, tmp_path / ("b" * 40))
     before = "ann/speech@" + "c" * 40
-    assert sources.locate("ann/speech", before)[0] == before  # though the branch has moved
+    assert sources.locate("ann/speech", before)[0] == before  # although the branch has moved
     assert sources.locate("ann/other", before)[0] == "ann/other@" + "a" * 40
     assert fetched[-2:] == [("ann/speech", "c" * 40), ("ann/other", None)]
 
@@ -489,7 +489,7 @@ def test_a_run_goes_on_where_its_repository_holds_another_model_now(train, tmp_p
 
 
 class Code:
-    """What a pickle could run."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return print, ("executed",)
@@ -510,7 +510,7 @@ def saved(value):
 
 
 def broken_sources(folder):
-    """Files by name, with the sentence that they end in."""
+    """Broken files by name, with the message for each."""
     (folder / "empty").mkdir()
     (folder / "cut.safetensors").write_bytes(b"no")
     (folder / "code.ckpt").write_bytes(saved({"weight": Code()}))
@@ -536,7 +536,7 @@ def broken_sources(folder):
     (tagged / "hyperparams.yaml").write_text(text + "more: !apply:os.system [ls]\n")
     (strange / "hyperparams.yaml").write_text("sample_rate: 1\n")
     (torn / "tokenizer.ckpt").write_bytes(b"x")
-    with open(harm / "tokenizer.ckpt", "ab") as file:  # one more piece, of 100,000 letters
+    with open(harm / "tokenizer.ckpt", "ab") as file:  # a further piece of 100,000 letters
         piece = b"\x0a\xa0\x8d\x06" + 100_000 * b"a"
         file.write(b"\x0a\xa4\x8d\x06" + piece)
     (coded / "hyperparams.yaml").write_bytes(f"# \xfc\n{text}".encode("latin-1"))
@@ -552,33 +552,33 @@ def broken_sources(folder):
     torch.save(theirs.state_dict(), folder / "bias.ckpt")
     torch.save({name: value.flatten() for name, value in theirs.state_dict().items()}, folder / "flat.ckpt")
     return {
-        "empty": "empty is no folder of a model, as it has neither asr.safetensors with hyperparams.yaml, nor asr.ckpt or",
-        "cut.safetensors": "is damaged, or no file of weights",
-        "code.ckpt": "is damaged, or holds more than tensors, which could run any code .*; give a file of weights alone",
+        "empty": "empty is not the folder of a model: it has neither asr.safetensors with hyperparams.yaml, nor asr.ckpt or",
+        "cut.safetensors": "is damaged, or not a file of weights",
+        "code.ckpt": "is damaged, or holds more than tensors, which could run code .*; give a file that holds only weights",
         "list.pt": "holds no weights by name; give the state of a model",
-        "none.nemo": "is damaged, or no archive of NeMo",
-        "bare.nemo": "holds no model_weights.ckpt, as an archive of NeMo does; give another one",
+        "none.nemo": "is damaged, or not an archive of NeMo",
+        "bare.nemo": "is not an archive of NeMo: it holds no model_weights.ckpt; give another one",
         "code.nemo": "is damaged, or holds more than tensors",
         "other.nemo": "These weights hold no Squeezeformer of NeMo",
         "list.nemo": "list.nemo holds no weights by name; give the state of a model",
-        "odd.nemo": "odd.nemo has weights with names or shapes that no model of its kind has .*; give another file",
-        "flat.nemo": "flat.nemo has weights with names or shapes that no model of its kind has .*; give another file",
-        "flat.ckpt": "flat.ckpt has weights with names or shapes that no model of its kind has .*; give another file",
+        "odd.nemo": "odd.nemo has weights with unknown names or wrong shapes .*; give another file",
+        "flat.nemo": "flat.nemo has weights with unknown names or wrong shapes .*; give another file",
+        "flat.ckpt": "flat.ckpt has weights with unknown names or wrong shapes .*; give another file",
         "empty.nemo": "The model_config.yaml of empty.nemo states no encoder of NeMo",
         "null.nemo": "The model_config.yaml of null.nemo states no encoder of NeMo",
         "latin.nemo": "The model_config.yaml of latin.nemo states no encoder of NeMo",
-        "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is no number of a block.",
-        "torn": "The tokenizer of torn is damaged, or no SentencePiece model; give another one",
-        "harm": "The tokenizer of harm has a piece of 100000 bytes, and 1000 at most are read; give another one",
+        "text.nemo": "The model_config.yaml of text.nemo states no encoder of NeMo .'x' is not the number of a block.",
+        "torn": "The tokenizer of torn is damaged, or not a SentencePiece model; give another one",
+        "harm": "The tokenizer of harm has a piece of 100000 bytes, more than the allowed 1000; give another one",
         "numbers.pt": "numbers.pt holds no weights by name",
-        "coded": "hyperparams.yaml of coded is that of no model here .*utf-8",
-        "plain": "hyperparams.yaml of plain is that of no model here .its Transformer has no encoder_module.",
+        "coded": "hyperparams.yaml of coded describes no model of this package .*utf-8",
+        "plain": "hyperparams.yaml of plain describes no model of this package .its Transformer has no encoder_module.",
         "fused": "is fused: .*; give the folder 'pretrained_unfused' beside it",
-        "tagged": "hyperparams.yaml of .* is that of no model here .!apply:os.system.",
-        "strange": "hyperparams.yaml of .* is that of no model here .it has no Transformer.",
-        "heads": "heads has attention of 4 heads, and nhead is 2; give --nhead 4",
-        "bias.ckpt": "bias.ckpt has attention of 4 heads, and nhead is 2; give --nhead 4",
-        "statistics": "normalizer.ckpt of .* holds no statistics of features; take it out of the folder",
+        "tagged": "hyperparams.yaml of .* describes no model of this package .!apply:os.system.",
+        "strange": "hyperparams.yaml of .* describes no model of this package .it has no Transformer.",
+        "heads": "heads has 4 attention heads, but nhead is 2; give --nhead 4",
+        "bias.ckpt": "bias.ckpt has 4 attention heads, but nhead is 2; give --nhead 4",
+        "statistics": "normalizer.ckpt of .* holds no statistics of features; remove it from the folder",
     }
 
 
@@ -586,7 +586,7 @@ def test_what_is_no_model_is_refused(tmp_path, capfd):
     for name, message in broken_sources(tmp_path).items():
         with pytest.raises(UserError, match=message):
             read_source(name, tmp_path / name, nhead=2)
-    with pytest.raises(UserError, match="model has attention of 2 heads, and nhead is 4; give --nhead 2"):
+    with pytest.raises(UserError, match="model has 2 attention heads, but nhead is 4; give --nhead 2"):
         read_source("model", tmp_path / "model", nhead=4)
     with pytest.raises(FileNotFoundError, match="There is no model gone.nemo; give a folder or file, or user/model of"):
         sources.locate("gone.nemo")
@@ -600,7 +600,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for changed, keys, message in (
         ({}, {"include": ["ctc_linn"]}, "init_include has 'ctc_linn', which no weight begins with; did you mean 'ctc_lin'?"),
         ({}, {"exclude": ["x"]}, "init_exclude has 'x', which no weight begins with; names begin with"),
-        ({"weights": {"a.b": torch.ones(1)}}, {}, "Nothing of old would be loaded: it has a, and this model"),
+        ({"weights": {"a.b": torch.ones(1)}}, {}, "Nothing of old would be loaded: it has a, and this model has"),
         ({}, {"include": ["ctc_lin"], "exclude": ["ctc_lin"]}, "Nothing of old would be loaded"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}}, {}, "1 weights of another shape, such as ctc_lin.w.weight"),
         ({"weights": state | {"ctc_lin.w.weight": torch.ones(5, 4)}, "tokenizer": tokens}, {}, "5 x 4, here 30 x 16"),
@@ -609,7 +609,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             {},
             "old has 1 weights with NaN or infinite values, such as ctc_lin.w.weight; give another model",
         ),
-        ({"kind": "a folder of SpeechBrain"}, {}, "attention scales its scores otherwise; give the encoder this key, too"),
+        ({"kind": "a folder of SpeechBrain"}, {}, "attention scales its scores differently; also give"),
     ):
         with pytest.raises(UserError, match=message):
             warm_start(parts, source._replace(**changed), tokens, SPECIAL, same_tokens=True, **keys)
@@ -619,23 +619,23 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"init_from": ""}, "--init_from has no value; name a model or file, or leave it out"),
+        ({"init_from": ""}, "--init_from has no value; give a model or file, or leave it out"),
         ({"init_from": "/no/such"}, "There is no model /no/such"),
         ({"init_from": "model", "tokenizer_from": "/no/such"}, "There is no tokenizer /no/such; give the file of a SentenceP"),
-        ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer corpus.csv is damaged, or no SentencePiece"),
-        ({"init_from": "state.ckpt"}, "state.ckpt does not say what its tokens are; give the tokenizer that it was trained with"),
+        ({"init_from": "model", "tokenizer_from": "corpus.csv"}, "The tokenizer corpus.csv is damaged, or not a SentencePiece"),
+        ({"init_from": "state.ckpt"}, "state.ckpt has no tokenizer; give the one that it was trained with"),
         ({"mix": "{manifest: x, share: 1}"}, "The share of --mix is 1; give a number above 0 and below 1"),
-        ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', and LibriSpeech has splits; name one"),
+        ({"mix": "{manifest: my/old.csv}"}, "The manifest of --mix is 'my/old.csv', but LibriSpeech has splits; give the name"),
         ({"mix": "{manifset: x}"}, "--mix has the keys manifest, share, manifset; it takes manifest and share"),
         ({"freeze": "null"}, "--freeze is None; give a list of prefixes"),
-        ({"init_exclude": ["ctc_lin"]}, "--init_exclude is .'ctc_lin'., and there is no model to take it from; give --init_from"),
+        ({"init_exclude": ["ctc_lin"]}, "--init_exclude is .'ctc_lin'., but there is no initial model; give --init_from"),
         ({"lr_scales": "null"}, "--lr_scales is None; give a mapping of prefixes to factors"),
         ({"freeze_steps": -1}, "--freeze_steps is -1; give a whole number, 0 or more"),
-        ({"file": "finetune"}, "states no architecture, and there is no model to take it from; give --init_from MODEL"),
-        ({"file": "finetune", "init_from": "state.ckpt"}, "state.ckpt is no model folder of this package, and so has no arch"),
-        ({"file": "finetune", "init_from": "nameless"}, "The model nameless does not say which hparams file it was trained with"),
+        ({"file": "finetune"}, "states no architecture, and there is no initial model; give --init_from MODEL"),
+        ({"file": "finetune", "init_from": "state.ckpt"}, "state.ckpt is not a model folder of this package, so its arch"),
+        ({"file": "finetune", "init_from": "nameless"}, "The model nameless does not state its hparams file"),
         ({"init_from": "model", "output_folder": "torn"}, "torn/hyperparams.yaml is damaged .*; give another --output_folder"),
-        ({"file": "finetune", "init_from": "plain"}, "The model plain does not say which hparams file it was trained with"),
+        ({"file": "finetune", "init_from": "plain"}, "The model plain does not state its hparams file"),
         ({"file": "finetune", "init_from": "mine"}, "mine was trained with mine.yaml, which is not beside"),
     ],
 )
@@ -675,5 +675,5 @@ def test_a_model_without_statistics_of_features_is_refused(train, tmp_path):
     make_model(tmp_path, 0)
     state = {name: value for name, value in weights(tmp_path / "model").items() if not name.startswith("normalize")}
     save_file(state, tmp_path / "model" / "asr.safetensors")
-    with pytest.raises(UserError, match="No statistics of features come from model, and update_until_epoch of normalize lets"):
+    with pytest.raises(UserError, match="model has no statistics of features, and update_until_epoch is too small"):
         train("finetune", init_from="model", **OF_THE_MODEL)

@@ -1,4 +1,4 @@
-"""A corpus and a model so small that a whole training run takes seconds."""
+"""A tiny corpus and model: a whole training run takes seconds."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from speechbrain_ext.training.results import ResultRow
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = sorted(path for path in (ROOT / "hparams").glob("*.yaml") if path.stem != "finetune")
-"""The hparams files that state an architecture; finetune.yaml goes with any of them."""
+"""The hparams files of all architectures; finetune.yaml is for any of them."""
 
 SENTENCES = ["THE CAT SAT", "A HAT AND A CAT", "THE TEA IS HOT", "A HOT DAY", "SHE HAS A HAT", "THE DAY IS SAD"]
 UTTERANCES = {"train-tiny": 12, "dev-tiny": 2, "test-tiny": 2}
 
-# For any hparams file: keys as on the command line.
+# Small sizes for any hparams file, as on the command line
 SMALL = {
     "train_splits": "[train-tiny]",
     "dev_split": "dev-tiny",
@@ -40,7 +40,7 @@ SMALL_TRANSDUCER = {"predictor_size": "16", "joint_size": "16"}
 
 
 def make_corpus(folder, rate=16000, utterances=UTTERANCES):
-    """Tones with noise and sentences, in LibriSpeech layout; an utterance is 0.8 to 1.4 seconds long."""
+    """Write noisy tones with sentences, in LibriSpeech layout; utterances have 0.8 to 1.4 seconds."""
     generator = np.random.default_rng(0)
     for speaker, (split, count) in enumerate(utterances.items(), 1):
         chapter = folder / split / str(speaker) / "1"
@@ -71,7 +71,7 @@ def make_row(**values):
 
 
 def make_model(folder, decoder_layers, name="hyperconformer", **keys):
-    """Write a model folder with random weights, and files that it transcribes; returns its hparams."""
+    """Write a model folder with random weights, and audio files; returns the hparams."""
     train_csv = folder / "train.csv"
     train_csv.write_text("ID,wrd\n" + "".join(f"{i},{text}\n" for i, text in enumerate(SENTENCES)))
     train_tokenizer(train_csv, folder / "t.model", 30, "unigram", 0, 1, 2, 3)

@@ -1,9 +1,8 @@
-"""A corpus in LibriSpeech layout -> validated manifests.
+"""Prepare validated manifests from a corpus in LibriSpeech layout.
 
 ``<data_folder>/<split>/<speaker>/<chapter>/`` holds ``<speaker>-<chapter>-<utterance>.flac`` (or .wav, .opus, .ogg,
-.mp3) and ``<speaker>-<chapter>.trans.txt`` with a line ``<utterance id> <TEXT>`` for each. The splits are whatever
-folders the caller names. What cannot be trained on or scored is left out, named in ``skipped.csv`` and counted; too
-much of it stops the run.
+.mp3) and ``<speaker>-<chapter>.trans.txt`` with a line ``<utterance id> <TEXT>`` for each. Splits are folders with any
+names. Unusable utterances are left out, counted, and listed in ``skipped.csv``; too many of them stop the run.
 """
 
 import logging
@@ -33,11 +32,11 @@ TRANSCRIPT_SUFFIX = ".trans.txt"
 ID = re.compile(r"\w+-\w+-\w+")
 PLACEHOLDER = re.compile(r"\$[\w.]")  # SpeechBrain substitutes $name in every field of a manifest, and fails on others
 
-VERSION = 2  # of the manifests; another one is prepared anew
+VERSION = 2  # version of the manifests; older ones are prepared again
 
 
 class Transcript(NamedTuple):
-    """A line of a transcript file; ``flaw`` says why it cannot be used, if so."""
+    """A line of a transcript file; ``flaw`` says why it cannot be used, and is empty if it can."""
 
     text: str
     file: str
@@ -58,53 +57,52 @@ def prepare_librispeech(
     max_skipped=0.05,
     text_normalization="upper",
 ):
-    """Write the manifest ``<split>.csv`` of every split, ready for SpeechBrain's ``DynamicItemDataset.from_csv``.
+    """Write the manifest ``<split>.csv`` of every split, in the format of SpeechBrain's ``DynamicItemDataset.from_csv``.
 
     The columns are ``ID, duration, wav, spk_id, wrd``: seconds, absolute path, ``<speaker>-<chapter>`` as in
-    SpeechBrain's recipe, and the transcript, by default in upper case. The audio may have any sample rate and number of channels:
-    read it with :func:`speechbrain_ext.dataio.audio.load_audio`, which gives 16 kHz mono.
+    SpeechBrain's recipe, and the transcript, by default in upper case. The audio may have any sample rate and number of channels;
+    :func:`speechbrain_ext.dataio.audio.load_audio` reads it as 16 kHz mono.
 
-    All audio is checked to its end, in parallel. What is left out is listed in ``skipped.csv`` (``split, ID, file,
-    reason, detail``). An id that two splits share stays in the test split rather than in the development split, and in
-    either rather than in the training split.
+    All audio is checked as a whole, in parallel. Skipped utterances are listed in ``skipped.csv`` (``split, ID, file,
+    reason, detail``). If several splits have the same id, it stays in the test split, or else in the validation split.
 
-    Manifests appear whole or not at all, and ``prepared.json`` is written last: a later call with the same arguments,
-    the same corpus files (names, sizes, times) and untouched manifests returns at once; any other starts over. Under
-    DDP, call it through ``speechbrain.utils.distributed.run_on_main``.
+    Manifests are complete or absent, and ``prepared.json`` is written last. A later call returns at once if the
+    arguments, the corpus files (names, sizes, times) and the manifests are unchanged; otherwise it starts again. In
+    distributed training, call it through ``speechbrain.utils.distributed.run_on_main``.
 
     Arguments
     ---------
     data_folder : str
-        The folder that holds the split folders. Its parent is understood too if it holds them in exactly one
-        subfolder, and so is one of the split folders.
+        The folder that holds the split folders. One of the split folders is also accepted, and so is the parent, if only
+        one of its subfolders holds all splits.
     save_folder : str
-        Where the manifests go; created if need be.
+        The folder for the manifests; created if it is missing.
     tr_splits, dev_splits, te_splits : list of str
-        Names of the split folders to train on, to validate on and to test on.
+        Names of the split folders for training, validation and tests.
     select_n_sentences : list of int, optional
-        How many utterances to take of each split, in the order of the splits above; one number means the same of each.
-        They are the first in the order of their paths.
+        Number of utterances of each split, in the order of the splits above; a single number is for every split. The
+        first ones in the order of their paths are used.
     merge_lst : list of str
-        Splits to merge into one more manifest.
+        Splits to merge into a further manifest.
     merge_name : str, optional
-        File name of the merged manifest; ``.csv`` is added where it is missing.
+        File name of the merged manifest; ``.csv`` is added if it is missing.
     create_lexicon : bool
-        Only ``False``: the lexicon that SpeechBrain's recipe writes serves grapheme-to-phoneme models.
+        Must be ``False``; SpeechBrain's recipe writes a lexicon for grapheme-to-phoneme models.
     skip_prep : bool
-        If True, do nothing: the manifests are there already.
+        If True, do nothing, because the manifests exist.
     max_skipped : float
-        The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+        The largest share of a split that may be left out, from 0 to 1, rounded up to whole utterances.
     text_normalization : str
-        Case of the transcripts: "upper", "lower" or "none", as they are.
+        Case of the transcripts: "upper", "lower" or "none" (unchanged).
 
     Raises
     ------
     FileNotFoundError
-        If the data folder, a split, its audio or its transcripts are not there.
+        If the data folder, a split, its audio or its transcripts are missing.
     ValueError
         If the arguments contradict each other.
     RuntimeError
-        If too much of a split would be left out.
+        If too many utterances of a split are unusable.
 
     Example
     -------
@@ -121,8 +119,8 @@ def prepare_librispeech(
         return
     if create_lexicon:
         raise UserError(
-            "create_lexicon=True is not supported, as the lexicon serves grapheme-to-phoneme models only; "
-            "leave it out, or run SpeechBrain's own LibriSpeech recipe."
+            "create_lexicon=True is not supported, as the lexicon is only for grapheme-to-phoneme models; "
+            "leave it out, or run SpeechBrain's LibriSpeech recipe."
         )
     tr_splits, dev_splits, te_splits, merge_lst = map(_as_names, (tr_splits, dev_splits, te_splits, merge_lst))
     splits = list(dict.fromkeys(tr_splits + dev_splits + te_splits))
@@ -140,7 +138,7 @@ def prepare_librispeech(
         "max_skipped": max_skipped,
         "corpus": {split: files_digest(files[split]) for split in splits},
     }
-    taken = {}  # test splits come first: they keep an id that several splits claim
+    taken = {}  # test splits are prepared first: they keep an id that several splits have
 
     def make(split):
         return prepare_split(split, root / split, files[split], taken, wanted[split], text_normalization)
@@ -150,12 +148,12 @@ def prepare_librispeech(
 
 
 def find_corpus(data_folder, splits):
-    """The folder that holds all splits: the one given, or where exactly one reading makes sense, a neighbour of it."""
+    """The folder that holds all splits: the given folder, else the only subfolder or parent that holds them all."""
     if not splits:
-        raise UserError("No split is named: give at least one of tr_splits, dev_splits and te_splits.")
+        raise UserError("No split is given; give at least one of tr_splits, dev_splits and te_splits.")
     folder = Path(data_folder or "").absolute()
     if not data_folder or not folder.is_dir():
-        raise FileNotFoundError(f"The data folder '{data_folder}' is no folder; give the one that holds {splits[0]}.")
+        raise FileNotFoundError(f"The data folder '{data_folder}' is not a folder; give the folder that holds {splits[0]}.")
 
     def holds_all(place):
         return all(os.path.isdir(place / split) for split in splits)
@@ -171,25 +169,25 @@ def find_corpus(data_folder, splits):
         return fitting[0]
     missing = [split for split in splits if split not in inside]
     raise FileNotFoundError(
-        f"{folder} should hold a folder for each split, but has none named {listing(missing)}; "
+        f"{folder} must hold a folder for each split, but has none named {listing(missing)}; "
         f"the folders in it are: {listing(inside)}."
     )
 
 
 def first_there(data_folder, *splits):
-    """Choose a split for a corpus that may hold only some of its parts.
+    """Choose the first split that a corpus folder holds.
 
     Arguments
     ---------
     data_folder : str
         As for :func:`prepare_librispeech`.
     *splits : str
-        Names, the best one first.
+        Names, the preferred one first.
 
     Returns
     -------
     str
-        The first one that is there; the first one of all if none is.
+        The first name that exists; if none exists, the first name.
 
     Example
     -------
@@ -209,7 +207,9 @@ def first_there(data_folder, *splits):
 
 
 def list_files(folder):
-    """All files under a folder in the order of their paths, without hidden ones; links are followed, each folder once.
+    """All files in a folder and its subfolders, in the order of their paths, without hidden files.
+
+    Links are followed, but each folder is visited only once.
 
     Returns
     -------
@@ -219,7 +219,7 @@ def list_files(folder):
 
     def visit(place):
         stat = os.stat(place)
-        if (stat.st_dev, stat.st_ino) in seen:  # a link that leads back
+        if (stat.st_dev, stat.st_ino) in seen:  # a loop of links
             return
         seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(place) as entries:
@@ -233,7 +233,7 @@ def list_files(folder):
             try:
                 stat = entry.stat()
                 files.append(File(entry.path, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link to nowhere, which the check of its audio will name
+            except OSError:  # a broken link; the check of its audio reports it
                 files.append(File(entry.path, 0, 0))
 
     visit(folder)
@@ -252,11 +252,11 @@ def prepare_split(split, folder, files, taken, wanted, case):
     files : list of File
         The files of the split.
     taken : dict
-        Path of each id in the splits before; the ids of this split are added.
+        Path of each id in the previous splits; the ids of this split are added.
     wanted : int or None
-        How many utterances to take, all if None.
+        Number of utterances to use; None means all.
     case : str
-        Of the transcripts: "upper", "lower" or "none".
+        Case of the transcripts: "upper", "lower" or "none".
 
     Returns
     -------
@@ -264,7 +264,7 @@ def prepare_split(split, folder, files, taken, wanted, case):
         In the order of the paths.
     skipped : list of Skipped
     total : int
-        How many utterances there are, those that are not wanted included.
+        Number of all utterances, also of those beyond ``wanted``.
     """
     audio = [file.path for file in files if os.path.splitext(file.path)[1].lower() in AUDIO_SUFFIXES]
     texts = [file.path for file in files if file.path.lower().endswith(TRANSCRIPT_SUFFIX)]
@@ -301,7 +301,7 @@ def prepare_split(split, folder, files, taken, wanted, case):
 
     rows, position = [], 0
     wanted = len(candidates) if wanted is None else wanted
-    while len(rows) < wanted and position < len(candidates):  # again only where some of the first n were no good
+    while len(rows) < wanted and position < len(candidates):  # repeats if some of the first n are unusable
         batch = candidates[position : position + wanted - len(rows)]
         position += len(batch)
         utterances = [Utterance(name, taken[name], name.rsplit("-", 1)[0], transcripts[name].text) for name in batch]
@@ -311,7 +311,7 @@ def prepare_split(split, folder, files, taken, wanted, case):
     odd = Counter(character for row in rows for character in set(row.wrd.upper()) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZ' "))
     if odd:
         shown = listing([f"{character} ({count})" for character, count in odd.most_common()])
-        logger.warning("%s: transcripts hold characters other than A-Z and ' (in how many): %s", split, shown)
+        logger.warning("%s: transcripts hold characters other than A-Z and ' (number of transcripts): %s", split, shown)
     return rows, skipped, total
 
 
@@ -323,18 +323,18 @@ def read_transcripts(paths, case):
     paths : list of str
         Files with a line ``<id> <text>`` for each utterance; any line ends, with or without a byte order mark.
     case : str
-        Of the texts: "upper", "lower" or "none".
+        Case of the texts: "upper", "lower" or "none".
 
     Returns
     -------
     dict
-        From id to Transcript, its text with single blanks.
+        Transcript by id; the text has single spaces.
     """
     transcripts = {}
     for path in paths:
         for line in Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines():
             name, *rest = line.split(None, 1) or [b""]
-            # a file in UTF-16 has a zero byte in every character: what is left without them is the id
+            # without its zero bytes, an id in UTF-16 is readable, for the message
             name = name.replace(b"\0", b"").decode(errors="ignore")
             if not name:
                 continue
@@ -344,14 +344,14 @@ def read_transcripts(paths, case):
             except UnicodeDecodeError:
                 text, flaw = "", "transcript not UTF-8"
             known = transcripts.get(name)
-            if known is not None:  # the same line twice does no harm
+            if known is not None:  # a repeated line is allowed
                 flaw = known.flaw if known.text == text else "two different transcripts"
             transcripts[name] = Transcript(text, path, flaw)
     return transcripts
 
 
 def normalise(text, case="upper"):
-    """LibriSpeech's spelling: upper case unless told otherwise, the plain apostrophe, single blanks.
+    """A text in LibriSpeech's spelling: by default upper case, the ASCII apostrophe, single spaces.
 
     Example
     -------
@@ -362,7 +362,7 @@ def normalise(text, case="upper"):
 
 
 def _as_names(names):
-    """A list of plain folder names; one name alone may come as a string, as from the command line."""
+    """A list of folder names; a single name may be a string, as from the command line."""
     names = [names] if isinstance(names, str) else [str(name) for name in names or ()]
     for name in names:
         if not name or name != os.path.basename(name) or name.startswith("."):
@@ -371,26 +371,26 @@ def _as_names(names):
 
 
 def _check_merge(merge_lst, merge_name, splits):
-    """The file name of the merged manifest, None if nothing is merged."""
+    """The file name of the merged manifest; None if nothing is merged."""
     if not merge_lst:
         return None
     if unknown := [split for split in merge_lst if split not in splits]:
-        raise UserError(f"merge_lst names {listing(unknown)}, not prepared here; the splits are: {listing(splits)}.")
+        raise UserError(f"merge_lst has {listing(unknown)}, which is not prepared here; the splits are: {listing(splits)}.")
     if not merge_name or merge_name != os.path.basename(merge_name):
-        raise UserError(f"merge_lst needs merge_name, a file name such as train.csv, and it is {merge_name!r}.")
+        raise UserError(f"merge_lst needs merge_name, a file name such as train.csv, but it is {merge_name!r}.")
     stem = merge_name.removesuffix(".csv")
     if f"{stem}.csv" == SKIPPED_FILE or (stem in splits and merge_lst != [stem]):
-        raise UserError(f"merge_name '{merge_name}' is the name of another file that is written; choose another.")
+        raise UserError(f"merge_name '{merge_name}' is the name of another output file; choose another name.")
     return f"{stem}.csv"
 
 
 def _wanted_of_each(select_n_sentences, splits):
-    """How many utterances to take of each split: a number, or None for all."""
+    """The number of utterances to use of each split; None means all."""
     if select_n_sentences is None or isinstance(select_n_sentences, int):
         select_n_sentences = [select_n_sentences] * len(splits)
     if len(select_n_sentences) != len(splits) or any(n is not None and n < 1 for n in select_n_sentences):
         raise UserError(
-            f"select_n_sentences should be one number above 0 for each of the {len(splits)} splits, "
-            f"and it is {list(select_n_sentences)}."
+            f"select_n_sentences needs one number above 0 for each of the {len(splits)} splits, "
+            f"but it is {list(select_n_sentences)}."
         )
     return dict(zip(splits, select_n_sentences, strict=True))

@@ -1,1 +1,1 @@
-"""Any corpus that comes as manifests."""
+"""Any corpus that is given as manifests."""

@@ -1,7 +1,7 @@
-"""Manifests in the formats of other toolkits -> validated manifests.
+"""Prepare validated manifests from manifests in the formats of other toolkits.
 
-What they say is held against the audio. What cannot be trained on or scored is left out, named in ``skipped.csv`` and counted;
-too much of it stops the run, and so does an utterance that is in the training set and in a test set.
+The manifests are compared with the audio. Unusable utterances are left out, counted, and listed in ``skipped.csv``; too many of
+them stop the run. An utterance that is in both the training set and a test set also stops it.
 """
 
 import logging
@@ -18,9 +18,9 @@ from speechbrain_ext.utils.text import listing
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the manifests; another one is prepared anew
+VERSION = 1  # version of the manifests; older ones are prepared again
 TAKEN = ("skipped", "train+merged", "unfit_train", "unfit_valid", "results")
-"""Names of other CSV files in the folder of a run."""
+"""Names of other CSV files in the output folder of a run."""
 
 
 def prepare_manifests(
@@ -39,40 +39,40 @@ def prepare_manifests(
 ):
     """Write the manifest ``<split>.csv`` of every split from manifests in the formats of :mod:`speechbrain_ext.dataio.manifests`.
 
-    The columns are ``ID, duration, wav, start, stop, channel, spk_id, wrd``; ``start``, ``stop`` and ``channel`` are there only
-    where some utterances are segments or channels of recordings. Each recording is checked once, to its end. What is left out is
+    The columns are ``ID, duration, wav, start, stop, channel, spk_id, wrd``. ``start``, ``stop`` and ``channel`` are only present
+    if some utterances are segments or channels of recordings. Each recording is checked once, as a whole. Skipped utterances are
     listed in ``skipped.csv`` (``split, ID, file, reason, detail``). A later call with the same arguments and the same files
     returns at once.
 
     Arguments
     ---------
     data_folder : str, optional
-        What a placeholder at the beginning of a path, such as ``$data_root``, stands for.
+        The folder that replaces a placeholder at the beginning of a path, such as ``$data_root``.
     save_folder : str
-        Where the manifests go; created if need be.
+        The folder for the manifests; created if it is missing.
     tr_splits, dev_splits, te_splits : list of str
-        Names of the training set and of what is mixed in, if anything is, of the validation set, and of the test sets to prepare.
+        Names of the training set and, if data is mixed in, of that set; of the validation set; and of the test sets.
     train_manifest, valid_manifest : list of str
-        Files or folders. Several become one set; an id that two of them have gets the name of its file in front.
+        Files or folders. Several become one set; if two of them have the same id, the name of the file is added before it.
     test_manifest : list of str
-        ``name=path``, or a path whose file gives the name.
+        ``name=path``, or a path; then the name is that of the file.
     mix_manifest : str or list of str, optional
-        What is mixed into the training set.
+        Manifests to mix into the training set.
     text_normalization : str
-        Case of the transcripts: "none", as they are, "upper" or "lower".
+        Case of the transcripts: "none" (unchanged), "upper" or "lower".
     max_duration : float, optional
-        Seconds; longer utterances are not trained on.
+        Seconds; longer utterances are left out of training.
     max_skipped : float
-        The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+        The largest share of a split that may be left out, from 0 to 1, rounded up to whole utterances.
 
     Raises
     ------
     FileNotFoundError
-        If a manifest is not there.
+        If a manifest is missing.
     UserError
-        If a manifest cannot be read, or an utterance is in the training set and in a test set.
+        If a manifest cannot be read, or an utterance is in both the training set and a test set.
     UserRuntimeError
-        If too much of a split would be left out.
+        If too many utterances of a split are unusable.
 
     Example
     -------
@@ -94,7 +94,7 @@ def prepare_manifests(
     if len(given) < len(tr_splits) + 1 + len(te_splits) or not given.keys().isdisjoint(TAKEN):
         names = listing([*tr_splits, *dev_splits, *te_splits])
         raise UserError(
-            f"The sets are called {names}; give each test set a name of its own, as name=path, but none of {listing(TAKEN)}."
+            f"The sets have the names {names}; give each test set a different name, as name=path, but none of {listing(TAKEN)}."
         )
     entries, sources, ids, status = {}, {}, {}, {}
     for split, paths in given.items():
@@ -132,7 +132,7 @@ def names_of_tests(test_manifest):
     Arguments
     ---------
     test_manifest : list of str
-        ``name=path``, or a path whose file gives the name.
+        ``name=path``, or a path; then the name is that of the file.
 
     Returns
     -------
@@ -147,23 +147,23 @@ def names_of_tests(test_manifest):
 
 
 def read_split(paths, data_folder=None):
-    """Read manifests as one.
+    """Read several manifests as one set.
 
     Arguments
     ---------
     paths : list of str
         Manifests.
     data_folder : str, optional
-        What a placeholder at the beginning of a path stands for.
+        The folder that replaces a placeholder at the beginning of a path.
 
     Returns
     -------
     entries : list of Entry
-        Where two manifests have an id, it has the name of its manifest in front.
+        If two manifests have the same id, the name of the manifest is added before it.
     files : list of str
         All files that were read.
     ids : set of str
-        All that the manifests state.
+        All ids that the manifests state.
     """
     parts, files = [], []
     for path in paths:
@@ -184,40 +184,43 @@ def read_split(paths, data_folder=None):
 
 
 def _files(entries, sources, status):
-    """The files of a split, and into ``status`` what the system knows of them."""
+    """The files of a split; their status is added to ``status``."""
     audio = (split_location(entry.utterance.wav)[0] for entry in entries if entry.utterance.wav)
     for path in dict.fromkeys([*sources, *audio]):
         if path not in status:
             try:
                 status[path] = os.stat(path)
-            except (OSError, ValueError):  # which the check of its audio will name
+            except (OSError, ValueError):  # the check of the audio reports it
                 status[path] = None
         found = status[path]
         yield File(path, found.st_size, found.st_mtime_ns) if found else File(path, 0, 0)
 
 
 def _compare(train, rows, name, status, refuse):
-    """Refuse, or only tell, what is in the training set and in another one: the same audio, or most of it; the same speakers."""
+    """Find audio (most of an utterance) and speakers that are in both the training set and another set.
+
+    With ``refuse``, shared audio raises an error; everything else is logged.
+    """
     shared = sorted(_common(train, rows, status))
     if refuse:
         _refuse_common(shared, name, "the same audio")
     elif shared:
-        logger.warning("%s: %d utterances have audio of the training set, such as %s", name, len(shared), listing(shared, 3))
+        logger.warning("%s: %d utterances have the same audio as the training set: %s", name, len(shared), listing(shared, 3))
     speakers = ({row.spk_id for row in train} & {row.spk_id for row in rows}) - {"unknown"}
     if speakers:
-        logger.warning("%s: %d speakers are in the training set, too: %s", name, len(speakers), listing(sorted(speakers), 3))
+        logger.warning("%s: %d speakers are also in the training set: %s", name, len(speakers), listing(sorted(speakers), 3))
 
 
 def _refuse_common(names, test, what):
     if names:
         raise UserError(
-            f"{len(names)} utterances of the test set {test} have {what} as some in training, such as {listing(names, 3)}: "
-            "leave them out of one of the two."
+            f"{len(names)} utterances of the test set {test} have {what} as training utterances, such as {listing(names, 3)}; "
+            "remove them from one of the two sets."
         )
 
 
 def _common(train, rows, status):
-    """Ids of rows that share more than half of their samples, or of those of a training row, with one."""
+    """Ids of rows that overlap a training row by more than half of the shorter one."""
     heard = {}
     for row in rows:
         heard.setdefault(_place(row, status), []).append(_Span(row, True))
@@ -229,13 +232,13 @@ def _common(train, rows, status):
 
 
 def _place(row, status):
-    """What audio a row is of, by whatever name."""
+    """The audio of a row, identified by the file and not by its name."""
     path, offset, _ = split_location(row.wav)
     return status[path].st_dev, status[path].st_ino, offset
 
 
 class _Span:
-    """The samples of a row, of the test set or not."""
+    """The range of samples of a row; ``tested``: the row is of the other set, not of the training set."""
 
     def __init__(self, row, tested):
         self.row, self.tested, self.begin = row, tested, row.start or 0
@@ -244,7 +247,7 @@ class _Span:
 
 
 def _overlapping(spans):
-    """Pairs of a row that is tested and one that is not."""
+    """Yield pairs of a training row and another row that overlap."""
     current = []
     for span in sorted(spans, key=lambda span: span.begin):
         current = [other for other in current if other.end > span.begin]

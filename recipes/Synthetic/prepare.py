@@ -1,9 +1,9 @@
-"""The embedded mini corpus: synthetic read English in LibriSpeech layout, built on the spot without any download.
+"""The embedded mini corpus: synthetic English in LibriSpeech layout, built locally without a download.
 
-It lets every recipe run end to end on a fresh machine in minutes. Sentences come from a small grammar, speech from
-eSpeak NG (the PyPI package ``espeakng-loader`` carries the library and its voices). A voice is a timbre, an accent, a
-pitch, a rate and a recording condition (noise colour, signal-to-noise ratio, level). The splits share neither a timbre
-nor a sentence, so that the error rate is one on unseen speakers.
+Every recipe can run on it from start to end in minutes. Sentences come from a small grammar, speech comes from eSpeak NG
+(the PyPI package ``espeakng-loader`` contains the library and its voices). A voice is a timbre, an accent, a pitch, a
+rate and a recording condition (noise colour, signal-to-noise ratio, level). The splits share no timbre and no sentence,
+so the error rate is for unseen speakers.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ SAMPLE_RATE = 16000
 ESPEAK_SAMPLE_RATE = 22050
 MIN_WORDS, MAX_WORDS = 3, 8
 
-# A symbol in braces stands for any of its expansions. Past tense throughout, so that every combination agrees.
+# A symbol in braces is replaced by any of its expansions. All verbs are in the past tense, which fits any subject.
 GRAMMAR = {
     "sentence": (
         "{who} {did} {what}",
@@ -59,8 +59,8 @@ GRAMMAR = {
     "season": ("winter", "summer", "night", "week"),
 }
 
-# Timbres are eSpeak variants that stay intelligible: no whisper, no robot, no strongly moved formants, and none of the
-# breathy Klatt ones, whose noise comes from the C library's unseeded generator.
+# eSpeak variants that are intelligible: no whisper, no robot and no strongly moved formants. The breathy Klatt variants
+# are left out, because their noise comes from an unseeded generator.
 TIMBRES = {
     "train-mini": (
         "m1 m2 m4 m5 m6 m8 f1 f3 f4 f5 klatt2 klatt3 Alex Andrea Gene Henrique Mario Mike Nguyen adam anika belinda "
@@ -69,7 +69,7 @@ TIMBRES = {
     "dev-mini": "m7 Hugo Annie klatt robert steph".split(),
     "test-mini": "m3 f2 Michael benjamin linda miguel pablo pedro Denis steph3".split(),
 }
-# Voices that share a timbre differ in all else: variety in training is what unseen voices are recognised by.
+# Voices with the same timbre differ in all other properties. This variety helps to recognise unseen voices.
 VOICES_PER_TIMBRE = {"train-mini": 4, "dev-mini": 1, "test-mini": 1}
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-us-nyc")
 UTTERANCES = {"train-mini": 1520, "dev-mini": 120, "test-mini": 240}
@@ -77,7 +77,7 @@ UTTERANCES = {"train-mini": 1520, "dev-mini": 120, "test-mini": 240}
 
 @dataclass(frozen=True)
 class Speaker:
-    """One voice and everything it says; picklable, so that voices are synthesised in parallel.
+    """One voice and all its sentences; it can be pickled for parallel synthesis.
 
     Arguments
     ---------
@@ -88,9 +88,9 @@ class Speaker:
     timbre : str
         eSpeak voice variant.
     seed : int
-        Seed of the voice's own random choices.
+        Seed of the voice's random choices.
     sentences : tuple
-        What the voice says, in lower case.
+        Sentences of the voice, in lower case.
     """
 
     split: str
@@ -101,18 +101,18 @@ class Speaker:
 
 
 def prepare_synthetic(data_folder, save_folder, tr_splits=(), dev_splits=(), te_splits=(), text_normalization="upper"):
-    """Build the corpus where it is missing, and write its manifests.
+    """Build the corpus if it is missing, and write its manifests.
 
     Arguments
     ---------
     data_folder : str, optional
-        The corpus folder; by default it is built, or found, in the user's cache.
+        The corpus folder; by default it is found or built in the user's cache.
     save_folder : str
-        Where the manifests go.
+        The folder for the manifests.
     tr_splits, dev_splits, te_splits : list of str
         Names of splits.
     text_normalization : str
-        Case of the transcripts: "upper", "lower" or "none", as they are.
+        Case of the transcripts: "upper", "lower" or "none" (unchanged).
     """
     folder = data_folder or build_mini_corpus()
     splits = {"tr_splits": tr_splits, "dev_splits": dev_splits, "te_splits": te_splits}
@@ -120,11 +120,10 @@ def prepare_synthetic(data_folder, save_folder, tr_splits=(), dev_splits=(), te_
 
 
 def build_mini_corpus(folder=None, seed=1986, utterances=None):
-    """Builds the mini corpus, or finds it where an earlier call built it.
+    """Builds the mini corpus, or finds the one that an earlier call built.
 
-    A build goes to a temporary folder that is renamed when it is complete, so an interrupted one leaves nothing that
-    looks finished. The name of the corpus folder carries a hash of this file, the arguments and the synthesiser's
-    version: data of other settings are never taken for these.
+    The corpus is built in a temporary folder, which is renamed when it is complete. The name of the corpus folder has a
+    hash of this file, the arguments and the version of the synthesiser, so data of other settings are never used.
 
     Arguments
     ---------
@@ -135,7 +134,7 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
         Seed of all choices; the same seed gives the same bytes.
     utterances : dict, optional
         Number of utterances of each split ``train-mini``, ``dev-mini`` and ``test-mini``, spread evenly over its
-        voices; a split that is left out has none. By default ``UTTERANCES``.
+        voices. Other splits have none. By default ``UTTERANCES``.
 
     Returns
     -------
@@ -161,7 +160,7 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
     utterances = UTTERANCES if utterances is None else dict(utterances)
     for split, count in utterances.items():
         if split not in TIMBRES or count < 0:
-            raise UserError(f"The mini corpus cannot have {count} utterances in '{split}': give counts for {', '.join(TIMBRES)}.")
+            raise UserError(f"The mini corpus cannot have {count} utterances in '{split}'; give counts for {', '.join(TIMBRES)}.")
     try:
         version = metadata.version("espeakng-loader")
     except metadata.PackageNotFoundError:
@@ -176,7 +175,7 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
     if (corpus / ".completed").exists():
         return corpus
 
-    shutil.rmtree(corpus, ignore_errors=True)  # a folder without the marker is no corpus
+    shutil.rmtree(corpus, ignore_errors=True)  # a folder without the marker is incomplete
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{corpus.name}.", suffix=".tmp", dir=cache) as temporary:
         build = Path(temporary) / corpus.name
@@ -188,14 +187,14 @@ def build_mini_corpus(folder=None, seed=1986, utterances=None):
         try:
             build.rename(corpus)
         except OSError:
-            # Another process may have built the same corpus meanwhile: its files are the same as ours.
+            # Another process may have built the same corpus meanwhile; its files are equal.
             if not (corpus / ".completed").exists():
                 raise
     return corpus
 
 
 def default_cache_folder():
-    """Returns where the corpus goes unless told otherwise: ``$SPEECHBRAIN_EXT_CACHE``, or a folder in the user's cache.
+    """Returns the default cache folder: ``$SPEECHBRAIN_EXT_CACHE``, or a folder in the user's cache.
 
     Returns
     -------
@@ -207,7 +206,7 @@ def default_cache_folder():
 
 
 def generate_sentences(rng):
-    """Generates different sentences of the grammar, in lower case, without end.
+    """Generates an endless sequence of different sentences of the grammar, in lower case.
 
     Arguments
     ---------
@@ -247,7 +246,7 @@ def draw_speakers(seed, utterances):
     Returns
     -------
     speakers : list
-        One ``Speaker`` for each voice that has something to say.
+        One ``Speaker`` for each voice with at least one sentence.
     """
     sentences = generate_sentences(np.random.default_rng(seed))
     speakers = []
@@ -272,10 +271,10 @@ def synthesise_speaker(job):
     Returns
     -------
     seconds : float
-        Duration of the audio written.
+        Duration of the written audio.
     """
     speaker, corpus = job
-    # The voice's choices depend on the seed and its id only: not on other voices, nor on the process it is made in.
+    # The choices depend only on the seed and the id, not on other voices or the process.
     rng = np.random.default_rng([speaker.seed, speaker.id])
     voice = f"{rng.choice(ACCENTS)}+{speaker.timbre}"
     rate, pitch, pitch_range = rng.integers(140, 200), rng.integers(30, 70), rng.integers(35, 65)
@@ -309,7 +308,7 @@ def coloured_noise(rng, length, slope):
     length : int
         Number of samples.
     slope : float
-        Exponent of the fall of power with frequency.
+        Exponent of the decrease of power with frequency.
 
     Returns
     -------
@@ -338,16 +337,16 @@ class Synthesiser:
     rate : int
         Words per minute.
     pitch : int
-        0 to 100; 50 is the voice's own.
+        0 to 100; 50 is the default of the voice.
     pitch_range : int
-        0 to 100; 50 is the voice's own.
+        0 to 100; 50 is the default of the voice.
     seed : int
-        Seed of eSpeak's own random choices.
+        Seed of eSpeak's random choices.
 
     Raises
     ------
     RuntimeError
-        If eSpeak does not know the language. (It takes an unknown variant for none.)
+        If eSpeak does not have the language. (It ignores an unknown variant.)
 
     Example
     -------
@@ -363,26 +362,26 @@ class Synthesiser:
     CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
     def __init__(self, voice, rate, pitch, pitch_range, seed):
-        import espeakng_loader  # here, so that build_mini_corpus can say what to install
+        import espeakng_loader  # imported here, because build_mini_corpus has the message for a missing package
 
-        # eSpeak keeps state from one utterance to the next (flutter, noise) that none of its functions resets: a
-        # private copy of the library starts afresh.
+        # eSpeak keeps state between utterances (flutter, noise), and no function resets it. A private copy of the library
+        # has new state.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.espeak = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
         self.chunks = []
-        self.callback = self.CALLBACK(self._collect)  # kept: the library holds only the address
+        self.callback = self.CALLBACK(self._collect)  # must be kept: the library holds only the address
         data = espeakng_loader.get_data_path().encode()
         if self.espeak.espeak_Initialize(self.AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0) != ESPEAK_SAMPLE_RATE:
-            raise UserRuntimeError(f"eSpeak did not start with the data in '{data.decode()}': reinstall espeakng-loader.")
+            raise UserRuntimeError(f"eSpeak did not start with the data in '{data.decode()}'; reinstall espeakng-loader.")
         self.espeak.espeak_SetSynthCallback(self.callback)
         self.espeak.espeak_ng_SetRandSeed(seed)
         if self.espeak.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise UserRuntimeError(f"eSpeak has no voice '{voice}': use a language that espeakng-loader holds.")
+            raise UserRuntimeError(f"eSpeak has no voice '{voice}'; use a language that espeakng-loader contains.")
         for parameter, value in ((self.RATE, rate), (self.PITCH, pitch), (self.PITCH_RANGE, pitch_range)):
             self.espeak.espeak_SetParameter(parameter, int(value), 0)
 
     def _collect(self, samples, count, _events):
-        """Takes a piece of audio from eSpeak; it comes with a null pointer when the utterance ends."""
+        """Receives a piece of audio from eSpeak; at the end of the utterance the pointer is null."""
         if samples and count > 0:
             self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
@@ -394,12 +393,12 @@ class Synthesiser:
         self.espeak.espeak_Terminate()
 
     def __call__(self, text):
-        """Speaks a text.
+        """Synthesises a text.
 
         Arguments
         ---------
         text : str
-            What to say.
+            The text.
 
         Returns
         -------

@@ -1,7 +1,7 @@
-"""The command line: ``python -m speechbrain_ext COMMAND ...``, a file per command.
+"""The command line: ``python -m speechbrain_ext COMMAND ...``, with a file for each command.
 
-Results go to standard output, all else to standard error. The exit status is 0 only when all went well, 2 for wrong usage,
-1 otherwise.
+Results go to standard output, all other messages to standard error. The exit status is 0 for success, 2 for wrong usage, and 1
+for any other failure.
 """
 
 import argparse
@@ -23,7 +23,7 @@ GROUPS = {
     "Models elsewhere": (export, publish),
     "Encoders on this machine": (bench,),
 }
-"""The commands; what each is for is the first line of its file."""
+"""The commands by group; the first line of each file describes the command."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ def main(argv=None):
     parser = _Parser(
         prog="speechbrain_ext",
         description="Speech recognition with speechbrain_ext's models. train.py trains them.",
-        epilog="COMMAND --help has its options. MODEL is a folder that training wrote, or user/model of Hugging Face.",
+        epilog="COMMAND --help lists the options. MODEL is a folder that training wrote, or user/model of Hugging Face.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
     for command in itertools.chain.from_iterable(GROUPS.values()):
@@ -66,7 +66,7 @@ def main(argv=None):
         return 2
     arguments = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):  # a name or word that the terminal cannot show is no reason to stop
+        if isinstance(output, io.TextIOWrapper):  # print names and words that the terminal cannot show with escapes
             output.reconfigure(errors="backslashreplace")
     try:
         with _stopped_in_order():
@@ -77,8 +77,8 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def _stopped_in_order():
-    """A context in which a stop by the system (SIGTERM) still removes what is half-written."""
-    if threading.current_thread() is not threading.main_thread():  # no other may
+    """A context in which a stop by the system (SIGTERM) removes incomplete files."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -98,9 +98,9 @@ def _run(arguments):
         say(error)
         return 1
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # such as "| head", which needs no more
+        if not isinstance(error, BrokenPipeError):  # "| head" closes the pipe early; that is no error
             place = error.filename or "Standard input or output"
-            say(f"{place} cannot be read or written: {error.strerror}; what is done is kept.")
-        if error.filename is None:  # without this, Python complains again at exit
+            say(f"{place} cannot be read or written: {error.strerror}; the results so far are kept.")
+        if error.filename is None:  # without this, Python reports the error again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

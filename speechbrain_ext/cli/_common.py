@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Options and helpers of several commands."""
 
 import sys
 from contextlib import contextmanager, redirect_stdout
@@ -8,91 +8,94 @@ from speechbrain_ext.utils.text import printable
 
 
 def say(message):
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(f"speechbrain_ext: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 @contextmanager
 def usage():
-    """Take what the user can mend for wrong usage, and standard output for the results alone, whatever the libraries say."""
+    """Turn user errors into wrong usage, and send the output of libraries to standard error."""
     with redirect_stdout(sys.stderr):
         try:
             yield
         except OSError as error:
             said = error.strerror is not None and error.filename is not None
-            cause = f"{error.filename} cannot be read or written: {error.strerror}; give another place." if said else str(error)
+            cause = f"{error.filename} cannot be read or written: {error.strerror}; give another path." if said else str(error)
             raise UsageError(cause) from error
         except UserError as error:
             raise UsageError(str(error)) from error
 
 
 def add_model(parser, help="a model folder that training wrote, or a Hugging Face repository, user/model"):
-    """The model of a command."""
+    """Add the option for the model."""
     parser.add_argument("--model", metavar="MODEL", required=True, help=help)
-    parser.add_argument("--trust", action="store_true", help="let the model's hyperparams.yaml name, and so run, any code")
+    parser.add_argument("--trust", action="store_true", help="allow the model's hyperparams.yaml to name, and so run, any code")
 
 
 def add_pass(parser):
-    """Which pass of a cascade."""
-    parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="of a cascade, which pass answers: first or second")
+    """Add the option for the pass of a cascade."""
+    parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="the pass of a cascade that answers: first or second")
 
 
 def add_phrases(parser):
-    """What a search is to listen for."""
+    """Add the option for phrases."""
     parser.add_argument(
         "--phrases",
         metavar="FILE",
-        help="names and words that beams listen for: one phrase per line, and after a tab its bonus (2 for each token)",
+        help="names and words that beam searches prefer: one phrase per line; after a tab its bonus (2 for each token)",
     )
 
 
 def add_search(parser):
-    """How a model searches."""
+    """Add the options for the search."""
     parser.add_argument(
         "--search",
         metavar="NAME",
         help="ctc_greedy or ctc_beam; with a decoder also joint_beam or ctc_rescored, with a transducer transducer_greedy or "
-        "transducer_beam; by default ctc_greedy, joint_beam or transducer_beam, of a stream with a decoder ctc_greedy",
+        "transducer_beam; by default ctc_greedy, joint_beam or transducer_beam; for a stream with a decoder ctc_greedy",
     )
     add_phrases(parser)
     parser.add_argument(
         "--beam-size",
         type=int,
         metavar="N",
-        help="hypotheses of a decoder's or transducer's search, 1 = greedy; by default the model's",
+        help="hypotheses of a decoder's or transducer's search, 1 = greedy; by default the value of the model",
     )
     parser.add_argument(
         "--lm",
         metavar="LM",
-        help="a language model of the model's tokens: an ARPA file, as ngram --tokens writes it, or, with a decoder, one of "
-        "SpeechBrain: a folder or Hugging Face repository, such as speechbrain/asr-transformer-transformerlm-librispeech",
+        help="a language model with the model's tokens: an ARPA file from ngram --tokens or, with a decoder, a folder or Hugging "
+        "Face repository of SpeechBrain, such as speechbrain/asr-transformer-transformerlm-librispeech",
     )
     add_lm_settings(parser)
 
 
 def add_lm_settings(parser, others=""):
-    """What a language model in the search counts."""
+    """Add the options for the weights of a language model."""
     parser.add_argument(
-        "--lm-weight", type=float, metavar="W", help=f"of its log-probabilities; 0.3 of tokens, 0.6 of SpeechBrain's{others}"
+        "--lm-weight",
+        type=float,
+        metavar="W",
+        help=f"weight of its log-probabilities (0.3 for tokens, 0.6 for SpeechBrain's{others})",
     )
-    parser.add_argument("--lm-temperature", type=float, metavar="T", help="what the logits of a decoder's are divided by; 1.15")
+    parser.add_argument("--lm-temperature", type=float, metavar="T", help="divisor of the logits of SpeechBrain's --lm (1.15)")
     parser.add_argument(
         "--lodr",
         metavar="LM.arpa",
-        help="beside a --lm of tokens, another one (ngram --tokens --order 2) of the transcripts that the model was trained "
-        "with, which is subtracted: low-order density ratio",
+        help="low-order density ratio: a second model of tokens (ngram --tokens --order 2), made from the training transcripts "
+        "of the model; its score is subtracted from that of --lm",
     )
-    parser.add_argument("--lodr-weight", type=float, metavar="W", help="of its log-probabilities; 0.15")
+    parser.add_argument("--lodr-weight", type=float, metavar="W", help="weight of its log-probabilities (0.15)")
 
 
 def add_device(parser):
-    """Where a model runs, and which version of it."""
+    """Add the options for device and revision."""
     parser.add_argument("--device", help="such as cpu or cuda:0; by default a GPU if there is one")
-    parser.add_argument("--revision", help="of a Hugging Face repository, the commit, tag or branch")
+    parser.add_argument("--revision", help="commit, tag or branch of a Hugging Face repository")
 
 
 def load(arguments):
-    """The model that the arguments name."""
+    """Load the model of the arguments."""
     with usage():
         from speechbrain_ext.inference import load_model
         from speechbrain_ext.utils.machine import keep_freed_memory
@@ -102,7 +105,7 @@ def load(arguments):
 
 
 def choose_search(model, arguments):
-    """Set the model's search as the arguments say."""
+    """Set the model's search from the arguments."""
     with usage():
         if arguments.search is not None:
             model.choose_search(arguments.search)
@@ -113,7 +116,7 @@ def choose_search(model, arguments):
 
 
 def choose_phrases(model, arguments):
-    """Let the model's search listen for the phrases of the arguments."""
+    """Add the phrases of the arguments to the model's search."""
     if arguments.phrases is not None:
         from speechbrain_ext.decoders.phrases import read_phrases
 
@@ -121,7 +124,7 @@ def choose_phrases(model, arguments):
 
 
 def choose_lm(model, arguments):
-    """Take the language model of the arguments into the model's search."""
+    """Add the language model of the arguments to the model's search."""
     options = {"lm_weight": "weight", "lm_temperature": "temperature", "lodr": "lodr"}
     options |= {"lodr_weight": "lodr_weight"}
     given = {option: getattr(arguments, option) for option in options if getattr(arguments, option) is not None}
@@ -129,4 +132,4 @@ def choose_lm(model, arguments):
         model.choose_lm(arguments.lm, **{options[option]: value for option, value in given.items()})
     elif given:
         option = next(iter(given)).replace("_", "-")
-        raise UsageError(f"--{option} is given, and there is no language model; give --lm, or leave it out.")
+        raise UsageError(f"--{option} is given, but there is no language model; give --lm, or leave it out.")

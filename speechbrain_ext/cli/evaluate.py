@@ -18,7 +18,7 @@ from speechbrain_ext.cli._common import (
 from speechbrain_ext.utils.errors import UsageError
 
 BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
-"""Options that belong to the CTC beam search, and its arguments."""
+"""Arguments of the CTC beam search, by option."""
 
 
 def add(commands):
@@ -26,8 +26,8 @@ def add(commands):
     parser = commands.add_parser(
         "evaluate",
         help="measure a model's word error rate",
-        description="Transcribe test sets and print word error rates, with 95 %% intervals by bootstrap over utterances. The "
-        "real-time factor is that of features, encoder and search, in batches of up to two minutes of audio.",
+        description="Transcribe test sets and print word error rates, with 95 % intervals by bootstrap over utterances. The "
+        "real-time factor includes features, encoder and search, in batches of up to two minutes of audio.",
     )
     add_model(parser)
     add_pass(parser)
@@ -36,39 +36,41 @@ def add(commands):
         "manifests",
         metavar="[NAME=]MANIFEST",
         nargs="+",
-        help="a test set: a manifest in any format that training takes, a run's own test-clean.csv, or a LibriSpeech folder",
+        help="a test set: a manifest in any format that training accepts, test-clean.csv of a run, or a LibriSpeech folder",
     )
     parser.add_argument(
         "--search",
         metavar="NAME",
         action="append",
         default=[],
-        help="ctc_greedy, ctc_beam, joint_beam, ctc_rescored, transducer_greedy or transducer_beam, once for each; by default "
-        "that of transcribe, and ctc_beam with --lm LM.arpa",
+        help="ctc_greedy, ctc_beam, joint_beam, ctc_rescored, transducer_greedy or transducer_beam; may be repeated; by default "
+        "the search of transcribe, and ctc_beam with --lm LM.arpa",
     )
     add_phrases(parser)
     parser.add_argument(
         "--lm",
         metavar="LM",
-        help="a word language model for ctc_beam, such as ngram writes (LM.arpa), or one of tokens, as transcribe takes it",
+        help="a word language model from ngram for ctc_beam (LM.arpa), or a language model of tokens as for transcribe",
     )
-    add_lm_settings(parser, ", 0.5 of words")
-    parser.add_argument("--word-score", type=float, metavar="S", help="added for each word with a word language model; 1.5")
-    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of the beams; 100 of ctc_beam, else the model's")
-    parser.add_argument("--output", metavar="FILE.csv", help="results table to add rows to")
+    add_lm_settings(parser, ", 0.5 for words")
+    parser.add_argument("--word-score", type=float, metavar="S", help="bonus per word, with a word language model (1.5)")
+    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses (100 for ctc_beam, else the value of the model)")
+    parser.add_argument("--output", metavar="FILE.csv", help="results table to append to")
     parser.add_argument(
         "--text-normalization",
         metavar="CASE",
         default="none",
-        help="of transcripts: none, upper or lower, as in training (none)",
+        help="case of the transcripts: none, upper or lower, as in training (none)",
     )
-    parser.add_argument("--data-folder", metavar="FOLDER", help="what a placeholder in front of audio paths stands for")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the processor; by default PyTorch's choice")
+    parser.add_argument(
+        "--data-folder", metavar="FOLDER", help="the folder that replaces a placeholder at the start of audio paths"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; by default PyTorch's choice")
     parser.set_defaults(run=run)
 
 
 def run(arguments):
-    """Print error rates; the exit status is 1 if utterances had to be left out."""
+    """Print error rates; the exit status is 1 if utterances were left out."""
     if arguments.threads is not None and arguments.threads < 1:
         raise UsageError(f"--threads is {arguments.threads}; give 1 or more.")
     with redirect_stdout(sys.stderr):
@@ -95,12 +97,12 @@ def run(arguments):
             if getattr(arguments, option) is not None:
                 option = option.replace("_", "-")
                 raise UsageError(
-                    f"--{option} is given, and {arguments.lm} is of words, with which it has no place; leave it out."
+                    f"--{option} is given, but {arguments.lm} is a language model of words, which does not use it; leave it out."
                 )
         searches = make_searches(model, arguments.search, **beam)
         words = arpa_words(arguments.lm) if of_words else None
         if arguments.output is not None:
-            open(arguments.output, "a").close()  # now, and not after hours
+            open(arguments.output, "a").close()  # raises an error now, not after hours
         sets = _read(arguments, model)
     skipped = 0
     for name, (rows, left_out) in sets.items():
@@ -115,7 +117,7 @@ def run(arguments):
             with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if "lm_unknown" in row else ""
             print(f"{name} {row['search']}: {error_sentence(row)}, real-time factor {row['real_time_factor']:g}{with_lm}")
             if row.get("phrases_said"):
-                said = f"{row['phrases_said']} times that phrases of {row['phrases']} are said"
+                said = f"{row['phrases_said']} occurrences of phrases of {row['phrases']}"
                 print(f"{name} {row['search']}: {row['phrase_recall']} % of the {said} are found")
         for skip in left_out:
             say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
@@ -124,7 +126,7 @@ def run(arguments):
 
 
 def _read(arguments, model):
-    """Utterances of each test set, and what cannot be used of it."""
+    """The utterances of each test set, and those that cannot be used."""
     from speechbrain_ext.dataio.manifests import named_manifests, read_entries, select
     from speechbrain_ext.dataio.preparation import check_utterances
     from speechbrain_ext.dataio.tokenizer import unknown_characters
@@ -136,20 +138,20 @@ def _read(arguments, model):
         rows, skipped = check_utterances(name, utterances)
         if not rows:
             first = (flawed + skipped)[0]
-            raise UsageError(f"{path} has no utterance that can be used ({first.reason}: {first.detail or first.file}); mend it.")
+            raise UsageError(f"{path} has no utterance that can be used ({first.reason}: {first.detail or first.file}); fix it.")
         unknown = unknown_characters(model.tokenizer, [row.wrd for row in rows])
         if unknown and 2 * max(unknown.values()) > len(rows):
             shown = " ".join(character for character, _ in unknown.most_common(5))
             raise UsageError(
                 f"Most transcripts of {path} have characters that the model does not write ({shown}); give the case of its "
-                "training as --text-normalization upper or lower."
+                "training transcripts as --text-normalization upper or lower."
             )
         sets[name] = rows, flawed + skipped
     return sets
 
 
 def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
-    """A row of the results table, without what only training knows, and with what belongs to the search."""
+    """A row of the results table, without the columns of training, and with the columns of the search."""
     from speechbrain_ext.decoders import BEAM, GREEDY, TRANSDUCER_GREEDY, search_name
     from speechbrain_ext.registry import encoder_name, passes_of
     from speechbrain_ext.training.results import FIELDS
@@ -180,19 +182,19 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
 
 
 def _beam_columns(beam, unknown):
-    """What the CTC beam search was told, and the share of the words that its language model does not know, in %."""
+    """The settings of the CTC beam search, and the share of words that its language model lacks, in %."""
     columns = {"lm" if key == "lm_file" else key: value for key, value in beam.items()}
     return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}
 
 
 def _search_columns(arguments):
-    """What the beams were told."""
+    """The settings of the other beam searches."""
     names = ("lm", "lm_weight", "lm_temperature", "lodr", "lodr_weight", "beam_size")
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _phrase_columns(file, phrases, scores):
-    """How many of the phrases were found, in %."""
+    """The share of phrases that were found, in %."""
     from speechbrain_ext.decoders.phrases import count_phrases
 
     said, found = count_phrases(phrases, *([score[key] for score in scores] for key in ("ref_tokens", "hyp_tokens")))

@@ -9,43 +9,45 @@ def add(commands):
     parser = commands.add_parser(
         "export",
         help="write a model as an ONNX file",
-        description="Write a model for a runtime, and check it: its CTC branch in one file, or a transducer in three.",
+        description="Write a model for a runtime, and check it: the CTC branch as one file, or a transducer as three files.",
     )
     add_model(parser)
     add_pass(parser)
     parser.add_argument(
-        "out", metavar="OUT", help="the file to write, of a transducer OUT-encoder.onnx and so on; for sherpa-onnx, the folder"
+        "out", metavar="OUT", help="the file to write (for a transducer, OUT-encoder.onnx and so on); for sherpa-onnx, the folder"
     )
     parser.add_argument(
         "--runtime",
         choices=("onnxruntime", "sherpa-onnx"),
         default="onnxruntime",
-        help="what will run it: onnxruntime (default), from samples to log-probabilities; or sherpa-onnx, from samples to text",
+        help="the runtime: onnxruntime (default), from samples to log-probabilities; or sherpa-onnx, from samples to text",
     )
-    parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits")
-    parser.add_argument("--streaming", action="store_true", help="for streams: one chunk and the state in, the next state out")
+    parser.add_argument("--int8", action="store_true", help="store the weights in 8 bits")
+    parser.add_argument("--streaming", action="store_true", help="for streams: takes a chunk and the state, gives the next state")
     parser.add_argument(
         "--hotwords",
         action="store_true",
-        help="for sherpa-onnx: CTC as a transducer, to take hotwords (a model with a transducer does anyway)",
-    )
-    parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the model's")
-    parser.add_argument(
-        "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the model's"
+        help="for sherpa-onnx: export CTC as a transducer, because the runtime takes hotwords only with transducers",
     )
     parser.add_argument(
-        "--audio", metavar="FILE", nargs="+", default=(), help="audio files to check on, or folders in LibriSpeech layout"
+        "--chunk-size", type=int, metavar="FRAMES", help="of streams, in frames of 40 ms; by default the value of the model"
+    )
+    parser.add_argument(
+        "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the value of the model"
+    )
+    parser.add_argument(
+        "--audio", metavar="FILE", nargs="+", default=(), help="audio files, or folders in LibriSpeech layout, for the check"
     )
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="accepted difference of log-probabilities (1e-3); with --int8, token error rate (0.05, or 0.2 without --audio)",
+        help="allowed difference of log-probabilities (1e-3); with --int8, token error rate (0.05, or 0.2 without --audio)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments):
-    """Write an ONNX file or a folder, and print what its check found."""
+    """Write an ONNX file or a folder, and print the report of the check."""
     if not arguments.streaming and (arguments.chunk_size, arguments.left_context) != (None, None):
         raise UsageError("--chunk-size and --left-context are for streams; add --streaming.")
     is_sherpa = arguments.runtime == "sherpa-onnx"

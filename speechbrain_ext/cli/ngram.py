@@ -8,15 +8,14 @@ def add(commands):
     parser = commands.add_parser(
         "ngram",
         help="make a language model from text",
-        description="Write a word n-gram language model (interpolated modified Kneser-Ney) as an ARPA file, which the CTC beam "
-        "search takes, or with --tokens one of tokens, which all beams take. It needs up to 80 bytes of memory for each word of "
-        "the text.",
+        description="Write an n-gram language model (interpolated modified Kneser-Ney) as an ARPA file: of words for the CTC "
+        "beam search, or with --tokens of tokens for all beam searches. It needs up to 80 bytes of memory per word of the text.",
     )
     parser.add_argument(
         "texts",
         metavar="TEXT",
         nargs="+",
-        help="a file of a sentence a line, a LibriSpeech .trans.txt, a CSV or JSON manifest, or a folder of such, gzipped or not",
+        help="a file with a sentence per line, a .trans.txt of LibriSpeech, a CSV or JSON manifest, or a folder; also as .gz",
     )
     parser.add_argument("--out", metavar="LM.arpa", required=True, help="the file to write")
     parser.add_argument("--order", type=int, metavar="N", default=3, help="words of the longest n-grams (3)")
@@ -26,23 +25,27 @@ def add(commands):
         nargs="+",
         metavar="TIMES",
         default=[0],
-        help="leave out n-grams no more often than that: bigrams, trigrams and so on; the last number is for all that follow (0)",
+        help="leave out n-grams that occur at most this often: bigrams, trigrams and so on; the last number is for all longer "
+        "n-grams (0)",
     )
-    parser.add_argument("--vocabulary", type=int, metavar="N", help="know only the N most frequent words; by default all")
+    parser.add_argument("--vocabulary", type=int, metavar="N", help="keep only the N most frequent words; by default all")
     parser.add_argument(
-        "--text-normalization", metavar="CASE", default="none", help="none, upper or lower, as the model's training had it (none)"
+        "--text-normalization",
+        metavar="CASE",
+        default="none",
+        help="none, upper or lower, as in the training of the model (none)",
     )
-    parser.add_argument("--words-only", action="store_true", help="leave out punctuation, for text that is no transcript")
+    parser.add_argument("--words-only", action="store_true", help="leave out punctuation, for text other than transcripts")
     parser.add_argument(
         "--tokens",
         metavar="MODEL",
-        help="of the tokens of this model, a folder, a repository or a SentencePiece file, and not of words",
+        help="n-grams of tokens instead of words, with the tokenizer of a model: a folder, a repository or a SentencePiece file",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments):
-    """Write a language model, and print what it holds."""
+    """Write a language model, and print its numbers of n-grams."""
     with usage():
         from speechbrain_ext.dataio.texts import read_sentences
         from speechbrain_ext.decoders.ngram import write_arpa

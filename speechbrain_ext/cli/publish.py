@@ -9,10 +9,10 @@ def add(commands):
         "publish", help="upload a trained model to Hugging Face", description="Upload a trained model; prints its URL."
     )
     add_model(parser, "a model folder that training wrote")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="where to, as user/model; a repository that is missing is made")
-    parser.add_argument("--private", action="store_true", help="make a repository that only you can read")
-    parser.add_argument("--revision", metavar="BRANCH", help="a branch, made where it is missing; by default main")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="the repository, user/model; created if it is missing")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch, created if it is missing; by default main")
+    parser.add_argument("--message", metavar="TEXT", help="the commit message")
     parser.add_argument("--license", metavar="NAME", help="for the model card, such as cc-by-4.0; by default none is stated")
     parser.set_defaults(run=run)
 

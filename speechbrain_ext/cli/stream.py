@@ -12,7 +12,7 @@ def add(commands):
     parser = commands.add_parser(
         "stream",
         help="transcribe while audio comes in",
-        description="Print the segments of a stream as they end: start<TAB>end<TAB>text. On a terminal, words show as they come.",
+        description="Print each segment of a stream when it ends: start<TAB>end<TAB>text. A terminal shows words at once.",
     )
     add_model(parser)
     add_pass(parser)
@@ -21,22 +21,26 @@ def add(commands):
     parser.add_argument(
         "file", metavar="FILE|-", help="an audio file, or - for raw samples on standard input (16 bits, one channel)"
     )
-    parser.add_argument("--sample-rate", type=int, default=16000, help="of standard input")
-    parser.add_argument("--chunk-size", type=int, metavar="FRAMES", help="of 40 ms per chunk; by default the model's")
-    parser.add_argument("--left-context", type=int, metavar="CHUNKS", help="to look back, -1 = all; by default the model's")
-    parser.add_argument("--endpoint", type=float, default=0.8, metavar="SECONDS", help="of silence that end a segment")
-    parser.add_argument("--realtime", action="store_true", help="take a file in as fast as it would be spoken")
+    parser.add_argument("--sample-rate", type=int, default=16000, help="sample rate of standard input in Hz (16000)")
+    parser.add_argument(
+        "--chunk-size", type=int, metavar="FRAMES", help="frames of 40 ms per chunk; by default the value of the model"
+    )
+    parser.add_argument(
+        "--left-context", type=int, metavar="CHUNKS", help="chunks of left context, -1 = all; by default the value of the model"
+    )
+    parser.add_argument("--endpoint", type=float, default=0.8, metavar="SECONDS", help="silence that ends a segment (0.8)")
+    parser.add_argument("--realtime", action="store_true", help="read a file at the speed of speech")
     parser.set_defaults(run=run)
 
 
 def run(arguments):
-    """Print the segments of a stream as they end; figures of latency and speed at the end."""
+    """Print each segment of a stream when it ends; print latency and speed at the end."""
     with redirect_stdout(sys.stderr):
         from speechbrain_ext.dataio.audio import HIGHEST_RATE, LOWEST_RATE, AudioError
 
         if not LOWEST_RATE <= arguments.sample_rate <= HIGHEST_RATE:
             rates = f"{LOWEST_RATE} to {HIGHEST_RATE}"
-            raise UsageError(f"--sample-rate is {arguments.sample_rate}; give the number of samples per second, {rates}.")
+            raise UsageError(f"--sample-rate is {arguments.sample_rate}; give a rate in Hz, {rates}.")
     model = load(arguments)
     choose_search(model, arguments)
     with usage():
@@ -59,7 +63,7 @@ def run(arguments):
     try:
         for wav in _pieces(arguments, model.sample_rate):
             show(timer.accept(wav))
-    except KeyboardInterrupt:  # what was said until then is still printed
+    except KeyboardInterrupt:  # the text so far is still printed
         status = 130
     except AudioError as error:
         say(error)
@@ -73,7 +77,7 @@ def run(arguments):
 
 
 def _pieces(arguments, target, seconds=0.1):
-    """The samples of a file or of standard input, piece by piece."""
+    """Yield the samples of a file or of standard input in pieces."""
     import numpy as np
     import torch
 
@@ -84,7 +88,7 @@ def _pieces(arguments, target, seconds=0.1):
         yield from read_blocks(arguments.file, seconds, sample_rate=target)
         return
     if sys.stdin is None:
-        raise AudioError("Standard input is closed; send it raw samples of 16 bits.")
+        raise AudioError("Standard input is closed; send raw samples of 16 bits to it.")
     resampler, kept, empty = Resampler(arguments.sample_rate, target), b"", True
     for data in _raw_pieces(sys.stdin.buffer, 2 * round(seconds * arguments.sample_rate)):
         data = kept + data
@@ -93,12 +97,12 @@ def _pieces(arguments, target, seconds=0.1):
         empty = empty and not len(samples)
         yield torch.from_numpy(resampler.accept(samples))
     if empty:
-        raise AudioError("Standard input holds no samples; send it raw samples of 16 bits.", "empty")
+        raise AudioError("Standard input holds no samples; send raw samples of 16 bits to it.", "empty")
     yield torch.from_numpy(resampler.finish())
 
 
 def _raw_pieces(stdin, size):
-    """The bytes of standard input as they come, unless the first of them show that they are no raw samples."""
+    """Yield the bytes of standard input as they arrive; refuse them if the first bytes are those of a file format."""
     from speechbrain_ext.dataio.audio import AudioError
     from speechbrain_ext.dataio.containers import READABLE, container_name, head_size
 
@@ -107,8 +111,8 @@ def _raw_pieces(stdin, size):
         head += data
     if name := container_name(head):
         raise AudioError(
-            f"Standard input begins like a file in {name} format, and - takes raw samples of 16 bits; "
-            + ("give the file's name instead of -, or convert it to raw samples." if name in READABLE else "convert it to those.")
+            f"Standard input begins like a file in {name} format, but - needs raw samples of 16 bits; "
+            + ("give the file's name instead of -, or convert it to raw samples." if name in READABLE else "convert it to these.")
         )
     yield head
     while data := stdin.read1(size):

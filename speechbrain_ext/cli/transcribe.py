@@ -13,7 +13,7 @@ def add(commands):
     parser = commands.add_parser(
         "transcribe",
         help="print the text of audio files",
-        description="Print FILE<TAB>text for each audio file, of any length. In FILE, tabs, line ends and backslashes are "
+        description="Print FILE<TAB>text for each audio file of any length. Tabs, line ends and backslashes in FILE are "
         "written as \\t, \\n, \\r and \\\\.",
     )
     add_model(parser)
@@ -21,19 +21,19 @@ def add(commands):
     add_search(parser)
     add_device(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
-    parser.add_argument("--output", metavar="FOLDER", help="write FOLDER/NAME.jsonl, .srt and .vtt; goes on where it was stopped")
-    parser.add_argument("--streaming", action="store_true", help="read files as a stream, whatever their length and the model")
-    parser.add_argument("--subtitle-lines", metavar="N", type=int, help="lines of a subtitle, at most (2)")
-    parser.add_argument("--subtitle-line-length", metavar="N", type=int, help="characters of a line, at most (42)")
-    parser.add_argument("--subtitle-seconds", metavar="S", type=float, help="seconds of a subtitle, at most (7)")
-    parser.add_argument("--word-times", action="store_true", default=None, help="write into .vtt when each word begins")
+    parser.add_argument("--output", metavar="FOLDER", help="write FOLDER/NAME.jsonl, .srt and .vtt; existing files are kept")
+    parser.add_argument("--streaming", action="store_true", help="process all files as streams")
+    parser.add_argument("--subtitle-lines", metavar="N", type=int, help="largest number of lines of a subtitle (2)")
+    parser.add_argument("--subtitle-line-length", metavar="N", type=int, help="largest number of characters of a line (42)")
+    parser.add_argument("--subtitle-seconds", metavar="S", type=float, help="longest time of a subtitle in seconds (7)")
+    parser.add_argument("--word-times", action="store_true", default=None, help="write the start of each word into .vtt")
     parser.set_defaults(run=run)
 
 
 def run(arguments):
-    """Print the transcripts of files in their order; a file that cannot be transcribed is reported, and the others go on."""
+    """Print the transcripts of files in their order. A file that cannot be transcribed is reported; the others continue."""
     if arguments.output == "":
-        raise UsageError("--output is empty; name a folder.")
+        raise UsageError("--output is empty; give a folder.")
     asked = {
         "max_lines": arguments.subtitle_lines,
         "max_line_length": arguments.subtitle_line_length,
@@ -42,7 +42,7 @@ def run(arguments):
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and arguments.output is None:
-        raise UsageError("Options for subtitles need --output; name a folder.")
+        raise UsageError("Options for subtitles need --output; give a folder.")
     with usage():
         from speechbrain_ext.inference.subtitles import SubtitleOptions
 
@@ -55,7 +55,7 @@ def run(arguments):
         from speechbrain_ext.utils.text import tab_field
 
         if arguments.streaming:
-            StreamingRecognizer(model)  # refuses now what it would refuse later
+            StreamingRecognizer(model)  # raises its errors before any file is read
         transcripts = transcribe_files(
             model, arguments.files, arguments.output, arguments.streaming, progress=True, subtitle_options=subtitle_options
         )
@@ -73,6 +73,6 @@ def run(arguments):
             if transcript.is_from_before:
                 with beside_bars(sys.stderr):
                     name = f"{arguments.output}/{Path(transcript.file).stem}.jsonl"
-                    say(f"{name} is there already and left as it is; delete it to transcribe again.")
+                    say(f"{name} exists and is kept; delete it to transcribe again.")
             with beside_bars(sys.stdout):
                 print(tab_field(transcript.file), transcript.text, sep="\t", flush=True)

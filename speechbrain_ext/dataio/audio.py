@@ -1,19 +1,19 @@
-"""Reading audio: any file that soundfile opens, as one channel, or one sentence that says what is wrong with it.
+"""Read audio of any format that soundfile opens, and refuse damaged files with one sentence.
 
-libsndfile reads many broken files without a word: a truncated WAV at half its length, an Ogg stream with a hole as if
-nothing had been there. Training on such a file pairs speech with words that were never said, so whatever reads audio
-here (preparation, the recipe's pipeline, the command line) checks that the file is whole:
+libsndfile reads many broken files without an error: a truncated WAV at half its length, or an Ogg stream with missing pages.
+Training on such a file pairs speech with the wrong words. Preparation, the recipe's pipeline and the command line
+therefore check that each file is whole:
 
-* what its container states is compared with what the file holds, for every container that libsndfile reads
-  (:mod:`speechbrain_ext.dataio.containers`, which names what cannot be seen);
-* it is decoded from its first sample to its last, and must give the number of samples that the header states; Ogg, whose
-  pages carry checksums, is decoded only when read;
-* Ogg, MP3 and FLAC files that were joined are read part after part.
+* The header is compared with the content of the file, for every container that libsndfile reads.
+  :mod:`speechbrain_ext.dataio.containers` lists the faults that this does not show.
+* The file is decoded from its first sample to its last, and must give the number of samples that the header states. Ogg
+  pages have checksums, so an Ogg file is decoded only when it is read.
+* Joined Ogg, MP3 and FLAC files are read part after part.
 
-A segment of a file that was checked before is read alone: codecs that find a sample exactly are sought in.
+Of a file that was checked before, only the segment is decoded, if libsndfile can seek exactly in its codec.
 
-The path ``shard.tar?offset=512&size=81234`` is so many bytes of a file from a byte on, such as a member of an uncompressed tar
-file, and reads as a file of its own.
+The path ``shard.tar?offset=512&size=81234`` names a range of bytes in a file, such as a member of an uncompressed tar
+file. It is read like a file.
 """
 
 import io
@@ -33,39 +33,39 @@ from speechbrain_ext.dataio.resampling import SAMPLE_RATE, Resampler, ratio, res
 from speechbrain_ext.utils.errors import UserError
 
 LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
-"""Sample rates that audio has; others are those of a damaged header, and cost gigabytes to resample."""
+"""Range of valid sample rates. Other rates come from damaged headers; resampling them can take gigabytes."""
 LOUDEST = 1e12
-"""The largest sample that audio has: full scale is 1, or 2 ** 31 where integers were not scaled. Power spectra overflow float32
-from 1e17 on."""
+"""Largest valid sample. Full scale is 1, or 2 ** 31 for integers that were not scaled. Power spectra overflow float32 from
+1e17 on."""
 
 BLOCK = 2**20
-"""Samples of all channels to decode at a time: a damaged header may state any number of them."""
+"""Samples of all channels to decode at a time; limited because a damaged header may state any number."""
 LOCATION = re.compile(r"(.+)\?offset=(\d+)&size=(\d+)", re.DOTALL)
 """A part of a file: path, first byte, number of bytes."""
 WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}
-"""Bytes per sample of the codecs that store each one by itself."""
+"""Bytes per sample of uncompressed codecs."""
 SEEKABLE = {*WIDTHS, "IMA_ADPCM", "MS_ADPCM", "ALAC_16", "ALAC_20", "ALAC_24", "ALAC_32", "VORBIS"}
-"""Codecs in which libsndfile finds a sample, and decodes from there what it decodes otherwise."""
+"""Codecs in which libsndfile seeks exactly: it decodes the same samples as from the start."""
 WHOLE = {"PAF", "SDS"}
-"""Formats whose last block it decodes as a whole or not at all."""
+"""Formats whose last block libsndfile can only decode as a whole."""
 VORBIS_PAGE = 2**20
-"""The most samples on a page, 255 packets of 4096: on the last one, which may end early, libsndfile does not find them."""
+"""Largest number of samples on a page, 255 packets of 4096. libsndfile cannot seek on the last page, which may end early."""
 LEADS = {"MPEG_LAYER_I": 0.5, "MPEG_LAYER_II": 0.5, "MPEG_LAYER_III": 0.5, "OPUS": 0.5}
-"""Seconds to decode in front of a segment in a codec whose frames depend on earlier ones. Then MPEG differs by 1e-7 from what
-decoding from the first sample gives, and Opus by noise of up to 5e-3, which no lead makes smaller."""
+"""Seconds to decode before a segment, by codec, because frames depend on earlier ones. The result differs from decoding the
+whole file by 1e-7 for MPEG, and by noise of up to 5e-3 for Opus; a longer lead does not reduce that noise."""
 LONG = 64
-"""How many times longer than it is an MP3 without a Xing header is said to be, so that libsndfile reads all of it."""
+"""Factor on the stated length of an MP3 without a Xing header; it makes libsndfile read all of the file."""
 
 
 class AudioError(UserError):
-    """A file that cannot be used as audio; the message names it and says what is wrong in one sentence.
+    """A file that cannot be used as audio. The message names the file and the problem in one sentence.
 
     Arguments
     ---------
     message : str
         The sentence.
     reason : str
-        The kind of trouble in a word or two, to count by: ``missing``, ``unreadable``, ``empty``, ``truncated or
+        The kind of problem, for counts: ``missing``, ``unreadable``, ``empty``, ``truncated or
         damaged``, ``unfinished``, ``joined``, ``length unknown``, ``NaN samples``, ``huge samples``, ``sample rate``.
     """
 
@@ -75,11 +75,11 @@ class AudioError(UserError):
 
 
 def load_audio(path, sample_rate=SAMPLE_RATE, start=0, stop=None, channel=None):
-    """Read an audio file, or a segment of it, as models take it: one channel, at one rate.
+    """Read an audio file, or a segment of it, as one channel at one sample rate.
 
-    Several channels are averaged, other sample rates are resampled. A segment is what the same samples in a file of their own
-    would give; in Opus, but for its noise. Where the codec allows it, only the segment is decoded, and that the rest is whole is
-    left to :func:`check_audio`.
+    Several channels are averaged, other sample rates are resampled. A segment gives the same result as a file that holds only
+    these samples, except for the noise of Opus. If the codec allows it, only the segment is decoded; use :func:`check_audio` to
+    check the rest.
 
     Arguments
     ---------
@@ -88,9 +88,9 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0, stop=None, channel=None):
     sample_rate : int
         Samples per second of the result.
     start, stop : int
-        The first sample, and the one after the last, counted at the file's own rate; None is the end.
+        The first sample, and the one after the last, counted at the file's rate. A ``stop`` of None means the end.
     channel : int, optional
-        The only channel to take, counted from 0.
+        Take only this channel, counted from 0.
 
     Returns
     -------
@@ -100,8 +100,8 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0, stop=None, channel=None):
     Raises
     ------
     AudioError
-        If the file is missing, a folder or pipe, empty, not audio, truncated or damaged, holds NaN, infinite or absurdly large
-        samples, states a sample rate that no audio has, or ends before the segment does.
+        If the file is missing, a folder or pipe, empty, not audio, truncated or damaged; if it holds NaN, infinite or huge
+        samples or an invalid sample rate; or if it ends before the segment.
 
     Example
     -------
@@ -121,7 +121,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0, stop=None, channel=None):
 
 
 def read_blocks(path, seconds=10.0, start=0, sample_rate=SAMPLE_RATE):
-    """Read an audio file of any length block by block: together what :func:`load_audio` gives.
+    """Read an audio file of any length in blocks. Together they equal the result of :func:`load_audio`.
 
     Arguments
     ---------
@@ -130,7 +130,7 @@ def read_blocks(path, seconds=10.0, start=0, sample_rate=SAMPLE_RATE):
     seconds : float
         Audio per block.
     start : int
-        Number of samples of the result to leave out in front.
+        Number of samples of the result to leave out at the beginning.
     sample_rate : int
         Samples per second of the result.
 
@@ -142,7 +142,7 @@ def read_blocks(path, seconds=10.0, start=0, sample_rate=SAMPLE_RATE):
     Raises
     ------
     AudioError
-        Where :func:`load_audio` would raise it; for what is wrong inside of the file, only there.
+        In the same cases as :func:`load_audio`. A fault in the samples raises it when the reading arrives there.
 
     Example
     -------
@@ -163,7 +163,7 @@ def read_blocks(path, seconds=10.0, start=0, sample_rate=SAMPLE_RATE):
 
 
 def count_samples(path, sample_rate=SAMPLE_RATE):
-    """Number of samples in an audio file, as its headers state it or its frames show it.
+    """Number of samples in an audio file, from its headers or by counting its frames.
 
     Arguments
     ---------
@@ -179,7 +179,7 @@ def count_samples(path, sample_rate=SAMPLE_RATE):
     Raises
     ------
     AudioError
-        If the file cannot be opened as audio, or is seen to be cut without decoding it.
+        If the file cannot be opened as audio, or is truncated in a way that shows without decoding.
 
     Example
     -------
@@ -195,7 +195,7 @@ def count_samples(path, sample_rate=SAMPLE_RATE):
 
 
 def sample_flaw(samples):
-    """What no model can make use of.
+    """What makes samples unusable for any model: NaN, infinite or huge values.
 
     Arguments
     ---------
@@ -205,7 +205,7 @@ def sample_flaw(samples):
     Returns
     -------
     str
-        What is wrong with them, else an empty string.
+        The problem; empty if there is none.
 
     Example
     -------
@@ -223,8 +223,7 @@ def sample_flaw(samples):
 def check_audio(path):
     """Check that an audio file is whole.
 
-    An Ogg file is checked by its checksums, which takes a fiftieth of the time that decoding it takes; the others are
-    decoded.
+    An Ogg file is checked by its checksums, 50 times faster than by decoding. Other files are decoded.
 
     Arguments
     ---------
@@ -239,7 +238,7 @@ def check_audio(path):
     Raises
     ------
     AudioError
-        Where :func:`load_audio` would raise it.
+        In the same cases as :func:`load_audio`.
 
     Example
     -------
@@ -258,7 +257,7 @@ def check_audio(path):
 
 
 def split_location(path):
-    """What a path means: a file, or a part of one.
+    """Split a path into the file and, if it names only a part, the range of bytes.
 
     Arguments
     ---------
@@ -288,13 +287,13 @@ def _damaged(path, flaw):
 
 
 class _SoundFile(soundfile.SoundFile):
-    """A sound file that is read from front to end.
+    """A sound file that soundfile does not seek in by itself.
 
-    Where a file can be sought in, soundfile seeks after every read, which GSM 6.10 and G.721 refuse.
+    soundfile seeks after every read in a seekable file, and that fails for GSM 6.10 and G.721.
     """
 
     source = None
-    """The _Slice that it reads, unless libsndfile opened the file itself."""
+    """The _Slice that the file is read from; None if libsndfile opened the file itself."""
 
     def seekable(self):
         return False
@@ -306,7 +305,7 @@ class _SoundFile(soundfile.SoundFile):
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, as soundfile takes it in; ``length`` is what it is said to be long."""
+    """A part of a file as a file object for soundfile; ``length`` is the length that it reports."""
 
     def __init__(self, path, begin, end, length):
         self._file, self._begin, self._end, self._length = open(path, "rb"), begin, end, length
@@ -340,14 +339,14 @@ class _Slice(io.RawIOBase):
         except OSError as error:  # libsndfile cannot pass it on
             self.error = error
         if self._end - self._begin < self._length and self._position >= self._length - 128:
-            data = bytes(min(len(buffer), max(0, self._length - self._position)))  # where libsndfile looks for a tag
+            data = bytes(min(len(buffer), max(0, self._length - self._position)))  # libsndfile looks for a tag there
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
 
 def _checked_recording(path, stop):
-    """A file that was checked before, without reading all of it once more where libsndfile finds the samples itself."""
+    """A recording from a file that was checked before. It is not walked over again if libsndfile can seek in it."""
     try:
         recording = _Recording(path, walk=False)
         if stop is not None and stop <= recording.frames and not recording.subtype.startswith("MPEG"):
@@ -357,7 +356,7 @@ def _checked_recording(path, stop):
     try:
         status = os.stat(split_location(path)[0])
     except (OSError, ValueError):
-        return _Recording(path)  # which says what is wrong
+        return _Recording(path)  # raises the full message
     return _walked_recording(os.fspath(path), status.st_size, status.st_mtime_ns)
 
 
@@ -367,18 +366,18 @@ def _walked_recording(path, size, modified):
 
 
 class _Recording:
-    """An audio file whose containers are whole.
+    """An open audio file with a checked container.
 
     Arguments
     ---------
     path : str or os.PathLike
     walk : bool
-        If False, take what libsndfile finds in it for all that there is.
+        If False, do not walk over the container, and trust the length that libsndfile finds.
 
     Raises
     ------
     AudioError
-        If it cannot be opened, or its container is not whole.
+        If the file cannot be opened, or its container is not whole.
     """
 
     def __init__(self, path, walk=True):
@@ -392,8 +391,8 @@ class _Recording:
                 self._check_header(part, file)
                 if self.samplerate not in (None, file.samplerate):
                     raise AudioError(
-                        f"The audio file {self.path} was joined of parts with {self.samplerate} and {file.samplerate} samples "
-                        "per second; write each to a file of its own.",
+                        f"The audio file {self.path} has joined parts with {self.samplerate} and {file.samplerate} samples "
+                        "per second; write each part to a separate file.",
                         "joined",
                     )
                 if self.samplerate is None:
@@ -403,7 +402,7 @@ class _Recording:
         self.frames = sum(self._lengths)
 
     def blocks(self, frames=None, first=0, stop=None, channel=None):
-        """Decode the samples from ``first`` up to ``stop``, so many at a time: those of a channel, or the mean of all channels.
+        """Decode the samples from ``first`` up to ``stop`` in blocks: one channel, or the mean of all channels.
 
         Yields
         ------
@@ -436,7 +435,7 @@ class _Recording:
             raise AudioError(f"{path} is a folder, not an audio file; name a file in it.")
         try:
             status = os.stat(self._file)
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes to it
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would block until something writes to it
                 raise AudioError(
                     f"{path} is a pipe or device, which cannot be read twice; write the audio to a file first.",
                 )
@@ -461,7 +460,7 @@ class _Recording:
             raise AudioError(f"There is no audio file {self._file}; check the path.", "missing") from None
         except ContainerError as error:
             raise AudioError(f"The audio file {path} {error}.", error.reason) from error
-        except Exception as error:  # ValueError: a name with a zero byte
+        except Exception as error:  # such as ValueError for a name with a zero byte
             raise AudioError(f"The audio file {path} cannot be read: {_words(error)}.") from error
 
     def _slice(self, part):
@@ -472,7 +471,7 @@ class _Recording:
         source = None
         try:
             if part.samples is None and not part.begin and self._file == self.path and part.end == os.path.getsize(self.path):
-                # soundfile encodes names strictly, and would not find one that is no UTF-8
+                # soundfile encodes names strictly, and does not find a name that is not valid UTF-8
                 return _SoundFile(os.fsencode(self.path) if os.name == "posix" else self.path)
             source = self._slice(part)
             file = _SoundFile(source)
@@ -489,18 +488,16 @@ class _Recording:
 
     def _check_header(self, part, file):
         if file.format == "RAW" and file.subtype != "GSM610":
-            raise AudioError(
-                f"{self.path} has no header that says what it holds, and its name alone proves nothing; convert it to WAV."
-            )
+            raise AudioError(f"{self.path} has no header, and its format cannot be known from its name; convert it to WAV.")
         if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
             raise AudioError(
-                f"The header of {self.path} states {file.samplerate} samples per second, where audio has {LOWEST_RATE} to "
+                f"The header of {self.path} states {file.samplerate} samples per second, outside of {LOWEST_RATE} to "
                 f"{HIGHEST_RATE}; write it again.",
                 "sample rate",
             )
         if part.samples is None and file.frames == np.iinfo(np.int64).max:
             raise AudioError(
-                f"The header of {self.path} does not state its length, as one written to a pipe; encode it again.",
+                f"The header of {self.path} does not state its length, as when it was written to a pipe; encode it again.",
                 "length unknown",
             )
         unit = part.end - part.begin if file.format == "SD2" else part.unit
@@ -540,7 +537,7 @@ class _Recording:
                 raise _damaged(self.path, f"{states} {length} samples and only {count} can be decoded")
 
     def _call(self, file, function, *arguments):
-        """Whatever libsndfile and soundfile find wrong, in one sentence."""
+        """Call a function of soundfile, and turn its errors into an AudioError."""
         try:
             result = function(*arguments)
             if file.source and file.source.error:
@@ -553,6 +550,6 @@ class _Recording:
 
 
 def _words(error):
-    """What an error says, without a name and full stop."""
+    """The message of an error without the file name and the full stop."""
     words = getattr(error, "strerror", None) or getattr(error, "error_string", None) or str(error) or type(error).__name__
     return words.removeprefix("Error : ").rstrip(".\n").replace("\n", " ")

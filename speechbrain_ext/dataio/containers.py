@@ -1,19 +1,23 @@
-"""What the container of an audio file says of its own length, compared with what the file holds.
+"""Compare the length that the container of an audio file states with the content of the file.
 
-libsndfile reads many broken files without a word: half of a W64 file as a shorter one, the first of two joined FLAC files
-as if it were all. Decoding is its work; here the headers, pages and frames are walked over, which shows three things:
+libsndfile reads many broken files without an error: half of a W64 file as a shorter one, or only the first of two joined FLAC
+files. This module does not decode. It walks over headers, pages and frames, and checks three things:
 
-* whether all of the bytes that a header states are there (WAV, RF64, W64, AIFF, SVX, CAF, AU, NIST, VOC, AVR, HTK, MAT4,
-  MAT5, MPC2K, SDS, WVE, XI), every page of an Ogg stream with the right checksum, every frame of an MP3 or FLAC file;
-* what comes after them: tags, further chunks and up to ``LONGEST_TRAILER`` bytes of any kind are left out, a second file
-  is not, nor is a second chunk of samples;
-* which parts a joined file has: Ogg, MP3 and FLAC files may be written one after the other, with tags between them, and
-  each part is read.
+* The file is complete. All bytes that a header states are present (WAV, RF64, W64, AIFF, SVX, CAF, AU, NIST, VOC, AVR, HTK,
+  MAT4, MAT5, MPC2K, SDS, WVE, XI), as are all pages of an Ogg stream, with valid checksums, and all frames of an MP3 or FLAC
+  file.
+* No samples come after its end. Tags, further chunks and up to ``LONGEST_TRAILER`` other bytes are ignored. A second file or a
+  second chunk of samples is refused.
+* A joined Ogg, MP3 or FLAC file, with or without tags between its parts, is split into the parts, and each part is read.
 
-What no header or frame can reveal is taken for whole: an MP3 without a Xing header, or a headerless GSM 6.10 file, cut
-exactly between two frames; files whose headers state no length (IRCAM, PAF, PVF, SD2, XI as libsndfile writes it; WAV, AU
-or CAF written to a pipe), cut between two samples or followed by other bytes; an SD2 file joined to another; the end of a
-VOC file without its one-byte terminator; bits that flipped inside uncompressed samples.
+Some faults show in no header or frame, and such files count as whole:
+
+* an MP3 without a Xing header or a headerless GSM 6.10 file, cut exactly between two frames;
+* a file whose header states no length, cut between two samples or followed by other bytes (IRCAM, PAF, PVF, SD2, XI from
+  libsndfile; WAV, AU or CAF written to a pipe);
+* an SD2 file joined to another;
+* the end of a VOC file without its one-byte terminator;
+* flipped bits in uncompressed samples.
 """
 
 import codecs
@@ -27,32 +31,32 @@ from typing import NamedTuple
 from speechbrain_ext.dataio.flac_frames import walk_frames
 
 UNKNOWN_WAV_SIZE, UNKNOWN_IFF_SIZE = 0x7FFF0000, 0x7EFF0000
-"""A program that writes WAV or AIFF to a pipe cannot know the size and states the largest it can: from this (SoX, rounded
-down to a whole sample) up to 0xFFFFFFFF (ffmpeg)."""
+"""Smallest size that means "unknown". A program that writes WAV or AIFF to a pipe does not know the size, and states a very
+large one: from this size (SoX, rounded down to a whole sample) up to 0xFFFFFFFF (ffmpeg)."""
 
 LONGEST_TRAILER = 1024
-"""Bytes of an unknown kind after the samples that are taken for padding; more may be samples, as when a recorder that
-writes its header again from time to time was stopped."""
+"""Largest number of unknown bytes after the samples that counts as padding. More bytes may be samples, for example if a recorder
+was stopped before it updated its header."""
 
 OGG_SOUNDS = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ", b"CELT    ", b"PCM     ")
-"""How the first packet of an Ogg stream of sound begins; others hold pictures, text or an index."""
+"""First bytes of the first packet of an Ogg stream of sound. Other streams hold pictures, text or an index."""
 
-# Ogg's CRC runs over the bits of a byte in the other order than zlib's.
+# Ogg's CRC takes the bits of a byte in the opposite order of zlib's.
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 HEAD = 64
-"""Bytes that show what a file is, unless it is MP3."""
+"""Bytes that identify the format of a file, except MP3."""
 
 
 class ContainerError(ValueError):
-    """Something is wrong with a container.
+    """A container is damaged or cannot be read.
 
     Arguments
     ---------
     text : str
-        What is wrong and what to do, to go on from "The audio file NAME".
+        The problem and the remedy, as the rest of a sentence that begins with "The audio file NAME".
     reason : str
-        The kind of trouble in a word or two.
+        The kind of problem, as in :class:`~speechbrain_ext.dataio.audio.AudioError`.
     """
 
     def __init__(self, text, reason="truncated or damaged"):
@@ -61,10 +65,10 @@ class ContainerError(ValueError):
 
 
 class Part(NamedTuple):
-    """A stretch of a file that is a whole audio file: from byte ``begin`` to ``end``.
+    """A part of a file that is a whole audio file: bytes ``begin`` to ``end``.
 
-    ``samples`` is their number per channel where frames were counted, as no header states it. ``unit`` is None, or the
-    number of bytes of samples in a format whose header states none: they should be whole samples.
+    ``samples`` is the number of samples per channel if frames were counted because no header states it. ``unit`` is the number
+    of bytes of samples if the header states no size, else None; it must be a whole number of samples.
     """
 
     begin: int
@@ -74,22 +78,22 @@ class Part(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """How the chunks of a family of containers are written."""
+    """The layout of chunks in a family of containers."""
 
     first: int
-    """Where the first chunk begins, from the start of the container."""
+    """Start of the first chunk, from the start of the container."""
     head: str
-    """The name and size of a chunk, as struct's format."""
+    """Name and size of a chunk, in struct's format."""
     align: int = 2
-    """Chunks are padded to multiples of this."""
+    """Chunks are padded to multiples of this number of bytes."""
     own_head: int = 0
-    """Bytes of the head that the size includes."""
+    """Bytes of the head that the stated size includes."""
     samples: bytes = b"data"
     """Name of the chunk that holds the samples."""
     lead: int = 0
-    """Bytes of that chunk in front of the samples."""
+    """Bytes of that chunk before the samples."""
     unknown: int = 2**62
-    """The least size that a program states which writes to a pipe and cannot know it."""
+    """Smallest size that means "unknown", from programs that write to a pipe."""
 
 
 RIFF = Chunks(12, "<4sI", unknown=UNKNOWN_WAV_SIZE)
@@ -101,26 +105,26 @@ CAF = Chunks(8, ">4sq", 1, samples=b"data", lead=4)
 
 
 def find_parts(path, file=None):
-    """The parts of an audio file, each a whole file.
+    """Find the parts of an audio file; each part is a whole audio file.
 
     Arguments
     ---------
     path : str or os.PathLike
-        The file; its name counts where the content does not show what it is.
+        The file. Its name decides the format if the content does not show it.
     file : binary file, optional
-        What to read in its place; it is closed.
+        Read this open file instead, and close it.
 
     Returns
     -------
     list of Part
-        One part, from the first byte to the last, if the container is unknown here.
+        One part, from the first byte to the last, if this module does not know the container.
 
     Raises
     ------
     ContainerError
-        If the file is cut, damaged, or holds more than can be read.
+        If the file is truncated, damaged, or holds more than can be read.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
 
     Example
     -------
@@ -141,12 +145,12 @@ def find_parts(path, file=None):
         for pattern, _, walk in KINDS:
             if pattern.match(head):
                 return walk(file, begin, size)
-        frames = begin + len(head) - len(head.lstrip(b"\0"))  # some tags are padded without counting the padding
+        frames = begin + len(head) - len(head.lstrip(b"\0"))  # some tags do not count their padding
         if _is_mpeg_sync(_read(file, frames, 4)):
             return _mpeg_parts(file, frames, size)
-        if os.fsencode(path).lower().endswith(b".mp3"):  # libsndfile takes the name's word for it
+        if os.fsencode(path).lower().endswith(b".mp3"):  # libsndfile trusts the name
             if (frames := _first_mpeg_frame(file, begin, size)) is None:
-                raise ContainerError("is no MP3 file: its first 64 KiB hold no two frames one after the other", "unreadable")
+                raise ContainerError("is not an MP3 file: its first 64 KiB hold no two frames in a row", "unreadable")
             return _mpeg_parts(file, frames, size)
         if os.fsencode(path).lower().endswith(b".gsm"):
             return _gsm_parts(file, size)
@@ -154,11 +158,11 @@ def find_parts(path, file=None):
 
 
 def container_name(head):
-    """The name of the file format that some bytes begin with; such bytes are no raw samples.
+    """The name of the file format that bytes begin with. Such bytes are not raw samples.
 
-    Two bytes that look like something prove nothing, so signatures shorter than four bytes do not count, and the frame of
-    an MP3 or AAC file, or the packet of an MPEG transport stream, only if others follow where it ends. :func:`head_size` says
-    how many bytes that takes. Four bytes or more that are all text are no samples either.
+    A few bytes may match a format by chance. Signatures shorter than four bytes therefore do not count, and a frame of MP3 or AAC
+    or a packet of an MPEG transport stream counts only if others follow it. :func:`head_size` gives the number of bytes needed
+    for that. Four or more bytes that are all text are not samples either.
 
     Arguments
     ---------
@@ -168,7 +172,7 @@ def container_name(head):
     Returns
     -------
     str
-        Empty if they look like nothing in particular.
+        Empty if the bytes match no format.
 
     Example
     -------
@@ -178,7 +182,7 @@ def container_name(head):
     for pattern, name, _ in KINDS:
         if name not in WEAK and pattern.match(head):
             return name
-    if _is_text(head[:HEAD]):  # before the others, as words may begin like a signature
+    if _is_text(head[:HEAD]):  # before the signatures, because text may begin like one
         return "HTML" if HTML.match(head) else "text"
     for pattern, name in FOREIGN:
         if pattern.match(head):
@@ -195,7 +199,7 @@ def container_name(head):
 
 
 def head_size(head):
-    """How many bytes :func:`container_name` needs of a file or stream that begins with ``head``.
+    """Number of bytes that :func:`container_name` needs for a file or stream that begins with ``head``.
 
     Example
     -------
@@ -210,11 +214,11 @@ def head_size(head):
 
 
 TS_PACKETS, TS_HEAD = ((188, 0), (192, 4)), 640
-"""Bytes from one packet of an MPEG transport stream to the next, and where its mark is; and bytes that show four of them."""
+"""Packets of MPEG transport streams: (size, position of the mark) in bytes; and the number of bytes that hold four packets."""
 
 
 def _adts_size(head):
-    """The size of the AAC frame whose header some bytes begin with, else 0."""
+    """The size of the AAC frame at the start of some bytes; 0 if there is none."""
     if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
         return 0
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -222,7 +226,7 @@ def _adts_size(head):
 
 
 def _is_text(head):
-    """Whether bytes are all text, in UTF-8 or an encoding of one byte per character."""
+    """Whether all bytes are text, in UTF-8 or in an encoding with one byte per character."""
     if len(head) < 4 or re.search(rb"[\0-\x08\x0b\x0e-\x1f\x7f]", head):
         return False
     try:
@@ -242,13 +246,13 @@ def _walk_chunks(file, position, size, style):
         name, stated = struct.unpack(style.head, _read(file, position, length))
         stated -= style.own_head
         yield name, position + length, stated
-        if stated < 0:  # up to the end, or nonsense
+        if stated < 0:  # a chunk up to the end, or a wrong size
             return
         position += length + stated + -stated % style.align
 
 
 def _chunk_parts(style, name, to_end=False):
-    """Walks over the containers of a family; ``to_end``: libsndfile takes all that follows for samples."""
+    """The walk over a family of containers. With ``to_end``, libsndfile reads everything up to the end as samples."""
 
     def walk(file, begin, size):
         large, tag = None, None
@@ -272,7 +276,7 @@ def _chunk_parts(style, name, to_end=False):
         present = size - data
         unknown = stated < 0 if style == CAF else stated >= (style.unknown if large is None else 2**62)
         if unknown and (stated < 0 or present < stated):
-            # of a header with a size of 32 bits, only what comes after the size is the same in any file
+            # The size differs between files; with a size of 32 bits, compare only the bytes after it
             repeated = _read(file, begin, 12) if style in (W64, CAF) else _read(file, begin, 16)[8:]
             _refuse_repeated(file, repeated, data, size, name)
             end = size
@@ -288,7 +292,7 @@ def _chunk_parts(style, name, to_end=False):
 
 
 def _stated_parts(measure, name, to_end=True):
-    """Walks over containers of which ``measure`` gives the begin of the samples and their size in bytes."""
+    """The walk over containers with a stated size; ``measure`` gives the position of the samples and their size in bytes."""
 
     def walk(file, begin, size):
         try:
@@ -298,7 +302,7 @@ def _stated_parts(measure, name, to_end=True):
                 raise
             raise ContainerError("is truncated or damaged: it ends before its samples begin") from error
         if name in WEAK and (stated <= 0 or data + stated > size + 2**31):
-            return [Part(0, size)]  # chance
+            return [Part(0, size)]  # the signature matched by chance
         if stated is None:
             _refuse_repeated(file, _read(file, begin, 12), data, size, name)
             return [Part(begin, size)]
@@ -310,7 +314,7 @@ def _stated_parts(measure, name, to_end=True):
 
 
 def _unstated_parts(header, name):
-    """Walks over containers that state no size; ``header`` matches what is in front of the samples."""
+    """The walk over containers that state no size; ``header`` matches the bytes before the samples."""
 
     def walk(file, begin, size):
         match = header.match(_read(file, begin, 4096))
@@ -323,7 +327,7 @@ def _unstated_parts(header, name):
 
 
 def _compare(file, data, stated, size, style=None):
-    """Compare the size of the samples that a header states with what follows it."""
+    """Compare the stated size of the samples with the number of bytes that follow."""
     present = size - data
     if stated > present:
         raise ContainerError(
@@ -331,26 +335,26 @@ def _compare(file, data, stated, size, style=None):
         )
     if stated <= 0 < present and not _is_trailer(file, data, size, style):
         raise ContainerError(
-            f"is unfinished: its header states no samples and {present} bytes follow, as when the program that wrote it "
+            f"is unfinished: its header states no samples and {present} bytes follow, as if the program that wrote it "
             "was stopped; recover it with an audio editor, as raw samples",
             "unfinished",
         )
 
 
 def _check_trailer(file, position, size, stated, style=None):
-    """Refuse what comes after the samples if it may be samples, or is a second file."""
+    """Refuse bytes after the samples that may be samples or a second file."""
     begin = _after_tags(file, position, size)
     if not _is_trailer(file, begin, size, style) and size - begin > LONGEST_TRAILER:
         states = "its last frame or page ends" if stated is None else f"the {stated} bytes of samples that its header states end"
         raise ContainerError(
             f"holds more than can be read: {states} at byte {position}, and {size - begin} bytes that are no tags follow, as "
-            "when a recording was stopped or files were joined; recover it with an audio editor",
+            "if a recording was stopped or files were joined; recover it with an audio editor",
             "unfinished",
         )
 
 
 def _is_trailer(file, position, size, style=None):
-    """Whether bytes are chunks, tags or zeros; a second file among them is refused."""
+    """Whether the bytes are only chunks, tags or zeros; a second file among them is refused."""
     while position < size:
         head = _read(file, position, HEAD)
         for pattern, name, _ in KINDS:
@@ -369,7 +373,7 @@ def _is_trailer(file, position, size, style=None):
         stated -= style.own_head
         if name == style.samples and stated > style.lead:
             raise ContainerError(
-                f"holds more than one chunk of samples, of which soundfile reads only one: another begins at byte {position}; "
+                f"holds more than one chunk of samples, and soundfile reads only one: another begins at byte {position}; "
                 "convert it to WAV with an audio editor",
                 "joined",
             )
@@ -381,13 +385,13 @@ def _is_trailer(file, position, size, style=None):
 
 def _joined(name, position):
     return ContainerError(
-        f"holds more than one file: the header of another {name} file is at byte {position}; write each to a file of its own",
+        f"holds more than one file: the header of another {name} file is at byte {position}; write each to a separate file",
         "joined",
     )
 
 
 def _refuse_repeated(file, needle, start, size, name):
-    """Where no size is stated, another file's header would be taken for samples."""
+    """Refuse a second header; without a stated size, it would be read as samples."""
     for position in _find(file, needle, start, size):
         raise _joined(name, position)
 
@@ -403,7 +407,7 @@ def _nist(file, begin, size):
     coding = re.search(r"^sample_coding -s\d+ +(\S+)", text, re.M)
     if coding and "," in coding[1]:
         raise ContainerError(
-            f"is compressed ({coding[1]}), which soundfile does not read; convert it to WAV, as with sph2pipe", "unreadable"
+            f"is compressed ({coding[1]}), which soundfile does not read; convert it to WAV, with sph2pipe", "unreadable"
         )
     fields = {name: int(value) for name, value in re.findall(r"^(\w+) -(?:i|s\d+) +(\d+)\s*$", text, re.M)}
     if not {"sample_count", "channel_count", "sample_n_bytes"} <= fields.keys():
@@ -412,7 +416,7 @@ def _nist(file, begin, size):
 
 
 def _voc(file, begin, size):
-    """Blocks of a type (1 byte) and a size (3 bytes), up to one of type 0, which is one byte."""
+    """Blocks with a type (1 byte) and a size (3 bytes); the last block is one byte, type 0."""
     (first,) = struct.unpack("<H", _read(file, begin + 20, 2))
     position, sound = begin + first, None
     while (head := _read(file, position, 4)) and head[0]:
@@ -422,7 +426,7 @@ def _voc(file, begin, size):
         if head[0] in (1, 2, 3, 6, 9):  # samples, more samples, silence, a loop, samples
             if sound:
                 raise ContainerError(
-                    f"holds more than one block of sound, of which soundfile reads only the first: another begins at byte "
+                    f"holds more than one block of sound, and soundfile reads only the first: another begins at byte "
                     f"{position}; convert it to WAV with an audio editor",
                     "joined",
                 )
@@ -432,7 +436,7 @@ def _voc(file, begin, size):
             break
     if not sound:
         raise ValueError("no sound")
-    # libsndfile refuses a file without the last block, and takes it for a sample elsewhere
+    # libsndfile refuses a file without the last block, and reads it as a sample at other places
     terminated = sum(sound) == size or _read(file, sum(sound), 1) == b"\0"
     return sound[0], sound[1] + (terminated and sum(sound) < size)
 
@@ -441,7 +445,7 @@ def _avr(file, begin, size):
     stereo, bits = struct.unpack(">hH", _read(file, begin + 12, 4))
     (frames,) = struct.unpack(">I", _read(file, begin + 26, 4))
     stated = frames * ((bits + 7) // 8)
-    # whether both channels are counted is not agreed on
+    # Some programs count both channels, others count frames
     return begin + 128, stated if size - begin - 128 == stated else stated * (2 if stereo else 1)
 
 
@@ -460,10 +464,10 @@ def _mat5(file, begin, size):
     """Two matrices, the sample rate and the samples, each of four elements: flags, dimensions, name, numbers."""
     layout, position = ("<" if _read(file, begin + 126, 2) == b"IM" else ">"), begin + 128
     for _ in range(2):
-        position += 8  # libsndfile itself states a wrong size for a matrix
+        position += 8  # the stated size is not used: libsndfile writes a wrong one
         for _ in range(4):
             kind, stated = struct.unpack(layout + "II", _read(file, position, 8))
-            small = kind >> 16  # such an element is within its head
+            small = kind >> 16  # a small element lies inside its head
             data, stated = (position + 4, small) if small else (position + 8, stated)
             position = position + 8 if small else data + stated + -stated % 8
     return data, stated
@@ -480,7 +484,7 @@ def _wve(file, begin, size):
 
 def _xi(file, begin, size):
     (stated,) = struct.unpack("<I", _read(file, begin + 298, 4))
-    return begin + 338, stated or None  # libsndfile itself writes 0
+    return begin + 338, stated or None  # libsndfile writes 0
 
 
 def _htk(file, begin, size):
@@ -489,7 +493,7 @@ def _htk(file, begin, size):
 
 
 def _sds(file, begin, size):
-    """Packets of 127 bytes, 120 of them samples of 7 bits to a byte."""
+    """Packets of 127 bytes; 120 of these hold samples, 7 bits in each byte."""
     bits, *length = struct.unpack("<B3x3B", _read(file, begin + 6, 7))
     samples = sum(byte << 7 * index for index, byte in enumerate(length))
     if not 8 <= bits <= 28:
@@ -501,11 +505,11 @@ def _sds(file, begin, size):
 
 
 def _ogg_parts(file, begin, size):
-    """Walk over the pages of an Ogg file (RFC 3533, section 6); streams may follow one another (section 4)."""
+    """Walk over the pages of an Ogg file (RFC 3533, section 6). Streams may follow each other (section 4)."""
     position, due, unfinished, starts, ends, in_heads, sounds, times = begin, {}, set(), [begin], [], True, 0, {}
     while True:
         head = _read(file, position, 27)
-        if head[:4] != b"OggS" and due and not unfinished:  # between two files that were joined
+        if head[:4] != b"OggS" and due and not unfinished:  # between two joined files
             following = _after_tags(file, position, size)
             head = _read(file, following, 27)
             if head[:4] == b"OggS" and len(head) == 27 and head[5] & 2:
@@ -524,7 +528,7 @@ def _ogg_parts(file, begin, size):
             checksum.translate(REVERSED_BITS), "big"
         ):
             raise ContainerError(f"is truncated or damaged: the checksum of the Ogg page at byte {position} is wrong")
-        if flags & 2 and not in_heads:  # the first page of a stream that follows another
+        if flags & 2 and not in_heads:  # the first page of the next stream
             if unfinished:
                 raise ContainerError(f"is truncated or damaged: the Ogg stream before byte {position} has no last page")
             due, in_heads, sounds, times = {}, True, 0, {}
@@ -535,17 +539,17 @@ def _ogg_parts(file, begin, size):
         sounds += in_heads and body.startswith(OGG_SOUNDS)
         if sounds > 1:
             raise ContainerError(
-                f"holds several streams of sound side by side, of which soundfile reads only one: another begins at byte "
-                f"{position}; write each to a file of its own",
+                f"holds several streams of sound side by side, and soundfile reads only one: another begins at byte "
+                f"{position}; write each to a separate file",
                 "joined",
             )
         if number != due.get(serial, number):
             raise ContainerError(f"is truncated or damaged: Ogg pages are missing before byte {position}")
-        if (time := int.from_bytes(head[6:14], "little", signed=True)) >= 0:  # else no packet ends on the page
+        if (time := int.from_bytes(head[6:14], "little", signed=True)) >= 0:  # -1: no packet ends on the page
             if time < times.get(serial, 0):
                 raise ContainerError(
-                    f"is truncated or damaged: the Ogg page at byte {position} states that {time} samples have been, and the one "
-                    f"before it {times[serial]}, so that what is on it would not be heard"
+                    f"is truncated or damaged: the Ogg page at byte {position} states that it ends at sample {time}, and "
+                    f"the page before it at sample {times[serial]}"
                 )
             times[serial] = time
         elif flags & 4 and body:
@@ -562,7 +566,7 @@ def _ogg_parts(file, begin, size):
 
 
 def _flac_parts(file, begin, size):
-    """A header in the middle begins another file (8 fixed bytes); the frames of each are compared with what its header states."""
+    """Split at further headers (8 fixed bytes), and compare the frames of each part with its header."""
     starts = [begin]
     for needle in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"):
         starts += _find(file, needle, begin + 1, size)
@@ -573,7 +577,7 @@ def _flac_parts(file, begin, size):
             raise ContainerError("is truncated or damaged: it ends before its samples begin")
         if not int.from_bytes(info[21:26], "big") & 0xFFFFFFFFF:  # 36 bits
             raise ContainerError(
-                "cannot be checked: its FLAC header does not state its length, as one written to a pipe; encode it again",
+                "cannot be checked: its FLAC header does not state its length, as if written to a pipe; encode it again",
                 "length unknown",
             )
     parts = [Part(*pair) for pair in pairwise([*starts, size])]
@@ -583,37 +587,37 @@ def _flac_parts(file, begin, size):
 
 
 def _check_flac_frames(file, part):
-    """libsndfile reads as many samples as the header states, and plays silence where frames are missing."""
+    """Compare the frames with the header; libsndfile would insert silence for missing frames."""
     found = walk_frames(file, part.begin, part.end)
     if found is None:
         raise ContainerError("is truncated or damaged: no frame follows its FLAC header")
     if found.gap is not None:
         raise ContainerError(
-            f"is truncated or damaged: the FLAC frame at byte {found.gap} is not the one that should follow, so that others are "
-            "missing or come twice"
+            f"is truncated or damaged: the FLAC frame at byte {found.gap} is not the one that should follow; frames are missing "
+            "or repeated"
         )
     states = f"its FLAC header states {found.stated} samples, and its frames hold {found.held}"
     if found.held > found.stated:
         raise ContainerError(
-            f"is unfinished: {states}, as when a recorder was stopped; recover it with an audio editor, or with flac -d -F",
+            f"is unfinished: {states}, as if a recorder was stopped; recover it with an audio editor, or with flac -d -F",
             "unfinished",
         )
     if found.held < found.stated:
         raise ContainerError(f"is truncated or damaged: {states}")
-    for end in found.ends:  # of these, one is right
+    for end in found.ends:  # one of these is the true end
         try:
             return _check_trailer(file, end, part.end, None)
         except ContainerError as error:
             if error.reason == "joined":
                 raise
     raise ContainerError(
-        "is truncated or damaged: its last FLAC frame does not end with the right checksum where the file ends, as when it was "
-        "cut, or when bytes that are no tags follow it"
+        "is truncated or damaged: its last FLAC frame does not end with the right checksum; the file was cut, or bytes that are "
+        "no tags follow it"
     )
 
 
 class _Frame(NamedTuple):
-    """The header of an MPEG audio frame: what must not change within a file, its size, its samples, its side information."""
+    """The header of an MPEG audio frame: the properties that are fixed within a file, its size, samples and side information."""
 
     form: tuple
     size: int
@@ -621,7 +625,7 @@ class _Frame(NamedTuple):
     side: int
 
 
-# kbit/s, by layer, of MPEG 1; of MPEG 2 and 2.5, layers II and III have the same
+# kbit/s, by MPEG version and layer; MPEG 2.5 has those of MPEG 2, and its layer III has those of layer II
 BIT_RATES = {
     (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -637,7 +641,7 @@ def _is_mpeg_sync(head):
 
 
 def _mpeg_frame(head):
-    """The frame whose header some bytes begin with, else None."""
+    """The MPEG frame at the start of some bytes; None if there is none."""
     if not _is_mpeg_sync(head) or not 0 < head[2] >> 4 < 15 or head[2] & 12 == 12:
         return None
     version = (2.5, None, 2, 1)[head[1] >> 3 & 3]
@@ -652,7 +656,7 @@ def _mpeg_frame(head):
 
 
 def _mpeg_tag(file, position, frame):
-    """Whether a frame of MP3 holds no samples but a Xing, Info or VBRI header; and the number of frames that this states."""
+    """Whether an MP3 frame holds a Xing, Info or VBRI header instead of samples, and the number of frames that it states."""
     head = _read(file, position, 64)
     if frame.form[1] != 3:
         return False, None
@@ -667,8 +671,8 @@ def _mpeg_tag(file, position, frame):
 def _mpeg_parts(file, begin, size):
     """Walk over the frames of an MPEG audio file.
 
-    libsndfile estimates the length of a file without a Xing header from its first frame, and reads no further; so such a
-    part is given the number of samples that its frames hold.
+    Without a Xing header, libsndfile estimates the length from the first frame, and reads no further. Such a part therefore gets
+    the number of samples in its frames.
     """
     parts, position = [], begin
     frames, start, form = 0, None, None  # start and form: of the part
@@ -683,7 +687,7 @@ def _mpeg_parts(file, begin, size):
             )
         if stated == count and _read(file, start, 64)[36:40] != b"VBRI":
             parts.append(Part(start, position))
-        elif count:  # the header is wrong or says nothing: without it, all frames are read
+        elif count:  # leave out a header that is wrong or states no number; then all frames are read
             parts.append(Part(first, position, count * samples))
 
     while position < size:
@@ -723,28 +727,28 @@ def _mpeg_parts(file, begin, size):
 
 
 def _check_mpeg_trailer(file, position, size, counted):
-    """After the last frame, nothing may follow that has frames again.
+    """Refuse frames or too many zeros after the last frame.
 
-    Zeros may stand in the place of frames, as in a download that stopped, unless the frames were ``counted`` by a header.
+    Zeros may be frames that were never written, as in a stopped download. They are allowed if a header ``counted`` the frames.
     """
     if _is_trailer(file, position, size):
         zeros = 0 if counted else _count_zeros(file, _after_tags(file, position, size), size)
         if zeros > LONGEST_TRAILER:
             raise ContainerError(
-                f"is truncated or damaged: {zeros} bytes of zeros follow its last MPEG frame, as when a download stopped, and no "
-                "header states how many frames there should be"
+                f"is truncated or damaged: {zeros} bytes of zeros follow its last MPEG frame, as if a download stopped, and no "
+                "header states the number of frames"
             )
         return
     following = _first_mpeg_frame(file, position, size, 2**20)
     if following is not None:
         raise ContainerError(
-            f"is truncated or damaged: the {following - position} bytes from byte {position} on are no MPEG frames, others follow"
+            f"is truncated or damaged: {following - position} bytes from byte {position} on are no MPEG frames, but frames follow"
         )
     _check_trailer(file, position, size, None)
 
 
 def _first_mpeg_frame(file, position, size, reach=2**16):
-    """Where the first frame begins that another one follows; None if there is none within reach."""
+    """The position of the first frame that is followed by another one; None if there is none within reach."""
     data = _read(file, position, reach)
     for match in re.finditer(rb"\xff[\xe2-\xff]", data):
         frame = _mpeg_frame(data[match.start() : match.start() + 4])
@@ -759,7 +763,7 @@ def _gsm_parts(file, size):
     file.seek(0)
     data = file.read()
     if any(byte >> 4 != 0xD for byte in data[::33]):
-        raise ContainerError("is no GSM 6.10 file, whose frames of 33 bytes all begin with the bits 1101; check its name")
+        raise ContainerError("is not a GSM 6.10 file: not all of its frames of 33 bytes begin with the bits 1101; check its name")
     if size % 33:
         raise ContainerError(f"is truncated or damaged: its {size} bytes are not a whole number of GSM frames of 33 bytes")
     return [Part(0, size)]
@@ -774,7 +778,7 @@ def _read(file, position, count):
 
 
 def _after_id3(file, position, size):
-    """Where ID3v2 tags that begin at a position end; they may stand in front of anything."""
+    """The end of the ID3v2 tags at a position. Any format may follow such tags."""
     while len(head := _read(file, position, 10)) == 10 and ID3.match(head):
         high, middle, low, lowest = head[6:]  # seven bits each
         end = position + 10 + (high << 21 | middle << 14 | low << 7 | lowest) + (10 if head[5] & 16 else 0)
@@ -785,9 +789,9 @@ def _after_id3(file, position, size):
 
 
 def _after_tags(file, position, size):
-    """Where the tags that begin at a position end, by the sizes that they have; another file may follow.
+    """The end of the tags at a position, by their stated sizes. Another file may follow.
 
-    Bytes that begin like a tag and do not end like one are none: they may be samples.
+    Bytes that begin like a tag but do not end like one may be samples, and do not count.
     """
     while position < size:
         end = _after_id3(file, position, size)
@@ -800,23 +804,23 @@ def _after_tags(file, position, size):
 
 
 def _after_tag(file, position, size):
-    """Where a tag that is no ID3v2 ends; where it begins if there is none."""
+    """The end of a tag other than ID3v2; the position itself if there is none."""
     head = _read(file, position, 32)
-    if head.startswith(b"TAG+"):  # the extension of ID3v1, always in front of it
+    if head.startswith(b"TAG+"):  # the extension of ID3v1, always before it
         return position + 227 if _read(file, position + 227, 3) == b"TAG" else position
     if head.startswith(b"TAG"):
         return position + 128
     if head.startswith(b"3DI"):  # a footer of ID3v2
         return position + 10
     if head.startswith(b"LYRICSBEGIN"):
-        text = _read(file, position, 2**20)  # a size has six digits
+        text = _read(file, position, 2**20)  # enough, because its size has six digits
         for match in re.finditer(rb"(\d{6})LYRICS200|LYRICSEND", text):
             if match[1] is None or int(match[1]) == match.start():
                 return position + match.end()
         return position
     if head.startswith(b"APETAGEX") and len(head) == 32:
         _, stated, _, flags = struct.unpack("<4I", head[8:24])
-        return position + 32 + (stated if flags & 1 << 29 else 0)  # a header, or a footer, which is all that is left
+        return position + 32 + (stated if flags & 1 << 29 else 0)  # a header, or only a footer
     for footer in _find(file, b"APETAGEX", position, min(size, position + 2**20)):  # version 1 has no header
         if int.from_bytes(_read(file, footer + 12, 4), "little") == footer + 32 - position:
             return footer + 32
@@ -824,7 +828,7 @@ def _after_tag(file, position, size):
 
 
 def _count_zeros(file, position, size, step=2**20):
-    """How many bytes of zeros there are at a position."""
+    """The number of zero bytes at a position."""
     begin = position
     while position < size:
         block = _read(file, position, step)
@@ -836,9 +840,9 @@ def _count_zeros(file, position, size, step=2**20):
 
 
 def _find(file, needle, start, size, step=2**20):
-    """Yield the places from ``start`` on where some bytes are."""
+    """Yield the positions of some bytes from ``start`` on."""
     while start < size:
-        block = _read(file, start, step + len(needle) - 1)  # the next block begins where a match could begin
+        block = _read(file, start, step + len(needle) - 1)  # blocks overlap, so that no match is cut
         at = block.find(needle)
         while at >= 0:
             yield start + at
@@ -876,10 +880,10 @@ KINDS = [
     _kind(rb"\x01\x04.{40}", "MPC2K", _stated_parts(_mpc2k, "MPC2K")),
     _kind(rb".{4}\0\0[\0-\x27].\0\x02\0\0", "HTK", _stated_parts(_htk, "HTK")),
 ]
-"""What libsndfile reads: how it begins, its name, and the function that walks over it."""
+"""Formats that libsndfile reads: a pattern of their first bytes, their name, and the function that walks over them."""
 
 WEAK = {"SDS", "MPC2K", "HTK"}
-"""Formats whose first bytes may well be samples."""
+"""Formats whose first bytes may be samples."""
 
 HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", re.I)
 
@@ -924,7 +928,7 @@ FOREIGN = [
         (rb"\xff\xfe([ -~\t\r\n]\0){8}|\xfe\xff(\0[ -~\t\r\n]){8}", "UTF-16 text"),
     )
 ]
-"""Other formats that people send for raw samples."""
+"""Other formats that users may send as raw samples by mistake."""
 
 READABLE = {name for _, name, _ in KINDS} | {"MP3"}
-"""Names of the formats that can be read from a file."""
+"""Names of the formats that can be read from files."""

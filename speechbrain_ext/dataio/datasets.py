@@ -1,4 +1,4 @@
-"""From manifests to batches: datasets, and the options of their loaders."""
+"""Manifests, datasets, batches, and options of data loaders."""
 
 import copy
 import math
@@ -21,23 +21,23 @@ logger = get_logger(__name__)
 MANIFEST_FIELDS = ("ID", "duration", "wav", "spk_id", "wrd")
 """Columns of a manifest: id, seconds, path of the audio, speaker, transcript."""
 SEGMENT_FIELDS = ("start", "stop", "channel")
-"""Columns that it may have, too, where an utterance is a segment of a recording or one of its channels: the first sample and the
-one after the last, at the recording's own rate, and the channel, counted from 0. Empty is all of it."""
+"""Optional columns for a segment or a channel of a recording: the first sample and the one after the last, at the recording's
+rate, and the channel, counted from 0. Empty means the whole recording or all channels."""
 MIXED = "mixed-"
-"""What the ids of utterances begin with that are mixed in."""
+"""Prefix of the ids of utterances that are mixed in."""
 LARGE = 2**16
-"""Numbers in a tensor that goes to a device by itself."""
+"""A tensor with more numbers is copied to a device by itself."""
 
 
 def write_manifest(path, rows):
-    """Write a manifest, completely or not at all; columns of :data:`SEGMENT_FIELDS` are in it where a row has a value there.
+    """Write a manifest, completely or not at all. It has those columns of :data:`SEGMENT_FIELDS` that any row has a value for.
 
     Arguments
     ---------
     path : str or os.PathLike
         The file to write.
     rows : list of dict
-        Values by column; others than a manifest's are left out.
+        Values by column; other columns are left out.
     """
     used = [field for field in SEGMENT_FIELDS if any(row.get(field) not in ("", None) for row in rows)]
     fields = [*MANIFEST_FIELDS[:3], *used, *MANIFEST_FIELDS[3:]]
@@ -50,11 +50,11 @@ def merge_manifests(paths, path, mixed=None):
     Arguments
     ---------
     paths : list of str or os.PathLike
-        CSV files as :func:`read_manifest` reads them.
+        CSV files in the format of :func:`read_manifest`.
     path : str or os.PathLike
         The file to write.
     mixed : str or os.PathLike, optional
-        One more, whose ids get :data:`MIXED` in front: its utterances may be in the others, too.
+        A further manifest. Its ids get the prefix :data:`MIXED`, because the other manifests may hold the same utterances.
     """
     rows = [row for part in paths for row in read_manifest(part)]
     if mixed is not None:
@@ -68,12 +68,12 @@ def read_manifest(path):
     Arguments
     ---------
     path : str or os.PathLike
-        A CSV file with the columns :data:`MANIFEST_FIELDS`, and any others.
+        A CSV file with the columns :data:`MANIFEST_FIELDS`; it may have others.
 
     Returns
     -------
     list of dict
-        Texts by column.
+        Values by column, as text.
 
     Raises
     ------
@@ -91,29 +91,29 @@ def read_manifest(path):
 
 
 def make_datasets(hparams, manifests):
-    """Datasets whose items are utterances with waveforms or features, and tokens.
+    """Make datasets whose items are utterances with waveforms or features, and tokens.
 
     Arguments
     ---------
     hparams : dict
-        The hparams of the run, its tokenizer trained.
+        The hparams of the run, with a trained tokenizer.
     manifests : dict
-        CSV files by any names.
+        CSV files by name.
 
     Returns
     -------
     dict
-        A DynamicItemDataset of each manifest. Items have ``id``, ``duration`` (seconds), ``wrd`` (the transcript), ``tokens``,
+        A DynamicItemDataset for each manifest. Items have ``id``, ``duration`` (seconds), ``wrd`` (the transcript), ``tokens``,
         ``tokens_bos`` and ``tokens_eos``, and either ``sig`` (samples) or, with ``cache_features``, ``feats``.
 
     Raises
     ------
     UserError
-        If waveforms should be augmented and features be cached, or a manifest has no utterances, an id twice, or something else
-        where a number should be.
+        If both ``wav_augment`` and ``cache_features`` are set, or a manifest has no utterances, an id twice, or a value that is
+        not a number.
     """
     if hparams["cache_features"] and hparams["wav_augment"]:
-        raise UserError("cache_features is True, and wav_augment changes the waveforms each time; switch one of them off.")
+        raise UserError("cache_features is True, but wav_augment changes the waveforms in each epoch; switch one of them off.")
     datasets = {name: DynamicItemDataset(_items(path)) for name, path in manifests.items()}
     every = list(datasets.values())
     rate, audio = hparams["sample_rate"], "feats" if hparams["cache_features"] else "sig"
@@ -126,7 +126,7 @@ def make_datasets(hparams, manifests):
 
 
 def _items(path):
-    """The rows of a manifest by id. SpeechBrain's own reading would substitute every $name in them, transcripts included."""
+    """The rows of a manifest by id. SpeechBrain's reader would substitute every $name in them, also in transcripts."""
     items = {}
     for row in read_manifest(path):
         key = row["ID"]
@@ -138,42 +138,42 @@ def _items(path):
         item |= {field: _number(int, row, field, path) for field in ("stop", "channel")}
         items[key] = item
     if not items:
-        raise UserError(f"The manifest {path} has no utterances; see what was skipped.")
+        raise UserError(f"The manifest {path} has no utterances; see skipped.csv.")
     return items
 
 
 def _number(kind, row, field, path):
-    """A number of a row; None where there is none."""
+    """A number of a row; None if the field is empty."""
     try:
         value = kind(row[field]) if row.get(field) or kind is float else None
     except ValueError:
         value = math.nan
-    if value is not None and not 0 <= value < math.inf:  # of NaN, neither is true
+    if value is not None and not 0 <= value < math.inf:  # also catches NaN
         wanted = "seconds" if kind is float else "a whole number, 0 or more"
         raise UserError(f"The manifest {path} has the {field} {row[field]!r} for {row['ID']}; give {wanted}.")
     return value
 
 
 def drop_unfit(dataset, hparams, listed_in, name):
-    """Leave out the utterances whose transcript has more tokens than CTC can place in their frames: they would teach nothing.
+    """Leave out utterances that have too few frames for the tokens of their transcript; CTC cannot train on them.
 
-    Repeated tokens need a blank between them, and speed perturbation makes an utterance shorter.
+    CTC needs a blank between repeated tokens. Speed perturbation reduces the number of frames.
 
     Arguments
     ---------
     dataset : DynamicItemDataset
-        The training or development set; it is changed.
+        The training or validation set; it is changed in place.
     hparams : dict
-        The hparams of the run, its tokenizer trained.
+        The hparams of the run, with a trained tokenizer.
     listed_in : str or os.PathLike
-        A CSV file for those that are left out: ID, tokens that CTC needs, frames.
+        A CSV file that lists these utterances: ID, tokens that CTC needs, frames.
     name : str
-        Of the dataset, for messages.
+        Name of the dataset, for messages.
 
     Raises
     ------
     UserError
-        If there are more than ``max_skipped`` allows.
+        If more than ``max_skipped`` are left out.
     """
     speech_encoder, tokenizer = hparams["speech_encoder"], hparams["tokenizer"]
     augment = hparams["wav_augment"]
@@ -190,11 +190,11 @@ def drop_unfit(dataset, hparams, listed_in, name):
         return
     total = len(dataset.data)
     write_csv(listed_in, ("ID", "tokens", "frames"), unfit)
-    found = f"{len(unfit)} of {total} utterances have transcripts of more tokens than frames, such as {unfit[0][0]}"
+    found = f"{len(unfit)} of {total} utterances have more tokens than frames, such as {unfit[0][0]}"
     if len(unfit) > math.ceil(hparams["max_skipped"] * total):
         raise UserError(
-            f"{name}: {found}, more than the allowed {hparams['max_skipped']:.0%}; they are listed in {listed_in}: mend the "
-            "transcripts, take larger tokens (vocab_size), or raise max_skipped."
+            f"{name}: {found}, more than the allowed {hparams['max_skipped']:.0%}; they are listed in {listed_in}: fix the "
+            "transcripts, use longer tokens (vocab_size), or raise max_skipped."
         )
     logger.warning("%s: %s; they are left out, and listed in %s", name, found, listed_in)
     for key, *_ in unfit:
@@ -203,10 +203,10 @@ def drop_unfit(dataset, hparams, listed_in, name):
 
 
 class Batch(PaddedBatch):
-    """SpeechBrain's PaddedBatch that goes to a device in few copies: one of each large tensor, one of all small ones of a type.
+    """SpeechBrain's PaddedBatch with fewer copies to a device: one per large tensor, and one for all small tensors of a type.
 
-    Only what is padded goes there. Plain numbers, such as durations, stay on the host, and so does a copy of the lengths: the
-    device would have to be waited for.
+    Only padded data is copied. Plain numbers, such as durations, stay on the host. So does a copy of the lengths; reading them
+    from the device would wait for it.
 
     Arguments
     ---------
@@ -234,11 +234,11 @@ class Batch(PaddedBatch):
         self.flat = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in flat]
 
     def pin_memory(self):
-        """In place, so that copies to a GPU need not be waited for."""
+        """Pin memory, in place; copies to a GPU are then asynchronous."""
         return self._replace(torch.Tensor.pin_memory)
 
     def to(self, device):
-        """To a device, in place; returns itself."""
+        """Copy to a device, in place; returns itself."""
         return self._replace(lambda tensor: tensor.to(device, non_blocking=torch.device(device).type != "cpu"))
 
     def _replace(self, move):
@@ -252,16 +252,16 @@ class Batch(PaddedBatch):
 
 
 class ShortFirstBatchSampler(DynamicBatchSampler):
-    """SpeechBrain's DynamicBatchSampler that can begin with epochs by length, in which CTC finds its alignment sooner.
+    """SpeechBrain's DynamicBatchSampler that can sort the first epochs by length; CTC then finds its alignment sooner.
 
     Arguments
     ---------
     dataset : DynamicItemDataset
         The dataset.
     *args, **kwargs
-        As of DynamicBatchSampler.
+        Arguments of DynamicBatchSampler.
     sorted_epochs : int
-        The first so many epochs have the batches with the shortest utterances first.
+        Number of epochs at the start that begin with the shortest utterances.
     """
 
     def __init__(self, dataset, *args, sorted_epochs=0, **kwargs):
@@ -276,9 +276,9 @@ class ShortFirstBatchSampler(DynamicBatchSampler):
 
 
 class MixedBatches:
-    """Batches of a dataset of which some utterances are mixed in: a share of each epoch, drawn anew for each.
+    """Batches of a dataset in which some utterances are mixed in: each epoch draws its own share of them.
 
-    The draw depends on the epoch alone, so that an interrupted run goes on with the same batches.
+    The draw depends only on the seed and the epoch. An interrupted run therefore continues with the same batches.
 
     Arguments
     ---------
@@ -289,9 +289,9 @@ class MixedBatches:
     mixed : set of str
         Ids of the utterances to draw from; all others are in every epoch.
     share : float
-        The part of an epoch's utterances that is drawn. Where there are too few, some come more than once.
+        Share of drawn utterances in an epoch. If there are too few, some are drawn more than once.
     seed : int
-        Of the draws.
+        Seed of the draws.
 
     Example
     -------
@@ -332,21 +332,21 @@ class MixedBatches:
 
 
 class BatchesOfProcess:
-    """The batches of one process of distributed training: together, all processes visit each utterance of an epoch exactly once.
+    """The batches of one process of distributed training. Together, the processes visit each utterance exactly once per epoch.
 
-    All processes take the same number of batches. Where the number of batches does not divide, the largest are split in two.
+    All processes take the same number of batches. If the number of batches is not divisible, the largest are split in two.
 
     Arguments
     ---------
     sampler : DynamicBatchSampler
-        Gives the same batches in all processes.
+        The sampler; it must give the same batches in all processes.
     rank, world : int
-        This process, and the number of processes.
+        The number of this process, and the number of processes.
 
     Raises
     ------
     UserError
-        In use, if there are fewer utterances than processes.
+        In iteration, if there are fewer utterances than processes.
 
     Example
     -------
@@ -381,7 +381,7 @@ class BatchesOfProcess:
             longest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
             if longest is None or len(batches[longest]) < 2:
                 utterances = sum(map(len, batches))
-                raise UserError(f"{utterances} utterances cannot be shared by {self.world} processes; start fewer.")
+                raise UserError(f"{utterances} utterances are too few for {self.world} processes; start fewer processes.")
             half = len(batches[longest]) // 2
             batches[longest], rest = batches[longest][:half], batches[longest][half:]
             batches.append(rest)
@@ -407,32 +407,32 @@ def loader_options(dataset, batch_sampler, num_workers):
     Raises
     ------
     UserError
-        If the sampler does not take its settings, or there is no utterance.
+        If the sampler refuses its settings, or there is no utterance.
     """
     if not len(dataset):
-        raise UserError("There is no utterance left to train or test on; see the lists of what was skipped.")
+        raise UserError("There is no utterance left for training or testing; see the lists of skipped utterances.")
     try:
         sampler = batch_sampler(dataset)
     except (TypeError, ValueError) as error:
         if runs_foreign_code(error):
-            raise  # a bug of a sampler of the user's own
-        raise UserError(f"The batch sampler does not take its settings: {one_line(error)}.") from error
+            raise  # a bug in the user's sampler
+        raise UserError(f"The batch sampler refuses its settings: {one_line(error)}.") from error
     return {
         "batch_sampler": sampler,
         "collate_fn": Batch,
         "pin_memory": torch.cuda.is_available(),
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        # Its own generator: otherwise a loader draws from the global one when it starts, and a resumed run starts it again.
+        # Without this, a starting loader draws from the global generator, and a resumed run starts its loader again
         "generator": torch.Generator(),
     }
 
 
-# Callables with state of their own, not functions inside of functions: workers that are spawned, as on macOS, get them pickled
+# Classes, not nested functions: they are pickled for spawned workers, as on macOS
 
 
 class _Waveforms:
-    """Samples of an audio file."""
+    """Loads the samples of an audio file."""
 
     def __init__(self, sample_rate):
         self.sample_rate = sample_rate
@@ -442,7 +442,7 @@ class _Waveforms:
 
 
 class _CachedFeatures:
-    """Features of an audio file, kept in memory."""
+    """Computes the features of an audio file, and keeps them in memory."""
 
     def __init__(self, speech_encoder, sample_rate):
         self.speech_encoder, self.sample_rate, self.cache = speech_encoder, sample_rate, {}
@@ -457,7 +457,7 @@ class _CachedFeatures:
 
 
 class _Tokens:
-    """Tokens of a transcript: as they are, after the token that begins, and before the token that ends."""
+    """Tokens of a transcript: alone, with bos before them, and with eos after them."""
 
     def __init__(self, tokenizer, bos, eos):
         self.tokenizer, self.bos, self.eos = tokenizer, bos, eos

@@ -1,30 +1,30 @@
-"""What the frames of a FLAC file hold, without decoding them (RFC 9639, section 9).
+"""Count the samples in the frames of a FLAC file without decoding them (RFC 9639, section 9).
 
-libsndfile reads as many samples as the header states, and libFLAC plays silence where frames are missing. So the frames are
-walked over. Each begins with a header that has a checksum of its own and a running number, and ends with a checksum of all of
-it. That its size is stated nowhere does not matter: of the bytes in between, hardly any look like such a header, and none like
-the next one.
+libsndfile reads as many samples as the header states, and libFLAC inserts silence for missing frames. Walking over the frames
+shows such faults. Each frame begins with a header that has a checksum and a running number, and ends with a checksum of the
+whole frame. The size of a frame is not stated. The next frame is found by its header: hardly any other bytes look like a
+header, and none have the right number.
 """
 
 import re
 from typing import NamedTuple
 
 LARGEST_FRAME = 2**22
-"""Bytes: more than 65,536 samples of 8 channels with 32 bits take."""
+"""Bytes, more than for 65,536 samples of 8 channels with 32 bits."""
 STEP = 2**20
 
 
 class Frames(NamedTuple):
-    """What a walk has found."""
+    """The result of a walk over frames."""
 
     stated: int
-    """Samples per channel as the header states them."""
+    """Samples per channel stated by the header."""
     held: int
-    """Samples per channel that the frames hold."""
+    """Samples per channel in the frames."""
     ends: list
-    """Where the last frame may end: every place up to which its checksum is right, as by chance for one byte in 65,536."""
+    """Possible ends of the last frame: all places where its checksum fits. By chance it fits at one byte in 65,536."""
     gap: int | None
-    """Where a whole frame begins that is not the next one; None if there is none."""
+    """Start of a whole frame with a wrong number; None if there is none."""
 
 
 class _Header(NamedTuple):
@@ -40,12 +40,12 @@ def walk_frames(file, begin, end):
     ---------
     file : binary file
     begin, end : int
-        The first byte, ``fLaC``, and the one after the last.
+        Position of the first byte (of ``fLaC``) and of the one after the last.
 
     Returns
     -------
     Frames or None
-        None if there is no frame where the first one should be.
+        None if no frame follows the header.
 
     Example
     -------
@@ -66,13 +66,13 @@ def walk_frames(file, begin, end):
             return None
         last = head[0] >= 128
         position += 4 + int.from_bytes(head[1:4], "big")
-    start, due, held, gap = position, None, 0, None  # start: of the frame before
+    start, due, held, gap = position, None, 0, None  # start: of the previous frame
     checksum = _Checksum(file, start)
     for place, header in _headers(file, start, end):
         if due is None and place > start:
             return None
         if due is None or header.number in due:
-            # The number is that of the frame, or of its first sample; old encoders say which in the header of the file at most
+            # The number counts frames or samples. Old encoders do not mark it in the frame, only in the header of the file.
             due = {header.number + header.samples} if header.variable or smallest != largest else set()
             due |= set() if header.variable else {header.number + 1}
             start, held = place, held + header.samples
@@ -85,7 +85,7 @@ def walk_frames(file, begin, end):
 
 
 def _headers(file, position, end):
-    """Yield the places of all that looks like the header of a frame, and what it says."""
+    """Yield the positions of all bytes that look like the header of a frame, and the header."""
     while position < end:
         block = _read(file, position, min(STEP + 15, end - position))
         for match in re.finditer(rb"\xff[\xf8\xf9]", block[: STEP + 1]):
@@ -96,7 +96,7 @@ def _headers(file, position, end):
 
 
 def _header(data):
-    """The header that 16 bytes begin with, else None."""
+    """The header at the start of 16 bytes; None if there is none."""
     if len(data) < 6 or data[2] >> 4 == 0 or data[2] & 15 == 15 or data[3] >> 4 > 10 or data[3] & 1 or data[3] & 14 == 6:
         return None
     more = 0  # bytes of the number after the first one, as in UTF-8
@@ -117,25 +117,25 @@ def _header(data):
         samples = 192 if size == 1 else 576 << size - 2 if size < 6 else 256 << size - 8
     position += {12: 1, 13: 2, 14: 2}.get(data[2] & 15, 0)
     crc = 0
-    for byte in data[: position + 1]:  # the last one is the checksum
+    for byte in data[: position + 1]:  # the last byte is the checksum
         crc = _CRC8[crc ^ byte]
     return None if crc or len(data) <= position else _Header(number, samples, bool(data[1] & 1))
 
 
 class _Checksum:
-    """The checksum of the bytes from a place on; 0 up to where a whole frame ends, its own checksum included."""
+    """The checksum of the bytes from a position on. It is 0 at the end of a whole frame, which includes its checksum."""
 
     def __init__(self, file, position):
         self._file, self._position, self._crc = file, position, 0
 
     def at(self, position):
-        """The checksum up to a place; each call goes on from the last one."""
+        """The checksum up to a position; each call continues from the last one."""
         for _ in self.zeros(position):
             pass
         return self._crc
 
     def zeros(self, end):
-        """Yield the places up to ``end`` where it is 0."""
+        """Yield the positions up to ``end`` where the checksum is 0."""
         crc = self._crc
         while self._position < end:
             block = _read(self._file, self._position, min(STEP, end - self._position))
@@ -149,7 +149,7 @@ class _Checksum:
 
 
 def _table(polynomial, bits):
-    """What a byte does to a checksum of so many bits."""
+    """The table of a checksum of ``bits`` bits: the change by each byte."""
     table = []
     for byte in range(256):
         crc = byte << bits - 8

@@ -1,15 +1,17 @@
-"""Manifests as other toolkits write them, and what they say of each utterance.
+"""Read manifests of several toolkits.
+
+These formats are known:
 
 * a table in CSV (SpeechBrain, Hugging Face ``metadata.csv``), JSON lines (NeMo, WeNet, Hugging Face ``metadata.jsonl``) or JSON
-  (SpeechBrain), with the columns that these toolkits use, see :data:`COLUMNS`;
+  (SpeechBrain), with the columns of these toolkits, see :data:`COLUMNS`;
 * cuts of lhotse, in JSON lines or JSON;
-* a folder of Kaldi: ``wav.scp``, ``text``, and where they are there ``segments``, ``utt2spk`` and ``utt2dur``;
-* a folder in LibriSpeech layout, with ``.trans.txt`` files somewhere inside and the audio beside them;
-* a folder of Hugging Face: ``metadata.csv`` or ``metadata.jsonl``, or what ``save_to_disk`` writes, which takes pyarrow;
-* an uncompressed tar file that holds, for each utterance, an audio file and a ``.txt`` or ``.json`` file of the same stem; or a
-  list of such tar files, one a line.
+* a folder of Kaldi: ``wav.scp`` and ``text``, and optionally ``segments``, ``utt2spk`` and ``utt2dur``;
+* a folder in LibriSpeech layout, with ``.trans.txt`` files anywhere inside and the audio beside them;
+* a folder of Hugging Face: ``metadata.csv`` or ``metadata.jsonl``, or the output of ``save_to_disk``, which needs pyarrow;
+* an uncompressed tar file with an audio file and a ``.txt`` or ``.json`` file of the same stem for each utterance; or a list of
+  such tar files, one per line.
 
-The format is recognised by what is found. Text files may be compressed by gzip. Relative paths are relative to the manifest.
+The format is recognised by content. Text files may be compressed with gzip. Relative paths start at the manifest.
 """
 
 import math
@@ -27,15 +29,15 @@ from speechbrain_ext.utils.text import is_utf8, listing
 
 
 class Entry(NamedTuple):
-    """What a manifest says of an utterance."""
+    """An utterance of a manifest."""
 
     utterance: Utterance
     place: str
     """File and line, for messages."""
     given: bool = True
-    """Whether the manifest states the id; else it was made of the path."""
+    """Whether the manifest states the id; if not, the id is made from the path."""
     flaw: str = ""
-    """Why it cannot be used, if so."""
+    """Why the utterance cannot be used; empty if it can."""
     detail: str = ""
 
 
@@ -47,23 +49,24 @@ def read_entries(path, data_folder=None):
     path : str or os.PathLike
         A file or folder in one of the formats above.
     data_folder : str, optional
-        What a placeholder at the beginning of a path, such as ``$data_root``, stands for.
+        The folder that replaces a placeholder at the beginning of a path, such as ``$data_root``.
 
     Returns
     -------
     entries : list of Entry
-        In the order of the manifest; ids may be there twice.
+        In the order of the manifest; ids are not yet checked for duplicates.
     files : list of str
         All files that were read.
 
     Raises
     ------
     FileNotFoundError
-        If it is missing.
+        If the manifest is missing.
     UserError
-        If it is in no known format, is damaged or empty, names shell commands in place of audio, or needs a ``data_folder``.
+        If its format is unknown, if it is damaged or empty, if it has shell commands instead of audio, or if it needs a
+        ``data_folder``.
     UserImportError
-        If it takes a package that is not installed.
+        If it needs a package that is not installed.
 
     Example
     -------
@@ -84,18 +87,18 @@ def read_entries(path, data_folder=None):
         names.append(record.name)
         entries.append(_entry(record, base, data_folder, files))
     if not entries:
-        raise UserError(f"The manifest {path} holds no utterances; give one that does.")
+        raise UserError(f"The manifest {path} holds no utterances; give another one.")
     for field in ("wav", "wrd"):
         if columns and columns.keys().isdisjoint(COLUMNS[field]):
             raise UserError(
-                f"{path} has no column {field}, nor any of {', '.join(COLUMNS[field][1:])}; rename one of those that it has: "
+                f"{path} has no column {field}, nor any of {', '.join(COLUMNS[field][1:])}; rename one of its columns: "
                 f"{listing(columns)}."
             )
     return _with_ids(entries, names), list(map(str, files))
 
 
 def manifest_name(path):
-    """The name of a file without what says its kind, or that of a folder."""
+    """The name of a file without its suffixes, or the name of a folder."""
     name = Path(path).name
     return name if os.path.isdir(path) else os.path.splitext(name.removesuffix(".gz"))[0]
 
@@ -106,7 +109,7 @@ def named_manifests(given):
     Arguments
     ---------
     given : list of str
-        ``name=path``, or a path whose file gives the name.
+        ``name=path``, or a path; then the name is that of the file.
 
     Returns
     -------
@@ -115,7 +118,7 @@ def named_manifests(given):
     Raises
     ------
     UserError
-        If one has no name, or that of another one.
+        If a manifest has no name, or two have the same name.
 
     Example
     -------
@@ -128,13 +131,13 @@ def named_manifests(given):
         if not equals or "/" in name or os.path.exists(each):
             name, path = manifest_name(each), each
         if not name or name.startswith(".") or not path or name in named:
-            raise UserError(f"The test manifest '{each}' has no name, or that of another one; give it as name=path.")
+            raise UserError(f"The test manifest '{each}' has no name, or the name of another one; give it as name=path.")
         named[name] = path
     return named
 
 
 def select(split, entries, case):
-    """Choose the utterances whose audio is worth a look.
+    """Leave out utterances with a fault, without a transcript, or with an id that another one has.
 
     Arguments
     ---------
@@ -142,12 +145,12 @@ def select(split, entries, case):
         The name of the split.
     entries : list of Entry
     case : str
-        Of the transcripts: "none", "upper" or "lower".
+        Case of the transcripts: "none" (unchanged), "upper" or "lower".
 
     Returns
     -------
     utterances : list of Utterance
-        With transcripts in their final form.
+        They have transcripts in normal form.
     skipped : list of Skipped
     """
     utterances, skipped, taken = [], [], {}
@@ -166,12 +169,12 @@ def select(split, entries, case):
 
 
 def _entry(record, base, data_folder, files):
-    """The entry of a record, with the id that it states, if any."""
+    """The entry of a record; its id is empty if the record states none."""
     values = {
         field: next((record.values[name] for name in names if record.values.get(name) is not None), None)
         for field, names in COLUMNS.items()
     }
-    if isinstance(values["wav"], dict):  # of SpeechBrain, with start and stop, or of Hugging Face
+    if isinstance(values["wav"], dict):  # from SpeechBrain, with start and stop, or from Hugging Face
         record = record._replace(values=record.values | values["wav"])
         values["wav"] = values["wav"].get("file") or values["wav"].get("path")
     name = str(values["ID"]) if isinstance(values["ID"], str | int | float) else ""
@@ -207,7 +210,7 @@ def _text(values, text, base, files):
     if text is None:
         raise Unusable("no transcript")
     if not isinstance(text, str):
-        raise Unusable("transcript is no text", f"{text!r:.60}")
+        raise Unusable("transcript is not text", f"{text!r:.60}")
     if text != values.get("text_filepath"):
         return text
     path = os.path.join(base, text)
@@ -219,7 +222,7 @@ def _text(values, text, base, files):
 
 
 def _segment(values):
-    """Where the utterance is in its audio, as keys of an Utterance."""
+    """Start, stop, channel and duration of an utterance, as keys of an Utterance."""
     names = ("offset", "start", "end", "stop", "channel", *COLUMNS["duration"])
     numbers = {name: _number(name, values[name]) for name in names if values.get(name) not in (None, "")}
     keys = {"duration": next((numbers[name] for name in COLUMNS["duration"] if name in numbers), None)}
@@ -242,13 +245,13 @@ def _number(name, value):
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not abs(number) < 1e12 or (name in ("stop", "channel") and number % 1):  # of NaN, the first is not true
-        raise Unusable("no number where one should be", f"{name}: {value!r:.60}")
+    if not abs(number) < 1e12 or (name in ("stop", "channel") and number % 1):  # the first also catches NaN
+        raise Unusable("not a number", f"{name}: {value!r:.60}")
     return number
 
 
 def _with_ids(entries, names):
-    """Ids where the manifest states none: the stem of the path and the segment, or the whole path where stems are alike."""
+    """Make missing ids from the stem of the path and the segment, or from the whole path if stems are equal."""
 
     def named(entry, name):
         utterance = entry.utterance

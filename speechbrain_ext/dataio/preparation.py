@@ -1,7 +1,7 @@
-"""From what a corpus says of its utterances to manifests.
+"""Check the utterances of a corpus, and write manifests.
 
-All audio is checked. What is no good is left out, listed in ``skipped.csv`` and counted; too much of it stops the run. Manifests
-are there whole or not at all, and are not made again where nothing has changed.
+All audio is checked. Unusable utterances are left out, counted, and listed in ``skipped.csv``; too many of them stop the run.
+Manifests are complete or absent, and are only written again if something has changed.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from speechbrain_ext.utils.files import file_digest, write_csv, write_text
 
 logger = logging.getLogger(__name__)
 
-MIN_SECONDS = 0.1  # nobody says a word in less; such a file is a slip of segmentation
-SLACK_SECONDS, SLACK = 0.02, 0.01  # a stated duration may differ by both: it is rounded, and codecs pad
+MIN_SECONDS = 0.1  # no word is shorter; such a file is an error of segmentation
+SLACK_SECONDS, SLACK = 0.02, 0.01  # allowed deviation of a stated duration, added: durations are rounded, and codecs pad
 
 SKIPPED_FILE = "skipped.csv"
 MARKER_FILE = "prepared.json"
 
 
 class File(NamedTuple):
-    """A file of the corpus and what tells whether it has changed."""
+    """A file of the corpus, with its size and time, which show whether it has changed."""
 
     path: str
     size: int
@@ -38,25 +38,25 @@ class File(NamedTuple):
 
 
 class Utterance(NamedTuple):
-    """What a corpus says of an utterance."""
+    """An utterance as the corpus describes it."""
 
     ID: str
     wav: str
     spk_id: str = "unknown"
     wrd: str | None = None
-    """The transcript; None where there is none."""
+    """The transcript; None if it is missing."""
     start: float | None = None
-    """Where it begins in the audio, in seconds."""
+    """Start in the audio, in seconds."""
     stop: float | None = None
     in_samples: bool = False
-    """Whether start and stop are numbers of samples."""
+    """Whether start and stop are in samples."""
     channel: int | None = None
     duration: float | None = None
-    """In seconds, as stated; of the utterance, or of the whole file."""
+    """The stated duration in seconds, of the utterance or of the whole file."""
 
 
 class Skipped(NamedTuple):
-    """Something that was left out, and why: ``reason`` is one of a few kinds, ``detail`` the particulars."""
+    """An utterance that was left out, with the kind of ``reason`` and a ``detail``."""
 
     split: str
     ID: str
@@ -66,7 +66,7 @@ class Skipped(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of a manifest, and what is worth a note about its audio."""
+    """A line of a manifest, with the sample rate and number of channels of its audio."""
 
     ID: str
     duration: float
@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 def check_utterances(split, utterances, max_seconds=math.inf):
-    """Check the audio of utterances, each file once and to its end, in parallel.
+    """Check the audio of utterances in parallel, each file once and as a whole.
 
     Arguments
     ---------
@@ -89,7 +89,7 @@ def check_utterances(split, utterances, max_seconds=math.inf):
         The name of the split.
     utterances : sequence of Utterance
     max_seconds : float
-        Longer ones are left out.
+        Longer utterances are left out.
 
     Returns
     -------
@@ -126,14 +126,14 @@ def check_utterances(split, utterances, max_seconds=math.inf):
 
 
 class _Flaw(NamedTuple):
-    """Why something is no good."""
+    """Why an utterance cannot be used."""
 
     reason: str
     detail: str
 
 
 def _check(path):
-    """In a worker process: what is worth knowing about an audio file, or why it is no good."""
+    """The properties of an audio file, or its flaw; runs in a worker process."""
     try:
         return check_audio(path)
     except AudioError as error:
@@ -141,7 +141,7 @@ def _check(path):
 
 
 def _row(utterance, info):
-    """The row of an utterance, or why it is no good."""
+    """The row of an utterance, or its flaw."""
     if isinstance(info, _Flaw):
         return info
     rate, frames = info.sample_rate, info.num_frames
@@ -154,7 +154,7 @@ def _row(utterance, info):
     duration = (stop - start) / rate
     stated = utterance.duration
     if stated is not None and not any(abs(stated - is_) <= SLACK_SECONDS + SLACK * is_ for is_ in (duration, info.duration)):
-        return _Flaw("not of the stated duration", f"{stated:g} s are stated, and it has {duration:g} s")
+        return _Flaw("wrong duration", f"{stated:g} s are stated, but the audio has {duration:g} s")
     if utterance.channel is not None and not 0 <= utterance.channel < info.channels:
         return _Flaw("no such channel", f"{utterance.channel} of {info.channels}, counted from 0")
     if duration < MIN_SECONDS:
@@ -170,27 +170,27 @@ def write_manifests(save_folder, splits, make, state, max_skipped, merged=None):
     Arguments
     ---------
     save_folder : pathlib.Path
-        Where they go; created if need be.
+        The folder to write to; created if it is missing.
     splits : list of str
-        The last one is made first.
+        Names of the splits; the last one is made first.
     make : callable
-        Gives for the name of a split its rows, what was skipped, and how many utterances there are, skipped ones included.
+        Takes the name of a split; returns its rows, the skipped utterances, and the number of all its utterances.
     state : dict
-        All that the manifests depend on, of such values as JSON has.
+        All that the manifests depend on, in values that JSON can hold.
     max_skipped : float
-        The largest part of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+        The largest share of a split that may be left out, from 0 to 1, rounded up to whole utterances.
     merged : dict, optional
         Further manifests: lists of splits by file name.
 
     Raises
     ------
     UserError
-        If ``max_skipped`` is no such part.
+        If ``max_skipped`` is not from 0 to 1.
     UserRuntimeError
-        If too much of a split would be left out; no manifest is written then.
+        If too many utterances of a split are unusable; then no manifest is written.
     """
     if not 0 <= max_skipped <= 1:
-        raise UserError(f"max_skipped is a part of a split, from 0 to 1, and it is {max_skipped}.")
+        raise UserError(f"max_skipped is {max_skipped}; give a share of a split, from 0 to 1.")
     save_folder.mkdir(parents=True, exist_ok=True)
     if _is_prepared(save_folder, state):
         logger.info("The manifests in %s are complete and up to date: nothing to prepare.", save_folder)
@@ -210,7 +210,7 @@ def write_manifests(save_folder, splits, make, state, max_skipped, merged=None):
 
 
 def files_digest(files):
-    """What tells whether any of some files has changed.
+    """A digest that shows whether any of some files has changed.
 
     Arguments
     ---------
@@ -227,25 +227,25 @@ def files_digest(files):
 
 
 def _is_prepared(save_folder, state):
-    """Whether an earlier call with this state came to its end and its manifests are as it left them."""
+    """Whether an earlier call with this state was completed, and its manifests are unchanged."""
     try:
         earlier = json.loads((save_folder / MARKER_FILE).read_text(encoding="utf-8"))
         manifests = earlier.pop("manifests")
         intact = all(file_digest(save_folder / name) == digest for name, digest in manifests.items())
         return earlier == state and intact
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no marker, not ours, or a manifest is gone
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no marker, a foreign file, or a missing manifest
         return False
 
 
 def _report(split, rows, skipped, total, listed_in, max_skipped):
-    """Log what a split holds and what it lost; stop where that is too much."""
+    """Log the size of a split and its skipped utterances; raise an error if these are too many."""
     hours = sum(row.duration for row in rows) / 3600
     logger.info("%s: %d utterances, %.2f hours", split, len(rows), hours)
     rates = {row.wav: row.sample_rate for row in rows if row.sample_rate != SAMPLE_RATE}
     for value, count in Counter(rates.values()).items():
-        logger.info("%s: %d files have %d Hz; what is not the model's rate is resampled when read.", split, count, value)
+        logger.info("%s: %d files have %d Hz; they are resampled when read, unless the model has this rate.", split, count, value)
     if several := len({row.wav for row in rows if row.channels > 1 and row.channel is None}):
-        logger.info("%s: %d files have several channels; these are averaged when read.", split, several)
+        logger.info("%s: %d files have several channels, which are averaged when read.", split, several)
     if not skipped:
         return
     reasons = Counter(skip.reason for skip in skipped).most_common()
@@ -255,5 +255,5 @@ def _report(split, rows, skipped, total, listed_in, max_skipped):
         allowed = f", more than the allowed {max_skipped:.0%}" if rows else ""
         raise UserRuntimeError(
             f"{len(skipped)} of {total} utterances in {split} cannot be used{allowed}, most often because of '{reasons[0][0]}' "
-            f"({reasons[0][1]}); they are listed in {listed_in}: mend the corpus{', or raise max_skipped' if rows else ''}."
+            f"({reasons[0][1]}); they are listed in {listed_in}: fix the corpus{', or raise max_skipped' if rows else ''}."
         )

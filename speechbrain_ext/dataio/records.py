@@ -1,4 +1,4 @@
-"""The lines of manifests in the formats of :mod:`speechbrain_ext.dataio.manifests`: columns and values, before these are read."""
+"""Read lines of manifests as columns and values, in the formats of :mod:`speechbrain_ext.dataio.manifests`."""
 
 import csv
 import gzip
@@ -23,10 +23,10 @@ COLUMNS = {
     "wrd": ("wrd", "words", "text", "txt", "transcript", "transcription", "sentence", "text_filepath", "normalized_text"),
     "duration": ("duration", "length"),
 }
-"""Names of a column, in the order in which they count. There are also ``channel``, counted from 0, and for a segment ``offset``
-(seconds) with a ``duration``, ``start`` and ``end`` (seconds), or ``start`` and ``stop`` (samples)."""
+"""Names of each column; the first one with a value counts. Further columns are ``channel``, counted from 0, and for a segment
+``offset`` (seconds) with ``duration``, ``start`` and ``end`` (seconds), or ``start`` and ``stop`` (samples)."""
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".sph", ".w64")
-"""Of members of a tar file."""
+"""Suffixes of audio files in tar files and in folders of LibriSpeech layout."""
 KALDI = ("wav.scp", "text", "segments", "utt2spk", "utt2dur")
 FORMATS = (
     "SpeechBrain's CSV or JSON, JSON lines of NeMo or WeNet, cuts of lhotse, an uncompressed tar file of audio and texts, or a "
@@ -40,16 +40,16 @@ class Record(NamedTuple):
     place: str
     """File and line, for messages."""
     values: dict
-    """By column."""
+    """Values by column."""
     flaw: str = ""
-    """Why it cannot be used, if so: the kind of trouble in a few words."""
+    """Why the line cannot be used, in a few words; empty if it can."""
     detail: str = ""
     name: str = ""
-    """Of the audio, where its path is none."""
+    """Name of audio that lies inside an Arrow file."""
 
 
 class Unusable(Exception):
-    """What is wrong with a line: one of a few kinds, and the particulars."""
+    """A line that cannot be used: the kind of problem, and details."""
 
     def __init__(self, reason, detail=""):
         super().__init__(reason, detail)
@@ -62,9 +62,9 @@ def read_records(path, files):
     Arguments
     ---------
     path : pathlib.Path
-        A file or folder that is there.
+        An existing file or folder.
     files : list
-        All files that are read are added to it.
+        Receives all files that are read.
 
     Yields
     ------
@@ -73,9 +73,9 @@ def read_records(path, files):
     Raises
     ------
     UserError
-        If it is in no known format, damaged, or names shell commands in place of audio.
+        If the format is unknown, or the manifest is damaged or has shell commands instead of audio.
     UserImportError
-        If it takes a package that is not installed.
+        If the manifest needs a package that is not installed.
     """
     if path.is_dir():
         yield from _folder_records(path, files)
@@ -112,7 +112,7 @@ def _file_records(path, files):
     elif path.name in KALDI:
         raise UserError(f"{path} is one of the files of a Kaldi folder; give the folder.")
     else:
-        raise UserError(f"{path} is no manifest that is known, as it begins with {lines[0]!r:.60}; give {FORMATS}.")
+        raise UserError(f"{path} is not a known kind of manifest: it begins with {lines[0]!r:.60}; give {FORMATS}.")
 
 
 def _is_tar(head):
@@ -120,7 +120,7 @@ def _is_tar(head):
 
 
 def _read_text(path):
-    """The text of a file; bytes that are no UTF-8 become what cannot be written in it."""
+    """The text of a file; bytes that are not valid UTF-8 become surrogates."""
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
@@ -128,9 +128,9 @@ def _read_text(path):
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"The manifest {path} cannot be decompressed ({one_line(error)}); write it again.") from error
         if _is_tar(data[:512]):
-            raise UserError(f"{path} is a compressed tar file, whose members cannot be read one by one; decompress it.")
+            raise UserError(f"{path} is a compressed tar file; decompress it.")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1024]:
-        raise UserError(f"{path} is no text in UTF-8; give {FORMATS}.")
+        raise UserError(f"{path} is not text in UTF-8; give {FORMATS}.")
     return data.decode("utf-8-sig", "surrogateescape")
 
 
@@ -147,17 +147,17 @@ def _csv_records(path, text):
             place = f"{path}, line {reader.line_num}"
             within, read = lines[read + 1 : reader.line_num], reader.line_num
             alone = [next(csv.reader([line], skipinitialspace=True), []) for line in within]
-            if _suffix(row, wav) and any(_suffix(line, wav) == _suffix(row, wav) for line in alone):  # lines as of utterances
+            if _suffix(row, wav) and any(_suffix(line, wav) == _suffix(row, wav) for line in alone):  # like utterances
                 raise UserError(
-                    f"{path}, line {read - len(within)}: a quotation mark begins a field there, and it takes in the "
-                    f"{len(within)} lines below; close it, or double it where it is part of the text."
+                    f"{path}, line {read - len(within)}: a quotation mark begins a field that includes the next "
+                    f"{len(within)} lines; close it, or double it if it is part of the text."
                 )
             if len(row) == len(columns):
                 yield Record(place, dict(zip(columns, row, strict=True)))
             elif row:
-                yield Record(place, {}, "line of other columns", f"{len(row)} in place of {len(columns)}")
+                yield Record(place, {}, "wrong number of columns", f"{len(row)} instead of {len(columns)}")
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}, is no valid CSV: {one_line(error)}; mend it.") from error
+        raise UserError(f"{path}, line {reader.line_num}, is not valid CSV: {one_line(error)}; fix it.") from error
 
 
 def _suffix(fields, index):
@@ -178,21 +178,21 @@ def _json_records(path, text):
             items = ((f"{path}, item {number}", item) for number, item in enumerate(tree, start=1))
     for place, item in items:
         if isinstance(item, Exception):
-            yield Record(place, {}, "no valid JSON", one_line(item))
+            yield Record(place, {}, "not valid JSON", one_line(item))
             continue
         failed = None
         if not isinstance(item, dict):
-            yield Record(place, {}, "no JSON object", f"{item!r:.60}")
+            yield Record(place, {}, "not a JSON object", f"{item!r:.60}")
         elif {"supervisions", "recording"} & item.keys() or str(item.get("type", "")).endswith("Cut"):
             yield from _cut_records(place, item)
         else:
             yield Record(place, item)
-    if failed:  # no line was any better than the whole
-        raise UserError(f"{path} is no valid JSON: {one_line(failed)}; mend it.")
+    if failed:  # no line is valid by itself
+        raise UserError(f"{path} is not valid JSON: {one_line(failed)}; fix it.")
 
 
 def _json_lines(path, text):
-    """Places of lines, and what they hold or the error that they give."""
+    """Yield the place of each line, and its content or its error."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -202,36 +202,36 @@ def _json_lines(path, text):
 
 
 def _load_json(text):
-    """Parsed JSON; an object of objects, where a key may be there twice, as a list of pairs.
+    """Parse JSON; an object of objects becomes a list of pairs, in which keys may repeat.
 
     Raises
     ------
     ValueError
-        If it is no JSON, or says two things of one.
+        If the text is not JSON, or any other object has a key twice.
     """
 
     def as_pairs(pairs):
         if pairs and all(isinstance(value, dict) for _, value in pairs):
             return pairs
         if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-            raise ValueError(f"the key {twice[0]} is there twice")
+            raise ValueError(f"the key {twice[0]} occurs twice")
         return dict(pairs)
 
     return json.loads(text, object_pairs_hook=as_pairs)
 
 
 def _cut_records(place, cut):
-    """The supervisions of a cut of lhotse."""
+    """Yield a record for each supervision of a lhotse cut."""
     nothing = {"ID": cut.get("id"), "wav": None, "wrd": None}
     try:
         kind = cut.get("type", "MonoCut")
         if kind != "MonoCut":
-            raise Unusable(f"cut of type {kind}", "only a MonoCut is a piece of a recording as it is")
+            raise Unusable(f"cut of type {kind}", "only a MonoCut is read")
         recording = cut.get("recording")
         if not recording:
-            raise Unusable("cut without recording", "features alone do not do")
+            raise Unusable("cut without recording", "features without audio are not read")
         if any(transform["name"] != "Resample" for transform in recording.get("transforms") or ()):
-            raise Unusable("recording with transforms", "save the audio as it should be")
+            raise Unusable("recording with transforms", "save the transformed audio")
         channel = cut.get("channel", 0)
         source = next((source for source in recording["sources"] if channel in source["channels"]), None)
         if source is None:
@@ -254,7 +254,7 @@ def _cut_records(place, cut):
 
 
 def _tar_records(path):
-    """The audio files of a tar file, each where it is in there, with what stands in the .txt or .json file of the same stem."""
+    """Yield the audio files of a tar file with their positions, and the content of the .txt or .json file of the same stem."""
     members = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -270,7 +270,7 @@ def _tar_records(path):
         _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
-            f"{path} cannot be read as a tar file ({one_line(error)}); give one that is whole and uncompressed."
+            f"{path} cannot be read as a tar file ({one_line(error)}); give a complete, uncompressed tar file."
         ) from error
     members = {stem: found for stem, found in members.items() if found["audio"] or len(found) > 1}
     names = Counter(os.path.basename(stem) for stem in members)
@@ -280,22 +280,25 @@ def _tar_records(path):
         try:
             values |= {key: value for key, value in dict(_load_json(found.get(".json", "{}"))).items() if values.get(key) is None}
         except (ValueError, TypeError, RecursionError) as error:
-            flaw = "no valid JSON", one_line(error)
+            flaw = "not valid JSON", one_line(error)
         if len(audio) != 1:
-            flaw = ("several audio files of one name",) if audio else ("transcript without audio",)
+            flaw = ("several audio files with one name",) if audio else ("transcript without audio",)
         yield Record(f"{path}, {stem}", values, *flaw)
 
 
 def _check_end(path, offset):
-    """Refuse a tar file that goes on where tarfile has stopped without a word: at damage between members, and where files were
-    joined. One that was cut between two members has no mark of its end."""
+    """Check that a tar file ends where tarfile stopped reading.
+
+    tarfile stops without an error at damage between members, and between joined files. A file that was cut between two members
+    has no end mark.
+    """
     with open(path, "rb") as file:
         file.seek(offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"at byte {offset} there is neither a member nor the mark of the end")
+            raise tarfile.ReadError(f"at byte {offset} there is neither a member nor the end mark")
         while block := file.read(2**20):
             if block.count(0) < len(block):
-                raise tarfile.ReadError(f"it goes on behind the mark of its end at byte {offset}")
+                raise tarfile.ReadError(f"it continues after the end mark at byte {offset}")
 
 
 # -------------------- folders
@@ -315,18 +318,18 @@ def _folder_records(path, files):
     elif any(path.rglob("*.trans.txt")):
         yield from librispeech_records(path, files)
     else:
-        raise UserError(f"{path} is no manifest that is known, as this folder holds {listing(sorted(names))}; give {FORMATS}.")
+        raise UserError(f"{path} is not a known kind of manifest: this folder holds {listing(sorted(names))}; give {FORMATS}.")
 
 
 def librispeech_records(folder, files):
-    """Utterances of a folder in LibriSpeech layout: the lines of all ``.trans.txt`` files inside, with the audio beside these.
+    """Read a folder in LibriSpeech layout: the lines of all ``.trans.txt`` files inside, with the audio beside these files.
 
     Arguments
     ---------
     folder : pathlib.Path
-        The folder of a split, or one that holds such.
+        The folder of a split or of several splits.
     files : list
-        All files that are read are added to it.
+        Receives all files that are read.
 
     Yields
     ------
@@ -342,19 +345,19 @@ def librispeech_records(folder, files):
 def _kaldi_records(folder, files):
     there = [name for name in KALDI if name in ("wav.scp", "text") or (folder / name).exists()]
     if missing := [name for name in there if not (folder / name).exists()]:
-        raise UserError(f"The Kaldi folder {folder} has no file {missing[0]}; it takes wav.scp and text.")
+        raise UserError(f"The Kaldi folder {folder} has no file {missing[0]}; it needs wav.scp and text.")
     tables = {name: _table(folder / name, files) for name in there}
     for name, table in tables.items():
         first = {}
         for key, (value, place) in table:
-            # The same id twice in the list of utterances is left to whoever reads it, who names both
+            # Duplicate utterances are found later, with both lines in the message
             if first.setdefault(key, value) != value and name != ("segments" if "segments" in tables else "wav.scp"):
-                raise UserError(f"{place}: {key} is there already, with something else; delete one of the two lines.")
+                raise UserError(f"{place}: an earlier line has another value for {key}; delete one of the two lines.")
     for name, (value, place) in tables["wav.scp"]:
         if value.endswith("|"):
             raise UserError(
-                f"{place}: the audio of {name} is a shell command ({value:.60}), and none is run; write what it prints to a "
-                "file, and name that file in its place."
+                f"{place}: the audio of {name} is a shell command ({value:.60}), and commands are not run; write its output to a "
+                "file, and give that file instead."
             )
     recordings, texts, speakers, durations = (dict(tables.get(name, ())) for name in ("wav.scp", "text", "utt2spk", "utt2dur"))
     segments = tables.get("segments")
@@ -365,7 +368,7 @@ def _kaldi_records(folder, files):
         values |= {"speaker": speakers.get(name, [None])[0], "duration": durations.get(name, [None])[0]}
         flaw = ()
         if segments and len(span) != 2:
-            flaw = "line of other columns", "four are an id, a recording, its beginning and its end"
+            flaw = "wrong number of columns", "the four columns are id, recording, start and end"
         elif values["wav"] is None:
             flaw = "no audio path", f"wav.scp has no {recording}"
         elif segments:
@@ -378,7 +381,7 @@ def _kaldi_records(folder, files):
 
 
 def _table(path, files):
-    """The first word of each line, with the rest of the line and its place."""
+    """The first word of each line, with the rest of the line and the place."""
     files.append(path)
     rows = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):

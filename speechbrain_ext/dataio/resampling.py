@@ -1,11 +1,11 @@
-"""Resampling, of whole signals and of streams."""
+"""Resampling of whole signals and of streams."""
 
 import math
 
 import numpy as np
 
 SAMPLE_RATE = 16000
-"""What models take unless they say otherwise."""
+"""Default sample rate of models, in Hz."""
 
 
 def ratio(rate, target=SAMPLE_RATE):
@@ -21,20 +21,20 @@ def ratio(rate, target=SAMPLE_RATE):
 
 
 def resample(samples, rate, target=SAMPLE_RATE):
-    """Samples (T,) at another rate; the same array where the rates are equal."""
+    """Resample samples (T,); returns the same array if the rates are equal."""
     return samples if rate == target else _resample_poly(samples, *ratio(rate, target))
 
 
 def _resample_poly(samples, up, down):
-    from scipy.signal import resample_poly  # importing it takes 0.15 s, which most files need not wait for
+    from scipy.signal import resample_poly  # the import takes 0.15 s, and most files do not need it
 
     return resample_poly(samples, up, down)
 
 
 class Resampler:
-    """Resampling of a stream: together what resampling the whole gives.
+    """Resample a stream. The results together equal those of resampling the whole signal.
 
-    Not torchaudio's, whose kernel takes gigabytes for rates such as 11,127 Hz.
+    torchaudio's resampler is not used: its kernel takes gigabytes for rates such as 11,127 Hz.
 
     Arguments
     ---------
@@ -52,17 +52,17 @@ class Resampler:
 
     def __init__(self, rate, target=SAMPLE_RATE):
         self.up, self.down = ratio(rate, target)
-        # What scipy's filter sees on either side, as a multiple of what gives a whole number of samples
+        # Half the length of scipy's filter, rounded up to a multiple of ``down``
         self._context = self.down * math.ceil((10 * max(self.up, self.down) / self.up + 1) / self.down)
         self._samples = np.zeros(self._context, np.float32)
 
     def position(self, start):
-        """Where to begin reading so that output sample ``start`` is exact, and how many outputs lie before it."""
+        """The input sample to begin at so that output ``start`` is exact, and the number of surplus outputs before it."""
         first = max(0, start // self.up * self.down - self._context)
         return first, start - first // self.down * self.up
 
     def accept(self, samples):
-        """Take in samples (n,) float32; gives those that are complete now."""
+        """Add input samples (n,), float32; returns the outputs that are complete."""
         if self.up == self.down:
             return samples
         self._samples = np.concatenate((self._samples, samples))
@@ -70,7 +70,7 @@ class Resampler:
         return self._resample(ready) if ready > 0 else samples[:0]
 
     def finish(self):
-        """The samples that were still to come."""
+        """The remaining outputs."""
         if self.up == self.down:
             return self._samples[:0]
         return self._resample(len(self._samples) - self._context)

@@ -1,4 +1,4 @@
-"""Samples in memory: of any kind that microphones and libraries give, as float32 of full scale 1."""
+"""Samples in memory, of any numeric type, converted to float32 of full scale 1."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ FULL_SCALE = {torch.int16: 2**15, torch.int32: 2**31}
 
 
 def as_samples(wav):
-    """Samples as a float32 tensor whose full scale is 1.
+    """Convert samples to a float32 tensor of full scale 1.
 
     Arguments
     ---------
@@ -24,7 +24,7 @@ def as_samples(wav):
     Raises
     ------
     UserTypeError
-        If they are of another type, whose full scale is not known.
+        If they have another type, whose full scale is not known.
 
     Example
     -------

@@ -1,4 +1,4 @@
-"""Datasets as Hugging Face's ``save_to_disk`` writes them. Audio inside of an Arrow file is read from there, not copied."""
+"""Read datasets that Hugging Face's ``save_to_disk`` wrote. Audio inside an Arrow file is read from there, not copied."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
 
 END = b"\xff\xff\xff\xff\0\0\0\0"
-"""How a stream of Arrow ends."""
+"""The last bytes of an Arrow stream."""
 
 
 def read_rows(folder, files):
@@ -16,23 +16,23 @@ def read_rows(folder, files):
     Arguments
     ---------
     folder : pathlib.Path
-        What ``save_to_disk`` has written.
+        The output of ``save_to_disk``.
     files : list
-        All files that are read are added to it.
+        Receives all files that are read.
 
     Yields
     ------
     place : str
         File and row.
     values : dict
-        By column. ``wav`` is the path of the audio, or which part of the Arrow file it is.
+        Values by column. ``wav`` is the path of the audio, or its range of bytes in the Arrow file.
     name : str
-        What the audio was called, where it is inside; may be empty.
+        The name of audio inside an Arrow file; may be empty.
 
     Raises
     ------
     UserError
-        If it cannot be read.
+        If the dataset cannot be read.
     UserImportError
         If pyarrow is not installed.
     """
@@ -40,7 +40,7 @@ def read_rows(folder, files):
         import pyarrow
     except ModuleNotFoundError:
         raise UserImportError(
-            f"{folder} is a saved dataset of Hugging Face, and the package pyarrow, which reads it, is missing; install it with: "
+            f"{folder} is a saved dataset of Hugging Face, and reading it needs the package pyarrow; install it with: "
             "pip install -e '.[arrow]'"
         ) from None
     files.append(folder / "state.json")
@@ -52,11 +52,11 @@ def read_rows(folder, files):
             files.append(folder / part["filename"])
             whole = pyarrow.memory_map(str(files[-1])).read_buffer()
             row = 0
-            # Without it, a file that was cut between two batches reads as one that ends there
+            # pyarrow reads a file that was cut between two batches without an error
             if whole.slice(max(0, whole.size - len(END))).to_pybytes() != END:
-                raise UserError(f"{files[-1]} was cut, or not written to its end, as it lacks the mark of it; save it again.")
+                raise UserError(f"{files[-1]} has no end mark: it was cut, or not written to its end; save it again.")
             for batch in pyarrow.ipc.open_stream(whole):
-                batch.validate(full=True)  # of a damaged one, pyarrow would read outside of the file
+                batch.validate(full=True)  # pyarrow would read outside the file of a damaged batch
                 audio = [field.name for field in batch.schema if _is_audio(field.type)]
                 others = batch.select([name for name in batch.schema.names if name not in audio]).to_pylist()
                 places = _places(batch.column(audio[0]), files[-1], whole.address) if audio else [(None, "")] * len(others)
@@ -70,12 +70,12 @@ def read_rows(folder, files):
 
 
 def _is_audio(kind):
-    """Whether a column is of Hugging Face's type Audio."""
+    """Whether a column has Hugging Face's type Audio."""
     return str(kind).startswith("struct") and {field.name for field in kind} == {"bytes", "path"}
 
 
 def _places(column, file, begin):
-    """Where the audio of a column is, and its name where that is inside of the file, which is in memory from ``begin`` on."""
+    """Yield the place of each audio, and its name if it lies inside the file, which is mapped to memory at ``begin``."""
     content, paths = column.field("bytes"), column.field("path").to_pylist()
     _, ends, data = content.buffers()
     ends = np.frombuffer(ends, np.int64 if str(content.type) == "large_binary" else np.int32)[content.offset :] if paths else ()

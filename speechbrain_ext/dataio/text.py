@@ -1,4 +1,4 @@
-"""One form of text: what trains, what is scored and what is shown are the same characters."""
+"""The normal form of text: training, scoring and output use the same characters."""
 
 import unicodedata
 
@@ -10,17 +10,17 @@ _APOSTROPHES = "'\u2019"
 
 
 def normal_form(text, case="none"):
-    """A transcript in the form that tokens are made of: Unicode's NFKC, single spaces, no characters that nobody sees.
+    """A transcript in normal form: Unicode's NFKC, single spaces, no invisible characters.
 
-    SentencePiece's own rules are not used: they change a text on its way to tokens, so that a model that makes no error would be
-    scored against another text than it was trained on.
+    The tokenizer has no normalization rules of SentencePiece. With them, tokens would encode another text than the one that is
+    scored, and a perfect model would have errors.
 
     Arguments
     ---------
     text : str
-        Any.
+        Any text.
     case : str
-        "none" (as it is), "upper" or "lower".
+        "none" (unchanged), "upper" or "lower".
 
     Returns
     -------
@@ -29,7 +29,7 @@ def normal_form(text, case="none"):
     Raises
     ------
     UserError
-        If the case is another one.
+        If ``case`` has another value.
 
     Example
     -------
@@ -43,22 +43,22 @@ def normal_form(text, case="none"):
     text = unicodedata.normalize("NFKC", text)
     if case != "none":
         text = text.upper() if case == "upper" else text.lower()
-    if text.isascii() and text.isprintable():  # nothing else to do, which saves most of the time with English
+    if text.isascii() and text.isprintable():  # a shortcut that saves most of the time for English
         return " ".join(text.split())
     text = " ".join(unicodedata.normalize("NFKC", text).translate(_SHOWN).split())
-    # Once more: what stood on both sides of a removed character may belong together now
+    # Again, because the neighbours of a removed character may combine
     return unicodedata.normalize("NFKC", text)
 
 
 def words_only(text):
-    """A text as it would be spoken, in part: without punctuation and symbols, but with apostrophes inside of words.
+    """A text without punctuation and symbols; apostrophes inside words stay.
 
     Numbers stay as they are written.
 
     Arguments
     ---------
     text : str
-        In the form of :func:`normal_form`.
+        A text in the form of :func:`normal_form`.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def words_only(text):
 
 
 class _Characters(dict):
-    """What stands in place of each character, found once; None for nothing."""
+    """The replacement of each character, computed once; None removes the character."""
 
     def __init__(self, replace):
         self.replace = replace
@@ -86,9 +86,9 @@ class _Characters(dict):
 
 def _shown(character):
     category = unicodedata.category(character)
-    if category in ("Cc", "Zs", "Zl", "Zp") or character == "▁":  # which SentencePiece writes for a space
+    if category in ("Cc", "Zs", "Zl", "Zp") or character == "▁":  # SentencePiece's mark for a space
         return " "
-    return None if category == "Cf" and character not in _JOINERS else character  # marks of direction, byte order and the like
+    return None if category == "Cf" and character not in _JOINERS else character  # Cf: marks of direction, byte order and similar
 
 
 def _spoken(character):

@@ -1,4 +1,4 @@
-"""Sentences of text files and of transcripts, one by one, however large they are."""
+"""Read sentences of text files and transcripts one by one, from files of any size."""
 
 import contextlib
 import gzip
@@ -14,42 +14,42 @@ from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.text import listing
 
 MANIFESTS = (".csv", ".json", ".jsonl")
-"""Suffixes of files whose transcripts are read, whatever else they hold."""
+"""Suffixes of manifests; only their transcripts are read."""
 TRANSCRIPTS = ".trans.txt"
-"""Of files with an id in front of each line, as in LibriSpeech."""
+"""Suffix of files with an id at the start of each line, as in LibriSpeech."""
 SUFFIXES = (".txt", *MANIFESTS)
-"""Of the files that are read of a folder; each may have .gz behind it."""
+"""Suffixes of the files that are read from a folder; .gz may follow each."""
 SHOWN = 1000
-"""Lines after which the bar moves."""
+"""Number of lines between updates of the progress bar."""
 
 
 def read_sentences(paths, case="none", only_words=False, progress=False):
-    """The words of each sentence in files, in the form of transcripts.
+    """Read the words of each sentence in files, in the form of transcripts.
 
     Arguments
     ---------
     paths : list of str or os.PathLike
-        Text files with a sentence on each line, transcripts in LibriSpeech layout (``.trans.txt``), manifests in CSV or JSON (see
-        :mod:`speechbrain_ext.dataio.manifests`), and folders of such; of a folder with transcripts, only these. Each may be
-        compressed by gzip.
+        Text files with a sentence per line, transcripts in LibriSpeech layout (``.trans.txt``), manifests in CSV or JSON (see
+        :mod:`speechbrain_ext.dataio.manifests`), and folders of such files. If a folder has ``.trans.txt`` files, only these are
+        read. Files may be compressed with gzip.
     case : str
-        "none" (as it is), "upper" or "lower": what training calls ``text_normalization``.
+        "none" (unchanged), "upper" or "lower", as ``text_normalization`` in training.
     only_words : bool
         Whether to leave out punctuation and symbols, see :func:`speechbrain_ext.dataio.text.words_only`.
     progress : bool
-        Whether to show on standard error how far it is.
+        Whether to show a progress bar on standard error.
 
     Yields
     ------
     list of str
-        Never empty.
+        The words of a sentence; never empty.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If a file is missing.
     UserError
-        If a file cannot be read to its end, is no text in UTF-8, or a folder holds no file of a known kind.
+        If a file cannot be read to its end or is not text in UTF-8, or a folder holds no file of a known kind.
 
     Example
     -------
@@ -81,8 +81,8 @@ def _files(path):
     files = [file for file in inside if _kind(file) in SUFFIXES]
     if not files:
         kinds = listing(sorted({file.suffix or "no suffix" for file in inside}))
-        raise UserError(f"{path} holds no text ({', '.join(SUFFIXES)}), but files of the kinds: {kinds}; give another place.")
-    return [file for file in files if _has_ids(file)] or files  # beside transcripts lie lists of speakers, and licences
+        raise UserError(f"{path} holds no text ({', '.join(SUFFIXES)}), only files of the kinds {kinds}; give another path.")
+    return [file for file in files if _has_ids(file)] or files  # other files beside transcripts list speakers or licences
 
 
 def _has_ids(path):
@@ -96,13 +96,13 @@ def _kind(path):
 def _lines(path, bar):
     try:
         if _kind(path) in MANIFESTS:
-            # Not above: with it comes all that reads audio, 300 MB, which other texts do not need
+            # Imported here because it imports all code for audio, 300 MB, which other texts do not need
             from speechbrain_ext.dataio.records import COLUMNS, read_records
 
             for record in read_records(path, []):
                 text = next((record.values[name] for name in COLUMNS["wrd"] if isinstance(record.values.get(name), str)), None)
                 if text is None:
-                    raise UserError(f"{record.place} has no transcript; give a manifest that has the column wrd, or a text file.")
+                    raise UserError(f"{record.place} has no transcript; give a manifest with the column wrd, or a text file.")
                 yield text
             bar.update(path.stat().st_size)
             return
@@ -115,14 +115,14 @@ def _lines(path, bar):
                     read = file.tell()
             bar.update(file.tell() - read)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8; convert it, or leave it out.") from error
+        raise UserError(f"{path} is not text in UTF-8; convert it, or leave it out.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} cannot be decompressed to its end ({one_line(error)}); get it again.") from error
 
 
 @contextlib.contextmanager
 def _opened(file):
-    """Lines of an open file, decompressed where need be."""
+    """Lines of an open file, decompressed if necessary."""
     compressed = file.peek(2)[:2] == b"\x1f\x8b"
     with gzip.GzipFile(fileobj=file) if compressed else contextlib.nullcontext(file) as data:
         yield io.TextIOWrapper(data, encoding="utf-8-sig")

@@ -17,22 +17,22 @@ TOKEN_TYPES = ("unigram", "bpe", "char")
 
 
 def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_index, eos_index, unk_index):
-    """Train a SentencePiece tokenizer on the transcripts of a manifest, unless its file is there already, made of the same.
+    """Train a SentencePiece tokenizer on the transcripts of a manifest, unless its file exists and is up to date.
 
-    ``<path>.from`` says what the file was made of; where transcripts or settings have changed, it is made again.
+    ``<path>.from`` holds a digest of the transcripts and settings. If these have changed, the tokenizer is trained again.
 
     Arguments
     ---------
     manifest : str
         CSV file with a column ``wrd``.
     path : str
-        The model file to write, complete or not at all.
+        The model file to write, completely or not at all.
     vocab_size : int
-        The number of tokens; where the transcripts do not give as many, there are fewer.
+        Largest number of tokens; short transcripts may give fewer.
     token_type : str
         ``unigram``, ``bpe`` or ``char``.
     blank_index, bos_index, eos_index, unk_index : int
-        Ids of the special tokens. The tokenizer knows the blank as padding: no text has it, and decoding leaves it out.
+        Ids of the special tokens. The blank is SentencePiece's padding token: no text encodes to it, and decoding drops it.
 
     Raises
     ------
@@ -66,19 +66,19 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
-            normalization_rule_name="identity",  # the transcripts have their form already
+            normalization_rule_name="identity",  # the transcripts are in normal form
             pad_id=blank_index,
             bos_id=bos_index,
             eos_id=eos_index,
             unk_id=unk_index,
-            num_threads=1,  # the result depends on the number
-            max_sentence_length=100_000,  # bytes; longer transcripts would be left out
+            num_threads=1,  # the result depends on this number
+            max_sentence_length=100_000,  # bytes; SentencePiece leaves out longer transcripts
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
         characters = len(set("".join(transcripts)))
         raise UserError(
-            f"No {token_type} tokenizer of {vocab_size} tokens can be made from transcripts with {characters} different "
+            f"A {token_type} tokenizer of {vocab_size} tokens cannot be made from transcripts with {characters} different "
             f"characters; raise vocab_size ({one_line(error)})."
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,19 +88,19 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
 
 
 def unknown_characters(tokenizer, transcripts):
-    """Characters of transcripts that no token of a tokenizer stands for.
+    """Count the characters of transcripts that no token of a tokenizer has.
 
     Arguments
     ---------
     tokenizer : sentencepiece.SentencePieceProcessor
         The tokenizer.
     transcripts : iterable of str
-        In the form of :func:`~speechbrain_ext.dataio.text.normal_form`.
+        They are in the form of :func:`~speechbrain_ext.dataio.text.normal_form`.
 
     Returns
     -------
     collections.Counter
-        In how many transcripts each is.
+        Number of transcripts with each character.
 
     Example
     -------
@@ -116,7 +116,7 @@ def unknown_characters(tokenizer, transcripts):
     unknown = tokenizer.unk_id()
     doubtful = {character for character in set("".join(transcripts)) if unknown in tokenizer.encode_as_ids(character)}
     for text in transcripts:
-        if not doubtful.isdisjoint(text):  # which may still be part of a longer token
+        if not doubtful.isdisjoint(text):  # the character may be part of a longer token
             pieces = tokenizer.encode_as_immutable_proto(text).pieces
             counts.update({character for piece in pieces if piece.id == unknown for character in piece.surface})
     return counts
@@ -126,13 +126,13 @@ def unknown_characters(tokenizer, transcripts):
 _PIECES, _SETTINGS, _PIECE, _TYPE = 1, 2, 1, 3
 _CONTROL = 3
 _ROLES = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47), "blank": (43, 48)}
-"""Where the settings have the id and the spelling of a special token; SentencePiece knows the blank as padding."""
+"""Field numbers of the id and the spelling of each special token in the settings; the blank is SentencePiece's padding."""
 
 
 def arrange_tokenizer(model, blank_index, bos_index, eos_index, unk_index):
-    """A SentencePiece model with its special tokens at these ids; those that it lacks are added, all others keep their order.
+    """Move the special tokens of a SentencePiece model to these ids. Missing ones are added; all others keep their order.
 
-    The tokenizers of other toolkits have no token for the blank, or none that is not the unknown one's.
+    Tokenizers of other toolkits have no token for the blank, or use the unknown token for it.
 
     Arguments
     ---------
@@ -144,12 +144,12 @@ def arrange_tokenizer(model, blank_index, bos_index, eos_index, unk_index):
     Returns
     -------
     bytes
-        The same model where all is so already.
+        The same bytes if the ids are already right.
 
     Raises
     ------
     UserError
-        If it is no SentencePiece model.
+        If the bytes are not a SentencePiece model.
 
     Example
     -------
@@ -167,7 +167,7 @@ def arrange_tokenizer(model, blank_index, bos_index, eos_index, unk_index):
         fields = list(_fields(model))
     except (RuntimeError, IndexError) as error:
         raise UserError(
-            f"The tokenizer is damaged, or no SentencePiece model ({one_line(error, 100)}); give another one."
+            f"The tokenizer is damaged, or not a SentencePiece model ({one_line(error, 100)}); give another one."
         ) from error
     ids = {"blank": blank_index, "bos": bos_index, "eos": eos_index, "unk": unk_index}
     before = {"blank": tokenizer.pad_id(), "bos": tokenizer.bos_id(), "eos": tokenizer.eos_id(), "unk": tokenizer.unk_id()}
@@ -184,13 +184,13 @@ def arrange_tokenizer(model, blank_index, bos_index, eos_index, unk_index):
         arranged.insert(token, pieces[before[role]] if before[role] >= 0 else control)
         settings += _number(_ROLES[role][0], token) + _field(_ROLES[role][1], spelled)
     others = [(number, content) for number, content in fields if number != _PIECES]
-    # Settings that come twice are merged, and the last value counts
+    # Repeated settings are merged, and the last value counts
     fields = [*((_PIECES, piece) for piece in arranged), *others, (_SETTINGS, settings)]
     return b"".join(_field(number, content) for number, content in fields)
 
 
 def _fields(message):
-    """Numbers and contents of the fields of a protocol buffer; all have a length, as those of SentencePiece's file."""
+    """Numbers and contents of the fields of a protocol buffer in which all fields have a length, such as SentencePiece's file."""
     place = 0
     while place < len(message):
         key, place = _varint(message, place)
@@ -202,7 +202,7 @@ def _fields(message):
 
 
 def _varint(message, place):
-    """A number, seven bits a byte, the lowest first; and the place behind it."""
+    """A number with seven bits per byte, lowest first; and the position after it."""
     value = shift = 0
     while message[place] >= 128:
         value |= (message[place] & 127) << shift

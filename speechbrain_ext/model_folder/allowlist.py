@@ -1,7 +1,7 @@
-"""Which classes and functions a model folder may name.
+"""Classes and functions that a model folder may name.
 
-Ours and the user's are those marked with :func:`speechbrain_ext.registry.loadable`. Those of other packages are listed here: all
-take numbers, names and one another, open no file and call nothing by its name.
+Classes of this package and of users are marked with :func:`speechbrain_ext.registry.loadable`. Classes of other packages are
+listed here. Their arguments are numbers, names and each other; they open no file and call nothing by name.
 """
 
 import importlib
@@ -25,7 +25,7 @@ CLASSES = {
     "torch.nn.ModuleList",
 }
 WITHOUT_ARGUMENTS = {"sentencepiece.SentencePieceProcessor"}
-"""Whose arguments would name a file."""
+"""Classes that must have no arguments, because these would name a file."""
 NAMES = {
     "speechbrain.decoders.ctc.ctc_greedy_decode",
     "speechbrain.nnet.RNN.GRU",
@@ -35,21 +35,21 @@ NAMES = {
     "torch.nn.ReLU",
     "torch.nn.SiLU",
 }
-"""What may be named without being built."""
+"""Classes and functions that may be named, but not built."""
 
 
 def find_class(path):
-    """A class that a folder may have built.
+    """Find a class that a folder may build.
 
     Arguments
     ---------
     path : str
-        Such as ``torch.nn.ModuleList``.
+        The path of the class, such as ``torch.nn.ModuleList``.
 
     Returns
     -------
     type or None
-        None where the folder may not name it.
+        None if the folder may not name it.
 
     Example
     -------
@@ -58,7 +58,7 @@ def find_class(path):
     """
     if path in CLASSES:
         return _locate(path)
-    if path.startswith(f"{PACKAGE}."):  # a module of this package does nothing when it is imported
+    if path.startswith(f"{PACKAGE}."):  # importing a module of this package runs nothing else
         module = path.rpartition(".")[0]
         try:
             if importlib.util.find_spec(module) is not None:
@@ -69,7 +69,7 @@ def find_class(path):
 
 
 def find_name(path):
-    """A class or function that a folder may name without building it; None where it may not."""
+    """Find a class or function that a folder may name without building it; None if it may not."""
     return _locate(path) if path in NAMES else find_class(path)
 
 

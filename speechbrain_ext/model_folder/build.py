@@ -1,19 +1,19 @@
-"""Building a model from the text of its ``hyperparams.yaml``, without running anything that the text could choose.
+"""Build a model from the text of its ``hyperparams.yaml``, without running code that the text chooses.
 
-HyperPyYAML calls whatever a file names, and resolves references before it looks at tags. A stranger's file is therefore not given
-to it. The file is parsed into nodes, which builds nothing; every node must be of the small grammar below; and objects are built
-from these nodes, by the classes of :mod:`speechbrain_ext.model_folder.allowlist` alone.
+HyperPyYAML calls anything that a file names, and resolves references before it checks tags. It must not read untrusted files.
+This module parses the file into nodes, which builds nothing. Every node must fit the small grammar below. Objects are then built
+from these nodes, only with the classes of :mod:`speechbrain_ext.model_folder.allowlist`.
 
 ====================================== =======================================================================================
-mapping, list, number, text, null      plain values; keys are texts; no anchors, aliases, merges, and no text that begins with
-                                        "(", which HyperPyYAML would read as a tuple
-``!ref <key>``                          the value of another key of the file, the same object wherever it is referred to; a file
-                                        is as large as it would be with all references written out
+mapping, list, number, text, null      plain values; keys are texts; no anchors, aliases or merges, and no text that begins
+                                        with "(", which HyperPyYAML would read as a tuple
+``!ref <key>``                          the value of another key of the file; all references to a key give the same object;
+                                        limits of size count a file with all references written out
 ``!new:module.Class`` with arguments    an object
-``!name:module.Class`` with arguments   a class or function, with these arguments if there are any
+``!name:module.Class`` with arguments   a class or function, with arguments if there are any
 ====================================== =======================================================================================
 
-SpeechBrain's own loader reads the same files and gives the same objects.
+SpeechBrain's loader reads the same files and gives the same objects.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ from speechbrain_ext.model_folder.allowlist import WITHOUT_ARGUMENTS, find_class
 from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code, yaml_problem
 
 LARGEST_TEXT, MOST_NODES, DEEPEST, LONGEST_TAG = 2**17, 5_000, 40, 200
-"""Limits of a file: bytes, nodes, nesting and characters of a tag. Files of ours have 3 kB, 300 nodes, of which a key
-has 100 where references are written out, and 9 levels."""
+"""Limits of a file: characters, nodes, nesting and characters of a tag. Our files have 3 kB, 300 nodes and 9 levels; a key has
+at most 100 nodes with all references written out."""
 
 LARGEST_NUMBER = 1_000_000
-"""Whole numbers of a file: sizes, counts, tokens and rates. What a loop or a table takes from it stays small."""
+"""Largest whole number in a file. It limits sizes, counts, tokens and rates, and so the work of loops and the size of tables."""
 SPARE_ELEMENTS, SPARE_CALLS = 50_000_000, 20_000
-"""What building may make beside the weights in the file, such as tables, and how often it may call PyTorch: seconds at most."""
+"""Elements that building may create in addition to the weights, such as tables, and its calls of PyTorch: seconds at most."""
 ELEMENTS_PER_BYTE, CALLS_PER_TENSOR = 2, 50
-"""Likewise, for what is in the file; ours make each weight once and call PyTorch some 5 times for it."""
+"""Further elements and calls for the weights in the file. Our classes create each weight once, with about 5 calls of PyTorch."""
 
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
 _LIST, _MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
@@ -48,14 +48,14 @@ _REFERENCE = re.compile(r"<(\w+)>")
 
 
 class Refused(UserError):
-    """A file that holds something outside the grammar; the message is what it holds."""
+    """A file with content outside the grammar; the message is that content."""
 
     def __init__(self, what):
         super().__init__(one_line(what, 200))
 
 
 def parse(text):
-    """The nodes of a file that keeps to the grammar.
+    """Parse a file into nodes, and check that it fits the grammar.
 
     Arguments
     ---------
@@ -70,9 +70,9 @@ def parse(text):
     Raises
     ------
     Refused
-        If it holds anything else; the message is what it holds.
+        If the file has other content; the message is that content.
     UserError
-        If it is no YAML.
+        If the file is not valid YAML.
 
     Example
     -------
@@ -89,9 +89,9 @@ def parse(text):
     try:
         root = _compose(text)
     except ruamel.yaml.YAMLError as error:
-        raise UserError("it is no YAML: {}{}".format(*yaml_problem(error))) from error
+        raise UserError("it is not valid YAML: {}{}".format(*yaml_problem(error))) from error
     except (RecursionError, ValueError) as error:  # ValueError: characters that YAML does not allow
-        raise Refused(f"what is no YAML of ours ({one_line(error, 100)})") from error
+        raise Refused(f"YAML that is not allowed ({one_line(error, 100)})") from error
     if not isinstance(root, MappingNode) or root.tag != _MAPPING:
         raise UserError("it holds no keys")
     _check(root, set(), 0)
@@ -103,15 +103,14 @@ def parse(text):
 
 
 def build(text, weights=None):
-    """The objects that a file describes.
+    """Build the objects that a file describes.
 
     Arguments
     ---------
     text : str
         The content of a ``hyperparams.yaml``.
     weights : tuple of int, optional
-        Bytes and number of the weights that the model will be given: a model that is far larger is refused, before it fills the
-        memory.
+        Bytes and number of the weights for the model. A far larger model is refused before it fills the memory.
 
     Returns
     -------
@@ -121,7 +120,7 @@ def build(text, weights=None):
     Raises
     ------
     UserError
-        As :func:`parse`, where a class does not take its arguments, or the model is larger than its weights.
+        As :func:`parse`; also if a class refuses its arguments, or the model is far larger than its weights.
 
     Example
     -------
@@ -134,7 +133,7 @@ def build(text, weights=None):
 
 
 def _compose(text):
-    """The root node; building nothing, the tags as HyperPyYAML's loader sees them."""
+    """The root node, with tags as HyperPyYAML's loader reads them; builds nothing."""
     loader = ruamel.yaml.SafeLoader(text)
     try:
         return loader.get_single_node()
@@ -144,7 +143,7 @@ def _compose(text):
 
 
 def _check(node, seen, depth):
-    """Refuse a node outside the grammar: its tag first, whatever it looks like."""
+    """Refuse a node outside the grammar; the tag is checked first."""
     if id(node) in seen or getattr(node, "anchor", None):
         raise Refused(f"the anchor or alias '{node.anchor}'")
     seen.add(id(node))
@@ -177,7 +176,7 @@ def _check(node, seen, depth):
         names = [key.value for key, _ in node.value if isinstance(key, ScalarNode)]
         for key, value in node.value:
             if names.count(key.value) > 1:
-                raise UserError(f"it is no YAML: duplicate key {key.value}")
+                raise UserError(f"it is not valid YAML: duplicate key {key.value}")
             if not isinstance(key, ScalarNode) or str(key.tag) != "tag:yaml.org,2002:str" or key.anchor:
                 raise Refused(f"the key {str(getattr(key, 'value', ''))[:40]!r} ({key.tag})")
             seen.add(id(key))
@@ -191,21 +190,21 @@ def _plain(node):
     """The value of a number, text or null."""
     try:
         value = ruamel.yaml.SafeLoader("").construct_object(node)
-    except Exception as error:  # such as "!!int abc"; the constructors raise what their conversions raise
-        raise UserError(f"'{node.value[:40]}' is no {str(node.tag).rpartition(':')[2]}") from error
+    except Exception as error:  # such as "!!int abc"; constructors pass on any error of a conversion
+        raise UserError(f"'{node.value[:40]}' is not a valid {str(node.tag).rpartition(':')[2]}") from error
     if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
         raise UserError(f"the number {node.value[:40]} is larger than {LARGEST_NUMBER}")
     if isinstance(value, float) and math.isnan(value):
-        raise UserError(f"'{node.value[:40]}' is no number")
+        raise UserError(f"'{node.value[:40]}' is not a number")
     return value
 
 
 class _Budget(TorchDispatchMode):
-    """Refuses what is made beyond the weights of the model by far; a tensor that may be large, before it is made."""
+    """Refuse a model that is far larger than its weights; a tensor that may be large is refused before it is created."""
 
     @classmethod
     def _should_skip_dynamo(cls):
-        return False  # nothing is compiled here, and saying so to PyTorch would import its whole compiler
+        return False  # nothing is compiled here; the default would import PyTorch's whole compiler
 
     def __init__(self, size, tensors):
         super().__init__()
@@ -232,15 +231,15 @@ class _Budget(TorchDispatchMode):
 
 
 def _most_elements(function, arguments):
-    """A number of elements that the call makes no more of."""
+    """An upper bound of the number of elements that a call creates."""
     leaves = tree_leaves(arguments)
     shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if function.is_view:
         return 0
     if shapes and torch.Tag.pointwise in function.tags:
-        # Broadcast, from the last axis on; PyTorch's own function would import its compiler
+        # Broadcast from the last axis on; PyTorch's function for this would import its compiler
         return math.prod(max(sizes) for sizes in zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1))
-    most = math.prod((math.prod(shape) + 1.0) ** 2 for shape in shapes)  # squared, as of a diagonal
+    most = math.prod((math.prod(shape) + 1.0) ** 2 for shape in shapes)  # squared: a vector may become a diagonal matrix
     for leaf in leaves:
         if isinstance(leaf, int):
             most *= abs(leaf) + 1.0
@@ -250,20 +249,20 @@ def _most_elements(function, arguments):
 
 
 def _elements(outputs):
-    """Number of elements of the tensors that a call has made; those of a view are counted where it comes from."""
+    """Number of elements of the tensors that a call created; views do not count."""
     made = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and not leaf._is_view())
     return sum(leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in made)
 
 
 def _elements_without_memory(function, args, kwargs):
-    """The same before the call; 0 where the content decides."""
+    """The number of elements that a call would create; 0 if it depends on the content of tensors."""
     args, kwargs = tree_map(_without_memory, (args, kwargs))
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not inputs or "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("meta")}
     try:
         return _elements(function(*args, **kwargs))
-    except Exception:  # no such shape, or none without the content: the call itself answers
+    except Exception:  # an invalid shape, or a shape that depends on the content; the call itself raises the error
         return 0
 
 
@@ -274,16 +273,16 @@ def _without_memory(value):
 
 
 def _size(node, nodes, sizes, above):
-    """How many values and levels a node has where references are written out, as whoever walks over what is built meets them.
+    """Number of values and levels of a node with references written out, as in a walk over the built objects.
 
-    ``sizes`` has those of keys that are known, ``above`` the keys that lead to the node.
+    ``sizes`` has the known numbers by key, ``above`` the keys that lead to the node.
     """
     if node.tag == "!ref":
         key = _REFERENCE.fullmatch(node.value)[1]
         if key not in nodes:
-            raise UserError(f"it refers to {node.value}, which is no key of it")
+            raise UserError(f"it refers to {node.value}, but has no such key")
         if key in above:
-            raise UserError(f"its keys refer to one another in a circle: {', '.join(above)}")
+            raise UserError(f"its keys refer to each other in a circle: {', '.join(above)}")
         if len(above) > DEEPEST:
             raise Refused(f"references over more than {DEEPEST} keys")
         if key not in sizes:
@@ -300,7 +299,7 @@ def _size(node, nodes, sizes, above):
 
 
 class _Builder:
-    """Objects of checked nodes; each key is built once."""
+    """Build objects from checked nodes, each key once."""
 
     def __init__(self, nodes):
         self._nodes, self._built = nodes, {}
@@ -336,8 +335,8 @@ class _Builder:
         try:
             return find_class(path)(*args, **kwargs)
         except Exception as error:
-            # Ours and those of the packages below raise what they like where a value is none for them. What a user's own code
-            # raises is a bug of it, and keeps its traceback.
+            # Classes of this and other packages raise any kind of error for a wrong value. An error in the user's code is a
+            # bug, and keeps its traceback.
             if isinstance(error, UserError) or runs_foreign_code(error):
                 raise
-            raise UserError(f"{path} does not take its arguments: {one_line(error)}") from error
+            raise UserError(f"{path} refuses its arguments: {one_line(error)}") from error

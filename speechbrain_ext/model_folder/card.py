@@ -1,4 +1,4 @@
-"""The model card, README.md of a trained model: what was trained on what, how well it does, and how to load it."""
+"""The model card (README.md) of a trained model: its training, its results, and how to load it."""
 
 import dataclasses
 from io import StringIO
@@ -11,7 +11,7 @@ from speechbrain_ext.hparams import needed_keys
 from speechbrain_ext.registry import get_encoder, passes_of
 from speechbrain_ext.utils.text import table
 
-HERE = "path/to/pretrained"  # stands for the model in the card's commands; publishing puts its name there
+HERE = "path/to/pretrained"  # placeholder in the card's commands; publishing replaces it by the name of the model
 
 _SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "kernel_size", "encoder_kwargs")
 _TRANSDUCER = ("predictor", "predictor_size", "joint_size")
@@ -23,18 +23,18 @@ def model_card(tree, interface, rows, provenance=None):
     Arguments
     ---------
     tree : dict
-        Parsed hparams of the training run, references unresolved.
+        Parsed hparams of the training run, with unresolved references.
     interface : str
         SpeechBrain's class that loads the model.
     rows : sequence of ResultRow or dict
         Rows of the results table; may be empty.
     provenance : dict, optional
-        Where architecture, data, tokenizer and weights come from, as texts and lists of texts by name.
+        The origin of architecture, data, tokenizer and weights, as texts and lists of texts by name.
 
     Returns
     -------
     str
-        Markdown with metadata in front, as Hugging Face reads it. No licence is in there: that is for the model's owner to say.
+        Markdown with metadata at the top, as Hugging Face reads it. It states no licence; the owner of the model chooses one.
 
     Example
     -------
@@ -70,7 +70,7 @@ Written at the end of training by `speechbrain_ext`, whose encoder it needs.
     from speechbrain_ext.inference import load_model
     print(load_model("{HERE}").transcribe_file("speech.wav"))
 
-or, with `speechbrain_ext` installed, with SpeechBrain's own class:
+or, with `speechbrain_ext` installed, with SpeechBrain's class:
 
     from speechbrain.inference.ASR import {interface}
     print({interface}.from_hparams(source="{HERE}").transcribe_file("speech.wav"))
@@ -108,8 +108,8 @@ _ORIGIN = {
     "hash of the initial weights": "init_weights",
 }
 _CASCADE = f"""
-The model is a cascade of two passes. The second one answers unless told otherwise; the first one alone needs less time and no
-audio to come:
+The model is a cascade of two passes. By default the second pass answers. The first pass alone needs less time and no future
+audio:
 
     python -m speechbrain_ext transcribe --model {HERE} --pass first FILE...
     load_model("{HERE}", pass_name="first")
@@ -117,13 +117,13 @@ audio to come:
 
 
 def _corpus(card, rows):
-    """What the corpus says of itself, where the model was trained on nothing else."""
+    """The facts about the corpus, if the model was trained on nothing else."""
     trained_on = set(rows[0]["train_set"].split()) if rows else set()
     return card if trained_on and trained_on <= set(card.get("train_sets", ())) else {}
 
 
 def _metadata(encoder, rows, corpus):
-    """YAML, with only what is known."""
+    """The metadata as YAML, without unknown values."""
     data = {}
     if corpus.get("language"):
         data["language"] = corpus["language"]
@@ -153,7 +153,7 @@ def _metadata(encoder, rows, corpus):
 
 
 def _values(tree):
-    """What the card says of the hparams, references resolved."""
+    """The hparams for the card, with resolved references."""
     said = ("encoder", "sample_rate", "vocab_size", "token_type", "text_normalization", "card", *_SIZES, *_TRANSDUCER)
     keys = [key for key in said if key in tree]
     needed = {*keys, *needed_keys(tree, [tree[key] for key in keys])}
@@ -166,7 +166,7 @@ def _training(values, rows, provenance):
     lines = {"encoder": values["encoder"]} | {
         key: _plain(values[key]) for key in (*_SIZES, *_TRANSDUCER) if values.get(key) not in (None, {})
     }
-    # Of a tokenizer that was taken from elsewhere, the hparams do not know the type
+    # The hparams do not state the type of a tokenizer from another model or file
     trained = provenance.get("tokenizer", "").startswith("trained") or not provenance
     lines["tokens"] = f"{values['vocab_size']} {values['token_type']}" if trained else values["vocab_size"]
     if "text_normalization" in values:
@@ -185,5 +185,5 @@ def _plain(value):
 
 def _limits(sample_rate, corpus):
     rate = f"It takes audio at {sample_rate} Hz, one channel; `transcribe` and `load_model` convert files to that."
-    known = corpus.get("limits", "Nothing is known of how it does on other speech than that of its training and test sets.")
+    known = corpus.get("limits", "Its accuracy on speech other than that of its training and test sets is not known.")
     return f"{rate} {known}"

@@ -1,4 +1,4 @@
-"""Fetching a model from Hugging Face."""
+"""Fetch a model from Hugging Face."""
 
 import re
 from pathlib import Path
@@ -7,26 +7,26 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def download(source, revision, files):
-    """The folder in Hugging Face's cache that holds a model as one commit has it.
+    """Fetch a commit of a model; returns its folder in Hugging Face's cache.
 
     Arguments
     ---------
     source : str
         The name of a repository, ``user/model``.
     revision : str, optional
-        A commit, tag or branch; by default what the repository holds now.
+        A commit, tag or branch; by default the latest commit.
     files : sequence of str
-        Which files to fetch, as names or patterns such as ``*.nemo``.
+        Files to fetch, as names or patterns such as ``*.nemo``.
 
     Returns
     -------
     pathlib.Path
-        The last part of it is the commit.
+        The folder; its name is the commit.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such model or revision, or it is not in the cache and the network cannot be reached.
+        If there is no such model or revision, or it is not in the cache and Hugging Face cannot be reached.
 
     Example
     -------
@@ -57,5 +57,5 @@ def download(source, revision, files):
         version = f"{source} at revision {revision}" if revision else source
         raise FileNotFoundError(
             f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
-            "(HF_HUB_OFFLINE unset)."
+            "connection and without HF_HUB_OFFLINE."
         ) from error

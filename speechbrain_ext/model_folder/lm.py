@@ -1,7 +1,7 @@
-"""Language models that SpeechBrain's recipes have published, for the joint search: weights, sizes and tokenizer of one folder.
+"""Load language models of SpeechBrain for the joint search, from a folder of weights, sizes and tokenizer.
 
-A folder has ``hyperparams.yaml``, ``lm.ckpt`` and ``tokenizer.ckpt``, as SpeechBrain's Hugging Face repositories have them.
-Nothing that it names is built but the language model, whose settings are read as plain values; its weights are read as tensors.
+A folder has ``hyperparams.yaml``, ``lm.ckpt`` and ``tokenizer.ckpt``, as in SpeechBrain's Hugging Face repositories. Only the
+language model is built; its settings are read as plain values, and its weights as tensors.
 """
 
 import json
@@ -28,12 +28,12 @@ CLASSES = (
     "!new:speechbrain.lobes.models.RNNLM.RNNLM",
 )
 NEVER = -1e4
-"""The logit of a token that the language model does not have."""
+"""The logit of tokens that the language model lacks."""
 _REFERENCE = re.compile(r"<(\w+)>")
 
 
 def load_lm(source, tokenizer):
-    """Load a language model for a model with the same tokens, whatever their numbers are.
+    """Load a language model for a model with the same tokens; their ids may differ.
 
     Arguments
     ---------
@@ -50,9 +50,9 @@ def load_lm(source, tokenizer):
     Raises
     ------
     FileNotFoundError
-        If there is no such folder or repository, or a file is missing in it.
+        If the folder or repository is missing, or lacks a file.
     UserError
-        If it holds no such language model, is damaged, or is for other tokens.
+        If it holds no such language model, is damaged, or has other tokens.
 
     Example
     -------
@@ -68,7 +68,7 @@ def load_lm(source, tokenizer):
     for name in (HYPERPARAMS, LM_WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{source} has no {name}, and so no language model for the joint search; give a folder or repository of "
+                f"{source} has no {name}, so it is no language model for the joint search; give a folder or repository of "
                 f"SpeechBrain with {HYPERPARAMS}, {LM_WEIGHTS} and {TOKENIZER}."
             )
     try:
@@ -81,9 +81,9 @@ def load_lm(source, tokenizer):
             model.load_state_dict(weights)
         except RuntimeError as error:
             flaw = " ".join(str(error).splitlines()[1:2]) or str(error)
-            raise UserError(f"{LM_WEIGHTS} is not that of its {HYPERPARAMS} ({one_line(flaw, 150)})") from error
+            raise UserError(f"{LM_WEIGHTS} does not match {HYPERPARAMS} ({one_line(flaw, 150)})") from error
         if not all(value.isfinite().all() for value in weights.values()):
-            raise UserError(f"{LM_WEIGHTS} holds values that are no numbers")
+            raise UserError(f"{LM_WEIGHTS} holds NaN or infinite values")
         embedding, output = _tables(model)
         if not theirs.vocab_size() == embedding.num_embeddings == output.out_features:
             raise UserError(f"it has {theirs.vocab_size()} tokens and {output.out_features} outputs")
@@ -96,7 +96,7 @@ def load_lm(source, tokenizer):
 
 
 def _tables(model):
-    """Embedding and output layer."""
+    """The embedding and the output layer of a language model."""
     if isinstance(model, RNNLM):
         return model.embedding.Embedding, model.out.w
     return model.custom_src_module.emb.Embedding, model.output_proj.layers[-1].w
@@ -104,7 +104,7 @@ def _tables(model):
 
 @torch.no_grad()
 def _take_rows(embedding, output, rows):
-    """Renumber tokens: the new ones have these rows (V,), and what has none (-1) is never said."""
+    """Renumber tokens: the new tokens have these rows (V,); tokens without a row (-1) are never predicted."""
     embedding.weight = torch.nn.Parameter(embedding.weight[rows.clamp(min=0)])
     output.weight = torch.nn.Parameter(output.weight[rows.clamp(min=0)].masked_fill((rows < 0).unsqueeze(1), 0.0))
     output.bias = torch.nn.Parameter(output.bias[rows.clamp(min=0)].masked_fill(rows < 0, NEVER))
@@ -114,31 +114,31 @@ def _take_rows(embedding, output, rows):
 def _read_weights(path):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling comes to, refused classes among it
-        raise UserRuntimeError(f"{path.name} is damaged, or holds more than tensors, which could run any code") from error
+    except Exception as error:  # unpickling can raise any error, also for refused classes
+        raise UserRuntimeError(f"{path.name} is damaged, or holds more than tensors, which could run code") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserRuntimeError(f"{path.name} holds no tensors by name")
     return weights
 
 
 def _settings(text, tokenizer):
-    """The language model's settings alone, as a file of a model folder has them, under "lm"; and its special tokens by role."""
+    """The language model's settings as text of a model folder, with the key "lm"; and its special tokens by role."""
     try:
         root = ruamel.yaml.SafeLoader(text).get_single_node()
     except (ruamel.yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{HYPERPARAMS} is no YAML ({one_line(error, 100)})") from error
+        raise UserError(f"{HYPERPARAMS} is not valid YAML ({one_line(error, 100)})") from error
     if not isinstance(root, MappingNode):
         raise UserError(f"{HYPERPARAMS} holds no keys")
     keys = {key.value: value for key, value in root.value if isinstance(key, ScalarNode)}
-    # Under a key of its own, as published
+    # A top-level key, as in the published files
     found = [node for node in keys.values() if isinstance(node, MappingNode) and str(node.tag) in CLASSES]
     if len(found) != 1:
-        raise UserError(f"{HYPERPARAMS} has {len(found)} keys with a TransformerLM or RNNLM, and should have one")
+        raise UserError(f"{HYPERPARAMS} has {len(found)} keys with a TransformerLM or RNNLM instead of one")
     settings = {key.value: _plain(value, keys) for key, value in found[0].value}
     if str(found[0].tag) == CLASSES[1]:
-        settings["return_hidden"] = "True"  # which a search needs, and which changes nothing else
+        settings["return_hidden"] = "True"  # needed by a search, without other effects
     special = {"bos": tokenizer.bos_id(), "eos": tokenizer.eos_id(), "unk": tokenizer.unk_id()}
-    for role in ("bos", "eos"):  # SpeechBrain's tokenizers do not always know them
+    for role in ("bos", "eos"):  # SpeechBrain's tokenizers do not always have them
         stated = _plain(keys[f"{role}_index"], keys) if f"{role}_index" in keys else ""
         special[role] = int(stated) if stated.isdigit() else special[role]
     lines = [f"  {json.dumps(key)}: {value}" for key, value in settings.items()]
@@ -146,7 +146,7 @@ def _settings(text, tokenizer):
 
 
 def _plain(node, keys, depth=0):
-    """A number, text or name as YAML; references resolved."""
+    """A number, text or name as YAML, with resolved references."""
     if isinstance(node, ScalarNode):
         tag, value = str(node.tag), node.value
         reference = _REFERENCE.fullmatch(value) if tag == "!ref" else None
@@ -158,12 +158,12 @@ def _plain(node, keys, depth=0):
             return json.dumps(value)
         if tag.startswith("tag:yaml.org,2002:"):
             return value or "null"
-    raise UserError(f"{HYPERPARAMS} has a setting of the language model that is no number, text or name")
+    raise UserError(f"{HYPERPARAMS} has a setting of the language model that is not a number, text or name")
 
 
 def _rows(source, theirs, ours, special):
-    """For each token of the model, the language model's. Other tokens are refused: they would give no error, only wrong words."""
-    remedy = "give one that was trained with the model's tokenizer, or train the model with that of the language model"
+    """For each token of the model, the token of the language model. Different tokens are refused: they would give wrong words."""
+    remedy = "give one that was trained with the model's tokenizer, or train the model with the language model's tokenizer"
 
     def pieces(tokenizer):
         tokens = range(tokenizer.vocab_size())
@@ -172,11 +172,11 @@ def _rows(source, theirs, ours, special):
     rows, wanted = pieces(theirs), pieces(ours)
     if missing := [*(wanted.keys() - rows.keys()), *(rows.keys() - wanted.keys())]:
         raise UserError(
-            f"The language model {source} is for other tokens than the model's: {len(missing)} are in one of them alone, such as "
+            f"The language model {source} has other tokens than the model: {len(missing)} are in only one of them, such as "
             f"{one_line(min(missing), 40)!r}; {remedy}."
         )
     places = [rows.get(ours.id_to_piece(token), -1) for token in range(ours.vocab_size())]
-    if theirs.pad_id() >= 0 and ours.pad_id() >= 0:  # of no text, but of the sum over all tokens
+    if theirs.pad_id() >= 0 and ours.pad_id() >= 0:  # in no text, but in the sum over all tokens
         places[ours.pad_id()] = theirs.pad_id()
     for role, token in special.items():
         place = getattr(ours, f"{role}_id")()

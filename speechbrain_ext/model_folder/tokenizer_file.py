@@ -1,7 +1,7 @@
-"""What a SentencePiece file holds, before SentencePiece reads it.
+"""Check a SentencePiece file before SentencePiece reads it.
 
-SentencePiece trusts its file: tables of normalisation are followed wherever they lead in the memory, and a piece of 100,000 bytes
-overflows the stack. A stranger's file is therefore looked at first. Its format is a protocol buffer, sentencepiece_model.proto.
+SentencePiece trusts its file: a wrong normalisation table makes it read any place in memory, and a piece of 100,000 bytes
+overflows the stack. Untrusted files are therefore checked first. The format is a protocol buffer, sentencepiece_model.proto.
 """
 
 import numpy as np
@@ -10,22 +10,22 @@ from speechbrain_ext.utils.errors import UserRuntimeError
 from speechbrain_ext.utils.text import printable
 
 LARGEST_FILE, LONGEST_PIECE = 2**25, 1000
-"""Bytes of the file, and of a piece. Files of ours have some 100 kB, pieces 16 characters."""
+"""Limits in bytes of the file and of a piece. Our files have about 100 kB, pieces 16 characters."""
 
 PIECES, TRAINER, NORMALIZER, DENORMALIZER = 1, 2, 3, 5
 """Fields of a model."""
 TEXT, KIND = 1, 3
 """Fields of a piece."""
 TABLE = 2
-"""Of a normaliser, what it does to texts. Files of ours have none."""
+"""Field of a normaliser: the table of replacements. Our files have none."""
 UNKNOWN_SURFACE = 44
-"""Of the trainer, what is shown for the unknown token."""
+"""Field of the trainer: the text of the unknown token."""
 BYTE = 6
-"""The kind of a piece that stands for a byte, which may be one that a terminal obeys."""
+"""Kind of a piece for a single byte, which may be a control character."""
 
 
 def check_tokenizer(data):
-    """Refuse a SentencePiece model that is damaged, or that SentencePiece or a terminal would do harm with.
+    """Refuse a SentencePiece model that is damaged, or harmful to SentencePiece or a terminal.
 
     Arguments
     ---------
@@ -35,14 +35,14 @@ def check_tokenizer(data):
     Raises
     ------
     UserRuntimeError
-        The message is what is wrong, to go on from the name of the file.
+        If so. The message is the rest of a sentence that begins with the name of the file.
 
     Example
     -------
     >>> check_tokenizer(b"\\x0a\\x05\\x0a\\x03cat")
     >>> check_tokenizer(b"\\x1a\\x03\\x12\\x01x")
     Traceback (most recent call last):
-    speechbrain_ext.utils.errors.UserRuntimeError: has a table of normalisation that is damaged
+    speechbrain_ext.utils.errors.UserRuntimeError: has a damaged normalisation table
     """
     try:
         for field, value in _fields(data):
@@ -57,37 +57,37 @@ def check_tokenizer(data):
     except (ValueError, TypeError) as error:
         if isinstance(error, UserRuntimeError):
             raise
-        raise UserRuntimeError("is damaged, or no SentencePiece model") from error
+        raise UserRuntimeError("is damaged, or not a SentencePiece model") from error
 
 
 def _check_piece(fields):
     if fields.get(KIND) == BYTE:
-        raise UserRuntimeError("has pieces for single bytes, which are part of no text")
+        raise UserRuntimeError("has pieces for single bytes, which are not allowed")
     _check_text(fields.get(TEXT, b""))
 
 
 def _check_text(data):
     if len(data) > LONGEST_PIECE:
-        raise UserRuntimeError(f"has a piece of {len(data)} bytes, and {LONGEST_PIECE} at most are read")
+        raise UserRuntimeError(f"has a piece of {len(data)} bytes, more than the allowed {LONGEST_PIECE}")
     text = data.decode()
     if printable(text) != text:
-        raise UserRuntimeError(f"has the piece '{printable(text)[:40]}', whose control characters are part of no text")
+        raise UserRuntimeError(f"has the piece '{printable(text)[:40]}', whose control characters are not allowed")
 
 
 def _check_table(data):
-    """A trie of 32-bit units, from texts to places among the texts that follow it, as the library Darts-clone walks over it.
+    """Check a table: a trie of 32-bit units of the library Darts-clone, which maps texts to places in the texts after it.
 
-    From a unit at place ``p`` the walk goes on at ``p ^ offset ^ byte``, with any byte.
+    From a unit at place ``p``, a walk continues at ``p ^ offset ^ byte``, with any byte.
     """
     size = int.from_bytes(data[:4], "little")
     units, texts = np.frombuffer(data[4 : 4 + size], "<u4").astype(np.int64), data[4 + size :]
     following = np.arange(len(units)) ^ (units >> 10 << ((units & 0x200) >> 6))
-    inner = units >> 31 == 0  # the others are values
-    inner[:1] = True  # where every walk begins
+    inner = units >> 31 == 0  # the other units are values
+    inner[:1] = True  # every walk begins here
     flawless = bool(len(units)) and texts.endswith(b"\0") and ((following[inner] | 255) < len(units)).all()
     values = units[following[inner & (units >> 8 & 1 == 1)]] & 0x7FFFFFFF if flawless else units
     if not flawless or (values >= len(texts)).any():
-        raise UserRuntimeError("has a table of normalisation that is damaged")
+        raise UserRuntimeError("has a damaged normalisation table")
 
 
 def _fields(data):
@@ -111,7 +111,7 @@ def _fields(data):
 
 
 def _varint(data, position):
-    """A number of seven bits in each byte, and where it ends."""
+    """A number with seven bits per byte, and the position after it."""
     value = 0
     for index in range(10):
         if position >= len(data):

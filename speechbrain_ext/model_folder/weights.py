@@ -1,4 +1,4 @@
-"""Weights as safetensors: a file of numbers. Reading it runs nothing, where a pickle may hold code."""
+"""Weights as safetensors. Such a file holds only numbers, while a pickle may hold code."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def save_weights(model, path):
     Arguments
     ---------
     model : torch.nn.Module
-        The model. Tensors that share memory are written one by one, so that every name of its state is in the file.
+        The model. Tensors that share memory are written separately; the file has every name of the model's state.
     path : str or os.PathLike
         The file.
 
@@ -41,7 +41,7 @@ def save_weights(model, path):
     """
     state = model.state_dict()
     state = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    Path(path).write_bytes(safetensors.torch.save(state))  # its save_file would make a file that only its owner can read
+    Path(path).write_bytes(safetensors.torch.save(state))  # save_file would make it readable only for its owner
 
 
 def weights_size(path):
@@ -50,18 +50,18 @@ def weights_size(path):
     Raises
     ------
     UserRuntimeError
-        If the file is damaged or no safetensors file.
+        If the file is damaged or not a safetensors file.
     """
     path = Path(path)
     try:
-        with safetensors.safe_open(path, "pt") as file:  # whose header has to fit the length of the file
+        with safetensors.safe_open(path, "pt") as file:  # checks the length of the file against its header
             return path.stat().st_size, len(file.keys())
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserRuntimeError(f"{path.name} is damaged, or no safetensors file ({error})") from error
+        raise UserRuntimeError(f"{path.name} is damaged, or not a safetensors file ({error})") from error
 
 
 def load_weights(model, path):
-    """Load what :func:`save_weights` wrote; floating-point weights may be kept in another precision than the model's.
+    """Load a file of :func:`save_weights`. Floating-point weights in the file may have another precision than the model's.
 
     Arguments
     ---------
@@ -73,7 +73,7 @@ def load_weights(model, path):
     Raises
     ------
     UserRuntimeError
-        If the file is damaged or no safetensors file, or its names, shapes or types are not those of the model.
+        If the file is damaged or not a safetensors file, or its names, shapes or types are not those of the model.
     """
     name, wanted = Path(path).name, model.state_dict()
     try:
@@ -82,20 +82,20 @@ def load_weights(model, path):
         groups = {"Missing": wanted.keys() - names, "Unexpected": names - wanted.keys()}
         quoted = {what: [f'"{key}"' for key in sorted(group)] for what, group in groups.items() if group}
         flaws = [f"{what} key(s) in state_dict: {listing(keys, most=2):.150}" for what, keys in quoted.items()]
-        if flaws:  # before any is read: they may be many
+        if flaws:  # refuse before reading, as there may be many weights
             raise UserRuntimeError(f"{name} holds the weights of another model ({'; '.join(flaws)})")
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserRuntimeError(f"{name} is damaged, or no safetensors file ({error})") from error
-    for key, value in wanted.items():  # PyTorch would convert some of them, and keep others as they are
+        raise UserRuntimeError(f"{name} is damaged, or not a safetensors file ({error})") from error
+    for key, value in wanted.items():  # PyTorch would convert only some of them
         if key in state and value.is_floating_point() and state[key].dtype in FLOATS:
             state[key] = state[key].to(value.dtype)
         elif key in state and state[key].dtype != value.dtype:
-            kinds = f"{state[key].dtype} and not {value.dtype}".replace("torch.", "")
+            kinds = f"{state[key].dtype} instead of {value.dtype}".replace("torch.", "")
             raise UserRuntimeError(f"{name} holds the weights of another model ({key} is {kinds})")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # one line a group of names, or a name
+    except RuntimeError as error:  # its message has a line per name or group of names
         flaws = listing([" ".join(line.split()) for line in str(error).splitlines()[1:]], most=2)
         raise UserRuntimeError(f"{name} holds the weights of another model ({flaws[:300]})") from error
 
@@ -106,14 +106,14 @@ def load_tokenizer(tokenizer, path):
     Arguments
     ---------
     tokenizer : sentencepiece.SentencePieceProcessor
-        The tokenizer, of which only the model file's numbers and pieces are taken.
+        The tokenizer that loads the model.
     path : str or os.PathLike
         The file.
 
     Raises
     ------
     UserRuntimeError
-        If it is damaged, or could do harm.
+        If the file is damaged or harmful.
     """
     name = Path(path).name
     data = read_bytes(path, LARGEST_FILE)
@@ -124,7 +124,7 @@ def load_tokenizer(tokenizer, path):
     try:
         tokenizer.load_from_serialized_proto(data)
     except (RuntimeError, OSError) as error:
-        raise UserRuntimeError(f"{name} is damaged, or no SentencePiece model") from error
+        raise UserRuntimeError(f"{name} is damaged, or not a SentencePiece model") from error
     if not tokenizer.vocab_size():
         raise UserRuntimeError(f"{name} is an empty SentencePiece model")
 
@@ -144,9 +144,9 @@ def read_tokenizer(source):
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no tokenizer.
     UserRuntimeError
-        If it is damaged.
+        If the tokenizer is damaged.
     """
     path, tokenizer = Path(source), SentencePieceProcessor()
     if not path.is_file():
@@ -159,31 +159,31 @@ def read_tokenizer(source):
 
 @loadable
 class SafetensorsPretrainer(Pretrainer):
-    """SpeechBrain's Pretrainer for a model folder, for its own loader (``EncoderASR.from_hparams``).
+    """SpeechBrain's Pretrainer for a model folder; SpeechBrain's loader (``EncoderASR.from_hparams``) uses it.
 
     Arguments
     ---------
     asr : torch.nn.Module
-        The model, whose weights are ``asr.safetensors``.
+        The model; its weights come from ``asr.safetensors``.
     tokenizer : sentencepiece.SentencePieceProcessor
-        The tokenizer, which is ``tokenizer.ckpt``.
+        The tokenizer; it is loaded from ``tokenizer.ckpt``.
 
     Raises
     ------
     UserTypeError
-        If they are of other types: nothing else is loaded.
+        If an argument has another type.
     """
 
     def __init__(self, asr, tokenizer):
         for value, kind in ((asr, torch.nn.Module), (tokenizer, SentencePieceProcessor)):
             if not isinstance(value, kind):
-                raise UserTypeError(f"A model folder loads a {kind.__name__}, and this is a {type(value).__name__}.")
+                raise UserTypeError(f"A model folder loads a {kind.__name__}, but this is a {type(value).__name__}.")
         super().__init__(
             loadables={"asr": asr, "tokenizer": tokenizer}, custom_hooks={"asr": load_weights, "tokenizer": load_tokenizer}
         )
 
     def collect_files(self, default_source=None, *args, **kwargs):
-        """As in SpeechBrain; the weights come from where the other files are."""
+        """Collect files as SpeechBrain does, with weights and tokenizer from the source of the other files."""
         for key, name in (("asr", WEIGHTS), ("tokenizer", TOKENIZER)):
             if isinstance(default_source, FetchSource):
                 path = FetchSource(default_source.FetchFrom, f"{default_source.path}/{name}")

@@ -1,4 +1,4 @@
-"""Writing a model folder at the end of training."""
+"""Write a model folder at the end of training."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from speechbrain_ext.model_folder.weights import save_weights
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import replacing_folder
 
-# All refer to keys of the training hparams.
+# References are to keys of the training hparams
 _PARTS = """
 speech_encoder: !new:speechbrain_ext.speech_encoder.SpeechEncoder
     compute_features: !ref <compute_features>
@@ -64,16 +64,16 @@ modules:
 
 
 def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, rows=(), fused=False, provenance=None):
-    """Write a trained model as a folder; the folder is there completely or not at all.
+    """Write a trained model as a folder, completely or not at all.
 
     Arguments
     ---------
     folder : str or os.PathLike
-        The folder; one that is there is replaced.
+        The folder; an existing one is replaced.
     hparams_text : str
         The merged hparams of the training run, see :func:`speechbrain_ext.hparams.merge_hparams`.
     hparams : dict
-        What they were built into.
+        The same hparams with built objects.
     model : torch.nn.Module
         The weights: a module with the parts ``normalize``, ``subsampling``, ``transformer``, ``ctc_lin`` and, with a decoder,
         ``seq_lin`` or, with a transducer, ``transducer``.
@@ -82,14 +82,14 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
     rows : list of dict
         Results for the model card.
     fused : bool
-        Whether the weights are as ``fuse_()`` leaves them; subsampling and encoder are then built with their key ``fused``.
+        Whether the weights are fused by ``fuse_()``; subsampling and encoder are then built with their key ``fused``.
     provenance : dict, optional
-        Where architecture, data, tokenizer and weights come from, as texts and lists of texts by name.
+        The origin of architecture, data, tokenizer and weights, as texts and lists of texts by name.
 
     Raises
     ------
     UserError
-        If the normalisation's statistics would be lost.
+        If the statistics of the normalisation would be lost.
     """
     check_normalization(hparams["normalize"])
     tree = ruamel.yaml.YAML().load(hparams_text)
@@ -107,11 +107,11 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
 
 
 def check_normalization(normalize):
-    """Refuse a normalisation whose statistics a model folder could not hold."""
+    """Refuse a normalisation whose statistics a model folder cannot hold."""
     if keeps_statistics(normalize):
         raise UserError(
             f"normalize is {type(normalize).__module__}.{type(normalize).__qualname__} with norm_type global, whose statistics "
-            "no model folder holds; take speechbrain_ext.lobes.features.InputNormalization."
+            "a model folder cannot hold; use speechbrain_ext.lobes.features.InputNormalization."
         )
 
 
@@ -121,14 +121,14 @@ def interface(tree):
 
 
 def _head(tree):
-    """What the head adds to a folder."""
+    """The part of the folder's hparams for the head of the model."""
     if tree["num_decoder_layers"]:
         return _WITH_DECODER
     return _CTC_ONLY if tree.get("transducer") is None else _WITH_TRANSDUCER
 
 
 def model_parts(hparams):
-    """The weights of a model as a folder holds them.
+    """The weights of a model with the names of a model folder.
 
     Arguments
     ---------
@@ -148,16 +148,16 @@ def model_parts(hparams):
 
 
 def inference_hparams(tree, hparams, fused=False, provenance=None):
-    """The part of training hparams that inference needs, with the classes around it, in the grammar of model folders.
+    """The part of the training hparams that inference needs, in the grammar of model folders, with the classes for loading.
 
     Arguments
     ---------
     tree : dict
-        Parsed training hparams, references unresolved.
+        Parsed training hparams, with unresolved references.
     hparams : dict
-        What they were built into.
+        The same hparams with built objects.
     fused : bool
-        Whether subsampling and encoder are built as ``fuse_()`` leaves them.
+        Whether subsampling and encoder are fused.
     provenance : dict, optional
         As in :func:`write_model_folder`.
 
@@ -172,7 +172,7 @@ def inference_hparams(tree, hparams, fused=False, provenance=None):
     plain = _Plain(tree | {key: value for key, value in own.items() if _is_object(value)}, hparams)
     needed = needed_keys(tree, own) - own.keys()
     for key, value in tree.items():
-        if key in needed and _is_object(value):  # plain values stand where they are needed
+        if key in needed and _is_object(value):  # plain values replace references to them
             picked[key] = plain(value)
     if fused:
         picked["subsampling"]["fused"] = True
@@ -195,7 +195,7 @@ def _merge(tree, key, value):
 
 
 class _Plain:
-    """Training hparams in the grammar of model folders: references to objects stay, all others become values."""
+    """Convert training hparams to the grammar of model folders: references to objects stay, all others become values."""
 
     def __init__(self, tree, hparams):
         self._tree, self._hparams = tree, hparams
@@ -208,7 +208,7 @@ class _Plain:
             new = CommentedMap((key, self(value)) for key, value in node.items())
         elif isinstance(node, list):
             new = CommentedSeq(self(value) for value in node)
-        elif re.fullmatch(r"\([\w\s.,+-]*\)", str(getattr(node, "value", node))):  # HyperPyYAML's tuple of numbers and words
+        elif re.fullmatch(r"\([\w\s.,+-]*\)", str(getattr(node, "value", node))):  # a tuple of HyperPyYAML
             return ruamel.yaml.YAML(typ="safe").load(f"[{getattr(node, 'value', node)[1:-1]}]")
         else:
             return node
@@ -232,16 +232,16 @@ class _Plain:
 
 
 def _is_object(node):
-    """Whether a value is built by a class, so that who refers to it means that object."""
+    """Whether a value is an object or class, to which references must stay references."""
     return tag_of(node).startswith(("!new:", "!name:"))
 
 
 def _number(value, said):
-    """A plain value, such as a file holds."""
+    """The value as plain numbers, texts, lists and mappings; other types are refused."""
     if isinstance(value, (list, tuple)):
         return [_number(item, said) for item in value]
     if isinstance(value, dict):
         return {key: _number(item, said) for key, item in value.items()}
     if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise UserError(f"!ref {said} in the hparams is a {type(value).__name__}, which no model folder can hold.")
+        raise UserError(f"!ref {said} in the hparams is a {type(value).__name__}, which a model folder cannot hold.")
     return value

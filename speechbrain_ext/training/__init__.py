@@ -1,1 +1,1 @@
-"""A training run: its steps, its checkpoints, its rows."""
+"""Training runs: steps, checkpoints, reports and results."""

@@ -1,4 +1,4 @@
-"""Checkpoints that survive an interruption at any moment, and that hold all that decides how training goes on."""
+"""Checkpoints that survive an interruption at any time, and hold everything that a run needs to continue."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 
 logger = get_logger(__name__)
 
-PARTIAL_PREFIX = "partial-"  # SpeechBrain takes only folders for checkpoints whose name begins with CKPT
+PARTIAL_PREFIX = "partial-"  # SpeechBrain only reads folders whose name begins with CKPT
 
 
 class DamagedCheckpoint(UserRuntimeError):
@@ -34,18 +34,18 @@ class DamagedCheckpoint(UserRuntimeError):
 
 
 class AtomicCheckpointer(Checkpointer):
-    """SpeechBrain's Checkpointer, but a checkpoint is there completely or not at all.
+    """SpeechBrain's Checkpointer with checkpoints that are complete or absent.
 
-    SpeechBrain writes the file that makes a folder a checkpoint first, and deletes folders in place, so that a run that is
-    killed meanwhile leaves a checkpoint with files missing, which the next start tries to load. Here a checkpoint is written
-    under another name and renamed, and renamed before it is deleted. The latest checkpoint is never deleted.
+    A run that is killed while SpeechBrain writes or deletes a checkpoint leaves an incomplete one, and the next start tries to
+    load it. This class writes a checkpoint under another name and then renames it; before it deletes one, it renames it too. It
+    never deletes the latest checkpoint.
 
     Arguments
     ---------
     checkpoints_dir : str
-        Where to save.
+        The folder of the checkpoints.
     recoverables : dict, optional
-        What to save, by name.
+        Objects to save, by name.
 
     Example
     -------
@@ -59,12 +59,12 @@ class AtomicCheckpointer(Checkpointer):
     """
 
     def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
-        """As in SpeechBrain, with the number of processes in the meta data.
+        """Save as SpeechBrain does, with the number of processes in the metadata.
 
         Raises
         ------
         UserRuntimeError
-            If it cannot be written, as on a full disk; the checkpoints before are as they were.
+            If the checkpoint cannot be written, as on a full disk; earlier checkpoints stay unchanged.
         """
         if if_main_process():
             for leftover in self.checkpoints_dir.glob(PARTIAL_PREFIX + "*"):
@@ -72,14 +72,14 @@ class AtomicCheckpointer(Checkpointer):
         meta = {**(meta or {}), "processes": _processes()}
         try:
             partial = super().save_checkpoint(meta, end_of_epoch, name, verbosity=logging.DEBUG)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter, with one of these causes
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError with one of these causes
             if isinstance(error, RuntimeError) and not re.search("writ|iostream|unexpected pos", str(error)):
                 raise
             raise UserRuntimeError(
-                f"No checkpoint can be written to {self.checkpoints_dir} ({one_line(error, 150)}); make room, and start the same "
-                "command again: those before are as they were."
+                f"No checkpoint can be written to {self.checkpoints_dir} ({one_line(error, 150)}); free some space, and run the "
+                "same command again: earlier checkpoints are unchanged."
             ) from error
-        ddp_barrier()  # other processes write to the folder, too
+        ddp_barrier()  # other processes also write to the folder
         saved = None
         if partial is not None:
             path = partial.path.with_name(partial.path.name.removeprefix(PARTIAL_PREFIX))
@@ -90,10 +90,10 @@ class AtomicCheckpointer(Checkpointer):
         return saved
 
     def recover_if_possible(self, *args, ckpt_predicate=None, **keys):
-        """As in SpeechBrain, but not from within an epoch that another number of processes has begun.
+        """Recover as SpeechBrain does, but not inside an epoch that began with another number of processes.
 
-        Each process has its own share of the batches, so that some utterances would be visited twice, and others never. The run
-        then goes on from the end of the epoch before.
+        Each process has its share of the batches. With another number, some utterances would be visited twice, and others never.
+        The run then continues from the end of the previous epoch.
         """
 
         def fits(checkpoint):
@@ -103,32 +103,32 @@ class AtomicCheckpointer(Checkpointer):
         latest = self.find_checkpoint(ckpt_predicate=ckpt_predicate)
         if latest is not None and not fits(latest):
             logger.warning(
-                "The run had %s processes, and has %s now: the epoch begins again.", latest.meta.get("processes"), _processes()
+                "The run had %s processes, and now has %s: the epoch begins again.", latest.meta.get("processes"), _processes()
             )
         return super().recover_if_possible(*args, ckpt_predicate=fits, **keys)
 
     def load_checkpoint(self, checkpoint):
-        """As in SpeechBrain, with one sentence where a file is missing or broken."""
+        """Load as SpeechBrain does, with a one-sentence error for missing or broken files."""
         try:
             super().load_checkpoint(checkpoint)
         except UserError:
             raise
-        except Exception as error:  # whatever unpickling a broken file comes to
+        except Exception as error:  # unpickling a broken file can raise any error
             cause = one_line(error)
-            if "Weights only load failed" in cause:  # whose remedy is to run what the file holds
-                cause = "a file of it is no checkpoint, or holds code"
+            if "Weights only load failed" in cause:  # torch's message advises to run the code in the file
+                cause = "one of its files is not a checkpoint, or holds code"
             if "loading state_dict" in cause:
                 raise UserRuntimeError(
-                    f"The checkpoint {checkpoint.path} is whole, and of another model; go on with the code that wrote it, or "
+                    f"The checkpoint {checkpoint.path} belongs to another model; continue with the code that wrote it, or "
                     f"give another --output_folder ({cause})."
                 ) from error
             raise DamagedCheckpoint(
-                f"The checkpoint {checkpoint.path} cannot be loaded; delete it to go on from the one before ({cause})."
+                f"The checkpoint {checkpoint.path} cannot be loaded; delete it to continue from the previous one ({cause})."
             ) from error
 
     @staticmethod
     def _construct_checkpoint_objects(checkpoint_dirs):
-        """As in SpeechBrain, with one sentence where a file is missing or broken, as after a power failure."""
+        """List checkpoints as SpeechBrain does, with a one-sentence error for broken files, as after a power failure."""
         checkpoints = []
         for path in checkpoint_dirs:
             try:
@@ -136,8 +136,8 @@ class AtomicCheckpointer(Checkpointer):
                 float(checkpoint.meta["unixtime"])
             except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
                 raise DamagedCheckpoint(
-                    f"The checkpoint {path} is damaged: its {METAFNAME} cannot be read ({one_line(error, 100)}); delete it to go "
-                    "on from the one before."
+                    f"The checkpoint {path} is damaged: its {METAFNAME} cannot be read ({one_line(error, 100)}); delete it to "
+                    "continue from the previous one."
                 ) from error
             checkpoints.append(checkpoint)
         return checkpoints
@@ -151,7 +151,7 @@ class AtomicCheckpointer(Checkpointer):
     def delete_checkpoints(
         self, *, num_to_keep=1, min_keys=None, max_keys=None, importance_keys=(ckpt_recency,), ckpt_predicate=None, **_
     ):
-        """As in SpeechBrain, but each checkpoint vanishes at once, and the latest one stays."""
+        """Delete as SpeechBrain does, but rename a checkpoint before it is deleted, and keep the latest one."""
         orders = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
         orders += [{"importance_key": key} for key in importance_keys]
         ddp_barrier()
@@ -174,12 +174,12 @@ class AtomicCheckpointer(Checkpointer):
 
 
 class Origin:
-    """What a run was made of, as something that a Checkpointer saves, and compares where it recovers.
+    """Facts about a run that a Checkpointer saves, and compares when it recovers.
 
     Arguments
     ---------
     **facts
-        Names and values, such as a digest of the training utterances.
+        Values by name, such as a digest of the training utterances.
 
     Example
     -------
@@ -188,7 +188,7 @@ class Origin:
     >>> Origin(utterances="a").save(path)
     >>> Origin(utterances="b").load(path, end_of_epoch=True)
     Traceback (most recent call last):
-    speechbrain_ext.utils.errors.UserError: This run was begun with other utterances; give another --output_folder.
+    speechbrain_ext.utils.errors.UserError: This run began with other utterances; give another --output_folder.
     """
 
     def __init__(self, **facts):
@@ -201,21 +201,21 @@ class Origin:
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
-        """Compare them with those of a file."""
+        """Compare the facts with those in a file."""
         del end_of_epoch
         before = json.loads(path.read_text(encoding="utf-8"))
         for name, value in self.facts.items():
             if before.get(name) != value:
-                raise UserError(f"This run was begun with other {name}; give another --output_folder.")
+                raise UserError(f"This run began with other {name}; give another --output_folder.")
 
 
 register_checkpoint_hooks(Origin)
 
 
 class RandomStates:
-    """The states of all random number generators, as something that a Checkpointer saves and recovers.
+    """The states of all random number generators, for a Checkpointer to save and recover.
 
-    Each process of a distributed run has its own states. A process that the saved run did not have takes those of the first.
+    Each process of a distributed run has its own states. A process that the saved run did not have takes those of process 0.
 
     Example
     -------
@@ -230,7 +230,7 @@ class RandomStates:
 
     @mark_as_saver
     def save(self, path):
-        """Write the states to a file, plain enough for ``torch.load`` with ``weights_only``."""
+        """Write the states to a file that ``torch.load`` with ``weights_only`` can read."""
         name, keys, position, has_gauss, gauss = np.random.get_state()
         states = {
             "torch": torch.get_rng_state(),
@@ -242,8 +242,8 @@ class RandomStates:
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
-        """Take the states from a file."""
-        del end_of_epoch  # the states are the same at any moment
+        """Restore the states from a file."""
+        del end_of_epoch  # the same within an epoch and at its end
         own = self._of_this_process(path)
         states = torch.load(own if own.exists() else path)
         torch.set_rng_state(states["torch"])
@@ -256,7 +256,7 @@ class RandomStates:
     @staticmethod
     def _of_this_process(path):
         rank = get_rank() or 0
-        # another suffix, so that a Checkpointer does not take it for a recoverable of its own
+        # with another suffix, a Checkpointer does not treat the file as a recoverable
         return path.with_suffix(f".rank{rank}") if rank else path
 
 

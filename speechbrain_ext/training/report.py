@@ -1,4 +1,4 @@
-"""What a run tells its user: the files that there are, the learning curve, examples, and where else losses go."""
+"""Reports of a run: the list of hparams files, loggers, the learning curve, and examples."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
 from speechbrain_ext.utils.errors import UsageError, UserImportError
 
 LOGGERS = ("tensorboard", "wandb")
-"""What ``logger`` may be, beside null."""
+"""Values of ``logger``, besides null."""
 GRAY = "0.5"
 
 
 def list_hparams(folder):
-    """The hparams files of a folder, a line for each: its name, and the first sentence of the comment that it begins with.
+    """List the hparams files of a folder: on each line the name, and the first sentence of the file's first comment.
 
     Arguments
     ---------
@@ -38,7 +38,7 @@ def list_hparams(folder):
 
 
 def first_sentence(path):
-    """The first sentence of the comment that an hparams file begins with, without the dot."""
+    """The first sentence of the comment at the top of an hparams file, without the full stop."""
     lines = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -54,20 +54,20 @@ class Loggers:
     Arguments
     ---------
     loggers : list of speechbrain.utils.train_logger.TrainLogger
-        Each gets all statistics.
+        Each logs all statistics.
     """
 
     def __init__(self, loggers):
         self.loggers = loggers
 
     def log_stats(self, *args, **keys):
-        """As SpeechBrain's loggers."""
+        """Pass statistics to all loggers."""
         for logger in self.loggers:
             logger.log_stats(*args, **keys)
 
 
 def check_logger(name):
-    """Refuse what is no logger.
+    """Refuse unknown loggers.
 
     Arguments
     ---------
@@ -84,18 +84,18 @@ def check_logger(name):
 
 
 def with_logger(file_logger, name, folder, experiment):
-    """The logger of a run: the file, and what ``logger`` names beside it.
+    """The logger of a run: the file, and the one that ``logger`` names.
 
     Arguments
     ---------
     file_logger : speechbrain.utils.train_logger.TrainLogger
-        The file.
+        The logger that writes the file.
     name : str or None
         One of :data:`LOGGERS`.
     folder : str or os.PathLike
         The output folder of the run.
     experiment : str
-        Its name.
+        The name of the run.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def with_logger(file_logger, name, folder, experiment):
 
 
 def read_log(path):
-    """Losses and error rates by epoch, from ``train_log.txt``.
+    """Read losses and error rates by epoch from ``train_log.txt``.
 
     Arguments
     ---------
@@ -144,7 +144,7 @@ def read_log(path):
         epoch = re.match(r"epoch: (\d+)", line)
         for name, value in re.findall(r"((?:train|valid) [^:,]+): ([-+.\deinfa]+)", line):
             points = dict(curves.get(name, [])) | ({int(epoch[1]): float(value)} if epoch else {})
-            curves[name] = sorted(points.items())  # of an epoch that was done twice, the last one
+            curves[name] = sorted(points.items())  # the last value of a repeated epoch
     return curves
 
 
@@ -161,7 +161,7 @@ def draw_curve(log, path):
     Returns
     -------
     bool
-        Whether it was drawn: matplotlib is installed, and there is an epoch.
+        Whether the picture was drawn. Drawing needs matplotlib and at least one epoch.
     """
     curves = read_log(log) if Path(log).exists() else {}
     rates = {name: points for name, points in curves.items() if "WER" in name}
@@ -187,14 +187,14 @@ def draw_curve(log, path):
 
 
 def examples(scores, count=3):
-    """What was said and what was found, of some utterances from the best to the worst.
+    """References and transcripts of some utterances, from the best to the worst.
 
     Arguments
     ---------
     scores : list of dict
-        Of SpeechBrain's ErrorRateStats.
+        ``scores`` of SpeechBrain's ErrorRateStats.
     count : int
-        How many.
+        Number of utterances.
 
     Returns
     -------
@@ -203,13 +203,13 @@ def examples(scores, count=3):
     Example
     -------
     >>> print(examples([{"key": "a", "WER": 50.0, "ref_tokens": ["A", "CAT"], "hyp_tokens": ["CAT"]}]))
-      WER %  reference, and what was found
+      WER %  reference and transcript
        50.0  A CAT
              CAT
     """
     scores = sorted((score for score in scores if score.get("ref_tokens")), key=lambda score: (score["WER"], score["key"]))
     chosen = [scores[index * (len(scores) - 1) // max(1, count - 1)] for index in range(min(count, len(scores)))]
-    lines = [f"{'WER %':>7}  reference, and what was found"]
+    lines = [f"{'WER %':>7}  reference and transcript"]
     for score in chosen:
         lines.append(f"{score['WER']:7.1f}  {' '.join(score['ref_tokens'])}")
         lines.append(f"{'':7}  {' '.join(score['hyp_tokens'] or ())}")

@@ -1,4 +1,4 @@
-"""The results table: one row for each test set and search of each run, as CSV."""
+"""The results table: a CSV file with a row for each run, test set and search."""
 
 import csv
 import dataclasses
@@ -9,7 +9,7 @@ from speechbrain_ext.utils.files import locked, write_csv
 
 @dataclasses.dataclass(frozen=True)
 class ResultRow:
-    """A row of the results table, as a run writes it; its fields are the columns."""
+    """A row of the results table; its fields are the columns."""
 
     experiment: str
     """Name of the run in its hparams."""
@@ -18,7 +18,7 @@ class ResultRow:
     hparams: str
     """The hparams file."""
     overrides: str
-    """What the command line changed of it, but for paths."""
+    """Options of the command line, without paths."""
     corpus: str
     train_set: str
     """Splits, separated by blanks."""
@@ -26,7 +26,7 @@ class ResultRow:
     test_set: str
     search: str
     WER: float
-    """In %, with the ends of its 95 % interval; the next four are numbers of words."""
+    """Word error rate in %, followed by the ends of its 95 % interval and four numbers of words."""
     WER_low: float
     WER_high: float
     insertions: int
@@ -35,7 +35,7 @@ class ResultRow:
     words: int
     parameters: int
     audio_seconds_per_second: float
-    """Seconds of audio that a second of training took in."""
+    """Seconds of audio per second of training."""
     peak_memory_mib: int
     steps: int
     epochs: int
@@ -49,14 +49,14 @@ FIELDS = tuple(field.name for field in dataclasses.fields(ResultRow))
 
 
 def append_rows(path, rows):
-    """Append rows to a CSV file, complete or not at all, also where several runs write to it at once.
+    """Append rows to a CSV file, completely or not at all. Several runs may write to it at once.
 
-    Columns that only the new rows have are added at the end, and are empty in the rows that were there.
+    New columns are added at the end, and are empty in earlier rows.
 
     Arguments
     ---------
     path : str
-        The file; it is made where it is missing.
+        The file; it is created if it is missing.
     rows : list of dict or ResultRow
         The rows.
 

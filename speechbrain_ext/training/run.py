@@ -1,7 +1,7 @@
-"""The steps of a training run, one after the other; what a step gives is what it returns.
+"""The steps of a training run. Each step returns its results.
 
-Hparams -> corpus prepared -> manifests -> tokenizer -> datasets -> Brain -> training -> the model that is kept (the average of
-the best checkpoints, fused where the architecture can be) -> tests -> rows of the results table and a model folder.
+Hparams -> prepared corpus -> manifests -> tokenizer -> datasets -> Brain -> training -> final model (the average of the best
+checkpoints, fused if the architecture supports it) -> tests -> rows of the results table and a model folder.
 """
 
 import csv
@@ -51,7 +51,7 @@ from speechbrain_ext.utils.text import listing
 
 logger = get_logger(__name__)
 
-TRAIN, VALID = object(), object()  # keys beside the names of test splits, which may be any
+TRAIN, VALID = object(), object()  # keys that no name of a test split can equal
 WHOLE = "a whole number above 0"
 RANGES = {
     **dict.fromkeys(
@@ -86,24 +86,24 @@ RANGES = {
     "train_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
     "eval_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
 }
-"""Lowest and highest value by key, and what to give."""
+"""Lowest and highest value by key, and words for the range."""
 PATHS = ("data_folder", "output_folder", "results_file", "init_from", "tokenizer_from")
-"""Keys whose values are taken to the letter: no part of a name is YAML, and nothing is expanded."""
+"""Keys whose values are taken literally: they are not read as YAML, and nothing is expanded."""
 MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
-"""Keys of the same kind that take several values."""
+"""Keys of the same kind with several values."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
-"""Keys of what a run begins with; they stay as they are while it goes on."""
+"""Keys of the warm start; a continued run must have the same values."""
 QUIET = ("speechbrain.dataio.sampler", "speechbrain.core", "speechbrain.utils.checkpoints", "speechbrain.utils.quirks")
-"""Loggers that only say what is usual."""
+"""Loggers whose messages below warnings are routine."""
 OF_TRAINING = ("dropout", "update_until_epoch", "momentum", "tgt_vocab", "num_decoder_layers", "identity_init")
-"""Arguments of a model's parts that change no answer, or that are a matter of tokens."""
+"""Arguments of a model's parts that do not change the answers of the encoder."""
 REFUSED = {
-    "jit": "TorchScript knows none of these encoders; leave it out, or try --compile",
-    "jit_module_keys": "TorchScript knows none of these encoders; leave it out, or try --compile",
-    "compile_module_keys": "--compile compiles front end and encoder, and nothing else gains by it",
+    "jit": "TorchScript supports none of these encoders; leave it out, or try --compile",
+    "jit_module_keys": "TorchScript supports none of these encoders; leave it out, or try --compile",
+    "compile_module_keys": "--compile compiles front end and encoder, and compiling other parts gains nothing",
     "data_parallel_backend": "start several processes with torchrun instead",
 }
-"""Options of SpeechBrain's Brain that are not supported, with what to do."""
+"""Options of SpeechBrain's Brain that are not supported, with the remedy."""
 TRAINING_OPTIONS = (
     "compile",
     "compile_mode",
@@ -112,12 +112,12 @@ TRAINING_OPTIONS = (
     "nonfinite_patience",
     "skip_nonfinite_grads",
 )
-"""Options of the Brain that change what is learned, and have no column of their own in the results table."""
+"""Options of the Brain that change the training, and have no column in the results table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     rows: list
     """A :class:`ResultRow` for each test set and search."""
@@ -132,31 +132,31 @@ class Setting:
     """The hparams of a run."""
 
     files: list
-    """The hparams file, and what overrides it."""
+    """The hparams file, and files that override it."""
     overrides: dict
-    """What replaces single keys."""
+    """Values that replace single keys."""
     asked: str = ""
-    """What the command line changed of the files, but for paths."""
+    """Options of the command line, without paths."""
 
     def text(self):
-        """All merged, references unresolved."""
+        """The merged YAML text, with unresolved references."""
         return merge_hparams(self.files, self.overrides)
 
     def plain(self):
-        """All merged, references resolved, before any object is built."""
+        """The merged values with resolved references; no objects are built."""
         return resolve_hparams(self.files, self.overrides)
 
     def load(self):
-        """All merged and built."""
+        """The merged values with all objects built."""
         return load_hparams(self.files, self.overrides)
 
     def replace(self, **overrides):
-        """The same with other overrides."""
+        """The same setting with further overrides."""
         return dataclasses.replace(self, overrides=self.overrides | overrides)
 
 
 def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=None, of_manifests=None):
-    """Run all steps.
+    """Run all steps of a training.
 
     Arguments
     ---------
@@ -167,13 +167,13 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     overrides : str
         YAML text, such as ``speechbrain.parse_arguments`` makes from the command line.
     paths : dict, optional
-        Overrides of the keys in :data:`PATHS` and :data:`MANIFESTS`, to the letter.
+        Literal overrides of the keys in :data:`PATHS` and :data:`MANIFESTS`.
     corpus : str, optional
         A ``corpus.yaml`` that overrides the hparams file.
     fallback : str, optional
-        The one that is taken where no ``data_folder`` is given.
+        The ``corpus.yaml`` to use if no ``data_folder`` is given.
     of_manifests : str, optional
-        The one that is taken where manifests are given, and no file says what to do with them.
+        The ``corpus.yaml`` to use if manifests are given, and the files have no keys for them.
 
     Returns
     -------
@@ -182,9 +182,9 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     Raises
     ------
     UsageError
-        If an argument is wrong; nothing was done then.
+        If an argument is wrong; the run has done nothing yet.
     UserError, OSError
-        If something that the user can mend stops the run.
+        If an error stops the run that the user can fix.
     """
     keep_freed_memory()
     try:
@@ -201,7 +201,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         raise UsageError(one_line(error, 1000)) from error
     except OSError as error:
         said = error.strerror is not None and error.filename is not None
-        cause = f"{error.filename} cannot be read or written: {error.strerror}; give another place." if said else str(error)
+        cause = f"{error.filename} cannot be read or written: {error.strerror}; give another path." if said else str(error)
         raise UsageError(cause) from error
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -212,10 +212,10 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
 
 
 def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
-    """The steps, in an output folder that no other run writes to."""
+    """Run the steps in a locked output folder."""
     output = Path(hparams["output_folder"])
     manifests = prepare_corpus(hparams)
-    # Not before: a mistyped data_folder is no run that later ones are compared with
+    # Only after preparation: later runs are compared with this file, and a mistyped data_folder must not be in it
     run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
     tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], tokenizer)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
@@ -232,11 +232,11 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         add_lm(hparams)
     for search in ("ctc_search", "test_search", "transducer_search"):
         if hparams[search] is not None and not callable(hparams[search]):
-            raise UsageError(f"{search} is {hparams[search]!r}, which is no search; name the class of one, or null.")
+            raise UsageError(f"{search} is {hparams[search]!r}, which is not a search; give the class of a search, or null.")
         if hasattr(hparams[search], "check"):
-            hparams[search].check()  # now, and not after the training
+            hparams[search].check()  # raises its errors before the training
 
-    # Whatever the steps before have drawn: a run that starts again and finds them done draws the same from here on.
+    # A restarted run skips completed steps, which draw random numbers; from here on both draw the same
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
     if source is not None and hparams["checkpointer"].find_checkpoint() is None:
         report_differences(source, setting, hparams)
@@ -266,18 +266,18 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
 
 
 def add_lm(hparams):
-    """Take the language model of the hparams into the joint search."""
+    """Add the language model of the hparams to the joint search."""
     search = hparams["test_search"]
     if not hparams["num_decoder_layers"] or not hasattr(search, "add_scorer"):
         raise UsageError(
-            f"lm is {hparams['lm']}, and there is no joint search that takes it; give null, or a decoder and its search."
+            f"lm is {hparams['lm']}, but there is no joint search to use it; give null, or a decoder and its search."
         )
     lm = load_lm(hparams["lm"], hparams["tokenizer"])
     search.add_scorer(make_scorer(lm, hparams["lm_temperature"]), hparams["lm_weight"])
 
 
 def take_paths(argv):
-    """Take paths from a command line to the letter: SpeechBrain's parser would read them as YAML.
+    """Take literal paths from a command line; SpeechBrain's parser would read them as YAML.
 
     Arguments
     ---------
@@ -289,7 +289,7 @@ def take_paths(argv):
     others : list of str
         The other arguments.
     paths : dict
-        Those of ``--corpus`` and :data:`PATHS` by key, and lists of those of :data:`MANIFESTS`.
+        Paths of ``--corpus`` and :data:`PATHS` by key, and lists of paths for :data:`MANIFESTS`.
 
     Example
     -------
@@ -311,14 +311,14 @@ def take_paths(argv):
 
 
 def check_options(run_opts):
-    """Refuse options of SpeechBrain's Brain that would end in a traceback, or do nothing."""
+    """Refuse options of SpeechBrain's Brain that would give a traceback, or have no effect."""
     for option, remedy in REFUSED.items():
         if getattr(run_opts, option):
             raise UsageError(f"--{option} is not supported: {remedy}.")
 
 
 def check_writable(path):
-    """Refuse a results file that could not be written after all training."""
+    """Refuse a results file that could not be written after the training."""
     if path.is_dir():
         raise UsageError(f"The results_file {path} is a folder; give the name of a file.")
     try:
@@ -329,11 +329,11 @@ def check_writable(path):
     except (OSError, UnicodeError, csv.Error) as error:
         raise UsageError(f"The results_file {path} cannot be used ({one_line(error)}); give another --results_file.") from error
     if any(None in row or None in row.values() for row in rows):
-        raise UsageError(f"The results_file {path} has lines of another number of columns; mend it, or give another.")
+        raise UsageError(f"The results_file {path} has lines with different numbers of columns; fix it, or give another file.")
 
 
 def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, of_manifests=None):
-    """The files and the overrides that make the run: the corpus's, that of manifests or, without any data, the fallback."""
+    """Choose the files and overrides of the run: with the given corpus, that of manifests or, without data, the fallback."""
     overrides = parse_overrides(overrides)
     options = {key: getattr(run_opts, key) for key in TRAINING_OPTIONS if key in run_opts.overridden_args}
     weights = {key: paths[key] for key in WARM_START if key in paths}
@@ -342,12 +342,12 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     overrides |= paths
     for key in weights:
         if not paths[key]:
-            raise UsageError(f"--{key} has no value; name a model or file, or leave it out.")
+            raise UsageError(f"--{key} has no value; give a model or file, or leave it out.")
     if corpus == "":
-        raise UsageError("--corpus has no value; name a corpus.yaml, or leave it out.")
+        raise UsageError("--corpus has no value; give a corpus.yaml, or leave it out.")
     for key in PATHS[1:]:
         if overrides.get(key, "x") in (None, ""):
-            raise UsageError(f"--{key} has no value; name one, or leave it out.")
+            raise UsageError(f"--{key} has no value; give one, or leave it out.")
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     architecture = architecture_of(hparams_file, paths.get("init_from"))
@@ -357,44 +357,44 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     if of_manifests and given and MANIFESTS[0] not in before:
         files.insert(1, of_manifests)
         before = resolve_hparams(files)
-    # A name of digits, or a date, is still a name; one with references in it follows what they refer to
+    # A name of digits or a date stays a name; a name with references changes with their values
     stated = parse_overrides(merge_hparams(files))
     literal = [key for key in (*PATHS, *MANIFESTS) if stated.get(key) is not None and not tag_of(stated[key])]
     overrides = {key: before[key] for key in literal} | overrides
     overrides = check_types(overrides, before)
     if corpus:
         own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
-        overrides = ({} if "card" in own else {"card": {}}) | overrides  # of the corpus that it replaces
+        overrides = ({} if "card" in own else {"card": {}}) | overrides  # not the card of the replaced corpus
         if not given and not {"data_folder", "extends"} & {*own, *overrides}:
             raise UsageError(
-                f"There is no data_folder for {corpus}; give --data_folder, or state it there (null = it needs none)."
+                f"There is no data_folder for {corpus}; give --data_folder, or set it in that file (null = none is needed)."
             )
     setting = Setting(files, overrides, asked)
     plain = setting.plain()
     taken = plain["prepare"] if isinstance(plain["prepare"], dict) else ()
     for key in (*MANIFESTS, "text_normalization"):
         if overrides.get(key) and key not in taken:
-            raise UsageError(f"--{key} is given, and the prepare function of {plain['corpus']} does not take it; leave it out.")
+            raise UsageError(f"--{key} is given, but the prepare function of {plain['corpus']} does not take it; leave it out.")
     if fallback and not corpus and not plain["data_folder"] and MANIFESTS[0] not in plain:
         if if_main_process():
             print(
                 f"No data_folder: this runs on the embedded mini corpus with the overrides in {os.path.relpath(fallback)}. "
-                f"The real thing: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
+                f"To train on real speech: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
                 flush=True,
             )
-        # Its sizes give way to those of a model
+        # The sizes of an initial model override those of the fallback
         files = [files[0], fallback, *files[1:]] if architecture else [*files, fallback]
         setting = dataclasses.replace(setting, files=files)
         plain = setting.plain()
     check_ranges(plain, run_opts)
-    if run_opts.debug:  # a few batches should not pass for a result
+    if run_opts.debug:  # the result of a few batches must not be among real results
         folder = plain["output_folder"] + "_debug"
         setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
     return setting
 
 
 def check_ranges(plain, run_opts):
-    """Refuse numbers with which nothing would be learned, or that end in a traceback somewhere.
+    """Refuse values with which training would fail or learn nothing.
 
     Arguments
     ---------
@@ -406,7 +406,7 @@ def check_ranges(plain, run_opts):
     Raises
     ------
     UsageError
-        If a number is outside its range, or two special tokens have the same index.
+        If a number is outside its range, a value is unknown or has the wrong type, or two special tokens have the same index.
     """
     given = dict(plain)
     if "grad_accumulation_factor" in run_opts.overridden_args:
@@ -417,11 +417,11 @@ def check_ranges(plain, run_opts):
     for key, (low, high, wanted) in RANGES.items():
         value = given.get(key)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not low <= value <= high:  # of NaN, neither is true
+        if number and not low <= value <= high:  # also catches NaN
             raise UsageError(f"--{key} is {value!r}; give {wanted}.")
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
-            raise UsageError(f"--{key} is empty; name what to train on.")
+            raise UsageError(f"--{key} is empty; give at least one.")
     check_logger(plain["logger"])
     if plain["token_type"] not in TOKEN_TYPES:
         raise UsageError(f"--token_type is {plain['token_type']!r}; give {', '.join(TOKEN_TYPES)}.")
@@ -443,19 +443,19 @@ def check_ranges(plain, run_opts):
     takes_manifest = isinstance(plain["prepare"], dict) and "mix_manifest" in plain["prepare"]
     if mix["manifest"] and not takes_manifest and (not isinstance(mix["manifest"], str) or "/" in mix["manifest"]):
         raise UsageError(
-            f"The manifest of --mix is {mix['manifest']!r}, and {plain['corpus']} has splits; name one of them, or give all data "
-            "as manifests (--train_manifest)."
+            f"The manifest of --mix is {mix['manifest']!r}, but {plain['corpus']} has splits; give the name of a split, or give "
+            "all data as manifests (--train_manifest)."
         )
     for key in ("init_include", "init_exclude"):
         if plain[key] and plain["init_from"] is None:
-            raise UsageError(f"--{key} is {_plain(plain[key])!r}, and there is no model to take it from; give --init_from MODEL.")
+            raise UsageError(f"--{key} is {_plain(plain[key])!r}, but there is no initial model; give --init_from MODEL.")
     indices = [plain[f"{role}_index"] for role in ROLES]
     if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
 
 
 def check_types(overrides, before):
-    """The overrides, each of the type that its key has in the file; what is not is refused.
+    """Check that each override has the type of its key in the file.
 
     Arguments
     ---------
@@ -467,7 +467,7 @@ def check_types(overrides, before):
     Returns
     -------
     dict
-        The same, with single values as lists and numbers as texts where the key wants that.
+        The overrides, with single values in lists and numbers as text where the key needs that.
 
     Raises
     ------
@@ -487,11 +487,11 @@ def check_types(overrides, before):
             value = [value]
         checked[key] = value
         if key not in before or key in (*PATHS, *MANIFESTS) or value is None or tag_of(value):
-            continue  # a key that does not exist is refused where files and overrides are merged
+            continue  # unknown keys are refused when files and overrides are merged
         if old is None and isinstance(value, dict):
             given = ", ".join(f"{name}: {item}" for name, item in value.items())
             raise UsageError(
-                f"--{key} is {{{given}}}, and the hparams file has null there, which says no class to build with it; name it: "
+                f"--{key} is {{{given}}}, but the hparams file has null there, so the class is unknown; give it: "
                 f"--{key} '!new:package.Class {{{given}}}', or extend the file."
             )
         kinds = {
@@ -503,7 +503,7 @@ def check_types(overrides, before):
             dict: "a mapping",
         }
         wanted = next((kind for kind in kinds if isinstance(old, kind)), None)
-        if tag_of(old):  # an object takes new arguments; of a value that is computed no type is known
+        if tag_of(old):  # an object takes new arguments; the type of a computed value is unknown
             wanted = dict if tag_of(old).startswith(("!new:", "!name:")) else None
         fits = wanted is None or isinstance(value, wanted) or (wanted is float and isinstance(value, int))
         if not fits or (wanted in (int, float) and isinstance(value, bool)):
@@ -512,14 +512,14 @@ def check_types(overrides, before):
 
 
 def _literal(key, value):
-    """A path as a text that HyperPyYAML leaves as it is."""
+    """A path as text that HyperPyYAML does not change."""
     if re.search("<[^<>]*>", str(value)):
-        raise UsageError(f"--{key} is {str(value)!r}, and <...> in it would be read as a reference; give another name.")
-    return f"./{value}" if str(value).startswith("(") else str(value)  # in parentheses, it would be a tuple
+        raise UsageError(f"--{key} is {str(value)!r}, and <...> would be read as a reference; give another name.")
+    return f"./{value}" if str(value).startswith("(") else str(value)  # HyperPyYAML reads (...) as a tuple
 
 
 def check_folder(output, asked, data_moved):
-    """Refuse to go on with a run of another corpus or another model, whose weights would pass for this one's."""
+    """Refuse to continue a run with another corpus or another model."""
     before, now = recorded(output), ruamel.yaml.YAML().load(asked)
     if before is None:
         return
@@ -530,12 +530,12 @@ def check_folder(output, asked, data_moved):
         if old != new:
             moved = ", or --data_moved True if it is the same data in another place" if key == "data_folder" else ""
             raise UsageError(
-                f"{output} holds a run with {key} {old}, and this one has {new}; give another --output_folder{moved}."
+                f"{output} holds a run with {key} {old}, but this run has {new}; give another --output_folder{moved}."
             )
 
 
 def recorded(output):
-    """The settings of the run in a folder; None where there is none, or only one that stopped before it had learned anything."""
+    """The settings of the run in a folder; None if there is no run, or the run has no weights yet."""
     path = output / "hyperparams.yaml"
     has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
     if not path.exists() or not has_weights:
@@ -544,13 +544,12 @@ def recorded(output):
         return dict(ruamel.yaml.YAML().load(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
         raise UsageError(
-            f"{path} is damaged ({one_line(error, 100)}), so that nobody can tell what run {output} holds; give another "
-            "--output_folder."
+            f"{path} is damaged ({one_line(error, 100)}), so the run in {output} is unknown; give another --output_folder."
         ) from error
 
 
 def _plain(node):
-    """A part of parsed hparams as text that says what it is, comments aside."""
+    """A part of parsed hparams as plain values, with tags as text and without comments."""
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -559,42 +558,45 @@ def _plain(node):
 
 
 def mixed_split(hparams):
-    """The name of the split that is mixed in, None without one."""
+    """The name of the split that is mixed in; None if there is none."""
     manifest = hparams["mix"]["manifest"]
     return "mixed" if manifest and "mix_manifest" in getattr(hparams["prepare"], "keywords", ()) else manifest
 
 
 def sets_of_training(hparams):
-    """Names of the splits that are trained on; the last one is mixed in, if one is."""
+    """Names of the training splits; if one is mixed in, it is the last."""
     mixed = mixed_split(hparams)
     return [*hparams["train_splits"], *([mixed] if mixed else [])]
 
 
 def ids_of_mixed(hparams):
-    """Ids of the utterances that are mixed in, as the training set has them."""
+    """Ids of the mixed-in utterances in the training set."""
     mixed = mixed_split(hparams)
     path = Path(hparams["output_folder"]) / f"{mixed}.csv"
     return {MIXED + row["ID"] for row in read_manifest(path)} if mixed else set()
 
 
 def prepare_corpus(hparams):
-    """Have the corpus's own function write its manifests; returns their paths by TRAIN, VALID and the names of test splits."""
+    """Call the prepare function of the corpus; returns paths of manifests by TRAIN, VALID and the names of test splits."""
     output, mixed = Path(hparams["output_folder"]), mixed_split(hparams)
     splits = {"tr_splits": sets_of_training(hparams), "dev_splits": [hparams["dev_split"]], "te_splits": hparams["test_splits"]}
     run_on_main(hparams["prepare"], kwargs={"data_folder": hparams["data_folder"], "save_folder": str(output), **splits})
-    merged = output / "train+merged.csv"  # which no split is called
+    merged = output / "train+merged.csv"  # no split has this name
     parts = [output / f"{split}.csv" for split in hparams["train_splits"]]
     run_on_main(merge_manifests, [parts, merged, output / f"{mixed}.csv" if mixed else None])
     names = {VALID: hparams["dev_split"]} | {split: split for split in hparams["test_splits"]}
     paths = {key: output / f"{name}.csv" for key, name in names.items()}
     for path in paths.values():
-        read_manifest(path)  # as those of the training set have been
+        read_manifest(path)  # raises errors now; the training set has been read already
     return {TRAIN: merged} | paths
 
 
 def find_model(setting):
-    """Where the model is that the run begins with, None without one; and the setting, with the commit of a repository in it, and
-    the architecture of that commit."""
+    """Find the initial model of the run.
+
+    Returns the setting and the path of the model, or None. The setting gets the commit of a repository, and the architecture of
+    that commit.
+    """
     plain = setting.plain()
     given = plain["init_from"]
     if given is None:
@@ -602,7 +604,7 @@ def find_model(setting):
     before = (recorded(Path(plain["output_folder"])) or {}).get("init_from")
     run_on_main(locate, [given, before])  # the other processes find it in the cache
     name, path = locate(given, before)
-    if any(isinstance(each, dict) for each in setting.files):  # the architecture, of what a repository holds now
+    if any(isinstance(each, dict) for each in setting.files):  # the architecture is that of the latest commit
         file, keys = read_architecture(name, path)
         files = [keys if isinstance(each, dict) else each for each in setting.files[1:]]
         setting = dataclasses.replace(setting, files=[str(Path(setting.files[0]).parent / file), *files])
@@ -610,7 +612,7 @@ def find_model(setting):
 
 
 def prepare_tokenizer(hparams, manifest, model=None):
-    """Write the tokenizer that the run names, or train one where it is missing; returns its file, and how many tokens it has."""
+    """Write the given tokenizer, or train one; returns its file and its number of tokens."""
     if model is not None:
         path = Path(hparams["output_folder"]) / "taken.model"
         run_on_main(write_bytes, [path, model])
@@ -620,12 +622,14 @@ def prepare_tokenizer(hparams, manifest, model=None):
         run_on_main(train_tokenizer, [manifest, path, hparams["vocab_size"], hparams["token_type"]], special)
     tokens = sentencepiece.SentencePieceProcessor(str(path)).vocab_size()
     if model is None and tokens < hparams["vocab_size"]:
-        logger.warning("The transcripts give %d tokens, not %d; the model has as many.", tokens, hparams["vocab_size"])
+        logger.warning(
+            "The transcripts give %d tokens instead of %d; the model uses the smaller number.", tokens, hparams["vocab_size"]
+        )
     return path, tokens
 
 
 def with_tokenizer(setting, hparams, path, tokens):
-    """Load the tokenizer of this file and number of tokens; returns setting and hparams of a model that has as many of them."""
+    """Load the tokenizer; returns the setting and hparams of a model with its number of tokens."""
     if tokens != hparams["vocab_size"]:
         setting = setting.replace(vocab_size=tokens)
         hparams = setting.load()
@@ -634,15 +638,15 @@ def with_tokenizer(setting, hparams, path, tokens):
 
 
 def report_unknown(dataset, tokenizer, name):
-    """Tell the characters of a dataset that no token can stand for."""
+    """Log the characters of a dataset that no token has."""
     unknown = unknown_characters(tokenizer, [item["wrd"] for item in dataset.data.values()])
     if unknown:
         shown = listing([f"{character} ({count})" for character, count in unknown.most_common()])
-        logger.warning("%s: transcripts hold characters that the tokenizer lacks (in how many): %s", name, shown)
+        logger.warning("%s: transcripts hold characters that the tokenizer lacks (number of transcripts): %s", name, shown)
 
 
 def report_differences(source, setting, hparams):
-    """Tell in what a model of ours was built otherwise than the one that takes its weights, as shapes do not show all of it."""
+    """Log differences between the settings of the initial model and this one; shapes do not show all of them."""
     if source.settings is None:
         return
     yaml = ruamel.yaml.YAML()
@@ -650,19 +654,19 @@ def report_differences(source, setting, hparams):
     for part in ("sample_rate", "compute_features", "normalize", "subsampling", "Transformer"):
         old, new = (_settings_of(part, tree[part]) for tree in (source.settings, ours))
         for key in old:
-            if key in new and old[key] != new[key]:  # folders of other versions may lack some
-                logger.warning("%s has %s %s, and this model %s.", source.name, key, old[key], new[key])
+            if key in new and old[key] != new[key]:  # folders of other versions may lack keys
+                logger.warning("%s has %s %s, but this model has %s.", source.name, key, old[key], new[key])
 
 
 def _settings_of(part, node):
-    """What decides what a part answers, by name."""
+    """The settings of a part that change its answers, by name."""
     if not isinstance(node, dict):
         return {part: _plain(node)}
     return {part: tag_of(node)} | {f"{part}: {key}": _plain(value) for key, value in node.items() if key not in OF_TRAINING}
 
 
 def make_brain(hparams, run_opts):
-    """The Brain that the hparams name, on a device and in a precision that there are."""
+    """Make the Brain of the hparams; raises UsageError if the machine lacks the device or the precision."""
     try:
         torch.zeros(1, device=run_opts.device).item()
         return hparams["brain"](hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"])
@@ -673,13 +677,13 @@ def make_brain(hparams, run_opts):
 
 
 def statistics_batches(brain, dataset, options):
-    """Training batches for BatchNorm statistics, the same ones whenever a run ends."""
-    options["batch_sampler"].set_epoch(1_000_000)  # beyond those that begin with the shortest utterances
+    """Training batches for BatchNorm statistics; they do not depend on the last epoch."""
+    options["batch_sampler"].set_epoch(1_000_000)  # after the epochs that are sorted by length
     return brain.make_dataloader(dataset, sb.Stage.VALID, ckpt_prefix=None, **options)
 
 
 def digest_of(dataset):
-    """What the utterances of a dataset are, wherever they lie: ids, durations and transcripts."""
+    """A digest of the ids, durations and transcripts of a dataset, without paths."""
     digest = hashlib.sha256()
     for key, item in dataset.data.items():
         digest.update(f"{key}\t{float(item['duration']):.3f}\t{item['wrd']}\n".encode())
@@ -687,12 +691,12 @@ def digest_of(dataset):
 
 
 def seconds_of(dataset, without=()):
-    """Audio in a dataset, in seconds, but for some of its ids."""
+    """Seconds of audio in a dataset, without some ids."""
     return sum(float(item["duration"]) for key, item in dataset.data.items() if key not in without)
 
 
 def make_rows(brain, split, hparams_file, setting, train_seconds):
-    """Rows of the results table for a test set, one for each search; the alignments go to files."""
+    """Rows of the results table for a test set, one for each search; alignments are written to files."""
     hparams, rows = brain.hparams, []
     for search, error_rate in brain.error_rates.items():
         if if_main_process():
@@ -723,9 +727,9 @@ def make_rows(brain, split, hparams_file, setting, train_seconds):
 
 
 def provenance(setting, hparams, source):
-    """Where a model comes from: architecture, data, tokenizer and weights, as plain values by name.
+    """The origin of a model: architecture, data, tokenizer and weights, as plain values by name.
 
-    Of paths the ends stay, as they tell more than they give away.
+    Only the last parts of paths are kept; the others may be private.
     """
     mixed, chosen = hparams["mix"]["manifest"], hparams["tokenizer_from"]
     known = {"hparams": Path(setting.files[0]).name, "corpus": hparams["corpus"], "train_sets": sets_of_training(hparams)}
@@ -741,13 +745,13 @@ def provenance(setting, hparams, source):
 
 
 def _end_of(path):
-    """The last three parts of a path; no text is left that a model folder would refuse as a tuple."""
+    """The last three parts of a path, without a leading parenthesis, which a model folder would refuse as a tuple."""
     parts = Path(path).parts
     return re.sub(r"^\(", "./(", "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])))
 
 
 def keep(brain, setting, models, tokenizer_file, rows, shown, origin):
-    """Write the model folders and the results table, and say how good the model is, where all is, and what comes next."""
+    """Write the model folders and the results table; print results, paths and the next commands."""
     hparams = brain.hparams
     output = Path(hparams.output_folder)
     folders = {name: output / name for name in models}
@@ -759,7 +763,7 @@ def keep(brain, setting, models, tokenizer_file, rows, shown, origin):
         print(f"\n{shown}\n")
         for row in rows:
             print(f"{row.test_set} {row.search}: {error_sentence(dataclasses.asdict(row))}")
-        print(f"Training took in {brain.audio_seconds / max(brain.train_seconds, 1e-9):.0f} s of audio per second.")
+        print(f"Training processed {brain.audio_seconds / max(brain.train_seconds, 1e-9):.0f} s of audio per second.")
         curve = f", the learning curve {output}/curve.png" * drawn
         print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}{curve}.\n\nNext:")
         model = f"--model {folders['pretrained']}"

@@ -1,4 +1,4 @@
-"""Trained weights from wherever they are, under the names of a model folder: where a warm start begins."""
+"""Find and read trained weights for a warm start, and give them the names of a model folder."""
 
 import contextlib
 import io
@@ -25,46 +25,46 @@ from speechbrain_ext.utils.files import file_digest
 
 SPEECHBRAIN_WEIGHTS = ("asr.ckpt", "model.ckpt")
 FETCHED = (*FILES, *SPEECHBRAIN_WEIGHTS, "normalizer.ckpt", "*.nemo")
-"""What is fetched of a repository: no language model, and no audio."""
+"""Files that are fetched from a repository; language models and audio are not."""
 _SPEECHBRAIN_PARTS = {"0": "subsampling", "1": "transformer", "2": "seq_lin", "3": "ctc_lin"}
-"""What the list of modules holds that SpeechBrain's recipes save, in its order."""
+"""Names for the items of the module list that SpeechBrain's recipes save."""
 _PLACES = {"sample_rate": "sample_rate", "n_mels": "n_mels", "input_size": "n_mels", "dropout": "dropout"}
-"""Keys of training hparams that arguments of the features and of the front end refer to."""
+"""Keys of training hparams by the arguments of features and front end that refer to them."""
 
 
 class Source(NamedTuple):
     """A trained model, or a part of one."""
 
     name: str
-    """As the user gave it; that of a repository with its commit."""
+    """The name that the user gave; a repository with its commit."""
     kind: str
-    """What it is, for messages."""
+    """The kind of source, for messages."""
     weights: dict
     """Tensors by their names in a model folder."""
     digest: str
-    """SHA-256 of the file of the weights."""
+    """SHA-256 of the file of weights."""
     tokenizer: bytes | None = None
-    """A SentencePiece model that :func:`checked_tokenizer` has let pass."""
+    """A SentencePiece model that :func:`checked_tokenizer` has accepted."""
     blank: int = 0
-    """The output that is CTC's blank."""
+    """Index of CTC's blank."""
     settings: dict | None = None
-    """What the ``hyperparams.yaml`` of a model folder says."""
+    """The content of ``hyperparams.yaml`` of a model folder."""
 
 
 def locate(given, before=None):
-    """Find a model, and fetch it if need be.
+    """Find a model, and fetch it if necessary.
 
     Arguments
     ---------
     given : str
         A folder or file, or a repository of Hugging Face, ``user/model`` or ``user/model@revision``.
     before : str, optional
-        The name that the run had for it when it began: a repository is taken as it was then.
+        The name of the model when the run began. The same commit of a repository is used again.
 
     Returns
     -------
     name : str
-        The same; a repository with its commit behind it.
+        The given name; for a repository, with its commit after it.
     path : pathlib.Path
 
     Raises
@@ -91,8 +91,7 @@ def locate(given, before=None):
 
 
 def architecture_of(hparams_file, init_from=None):
-    """What an hparams file lacks that states no encoder: the file that the initial model was trained with, and the keys in which
-    the model differs from it.
+    """The architecture of the initial model, for an hparams file that states no encoder.
 
     Arguments
     ---------
@@ -104,68 +103,69 @@ def architecture_of(hparams_file, init_from=None):
     Returns
     -------
     list
-        A path and a mapping, as :func:`speechbrain_ext.hparams.merge_hparams` takes them; empty where the file states an encoder.
+        The path of the hparams file of the initial model, and a mapping of the keys that the model states itself; both for
+        :func:`speechbrain_ext.hparams.merge_hparams`. Empty if the file states an encoder.
 
     Raises
     ------
     UserError
-        If there is no model to take it from, or the model was trained with a file that is not beside this one.
+        If there is no initial model, or its hparams file is not beside this one.
     """
     tree = parse_overrides(merge_hparams(hparams_file))
     if "encoder" in tree:
         return []
     init_from = init_from or tree.get("init_from")
     if not isinstance(init_from, str):
-        raise UserError(f"{hparams_file} states no architecture, and there is no model to take it from; give --init_from MODEL.")
+        raise UserError(f"{hparams_file} states no architecture, and there is no initial model; give --init_from MODEL.")
     run_on_main(locate, [init_from])
     file, keys = read_architecture(*locate(init_from))
     path = Path(hparams_file).parent / file
     if not path.is_file():
         raise UserError(
-            f"{init_from} was trained with {file}, which is not beside {hparams_file}; name the architecture in a file that "
-            "extends it and finetune.yaml."
+            f"{init_from} was trained with {file}, which is not beside {hparams_file}; write a file that extends the file of its "
+            "architecture and finetune.yaml."
         )
     return [str(path), keys]
 
 
 def read_architecture(name, path):
-    """What a model folder says of the model, as keys of training hparams.
+    """Read the architecture of a model folder as keys of training hparams.
 
     Arguments
     ---------
     name : str
-        What messages call it.
+        The name of the model in messages.
     path : str or os.PathLike
         The folder.
 
     Returns
     -------
     hparams : str
-        The name of the hparams file that it was trained with.
+        The name of its hparams file.
     keys : dict
         Features, sizes and encoder.
 
     Raises
     ------
     UserError
-        If it is no model folder, or does not say what it was trained with.
+        If it is not a model folder, or does not state its hparams file.
     """
     path = Path(path) / HYPERPARAMS
-    remedy = "name the architecture in a file that extends it and finetune.yaml, see the top of hparams/finetune.yaml."
+    remedy = "write a file that extends the file of its architecture and finetune.yaml, see the top of hparams/finetune.yaml."
     if not path.is_file() or not path.with_name(WEIGHTS).is_file():
-        raise UserError(f"{name} is no model folder of this package, and so has no architecture to take; {remedy}")
+        raise UserError(f"{name} is not a model folder of this package, so its architecture is unknown; {remedy}")
     tree = _settings(name, path)
     origin = tree.get("provenance")
     file = origin.get("hparams") if isinstance(origin, dict) else None
     if not file or not isinstance(file, str):
-        raise UserError(f"The model {name} does not say which hparams file it was trained with; {remedy}")
+        raise UserError(f"The model {name} does not state its hparams file; {remedy}")
     model, encoder, features = tree["Transformer"], tree["speech_encoder"], tree["compute_features"]
     bins = {"n_mels": features["n_mels"]} if isinstance(features, dict) and "n_mels" in features else {}
     names = ("encoder_kwargs", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "d_ffn", "dropout", "kernel_size")
     keys = bins | {key: tree[key] for key in ("sample_rate", "compute_features", "normalize", "subsampling")}
     for part in (keys["compute_features"], keys["subsampling"]):
         for key, place in _PLACES.items() if isinstance(part, dict) else ():
-            if key in part:  # a folder has its value; here it follows the key, which may be given another one
+            if key in part:  # replace the value by a reference, so that the user can change the key
                 part[key] = ruamel.yaml.YAML().load(f"!ref <{place}>")
     keys |= {"encoder": model["encoder_module"]} | {key: model[key] for key in names if key in model}
     head = tree.get("transducer")
@@ -176,17 +176,17 @@ def read_architecture(name, path):
 
 
 def read_source(name, path, nhead):
-    """Read weights, statistics of features and tokenizer; nothing that a file holds is run.
+    """Read weights, statistics of features and tokenizer. No code in the files is run.
 
     Arguments
     ---------
     name : str
-        What messages call it.
+        The name of the model in messages.
     path : str or os.PathLike
-        A model folder, a folder of SpeechBrain, a ``.nemo`` file or a folder with one, or a state file (``.safetensors``, or what
-        ``torch.save`` wrote of tensors).
+        A model folder, a folder of SpeechBrain, a ``.nemo`` file or a folder with one, or a state file (``.safetensors``, or
+        tensors that ``torch.save`` wrote).
     nhead : int
-        Attention heads of the model here, which SpeechBrain's weights are laid out for, and which no shape shows.
+        Attention heads of this model. The layout of SpeechBrain's weights depends on it, but their shapes do not show it.
 
     Returns
     -------
@@ -195,7 +195,7 @@ def read_source(name, path, nhead):
     Raises
     ------
     UserError
-        If it holds no weights that are known, or is damaged.
+        If the path holds no known kind of weights, or is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -207,7 +207,7 @@ def read_source(name, path, nhead):
         archives = sorted(path.glob("*.nemo"))
         if len(archives) != 1:
             raise UserError(
-                f"{name} is no folder of a model, as it has neither {WEIGHTS} with {HYPERPARAMS}, nor "
+                f"{name} is not the folder of a model: it has neither {WEIGHTS} with {HYPERPARAMS}, nor "
                 f"{' or '.join(SPEECHBRAIN_WEIGHTS)}, nor one .nemo file; give the folder 'pretrained' of a training run."
             )
         path = archives[0]
@@ -222,44 +222,44 @@ def read_source(name, path, nhead):
 
 
 def checked_tokenizer(data, name):
-    """A stranger's tokenizer, once it is sure that SentencePiece reads it and comes to no harm.
+    """Check that SentencePiece can read an untrusted tokenizer without harm.
 
     Arguments
     ---------
     data : bytes or None
         A SentencePiece model.
     name : str
-        What messages call it.
+        The name of the tokenizer in messages.
 
     Returns
     -------
     bytes or None
-        The same.
+        The same data.
 
     Raises
     ------
     UserError
-        If it is damaged, or could do harm.
+        If the tokenizer is damaged or harmful.
     """
     try:
         if data is not None:
             check_tokenizer(data)
             SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        what = str(error) if isinstance(error, UserRuntimeError) else "is damaged, or no SentencePiece model"
+        what = str(error) if isinstance(error, UserRuntimeError) else "is damaged, or not a SentencePiece model"
         raise UserError(f"The tokenizer {name} {what}; give another one.") from error
     return data
 
 
 def _model_folder(name, path, nhead):
-    """A model folder of this package."""
+    """Read a model folder of this package."""
     settings = _settings(name, path / HYPERPARAMS)
     blank = settings["blank_index"]
     _check_heads(name, settings["Transformer"].get("nhead", nhead), nhead)
     fused = any(_is_fused(settings[key]) for key in ("subsampling", "Transformer"))
     if fused:
         raise UserError(
-            f"The model {name} is fused: its BatchNorms are folded into the weights, and cannot be trained; give the folder "
+            f"The model {name} is fused: its BatchNorms are folded into the weights and cannot be trained; give the folder "
             "'pretrained_unfused' beside it."
         )
     tokenizer = _tokenizer_in(name, path)
@@ -272,7 +272,7 @@ def _tokenizer_in(name, folder):
 
 
 def _settings(name, path):
-    """The settings of a model folder as plain values, once it is sure that they are no more."""
+    """Read and check the settings of a model folder, as plain values."""
     needed = {"subsampling", "Transformer", "compute_features", "normalize", "speech_encoder", "sample_rate", "blank_index"}
     try:
         text = path.read_text(encoding="utf-8")
@@ -283,7 +283,9 @@ def _settings(name, path):
             if not isinstance(tree[key], dict) or wanted not in tree[key]:
                 raise UserError(f"its {key} has no {wanted}")
     except (UserError, UnicodeError) as error:
-        raise UserRuntimeError(f"The {HYPERPARAMS} of {name} is that of no model here ({one_line(error, 100)}).") from error
+        raise UserRuntimeError(
+            f"The {HYPERPARAMS} of {name} describes no model of this package ({one_line(error, 100)})."
+        ) from error
     return tree
 
 
@@ -292,7 +294,7 @@ def _is_fused(settings):
 
 
 def _load(name, path):
-    """Tensors by name."""
+    """Load tensors by name."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -300,16 +302,16 @@ def _load(name, path):
     except UserError:
         raise
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserRuntimeError(f"{name} is damaged, or no file of weights ({one_line(error, 150)}).") from error
-    except Exception as error:  # whatever unpickling comes to, refused classes among it
+        raise UserRuntimeError(f"{name} is damaged, or not a file of weights ({one_line(error, 150)}).") from error
+    except Exception as error:  # unpickling can raise any error, also for refused classes
         raise UserError(
-            f"{name} is damaged, or holds more than tensors, which could run any code ({one_line(error, 100)}); give a file of "
-            "weights alone, best as .safetensors."
+            f"{name} is damaged, or holds more than tensors, which could run code ({one_line(error, 100)}); give a file that "
+            "holds only weights, preferably .safetensors."
         ) from error
 
 
 def _tensors(name, state):
-    """The state of a model in what ``torch.save`` wrote: itself, or under one of the usual keys."""
+    """The state of a model in a file of ``torch.save``: the file itself, or the value of a usual key."""
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -321,25 +323,25 @@ def _tensors(name, state):
 
 
 def _plain_names(weights):
-    """Names of a model folder for those of a checkpoint, of one process or of several."""
+    """Change the names of a checkpoint, from one process or several, to those of a model folder."""
     return {re.sub(r"^(module\.)?(speech_encoder\.)?", "", key): value for key, value in weights.items()}
 
 
 @contextlib.contextmanager
 def _converting(name):
-    """Weights may have any names and shapes: where they are not those of the model that they look like, there is a sentence."""
+    """Turn errors of unexpected names and shapes into one sentence."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{name} cannot be taken: {one_line(error)}") from error
+        raise UserError(f"{name} cannot be loaded: {one_line(error)}") from error
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise UserError(
-            f"{name} has weights with names or shapes that no model of its kind has ({one_line(error, 100)}); give another file."
+            f"{name} has weights with unknown names or wrong shapes ({one_line(error, 100)}); give another file."
         ) from error
 
 
 def _speechbrain_folder(name, path, weights, nhead):
-    """A folder of SpeechBrain's inference, or a checkpoint of its recipes or of a run here."""
+    """Read a folder of SpeechBrain's inference, a checkpoint of its recipes, or a checkpoint of this package."""
     settings = path / HYPERPARAMS
     text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
     stated = re.search(r"^nhead: *(\d+)", text, re.MULTILINE)
@@ -356,22 +358,22 @@ def _speechbrain_folder(name, path, weights, nhead):
 
 
 def _check_heads(name, theirs, nhead):
-    if theirs != nhead:  # the weights would load, and answer nonsense
-        raise UserError(f"{name} has attention of {theirs} heads, and nhead is {nhead}; give --nhead {theirs}.")
+    if theirs != nhead:  # the weights would load, but give wrong answers
+        raise UserError(f"{name} has {theirs} attention heads, but nhead is {nhead}; give --nhead {theirs}.")
 
 
 def _load_statistics(name, path):
-    """The state of SpeechBrain's InputNormalization under the names of ours."""
+    """Load the state of SpeechBrain's InputNormalization with the names of this package's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         statistics = {"glob_mean": state["glob_mean"].flatten(), "glob_std": state["glob_std"].flatten()}
         return statistics | {"frames": torch.as_tensor(state["count"]).long()}
-    except Exception as error:  # whatever unpickling comes to, and another content
-        raise UserError(f"{path.name} of {name} holds no statistics of features; take it out of the folder.") from error
+    except Exception as error:  # unpickling can raise any error
+        raise UserError(f"{path.name} of {name} holds no statistics of features; remove it from the folder.") from error
 
 
 def _of_speechbrain(name, weights, nhead):
-    """Names of a model folder for those of SpeechBrain's recipes: a list of front end, Transformer and two heads, or a part."""
+    """Change the names of SpeechBrain's recipes (a list of front end, Transformer and two heads, or a part) to ours."""
     weights, found = {key.removeprefix("module."): value for key, value in weights.items()}, {}
     for key, value in weights.items():
         if key.endswith("mha_layer.pos_bias_u") and value.dim() == 2:
@@ -385,31 +387,31 @@ def _of_speechbrain(name, weights, nhead):
         block = re.fullmatch(r"convblock_(\d)\.convs\.(conv|norm)_0\.(?:conv|norm)\.(\w+)", rest)
         if block:
             rest = f"stages.{block[1]}.{int(block[2] == 'norm')}.{block[3]}"
-            if value.dim() == 4:  # bins by frames there, frames by bins here
+            if value.dim() == 4:  # from (bins, frames) to (frames, bins)
                 value = value.transpose(2, 3)
         found[f"{_SPEECHBRAIN_PARTS.get(place, place)}.{rest}" if whole else alone + key] = value
     return found
 
 
 def _nemo(name, path):
-    """A model of NeMo: an archive of weights, settings and a tokenizer."""
+    """Read a NeMo model: an archive of weights, settings and a tokenizer."""
     try:
         with tarfile.open(path) as archive:
             members = {Path(member.name).name: archive.extractfile(member).read() for member in archive if _is_wanted(member)}
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserRuntimeError(f"{name} is damaged, or no archive of NeMo ({one_line(error, 100)}).") from error
+        raise UserRuntimeError(f"{name} is damaged, or not an archive of NeMo ({one_line(error, 100)}).") from error
     if "model_weights.ckpt" not in members:
-        raise UserError(f"{name} holds no model_weights.ckpt, as an archive of NeMo does; give another one.")
+        raise UserError(f"{name} is not an archive of NeMo: it holds no model_weights.ckpt; give another one.")
     try:
         weights = torch.load(io.BytesIO(members["model_weights.ckpt"]), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling comes to
+    except Exception as error:  # unpickling can raise any error
         raise UserRuntimeError(f"{name} is damaged, or holds more than tensors ({one_line(error, 100)}).") from error
     try:
         settings = ruamel.yaml.YAML(typ="safe").load(members.get("model_config.yaml", b"encoder: {}"))["encoder"]
         places = {"reduce_before": settings.get("time_reduce_idx"), "recover_before": settings.get("time_recovery_idx")}
         if wrong := [place for place in places.values() if not isinstance(place, int | None)]:
-            raise UserError(f"{wrong[0]!r} is no number of a block")
-    except Exception as error:  # whatever YAML comes to
+            raise UserError(f"{wrong[0]!r} is not the number of a block")
+    except Exception as error:  # parsing can raise any error
         raise UserError(f"The model_config.yaml of {name} states no encoder of NeMo ({one_line(error, 100)}).") from error
     weights = _of_nemo(name, _tensors(name, weights), **places)
     tokenizers = [content for member, content in members.items() if member.endswith("tokenizer.model")]
@@ -420,7 +422,7 @@ def _nemo(name, path):
 
 
 def _is_wanted(member):
-    """Whether a member of an archive is one of those that are read; they are read into memory, and nothing is written."""
+    """Whether a member of an archive is needed. Members are read into memory; nothing is written."""
     return member.isfile() and member.name.endswith(("model_weights.ckpt", "model_config.yaml", "tokenizer.model"))
 
 

@@ -1,7 +1,7 @@
-"""A model that begins with given weights in place of random ones.
+"""Initialise a model with trained weights.
 
-What fits by name and shape is taken. Outputs and embeddings have a row for each token: where the tokenizer is another one, rows
-of pieces that are spelled alike are copied. A table says what was taken, what not, and why.
+Weights are loaded if name and shape match. Outputs and embeddings have a row for each token: if the tokenizers differ, rows of
+equal pieces are copied. A table shows what was loaded, what was not, and why.
 """
 
 from collections import Counter
@@ -23,32 +23,33 @@ logger = get_logger(__name__)
 OF_TOKENS = ("ctc_lin", "seq_lin", "transformer.custom_tgt_module", "transducer.predictor.embedding", "transducer.out")
 """Prefixes of weights that have a row for each token."""
 LOADED, EXCLUDED, ABSENT, UNUSED = "loaded", "excluded", "not in the source", "not in this model"
-UNKNOWN = "not loaded: which token each row is of is not known"
+UNKNOWN = "not loaded: the tokens of the rows are unknown"
 ROLES = ("blank", "bos", "eos", "unk")
-"""Of special tokens; their ids are the keys with _index behind."""
+"""Special tokens; the keys of their ids end in _index."""
 NOISE = 0.1
-"""Deviation of new rows from the mean row, as a part of the deviation of the rows that there are: enough to tell them apart."""
+"""Standard deviation of new rows around the mean row, as a share of that of the existing rows; it makes new rows differ."""
 
 
 def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_tokens=False, seed=0):
-    """Give a model the weights of another one.
+    """Load the weights of another model.
 
     Arguments
     ---------
     model : torch.nn.Module
-        With the parts and names of a model folder (:func:`speechbrain_ext.model_folder.write.model_parts`); changed in place.
+        A model with the parts and names of a model folder (:func:`speechbrain_ext.model_folder.write.model_parts`); changed in
+        place.
     source : Source
         The weights.
     tokenizer : bytes
         The SentencePiece model of the run.
     special : dict
-        The tokens ``blank``, ``bos``, ``eos`` and ``unk`` of the run.
+        Ids of the tokens ``blank``, ``bos``, ``eos`` and ``unk`` of the run.
     include, exclude : sequence of str
-        Prefixes of the names to take, all by default, and of those among them to leave as they are.
+        Prefixes of the names to load (all by default), and prefixes of names to leave out.
     same_tokens : bool
-        Whether a source without a tokenizer has that of the run.
+        Whether a source without a tokenizer has the tokens of the run.
     seed : int
-        Of the rows of new tokens.
+        Seed for the rows of new tokens.
 
     Returns
     -------
@@ -58,8 +59,8 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
     Raises
     ------
     UserError
-        If a prefix matches nothing, a weight has another shape that no tokenizer explains or is not finite, or nothing would be
-        taken.
+        If a prefix matches nothing, a weight is not finite or has another shape for a reason other than the tokenizer, or
+        nothing would be loaded.
 
     Example
     -------
@@ -75,12 +76,12 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
     """
     if "SpeechBrain" in source.kind and any(getattr(part, "speechbrain_scores", True) is False for part in model.modules()):
         raise UserError(
-            f"{source.name} is of SpeechBrain, whose attention scales its scores otherwise; give the encoder this key, too: "
+            f"{source.name} is a model of SpeechBrain, whose attention scales its scores differently; also give "
             "--encoder_kwargs '{speechbrain_scores: True}'."
         )
     if "NeMo" in source.kind:
         logger.warning(
-            "The features of %s are NeMo's, and those here are not: its first steps learn the difference.", source.name
+            "The features of %s are NeMo's and differ from those of this model: its first steps adapt to them.", source.name
         )
     state = model.state_dict()
     check_prefixes("init_include", include, state)
@@ -102,7 +103,7 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
                 outcomes[name] = _misfit(given, value)
                 misfits.append(name)
             else:
-                outcomes[name] = f"loaded {int((places >= 0).sum())} of {len(places)} rows, of pieces spelled alike"
+                outcomes[name] = f"loaded {int((places >= 0).sum())} of {len(places)} rows, of equal pieces"
                 state[name] = _copy_rows(given.to(value.dtype), places, generator)
         elif given.shape != value.shape and not _is_unlearned(name, value):
             outcomes[name] = _misfit(given, value)
@@ -116,13 +117,13 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
         shapes = outcomes[misfits[0]].removeprefix("not loaded: ")
         raise UserError(
             f"{source.name} has {len(misfits)} weights of another shape, such as {misfits[0]} ({shapes}); give the "
-            "sizes of that model, or leave such weights out by init_exclude."
+            "sizes of that model, or leave these weights out with init_exclude."
         )
     if not any(outcome.startswith(LOADED) for outcome in outcomes.values()):
         theirs, ours = (listing(dict.fromkeys(map(_part, weights)), 5) for weights in (source.weights, state))
         raise UserError(
-            f"Nothing of {source.name} would be loaded: it has {theirs}, and this model {ours}; see what init_include and "
-            "init_exclude leave."
+            f"Nothing of {source.name} would be loaded: it has {theirs}, and this model has {ours}; check init_include and "
+            "init_exclude."
         )
     if broken := [name for name in outcomes if outcomes[name].startswith(LOADED) and not torch.isfinite(state[name]).all()]:
         raise UserError(
@@ -133,24 +134,24 @@ def warm_start(model, source, tokenizer, special, include=(), exclude=(), same_t
 
 
 def chosen_tokenizer(hparams, source):
-    """The tokenizer that a run takes.
+    """The tokenizer of a run.
 
     Arguments
     ---------
     hparams : dict
         The hparams of the run; ``tokenizer_from`` is ``init``, ``new`` or a file.
     source : Source, optional
-        What the run begins with.
+        The initial model.
 
     Returns
     -------
     bytes or None
-        A SentencePiece model with the special tokens where the hparams have them; None where the run trains one.
+        A SentencePiece model with the special tokens at the ids of the hparams; None if the run trains a tokenizer.
 
     Raises
     ------
     UserError
-        If there is none where the hparams say, or it is damaged.
+        If the tokenizer is missing or damaged.
     """
     chosen = hparams["tokenizer_from"]
     if chosen == "new" or chosen == "init" and source is None:
@@ -158,19 +159,19 @@ def chosen_tokenizer(hparams, source):
     if chosen == "init":
         if source.tokenizer is None:
             raise UserError(
-                f"{source.name} does not say what its tokens are; give the tokenizer that it was trained with, --tokenizer_from "
-                "FILE, or train a new one, --tokenizer_from new."
+                f"{source.name} has no tokenizer; give the one that it was trained with, --tokenizer_from FILE, or train a new "
+                "one, --tokenizer_from new."
             )
         model = source.tokenizer
     elif not Path(chosen).is_file():
-        raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, or init or new.")
+        raise UserError(f"There is no tokenizer {chosen}; give the file of a SentencePiece model, init or new.")
     else:
         model = checked_tokenizer(Path(chosen).read_bytes(), chosen)
     return arrange_tokenizer(model, *(hparams[f"{role}_index"] for role in ROLES))
 
 
 def begin_with(source, hparams, tokenizer_file):
-    """Give the model of a run its initial weights.
+    """Load the initial weights of a run.
 
     Arguments
     ---------
@@ -184,7 +185,7 @@ def begin_with(source, hparams, tokenizer_file):
     Raises
     ------
     UserError
-        As :func:`warm_start`, or if no statistics of features were loaded, and none will be learned.
+        As :func:`warm_start`, or if no statistics of features are loaded and none will be computed.
     """
     parts, chosen = model_parts(hparams), hparams["tokenizer_from"]
     warm_start(
@@ -200,19 +201,19 @@ def begin_with(source, hparams, tokenizer_file):
     normalize = hparams["normalize"]
     if normalize.norm_type == "global" and not normalize.glob_mean.numel() and normalize.update_until_epoch <= 1:
         raise UserError(
-            f"No statistics of features come from {source.name}, and update_until_epoch of normalize lets none be learned; raise "
-            "it: --normalize '{update_until_epoch: 4}'."
+            f"{source.name} has no statistics of features, and update_until_epoch is too small to compute them; raise it: "
+            "--normalize '{update_until_epoch: 4}'."
         )
 
 
 def _places(source, tokenizer, special):
-    """For each token of the run, the row of the source (-1: none); None where the tokens are the same."""
+    """For each token of the run, the row of the source (-1: none); None if the tokens are the same."""
     if source.tokenizer is None:
         return torch.empty(0, dtype=torch.long)
     old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
     rows = {old.id_to_piece(row): row for row in range(old.vocab_size()) if not (old.is_control(row) or old.is_unknown(row))}
     roles = {"bos": old.bos_id(), "eos": old.eos_id(), "unk": old.unk_id()}
-    # Where the blank is also the unknown token, it is the blank that has learned something
+    # If blank and unknown token share a row, it was trained as the blank
     roles = {role: row for role, row in roles.items() if row != source.blank} | {"blank": source.blank}
     places = [rows.get(new.id_to_piece(token), -1) for token in range(new.vocab_size())]
     for role, token in special.items():
@@ -222,7 +223,7 @@ def _places(source, tokenizer, special):
 
 
 def _copy_rows(given, places, generator):
-    """The rows (V', ...) at these places (V,), and the mean row with some noise where there is none."""
+    """The rows of (V', ...) at these places (V,); for place -1, the mean row with some noise."""
     mean, deviation = given.mean(0), given.std(0)
     rows = mean + NOISE * deviation * torch.randn((len(places), *mean.shape), generator=generator).to(given.dtype)
     known = places >= 0
@@ -231,7 +232,7 @@ def _copy_rows(given, places, generator):
 
 
 def _is_unlearned(name, value):
-    """Whether it is a statistic of features that has yet to be learned; then it has no size."""
+    """Whether a weight is a statistic of features that is not computed yet; such a statistic is empty."""
     return name in ("normalize.glob_mean", "normalize.glob_std") and not value.numel()
 
 
@@ -249,7 +250,7 @@ def _table(outcomes, weights):
 
 
 def _part(name):
-    """The part of a model that a weight belongs to, for people."""
+    """The part of a model that a weight belongs to, for the table."""
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[0] == "transformer" else 1])
 

@@ -1,1 +1,1 @@
-"""Small helpers that every room uses: errors, files, text, the machine."""
+"""Small helpers for the whole package: errors, files, text, the machine."""

@@ -1,4 +1,4 @@
-"""What the processes of distributed training know together."""
+"""Sums and vectors over the processes of distributed training."""
 
 import torch
 
@@ -9,7 +9,7 @@ def is_distributed():
 
 
 def sum_over_processes(*tensors):
-    """Vectors summed over the processes of distributed training, in one message; alone they are as they were.
+    """Sum vectors over the processes of distributed training, in one message. One process alone returns them unchanged.
 
     Arguments
     ---------
@@ -33,7 +33,7 @@ def sum_over_processes(*tensors):
 
 
 def gather_from_processes(*tensors):
-    """Vectors of all processes, in one message.
+    """Gather vectors from all processes, in one message.
 
     Arguments
     ---------

@@ -1,18 +1,18 @@
-"""Word error rates with what chance has to do with them."""
+"""Word error rates and their confidence intervals."""
 
 import numpy as np
 
 RESAMPLES = 10_000
 BLOCK = 2**22
-"""Numbers to draw at a time, which takes 32 MiB."""
+"""Numbers to draw at a time; they take 32 MiB."""
 
 
 def bootstrap_interval(errors, words, level=0.95, resamples=RESAMPLES, seed=0):
     """A confidence interval of an error rate, by bootstrap over utterances.
 
-    Sets of as many utterances are drawn from the given ones, with repetition; the interval is that of the middle part of their
-    error rates. It says how far another choice of such utterances would move the figure, of the same speakers. A handful of
-    utterances gives too narrow an interval, and one utterance none.
+    Sets of the same size are drawn from the utterances, with repetition. The interval contains the middle part of their error
+    rates. It estimates how much the rate would change with other utterances of the same speakers. With few utterances the
+    interval is too narrow; with one it has no width.
 
     Source: M. Bisani and H. Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
 
@@ -23,16 +23,16 @@ def bootstrap_interval(errors, words, level=0.95, resamples=RESAMPLES, seed=0):
     words : sequence of int
         (N,) words of each reference.
     level : float
-        Share of the error rates that lie inside.
+        Share of the error rates inside the interval.
     resamples : int
-        How many sets are drawn.
+        Number of sets to draw.
     seed : int
         The same seed gives the same interval.
 
     Returns
     -------
     low, high : float
-        In %; both are NaN where there are no words.
+        In %; both are NaN if there are no words.
 
     Example
     -------
@@ -47,23 +47,23 @@ def bootstrap_interval(errors, words, level=0.95, resamples=RESAMPLES, seed=0):
     for first in range(0, resamples, block):
         drawn = generator.integers(len(words), size=(min(block, resamples - first), len(words)))
         wrong, said = errors[drawn].sum(1), words[drawn].sum(1)
-        rates.append(100 * wrong[said > 0] / said[said > 0])  # sets of empty references alone have no rate
+        rates.append(100 * wrong[said > 0] / said[said > 0])  # a set that has only empty references has no rate
     low, high = np.quantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def error_figures(error_rate):
-    """The figures of an error rate, as the results table has them.
+    """The figures of an error rate for the results table.
 
     Arguments
     ---------
     error_rate : speechbrain.utils.metric_stats.ErrorRateStats
-        With the words of all utterances.
+        It holds the words of all utterances.
 
     Returns
     -------
     dict
-        ``WER`` and its 95 % interval ``WER_low`` to ``WER_high`` in %, ``insertions``, ``deletions``, ``substitutions`` and
+        ``WER`` in %, its 95 % interval from ``WER_low`` to ``WER_high``, ``insertions``, ``deletions``, ``substitutions`` and
         ``words``.
 
     Example
@@ -87,7 +87,7 @@ def error_figures(error_rate):
 
 
 def error_sentence(figures):
-    """The figures of :func:`error_figures` in a line.
+    """The figures of :func:`error_figures` as one sentence.
 
     Example
     -------

@@ -1,7 +1,7 @@
-"""Errors that the user can mend: their message is one sentence that says what is wrong and what to do.
+"""Errors that the user can fix. The message is one sentence: what is wrong and what to do.
 
-The command line and ``train.py`` print such a message, and that of an operating-system error, without a traceback. Every other
-exception is a bug, in this package or in the user's own code, and keeps its traceback.
+The command line and ``train.py`` print these messages, and those of operating-system errors, without a traceback. Every other
+exception is a bug in this package or in the user's code, and keeps its traceback.
 """
 
 import sys
@@ -19,15 +19,15 @@ KNOWN = {
     "torchaudio",
     *sys.stdlib_module_names,
 }
-"""Packages whose errors are about the values that they were given; an error of any other code may be a bug of a user's own."""
+"""Packages whose errors are about the values passed to them. An error in any other code may be a bug of the user's code."""
 
 
 class UserError(ValueError):
-    """Bad input: a value, a file or a setting. The message names it and the remedy."""
+    """A wrong value, file or setting. The message names it and the remedy."""
 
 
 class UsageError(UserError):
-    """Wrong arguments of a command, found before anything was done."""
+    """Wrong arguments of a command; the command has done nothing yet."""
 
 
 class UserTypeError(UserError, TypeError):
@@ -35,27 +35,27 @@ class UserTypeError(UserError, TypeError):
 
 
 class UserRuntimeError(UserError, RuntimeError):
-    """Something that was found only while working, such as a damaged file."""
+    """A problem that only shows during the work, such as a damaged file."""
 
 
 class UserImportError(UserError, ImportError):
-    """A package that is missing; the message says how to install it."""
+    """A missing package; the message says how to install it."""
 
 
 def one_line(error, limit=300):
-    """The message of any error on one line, with nothing in it that a terminal would obey.
+    """The message of any error on one line, without control characters.
 
     Arguments
     ---------
     error : BaseException or str
         The error.
     limit : int
-        Longest result, in characters.
+        Greatest length of the result, in characters.
 
     Returns
     -------
     str
-        The class's name where there is no message.
+        The class's name if there is no message.
 
     Example
     -------
@@ -68,7 +68,7 @@ def one_line(error, limit=300):
 
 
 def yaml_problem(error):
-    """What a YAML error complains of, and where.
+    """The problem of a YAML error, and its line.
 
     Arguments
     ---------
@@ -78,21 +78,21 @@ def yaml_problem(error):
     Returns
     -------
     tuple of str
-        The complaint, and " in line N" or nothing.
+        The problem, and " in line N" or an empty string.
     """
     mark = getattr(error, "problem_mark", None)
     return getattr(error, "problem", None) or one_line(error), f" in line {mark.line + 1}" if mark else ""
 
 
 def raised_in(error, *packages):
-    """Whether an error was raised by the code of some packages itself, and not by what that code has called.
+    """Whether the code of some packages raised an error itself; code that it called does not count.
 
     Arguments
     ---------
     error : BaseException
-        An error that has been caught.
+        A caught error.
     *packages : str
-        Their names.
+        Names of the packages.
 
     Returns
     -------
@@ -105,12 +105,12 @@ def raised_in(error, *packages):
 
 
 def is_known(module):
-    """Whether a module, by its name, is of :data:`KNOWN`, and not a user's own."""
+    """Whether a module name belongs to a package of :data:`KNOWN`."""
     return str(module).partition(".")[0] in KNOWN
 
 
 def runs_foreign_code(error):
-    """Whether a user's own code has a part in an error that has been caught."""
+    """Whether the traceback of a caught error goes through the user's code."""
     trace = error.__traceback__
     while trace is not None:
         if not is_known(trace.tb_frame.f_globals.get("__name__")):

@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all."""
+"""Write files and folders completely or not at all; lock and read them."""
 
 import contextlib
 import csv
@@ -13,12 +13,12 @@ from speechbrain_ext.utils.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path, mode="w", **keys):
-    """A file to write that takes its place under its name only when it is complete.
+    """Open a file for writing that gets its name only when it is complete.
 
     Arguments
     ---------
     path : str or os.PathLike
-        The file; one that is there stays as it is until the new one is complete.
+        The file. An existing file stays unchanged until the new one is complete.
     mode : str
         "w" for text (UTF-8), "wb" for bytes.
     **keys
@@ -69,7 +69,7 @@ def write_bytes(path, content):
 
 
 def write_csv(path, fields, rows):
-    """Write rows as CSV, completely or not at all; folders are made if need be.
+    """Write rows as CSV, completely or not at all; missing folders are created.
 
     Arguments
     ---------
@@ -81,19 +81,19 @@ def write_csv(path, fields, rows):
         Values in the order of the columns.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # A name that is no UTF-8 is written with escapes
+    # A file name may not be valid UTF-8
     with replacing(path, newline="", errors="backslashreplace") as file:
         csv.writer(file, lineterminator="\n").writerows([fields, *rows])
 
 
 @contextlib.contextmanager
 def replacing_folder(folder):
-    """A folder to fill that takes its place under its name only when it is complete.
+    """A folder to fill that gets its name only when it is complete.
 
     Arguments
     ---------
     folder : str or os.PathLike
-        The folder; one that is there is replaced as a whole.
+        The folder. An existing folder is replaced as a whole.
 
     Yields
     ------
@@ -118,19 +118,19 @@ def replacing_folder(folder):
 
 @contextlib.contextmanager
 def locked(path, taken=None):
-    """A lock on a folder or file, held while the context lasts, and freed however the process ends.
+    """Hold a lock on a folder or file inside the context. The system frees it even if the process is killed.
 
     Arguments
     ---------
     path : str or os.PathLike
-        A folder, or a file, which is made where it is missing.
+        A folder, or a file, which is created if it is missing.
     taken : str, optional
-        The message where another process holds it; without one, wait for it.
+        The message if another process holds the lock. Without it, wait for the lock.
 
     Raises
     ------
     UserError
-        If another process holds it.
+        If another process holds the lock and ``taken`` is given.
     """
     handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -144,14 +144,14 @@ def locked(path, taken=None):
 
 
 def read_bytes(path, most):
-    """The content of a file that somebody else may have made.
+    """The content of a file from an untrusted source, up to a size.
 
     Arguments
     ---------
     path : str or os.PathLike
         The file.
     most : int
-        Bytes that it may have.
+        Largest allowed size in bytes.
 
     Returns
     -------
@@ -160,9 +160,9 @@ def read_bytes(path, most):
     Raises
     ------
     UserError
-        If it has more; no more are read.
+        If the file is larger; the rest is not read.
     OSError
-        If it cannot be read; with its name.
+        If the file cannot be read; the error names it.
     """
     try:
         with open(path, "rb") as file:
@@ -182,9 +182,9 @@ def file_digest(path):
 
 
 def read_csv(path, fields=None):
-    """Rows of a CSV file as dictionaries; UserError if it has other than these fields."""
+    """Rows of a CSV file as dictionaries. Raises UserError if its columns are not ``fields``."""
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
-            raise UserError(f"{path} has the columns of something else, or of another version; give another file.")
+            raise UserError(f"{path} has the columns of another kind of file or of another version; give another file.")
         return list(reader)

@@ -1,4 +1,4 @@
-"""The machine: what a figure was measured on, and its memory."""
+"""The machine that a figure was measured on, and its memory."""
 
 import datetime
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def describe_machine(device):
-    """What a result was made with.
+    """The commit, hardware and date of a result.
 
     Arguments
     ---------
@@ -32,7 +32,7 @@ def describe_machine(device):
 
 
 def peak_memory_mib(device):
-    """The most memory that this process has had: GPU memory on a GPU, else resident memory; in MiB."""
+    """The peak memory of this process in MiB: GPU memory on a GPU, resident memory elsewhere."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -40,7 +40,7 @@ def peak_memory_mib(device):
 
 
 def commit():
-    """The commit of this code, with ``+changes`` where files differ from it; ``unknown`` outside of a clone."""
+    """The commit of this code, with ``+changes`` if files differ from it; ``unknown`` outside a clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -60,10 +60,10 @@ def cpu_name():
 
 
 def keep_freed_memory():
-    """Make glibc keep the memory that is freed; called once when a program of ours starts.
+    """Make glibc keep freed memory; called once at the start of a program.
 
-    Until a block of some size has been freed, glibc takes larger ones from the system again for each call, cleared page by page.
-    From this one, which is never written to, it learns to keep all that it can: a HyperConformer takes 0.8 s for 600 s of audio,
-    not 0.9 to 1.3 s. Other allocators (torch has one of its own for aarch64) learn nothing from it.
+    glibc takes a block larger than any freed so far from the system, cleared page by page, at each call. Freeing one very large
+    block raises that limit to its maximum; the block is never written to. A HyperConformer then takes 0.8 s for 600 s of audio,
+    not 0.9 to 1.3 s. This has no effect on other allocators, such as that of torch for aarch64.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

@@ -1,4 +1,4 @@
-"""How benchmarks measure: alternating times, peak memory, operations, and the machine's rate."""
+"""Measurements for benchmarks: alternating times, peak memory, operations, and the machine's rate."""
 
 import contextlib
 import statistics
@@ -10,32 +10,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 SHORT = 500
-"""Milliseconds, from which on what a call finds in the caches does not matter."""
+"""Milliseconds. For longer calls the state of the caches does not matter."""
 
 
 def alternate(calls, rounds, warmup=0, device="cpu", failed=None):
-    """Times of calls, taken alternately so that a busy moment meets them all.
+    """Time calls alternately, so that a busy moment affects all of them.
 
-    A short call is made once more before each time that counts: with a dozen models in turn each would find its weights gone from
-    the caches, which it does not where it is used.
+    A short call runs once, untimed, before each timed call. Otherwise the other models would have evicted its weights from the
+    caches, which does not happen in real use.
 
     Arguments
     ---------
     calls : dict
         Callables by name.
     rounds : int or dict
-        How often each is timed; or how often by name, then the last rounds have fewer calls.
+        Number of timed rounds, for all calls or by name. With different numbers, the last rounds have fewer calls.
     warmup : int
-        Rounds before these that are not timed.
+        Number of untimed rounds before these.
     device : str
-        Where they run; on a GPU each time ends when the GPU has finished.
+        Where the calls run. On a GPU each time ends when the GPU has finished.
     failed : dict, optional
-        Gets the errors of calls that fail, by name; the others go on. Without it an error is raised.
+        Receives the errors of failing calls by name; the other calls continue. Without it an error is raised.
 
     Returns
     -------
     dict
-        Lists of times in ms, by name, of calls that did not fail.
+        Lists of times in ms by name, without the failed calls.
 
     Example
     -------
@@ -78,7 +78,7 @@ def timed(call, device="cpu"):
 
 
 def synchronize(device):
-    """Wait until a GPU has finished; nothing on a CPU."""
+    """Wait until a GPU has finished; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -98,10 +98,10 @@ def quartiles(times):
 
 
 def peak_memory(call, device="cpu"):
-    """The most memory that tensors take during a call, above what they take before it; in MiB.
+    """The peak memory of tensors during a call, minus their memory before it, in MiB.
 
-    On a CPU it is what PyTorch's allocator reports, the same each time: neither what a library takes for itself, nor what
-    another call has left in the process.
+    On a CPU the figure comes from PyTorch's allocator and is the same each time. It excludes memory that libraries allocate
+    themselves, and memory that earlier calls have left in the process.
 
     Arguments
     ---------
@@ -137,20 +137,20 @@ def peak_memory(call, device="cpu"):
 
 
 def available_memory(device="cpu"):
-    """Memory in MiB that can still be had; None where the system does not say."""
+    """Available memory in MiB; None if the system does not report it."""
     if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what PyTorch has taken
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # reserved by PyTorch
         return (torch.cuda.mem_get_info(device)[0] + unused) / 2**20
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
     except (OSError, StopIteration):
         return None
-    with contextlib.suppress(OSError, ValueError):  # of a container; without a limit it says "max"
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container; "max" if it has none
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))  # files, which give way
+        cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))  # freed when memory is needed
         free = max(0.0, min(free, (limit - used + cached) / 2**20))
     return free
 
@@ -161,7 +161,7 @@ def count_macs(net, x):
     Arguments
     ---------
     net : torch.nn.Module
-        It runs once.
+        The network; it runs once.
     x : torch.Tensor
         Its input.
 
@@ -174,14 +174,14 @@ def count_macs(net, x):
     >>> count_macs(torch.nn.Linear(10, 20), torch.rand(3, 10))
     600
     """
-    # The counter sees nothing in fused attention on a CPU.
+    # The counter does not count fused attention on a CPU.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net(x)
     return counter.get_total_flops() // 2
 
 
 def gemm_rate(device="cpu", precision="float32", rounds=20):
-    """What this machine reaches in a large matrix product, with the present number of threads.
+    """The rate of this machine in a large matrix product, with the current number of threads.
 
     Arguments
     ---------
@@ -190,7 +190,7 @@ def gemm_rate(device="cpu", precision="float32", rounds=20):
     precision : str
         "float32", "bfloat16" or "float16".
     rounds : int
-        The median of so many products counts.
+        Number of products; the median of their times counts.
 
     Returns
     -------

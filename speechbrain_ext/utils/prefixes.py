@@ -7,7 +7,7 @@ from speechbrain_ext.utils.text import listing
 
 
 def begins_with(name, prefix):
-    """Whether a name is the prefix, or goes on behind it with a dot.
+    """Whether a name is the prefix, or continues with a dot after it.
 
     Example
     -------
@@ -18,12 +18,12 @@ def begins_with(name, prefix):
 
 
 def check_prefixes(key, prefixes, names):
-    """Refuse prefixes that no name begins with: a typing error would pass for a setting.
+    """Refuse prefixes that no name begins with; they are typing errors.
 
     Arguments
     ---------
     key : str
-        The setting that has them, for the message.
+        The setting that holds the prefixes, for the message.
     prefixes : iterable of str
     names : iterable of str
 

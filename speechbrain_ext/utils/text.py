@@ -1,4 +1,4 @@
-"""Text for people: lists in a sentence, tables, fields of a line."""
+"""Text for output: lists in a sentence, tables, fields of a line."""
 
 import re
 
@@ -6,14 +6,14 @@ _CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def listing(names, most=10):
-    """Names in one line, not too many.
+    """The first names of a list, in one line.
 
     Arguments
     ---------
     names : iterable of str
         The names.
     most : int
-        How many to show.
+        Number of names to show.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def table(columns, rows):
     columns : sequence of str
         The header.
     rows : iterable of sequence
-        The cells; None is an empty one.
+        The cells; None gives an empty cell.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def table(columns, rows):
 
 
 def tab_field(text):
-    """A field of a line of tab-separated values: tabs, line ends and backslashes are escaped.
+    """Escape tabs, line ends and backslashes for a field of tab-separated values.
 
     Example
     -------
@@ -66,7 +66,7 @@ def tab_field(text):
 
 
 def printable(text):
-    """A text that a terminal shows and does not obey: control characters, and marks that turn the direction, as escapes.
+    """Escape control characters and marks of text direction, which could control a terminal.
 
     Example
     -------

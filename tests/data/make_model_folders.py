@@ -1,8 +1,8 @@
-"""Make the model folders that must always load: one of each kind, as this version of the format writes them.
+"""Make the model folders that must always load: one of each kind, in this version of the format.
 
     python tests/data/make_model_folders.py VERSION KIND...
 
-It was run once for each version of the format and each kind; what it wrote stays as it is.
+It was run once for each version of the format and each kind. Its output never changes.
 """
 
 import json
@@ -44,7 +44,7 @@ def main(version, *kinds):
                 hparams["subsampling"].fuse_()
                 hparams["Transformer"].encoder.fuse_()
                 write_model_folder(place / "model", text, hparams, model_parts(hparams), place / "t.model", fused=True)
-            if kind == "transducer":  # one that says something
+            if kind == "transducer":  # make it predict tokens
                 text = (place / "hparams.yaml").read_text()
                 with torch.no_grad():
                     hparams["transducer"].out.weight.mul_(10)
