@@ -105,7 +105,7 @@ def test_segments_and_long_utterances(folder, tmp_path, monkeypatch):
     [
         ("ctc", ["joint_beam"], {}, "no search joint_beam; it has ctc_greedy, ctc_beam"),
         ("joint", ["greedy"], {}, "no search greedy; it has ctc_greedy, ctc_beam, joint_beam"),
-        ("joint", ["joint_beam"], {"lm_weight": 1.0}, "lm_weight is given, and only ctc_beam takes it"),
+        ("joint", ["joint_beam"], {"lm_weight": 1.0}, "lm_weight is given, but only ctc_beam takes it"),
         ("ctc", ["ctc_beam"], {"beam_size": 0}, "beam_size is 0"),
     ],
 )

@@ -330,18 +330,18 @@ def test_every_beam_takes_it(kind, arpa):
 def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     for source, keys, message in (
-        (arpa / "words.arpa", {}, "words.arpa is not of the model's tokens, as it knows '"),
+        (arpa / "words.arpa", {}, "words.arpa has '.*', which is not a token of the model"),
         (arpa / "none.arpa", {}, "There is no language model"),
         (arpa / "text.txt", {}, "is not in ARPA format"),
         (arpa / "tri.arpa", {"weight": math.nan}, "is nan; give a number"),
         (arpa / "tri.arpa", {"temperature": 1.0}, "is an ARPA file, which has no temperature"),
         (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number of 0 or more"),
-        (arpa / "transformer", {}, "this model takes ARPA files alone"),
+        (arpa / "transformer", {}, "a model without an attention decoder takes only ARPA files"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             model.choose_lm(source, **keys)
     assert not model.graphs
-    with pytest.raises(UserError, match="tri.arpa is to be subtracted, and .*transformer is no ARPA file"):
+    with pytest.raises(UserError, match="lodr is .*tri.arpa, but the language model .*transformer is not an ARPA file"):
         load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
     for options, message in (
         (["--lodr", "x.arpa"], "--lodr is given, and there is no language model"),

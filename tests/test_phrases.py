@@ -267,8 +267,8 @@ def test_the_command_line_listens(place, tmp_path, capsys):
         (b"\t5\n", "Line 1 of"),
         (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* has 'CAT' again"),
         (b"CAT\xff", "no text in UTF-8"),
-        (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as its transcripts are in upper case"),
-        ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as its transcripts are, or"),
+        (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as in its transcripts, in upper case"),
+        ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as in its transcripts, or"),
     ],
 )
 def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_path):
@@ -280,9 +280,9 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
 def test_searches_that_cannot_listen_are_refused(place):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     model.choose_beam(1)
-    with pytest.raises(UserError, match="answers with transducer_greedy, which cannot listen; give a larger beam size"):
+    with pytest.raises(UserError, match="uses transducer_greedy, which takes no phrases or language models; give a beam"):
         model.choose_phrases({"CAT": None})
     with pytest.raises(UserError, match="has no search joint_beam; it has ctc_greedy, ctc_beam, transducer_greedy"):
         model.choose_search("joint_beam")
-    with pytest.raises(UserError, match="answers with ctc_greedy, which has no beam"):
+    with pytest.raises(UserError, match="uses ctc_greedy, which has no beam"):
         load_model(FOLDERS / "ctc-v1", "cpu").choose_beam(4)

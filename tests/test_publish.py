@@ -94,7 +94,7 @@ def test_what_cannot_be_published_is_told_in_one_sentence(world, published):
     sentence(published["other"], 1, "another kind of model", "config.json")
     sentence(published["foreign"], 1, "may not write to bob/speech")
     sentence(published["license"], 1, '"license" must be one of')
-    sentence(published["incomplete"], 2, "no complete model folder, as it has no hyperparams.yaml")
+    sentence(published["incomplete"], 2, "no complete model folder because it has no hyperparams.yaml")
     sentence(published["damaged"], 2, "damaged")
     sentence(published["short"], 2, "give user/model")
     sentence(published["bad"], 2, "ann/a--b")
@@ -108,7 +108,7 @@ def test_without_permission(world, published):
     (result,) = client(folder / "home", hub.url, publish)
     sentence(result, 1, "no token", "hf auth login")
     (result,) = client(folder / "home", hub.url, publish, HF_TOKEN="hf_wrong")
-    sentence(result, 1, "does not know the token")
+    sentence(result, 1, "refuses the token")
 
 
 def test_loading_from_an_empty_cache_then_offline(world, commits, published):

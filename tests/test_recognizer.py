@@ -115,7 +115,7 @@ def test_alignment_needs_enough_frames():
     log_probs = log_probs_of([0, THE, THE, 0, S, S])
     assert [(start, end) for start, end, _ in align(log_probs, [THE, S])] == [(1, 3), (4, 6)]
     assert align(log_probs, []) == []
-    with pytest.raises(ValueError, match="2 tokens need 3 frames, and the audio has 2"):
+    with pytest.raises(ValueError, match="needs 3 frames for 2 tokens, but the audio has 2"):
         align(log_probs[:2], [S, S])
 
 
@@ -445,7 +445,7 @@ def test_words_of_a_given_text(model):
     words = model.align(wav, "THE CAT SAT")
     assert [word.text for word in words] == ["THE", "CAT", "SAT"]
     assert all(a.end <= b.start for a, b in zip(words, words[1:], strict=False)) and words[-1].end <= 2.04
-    with pytest.raises(ValueError, match="the text is too long"):
+    with pytest.raises(ValueError, match="give a shorter text"):
         model.align(wav[:3000], "THE CAT SAT")
 
 

@@ -246,7 +246,7 @@ def test_nothing_is_kept_after_a_search(monkeypatch):
 def test_a_model_that_cannot_decode_step_by_step_is_refused():
     keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0, "beam_size": 2}
     head = Linear(input_size=32, n_neurons=VOCAB)
-    with pytest.raises(TypeError, match="take speechbrain_ext.asr.TransformerASR"):
+    with pytest.raises(TypeError, match="use speechbrain_ext.asr.TransformerASR"):
         ours.S2STransformerBeamSearcher([SpeechBrainTransformerASR(VOCAB, 8, 32, 4, 1, 2, 64), head], **keys)
     search = ours.S2STransformerBeamSearcher([TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64), head], **keys)
     with pytest.raises(ValueError, match="num_decoder_layers is 0"):
@@ -305,7 +305,7 @@ def test_tokens_that_no_text_has_are_never_written():
         ({"bos_index": VOCAB}, "bos_index is 40 and there are 40 tokens; give"),
         ({"eos_index": 999}, "eos_index is 999 and there are 40 tokens; give"),
         ({"excluded": [0, 40]}, "excluded is 40 and there are 40 tokens; give"),
-        ({"excluded": [0, 2]}, r"excluded is \[0, 2\] and holds eos_index 2, which ends a text; leave it out"),
+        ({"excluded": [0, 2]}, r"excluded is \[0, 2\] and holds eos_index 2, which ends a text; remove it"),
         ({"modules": []}, r"modules is \[\]; give a list"),
         *(
             ({name: value}, f"^{name} is {re.escape(repr(value))}; give ")
@@ -340,14 +340,14 @@ def test_impossible_settings_are_refused(keys, message):
 @pytest.mark.parametrize(
     "change, keys, message",
     [
-        ({"weights": {"ctc": 0.4, "lm": 0.2}}, {}, "weights have lm 0.2, and the scorers are: ctc; name one"),
+        ({"weights": {"ctc": 0.4, "lm": 0.2}}, {}, "weights have lm 0.2, but the scorers are: ctc; name one"),
         ({"weights": {"ctc": math.nan}}, {}, "weight of the scorer ctc is nan; give a number"),
         ({"weights": {"ctc": "0.4"}}, {}, "weight of the scorer ctc is '0.4'; give a number"),
         ({"scorer_beam_scale": "x"}, {}, "scorer_beam_scale is 'x'; give a positive number"),
         ({"scorer_beam_scale": 0}, {}, "scorer_beam_scale is 0; give a positive number"),
-        ({}, {"eos_index": 3}, "eos_index is 3 and that of the scorer 2; give both the same"),
-        ({}, {"bos_index": 2}, "bos_index is 2, eos_index 2 and blank_index of the scorer 0; give three different ones"),
-        ({}, {"bos_index": 0}, "bos_index is 0, eos_index 2 and blank_index of the scorer 0; give three different ones"),
+        ({}, {"eos_index": 3}, "eos_index is 3, but that of the scorer is 2; give both the same"),
+        ({}, {"bos_index": 2}, "bos_index is 2, eos_index is 2 and blank_index of the scorer is 0; give three different indices"),
+        ({}, {"bos_index": 0}, "bos_index is 0, eos_index is 2 and blank_index of the scorer is 0; give three different indices"),
     ],
 )
 def test_a_scorer_that_does_not_fit_is_refused(change, keys, message):
@@ -359,10 +359,12 @@ def test_a_scorer_that_does_not_fit_is_refused(change, keys, message):
 
 
 def test_settings_that_exclude_each_other_are_refused():
-    with pytest.raises(UserError, match="length_normalization is True and the weight of the scorer length 0.5; set the first"):
+    with pytest.raises(
+        UserError, match="length_normalization is True and the weight of the scorer length is 0.5; set length_normalization"
+    ):
         net, seq_lin, ctc_lin = model()
         ours.S2STransformerBeamSearcher([net, seq_lin], 1.0, **GIVEN, scorer=scorers("length", ctc_prefix, ctc_lin))
-    with pytest.raises(UserError, match="using_max_attn_shift is True and the weight of ctc 1"):
+    with pytest.raises(UserError, match="using_max_attn_shift is True, but the weight of ctc is 1"):
         net, seq_lin, ctc_lin = model()
         scorer = scorers("only", ctc_prefix, ctc_lin)
         ours.S2STransformerBeamSearcher([net, seq_lin], **GIVEN, scorer=scorer, using_max_attn_shift=True)
@@ -391,9 +393,9 @@ def test_a_check_searches_and_changes_nothing(kind, keys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda keys: keys.update(return_topk=True, topk=5), "^test_search has return_topk True, .*; leave it at False"),
-        (lambda keys: keys.update(return_topk=True), "^test_search has return_topk True, .*; leave it at False"),
-        (lambda keys: keys.update(temperature=1e-300), "^test_search cannot search: its scores are no finite numbers; change"),
+        (lambda keys: keys.update(return_topk=True, topk=5), "^return_topk of test_search is True, .*; set it to False"),
+        (lambda keys: keys.update(return_topk=True), "^return_topk of test_search is True, .*; set it to False"),
+        (lambda keys: keys.update(temperature=1e-300), "^test_search cannot search: its scores are not finite; change"),
         (lambda keys: keys["modules"].append(Linear(input_size=31, n_neurons=VOCAB)), "^test_search cannot search: .*31"),
         (
             lambda keys: keys.update(scorer=scorers("partial", ctc_prefix, Linear(input_size=32, n_neurons=VOCAB + 1))),

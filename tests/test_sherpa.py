@@ -512,11 +512,11 @@ def test_symbols():
         return symbols_of(SimpleNamespace(hparams=SimpleNamespace(tokenizer=Pieces(*pieces)), blank=0), whole)
 
     assert symbols("<unk>", "▁A", "▁", "5") == ["<blk>", "<s>", "▁⁇", "▁A", "▁", "5"]
-    with pytest.raises(ValueError, match="a token 'SIL', which sherpa-onnx leaves out of every text"):
+    with pytest.raises(ValueError, match="a token 'SIL', which sherpa-onnx leaves out of the texts"):
         symbols("▁A", "SIL")
     assert symbols("▁A", "SIL", whole=False)[-1] == "SIL"
     for piece in ("▁A▁B", "A B"):
-        with pytest.raises(ValueError, match="has a space that is not at its beginning"):
+        with pytest.raises(ValueError, match="has a space after its beginning"):
             symbols(piece)
 
 
@@ -526,15 +526,20 @@ def test_symbols():
         (Fbank(n_mels=80), "sentence", {"streaming": True}, "does not compute SpeechBrain's Fbank for streams"),
         (Fbank(n_mels=80), "global", {}, "the model's statistics are global; train with sentence statistics"),
         (Fbank(n_mels=80, sample_rate=8000), "sentence", {}, "gives 16000 samples per second.*not 8000"),
-        (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, and sherpa-onnx counts 0.02 s"),
-        (Fbank(n_mels=80), "sentence", {"hotwords": True}, "takes transducers, and so hotwords, with features that it computes"),
+        (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, but sherpa-onnx needs 0.02 s"),
+        (
+            Fbank(n_mels=80),
+            "sentence",
+            {"hotwords": True},
+            "does not take transducers, which hotwords need, with SpeechBrain's Fbank",
+        ),
         (None, "global", {"streaming": True, "left_context": -1}, "grows with a stream.*give a --left-context"),
         (None, "global", {"streaming": True, "left_context": -1, "hotwords": True}, "grows with a stream"),
         (
             None,
             "global",
             {"hotwords": True, "blank": 3},
-            "blank is token 3, and.*is token 0; train with.*or export without",
+            "blank is token 3, but.*is token 0; train with.*or export without",
         ),
         (MFCC(n_mels=80), "sentence", {}, "does not compute MFCC features; train with KaldiFbank"),
     ],
@@ -553,18 +558,18 @@ def test_what_the_runtime_cannot_run(features, norm, keys, message):
 
 def test_transducers_that_the_runtime_cannot_run():
     model = load_model(TRANSDUCER, "cpu")
-    with pytest.raises(ValueError, match="takes transducers.*and not with SpeechBrain's Fbank; train with KaldiFbank"):
+    with pytest.raises(ValueError, match="does not take transducers.*with SpeechBrain's Fbank; train with KaldiFbank"):
         make_graphs(model)
     model.mods.encoder.compute_features = KaldiFbank()
     assert list(make_graphs(model)) == list(make_graphs(model, hotwords=True)) == ["encoder", "decoder", "joiner"]
     model.mods.encoder.subsampling.factor *= 2
-    with pytest.raises(ValueError, match="frames take 0.08 s, and sherpa-onnx counts 0.04 s"):
+    with pytest.raises(ValueError, match="frames take 0.08 s, but sherpa-onnx needs 0.04 s"):
         make_graphs(model)
     model.mods.decoder.transducer.predictor = LstmPredictor(25, 8)
     with pytest.raises(ValueError, match="has predictor: lstm.*train with predictor: stateless"):
         make_graphs(model)
     model.hparams.blank_index = 3
-    with pytest.raises(ValueError, match="blank is token 3, and.*is token 0; train with blank_index 0.$"):
+    with pytest.raises(ValueError, match="blank is token 3, but.*is token 0; train with blank_index 0.$"):
         make_graphs(model)
 
 
@@ -593,7 +598,7 @@ def test_what_the_runtime_writes_otherwise_is_not_written(models, monkeypatch):
     monkeypatch.setattr(sherpa_folder, "write_checked", lambda *_: report)
     monkeypatch.setattr(sherpa_folder, "has_runtime", lambda: True)
     monkeypatch.setattr(sherpa_folder, "texts_in_runtime", lambda *_: wrong)
-    with pytest.raises(RuntimeError, match="sherpa-onnx 9.9 writes 28.6% of the letters differently, and 5.0% is accepted"):
+    with pytest.raises(RuntimeError, match="sherpa-onnx 9.9 writes 28.6% of the letters differently, but only 5.0% is accepted"):
         export(models.kaldi, models.root / "wrong")
     assert not list(models.root.glob("*wrong*"))
 
@@ -606,7 +611,7 @@ def test_what_the_runtime_does_not_take_is_not_written(models, monkeypatch):
     monkeypatch.setattr(
         sherpa_folder, "write_checked", lambda model, graphs, path, partials, *_: partials[""].write_bytes(b"nothing")
     )
-    with pytest.raises(RuntimeError, match="sherpa-onnx does not take the exported model, so nothing was written"):
+    with pytest.raises(RuntimeError, match="sherpa-onnx does not load the exported model, so nothing was written"):
         export(models.kaldi, models.root / "nothing")
     assert not list(models.root.glob("*nothing*"))
 

@@ -60,7 +60,7 @@ def test_a_beam_is_chosen(files, capsys):
     assert cli.main([*command, "--model", str(FOLDERS / "transducer-v1"), str(files[0])]) == 0
     assert capsys.readouterr().out == f"{files[0]}\t{greedy}\n"
     assert cli.main([*command, "--model", str(FOLDERS / "ctc-v1"), str(files[0])]) == 2
-    assert "answers with ctc_greedy, which has no beam" in capsys.readouterr().err
+    assert "uses ctc_greedy, which has no beam" in capsys.readouterr().err
 
 
 def test_a_bad_file_raises_in_python(files, tmp_path):
