@@ -91,4 +91,4 @@ def test_what_is_wrong_is_said(web, tmp_path):
     run, _ = web
     (tmp_path / "notes.wav").write_text("no audio")
     assert run("kaldi", tmp_path / "notes.wav")["status"] == "notes.wav is not audio that this browser can read."
-    assert run("gone", "none")["status"] == "There is no gone.onnx beside this page."
+    assert run("gone", "none")["status"] == "There is no gone.onnx next to this page."
