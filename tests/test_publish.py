@@ -1,4 +1,4 @@
-"""Publishing, and loading what was published, with a stand-in for Hugging Face's server."""
+"""Publishing models and loading them, with a local server in place of Hugging Face's."""
 
 import shutil
 
@@ -15,7 +15,7 @@ FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tok
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A server, two versions of a model in folders old and new, and what each makes of a file."""
+    """A server, two versions of a model in the folders old and new, and the text of a file with each."""
     folder = tmp_path_factory.mktemp("publish")
     make_model(folder, decoder_layers=0)
     old, new = folder / "model", folder / "new"
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(world):
-    """What the commands that publish said."""
+    """The output of the commands that publish."""
     hub, folder, _ = world
     (folder / "incomplete").mkdir()
     shutil.copytree(folder / "new", folder / "damaged")
