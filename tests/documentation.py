@@ -92,7 +92,7 @@ class Reader:
                 load_hparams(path)
         elif "output" in block.asked:
             same = doctest.OutputChecker().check_output(block.text, self.printed, doctest.ELLIPSIS)
-            assert same, f"the page says:\n{block.text}\nand it is:\n{self.printed}"
+            assert same, f"the page has:\n{block.text}\nbut the output is:\n{self.printed}"
 
     def _python(self, block):
         if block.title:

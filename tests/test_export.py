@@ -293,7 +293,7 @@ def test_the_loudest_bin_is_the_utterances_own():
 
 
 def test_unknown_features_are_refused():
-    with pytest.raises(ValueError, match="deltas is True.*knows False"):
+    with pytest.raises(ValueError, match="deltas is True.*supports only False"):
         Features(Fbank(deltas=True), normalizer("sentence"))
     with pytest.raises(ValueError, match="norm_type is batch.*sentence and global"):
         Features(Fbank(), InputNormalization(norm_type="batch"))

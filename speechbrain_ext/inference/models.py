@@ -244,7 +244,7 @@ class _ExactLengths:
         Raises
         ------
         UserError
-            If the audio is too short for the text, or the text has characters that the model does not know.
+            If the audio is too short for the text, or the model has no token for a character of the text.
         """
         wav = as_samples(wav)
         if wav.dim() != 1:
