@@ -115,7 +115,7 @@ def test_alignment_needs_enough_frames():
     log_probs = log_probs_of([0, THE, THE, 0, S, S])
     assert [(start, end) for start, end, _ in align(log_probs, [THE, S])] == [(1, 3), (4, 6)]
     assert align(log_probs, []) == []
-    with pytest.raises(ValueError, match="needs 3 frames for 2 tokens, but the audio has 2"):
+    with pytest.raises(ValueError, match="2 tokens of the text need 3 frames, but the audio has 2"):
         align(log_probs[:2], [S, S])
 
 

@@ -153,7 +153,7 @@ def align(log_probs, tokens, blank=0):
     needed = len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
     if needed > len(log_probs):
         raise UserError(
-            f"The text needs {needed} frames for {len(tokens)} tokens, but the audio has {len(log_probs)}; give a shorter text."
+            f"The {len(tokens)} tokens of the text need {needed} frames, but the audio has {len(log_probs)}; give a shorter text."
         )
     # On the host, because torchaudio has no kernel for Apple's devices; it is little work
     path, scores = forced_align(log_probs.float().cpu().unsqueeze(0), torch.tensor([tokens]), blank=blank)

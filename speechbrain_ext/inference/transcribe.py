@@ -204,7 +204,7 @@ class _Run:
     def _failed(self, file, error):
         self.bar.update()
         if isinstance(error, OSError) and error.filename is not None:
-            error = UserError(f"{error.filename} cannot be written: {error.strerror}; free space there and run again.")
+            error = UserError(f"{error.filename} cannot be written: {error.strerror}; fix this and run again to continue.")
         elif not isinstance(error, UserError):
             error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
         return Transcript(file, [], error)
