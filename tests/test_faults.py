@@ -490,7 +490,7 @@ def test_a_full_disk_names_the_file_and_the_others_go_on(long_seconds, tmp_path,
     with largest_file(limit):
         status, out, said = transcribe(tmp_path / "full")
     assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == [str(files[0]), str(files[2])]
-    assert len(said) == 1 and re.search(r"full/b\.[a-z.]+ cannot be written: .*; what is done is kept\.", said[0])
+    assert len(said) == 1 and re.search(r"full/b\.[a-z.]+ cannot be written: .*; fix this and run again to continue\.", said[0])
     assert not list((tmp_path / "full").glob(".*.tmp"))
     assert transcribe(tmp_path / "full")[0] == 0  # goes on where there is room again
     for name in ("a.jsonl", "b.jsonl", "c.jsonl", "b.srt", "b.vtt"):
