@@ -306,7 +306,7 @@ def test_a_check_searches_and_leaves_the_random_state(backend, tokenizer):
 def test_a_blank_that_is_no_token_shows_in_the_check(backend, letters):
     search = CtcBeamSearch(letters, backend=backend, blank_index=999)
     for call in (search.check, lambda: search(torch.zeros(1, 3, 6), torch.ones(1))):
-        with pytest.raises(UserError, match="^blank_index is 999 and there are 6 tokens; give"):
+        with pytest.raises(UserError, match="^blank_index is 999, but there are 6 tokens; give"):
             call()
 
 

@@ -302,9 +302,9 @@ def test_tokens_that_no_text_has_are_never_written():
     [
         ({"min_decode_ratio": 0.5, "max_decode_ratio": 0.2}, "min_decode_ratio is 0.5 and max_decode_ratio 0.2; give"),
         ({"topk": 6}, "topk is 6 and beam_size 5; give"),
-        ({"bos_index": VOCAB}, "bos_index is 40 and there are 40 tokens; give"),
-        ({"eos_index": 999}, "eos_index is 999 and there are 40 tokens; give"),
-        ({"excluded": [0, 40]}, "excluded is 40 and there are 40 tokens; give"),
+        ({"bos_index": VOCAB}, "bos_index is 40, but there are 40 tokens; give"),
+        ({"eos_index": 999}, "eos_index is 999, but there are 40 tokens; give"),
+        ({"excluded": [0, 40]}, "excluded is 40, but there are 40 tokens; give"),
         ({"excluded": [0, 2]}, r"excluded is \[0, 2\] and holds eos_index 2, which ends a text; remove it"),
         ({"modules": []}, r"modules is \[\]; give a list"),
         *(
