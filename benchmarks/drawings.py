@@ -1,8 +1,8 @@
-"""Draw the pictures of README and documentation: the blocks from the encoders' own modules, the curves from result files.
+"""Draw the pictures of README and documentation: blocks from the encoders' modules, curves from result files.
 
     python benchmarks/drawings.py
 
-Each picture is written twice, for light and dark pages, to docs/images/.
+Each picture is written to docs/images/ twice, for light and dark pages.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLORS = {
     "second": "#c5b7e8",
     "head": "#f0b7a4",
 }
-# Class of a part -> what it is called in a drawing; the classes that are not here are looked into
+# Class of a part -> its name in a drawing, None = not drawn; other classes are replaced by their children
 PARTS = {
     "LayerNorm": "LayerNorm",
     "_LayerNorm": "LayerNorm",
@@ -52,7 +52,7 @@ PARTS = {
     "Unchanged": None,
 }
 BETWEEN = {"ConvolutionModule": "GLU", "SwishConvolutionModule": "Swish"}
-"""What follows the first layer of a convolution module without being a module of its own."""
+"""The function after the first layer of a convolution module, which is not a module."""
 MIXERS = {
     "RelativeSelfAttention": ("Self-attention", "relative positions"),
     "RotarySelfAttention": ("Self-attention", "rotary positions"),
@@ -62,7 +62,7 @@ MIXERS = {
 
 
 def parts_of(module):
-    """Names of what a module consists of, in its order."""
+    """Names of the parts of a module, in order."""
     name = type(module).__name__
     if name in PARTS:
         return [PARTS[name]] if PARTS[name] else []
@@ -75,7 +75,7 @@ def parts_of(module):
 
 
 def steps_of(layer):
-    """What a block does, in its order: (colour, title, parts, factor of the residual branch or None for a norm)."""
+    """The steps of a block, in order: (colour, title, parts, factor of the residual branch or None for a norm)."""
     steps, before = [], []
     post_norm = hasattr(layer, "ffn1_norm")
     for name, child in layer.named_children():
@@ -139,7 +139,7 @@ class Canvas:
         self.axes.add_patch(patch)
 
     def plus(self, x, y, factor):
-        """Where a residual branch is added."""
+        """The addition of a residual branch."""
         self.axes.add_patch(Circle((x, y), 1.1, facecolor="none", edgecolor=self.theme["line"], lw=1))
         self.text(x, y, "+", 9)
         if factor != 1:
@@ -151,7 +151,7 @@ class Canvas:
 
 
 def save(figure, name, theme):
-    """Write a picture with a transparent ground."""
+    """Write a picture with a transparent background."""
     figure.savefig(IMAGES / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -161,12 +161,12 @@ WIDTH = 29.0
 
 
 def height_of(steps):
-    """What a column of steps takes."""
+    """The height of a column of steps."""
     return sum(HEIGHTS["norm" if factor is None else "residual"] for *_, factor in steps)
 
 
 def draw_steps(canvas, x, top, title, steps):
-    """A block, from its input at the top to its output."""
+    """Draw a block, from its input at the top to its output."""
     centre, y = x + WIDTH / 2, top
     canvas.text(centre, y + 5.2, title, 10, weight="bold")
     canvas.text(centre, y + 1.4, "(B, T, D)", 7.5, quiet=True)
@@ -181,7 +181,7 @@ def draw_steps(canvas, x, top, title, steps):
         canvas.box(x, y - 8.8, WIDTH, 6.4, color, name, " · ".join(parts))
         canvas.arrow((centre, y - 8.8), (centre, y - 10.3))
         canvas.plus(centre, y - 11.4, factor)
-        # The residual passes by on the left
+        # The residual branch is drawn on the left
         canvas.arrow((centre, y - 1.2), (x - 1.8, y - 1.2), head=False)
         canvas.arrow((x - 1.8, y - 1.2), (x - 1.8, y - 11.4), head=False)
         canvas.arrow((x - 1.8, y - 11.4), (centre - 1.1, y - 11.4))
@@ -191,11 +191,11 @@ def draw_steps(canvas, x, top, title, steps):
 
 
 DOWN, UP = "halve the rate", "repeat, add the input"
-"""Where a Temporal U-Net leaves the full rate, and where it returns to it."""
+"""The rows of a Temporal U-Net at which the frame rate changes."""
 
 
 def draw_stack(canvas, x, top, title, rows):
-    """The whole encoder from its input up: rows of (colour, text, width in parts of the widest, remark)."""
+    """Draw the whole encoder from its input at the top: rows of (colour, text, relative width, remark)."""
     width, y, passing = 24.0, top, []
     canvas.text(x + width / 2, y + 5.2, title, 10, weight="bold")
     for color, text, share, remark in rows:
@@ -206,7 +206,7 @@ def draw_stack(canvas, x, top, title, rows):
             canvas.text(x + width + 1.2, y - 1.8 - height / 2, remark, 7.2, quiet=True, ha="left")
         if text == DOWN:
             passing.append(y - 0.7)
-        elif text == UP:  # the input of the U-Net passes by on the left
+        elif text == UP:  # the residual of the U-Net is drawn on the left
             start, end, left = passing.pop(), y - 1.8 - height / 2, x - 1.8
             canvas.arrow((x + width / 2, start), (left, start), head=False)
             canvas.arrow((left, start), (left, end), head=False)
@@ -216,12 +216,12 @@ def draw_stack(canvas, x, top, title, rows):
 
 
 def stack_height(rows):
-    """What a stack takes."""
+    """The height of a stack."""
     return sum((4.4 if "\n" not in text else 6.4) + 1.8 for _, text, *_ in rows) + 2
 
 
 def draw(name, columns, stack):
-    """A block, or several beside one another, and the stack that it belongs to."""
+    """Draw one or several blocks, and beside them the stack that contains them."""
     height = max(*(height_of(steps) for _, steps in columns), stack_height(stack)) + 13
     remarks = 15 if any(row[3] for row in stack) else 2
     for theme in THEMES:
@@ -233,7 +233,7 @@ def draw(name, columns, stack):
 
 
 def rows_of(layers, rate="40 ms", label="block"):
-    """Rows of a stack, as its modules are nested: equal neighbours become one row."""
+    """Rows of a stack; equal neighbours become one row."""
     rows = []
     for layer in layers:
         if isinstance(layer, TemporalUNet):
@@ -261,7 +261,7 @@ def rows_of(layers, rate="40 ms", label="block"):
 
 
 def draw_blocks():
-    """One picture for each architecture, from the modules of an encoder of the published depth."""
+    """Draw one picture for each architecture, from the modules of an encoder of the published depth."""
     sizes = {"d_model": 144, "nhead": 4, "num_layers": 10, "d_ffn": 576}
     frames = ("norm", "front end", 1.0, "100 to 25 frames a second")
     end = ("norm", "LayerNorm", 1.0, "")
@@ -284,7 +284,7 @@ def draw_blocks():
 
 
 def draw_cascade():
-    """Two passes, one head."""
+    """Draw the cascade: two passes with one head."""
     for theme in THEMES:
         canvas = Canvas(88, 33, theme)
         canvas.box(2, 12, 15, 6, "norm", "Front end", "25 frames a second")
@@ -303,7 +303,7 @@ def draw_cascade():
         canvas.save("cascade", theme)
 
 
-# Encoder and form of the result file -> its name, colour, style and whether it is ours
+# Encoder and form of the result file -> its name, colour and line style; ours are solid
 CURVES = {
     ("speechbrain_conformer", "plain"): ("SpeechBrain Conformer", "#c0504d", "--"),
     ("speechbrain_conformer_rope", "plain"): ("SpeechBrain Conformer, RoPE", "#d98880", "--"),
@@ -317,7 +317,7 @@ CURVES = {
 
 
 def draw_cost():
-    """Cost against length, ours and what one would use otherwise: the point of it all."""
+    """Draw cost against length, of our encoders and of peers."""
     wanted = {"task": "inference", "input": "encoder", "precision": "float32", "mode": "eager", "batch": "1", "size": "equal"}
     lines = {}
     for row in read_csv(BENCH):
@@ -334,7 +334,7 @@ def draw_cost():
             ours = style == "-"
             axes.plot(*zip(*points, strict=True), style, color=color, lw=2.4 if ours else 1.6, marker="o", markersize=3.5)
             ends[label] = (points[-1], color, ours)
-        heights = []  # labels apart from one another, on a logarithmic axis
+        heights = []  # labels must not overlap, on a logarithmic axis
         for label, ((x, y), color, ours) in sorted(ends.items(), key=lambda item: item[1][0][1]):
             y = max(y, heights[-1] * 1.24) if heights else y
             heights.append(y)
@@ -356,10 +356,10 @@ def draw_cost():
 
 
 def main():
-    """Draw all."""
+    """Draw all pictures."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "docs"  # the same picture, the same file
+    matplotlib.rcParams["svg.hashsalt"] = "docs"  # equal pictures give equal files
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_cost()

@@ -1,11 +1,11 @@
-"""The FusionFormer, fused and not, against the Conformer with LayerNorm, Swish and GLU of the same sizes.
+"""Time of the FusionFormer, fused and not, against a Conformer of the same size with LayerNorm, Swish and GLU.
 
     python benchmarks/fusionformer.py [--threads 1 2] [--compiled] [--output benchmarks/results/fusionformer.csv]
 
-Both have rotary attention on the same kernel and the same convolution layout: only normalisation and activation differ, and the
-width of the first pointwise layer, which has no GLU to halve it. Encoder alone, batch 1, float32, medians of alternating runs
-in one process; a ratio above 1 means that the Conformer takes longer. ``stream`` is the time per chunk of 640 ms with 10 chunks
-of left context, after a start of 20 chunks.
+Both have rotary attention with the same kernel, and the same convolution layout. Only normalisation and activation differ, and
+the width of the first pointwise layer, which a GLU would halve. Encoder alone, batch 1, float32, medians of alternating runs in
+one process; a ratio above 1 means that the Conformer takes longer. ``stream`` is the time per chunk of 640 ms with 10 chunks of
+left context, after 20 chunks.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def build():
 
 
 def streams(encoders):
-    """A call for each encoder that streams one more chunk; the state is full after the first ones."""
+    """A call for each encoder that streams the next chunk; the state already has its full size."""
     calls = {}
     for name, encoder in encoders.items():
         context = encoder.make_streaming_context(CHUNKS)

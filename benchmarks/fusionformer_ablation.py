@@ -1,11 +1,11 @@
-"""Training curves of the FusionFormer and of what the paper compares it with, at equal steps.
+"""Training curves of the FusionFormer and of the variants that the paper compares it with, at equal steps.
 
     python benchmarks/fusionformer_ablation.py [--lr 0.002 0.008] [-- options of train.py for all runs]
 
 Needs matplotlib: ``pip install -e '.[plot]'``.
-Trains each variant on the embedded mini corpus with the recipe's peak learning rate and with four times that (train.py resumes
-what was interrupted), then writes loss and error rate by epoch to benchmarks/results/fusionformer_ablation.csv and draws them.
-Only normalisation and activation differ between the runs of one learning rate.
+Trains each variant on the embedded mini corpus, with the recipe's peak learning rate and with four times that rate; train.py
+resumes interrupted runs. Then it writes loss and error rate by epoch to benchmarks/results/fusionformer_ablation.csv, and draws
+them. Runs of one learning rate differ only in normalisation and activation.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from matplotlib import pyplot  # without it, better an error now than after the training
+from matplotlib import pyplot  # imported here, to fail before the training if it is missing
 
 from speechbrain_ext.encoders.fusionformer import VARIANTS
 from speechbrain_ext.utils.files import write_csv
@@ -26,7 +26,7 @@ FIELDS = ("lr", "variant", "epoch", "steps", "train_loss", "valid_loss", "valid_
 
 
 def curve(lr, variant, options):
-    """Train a variant; rows by epoch."""
+    """Train a variant; returns a row per epoch."""
     output = Path("results") / "fusionformer_ablation" / f"{variant}_{lr}"
     command = [
         sys.executable,
@@ -37,13 +37,13 @@ def curve(lr, variant, options):
     ]
     run = subprocess.run([*command, "--encoder_kwargs", f"{{variant: {variant}}}", "--lr", str(lr), *options])
     if run.returncode:
-        print(f"{variant} at {lr} ended with status {run.returncode}; its curve ends where it did.", file=sys.stderr)
+        print(f"{variant} at {lr} ended with status {run.returncode}; its curve is not complete.", file=sys.stderr)
     log = output / "train_log.txt"
     return [(lr, variant, *match) for match in LOG.findall(log.read_text() if log.exists() else "")]
 
 
 def draw(rows, path):
-    """A column for each learning rate, a line for each variant: training loss and validation error rate by epoch."""
+    """Draw training loss and validation error rate by epoch: a column for each learning rate, a line for each variant."""
     rates = sorted({row["lr"] for row in rows})
     figure, axes = pyplot.subplots(2, len(rates), figsize=(4.5 * len(rates), 6.5), squeeze=False, sharex=True, sharey="row")
     for rate, (loss, wer) in zip(rates, axes.T, strict=True):
@@ -53,7 +53,7 @@ def draw(rows, path):
             style = {"label": variant, "linewidth": 2.5 if variant == "fusionformer" else 1.2}
             loss.plot(epochs, [float(row["train_loss"]) for row in mine], **style)
             wer.plot(epochs, [float(row["valid_wer"]) for row in mine], **style)
-        loss.set(title=f"peak learning rate {rate}", yscale="log", ylim=(1, 1e3))  # what diverges leaves the picture
+        loss.set(title=f"peak learning rate {rate}", yscale="log", ylim=(1, 1e3))  # diverging curves are cut off
         wer.set(xlabel="epoch", ylim=(0, 105))
     axes[0, 0].set(ylabel="training loss")
     axes[1, 0].set(ylabel="validation WER, %")

@@ -1,21 +1,21 @@
-"""All that is to be known of a GPU, in one command with a time limit: what is right on it, what is fast, and what trains.
+"""Test all encoders on a GPU in one command with a time limit: correctness, speed and training.
 
     python benchmarks/gpu.py --minutes 9 --data FOLDER [FOLDER ...] --test FOLDER [FOLDER ...] --out FOLDER
     python benchmarks/gpu.py --minutes 9 --parts contract,table --out FOLDER
     python benchmarks/gpu.py --minutes 2 --tiny
 
-contract  every encoder, its outputs and gradients beside the CPU's (gpu_contract.py): contract.csv
-table     training steps, recognition of batches, streams, with peak memory, of the encoders and of SpeechBrain's and
-          torchaudio's at the size of the published 8M models, then at the encoders' own sizes (as
+contract  outputs and gradients of every encoder, compared with the CPU's (gpu_contract.py): contract.csv
+table     time and peak memory of training steps, batches and streams, for our encoders and for those of SpeechBrain and
+          torchaudio at the size of the published 8M models, then at our encoders' published sizes (as
           ``python -m speechbrain_ext bench``): table.csv
-train     five architectures side by side on ``--data``, in what is left of the time, and their word error rates on
-          ``--test`` (gpu_training.py): training.csv and, of each, an archive with its model folder
+train     training of five architectures at once on ``--data`` in the remaining time, and their word error rates on
+          ``--test`` (gpu_training.py): training.csv, and for each an archive with its model folder
 
-Rows are in their file as soon as they are measured (of the table, all models of a comparison together), and each part is a
-process of its own, whose failure stops no other. The folders hold speech in LibriSpeech layout, 5 to 15 hours to train on. The
-exit status is 0 where all parts came to their end; a table that the time cuts short has the rows that it had time for.
-``--tiny`` goes through all parts in a minute, with small encoders, on tones with sentences where no folders are given, and
-without a GPU on the CPU.
+Rows are written as soon as they are measured; those of the table when all models of a comparison are measured. Each part is a
+separate process, so that a failure does not stop the others. The folders hold speech in LibriSpeech layout, 5 to 15 hours for
+training. The exit status is 0 if all parts finish. If the time ends during the table, the file has the rows measured so far.
+``--tiny`` runs all parts in a minute with small encoders. It uses tones with sentences if no folders are given, and the CPU if
+there is no GPU.
 """
 
 import argparse
@@ -32,11 +32,11 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests")]
 PARTS = ("contract", "table", "train")
 SHARES = {"contract": 0.25, "table": 0.35}
-"""Of the time that is left, what a part may take where training is to come."""
+"""Largest share of the remaining time for a part, if training follows."""
 RESERVE = 75
 """Seconds at the end of training for averages, tests and model folders; at most a third of the time."""
 LAST = 10
-"""Seconds before the limit by which all processes have ended."""
+"""All processes end this number of seconds before the limit."""
 STEP = {"parts": ("training",), "inputs": ("front end",), "train_seconds": 15, "train_batch": 40}
 TABLE = (
     STEP | {"precision": ("bfloat16",)},
@@ -47,21 +47,21 @@ TABLE = (
     {"parts": ("inference",), "inputs": ("front end",), "batch": (1,), "seconds": (10, 60), "precision": ("float32",)},
     STEP | {"precision": ("bfloat16",), "own_sizes": True, "peers": ()},
 )
-"""What the table is made of, the most important first: settings of speechbrain_ext.bench.run."""
+"""Parts of the table, the most important first: settings of speechbrain_ext.bench.run."""
 TINY = {"d_model": 16, "nhead": 2, "num_layers": 1, "d_ffn": 32, "kernel_size": 3, "rounds": 1, "seconds": (1,), "batch": (2,)}
 TINY |= {"train_seconds": 1, "train_batch": 2, "stream_seconds": (2,), "precision": ("float32",), "own_sizes": False}
 TINY |= {"encoders": ("hyperconformer", "fusionformer"), "peers": (), "forms": ("plain", "fused")}
-ENDED = "it was ended, as the time was over"
+ENDED = "it was stopped at the time limit"
 
 
 class Failed(Exception):
-    """A part, or a process of it, that did not come to its end."""
+    """A part, or one of its processes, did not finish."""
 
 
 def run(commands, until):
-    """Run processes side by side until they end or the time is over; returns the exit status of each, None where it was ended.
+    """Run processes in parallel until they end or the time is over; returns the exit status of each, None if it was stopped.
 
-    If this process gets SIGTERM, which by itself runs no ``finally``, they end with it.
+    If this process gets SIGTERM, the processes are also stopped; by default SIGTERM runs no ``finally``.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} | os.environ
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -80,14 +80,14 @@ def run(commands, until):
     finally:
         for process in started:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+                os.killpg(process.pid, signal.SIGKILL)  # the process and its workers
                 process.wait()
         signal.signal(signal.SIGTERM, before)
     return ends
 
 
 def contract(arguments, until):
-    """The contract's rows."""
+    """Measure the rows of the contract."""
     command = [HERE / "gpu_contract.py", "--device", arguments.device, "--output", arguments.out / "contract.csv"]
     (end,) = run([command + ["--first"] * arguments.tiny], until)
     if end != 0:
@@ -95,16 +95,16 @@ def contract(arguments, until):
 
 
 def table(arguments, until):
-    """The table's rows; the time may cut it short, and then what is returned says so."""
+    """Measure the rows of the table; returns a remark if the time limit stopped it."""
     options = ["--out", arguments.out, "--device", arguments.device, *["--tiny"] * arguments.tiny]
     (end,) = run([[__file__, "--only-table", *options]], until)
     if end:
         raise Failed(f"it ended with {end}")
-    return "has the rows that there was time for," if end is None else None
+    return "was stopped at the time limit, with the rows measured so far," if end is None else None
 
 
 def measure(arguments):
-    """The table, in a process of its own."""
+    """Measure the table; runs in a separate process."""
     from speechbrain_ext.bench.run import Settings
     from speechbrain_ext.bench.run import run as bench
 
@@ -112,7 +112,7 @@ def measure(arguments):
     for settings in TABLE:
         settings = {"own_sizes": False, "device": arguments.device, "rounds": 15, "budget": 10.0} | settings
         settings |= TINY if arguments.tiny else {}
-        if arguments.device == "cpu":  # which has neither
+        if arguments.device == "cpu":  # without CUDA graphs and TensorFloat-32
             chosen = settings.get("precision", ("float32",))
             settings |= {"graphs": False, "precision": tuple(precision for precision in chosen if precision != "tf32")}
         rows = bench(Settings(**settings), arguments.out / "table.csv").added
@@ -123,7 +123,7 @@ def measure(arguments):
 
 
 def train(arguments, until):
-    """The training's rows and models."""
+    """Train, and write rows and models."""
     from gpu_training import ARCHITECTURES
 
     script = HERE / "gpu_training.py"
@@ -137,7 +137,7 @@ def train(arguments, until):
         usual = ["--work", Path(work, "run"), "--device", arguments.device, *["--tiny"] * arguments.tiny]
         (end,) = run([[script, "prepare", *usual, "--data", *data, "--test", *test]], until)
         if end != 0:
-            raise Failed(f"before training {ENDED}" if end is None else f"preparing the data ended with {end}")
+            raise Failed(f"before training, {ENDED}" if end is None else f"preparing the data ended with {end}")
         left = until - time.time()
         usual += ["--until", until - min(RESERVE, left / 3), "--out", arguments.out]
         usual += ["--precision", "bf16" if arguments.device.startswith("cuda") else "fp32"]
@@ -150,15 +150,15 @@ def train(arguments, until):
 
 
 def parse(argv):
-    """The arguments, refused where they could not work."""
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9, help="all that it may take; 9")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of all parts; default 9")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="speech to train on, in LibriSpeech layout")
     parser.add_argument("--test", nargs="+", metavar="FOLDER", help="speech to test on")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="where the results go; gpu")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="PART,PART", help=f"of {', '.join(PARTS)}; all")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="folder of the results; default gpu")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="PART,PART", help=f"some of {', '.join(PARTS)}; default all")
     parser.add_argument("--device", help="cuda, cuda:N or cpu; by default the GPU")
-    parser.add_argument("--tiny", action="store_true", help="small encoders and a few utterances, to try it")
+    parser.add_argument("--tiny", action="store_true", help="small encoders and a few utterances, to try the script")
     parser.add_argument("--only-table", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     parts = [part for part in arguments.parts.split(",") if part]
@@ -168,22 +168,22 @@ def parse(argv):
         parser.error(f"--minutes is {arguments.minutes:g}; give a number above 0")
     if "train" in parts and not arguments.only_table:
         if bool(arguments.data) != bool(arguments.test) or not (arguments.data or arguments.tiny):
-            parser.error("--data and --test name the speech to train and to test on; give both, or leave train out of --parts")
+            parser.error("training needs both --data and --test; give them, or leave train out of --parts")
         for folder in [*(arguments.data or ()), *(arguments.test or ())]:
             if not Path(folder).is_dir():
-                parser.error(f"{folder} is no folder; give one that holds speech in LibriSpeech layout")
+                parser.error(f"{folder} is not a folder; give one with speech in LibriSpeech layout")
     arguments.parts = [part for part in PARTS if part in parts]
     if arguments.device is None:
         import torch
 
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
         if arguments.device == "cpu" and not arguments.tiny:
-            parser.error("PyTorch sees no GPU here; give --tiny to try the script, or --device cpu to measure this CPU")
+            parser.error("PyTorch finds no GPU; give --tiny to try the script, or --device cpu to measure this CPU")
     return arguments
 
 
 def main(argv=None):
-    """Run the parts; the exit status is 0 where all came to their end."""
+    """Run the parts; the exit status is 0 if all finish."""
     arguments = parse(argv)
     until = time.time() + 60 * arguments.minutes - LAST
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def main(argv=None):
         began = time.time()
         share = SHARES.get(part, 1) if "train" in arguments.parts else {"contract": 0.6}.get(part, 1)
         try:
-            ending = call(arguments, began + share * (until - began)) or "came to its end"
+            ending = call(arguments, began + share * (until - began)) or "finished"
         except Failed as error:
             failed.append(part)
             ending = f"failed: {error}"

@@ -1,12 +1,12 @@
-"""The encoder contract on a device: every encoder of the registry, its outputs and gradients beside those of the CPU.
+"""The encoder contract on a device: outputs and gradients of every registered encoder, compared with those of the CPU.
 
     python benchmarks/gpu_contract.py [--device cuda] [--output FILE.csv] [--first]
 
-The encoders are those of the contract's tests, without dropout. A row is one encoder in one way: whole utterances in float32,
-in evaluation and, with gradients, in training; the same in chunks; whole in bfloat16 and float16, with gradients; and a stream,
-chunk by chunk. All run on the CPU in float32, and on the device with TensorFloat-32 off, where no operation may make the host
-wait. A row has the largest difference of an output, and that of a gradient as a share of the largest gradient; in half precision,
-of the outputs, the mean difference as a share of their deviation.
+The encoders are those of the contract's tests, without dropout. A row is one encoder in one way: whole utterances in float32, in
+evaluation and in training with gradients; the same in chunks; whole utterances in bfloat16 and float16 with gradients; and a
+stream, chunk by chunk. All run on the CPU in float32, and on the device with TensorFloat-32 off. On the device, no operation may
+make the host wait. A row has the largest difference of outputs, and that of gradients relative to the largest gradient. For half
+precision, it has the mean difference of outputs relative to their standard deviation.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from speechbrain_ext.training.results import append_rows  # noqa: E402
 from speechbrain_ext.utils.errors import one_line  # noqa: E402
 from speechbrain_ext.utils.machine import describe_machine  # noqa: E402
 
-LENGTHS = (300, 137, 1)  # more queries than attention takes at once; and a single frame
+LENGTHS = (300, 137, 1)  # one with more queries than attention takes at once, and one with a single frame
 CHUNK, LEFT = 8, 2
-# Way, whether in chunks, whether with gradients, type of autocast
+# Name of the way, whether in chunks, whether with gradients, type of autocast
 WAYS = (
     ("whole", False, False, None),
     ("whole", False, True, None),
@@ -41,7 +41,8 @@ WAYS = (
     ("whole", False, True, torch.float16),
 )
 OUTPUT, GRADIENT, HALF = 1e-4, 1e-3, 0.1
-"""What may differ. On a CPU float32 differs from float64 by 3e-6 and 4e-6, and from float16 and bfloat16 by less than 0.01."""
+"""Largest accepted differences. On a CPU, float32 differs from float64 by 3e-6 and 4e-6, and from float16 and bfloat16 by less
+than 0.01."""
 
 
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ def counted_waits(device):
 
 
 def run_whole(encoder, x, mask, config, weights, half=None):
-    """Output, and gradients by name where there are weights for a loss; on the device of the inputs."""
+    """Output, and gradients by name if there are weights for a loss; on the device of the inputs."""
     encoder.train(weights is not None)
     with torch.set_grad_enabled(weights is not None), torch.autocast(x.device.type, half, enabled=half is not None):
         out, _ = encoder(x, src_key_padding_mask=mask, dynchunktrain_config=config)
@@ -74,19 +75,19 @@ def run_whole(encoder, x, mask, config, weights, half=None):
 
 @torch.no_grad()
 def run_stream(encoder, x, config):
-    """All chunks of a stream."""
+    """The output of all chunks of a stream."""
     context = encoder.eval().make_streaming_context(config)
     return torch.cat([encoder.forward_streaming(chunk, context)[0] for chunk in x.split(config.chunk_size, dim=1)], 1)
 
 
 def difference(out, expected, half=None):
-    """Of outputs; NaN where one is."""
+    """The difference of two outputs; NaN if an output has NaN."""
     gap = (out.cpu().float() - expected).abs()
     return (gap.max() if half is None else gap.mean() / expected.std()).item()
 
 
 def gradient_difference(gradients, expected):
-    """Of gradients, as a share of the largest one."""
+    """The difference of gradients, relative to the largest one."""
     for name, gradient in gradients.items():
         if gradient is None:
             raise RuntimeError(f"{name} has no gradient")
@@ -96,7 +97,7 @@ def gradient_difference(gradients, expected):
 
 
 def rows_of(name, keys, device):
-    """Rows of one encoder, one after the other."""
+    """The rows of one encoder."""
     on_cpu = make_encoder(name, keys, dropout=0.0)
     config = DynChunkTrainConfig(CHUNK * on_cpu.chunk_multiple, LEFT)
     generator = torch.Generator().manual_seed(0)
@@ -122,23 +123,23 @@ def rows_of(name, keys, device):
             within = row["output_difference"] <= (OUTPUT * max(1, expected.abs().max().item()) if half is None else HALF)
             if learns:
                 row["gradient_difference"] = gradient_difference(found, gradients)
-                limit = GRADIENT if half is None else float("inf")  # of half precision only that they are finite
+                limit = GRADIENT if half is None else float("inf")  # in half precision they must only be finite
                 within = within and row["gradient_difference"] <= limit and row["gradient_difference"] < float("inf")
             row |= {"waits": len(waits), "passed": within and not waits}
             if waits:
                 row["note"] = f"the host waits, first in {waits[0].filename}:{waits[0].lineno}"
-        except Exception as error:  # whatever stops one encoder, the others go on
+        except Exception as error:  # any error of one encoder must not stop the others
             traceback.print_exc()
             row |= {"passed": False, "note": one_line(error)}
         yield {key: f"{value:.1e}" if isinstance(value, float) else value for key, value in row.items()}
 
 
 def main(argv=None):
-    """Exit status 0 where all passed."""
+    """Run all encoders; the exit status is 0 if all pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=Path("contract.csv"))
-    parser.add_argument("--first", action="store_true", help="each encoder with its defaults only")
+    parser.add_argument("--first", action="store_true", help="only the default setting of each encoder")
     arguments = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     machine = describe_machine(arguments.device)

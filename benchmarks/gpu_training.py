@@ -1,14 +1,14 @@
-"""Training of the five architectures side by side on one GPU, for as long as there is time: what benchmarks/gpu.py starts.
+"""Train the five architectures at once on one GPU until a time limit; benchmarks/gpu.py starts it.
 
     python benchmarks/gpu_training.py prepare --work FOLDER --data FOLDER [FOLDER ...] --test FOLDER [FOLDER ...]
     python benchmarks/gpu_training.py hyperconformer --work FOLDER --out FOLDER --until SECONDS
 
-``prepare`` checks the audio, holds some speakers of the training data out to validate on, trains the tokenizer, and computes the
-features of all in batches on the device. Then a process for each architecture keeps them on the device, where its batches are
-gathered: nothing is read or uploaded any more but a few indices. All else is the project's own: hparams files with the settings
-for small corpora (``recipes/MiniLibriSpeech/corpus.yaml``: front end, size, augmentation) and ``gpu_training.yaml`` over them,
-Brains, averages, tests and model folders. The learning rate follows the clock: up to its peak in the first tenth of the time, and
-down to nothing at its end.
+``prepare`` checks the audio, holds out some speakers of the training data for validation, trains the tokenizer, and computes all
+features in batches on the device. Then each architecture has a process. It keeps the features on the device and gathers batches
+there, so that only indices are copied to the device. All else is as in ``train.py``: hparams files with the settings for small
+corpora (``recipes/MiniLibriSpeech/corpus.yaml``: front end, size, augmentation) and with ``gpu_training.yaml``, Brains, averages,
+tests and model folders. The learning rate depends on the time: it rises to its peak in the first tenth of the time, and falls to
+zero at the end.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from speechbrain_ext.utils.files import replacing, write_csv  # noqa: E402
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory  # noqa: E402
 
 ARCHITECTURES = ("hyperconformer", "conformer", "squeezeformer", "fusionformer", "practical_conformer")
-"""The stems of their hparams files."""
+"""Names of the architectures, the stems of their hparams files."""
 TINY = {
     "d_model": 16,
     "nhead": 2,
@@ -72,7 +72,7 @@ TINY = {
     "train_batch_sampler": {"max_batch_length": 5},
 }
 HELD_OUT = 0.03
-"""Share of the training data to validate on."""
+"""Share of the training data for validation."""
 VALIDATIONS = 12
 MERGED, DEV, FEATURES = "train+merged.csv", "train+held-out.csv", "features.pt"
 
@@ -94,12 +94,12 @@ def setting_of(name, work, tiny, splits=((), ())):
 
 
 def link_splits(folders, corpus):
-    """Give each folder a name of its own in one corpus folder; returns the names."""
+    """Link the folders into one corpus folder under different names; returns the names."""
     names = []
     for folder in folders:
         name = Path(folder).resolve().name.lstrip(".") or "split"
         if not Path(folder).is_dir():
-            raise UserError(f"The folder '{folder}' is no folder; give one of speech in LibriSpeech layout.")
+            raise UserError(f"'{folder}' is not a folder; give a folder with speech in LibriSpeech layout.")
         while name in names or (corpus / name).exists():
             name += "-more"
         (corpus / name).symlink_to(Path(folder).resolve(), target_is_directory=True)
@@ -108,7 +108,7 @@ def link_splits(folders, corpus):
 
 
 def hold_out(rows):
-    """Divide the rows of a manifest into those to train and those to validate on: whole speakers, the ones that said least.
+    """Divide the rows of a manifest into training and validation; validation gets whole speakers, those with the least speech.
 
     Example
     -------
@@ -125,7 +125,7 @@ def hold_out(rows):
     for said in by_length[:-1]:
         if sum(float(row["duration"]) for row in held) < wanted:
             held += said
-    held = held or rows[:: round(1 / HELD_OUT)]  # of a single speaker
+    held = held or rows[:: round(1 / HELD_OUT)]  # if there is only one speaker
     ids = {row["ID"] for row in held}
     return [row for row in rows if row["ID"] not in ids], held
 
@@ -155,12 +155,12 @@ def prepare(work, data, test, device, tiny):
 
 @torch.no_grad()
 def compute_features(speech_encoder, manifests, device, seconds=600):
-    """Features of all utterances, in batches of about one length and so many seconds, read by as many threads as there are cores.
+    """Compute the features of all utterances, in batches of similar length and up to ``seconds``; a thread per core reads audio.
 
     Returns
     -------
     dict
-        ``features`` (frames of all, F), ``ids``, and ``frames``, how many each has.
+        ``features`` (frames of all utterances, F), ``ids``, and ``frames``, the number of frames of each utterance.
     """
     rows = sorted((row for path in manifests for row in read_manifest(path)), key=lambda row: float(row["duration"]))
     compute = speech_encoder.to(device).eval().features
@@ -182,7 +182,7 @@ def compute_features(speech_encoder, manifests, device, seconds=600):
 
 
 def places_of(stored):
-    """First frame and number of frames by id, of what :func:`compute_features` gave."""
+    """First frame and number of frames by id, from the result of :func:`compute_features`."""
     starts = itertools.accumulate(stored["frames"], initial=0)
     return dict(zip(stored["ids"], zip(starts, stored["frames"], strict=False), strict=True))
 
@@ -192,7 +192,7 @@ def places_of(stored):
 
 @dataclasses.dataclass
 class Batch:
-    """What a Brain takes of a :class:`speechbrain_ext.dataio.datasets.Batch`, already on its device."""
+    """The parts of a :class:`speechbrain_ext.dataio.datasets.Batch` that a Brain uses, already on its device."""
 
     id: list
     wrd: list
@@ -204,19 +204,19 @@ class Batch:
     host_lengths: dict
 
     def to(self, device):
-        """Nothing is elsewhere."""
+        """Return the batch, which is already on the device."""
         return self
 
 
 class OnDevice(torch.utils.data.Dataset):
-    """The utterances of a dataset, whose items are their numbers; :meth:`collate` gathers a batch on the device.
+    """The utterances of a dataset by index; :meth:`collate` gathers a batch on the device.
 
     Arguments
     ---------
     dataset : DynamicItemDataset
-        Of :func:`speechbrain_ext.dataio.datasets.make_datasets`.
+        A dataset of :func:`speechbrain_ext.dataio.datasets.make_datasets`.
     features : torch.Tensor
-        (frames of all, F), on the device.
+        (frames of all utterances, F), on the device.
     places : dict
         First frame and number of frames by id.
     """
@@ -243,7 +243,7 @@ class OnDevice(torch.utils.data.Dataset):
         return index
 
     def collate(self, indices):
-        """A batch of these utterances."""
+        """Make a batch of the utterances with these indices."""
         index = torch.tensor(indices)
         durations = self.durations[index]
         index = (index.pin_memory() if self.features.is_cuda else index).to(self.features.device, non_blocking=True)
@@ -261,7 +261,7 @@ class OnDevice(torch.utils.data.Dataset):
         return Batch(ids, texts, durations, PaddedData(feats, lengths / frames), **tokens, host_lengths=host_lengths)
 
     def options(self, dataset, batch_sampler):
-        """Of a loader."""
+        """Options of a loader."""
         return loader_options(dataset, batch_sampler, 0) | {"collate_fn": self.collate, "pin_memory": False}
 
 
@@ -269,14 +269,14 @@ class OnDevice(torch.utils.data.Dataset):
 
 
 class Clock:
-    """A learning rate by the time that has passed: up to the peak in a tenth of it, and down to nothing.
+    """A learning rate by elapsed time: it rises to the peak in a tenth of the time, and falls to zero.
 
     Arguments
     ---------
     peak : float
         The highest rate.
     until : float
-        When training ends, as of ``time.time()``.
+        The end of training, as a value of ``time.time()``.
 
     Example
     -------
@@ -290,28 +290,28 @@ class Clock:
 
     @property
     def share(self):
-        """Of the time that has passed, 0 to 1."""
+        """Share of the time that has passed, 0 to 1."""
         return min(1.0, (time.time() - self.began) / max(self.until - self.began, 1e-9))
 
     def rate(self, share):
-        """After so much of the time."""
+        """The learning rate after a share of the time."""
         return self.peak * min(share / 0.1, (1 - share) / 0.9)
 
     def __call__(self, optimizer):
-        """Set the rate, as SpeechBrain's schedulers do."""
+        """Set the optimizer's learning rate, as SpeechBrain's schedulers do."""
         for group in optimizer.param_groups:
             group["lr"] = self.rate(self.share)
 
 
 class ByTheClock:
-    """Goes before a Brain's class: training ends with the time, and validates in even intervals of it, not after each epoch."""
+    """Mixin for a Brain: training ends at a time, and validates at even intervals of time, not after each epoch."""
 
     def start_clock(self, clock, report):
-        """What :class:`Clock` it is, and what to call after each validation."""
+        """Set the :class:`Clock`, and the function to call after each validation."""
         self.time, self.report, self.validated = clock, report, 0
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """The last step is that in which the time ends."""
+        """End training after the step in which the time ends."""
         super().on_fit_batch_end(batch, outputs, loss, should_step)
         if self.time.share == 1:
             self.optimizer_step_limit = self.optimizer_step
@@ -323,7 +323,7 @@ class ByTheClock:
             super()._fit_valid(valid_set, epoch, enable)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Report, too."""
+        """End the stage as usual, and report after a validation."""
         super().on_stage_end(stage, stage_loss, epoch)
         if stage == Stage.VALID:
             errors = self.error_rates[self.selection].summarize()
@@ -331,7 +331,7 @@ class ByTheClock:
 
 
 def train(name, work, out, until, device, precision, tiny):
-    """Train one architecture until the time is over, test it, and keep curve, error rates and the model."""
+    """Train one architecture until the time is over, test it, and save curve, error rates and model."""
     stored = torch.load(work / FEATURES, mmap=True)
     splits = stored["splits"]
     setting = setting_of(name, work, tiny, splits)
@@ -382,7 +382,7 @@ def train(name, work, out, until, device, precision, tiny):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     weights, fused = brain.make_final(statistics_batches(brain, there[TRAIN], options[TRAIN]))["pretrained"]
     model, archive = (copy.deepcopy(weights).half(), fused), out / f"{name}.zip"
-    save(brain, setting, model, tokenizer_file, [], archive)  # the tests may be cut short
+    save(brain, setting, model, tokenizer_file, [], archive)  # before the tests, which the time limit may stop
     rows = []
     for split in splits[1]:
         brain.evaluate(there[split], test_loader_kwargs=options[split])
@@ -393,7 +393,7 @@ def train(name, work, out, until, device, precision, tiny):
 
 
 def save(brain, setting, model, tokenizer_file, rows, archive):
-    """The model folder, and what there is of results, alignments and log, as one archive."""
+    """Write the model folder, with results, alignments and log so far, as one archive."""
     folder = Path(brain.hparams.output_folder)
     write_model_folder(folder / "pretrained", setting.text(), vars(brain.hparams), model[0], tokenizer_file, rows, model[1])
     append_rows(brain.hparams.results_file, rows)
@@ -403,14 +403,14 @@ def save(brain, setting, model, tokenizer_file, rows, archive):
 
 
 def main(argv=None):
-    """Exit status 0 where all went well."""
+    """Run a step; the exit status is 0 on success."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=("prepare", *ARCHITECTURES))
-    parser.add_argument("--work", type=Path, required=True, help="folder for what one step leaves to the others")
+    parser.add_argument("--work", type=Path, required=True, help="folder for files that the steps share")
     parser.add_argument("--data", nargs="+", help="folders to train on, in LibriSpeech layout")
     parser.add_argument("--test", nargs="+", help="folders to test on")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the results")
-    parser.add_argument("--until", type=float, help="when training ends, in seconds as of time.time()")
+    parser.add_argument("--until", type=float, help="end of training, as a value of time.time()")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--tiny", action="store_true")

@@ -1,10 +1,10 @@
-"""HyperMixing here against SpeechBrain's: same weights, same input, same answer; time and memory by length.
+"""Time and memory of HyperMixing here and in SpeechBrain, by length, with the same weights, input and output.
 
     python benchmarks/hypermixing.py [--threads N] [--output benchmarks/results/hypermixing.csv]
 
-Times are medians of alternating calls in one process; a ratio above 1 means that SpeechBrain's takes more. Peak memory is the
-growth of a fresh process' resident set over one call, in MiB, so that what one run frees cannot hide what the next one takes.
-SpeechBrain's module is built with ``max_length`` as long as the input, past its default of 3,000 frames.
+Times are medians of alternating calls in one process; a ratio above 1 means that SpeechBrain's module takes more. Peak memory is
+the growth of a process's resident set over one call, in MiB, in a new process for each call. SpeechBrain's module is built with
+``max_length`` equal to the length of the input, above its default of 3,000 frames.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FIELDS = ("frames", "ours_ms", "speechbrain_ms", "time_ratio", "ours_mib", "spee
 
 
 def build(name, frames):
-    """One of the two modules, with the same weights either way."""
+    """One of the two modules; both have the same weights."""
     torch.manual_seed(0)
     theirs = SpeechBrainHyperMixing(WIDTH, HIDDEN, False, HEADS, max_length=frames).eval()
     if name == "speechbrain":
@@ -36,18 +36,18 @@ def build(name, frames):
 
 
 def resident(field):
-    """A size in MiB from Linux' account of this process: VmRSS now, VmHWM at its highest."""
+    """The memory of this process in MiB, from Linux: VmRSS is the current one, VmHWM the peak."""
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
 
 @torch.no_grad()
 def peak(name, frames):
-    """MiB by which one call raises this process' resident set."""
+    """Growth of this process's resident set by one call, in MiB."""
     net = build(name, frames)
     x = torch.randn(1, frames, WIDTH)
     short = x[:, :8]
-    net(short, short, short)  # the libraries' own buffers
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts from now
+    net(short, short, short)  # allocates the buffers of libraries
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     net(x, x, x)
     return resident("VmHWM") - before
@@ -55,7 +55,7 @@ def peak(name, frames):
 
 @torch.no_grad()
 def compare(frames, rounds):
-    """Medians of alternating calls, in ms, and the largest difference of the answers."""
+    """Medians of alternating calls, in ms, and the largest difference of the outputs."""
     nets = {name: build(name, frames) for name in ("ours", "speechbrain")}
     x = torch.randn(1, frames, WIDTH)
     answers = {name: net(x, x, x)[0] for name, net in nets.items()}

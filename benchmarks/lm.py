@@ -1,10 +1,10 @@
-"""Time of a language model in the joint search: SpeechBrain's scorer, which reads the whole text again for each token, and ours.
+"""Time of a language model in the joint search: SpeechBrain's scorer, which computes the whole text for each token, and ours.
 
     python benchmarks/lm.py [--device cuda] [--threads N] [--hypotheses 10 66] [--tokens 30]
         [--output benchmarks/results/lm.csv]
 
-The TransformerLM of SpeechBrain's LibriSpeech recipes (12 layers of 768, 5000 tokens) with random weights; at each token,
-hypotheses go on from others at random.
+The TransformerLM of SpeechBrain's LibriSpeech recipes (12 layers of 768, 5000 tokens) with random weights. At each token, each
+hypothesis extends a random one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ VOCAB = 5000
 
 @torch.no_grad()
 def run(scores, tokens, orders):
-    """Seconds, and the log-probabilities of each step."""
+    """Run a scorer; returns seconds, and the log-probabilities of each step."""
     memory, answers = None, []
     began = time.perf_counter()
     for token, order in zip(tokens, orders, strict=True):

@@ -1,10 +1,10 @@
-"""Time to validate a manifest: all audio is decoded to its end, and all that the manifest says is held against it.
+"""Time to validate a manifest: all audio is decoded to its end and compared with the manifest.
 
     python benchmarks/manifests.py [--rows 100000] [--output benchmarks/results/manifests.csv]
 
-The rows, NeMo's JSON lines, are files of 1.2 s of noise in FLAC, or segments of that length in recordings of ten minutes. Most
-files are links to a few, so that they come from memory and not from a disk. ``again`` is a second call, which finds that nothing
-has changed. ``processor_seconds`` are those of all processes; the number of these is that of the machine's processors.
+The rows, in NeMo's JSON lines, are FLAC files of 1.2 s of noise, or segments of that length in recordings of ten minutes. Most
+files are links to a few files, so that they are read from memory, not from a disk. ``again`` is the time of a second call without
+changes. ``processor_seconds`` is the sum over all processes, one per processor of the machine.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FIELDS = ("rows", "count", "hours", "seconds", "processor_seconds", "again_secon
 
 
 def make(folder, name, seconds, copies):
-    """Links to a few files of noise."""
+    """Write a few files of noise, and links to them."""
     generator = np.random.default_rng(0)
     for index in range(copies):
         path = folder / f"{name}-{index}.flac"
@@ -37,7 +37,7 @@ def make(folder, name, seconds, copies):
 
 
 def rows_of(form, folder, count):
-    """Lines of a manifest, with their audio."""
+    """Write audio files; yields the lines of their manifest."""
     make(
         folder,
         form,
@@ -61,7 +61,7 @@ def spent():
 
 
 def measure(form, count):
-    """A row of the results."""
+    """Measure a row of the results."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         train, valid = folder / "train.jsonl", folder / "valid.jsonl"

@@ -1,15 +1,17 @@
-"""How many seconds of audio a training step of each hparams file can take on a GPU of so many GB, computed, not measured there.
+"""Seconds of audio per training step that fit on GPUs of several sizes, for each hparams file; computed on a CPU.
 
     nice python benchmarks/memory.py [--files hyperconformer conformer ...] [--output benchmarks/results/memory.csv]
 
-A step needs weights, gradients and the optimizer's states; what autograd keeps for the backward pass, over features, encoder,
-decoder and both losses, and the predictions beside it; a tenth of that for tensors that backward makes and frees; and a GiB for
-CUDA itself and what its allocator cannot use. What is kept is counted on the CPU by hooks on saved tensors, each storage once, in
-float32, at a few lengths; per utterance it is a linear and a quadratic function of the length. Two operations keep more on a CPU
-than on a GPU, and are counted as there: fused attention keeps queries, keys, values, bias and output, dropout a byte a number.
-Seconds are those of utterances of 17 s, the most that LibriSpeech's usually have, at the slowest speed of speed perturbation, and
-models that train with dynamic chunks have the setting that takes the most. In bfloat16 and float16 more seconds fit. With
-``activation_checkpointing`` a step keeps what goes into the front end and each block, and once what the largest of them keeps.
+A step needs memory for weights, gradients and the optimizer's states; for the tensors that autograd saves for the backward pass,
+over features, encoder, decoder and both losses, and for the predictions; a tenth of that for temporary tensors of the backward
+pass; and a GiB for CUDA and unusable memory of its allocator.
+
+Hooks count the saved tensors on the CPU, each storage once, in float32, at a few lengths. Per utterance their size is a linear
+plus a quadratic function of the length. Two operations save more on a CPU than on a GPU, and are counted as on a GPU: fused
+attention saves queries, keys, values, bias and output, and dropout saves a byte per number. Utterances have 17 s, close to the
+longest of LibriSpeech, at the slowest speed of speed perturbation. Models that train with dynamic chunks have the setting that
+takes the most memory. In bfloat16 and float16 more seconds fit. With ``activation_checkpointing``, a step saves the inputs of the
+front end and of each block, and in addition all saved tensors of the largest of them.
 """
 
 import argparse
@@ -37,25 +39,25 @@ LENGTHS = (5, 10, 20)
 UTTERANCE = 17
 SIZES = (8, 12, 24, 40, 80)
 BACKWARD, CUDA = 1.1, 1024
-# By number of unigram tokens, counted in 13 h of LibriSpeech
+# By vocabulary size of a unigram tokenizer, counted in 13 h of LibriSpeech
 TOKENS_PER_SECOND = {128: 8.1, 500: 5.5, 1000: 4.6, 5000: 3.4}
 FIELDS = ("hparams", "activation_checkpointing", "parameters", "state_mib", "mib_per_s", "mib_per_s2")
 FIELDS += tuple(f"seconds_{size}" for size in SIZES)
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention that keeps what a fused kernel of a GPU keeps; its gradients are zeros, of the right shapes."""
+    """Attention that saves the same tensors as a fused kernel of a GPU; its gradients are zeros of the right shapes."""
 
     @staticmethod
     def forward(ctx, query, key, value, bias, dropout, scale):
-        """As ``scaled_dot_product_attention``."""
+        """Compute ``scaled_dot_product_attention``."""
         out = _attention(query, key, value, bias, 0.0, scale=scale)
         ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:-1]))
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        """Zeros."""
+        """Return zeros."""
         query, key, value, bias, *_ = ctx.saved_tensors
         learned = bias is not None and bias.is_floating_point()
         return (
@@ -70,22 +72,22 @@ _attention = F.scaled_dot_product_attention
 
 
 def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """In the place of ``scaled_dot_product_attention``."""
+    """Replacement of ``scaled_dot_product_attention``."""
     return FusedAttention.apply(query, key, value, attn_mask, dropout_p, scale)
 
 
 def dropout(x, p=0.5, training=True, inplace=False):
-    """In the place of ``torch.nn.functional.dropout``."""
+    """Replacement of ``torch.nn.functional.dropout``."""
     return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
 class Kept:
-    """Bytes of storages that are kept, without those of some weights.
+    """Bytes of saved storages, without those of weights.
 
     Arguments
     ---------
     weights : list of torch.Tensor
-        What does not count.
+        Tensors that do not count.
     """
 
     def __init__(self, weights):
@@ -93,7 +95,7 @@ class Kept:
         self.storages = {}
 
     def add(self, tree):
-        """All tensors of a tree."""
+        """Count all tensors of a tree."""
         for tensor in tree_leaves(tree):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
                 self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -101,16 +103,16 @@ class Kept:
 
     @property
     def mib(self):
-        """In all."""
+        """The total in MiB."""
         return sum(self.storages.values()) / 2**20
 
     def of_autograd(self):
-        """A context in which what autograd keeps is added."""
+        """A context that counts the tensors that autograd saves."""
         return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
 
 def kept_mib(brain, batch):
-    """What a step keeps until its backward pass, without the weights, and what the largest block that is computed again keeps."""
+    """MiB that a step saves until its backward pass, without the weights, plus those of the largest recomputed block."""
     weights, again = list(brain.modules.parameters()), [0]
     kept = Kept(weights)
 
@@ -127,12 +129,12 @@ def kept_mib(brain, batch):
         predictions = brain.compute_forward(batch, Stage.TRAIN)
         loss = brain.compute_objectives(predictions, batch, Stage.TRAIN)
         kept.add([batch.sig, *predictions.values()])
-        loss.backward()  # lets all of it go
+        loss.backward()  # frees the saved tensors
     return kept.mib + max(again)
 
 
 def state_mib(brain):
-    """Weights, gradients and the optimizer's states, after a step."""
+    """MiB of weights, gradients and the optimizer's states, after a step."""
     brain.optimizers_step()
     states = [tensor for state in brain.optimizer.state.values() for tensor in state.values() if isinstance(tensor, torch.Tensor)]
     weights = list(brain.modules.parameters())
@@ -140,16 +142,16 @@ def state_mib(brain):
 
 
 def chunk_settings(sampler):
-    """Full context and, of a model that trains with dynamic chunks, the smallest ones."""
+    """Full context and, for a model that trains with dynamic chunks, the smallest setting."""
     return [None, DynChunkTrainConfig(sampler.chunk_size_min, sampler.left_context_chunks_min)] if sampler else [None]
 
 
 def needs(file, overrides, lengths=LENGTHS):
-    """Parameters, state in MiB, and what an utterance keeps in MiB per second, and per second squared."""
+    """Number of parameters, state in MiB, and saved MiB of an utterance per second and per second squared."""
     with tempfile.TemporaryDirectory() as folder:
         brain = make_brain(None, folder, overrides, file)
         hparams = brain.hparams
-        brain.passes_of = lambda stage: brain.passes[-1:]  # the one that runs all
+        brain.passes_of = lambda stage: brain.passes[-1:]  # the last pass, which runs the whole encoder
         rate = TOKENS_PER_SECOND.get(hparams.vocab_size, max(TOKENS_PER_SECOND.values()))
         kept = []
         for length in lengths:
@@ -158,7 +160,7 @@ def needs(file, overrides, lengths=LENGTHS):
                 brain.draw_chunks = lambda stage, config=config: config
                 found.append(kept_mib(brain, make_batch(2, length, rate, hparams.vocab_size)) / 2)
             kept.append(max(found))
-        # Errors count as shares
+        # The fit minimises relative errors
         terms = np.array([[1, length] for length in lengths])
         (linear, square), *_ = np.linalg.lstsq(terms, np.array(kept) / np.array(lengths), rcond=None)
         parameters = sum(parameter.numel() for parameter in brain.modules.parameters())
@@ -166,14 +168,14 @@ def needs(file, overrides, lengths=LENGTHS):
 
 
 def seconds_that_fit(gib, state, linear, square, utterance=UTTERANCE, slowest=1.0):
-    """Seconds of audio in a batch, rounded down to tens."""
+    """Seconds of audio of a batch that fits, rounded down to tens."""
     room = 1024 * gib - CUDA - state
     return max(0, int(room / BACKWARD / (linear + square * utterance / slowest) * slowest // 10 * 10))
 
 
 @functools.cache
 def slowest_speed(file):
-    """Of speed perturbation, 1 without."""
+    """The slowest speed of speed perturbation; 1 without."""
     with tempfile.TemporaryDirectory() as folder:
         augment = load_hparams(ROOT / "hparams" / file, {"output_folder": folder})["wav_augment"]
     return min([100, *getattr(augment, "speeds", ())]) / 100
@@ -181,10 +183,10 @@ def slowest_speed(file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", nargs="+", metavar="NAME", help="of hparams/, without .yaml; by default all")
+    parser.add_argument("--files", nargs="+", metavar="NAME", help="names of files in hparams/, without .yaml; by default all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.csv")
     arguments = parser.parse_args()
-    # finetune.yaml has no sizes of its own
+    # finetune.yaml takes its sizes from a model
     names = arguments.files or sorted(path.stem for path in (ROOT / "hparams").glob("*.yaml") if path.stem != "finetune")
     rows = []
     for name, checkpointing in ((name, checkpointing) for name in names for checkpointing in (False, True)):

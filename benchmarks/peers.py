@@ -1,20 +1,19 @@
-"""Word error rate, speed and memory of what a user would take instead, and of our models, on the same audio.
+"""Word error rate, speed and memory of other systems (peers) and of our models, on the same audio.
 
     python benchmarks/peers.py --test test-clean=MANIFEST --weights whisper-tiny.en=FOLDER --models ours=FOLDER \\
         --exported ours-in-sherpa=FOLDER [--python OTHER/bin/python]
 
-Peers are moonshine-voice, which comes with its weights, and faster-whisper in int8, with weights of CTranslate2 from
-``--weights``. What is not installed for ``--python``, an interpreter that need not have PyTorch, is left out and said so. Folders
-that ``export --runtime sherpa-onnx`` wrote run without PyTorch, too. MANIFEST is in any format that training takes, a LibriSpeech
-folder among them.
+Peers are moonshine-voice, which includes its weights, and faster-whisper in int8, with weights of CTranslate2 from ``--weights``.
+``--python`` is an interpreter with the peers; it does not need PyTorch. Peers that are not installed there are left out with a
+message. Folders of ``export --runtime sherpa-onnx`` also run without PyTorch. MANIFEST has any format that training takes, for
+example a LibriSpeech folder.
 
-Each system runs in a process of its own, kept to one processor, and reads one utterance at a time, with greedy search. The
-audio is decoded before. Transcripts and answers are compared in upper case without punctuation, and no more: numbers and
-abbreviations stay as a system writes them, so that digits, or "Mr." for MISTER, are errors, and rates are higher than after
-Whisper's normaliser. ``real_time_factor`` is by the clock; on a machine that does other things, too, ``cpu_per_audio``,
-processor seconds per second of audio, is the better figure. Memory is the peak of the process, interpreter and audio included;
-the size is that of all files of a model. The peers have heard 10,000 hours and more: neither parameters nor hours of training
-are equal here.
+Each system runs in a separate process on one processor, and transcribes one utterance at a time with greedy search. The audio is
+decoded before. References and texts are compared in upper case without punctuation, and without Whisper's normaliser. Digits for
+spelled numbers, or "Mr." for MISTER, are therefore errors, and rates are higher than normalised ones. ``real_time_factor`` is
+wall time; on a busy machine ``cpu_per_audio``, processor seconds per second of audio, is the better figure. Memory is the peak of
+the process, interpreter and audio included; the size is that of all files of a model. The peers were trained on 10,000 hours or
+more, so neither parameters nor hours of training are equal.
 """
 
 import argparse
@@ -34,17 +33,17 @@ RESULTS = Path(__file__).parent / "results" / "peers.csv"
 EXPORT = Path(__file__).resolve().parents[1] / "speechbrain_ext" / "export"
 MOONSHINE, WHISPER, OURS, SHERPA = "moonshine-voice", "faster-whisper", "speechbrain_ext", "sherpa-onnx"
 MOONSHINE_PARAMETERS = 27_100_000
-"""Of Moonshine tiny (Jeffries et al. 2024, https://arxiv.org/abs/2410.15608); its file format does not say."""
+"""Parameters of Moonshine tiny (Jeffries et al. 2024, https://arxiv.org/abs/2410.15608); its files do not state them."""
 RATE = 16000
 
 
 def moonshine(_):
-    """Texts of samples, number of parameters, folder of the weights."""
+    """moonshine-voice: a function from samples to text, number of parameters, folder of the weights."""
     import moonshine_voice as package
     from moonshine_voice.transcriber import Transcriber
 
     weights = Path(package.__file__).parent / "assets" / "tiny-en"
-    # Utterances are cut already: without its voice activity detection, which would cut them again
+    # Utterances are already segmented, so its voice activity detection is off
     transcriber = Transcriber(weights, package.ModelArch.TINY, options={"vad_threshold": "0.0"})
 
     def transcribe(wav):
@@ -54,7 +53,7 @@ def moonshine(_):
 
 
 def whisper(weights):
-    """The same."""
+    """faster-whisper: a function from samples to text, number of parameters, folder of the weights."""
     from faster_whisper import WhisperModel
 
     model = WhisperModel(weights, device="cpu", cpu_threads=1, compute_type="int8", local_files_only=True)
@@ -79,7 +78,7 @@ def count_weights(path):
 
         version, _, revision, variables = read("I"), name(), read("I"), read("I")
         if not 4 <= version <= 6:
-            raise SystemExit(f"{path} has version {version} of CTranslate2's format (revision {revision}), and 4 to 6 are known.")
+            raise SystemExit(f"{path} has version {version} of CTranslate2's format (revision {revision}); give one of 4 to 6.")
         total = 0
         for _ in range(variables):
             kind, shape = name(), [read("I") for _ in range(read("B"))]
@@ -90,7 +89,7 @@ def count_weights(path):
 
 
 def ours(folder):
-    """The same."""
+    """A model folder of ours: a function from samples to text, number of parameters, folder of the weights."""
     import torch
 
     from speechbrain_ext.inference import load_model
@@ -105,7 +104,7 @@ def ours(folder):
 
 
 def sherpa(folder):
-    """The same; files of ONNX do not say which of their numbers are parameters."""
+    """A folder for sherpa-onnx: a function from samples to text, no number of parameters (ONNX files do not state it), folder."""
     sys.path.insert(0, str(EXPORT))  # the package itself imports PyTorch
     from sherpa_texts import transcriber
 
@@ -114,14 +113,14 @@ def sherpa(folder):
 
 
 def run(system, weights, folder):
-    """In a process of its own: the answers of a system to all audio in a folder, as JSON beside it."""
+    """Transcribe all audio in a folder with a system, in a separate process; writes JSON to the folder."""
     import numpy as np
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     transcribe, parameters, weights = {MOONSHINE: moonshine, WHISPER: whisper, OURS: ours, SHERPA: sherpa}[system](weights)
     wavs = [np.load(path) for path in sorted(Path(folder).glob("*.npy"))]
-    transcribe(wavs[0])  # what is done once only is not timed
+    transcribe(wavs[0])  # the first call is not timed
     wall, cpu = time.perf_counter(), time.process_time()
     texts = [transcribe(wav) for wav in wavs]
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -139,17 +138,17 @@ def run(system, weights, folder):
 
 
 def peak_memory():
-    """MiB that this process has had at most. Where Linux says it, without those of the process that started it."""
+    """Peak memory of this process in MiB. On Linux it does not contain that of the parent process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     except (OSError, StopIteration):
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def measure(python, name, system, weights, test_set, rows, folder):
-    """A row of the results."""
+    """Measure a row of the results."""
     from speechbrain.utils.metric_stats import ErrorRateStats
 
     from speechbrain_ext.dataio.text import normal_form, words_only
@@ -185,14 +184,14 @@ def measure(python, name, system, weights, test_set, rows, folder):
 
 
 def choose_systems(arguments):
-    """(interpreter, name, package, weights) of all that can be run."""
+    """(interpreter, name, package, weights) of all systems that can run."""
     code = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     has = {
         name: subprocess.run([arguments.python, "-c", code, module]).returncode == 0
         for name, module in ((MOONSHINE, "moonshine_voice"), (WHISPER, "faster_whisper"))
     }
     for name in [name for name, there in has.items() if not there]:
-        print(f"peers.py: {arguments.python} has no {name}; it is left out.", file=sys.stderr)
+        print(f"peers.py: {arguments.python} has no {name}, which is left out.", file=sys.stderr)
     if has[MOONSHINE]:
         yield arguments.python, "moonshine-tiny-en", MOONSHINE, ""
     if has[WHISPER]:
@@ -205,22 +204,22 @@ def named(given):
     """Name and path of NAME=PATH."""
     name, equals, path = given.partition("=")
     if not equals or not os.path.isdir(path):
-        raise SystemExit(f"peers.py: {given} is no NAME=FOLDER with a folder that there is.")
+        raise SystemExit(f"peers.py: {given} is not NAME=FOLDER with an existing folder; check the path.")
     return name, path
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("all", "run"), default="all", help="run is one process of it")
+    parser.add_argument("part", nargs="?", choices=("all", "run"), default="all", help="run is used internally")
     parser.add_argument("--test", nargs="+", default=(), metavar="[NAME=]MANIFEST", help="test sets")
-    parser.add_argument("--weights", nargs="+", default=(), metavar="NAME=FOLDER", help="of faster-whisper")
-    parser.add_argument("--models", nargs="+", default=(), metavar="NAME=FOLDER", help="model folders of ours")
-    parser.add_argument("--exported", nargs="+", default=(), metavar="NAME=FOLDER", help="folders of ours for sherpa-onnx")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--weights", nargs="+", default=(), metavar="NAME=FOLDER", help="weights for faster-whisper")
+    parser.add_argument("--models", nargs="+", default=(), metavar="NAME=FOLDER", help="our model folders")
+    parser.add_argument("--exported", nargs="+", default=(), metavar="NAME=FOLDER", help="our folders for sherpa-onnx")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter with the peers")
     parser.add_argument("--limit", type=int, help="utterances per test set")
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows of the same system and test set are replaced")
-    parser.add_argument("--system", help="of run")
-    parser.add_argument("--folder", help="of run")
+    parser.add_argument("--system", help="for run")
+    parser.add_argument("--folder", help="for run")
     arguments = parser.parse_args()
     if arguments.part == "run":
         run(arguments.system, arguments.weights[0], arguments.folder)

@@ -1,14 +1,14 @@
-"""The Practical Conformer's first pass against Conformers: time and state per chunk, early and late in a stream.
+"""Time and state per chunk of the Practical Conformer's first pass and of Conformers, early and late in a stream.
 
     python benchmarks/practical_conformer.py [--parts stream error] [--output benchmarks/results/practical_conformer.csv]
 
 Needs matplotlib: ``pip install -e '.[plot]'``.
 ``stream``: encoder alone, batch 1, float32, one thread, medians of alternating runs in one process on random frames of 40 ms. The
-Conformers have rotary attention and the same kernel: one of the same width, depth and heads, and the large one of 17 blocks; each
-with an unlimited left context, and with one of 64 frames. A ratio above 1 means that the large Conformer with an unlimited left
-context takes longer for the same chunk at the same time of the stream.
-``error``: the relative error of the softmax kernel's attention against softmax attention over the number of features, of
-orthogonal and of independent ones, to performer_error.csv beside the output, and as a picture to docs/images.
+Conformers have rotary attention and the same kernel. One has the same width, depth and heads; the large one has 17 blocks. Each
+has an unlimited left context, or one of 64 frames. A ratio above 1 means that the large Conformer with an unlimited left context
+takes longer for the same chunk at the same time of the stream.
+``error``: the relative error of attention with the softmax kernel against softmax attention, by the number of orthogonal or
+independent features. It is written to performer_error.csv in the folder of the output, and drawn in docs/images.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot  # without it, better an error now than after the timing
+from matplotlib import pyplot  # imported here, to fail before the timing if it is missing
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.encoders.practical_conformer import SIZES
@@ -54,10 +54,10 @@ def build():
 
 
 def filled(encoder, size, left_frames, frames):
-    """The context of a stream after so many frames.
+    """The context of a stream after a number of frames.
 
-    Two chunks run, then the state gets the size that it has at that time: a cache holds all frames of its left context,
-    sums always have their size. Running the whole stream would give other numbers there, and take no other time per chunk.
+    Two chunks run, and then the state gets its later size: a cache holds all frames of its left context, while sums have a
+    constant size. Its values differ from those of a whole stream, but the time per chunk is the same.
     """
     left = None if left_frames is None else left_frames // size
     context = encoder.make_streaming_context(DynChunkTrainConfig(size, left))
@@ -76,13 +76,13 @@ def filled(encoder, size, left_frames, frames):
 
 
 def fork(context):
-    """The same state for one more call: layers replace the tensors of a state, and never write into them."""
+    """A copy of a state for one call; its tensors can be shared, because layers replace them and never write into them."""
     layers = [dataclasses.replace(layer, mixer=copy.copy(layer.mixer)) for layer in context.layers]
     return dataclasses.replace(context, layers=layers)
 
 
 def stream_rows(seconds, rounds):
-    """Rows of the table, chunk size by chunk size and moment by moment."""
+    """Rows of the table, for each chunk size and time of the stream."""
     encoders = build()
     for size in CHUNKS:
         for after in seconds:
@@ -102,7 +102,7 @@ def stream_rows(seconds, rounds):
 
 
 def error_rows(draws):
-    """Errors over the number of features: medians and quartiles over draws of the features, for the same inputs."""
+    """Errors by the number of features: medians and quartiles over draws of the features, for the same inputs."""
     generator = torch.Generator().manual_seed(0)
     kinds = {"orthogonal": orthogonal_gaussian, "independent": lambda *shape: torch.randn(*shape[:2], generator=shape[2])}
     for std in (0.5, 1.0):
@@ -123,7 +123,7 @@ def error_rows(draws):
 
 
 def draw_errors(rows, path):
-    """One line for each kind of features and each spread of the inputs."""
+    """Draw a line for each kind of features and each standard deviation of the inputs."""
     figure, axes = pyplot.subplots(figsize=(5.5, 3.8))
     for colour, std in zip(("C0", "C1"), sorted({row[0] for row in rows}), strict=True):
         for style, kind in (("-", "orthogonal"), ("--", "independent")):
@@ -144,9 +144,9 @@ def draw_errors(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=["stream", "error"], choices=["stream", "error"])
-    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 60, 600], help="moments of the stream")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 60, 600], help="times of the stream to measure")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--draws", type=int, default=50, help="of random features")
+    parser.add_argument("--draws", type=int, default=50, help="draws of random features")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "practical_conformer.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
 """Speed of the searches: greedy CTC, CTC beam in Python (SpeechBrain's) and in C++ (flashlight's), and the joint CTC/attention
-search with SpeechBrain's classes and with those here.
+search with SpeechBrain's classes and with ours.
 
     python benchmarks/search.py [--threads N] [--rounds N] [--seconds 5 15 30] [--output benchmarks/results/search.csv]
 
 Heads and decoder have the sizes of ``hparams/hyperconformer.yaml`` (d_model 144, 4 decoder layers, about 5000 tokens) and random
-weights, the searches the settings of the recipe with a beam of 10. No encoder runs: its frames are made so that the CTC head
-hears four tokens a second, with blanks in between and some doubt. A random decoder seldom ends by itself, so that the joint
-searches are stopped at 4.8 tokens a second. Times are medians of alternating runs; RTFx is seconds of audio per second of search.
-Both joint searches must give the same tokens, and scores that differ by 1e-4 at most.
+weights. The searches have the settings of the recipe with a beam of 10. No encoder runs: its frames are generated for a CTC head
+that predicts four tokens per second, with blanks between them and some uncertainty. A random decoder rarely ends a text, so the
+joint searches stop at 4.8 tokens per second. Times are medians of alternating runs; RTFx is seconds of audio per second of
+search. Both joint searches must give the same tokens, and scores that differ by at most 1e-4.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BLANK, BOS, EOS, SPECIAL = 0, 1, 2, 4
 
 
 def make_tokenizer(vocab=5000):
-    """Pieces of random words; searches need their number and where words begin."""
+    """A tokenizer of random words; searches use only the number of its pieces and the word boundaries."""
     letters = torch.randint(26, (20000, 8)) + ord("A")
     sentences = (" ".join("".join(map(chr, word)) for word in words) for words in letters.view(-1, 10, 8).tolist())
     model = io.BytesIO()
@@ -53,13 +53,13 @@ def make_tokenizer(vocab=5000):
 
 
 def make_frames(ctc_lin, seconds):
-    """Encoder frames (1, T, D) whose CTC logits are highest at random tokens, about four a second, and at blank elsewhere."""
+    """Encoder frames (1, T, D) with the highest CTC logits at about four random tokens per second, and at the blank elsewhere."""
     frames = FRAMES_PER_SECOND * seconds
     heard = torch.full((frames,), BLANK)
     at = torch.randperm(frames)[: TOKENS_PER_SECOND * seconds]
     heard[at] = torch.randint(SPECIAL, len(ctc_lin.w.weight), (len(at),))
     rows = ctc_lin.w.weight[heard]
-    # The one that is heard is 20 above the others, on average: the search follows it, whatever the random decoder would like
+    # Its logit is 20 above the others on average, so that the search follows CTC and not the random decoder
     return (20 * rows / rows.square().sum(-1, keepdim=True) + 0.5 * torch.randn_like(rows)).unsqueeze(0)
 
 

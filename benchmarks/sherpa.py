@@ -1,12 +1,12 @@
-"""Speed, size and memory of every encoder in sherpa-onnx, and whether it writes there what PyTorch does.
+"""Speed, size and memory of every encoder in sherpa-onnx, and comparison of its texts with PyTorch's.
 
     python benchmarks/sherpa.py --audio FILE_OR_FOLDER ...
 
-Models of equal work with random weights, 144 wide, 6 blocks, 128 tokens; what they write means nothing, and is the stricter
-test, as no token is certain. Each is exported, and runs in sherpa-onnx in a process of its own: real-time factor on one thread,
-the most memory that the process took, model and audio included, and texts, of whole utterances also in a batch and of streams
-also beside others. Streams have chunks of 640 ms and see 4 chunks back. ``--models`` takes trained model folders instead. Rows of
-the same encoder, type and precision are replaced. Other systems on the same harness, with error rates: ``peers.py``.
+The models do equal work, and have random weights, a width of 144, 6 blocks and 128 tokens. Their texts have no meaning, but are
+the stricter test, because no token is certain. Each model is exported, and runs in sherpa-onnx in a separate process. A row has
+the real-time factor on one thread, the peak memory of the process with model and audio, and the comparison of texts, alone and in
+a batch. Streams have chunks of 640 ms and 4 chunks of left context. ``--models`` takes trained model folders instead. Rows of the
+same encoder, type and precision are replaced. For other systems and error rates, see ``peers.py``.
 """
 
 import argparse
@@ -27,9 +27,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "sherpa.csv"
 FIELDS = ("encoder", "type", "precision", "utterances", "texts_equal", "letters_differ", "largest_difference")
 FIELDS += ("tokens_differ", "size_mib", "real_time_factor", "peak_mib", "sherpa_onnx", "cpu")
 ROW = FIELDS[:3]
-"""What a row is of."""
+"""Fields that identify a row."""
 FILES = {"cascade": "cascade_hyperconformer_squeezeformer"}
-"""Hparams files that are not called as their encoder is."""
+"""Hparams files with another name than their encoder."""
 SIZE = {"d_model": 144, "nhead": 8, "num_encoder_layers": 6, "num_decoder_layers": 0, "d_ffn": 576}
 SIZE |= {"encoder_kwargs": "null", "vocab_size": 128, "number_of_epochs": 1}
 KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
@@ -38,7 +38,7 @@ SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
 
 
 def untrained(folder, encoder, features):
-    """Write a model with random weights, and tokens from the words of the licence."""
+    """Write a model with random weights, and with tokens of the licence's text."""
     lines = [line.strip().upper() for line in (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()]
     text = [line.replace(",", "").replace('"', "") for line in lines if line]
     write_csv(folder / "text.csv", ("ID", "wrd"), enumerate(text))
@@ -52,7 +52,7 @@ def untrained(folder, encoder, features):
 
 
 def row(source, encoder, kind, precision, audio):
-    """Export a model and let it run; the values of a row, in the order of the fields."""
+    """Export a model and run it; returns the values of a row, in the order of the fields."""
     keys = {"streaming": True, "chunk_size": 16, "left_context": 4} if kind in STREAMS else {}
     keys["hotwords"] = kind in TRANSDUCERS
     with tempfile.TemporaryDirectory() as temporary:
@@ -70,8 +70,8 @@ def main():
     """Run all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=(), help="model folders, in place of untrained models of all encoders")
-    parser.add_argument("--encoders", nargs="+", help="of all, these")
-    parser.add_argument("--types", nargs="+", choices=GRAPHS, default=tuple(GRAPHS), help="of all, these")
+    parser.add_argument("--encoders", nargs="+", help="names of encoders; by default all")
+    parser.add_argument("--types", nargs="+", choices=GRAPHS, default=tuple(GRAPHS), help="types of model; by default all")
     parser.add_argument("--audio", nargs="+", required=True, help="audio files, or folders in LibriSpeech layout")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
     arguments = parser.parse_args()

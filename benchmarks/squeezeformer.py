@@ -1,12 +1,12 @@
-"""The Squeezeformer against the Conformer of the same width, depth and number of heads: inference and training time.
+"""Inference and training time of the Squeezeformer and of a Conformer of the same width, depth and number of heads.
 
     python benchmarks/squeezeformer.py [--threads N] [--sizes xs sm] [--output benchmarks/results/squeezeformer.csv]
 
-Times are medians of alternating runs in one process on random features; a ratio below 1 means that the Squeezeformer takes less.
-``encoder`` is the encoder alone. ``front end`` adds the subsampling and the input layer: for the Squeezeformer its depthwise
-one, for the Conformer the paper's, two regular convolutions of as many channels as the model is wide. Inference is batch 1 in
-float32, the Squeezeformer as trained and fused; training is forward and backward on 8 utterances of 10 seconds. ``mac_ratio`` is
-counted on what runs, attention included.
+Times are medians of alternating runs in one process on random features; a ratio below 1 means that the Squeezeformer is faster.
+``encoder`` is the encoder alone. ``front end`` adds the subsampling and the input layer. The Squeezeformer has its depthwise
+subsampling; the Conformer has the paper's, two regular convolutions with d_model channels. Inference is batch 1 in float32, with
+the Squeezeformer as trained and fused. Training is forward and backward on 8 utterances of 10 seconds. ``mac_ratio`` counts all
+operations, attention included.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FIELDS = ("size", "task", "part", "seconds", "conformer_ms", "squeezeformer_ms",
 
 
 def build(name, size):
-    """Front end and encoder, from features on."""
+    """Front end and encoder, without feature extraction."""
     size = SIZES[size]
     width = size.d_model
     front_end = ConvolutionSubsampling(80, (width, width)) if name == "conformer" else DepthwiseSubsampling(80, width)
@@ -35,7 +35,7 @@ def build(name, size):
 
 
 def forward(net, part, x):
-    """One call: of everything, or of the encoder alone."""
+    """Run the front end and encoder, or the encoder alone."""
     if part == "encoder":
         return net.transformer.encoder(x)[0]
     return net.encode_features(x)[0]
@@ -54,7 +54,7 @@ def macs(net, part, seconds):
 
 
 def train(net, part, x, dtype):
-    """Forward and backward."""
+    """Run forward and backward."""
     net.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = forward(net, part, x).float().square().mean()

@@ -1,12 +1,12 @@
-"""Error rates, latency and speed of streams against whole files, and the memory that long files take.
+"""Error rates, latency and speed of streams against whole files, and the memory of long files.
 
     python benchmarks/streaming.py wer --models results/*/pretrained --manifests results/mini/hyperconformer/7775/test-mini.csv
     python benchmarks/streaming.py memory --models results/demo/pretrained
 
-``wer``: greedy CTC on a CPU, one thread. Each utterance is heard whole, and as a stream in pieces of 0.1 s with chunks of each
-size; no pause ends a segment, so that only the chunks differ. A token's latency is what
-:class:`speechbrain_ext.inference.streaming.Timer` says; of the first token of an utterance, the median over utterances.
-``memory``: noise of 10 minutes and of 2 hours, in windows and as a stream, each in a process of its own.
+``wer``: greedy CTC on a CPU, one thread. Each utterance is transcribed whole, and as a stream in pieces of 0.1 s with chunks of
+each size. Pauses do not end segments, so only the chunks differ. Latency is that of
+:class:`speechbrain_ext.inference.streaming.Timer`; for the first token of an utterance, it is the median over utterances.
+``memory``: noise of 10 minutes and of 2 hours, in windows and as a stream, each in a separate process.
 """
 
 import argparse
@@ -48,7 +48,7 @@ FOREVER = {"endpoint": 1e6, "longest": 1e6}
 
 
 def name_of(model):
-    """Encoder, and the pass of a cascade."""
+    """The name of the encoder, with the pass of a cascade."""
     encoder = model.mods.encoder.transformer.encoder
     passes = passes_of(encoder)
     name = type(encoder).__name__.removesuffix("Encoder")
@@ -114,8 +114,8 @@ def memory_rows(models, pass_name, minutes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("wer", "memory", "run"), help="run is one process of memory")
-    parser.add_argument("--models", nargs="+", required=True, help="folders that training left behind")
+    parser.add_argument("part", choices=("wer", "memory", "run"), help="run is used internally by memory")
+    parser.add_argument("--models", nargs="+", required=True, help="model folders")
     parser.add_argument("--pass", dest="pass_name", metavar="NAME")
     parser.add_argument("--manifests", nargs="+", default=(), help="CSV files with the columns wav and wrd")
     parser.add_argument("--chunk-sizes", nargs="+", type=int, default=(4, 16, 32), help="in frames of 40 ms")

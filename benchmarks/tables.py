@@ -1,8 +1,8 @@
-"""Write the tables of README and documentation from the files that hold them: results as CSV, and the hparams files.
+"""Write the tables of README and documentation from results in CSV files and from hparams files.
 
     python benchmarks/tables.py
 
-A table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing in it is typed by hand.
+A table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. Do not edit tables by hand.
 """
 
 import re
@@ -36,7 +36,7 @@ PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv
 
 
 def columns(path, fields, header):
-    """Some columns of a file as they stand, under other names."""
+    """Some columns of a file, unchanged, under other names."""
     return table(header, [[row[field] for field in fields] for row in read(path)])
 
 
@@ -45,7 +45,7 @@ def results():
     runs = {}
     for row in (row for path in RESULTS for row in read(path)):
         if not row["steps"] or not row["search"].endswith("ctc_greedy"):
-            continue  # without steps it is of evaluate, which knows nothing of the training
+            continue  # a row without steps is from evaluate, and has no figures of the training
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
         run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
         key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
@@ -161,7 +161,7 @@ def heads():
 
 
 def lm():
-    """Times of the scorers of a language model."""
+    """Times of a language model's scorers."""
     fields = ["scorer", "hypotheses", "tokens", "seconds", "times_as_fast", "largest_difference"]
     return columns(
         LM, fields, ["scorer", "hypotheses", "tokens", "s", "times as fast", "largest difference of a log-probability"]
@@ -175,7 +175,7 @@ def transducer_loss():
 
 
 def transducer_search():
-    """Times and scores of the transducer's searches of 15 s."""
+    """Times and scores of the transducer searches of 15 s."""
     fields = ["search", "predictor", "beam", "ms", "rtfx", "times_speechbrain", "score", "errors"]
     header = ["search", "predictor", "beam", "ms", "RTFx", "times as fast as SpeechBrain", "score", "token errors %"]
     return table(header, [[row[field] for field in fields] for row in read(TRANSDUCER_SEARCH) if row["seconds"] == "15"])
@@ -200,7 +200,7 @@ def memory():
 
 
 def sherpa():
-    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; below them, peers in runtimes of their own."""
+    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; then those of peers in their runtimes."""
     found = {}
     for row in read(SHERPA):
         found.setdefault((row["encoder"], row["type"]), []).append(row)
@@ -226,7 +226,7 @@ def sherpa():
 
 
 def gpu():
-    """What ``gpu.py`` has trained: each architecture's last row on speech held out, and its error rates on test sets."""
+    """Trainings of ``gpu.py``: each architecture's last row on held-out speech, and its error rates on test sets."""
     rows, found = read(GPU), {}
     for row in rows:
         found.setdefault(row["architecture"], {})[row["set"], row["search"]] = row
@@ -248,7 +248,7 @@ def gpu():
 
 
 def bench():
-    """What ``python -m speechbrain_ext bench`` has measured, machine by machine."""
+    """Results of ``python -m speechbrain_ext bench``, machine by machine."""
     return markdown(files(BENCH))
 
 
@@ -262,15 +262,15 @@ OTHERS = [
 
 
 def keys_of(path):
-    """The keys of an hparams file, in its order, as (section, key, value, explanation).
+    """The keys of an hparams file, in order, as (section, key, value, explanation).
 
-    An explanation is the comment behind a key or the lines above it; lines above a group of keys, without an empty line in
-    between, are for all of the group that have none of their own.
+    An explanation is the comment after a key, or the comment lines above it. Comment lines above a group of keys, without empty
+    lines in the group, explain all its keys that have no other comment.
     """
     found, section, above, group, boxed = [], "", [], "", False
     for line in path.read_text(encoding="utf-8").splitlines():
         if re.fullmatch(r"# #{20,}", line):
-            boxed = not boxed  # the head of the file
+            boxed = not boxed  # the file's head is between two such lines
         elif boxed:
             continue
         elif title := re.fullmatch(r"# #+ (.+?) #+", line):
@@ -290,7 +290,7 @@ def keys_of(path):
 
 
 def hparams():
-    """Every key of every hparams file: its default, what it is, and which files set it."""
+    """Every key of every hparams file: its default, its explanation, and the files that set it."""
     base = [entry for entry in keys_of(BASE) if not entry[1].startswith("__")]
     known = {key for _, key, *_ in base}
     set_in = {}
@@ -317,7 +317,7 @@ def hparams():
 
 
 def _about(path):
-    """The first sentence or paragraph of a file's head."""
+    """The first paragraph of a file's head."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.removeprefix("#").strip()
@@ -331,7 +331,7 @@ def _about(path):
 
 def _explained(path, key, said):
     if not said:
-        raise ValueError(f"{path.relative_to(ROOT)}: the key {key} has no explanation; write a comment behind it or above it.")
+        raise ValueError(f"{path.relative_to(ROOT)}: the key {key} has no explanation; write a comment after it or above it.")
     return _cell(said)
 
 
@@ -340,7 +340,7 @@ def _names(paths):
 
 
 def _value(text):
-    """A value for a cell; of what a class takes, only the class."""
+    """A value for a cell; long values are cut after the first word, such as a class."""
     text = text.replace("!PLACEHOLDER", "") if text.startswith("!PLACEHOLDER") else text
     if len(text) > 60:
         text = text.split(" ")[0] + " ..."
@@ -352,7 +352,7 @@ def _cell(text):
 
 
 def fill(text):
-    """A page's text with its tables made anew."""
+    """A page's text with new tables."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
     for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, bench, hparams):
         if f"<!-- {make.__name__}:begin -->" in text:

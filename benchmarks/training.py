@@ -1,13 +1,12 @@
-"""A training step of the 8M HyperConformer recipe, with the modules here and with SpeechBrain's in their place.
+"""Time and memory of a training step of the 8M HyperConformer recipe, with our modules and with SpeechBrain's.
 
     python benchmarks/training.py [--threads N] [--rounds N] [--utterances 5 50] [--output benchmarks/results/training.csv]
 
-A step is what the Brain of ``hparams/hyperconformer.yaml`` does with a batch: features, normalisation, front end, encoder,
-decoder, both losses, backward, clipping, optimiser; waveforms are noise of 12 s with four tokens a second, and nothing is
-augmented. 50 of them are the 600 s of the published recipe. What differs is the front end and the TransformerASR: SpeechBrain's
-are those of its own recipe. Both TransformerASRs have the same weights, and must answer the same to 1e-4 before anything is
-timed. Times are medians of alternating steps; memory is the most that tensors take during a step, weights and optimiser states
-excluded.
+A step is that of the Brain of ``hparams/hyperconformer.yaml``: features, normalisation, front end, encoder, decoder, both losses,
+backward, clipping and optimiser. Waveforms are 12 s of noise with four tokens per second, without augmentation; 50 of them are
+the 600 s of the published recipe. Only the front end and the TransformerASR differ; SpeechBrain's are those of its recipe. Both
+TransformerASRs have the same weights, and their outputs must agree to 1e-4 before the timing. Times are medians of alternating
+steps; memory is the peak of tensors during a step, without weights and optimiser states.
 """
 
 import argparse
@@ -56,12 +55,12 @@ test_search: null
 
 
 class SpeechBrainModules(AsrBrain):
-    """The same Brain, with a front end that takes and gives no lengths."""
+    """The same Brain, with a front end without lengths."""
 
     def compute_forward(self, batch, stage):
-        """As in SpeechBrain's recipe."""
+        """Compute the forward pass as in SpeechBrain's recipe."""
         batch, hparams = batch.to(self.device), self.hparams
-        self.frames = None  # which that front end does not tell
+        self.frames = None  # this front end does not return lengths
         feats, lens = hparams.speech_encoder.features(*batch.sig)
         feats = hparams.speech_encoder.normalized(feats, lens, epoch=hparams.epoch_counter.current)
         enc, dec = hparams.Transformer(hparams.subsampling(feats), batch.tokens_bos.data, lens, pad_idx=hparams.blank_index)
@@ -69,7 +68,7 @@ class SpeechBrainModules(AsrBrain):
 
 
 def make_brain(kind, folder, overrides, file="hyperconformer.yaml"):
-    """A Brain before its first batch; without a kind, that of the hparams file."""
+    """A Brain before its first batch; for ``kind`` None, the Brain of the hparams file."""
     hparams = load_hparams(ROOT / "hparams" / file, EQUAL | overrides | {"output_folder": str(folder)})
     kind = kind or hparams["brain"]
     brain = kind(hparams["modules"], hparams["opt_class"], hparams, {"device": "cpu"}, hparams["checkpointer"])
@@ -81,7 +80,7 @@ def make_brain(kind, folder, overrides, file="hyperconformer.yaml"):
 
 
 def make_batch(utterances, seconds=SECONDS, tokens_per_second=TOKENS_PER_SECOND, vocab=5000):
-    """Noise with tokens, all of one length: nobody pads."""
+    """Noise with tokens, all of the same length, without padding."""
     tokens = torch.randint(4, vocab, (utterances, round(seconds * tokens_per_second)))
     edge = torch.ones(1, dtype=torch.long)
     items = [
@@ -100,14 +99,14 @@ def make_batch(utterances, seconds=SECONDS, tokens_per_second=TOKENS_PER_SECOND,
 
 @torch.no_grad()
 def assert_equal(ours, theirs):
-    """Give our TransformerASR the weights of theirs, and compare."""
+    """Load SpeechBrain's weights into our TransformerASR, and compare the outputs."""
     hparams = ours.hparams
     ours.hparams.Transformer.load_state_dict(convert_speechbrain(theirs.hparams.Transformer.state_dict(), hparams.nhead))
     inputs = (torch.randn(2, 100, 640), torch.randint(4, hparams.vocab_size, (2, 20)), torch.ones(2))
     answers = [brain.hparams.Transformer.eval()(*inputs, pad_idx=hparams.blank_index) for brain in (ours, theirs)]
     difference = max((a - b).abs().max().item() for a, b in zip(*answers, strict=True))
     if not difference <= 1e-4:
-        raise RuntimeError(f"The same weights answer differently, by {difference:.3g}.")
+        raise RuntimeError(f"The outputs of the same weights differ by {difference:.3g}, more than 1e-4.")
     for brain in (ours, theirs):
         brain.hparams.Transformer.train()
     return difference
@@ -134,7 +133,7 @@ def main():
             batch = make_batch(utterances)
             calls = {name: lambda brain=brain, batch=batch: brain.fit_batch(batch) for name, brain in brains.items()}
             for call in calls.values():
-                call()  # makes the optimiser's states
+                call()  # allocates the optimiser's states
             memory = {name: peak_memory(call) for name, call in calls.items()}
             times = {name: quartiles(values) for name, values in alternate(calls, arguments.rounds).items()}
             for name, (middle, lower, upper) in times.items():

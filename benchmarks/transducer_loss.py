@@ -1,11 +1,11 @@
-"""Time and memory of the transducer's losses: torchaudio's kernel on all logits, the full loss in slices, and the pruned one.
+"""Time and memory of the transducer losses: torchaudio's kernel on all logits, the full loss in slices, and the pruned loss.
 
     python benchmarks/transducer_loss.py [--device cuda] [--threads N] [--vocab 500 1000] [--batch 4] [--seconds 10]
         [--labels 60] [--memory 64] [--rounds N] [--output benchmarks/results/transducer_loss.csv]
 
 Predictor and joint network of the recipes (512 each, random weights) on random encoder frames of 40 ms, forward and backward.
-Utterances are of equal length. Memory is the most that tensors take at once above what there is before, times are medians of
-alternating runs. ``full_sliced`` is the full loss within ``--memory`` MiB. On a GPU it also counts how often the host waits.
+Utterances have equal lengths. Memory is the peak of additional tensors; times are medians of alternating runs. ``full_sliced`` is
+the full loss within ``--memory`` MiB. On a GPU the script also counts how often the host waits.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def make_losses(transducer, memory, device):
     vocab = transducer.out.out_features
 
     def kernel(frames, lengths, targets, target_lengths):
-        """What one writes without this package."""
+        """The loss without this package."""
         outputs = transducer.project_outputs(transducer.predictor(targets)).unsqueeze(1)
         logits = transducer.join(transducer.project_frames(frames).unsqueeze(2), outputs)
         return rnnt_loss(logits, targets.int(), lengths.int(), target_lengths.int(), blank=0)
@@ -58,7 +58,7 @@ def measure(vocab, arguments):
         for name, loss in make_losses(transducer, arguments.memory, device).items()
     }
     for call in calls.values():
-        call()  # gradients are there before anything is measured
+        call()  # allocates gradients before the measurement
     mib = {name: peak_memory(call, device) for name, call in calls.items()}
     times = alternate(calls, arguments.rounds, warmup=1, device=device)
     for name in calls:
@@ -77,7 +77,7 @@ def measure(vocab, arguments):
 
 
 def count_waits(vocab, arguments):
-    """How often the host waits for a GPU in the pruned loss, by number of seconds."""
+    """How often the host waits for a GPU in the pruned loss, by seconds of audio."""
     waits = {}
     for seconds in (arguments.seconds, 2 * arguments.seconds):
         transducer = Transducer(D_MODEL, vocab).cuda()

@@ -1,13 +1,13 @@
-"""Speed and score of the transducer's searches, beside SpeechBrain's TransducerBeamSearcher with the same weights.
+"""Speed and score of the transducer searches and of SpeechBrain's TransducerBeamSearcher, with the same weights.
 
     python benchmarks/transducer_search.py [--threads N] [--rounds N] [--seconds 5 15] [--steps N]
         [--output benchmarks/results/transducer_search.csv]
 
-No encoder runs. Frames of 40 ms are made: each of 500 tokens has a vector of its own, one frame in six is that of a random
-token, the others are silence, and all have noise. Predictor and joint network (512 each) learn to hear the tokens, for a minute,
-with the LSTM, which SpeechBrain's searcher takes, and with the stateless predictor, which it does not. Times are medians of
-alternating runs. The score of a text is its log-probability over all alignments, those with several tokens in a frame included;
-``errors`` are those of tokens, in %.
+No encoder runs. Frames of 40 ms are generated: each of 500 tokens has a vector, one frame in six has the vector of a random
+token, the others are silence, and noise is added to all. Predictor and joint network (512 each) train for a minute to recognise
+the tokens. The predictor is an LSTM, or the stateless one, which SpeechBrain's searcher does not support. Times are medians of
+alternating runs. The score of a text is its log-probability over all alignments, also those with several tokens per frame.
+``errors`` are token errors in %.
 """
 
 import argparse
@@ -40,10 +40,10 @@ def make_frames(vectors, utterances, frames):
 
 
 def train(predictor, vectors, steps):
-    """A transducer that hears the tokens, in most of its frames."""
+    """Train a transducer to recognise the tokens in most of their frames."""
     net = Transducer(D_MODEL, VOCAB, predictor, predictor_size=SIZE, joint_size=SIZE)
     loss = TransducerLoss(D_MODEL, SIZE, VOCAB, warmup=0)
-    with torch.no_grad():  # it begins with an ear for the vectors, and has to learn when to be silent
+    with torch.no_grad():  # the initial weights already separate the vectors; training mostly has to learn the blank
         net.project_frames.weight.mul_(2)
         hidden = net.project_frames(vectors).tanh()
         net.out.weight.copy_(0.05 * (hidden - hidden.mean(0)))
@@ -59,7 +59,7 @@ def train(predictor, vectors, steps):
 
 
 def searches_of(net, predictor):
-    """Functions of encoder frames (1, T, D) to tokens, by name of the search and beam."""
+    """Functions from encoder frames (1, T, D) to tokens, by name of the search and beam size."""
 
     def theirs(beam):
         networks = [net.predictor.embedding, net.predictor.lstm, net.project_outputs]
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, nargs="+", default=[5, 15])
-    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--steps", type=int, default=400, help="steps of training")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "transducer_search.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -101,7 +101,7 @@ def main():
     vectors, rows, theirs = torch.randn(VOCAB, D_MODEL), [], {}
     nets = {}
     with torch.enable_grad():
-        for predictor in sorted(PREDICTORS):  # the LSTM first, which gives SpeechBrain's times
+        for predictor in sorted(PREDICTORS):  # the LSTM first, because only it gives SpeechBrain's times
             nets[predictor] = train(predictor, vectors, arguments.steps)
     for seconds in arguments.seconds:
         frames, tokens = make_frames(vectors, 1, FRAMES_PER_SECOND * seconds)

@@ -1,9 +1,9 @@
-"""Transcribe WAV files with a model that ``python -m speechbrain_ext export`` wrote: onnxruntime, numpy and soundfile suffice.
+"""Transcribe WAV files with a model of ``python -m speechbrain_ext export``; needs only onnxruntime, numpy and soundfile.
 
 python examples/transcribe_onnx.py model.onnx speech.wav ...
 
-A file for streams (``--streaming``) gets each WAV file chunk by chunk, as it would a microphone's samples. Of a transducer, give
-``NAME-encoder.onnx``; decoder and joiner are taken from beside it.
+A model for streams (``--streaming``) gets each WAV file chunk by chunk, like the samples of a microphone. For a transducer, give
+``NAME-encoder.onnx``; decoder and joiner are loaded from the same folder.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Recogniser:
         self.session = self.load(path)
         self.about = about = self.session.get_modelmeta().custom_metadata_map
         if about.get("format") != "speechbrain_ext" or about.get("mode") not in ("full", "streaming"):
-            raise ValueError(f"{path} was not written by 'python -m speechbrain_ext export'; export the model with that.")
+            raise ValueError(f"{path} is not from 'python -m speechbrain_ext export'; export the model with this command.")
         self.sample_rate = int(about["sample_rate"])
         self.blank = int(about["blank_index"])
         self.tokens = json.loads(about["tokens"])
@@ -42,16 +42,16 @@ class Recogniser:
             self.decoder, self.joiner = self.load(f"{beside}decoder.onnx"), self.load(f"{beside}joiner.onnx")
 
     def load(self, path):
-        """A session."""
+        """Load an ONNX file; returns a session."""
         return onnxruntime.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
 
     def transcribe(self, path):
-        """Text of an audio file."""
+        """Transcribe an audio file; returns its text."""
         samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
         if sample_rate != self.sample_rate:
             raise ValueError(f"{path} has {sample_rate} samples per second; convert it to {self.sample_rate}.")
         if not len(samples):
-            raise ValueError(f"{path} is empty: it holds no samples.")
+            raise ValueError(f"{path} holds no samples; record it again.")
         waveform = samples.mean(axis=1)[np.newaxis]  # (1, N)
         if self.about["mode"] == "streaming":
             return self.decode(np.concatenate(list(self.stream(waveform))))
@@ -60,15 +60,15 @@ class Recogniser:
         return self.decode(answer[0, : frames[0]])
 
     def stream(self, waveform):
-        """What the graph gives (T, V) for each chunk of (1, N); all that goes from one to the next is the state."""
+        """The graph's output (T, V) for each chunk of (1, N); only the state is passed from one chunk to the next."""
         names = ("window", "before", "hop_length", "chunk_step", "chunk_samples")
         window, before, hop, step, samples = (int(self.about[name]) for name in names)
         frames = max(1, (waveform.shape[1] + before - window // 2) // hop + 1)
-        end = (frames - 1) * hop + window  # of the last frame's window, which may reach beyond the samples
+        end = (frames - 1) * hop + window  # end of the last frame's window, which may be after the last sample
         mode = "symmetric" if self.about["ends"] == "mirrored" else "constant"
         waveform = np.pad(waveform, ((0, 0), (before, window)), mode)
         names = json.loads(self.about["state"])
-        # What grows begins with no entries: a size of 0.
+        # An axis that grows begins with size 0.
         state = [np.zeros([1 if size == "batch" else size for size in one["shape"]], one["type"]) for one in names]
         outputs = [self.about.get("output", "log_probs"), *(one["output"] for one in names)]
         for start in range(0, frames * hop, step):
@@ -78,18 +78,18 @@ class Recogniser:
             yield answer[0]
 
     def decode(self, answer):
-        """Text of what the graph gave."""
+        """The text for an output of the graph."""
         best = self.ctc(answer) if self.decoder is None else self.transducer(answer)
         text = "".join(self.tokens[token] for token in best if token != self.blank)
         return " ".join(text.replace("▁", " ").split())
 
     def ctc(self, log_probs):
-        """Tokens of (T, V): the best one of each frame, without repetitions."""
+        """Tokens from log-probabilities (T, V): the best one of each frame, without repetitions."""
         best = log_probs.argmax(axis=-1)
         return best[np.diff(best, prepend=-1) != 0]
 
     def transducer(self, frames, most=5):
-        """Tokens of (T, J) by greedy search, so many in a frame at most; the state is the last tokens, or that of an LSTM."""
+        """Tokens from frames (T, J) by greedy search, at most ``most`` per frame; the state is the last tokens, or an LSTM's."""
         about = self.decoder.get_modelmeta().custom_metadata_map
         given = {"y": np.full((1, int(about["context_size"])), self.blank)}
         if "state_shape" in about:
@@ -110,7 +110,7 @@ class Recogniser:
 
 
 def main():
-    """Print FILE<TAB>text for each file; 0 when all went well, 1 otherwise."""
+    """Print FILE<TAB>text for each file; returns 0 on success, 1 after an error."""
     parser = argparse.ArgumentParser(description="Print FILE<TAB>text for each audio file.")
     parser.add_argument("model", metavar="MODEL.onnx")
     parser.add_argument("files", metavar="FILE", nargs="+")

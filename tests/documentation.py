@@ -1,16 +1,16 @@
-"""Runs the blocks of a page as a reader would: in order, in one folder, with a tiny corpus and a tiny model in the places named.
+"""Runs the blocks of a page in order, in one folder, with a tiny corpus and a tiny model at the paths that the page names.
 
-A comment above a block changes how it runs, and is not shown:
+A comment above a block changes how it runs, and is not shown to readers:
 
-``<!-- test: small -->``        add the keys that make a training a matter of seconds
+``<!-- test: small -->``        add keys with which a training takes seconds
 ``<!-- test: mini -->``         the same, for the embedded corpus
-``<!-- test: tuning -->``       the same, where a model states the sizes
-``<!-- test: A => B -->``       with B in place of A
-``<!-- test: slow -->``         run by make slow alone
-``<!-- test: skip REASON -->``  not run here, such as for want of a GPU
-``<!-- test: output -->``       what the block before must have printed, with ... for what differs
+``<!-- test: tuning -->``       the same, if a model states the sizes
+``<!-- test: A => B -->``       replace A with B
+``<!-- test: slow -->``         run only by make slow
+``<!-- test: skip REASON -->``  do not run, for example without a GPU
+``<!-- test: output -->``       the expected output of the block before, with ... for variable parts
 
-Several are separated by semicolons. Commands of Python start in processes that have everything imported.
+Several options are separated by semicolons. Python commands start in processes in which all packages are already imported.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from speechbrain_ext.hparams import load_hparams
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TINY = {key: value for key, value in SMALL.items() if "split" not in key} | {"device": "cpu"}
-"""What ``small`` adds to a training; the corpus has the splits that the files name."""
+"""Keys that ``small`` adds to a training; the corpus has the splits that the files name."""
 MINI = {"train_splits": "[dev-mini]", "number_of_epochs": "1", "device": "cpu"} | {
     key: SMALL[key] for key in ("d_model", "nhead", "num_encoder_layers", "d_ffn")
 }
@@ -56,7 +56,7 @@ class Block(NamedTuple):
 
 
 def blocks(page):
-    """The blocks of a page, with what the comments above them ask for."""
+    """The blocks of a page, with the options in the comments above them."""
     text = page.read_text(encoding="utf-8")
     pattern = r"(?:<!-- test: (.*?) -->\n)?^( *)```(\w+)(?: title=\"(.*?)\")?\n(.*?)^ *```$"
     for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
@@ -66,7 +66,7 @@ def blocks(page):
 
 
 def skipped(block):
-    """The reason for which a block is not run, None if it is."""
+    """The reason why a block is not run, or None."""
     return next((part.removeprefix("skip").strip() for part in block.asked if part.startswith("skip")), None)
 
 
@@ -79,7 +79,7 @@ class Reader:
         self.context.set_forkserver_preload(PRELOADED)
 
     def run(self, block):
-        """Run a block; raises AssertionError with what it printed where it fails."""
+        """Run a block; raises AssertionError with its output if it fails."""
         if block.language == "python":
             self._python(block)
         elif block.language == "bash":
@@ -92,7 +92,7 @@ class Reader:
                 load_hparams(path)
         elif "output" in block.asked:
             same = doctest.OutputChecker().check_output(block.text, self.printed, doctest.ELLIPSIS)
-            assert same, f"the page says:\n{block.text}\nand it is:\n{self.printed}"
+            assert same, f"the page has:\n{block.text}\nbut the output is:\n{self.printed}"
 
     def _python(self, block):
         if block.title:
@@ -142,14 +142,16 @@ class Reader:
 
 
 def _main(words, folder, log):
-    """Of a process with everything imported: run ``python WORDS`` in a folder."""
+    """Run ``python WORDS`` in a folder, in a process in which all packages are already imported."""
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
-    preparation.parallel_map = lambda check, paths, **_: map(check, paths)  # for two files, no processes
+    preparation.parallel_map = lambda check, paths, **_: map(
+        check, paths
+    )  # without worker processes, as there are only two files
     status = 1
     try:
         if words[0] == "-m":

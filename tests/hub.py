@@ -1,4 +1,4 @@
-"""A stand-in for Hugging Face's server: what huggingface_hub asks of it to make, fill and read repositories of models."""
+"""A local server in place of Hugging Face's, with the requests of huggingface_hub to create, fill and read repositories."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 TOKEN, USER = "hf_writer", "ann"
 
 
-# Runs commands in one process, as imports take longer than they; the endpoint and the cache are fixed when a process starts.
+# Runs several commands in one process, because imports take longer; endpoint and cache are fixed when a process starts.
 CLIENT = """
 import contextlib, io, json, sys, traceback
 from speechbrain_ext import cli
@@ -44,16 +44,16 @@ print(json.dumps(results))
 
 
 class Hub:
-    """Serves on a free port of this machine; a context manager.
+    """A server on a free port of this machine; a context manager.
 
     Attributes
     ----------
     url : str
-        Where it is.
+        Its address.
     repositories : dict
-        By id: ``private``, ``branches`` (name -> commit) and ``commits`` (commit -> path -> content), in their order.
+        By id: ``private``, ``branches`` (name -> commit) and ``commits`` (commit -> path -> content), in order.
     blobs : dict
-        Contents that came by the way for large files, by their SHA-256.
+        Contents of large files, by SHA-256.
     """
 
     def __init__(self):
@@ -232,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         digest = hashlib.sha256(files[name]).hexdigest()
         if digest in self.hub.blobs:
-            # Elsewhere, as there: clients do not follow a redirect to another host for what they ask about a file
+            # Redirect to another host, as Hugging Face does; for a file's metadata, clients do not follow it
             place = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/blobs/{digest}"
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": len(files[name]), "Location": place}
             self._send(302, b"", headers)
@@ -276,7 +276,7 @@ def client(home, url, *commands, **variables):
 
 
 def sentence(result, status, *words):
-    """The one sentence that a failure is."""
+    """Check that a command failed with one sentence that contains these words."""
     assert result[0] == status and result[1] == "", result
     (line,) = [line for line in result[2].splitlines() if line.startswith("speechbrain_ext: ")]
     assert all(word in line for word in words), line

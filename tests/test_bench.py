@@ -1,4 +1,4 @@
-"""The benchmark: every encoder of the registry is in it, rows are kept, and what is compared is equal."""
+"""The benchmark has every registered encoder, keeps its rows, and compares equal models."""
 
 import csv
 import re
@@ -34,7 +34,7 @@ def arguments(path, *more):
 
 
 def test_every_registered_encoder_and_size_is_there(tmp_path, monkeypatch):
-    for name in list_encoders():  # the published ones take a second each
+    for name in list_encoders():  # the published sizes take a second each
         if encoder_sizes(name):
             smallest = {
                 key: value for key, value in models.get_encoder(name).sizes.items() if key == next(iter(encoder_sizes(name)))
@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on_and_measures_nothing_twice(tmp_path, monkeyp
     before = len(done)
     assert cli.main([*command, "hyperconformer", "--peers"]) == 0
     assert len(done) == before and read_csv(tmp_path / "a.csv") == second
-    assert cli.main([*command, "practical_conformer", "--peers"]) == 0  # beside the baseline, whose rows stay
+    assert cli.main([*command, "practical_conformer", "--peers"]) == 0  # with the baseline, whose rows stay
     assert done[before:] == [["conformer", "practical_conformer"]] * 2
     third = read_csv(tmp_path / "a.csv")
     assert third[:4] == second and len(third) == 6
@@ -130,11 +130,11 @@ def test_a_model_that_fails_leaves_a_note(tmp_path, monkeypatch, capsys):
     command = arguments(tmp_path / "b.csv", "--parts", "size", "--encoders", "conformer", "--peers", "torchaudio_conformer")
     capsys.readouterr()
     assert cli.main(command) == 1 and "1 rows of" in capsys.readouterr().err
-    assert cli.main(command) == 0  # which had nothing to do
+    assert cli.main(command) == 0  # nothing is left to measure
     monkeypatch.undo()
     monkeypatch.setattr(measure, "gemm_rate", lambda *keys: 10.0)
-    assert run(settings, tmp_path / "a.csv").rows == rows  # what failed is not tried again
-    again = run(replace(settings, retry=True, parts=("size",)), tmp_path / "a.csv").rows  # unless that is asked for
+    assert run(settings, tmp_path / "a.csv").rows == rows  # failed rows are not measured again
+    again = run(replace(settings, retry=True, parts=("size",)), tmp_path / "a.csv").rows  # except with retry
     assert len(again) == len(rows)
     assert {(row["task"], bool(row["ms"] or row["gmacs"])) for row in again if "torchaudio" in row["encoder"]} == {
         ("size", True),
@@ -215,7 +215,7 @@ def test_what_would_take_too_much_is_left_out(tmp_path, monkeypatch, budget, fre
         (["--peers", "wenet"], "--peers is 'wenet'; the known ones are: speechbrain_conformer"),
         (["--parts", "speed"], "--parts is 'speed'"),
         (["--precision", "int4"], "--precision is 'int4'"),
-        (["--d-model", "17"], "--d-model is 17, which --nhead 2 does not divide"),
+        (["--d-model", "17"], "--d-model is 17, not a multiple of --nhead 2"),
         (["--d-model", "9", "--nhead", "3"], "an even d_model"),
         (["--kernel-size", "4"], "--kernel-size is 4; give an odd number"),
         (["--rounds", "0"], "--rounds is 0"),
@@ -223,9 +223,9 @@ def test_what_would_take_too_much_is_left_out(tmp_path, monkeypatch, budget, fre
         (["--threads", "-1"], "--threads is -1"),
         (["--budget", "0"], "--budget is 0"),
         (["--left-context", "-2"], "--left-context is -2"),
-        (["--padding", "100"], "--padding is 100; give percent"),
-        (["--graphs"], "--graphs are CUDA graphs, which a CPU does not have; leave it out, or give --device cuda."),
-        (["--precision", "float32", "tf32"], "--precision is 'tf32', which a CPU does not have"),
+        (["--padding", "100"], "--padding is 100; give a percentage"),
+        (["--graphs"], "--graphs needs a GPU; leave it out, or give --device cuda."),
+        (["--precision", "float32", "tf32"], "--precision 'tf32' needs a GPU"),
         (["--device", "abacus"], "--device is 'abacus'; give cpu, cuda"),
         (["--device", "cuda:99"], "--device is 'cuda:99', but PyTorch sees"),
         (["--report"], "There are no results at"),
@@ -262,7 +262,7 @@ def test_figures_of_another_machine_are_not_mixed_with_these(capsys, tmp_path, m
 
 
 def test_peers_have_our_parameters():
-    """Equal work: what computes the same has as many parameters, and the front ends have, too."""
+    """Equal work: counterparts have equal numbers of parameters, and so have the front ends."""
     group = models.groups(list_encoders(), list(PEERS), Dimensions(**TINY), own_sizes=False)[0]
     built, errors, found = models.build(group, Dimensions(**TINY), 5000)
     assert not errors and len(found) == 3
@@ -272,7 +272,7 @@ def test_peers_have_our_parameters():
             assert sizes[candidate.name] == sizes[candidate.twin]
     fronts = (models.our_front_end(), models.speechbrain_front_end())
     assert len({sum(parameter.numel() for parameter in front.parameters()) for front in fronts}) == 1
-    x = torch.rand(1, 4000, 16)  # past SpeechBrain's 3,000 positions
+    x = torch.rand(1, 4000, 16)  # more than SpeechBrain's 3,000 positions
     assert {model(x).shape for candidate, model in built.items() if "hyper" in candidate.name} == {x.shape}
 
 
@@ -341,7 +341,7 @@ def test_from_audio_on(tmp_path):
     chosen = {"encoders": ("fusionformer",), "peers": ("speechbrain_conformer",), "inputs": ("audio",), "batch": (1, 3)}
     chosen |= {"seconds": (1,), "train_seconds": 1, "own_sizes": False}
     rows = run(Settings(**SHORT | chosen), tmp_path / "a.csv").rows
-    assert {row["task"] for row in rows} == {"inference", "training", "streaming"}  # sizes are those with front end
+    assert {row["task"] for row in rows} == {"inference", "training", "streaming"}  # there are no sizes from audio
     assert all(row["ms"] and not row["note"].startswith("failed") for row in rows if row["input"] == "audio")
     (row,) = (row for row in rows if (row["encoder"], row["form"], row["batch"]) == ("fusionformer", "fused", "3"))
     assert float(row["real_time_factor"]) == pytest.approx(float(row["ms"]) / 1e3 / (1 + 0.95 + 0.9), rel=0.01)
@@ -380,7 +380,7 @@ def test_batches_are_padded_and_a_single_utterance_is_not(part, tmp_path, monkey
 @pytest.mark.parametrize("left", [None, 2])
 @torch.no_grad()
 def test_a_stream_in_fixed_memory_gives_the_same(left):
-    """What a CUDA graph replays."""
+    """A CUDA graph replays such a stream."""
     built, _, _ = models.build(
         models.groups(list_encoders(), list(PEERS), Dimensions(**TINY), own_sizes=False)[0], Dimensions(**TINY), 50
     )

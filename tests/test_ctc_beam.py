@@ -1,4 +1,4 @@
-"""The CTC beam search finds what summing over all alignments finds, with both of its backends."""
+"""The CTC beam search finds the same text as a sum over all alignments, with both backends."""
 
 import gzip
 import importlib.util
@@ -61,12 +61,12 @@ def tokenizer(request):
 
 @pytest.fixture(scope="module")
 def letters():
-    """A tokenizer of one letter, A, and the boundary, after the four special tokens."""
+    """A tokenizer with the letter A and the boundary, after the four special tokens."""
     return make_tokenizer(["A"])
 
 
 def peaked(alignments, tokens, peak=0.9):
-    """Log probabilities (B, T, V) that follow alignments, padded with garbage; their relative lengths (B,)."""
+    """Log-probabilities (B, T, V) that follow alignments, with random padding; and relative lengths (B,)."""
     longest = max(map(len, alignments))
     log_probs = torch.randn(len(alignments), longest, tokens) * 20
     for utterance, ids in zip(log_probs, alignments, strict=True):
@@ -76,7 +76,7 @@ def peaked(alignments, tokens, peak=0.9):
 
 
 def align(tokenizer, text):
-    """Tokens of a text with repeated frames, and blanks where the same token follows, as models emit them."""
+    """Tokens of a text with repeated frames, and with blanks between equal tokens, as models predict them."""
     frames = [0]
     for place, token in enumerate(tokenizer.encode_as_ids(text)):
         frames += [0] * (frames[-1] == token) + [token] * (1 + place % 3) + [0] * (place % 2)
@@ -84,7 +84,7 @@ def align(tokenizer, text):
 
 
 def all_texts(tokenizer, log_probs):
-    """The probability of every text, by going through every alignment of (T, V)."""
+    """The probability of every text, summed over all alignments of (T, V)."""
     special = {1, 2, 3}
     texts = {}
     probs = log_probs.double().exp()
@@ -109,14 +109,14 @@ def test_alignments_of_a_text_are_summed(backend, letters):
     a = letters.piece_to_id("A")
     log_probs = torch.full((1, 2, letters.vocab_size()), -math.inf)
     log_probs[..., 0], log_probs[..., a] = math.log(0.6), math.log(0.4)
-    assert ctc_greedy_decode(log_probs, torch.ones(1), 0) == [[]]  # 0.36, and all of "A" 0.64
+    assert ctc_greedy_decode(log_probs, torch.ones(1), 0) == [[]]  # probability 0.36; the alignments of "A" have 0.64 together
     assert CtcBeamSearch(letters, backend=backend)(log_probs, torch.ones(1)) == ["A"]
 
 
 @each_backend
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
 def test_no_text_is_more_probable(backend, frames):
-    """Against all alignments: repeated tokens, blanks between them, boundaries in a row."""
+    """Compare with all alignments: repeated tokens, blanks between them, several boundaries in a row."""
     tokenizer = make_tokenizer(["AB BA"])  # boundary, A, B: 4 tokens with the blank
     search = CtcBeamSearch(tokenizer, backend=backend, beam_size=1000, beam_threshold=100.0)
     log_probs = torch.randn(12, frames, tokenizer.vocab_size(), generator=torch.Generator().manual_seed(frames))
@@ -181,7 +181,7 @@ def test_the_tokenizer_may_be_loaded_after_the_search_is_made(backend, letters):
 
 
 def write_arpa(path, probabilities, pair=("<s>", "</s>", -1.0)):
-    """A model whose words have the log10 probabilities given, except for one word after another one."""
+    """Write a language model with given log10 probabilities of words, and one bigram."""
     words = {"<unk>": -3.0, "<s>": -99.0, "</s>": -0.5, **probabilities}
     unigrams = [f"{score}\t{word}\t0" for word, score in words.items()]
     counts = ["\\data\\", f"ngram 1={len(words)}", "ngram 2=1"]
@@ -199,7 +199,7 @@ def gzipped(path):
 @each_lm_backend
 def test_a_language_model_decides_between_words_that_sound_alike(backend, tokenizer, tmp_path):
     lm_file = write_arpa(tmp_path / "lm.arpa", {"SEE": -3.0, "SEA": -1.0, "THE": -1.0})
-    # A blank after each token, and at the end where one text has fewer tokens
+    # A blank after each token, and at the end if a text has fewer tokens
     pair = [[i for token in tokenizer.encode_as_ids(text) for i in (token, 0)] for text in ("THE SEE", "THE SEA")]
     longest = max(map(len, pair))
     see, sea = peaked([ids + [0] * (longest - len(ids)) for ids in pair], tokenizer.vocab_size(), peak=0.99)[0].exp()
@@ -212,7 +212,7 @@ def test_a_language_model_decides_between_words_that_sound_alike(backend, tokeni
 @each_lm_backend
 @pytest.mark.parametrize("weight", [0.1, 0.5, 2.0])
 def test_no_text_is_better_with_a_language_model(backend, weight, tmp_path):
-    """Against all alignments and the language model's formula, with words that it does not know."""
+    """Compare with all alignments and the language model's formula, with unknown words."""
     tokenizer = make_tokenizer(["AB BA"])
     words = {"A": -0.5, "B": -1.5, "AB": -1.0, "ABB": -2.0}
     lm_file = gzipped(write_arpa(tmp_path / "lm.arpa", words, ("A", "B", -0.1)))
@@ -259,7 +259,7 @@ def test_a_missing_package_is_named(letters, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     torchaudio_decoder = importlib.import_module("torchaudio.models.decoder")
     monkeypatch.delattr(torchaudio_decoder, "_ctc_decoder", raising=False)
-    for name in ("ctc_decoder", "CTCDecoderLM", "CTCDecoderLMState"):  # torchaudio keeps them
+    for name in ("ctc_decoder", "CTCDecoderLM", "CTCDecoderLMState"):  # torchaudio caches them
         monkeypatch.delitem(vars(torchaudio_decoder), name, raising=False)
     assert CtcBeamSearch(letters).backend == "speechbrain"
     with pytest.raises(ImportError, match="backend flashlight needs .* pip install flashlight-text$"):
@@ -306,7 +306,7 @@ def test_a_check_searches_and_leaves_the_random_state(backend, tokenizer):
 def test_a_blank_that_is_no_token_shows_in_the_check(backend, letters):
     search = CtcBeamSearch(letters, backend=backend, blank_index=999)
     for call in (search.check, lambda: search(torch.zeros(1, 3, 6), torch.ones(1))):
-        with pytest.raises(UserError, match="^blank_index is 999 and there are 6 tokens; give"):
+        with pytest.raises(UserError, match="^blank_index is 999, but there are 6 tokens; give"):
             call()
 
 
@@ -331,12 +331,12 @@ def test_impossible_posteriors_are_an_error(backend, letters):
         search(log_probs, torch.ones(1))
     with pytest.raises(ValueError, match=r"the shape \(3, 6\)"):
         search(log_probs[0], torch.ones(2))
-    with pytest.raises(ValueError, match="of 5 tokens and the tokenizer has 6; load"):
+    with pytest.raises(ValueError, match="of 5 tokens, but the tokenizer has 6; load"):
         search(log_probs[..., :5], torch.ones(2))
     for lengths in ([3.0, 2.0], [-1.0, 1.0], [math.nan, 1.0]):
-        with pytest.raises(ValueError, match="give them relative"):
+        with pytest.raises(ValueError, match="give relative lengths"):
             search(log_probs, torch.tensor(lengths))
     for bad in (math.nan, math.inf):
         log_probs[1, 2, 3] = bad
-        with pytest.raises(ValueError, match="hold NaN or infinity; check the model"):
+        with pytest.raises(ValueError, match="hold NaN or infinity; take an earlier checkpoint"):
             search(log_probs, torch.ones(2))

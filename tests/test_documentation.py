@@ -1,4 +1,4 @@
-"""README and documentation: their commands and code run, their files exist, their tables are those of the result files."""
+"""Commands and code of README and documentation run, files exist, and tables agree with the result files."""
 
 import gzip
 import importlib.util
@@ -22,7 +22,7 @@ SPLITS = {
 }
 KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
 MOST_SKIPPED = 19
-"""Blocks that are for another machine, or take minutes; a new one needs a reason that is as good."""
+"""Number of blocks that need another machine or take minutes; a new one needs an equally good reason."""
 
 
 def name_of(page):
@@ -31,7 +31,7 @@ def name_of(page):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """What the pages name: a corpus, manifests, audio, and a trained model."""
+    """The files that the pages name: a corpus, manifests, audio, and a trained model."""
     folder = tmp_path_factory.mktemp("pages")
     make_corpus(folder / "LibriSpeech", utterances=SPLITS)
     make_model(folder, decoder_layers=0)
@@ -80,7 +80,7 @@ def pages_with(slow):
 
 @pytest.mark.parametrize("page", pages_with(slow=False), ids=name_of)
 def test_blocks_run_in_order(page, place, tmp_path, monkeypatch, slow=False):
-    written = ("results", "mine")  # into which pages write
+    written = ("results", "mine")  # folders that pages write to
     for path in place.iterdir():
         shutil.copytree(path, tmp_path / path.name) if path.name in written else (tmp_path / path.name).symlink_to(path)
     (tmp_path / "speechbrain_ext").mkdir()
@@ -127,7 +127,7 @@ def test_a_key_without_an_explanation_is_no_reference(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_take_their_arguments(path, monkeypatch, capsys):
-    """Measuring takes hours; that everything is still where they import it from shows at once."""
+    """Measuring takes hours; this only checks imports and arguments."""
     monkeypatch.setattr("sys.argv", [str(path), "--help"])
     try:
         runpy.run_path(str(path), run_name="__main__" if "argparse" in path.read_text() else path.stem)
@@ -143,7 +143,7 @@ def test_files_exist():
 
 
 def test_links_of_the_readme_lead_somewhere():
-    """Those of the pages are checked where the site is built."""
+    """Links of the pages are checked when the site is built."""
     for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "LibriSpeech" / "README.md"):
         for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text(encoding="utf-8")):
             path, _, anchor = link.partition("#")
@@ -169,7 +169,7 @@ FILES = re.findall(r"\| `(hparams/\w+\.yaml)` \| ([\d,]+) \|", TEXTS[ROOT / "doc
 
 @pytest.mark.parametrize("file, count", FILES)
 def test_parameters_are_as_stated(file, count, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where the checkpointer makes its folder
+    monkeypatch.chdir(tmp_path)  # the checkpointer creates its folder here
     hparams = load_hparams(ROOT / file)
     assert sum(parameter.numel() for parameter in hparams["model"].parameters()) == int(count.replace(",", ""))
 

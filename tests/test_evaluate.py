@@ -1,4 +1,4 @@
-"""Error rates of trained models: the figures, their intervals, and the command."""
+"""Error rates of trained models: figures, intervals, and the command."""
 
 import csv
 import math
@@ -42,7 +42,7 @@ def test_the_interval_is_that_of_the_normal_approximation():
 def test_intervals_of_few_utterances():
     assert bootstrap_interval([2], [10]) == (20, 20) and bootstrap_interval([0, 0], [5, 3]) == (0, 0)
     assert all(map(math.isnan, bootstrap_interval([1], [0]))) and all(map(math.isnan, bootstrap_interval([], [])))
-    low, high = bootstrap_interval([1, 0, 3], [0, 0, 4])  # sets of the empty references alone have no rate
+    low, high = bootstrap_interval([1, 0, 3], [0, 0, 4])  # samples of only empty references have no rate
     assert 0 <= low < high
 
 
@@ -81,7 +81,7 @@ def test_the_texts_are_those_of_transcribe(folder, monkeypatch, name, searches, 
 
 
 def test_segments_and_long_utterances(folder, tmp_path, monkeypatch):
-    """Utterances of a recording are read alone; long ones go through the encoder in windows, as in transcribe."""
+    """Segments of a recording are read separately; long utterances are processed in windows, as in transcribe."""
     source = rows_of(folder / "corpus" / "test-tiny")
     pieces = [soundfile.read(row.wav)[0] for row in source]
     soundfile.write(tmp_path / "all.wav", np.concatenate(pieces), 16000, subtype="DOUBLE")
@@ -105,7 +105,7 @@ def test_segments_and_long_utterances(folder, tmp_path, monkeypatch):
     [
         ("ctc", ["joint_beam"], {}, "no search joint_beam; it has ctc_greedy, ctc_beam"),
         ("joint", ["greedy"], {}, "no search greedy; it has ctc_greedy, ctc_beam, joint_beam"),
-        ("joint", ["joint_beam"], {"lm_weight": 1.0}, "lm_weight is given, and only ctc_beam takes it"),
+        ("joint", ["joint_beam"], {"lm_weight": 1.0}, "lm_weight is given, but only ctc_beam takes it"),
         ("ctc", ["ctc_beam"], {"beam_size": 0}, "beam_size is 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""ONNX files: their answers are PyTorch's, for every encoder; what does not agree is not written; using them takes no torch."""
+"""ONNX files give PyTorch's outputs, for every encoder; files that do not are not written; using them needs no PyTorch."""
 
 import json
 import os
@@ -43,7 +43,7 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-# The features, the front end and the normalisation that an encoder is tested with; the others have the first of each.
+# Features, front end and normalisation for the test of an encoder; other encoders have the first of each.
 FRONT_ENDS = {
     "squeezeformer": lambda: DepthwiseSubsampling(80, 8),
     "fusionformer": lambda: FusibleSubsampling(80, (8, 4)),
@@ -64,7 +64,7 @@ def normalizer(kind):
 
 
 def speech_encoder(encoder, name):
-    """A registered encoder behind features and subsampling, under a CTC head."""
+    """A registered encoder after features and subsampling, with a CTC head."""
     subsampling = FRONT_ENDS.get(name, lambda: ConvolutionSubsampling(80, (8, 4)))()
     net = TransformerASR(TOKENS, subsampling.output_size, encoder.d_model, 4, 1, 0, 8)
     net.encoder = encoder
@@ -94,7 +94,7 @@ def same(found, wanted, tolerance=1e-3):
 @pytest.mark.parametrize("name", list_encoders())
 @torch.no_grad()
 def test_every_encoder_gives_the_same_answers_alone_and_in_any_batch(name, tmp_path):
-    """With its defaults, as each takes seconds; the contract exports the encoders with all keys."""
+    """Only with default keys, because an export takes seconds; the contract exports encoders with all keys."""
     torch.manual_seed(0)
     speech = speech_encoder(build_encoder(name, **{**SMALL, "num_layers": 2}).eval(), name)
     for parameter in speech.parameters():
@@ -108,7 +108,7 @@ def test_every_encoder_gives_the_same_answers_alone_and_in_any_batch(name, tmp_p
 
 
 class InPyTorch:
-    """A graph for streams that runs in PyTorch, with the calls of onnxruntime's session: exporting each would take 8 s."""
+    """A streaming graph in PyTorch with the interface of onnxruntime's session, because each export would take 8 s."""
 
     def __init__(self, graph):
         self.graph = graph
@@ -124,7 +124,7 @@ class InPyTorch:
 
 
 def streams_are_the_same(model, speech, config):
-    """Of one and of two streams, and such that their last chunk is full, short, and of a single frame."""
+    """Check one and two streams, with a last chunk that is full, short, or a single frame."""
     for lengths in ((1,), (2559,), (2560, 2560), (2640,), (16001, 16001)):
         wavs = signals(*lengths)
         for wav, found in zip(wavs, run_stream(model, wavs), strict=True):
@@ -139,7 +139,7 @@ def test_every_encoder_streams_with_its_state_outside(encoder_case, encoder, lef
     streams_are_the_same(InPyTorch(Streaming(speech, speech.head, config)), speech, config)
 
 
-# Exporting takes long: so each of ours once, with caches that grow (of all frames, and at half the rate) or are limited.
+# An export takes long, so each encoder is exported once, with caches that grow (at full and half frame rate) or are limited.
 UNLIMITED = ("conformer", "squeezeformer")
 STREAMS = [(name, None if name in UNLIMITED else 2) for name in list_encoders() if name not in PAGE_ENCODERS]
 
@@ -170,13 +170,13 @@ def test_streams_begin_with_the_prior_of_their_normalisation():
 
 @dataclass
 class Kept:
-    """What a stranger's encoder keeps."""
+    """The state of a user's encoder."""
 
     value: Any
 
 
 class Strange(torch.nn.Module):
-    """An encoder that adds up what it has heard, and keeps the sum in its own way."""
+    """An encoder that sums its input, and keeps the sum in a given form."""
 
     d_model, chunk_multiple, streamable = 32, 1, True
 
@@ -240,7 +240,7 @@ def test_of_a_cascade_the_pass_that_answers_is_exported(tmp_path):
     speech = speech_encoder(encoder, "cascade")
     write_onnx(FullContext(speech, speech.head, "first"), tmp_path / "first.onnx", False, {})
     assert not [weight.name for weight in onnx.load(tmp_path / "first.onnx").graph.initializer if "second" in weight.name]
-    for wav in signals(9000, 30000):  # less than a chunk, and more
+    for wav in signals(9000, 30000):  # shorter and longer than a chunk
         first = speech.encode(wav.unsqueeze(0), pass_name="first")[0][0].log_softmax(-1)
         same(run(session(tmp_path / "first.onnx"), [wav])[0], first)
         assert (expected(speech, wav) - first).abs().max() > 0.01
@@ -250,7 +250,7 @@ def test_of_a_cascade_the_pass_that_answers_is_exported(tmp_path):
 @pytest.mark.parametrize("keys", [{}, {"n_fft": 512}, {"win_length": 20, "hop_length": 12.5, "n_fft": 482}])
 @torch.no_grad()
 def test_features_are_those_of_speechbrain(kind, keys):
-    """Where each mel filter has a bin of the transform: of an empty one SpeechBrain normalises the rounding error."""
+    """Each mel filter has a bin of the transform, because SpeechBrain normalises the rounding error of an empty filter."""
     fbank, norm = Fbank(n_mels=80, **keys), normalizer(kind)
     features = Features(fbank, norm)
     for wav in signals(1, 16000, 16001):
@@ -273,7 +273,7 @@ def test_features_are_kaldis(kind, rate):
 
 @torch.no_grad()
 def test_features_keep_quiet_bins_beside_loud_ones():
-    """A loud tone of 100 Hz over noise 75 dB below it: one product with all sines in float32 is ten times as far off."""
+    """A loud tone of 100 Hz over noise 75 dB below it. One product with all sines in float32 has ten times the error."""
     fbank, norm = Fbank(n_mels=80), normalizer("sentence")
     wav = torch.sin(2 * torch.pi * 100 * torch.arange(32000) / 16000) + 2e-4 * signals(32000)[0]
     wanted = norm(fbank(wav.unsqueeze(0)), torch.ones(1))
@@ -282,7 +282,7 @@ def test_features_keep_quiet_bins_beside_loud_ones():
 
 @torch.no_grad()
 def test_the_loudest_bin_is_the_utterances_own():
-    """A click on the last sample is louder in the frame behind the end, which only a batch has."""
+    """A click on the last sample is louder in the frame after the end, which exists only in a batch."""
     wav = signals(1599)[0] * 1e-4
     wav[-1] = 1.0
     features = Features(Fbank(n_mels=80), normalizer("sentence"))
@@ -293,7 +293,7 @@ def test_the_loudest_bin_is_the_utterances_own():
 
 
 def test_unknown_features_are_refused():
-    with pytest.raises(ValueError, match="deltas is True.*knows False"):
+    with pytest.raises(ValueError, match="deltas is True.*supports only False"):
         Features(Fbank(deltas=True), normalizer("sentence"))
     with pytest.raises(ValueError, match="norm_type is batch.*sentence and global"):
         Features(Fbank(), InputNormalization(norm_type="batch"))
@@ -301,7 +301,7 @@ def test_unknown_features_are_refused():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with a model and its ONNX file, and what the check said."""
+    """A folder with a model and its ONNX file, and the report of the check."""
     folder = tmp_path_factory.mktemp("export")
     make_model(folder, decoder_layers=0)
     return folder, export.export_model(folder / "model", folder / "model.onnx")
@@ -309,7 +309,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def written_at_once(exported, monkeypatch):
-    """Exporting again would give the same file; it takes seconds."""
+    """Skip the export, which takes seconds and would give the same file."""
     content = (exported[0] / "model.onnx").read_bytes()
     monkeypatch.setattr(export, "write_onnx", lambda graph, path, *_: path.write_bytes(content))
 
@@ -431,7 +431,7 @@ PARTS = ["model-decoder.onnx", "model-encoder.onnx", "model-joiner.onnx"]
 
 
 def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
-    """Which say without PyTorch what the model says, and are there all or not at all."""
+    """They give the model's text without PyTorch, and either all files are written or none."""
     assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 0
     assert "tokens decoded differently: 0.00%" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == PARTS
@@ -486,7 +486,7 @@ def test_decoder_and_joiner_say_what_the_search_says(predictor, tmp_path):
     said, log_probs = Search(*sessions, graph)(transducer.project_frames(frames)[0].numpy())
     (best,) = TransducerSearch(transducer, beam_size=1).hypotheses(frames, torch.ones(1))
     assert sum(said, []) == best.tokens and len(best.tokens) > 5 and log_probs.shape == (60, TOKENS)
-    for size in (1, 3):  # of hypotheses
+    for size in (1, 3):  # number of hypotheses
         inputs = [torch.cat([part] * 2)[:size] for part in graph.example_inputs()]
         found = sessions[0].run(None, dict(zip(graph.input_names, (part.numpy() for part in inputs), strict=True)))
         wanted = graph(*inputs)
@@ -523,7 +523,7 @@ def test_what_eight_bits_spoil_is_not_written(exported, written_at_once, monkeyp
     monkeypatch.setattr(export, "check", lambda *_: report)
     command = ["export", "--model", str(folder / "model"), str(folder / "spoilt.onnx"), "--int8"]
     assert cli.main(command) == 1
-    assert "7.0% of the tokens differently in 8 bits, and 5.0% is accepted" in capsys.readouterr().err
+    assert "7.0% of the tokens differently in 8 bits, but only 5.0% is accepted" in capsys.readouterr().err
     assert not (folder / "spoilt.onnx").exists()
     assert cli.main([*command, "--tolerance", "0.1"]) == 0
     assert "7.00%" in capsys.readouterr().out and (folder / "spoilt.onnx").exists()
@@ -533,7 +533,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
     folder, _ = exported
     monkeypatch.setattr(FullContext, "forward", lambda self, waveform, lengths: (waveform, lengths) if waveform.sum() > 0 else ())
     assert cli.main(["export", "--model", str(folder / "model"), str(folder / "new.onnx")]) == 1
-    assert "HyperConformerEncoder has what ONNX export cannot express" in capsys.readouterr().err
+    assert "HyperConformerEncoder has an operation that ONNX export cannot express" in capsys.readouterr().err
     assert not (folder / "new.onnx").exists()
 
 

@@ -396,7 +396,7 @@ def test_a_finished_stream_says_so_and_starts_anew(model, seconds):
     recognizer = StreamingRecognizer(model)
     first = recognizer.accept(wav) + recognizer.finish()
     assert recognizer.finished and recognizer.finish() == []
-    with pytest.raises(UserError, match=r"This stream has ended; reset\(\) starts the next one"):
+    with pytest.raises(UserError, match=r"This stream has ended; call reset\(\) to start the next one"):
         recognizer.accept(wav)
     recognizer.reset()
     assert not recognizer.finished and recognizer.accept(wav) + recognizer.finish() == first
@@ -430,8 +430,8 @@ ngram 2=1
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (str.lower, "give one in the spelling, upper or lower case, of the transcripts"),
-        (lambda text: text.replace("ngram 2=1\n", "").replace("\\2-grams:\n-0.1\tTHE CAT\n\n", ""), "single words only"),
+        (str.lower, "give one in the case, upper or lower, of the transcripts"),
+        (lambda text: text.replace("ngram 2=1\n", "").replace("\\2-grams:\n-0.1\tTHE CAT\n\n", ""), "only single words"),
         (lambda text: text[:90], "cannot be read; write it again"),
         (lambda text: text.replace("\n\\end\\\n", ""), "has no end"),
         (lambda text: "\ufeff" + text, "begins with a byte order mark"),
@@ -490,7 +490,7 @@ def test_a_full_disk_names_the_file_and_the_others_go_on(long_seconds, tmp_path,
     with largest_file(limit):
         status, out, said = transcribe(tmp_path / "full")
     assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == [str(files[0]), str(files[2])]
-    assert len(said) == 1 and re.search(r"full/b\.[a-z.]+ cannot be written: .*; what is done is kept\.", said[0])
+    assert len(said) == 1 and re.search(r"full/b\.[a-z.]+ cannot be written: .*; fix this and run again to continue\.", said[0])
     assert not list((tmp_path / "full").glob(".*.tmp"))
     assert transcribe(tmp_path / "full")[0] == 0  # continues when there is space again
     for name in ("a.jsonl", "b.jsonl", "c.jsonl", "b.srt", "b.vtt"):
@@ -506,7 +506,7 @@ def test_two_that_write_one_transcript(tmp_path, monkeypatch, capsys):
     with locked(tmp_path / "out" / "a.jsonl.partial"):
         assert cli.main(arguments) == 1
     out, err = capsys.readouterr()
-    assert out == "" and "Another process writes" in err and "a.jsonl.partial; wait for it, or give another folder" in err
+    assert out == "" and "Another process is writing" in err and "a.jsonl.partial; wait for it, or give another folder" in err
     assert cli.main(arguments) == 0
 
 
@@ -614,7 +614,7 @@ def test_files_of_one_name_in_one_folder(model, tmp_path):
 def test_subtitles_of_others_are_not_written_over(model, tmp_path):
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
     (tmp_path / "a.srt").write_text("made by hand")
-    with pytest.raises(UserError, match="a.srt is there, and was not written here; move it away, or give another folder"):
+    with pytest.raises(UserError, match="a.srt exists, but this command did not write it; move it away, or give another folder"):
         files_to_text.transcribe_files(model, [tmp_path / "a.wav"], tmp_path)
     assert (tmp_path / "a.srt").read_text() == "made by hand" and len(list(tmp_path.iterdir())) == 2
     (tmp_path / "a.srt").unlink()

@@ -387,7 +387,7 @@ def test_damaged_results_are_not_taken_for_ours(content, call, tmp_path):
     final.write_bytes(first + content)
     status, out, sentence = call(["transcribe"], "a.wav", "--output", "out")
     line = len(first.splitlines()) + 1
-    assert (status, out) == (2, "") and f"Line {line} of out/a.jsonl is no segment; delete the file" in sentence
+    assert (status, out) == (2, "") and f"Line {line} of out/a.jsonl is not a segment; delete the file" in sentence
     assert final.read_bytes() == first + content
     final.rename(final.with_name("a.jsonl.partial"))
     assert call(["transcribe", "--output"], "a.wav")[0] == 0
@@ -444,7 +444,7 @@ def test_alignment_refuses_what_it_cannot_align(model):
     wav = torch.from_numpy(noise(32000))
     for text in ("", " ", "\n"):
         assert model.align(wav, text) == ()
-    for text, message in (("the CAT", "'the'"), ("☃", "☃"), ("CAT " * 200, "the text is too long")):
+    for text, message in (("the CAT", "'the'"), ("☃", "☃"), ("CAT " * 200, "give a shorter text")):
         with pytest.raises(ValueError, match=message):
             model.align(wav, text)
     for samples, message in ((wav[None], "one channel"), (wav * torch.nan, "NaN"), (wav[:0], "too long")):
@@ -556,7 +556,7 @@ def test_the_tokenizer_of_another_model(copy):
         sentence_iterator=iter(sentences), model_writer=content, vocab_size=40, hard_vocab_limit=False, minloglevel=2
     )
     (copy / "tokenizer.ckpt").write_bytes(content.getvalue())
-    assert "tokens and the model 2" in refusal(copy)
+    assert "tokens, but the model has 2" in refusal(copy)
 
 
 def test_the_weights_of_another_model(copy):
@@ -571,7 +571,7 @@ def test_the_weights_of_another_model(copy):
         "size mismatch for subsampling.stages.0.0.weight": {
             name: torch.ones(3) if value.dim() else value for name, value in state.items()
         },
-        "answers NaN": {name: value * torch.nan if value.is_floating_point() else value for name, value in state.items()},
+        "gives NaN": {name: value * torch.nan if value.is_floating_point() else value for name, value in state.items()},
     }
     for message, weights in cases.items():
         save_file(weights, path)
@@ -580,7 +580,7 @@ def test_the_weights_of_another_model(copy):
 
 @pytest.mark.parametrize(
     "change, message",
-    [(lambda mean: mean[:5], "statistics of 5 features"), (lambda mean: mean * torch.nan, "answers NaN"), (None, "Missing key")],
+    [(lambda mean: mean[:5], "statistics of 5 features"), (lambda mean: mean * torch.nan, "gives NaN"), (None, "Missing key")],
 )
 def test_the_statistics_of_another_model(change, message, copy):
     path = copy / "asr.safetensors"
@@ -600,12 +600,12 @@ def test_the_statistics_of_another_model(change, message, copy):
         ("  d_model: ", "  d_modell: ", "unexpected keyword argument 'd_modell'"),
         ("d_ffn: 32", "d_ffn: 64", "size mismatch for"),
         ("nhead: 2", "nhead: 3", "3"),
-        ("\nsample_rate: 16000", "\nsample_rate: 8000", "sample_rate of 8000, and its features are for 16000"),
+        ("\nsample_rate: 16000", "\nsample_rate: 8000", "sample_rate of 8000, but its features have 16000"),
         ("blank_index: 0", "blank_index: 500", "blank_index of"),
         ("\nmodules:", "\nothers:", "has no modules, which EncoderASR needs"),
         ("\ntokenizer: !new", "\nothers: !new", "refers to <tokenizer>"),
         ("speech_encoder: ", "others: ", "refers to <speech_encoder>"),
-        ("SpeechEncoder", "Nothing", "has !new:speechbrain_ext.speech_encoder.Nothing, which is no part"),
+        ("SpeechEncoder", "Nothing", "has !new:speechbrain_ext.speech_encoder.Nothing, which training does not write"),
         ("    ctc_lin: !ref <ctc_lin>\n", "", "Unexpected key(s)"),
         ("\nctc_lin: !new", "\nothers: !new", "refers to <ctc_lin>"),
         ("encoder_kwargs: {}", "encoder_kwargs: {", "line "),

@@ -139,10 +139,10 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     [
         (["--parts", "contract,tabel"], "--parts is 'contract,tabel'; give some of contract,table,train"),
         (["--minutes", "0"], "--minutes is 0; give a number above 0"),
-        ([], "--data and --test name the speech"),
-        (["--tiny", "--data", "."], "--data and --test name the speech"),
-        (["--data", "gone", "--test", "."], "gone is no folder"),
-        (["--parts", "table"], "PyTorch sees no GPU here; give --tiny to try the script, or --device cpu"),
+        ([], "training needs both --data and --test"),
+        (["--tiny", "--data", "."], "training needs both --data and --test"),
+        (["--data", "gone", "--test", "."], "gone is not a folder"),
+        (["--parts", "table"], "PyTorch finds no GPU; give --tiny to try the script, or --device cpu"),
     ],
 )
 def test_wrong_usage(argv, message, capsys, monkeypatch):

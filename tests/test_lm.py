@@ -1,4 +1,4 @@
-"""Language models of SpeechBrain in the joint search, in the layout that they are published in."""
+"""Language models of SpeechBrain in the joint search, in their published layout, and n-grams of tokens."""
 
 import math
 import re
@@ -28,7 +28,7 @@ from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import read_csv
 
 FOLDERS = ROOT / "tests" / "data" / "model_folders"
-# As the recipes of SpeechBrain have published them, with smaller sizes
+# The hyperparams.yaml of SpeechBrain's published models, with smaller sizes
 TRANSFORMER = """
 output_neurons: 25
 bos_index: 1
@@ -72,7 +72,7 @@ def rnn_lm(tokens):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model with a decoder, and the tokenizer of a language model for it: other numbers, and no token for the blank."""
+    """A model with a decoder, and a tokenizer of a language model: the same tokens with other numbers, without the blank."""
     folder = tmp_path_factory.mktemp("lm")
     make_model(folder, 1)
     tokenizer = (folder / "model" / "tokenizer.ckpt").read_bytes()
@@ -138,7 +138,7 @@ def test_the_search_listens_to_the_language_model(kind, place):
     assert nothing[0] == plain[0]
     model.choose_lm(place / kind, weight=1.0)
     assert answers(model)[0] != plain[0]
-    # It is no part of the model, and what it never says is said no more
+    # It is not part of the model, and tokens that it excludes no longer occur
     assert set(model.hparams.asr_model.state_dict()) == state and sum(p.numel() for p in model.mods.parameters()) == size
     said = {token for text in plain[0] for token in text}
     lm = model.mods.decoder.scorer.full_scorers["transformerlm" if kind == "transformer" else "rnnlm"].lm
@@ -149,7 +149,7 @@ def test_the_search_listens_to_the_language_model(kind, place):
 
 
 def test_scorers_of_an_n_gram(place):
-    """SpeechBrain's, which takes the package kenlm."""
+    """SpeechBrain's scorer of n-grams, which needs the package kenlm."""
     pytest.importorskip("kenlm")
     tokenizer = SentencePieceProcessor(str(place / "model" / "tokenizer.ckpt"))
     write_arpa([tokenizer.encode_as_pieces(text) for text in SENTENCES], place / "tokens.arpa", order=2)
@@ -161,7 +161,7 @@ def test_scorers_of_an_n_gram(place):
 
 
 def test_a_repository_of_the_hub(place):
-    """Fetched as a commit has it; the text is that of the folder."""
+    """It is downloaded at a commit, and gives the same text as the folder."""
     files = {file.name: file.read_bytes() for file in (place / "transformer").iterdir()}
     model = load_model(place / "model", "cpu")
     model.choose_lm(place / "transformer", weight=1.0, temperature=1.0)
@@ -270,7 +270,7 @@ def test_a_language_model_in_another_form_is_refused():
 
 @pytest.fixture(scope="module")
 def arpa(place):
-    """A trigram and a bigram of a model's tokens, as the command writes them, and one of words."""
+    """A trigram and a bigram of a model's tokens, written by the command, and an n-gram of words."""
     (place / "text.txt").write_text("\n".join([*SENTENCES[:4], "ÉÀ CAT"]))
     for name, *options in (("tri", "--tokens", str(place / "model")), ("bi", "--order", "2", "--tokens", str(place / "t.model"))):
         assert cli.main(["ngram", str(place / "text.txt"), "--out", str(place / f"{name}.arpa"), *options]) == 0
@@ -279,7 +279,7 @@ def arpa(place):
 
 
 def log10_of(path, tokens):
-    """Of a text, by the back-off rule."""
+    """The log10 probability of a text, by the back-off rule."""
     grams = {}
     for line in path.read_text().splitlines():
         fields = line.split("\t")
@@ -312,7 +312,7 @@ def test_the_automaton_of_an_n_gram_gives_its_probabilities(name, arpa):
 
 @pytest.mark.parametrize("kind", ["ctc_beam", "joint_beam", "ctc_rescored", "transducer_beam"])
 def test_every_beam_takes_it(kind, arpa):
-    """With a weight of 0 as without; subtracted from itself, too; else it counts."""
+    """A weight of 0, or subtraction from itself, changes nothing; otherwise it changes texts or scores."""
     folder, answers = FOLDERS / "transducer-v1" if kind == "transducer_beam" else arpa / "model", {}
     wavs = 0.1 * torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
     path = arpa / "own.arpa"
@@ -330,18 +330,18 @@ def test_every_beam_takes_it(kind, arpa):
 def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     for source, keys, message in (
-        (arpa / "words.arpa", {}, "words.arpa is not of the model's tokens, as it knows '"),
+        (arpa / "words.arpa", {}, "words.arpa has '.*', which is not a token of the model"),
         (arpa / "none.arpa", {}, "There is no language model"),
         (arpa / "text.txt", {}, "is not in ARPA format"),
         (arpa / "tri.arpa", {"weight": math.nan}, "is nan; give a number"),
         (arpa / "tri.arpa", {"temperature": 1.0}, "is an ARPA file, which has no temperature"),
         (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number of 0 or more"),
-        (arpa / "transformer", {}, "this model takes ARPA files alone"),
+        (arpa / "transformer", {}, "a model without an attention decoder takes only ARPA files"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             model.choose_lm(source, **keys)
     assert not model.graphs
-    with pytest.raises(UserError, match="tri.arpa is to be subtracted, and .*transformer is no ARPA file"):
+    with pytest.raises(UserError, match="lodr is .*tri.arpa, but the language model .*transformer is not an ARPA file"):
         load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
     for options, message in (
         (["--lodr", "x.arpa"], "--lodr is given, but there is no language model"),

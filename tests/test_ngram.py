@@ -1,4 +1,4 @@
-"""Language models from text: the probabilities are those of the formula, and the searches read them."""
+"""Language models from text: probabilities agree with the formula, and the searches can read the files."""
 
 import collections
 import gzip
@@ -23,7 +23,7 @@ SHORT = [["A", "B"], ["A", "C"], ["A", "B", "B"]]
 
 
 def reference(sentences, order, limits):
-    """Modified Kneser-Ney by its formula, n-gram by n-gram: probabilities, and what is left to shorter contexts."""
+    """Modified Kneser-Ney by its formula, n-gram by n-gram: probabilities and back-off weights."""
     raw = [collections.Counter() for _ in range(order + 1)]
     for sentence in sentences:
         words = (BEGIN, *sentence, END)
@@ -60,7 +60,7 @@ def reference(sentences, order, limits):
 
 
 def read(path):
-    check_arpa(path)  # as the search does
+    check_arpa(path)  # the search also checks it
     with open(path, encoding="utf-8") as file:
         return read_arpa(file)
 
@@ -86,15 +86,15 @@ def test_probabilities_are_those_of_the_formula(tmp_path, sentences, order, limi
 
 
 def test_a_small_text_by_hand(tmp_path):
-    """Bigrams of "A B" and "A C" with the discounts of small texts, 0.5 for what was counted once and 1 for twice."""
+    """Bigrams of "A B" and "A C" with the discounts of small texts: 0.5 for a count of one, 1 for a count of two."""
     write_arpa([["A", "B"], ["A", "C"]], tmp_path / "lm.arpa", order=2)
     _, grams, _ = read(tmp_path / "lm.arpa")
-    # Different words before A, B, C: 1 each; before the end: 2. In all 5; left over (3 * 0.5 + 1) / 5 = 0.5, for 5 kinds of words
+    # Different words before A, B, C: 1 each; before the end: 2; 5 in total. Freed: (3 * 0.5 + 1) / 5 = 0.5, for 5 kinds of words
     b, end = 0.5 / 5 + 0.5 / 5, 1 / 5 + 0.5 / 5
     assert grams[1][()]["B"] == pytest.approx(math.log10(b), abs=1e-6)
     assert grams[1][()][END] == pytest.approx(math.log10(end), abs=1e-6)
     assert grams[1][()][UNKNOWN] == pytest.approx(math.log10(0.5 / 5), abs=1e-6)
-    # After A: B and C once each; left over 2 * 0.5 / 2
+    # After A: B and C once each; freed: 2 * 0.5 / 2
     assert grams[2]["A",]["B"] == pytest.approx(math.log10(0.5 / 2 + 0.5 * b), abs=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_all_kinds_of_files_give_the_same(tmp_path):
     (tmp_path / "audio.flac").write_bytes(b"\xff")
     expected = [["THE", "CAT"], ["THE", "HAT"]]
     assert [list(read_sentences([file], "upper")) for file in files] == 5 * [expected]
-    assert list(read_sentences([tmp_path], "upper")) == expected  # beside transcripts, texts are about something else
+    assert list(read_sentences([tmp_path], "upper")) == expected  # other texts in a folder with transcripts are ignored
     (tmp_path / "1-2.trans.txt").unlink()
     assert list(read_sentences([tmp_path], "upper")) == 4 * expected
     (tmp_path / "book.txt").write_text("“Don’t,” she said -- twice!\n...\n", encoding="utf-8")
@@ -191,10 +191,10 @@ def test_the_command_writes_a_file(tmp_path, capsys):
         (["a.txt", "--order", "1"], "The order is 1; give 2 to 6"),
         (["a.txt", "--order", "7"], "The order is 7"),
         (["a.txt", "--order", "three"], "invalid int value"),
-        (["a.txt", "--order", "6"], "No n-grams of order 6 are left"),
-        (["a.txt", "--prune", "9"], "No n-grams of order 2 are left"),
-        (["a.txt", "--prune", "1", "0"], "limits to prune below are [1, 0]"),
-        (["a.txt", "--vocabulary", "0"], "limited to 0 words"),
+        (["a.txt", "--order", "6"], "no n-grams of order 6"),
+        (["a.txt", "--prune", "9"], "no n-grams of order 2"),
+        (["a.txt", "--prune", "1", "0"], "counts to prune are [1, 0]"),
+        (["a.txt", "--vocabulary", "0"], "vocabulary size is 0"),
         (["a.txt", "--text-normalization", "title"], "text_normalization is 'title'"),
         (["a.txt", "--out", "folder"], "folder is a folder"),
         (["a.txt", "--out", "gone/lm.arpa"], "No such file or directory"),

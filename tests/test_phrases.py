@@ -1,4 +1,4 @@
-"""Phrases in every beam: what they add, what is taken back, that they are found; n-best texts of CTC, and their rescoring."""
+"""Phrases in every beam: their scores are added and subtracted correctly, and they are found; n-best texts and rescoring."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def tokenizer(place):
 
 
 def value(graph, tokens):
-    """What a graph adds to a text, and on the way to it."""
+    """The score that a graph adds to a text, and to each of its beginnings."""
     places, on_the_way = token_graph.begin([graph], 1), [0.0]
     for token in tokens:
         on_the_way.append(on_the_way[-1] + token_graph.added([graph], places)[0, token].item())
@@ -53,7 +53,7 @@ PHRASES = {"A CAT": 3.0, "CAT": 2.0, "A": 0.5, "CAT SAT": 4.0, "THE TEA IS HOT":
 
 
 def test_a_text_is_worth_the_phrases_in_it(tokenizer):
-    """Phrases that overlap, begin alike and lie within one another; words that only begin like one have nothing."""
+    """Phrases may overlap, begin alike and contain one another; words that only begin like a phrase get no bonus."""
     graph, ids = phrase_graph(PHRASES, tokenizer), tokenizer.encode_as_ids
     worth = PHRASES | {"HAT AND A CAT": BONUS * len(ids("HAT AND A CAT"))}
     for text in [
@@ -71,7 +71,7 @@ def test_a_text_is_worth_the_phrases_in_it(tokenizer):
             for phrase, bonus in worth.items()
         )
         assert value(graph, ids(text))[0] == pytest.approx(expected, abs=1e-4), text
-    # A share is there on the way, and the blank and other special tokens change nothing
+    # A partial bonus is added on the way; the blank and other special tokens change nothing
     on_the_way = value(graph, ids("THE TEA IS HOT"))[1]
     assert on_the_way[1] > 0 and on_the_way[1] < on_the_way[2] < on_the_way[-1]
     with_blanks = [token for each in ids("THE CAT SAT") for token in (0, each, 3)]
@@ -115,7 +115,7 @@ def nothing(tokens):
 
 
 def scores_with(graphs):
-    """Best texts of each kind of beam, with their scores."""
+    """The best texts of each kind of beam, with their scores."""
     torch.manual_seed(0)
     transducer = TransducerSearch(Transducer(8, 25, predictor_size=8, joint_size=16), beam_size=4).eval()
     transducer.transducer.out.weight.data.mul_(8)
@@ -140,7 +140,7 @@ def test_graphs_that_add_nothing_change_nothing():
 
 
 def test_phrases_that_are_not_said_are_refunded(tokenizer):
-    """The score of a text without a phrase is what it was, whatever shares it was given on the way."""
+    """The score of a text without a phrase does not change; partial bonuses on the way are subtracted again."""
     phrases = {"THE DAY IS SAD AND HOT": 0.2, "SHE IS A DAY": 0.1}
     plain, with_phrases = (scores_with(graphs)[:2] for graphs in ([], [phrase_graph(phrases, tokenizer)]))
     for before, after in zip(plain, with_phrases, strict=True):
@@ -179,7 +179,7 @@ def test_phrases_of_no_worth_leave_every_search_as_it_is(place):
 
 
 def test_rescoring_is_the_joint_search_over_all_texts():
-    """Of two tokens, all texts of up to two: the best is that of the joint search, with its score."""
+    """All texts of up to two tokens, of a vocabulary of two: the best text and score are those of the joint search."""
     net, seq_lin, ctc_lin = joint_parts()
     keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 30}
     excluded = [0, 1, 3, *range(6, 40)]
@@ -201,7 +201,7 @@ def test_rescoring_is_the_joint_search_over_all_texts():
 
 
 def test_a_stream_s_segment_ends_with_what_was_chosen(place):
-    """Until then, greedy search shows what it hears."""
+    """Before the end of the segment, greedy search gives the text."""
     wav = 0.1 * torch.randn(40000, generator=torch.Generator().manual_seed(2))
     for search, phrases in ((None, {"SAD": 60.0}), ("ctc_rescored", None), ("ctc_rescored", {"SAD": 60.0}), ("ctc_beam", None)):
         model = load_model(place / "model", "cpu")
@@ -217,7 +217,7 @@ def test_a_stream_s_segment_ends_with_what_was_chosen(place):
 
 
 def test_a_transducer_s_stream_listens_all_along():
-    """And ends with what the whole frames give."""
+    """The final text is that of all frames at once."""
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     frames, graph = torch.randn(40, 8, generator=torch.Generator().manual_seed(3)), phrase_graph({"SAD": 20.0}, model.tokenizer)
     answers = []
@@ -233,7 +233,7 @@ def test_a_transducer_s_stream_listens_all_along():
 
 
 def test_the_command_line_listens(place, tmp_path, capsys):
-    """Phrases and search in transcribe, stream and evaluate, which says how many were found."""
+    """Phrases and search in transcribe, stream and evaluate, which prints how many phrases were found."""
     audio, phrases = place / "long.flac", tmp_path / "phrases.txt"
     phrases.write_text("SAD\t60\n\nTHE TEA\t0\n")
     soundfile.write(tmp_path / "a.flac", soundfile.read(audio)[0], 16000)
@@ -267,8 +267,8 @@ def test_the_command_line_listens(place, tmp_path, capsys):
         (b"\t5\n", "Line 1 of"),
         (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* has 'CAT' again"),
         (b"CAT\xff", "no text in UTF-8"),
-        (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as its transcripts are in upper case"),
-        ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as its transcripts are, or"),
+        (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as in its transcripts, in upper case"),
+        ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as in its transcripts, or"),
     ],
 )
 def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_path):
@@ -280,9 +280,9 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
 def test_searches_that_cannot_listen_are_refused(place):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     model.choose_beam(1)
-    with pytest.raises(UserError, match="answers with transducer_greedy, which cannot listen; give a larger beam size"):
+    with pytest.raises(UserError, match="uses transducer_greedy, which takes no phrases or language models; give a beam"):
         model.choose_phrases({"CAT": None})
     with pytest.raises(UserError, match="has no search joint_beam; it has ctc_greedy, ctc_beam, transducer_greedy"):
         model.choose_search("joint_beam")
-    with pytest.raises(UserError, match="answers with ctc_greedy, which has no beam"):
+    with pytest.raises(UserError, match="uses ctc_greedy, which has no beam"):
         load_model(FOLDERS / "ctc-v1", "cpu").choose_beam(4)

@@ -1,4 +1,4 @@
-"""Publishing, and loading what was published, with a stand-in for Hugging Face's server."""
+"""Publishing models and loading them, with a local server in place of Hugging Face's."""
 
 import shutil
 
@@ -15,7 +15,7 @@ FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tok
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A server, two versions of a model in folders old and new, and what each makes of a file."""
+    """A server, two versions of a model in the folders old and new, and the text of a file with each."""
     folder = tmp_path_factory.mktemp("publish")
     make_model(folder, decoder_layers=0)
     old, new = folder / "model", folder / "new"
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(world):
-    """What the commands that publish said."""
+    """The output of the commands that publish."""
     hub, folder, _ = world
     (folder / "incomplete").mkdir()
     shutil.copytree(folder / "new", folder / "damaged")
@@ -94,7 +94,7 @@ def test_what_cannot_be_published_is_told_in_one_sentence(world, published):
     sentence(published["other"], 1, "another kind of model", "config.json")
     sentence(published["foreign"], 1, "may not write to bob/speech")
     sentence(published["license"], 1, '"license" must be one of')
-    sentence(published["incomplete"], 2, "no complete model folder, as it has no hyperparams.yaml")
+    sentence(published["incomplete"], 2, "no complete model folder because it has no hyperparams.yaml")
     sentence(published["damaged"], 2, "damaged")
     sentence(published["short"], 2, "give user/model")
     sentence(published["bad"], 2, "ann/a--b")
@@ -108,7 +108,7 @@ def test_without_permission(world, published):
     (result,) = client(folder / "home", hub.url, publish)
     sentence(result, 1, "no token", "hf auth login")
     (result,) = client(folder / "home", hub.url, publish, HF_TOKEN="hf_wrong")
-    sentence(result, 1, "does not know the token")
+    sentence(result, 1, "refuses the token")
 
 
 def test_loading_from_an_empty_cache_then_offline(world, commits, published):

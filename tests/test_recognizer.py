@@ -1,4 +1,4 @@
-"""Streams and long files to segments of words: nothing is taken back, nothing depends on the pieces, and what stopped goes on."""
+"""Segments of streams and long files: words do not change later, do not depend on the pieces, and interrupted runs continue."""
 
 import io
 import json
@@ -29,7 +29,7 @@ PIECES = ["<unk>", "▁", "▁THE", "▁CAT", "S", "▁A", "T"]
 
 
 class Tokenizer:
-    """Stands for SentencePiece."""
+    """A simple replacement of SentencePiece."""
 
     @staticmethod
     def id_to_piece(token):
@@ -108,14 +108,14 @@ def test_a_second_search_has_the_last_word():
     segmenter = Segmenter(Tokenizer, search=search)
     segments = segmenter.accept(log_probs_of(path), torch.arange(len(path)).unsqueeze(1))
     assert [segment.text for segment in segments] == ["AT"] and segmenter.stable_text == ""
-    assert seen[0].flatten().tolist() == list(range(27))  # the segment's own frames
+    assert seen[0].flatten().tolist() == list(range(27))  # only frames of this segment
 
 
 def test_alignment_needs_enough_frames():
     log_probs = log_probs_of([0, THE, THE, 0, S, S])
     assert [(start, end) for start, end, _ in align(log_probs, [THE, S])] == [(1, 3), (4, 6)]
     assert align(log_probs, []) == []
-    with pytest.raises(ValueError, match="2 tokens need 3 frames, and the audio has 2"):
+    with pytest.raises(ValueError, match="2 tokens of the text need 3 frames, but the audio has 2"):
         align(log_probs[:2], [S, S])
 
 
@@ -146,7 +146,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    """With weights that are not special, of which silence is half of what it hears."""
+    """A model with random weights that predicts blanks in half of the frames."""
     model = load_model(folder / "model", "cpu")
     with torch.no_grad():
         (log_probs,), _ = model.frames(speech(100_000)[None], torch.ones(1))
@@ -159,7 +159,7 @@ def model(folder):
 
 
 def talkative(model):
-    """Let the transducer say something in every third frame or so."""
+    """Make the transducer emit tokens in about every third frame."""
     search = model.mods.decoder
     bias, frames = search.transducer.out.bias, model._encode(speech(50_000)[None], torch.ones(1))[0]
     search.transducer.out.weight *= 4
@@ -231,7 +231,7 @@ def test_a_beam_streams_as_greedy_search_does(model):
 
 @pytest.mark.parametrize("folder", ["transducer"], indirect=True)
 def test_words_of_a_transducer_are_those_of_its_segment(model):
-    """Placed by CTC, no later than they were said, and none of them lost where a segment without a pause ends."""
+    """CTC places the words, no later than the transducer emits them; none is lost if a segment ends without a pause."""
     segments = recognize(model, speech(160_000), (1600,), chunk_size=8, endpoint=30, longest=1.0)
     assert len(segments) > 2 and any(segment.words for segment in segments)
     for one, other in zip(segments, segments[1:], strict=False):
@@ -241,7 +241,7 @@ def test_words_of_a_transducer_are_those_of_its_segment(model):
 
 
 def mute(model):
-    """A model that never says anything."""
+    """A model that predicts only blanks."""
     with torch.no_grad():
         model.ctc_head.w.bias[model.blank] += 1e3
         if isinstance(model, TransducerModel):
@@ -276,7 +276,7 @@ def test_other_frame_rates_are_refused(folder, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     path = tmp_path / "model" / "hyperparams.yaml"
     path.write_text(path.read_text().replace("lobes.features.Fbank\n", "lobes.features.Fbank\n  hop_length: 20\n"))
-    with pytest.raises(ValueError, match="a frame every 80 ms; only 40 ms"):
+    with pytest.raises(ValueError, match="a frame every 80 ms; train it with 40 ms"):
         load_model(tmp_path / "model", "cpu")
 
 
@@ -314,7 +314,7 @@ def test_state_stays_small(model):
 
 @pytest.fixture
 def long_file(tmp_path, monkeypatch):
-    """35 s, with windows of 6 s."""
+    """A file of 35 s, and windows of 6 s."""
     monkeypatch.setattr(long_audio, "CORE", 100)
     monkeypatch.setattr(long_audio, "MARGIN", 25)
     path = tmp_path / "talk.flac"
@@ -330,10 +330,10 @@ def test_windows_lie_side_by_side(model, long_file):
     assert log_probs[0].shape[0] == -(-(1 + len(wav) // 160) // 4)
     for others in log_probs[1:]:
         torch.testing.assert_close(others, log_probs[0], atol=1e-4, rtol=0)
-    # A window's inner frames are those of the window alone
+    # The inner frames of a window are equal to those of the window alone
     alone = model.frames(wav[None, 640 * 75 : 640 * 225], torch.ones(1))[0][0]
     torch.testing.assert_close(log_probs[0][100:200], alone[25:125], atol=1e-4, rtol=0)
-    # From a frame on
+    # Start at a later frame
     rest = wav[640 * long_audio.window_start(230) :]
     resumed = torch.cat([log_probs for log_probs, _ in long_audio.window_frames(model, [rest], 230)])
     torch.testing.assert_close(resumed, log_probs[0][230:], atol=1e-4, rtol=0)
@@ -379,7 +379,7 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
     assert texts[0] == texts[1] and len(texts[0]) > 5
     names = sorted(path.name for path in (tmp_path / "again").iterdir())
     assert names == [".talk.jsonl.from", "talk.jsonl", "talk.srt", "talk.vtt"]
-    # Of another model, what is finished is refused, and what has begun is not continued
+    # With another model, a finished file is refused, and an unfinished one is not continued
     with pytest.raises(ValueError, match="talk.jsonl is of other audio, another model or other settings"):
         SegmentFile(tmp_path / "once", long_file, settings | {"model": "another"})
     run(tmp_path / "other", stop=5)
@@ -420,7 +420,7 @@ def test_stream_prints_segments_and_figures(capsys, folder, monkeypatch):
     assert all(len(line.split("\t")) == 3 for line in out.splitlines())
     assert "real-time factor" in err and "full context only" in err
     samples, _ = soundfile.read(folder / "long.flac", dtype="int16")
-    raw = io.BytesIO(samples.astype("<i2").tobytes() + b"\0")  # and half a sample
+    raw = io.BytesIO(samples.astype("<i2").tobytes() + b"\0")  # with half a sample at the end
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(raw)))
     assert cli.main(["stream", "--model", str(folder / "model"), "-", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == out
@@ -445,7 +445,7 @@ def test_words_of_a_given_text(model):
     words = model.align(wav, "THE CAT SAT")
     assert [word.text for word in words] == ["THE", "CAT", "SAT"]
     assert all(a.end <= b.start for a, b in zip(words, words[1:], strict=False)) and words[-1].end <= 2.04
-    with pytest.raises(ValueError, match="the text is too long"):
+    with pytest.raises(ValueError, match="give a shorter text"):
         model.align(wav[:3000], "THE CAT SAT")
 
 

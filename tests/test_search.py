@@ -1,4 +1,4 @@
-"""The searchers and the CTC scorer give what SpeechBrain's give, and remember nothing of it."""
+"""The searchers and the CTC scorer give the same results as SpeechBrain's, and keep no references after a search."""
 
 import gc
 import math
@@ -28,7 +28,7 @@ GIVEN = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ra
 
 
 def model(normalize_before=True):
-    """A TransformerASR with heads that prefer some tokens to others, now and then eos and blank."""
+    """A TransformerASR with heads that prefer some tokens, sometimes eos and blank."""
     torch.manual_seed(0)
     net = TransformerASR(VOCAB, 8, 32, 4, 1, 2, 64, normalize_before=normalize_before).eval()
     for parameter in net.decoder.parameters():
@@ -61,7 +61,7 @@ def scorers(kind, module, ctc_lin):
 
 
 def beam_searches(kind="none", normalize_before=True, **keys):
-    """SpeechBrain's search and ours."""
+    """SpeechBrain's search, and ours."""
     net, seq_lin, ctc_lin = model(normalize_before)
     beam = keys.get("beam_size", 5)
     defaults = {"beam_size": beam, "min_decode_ratio": 0.0, "max_decode_ratio": 0.4, "return_topk": True, "topk": beam}
@@ -73,7 +73,7 @@ def beam_searches(kind="none", normalize_before=True, **keys):
 
 
 def assert_same(expected, answer):
-    """Tokens and lengths to the last, scores and log-probabilities to 1e-4."""
+    """Compare tokens and lengths exactly, scores and log-probabilities to 1e-4."""
     (tokens, lengths, *expected), (our_tokens, our_lengths, *answer) = expected, answer
     assert torch.equal(tokens, our_tokens) if torch.is_tensor(tokens) else tokens == our_tokens
     assert torch.equal(lengths, our_lengths)
@@ -82,7 +82,7 @@ def assert_same(expected, answer):
 
 
 def assert_same_as_alone(searches, enc, lengths):
-    """Ours on a batch is SpeechBrain's on each utterance alone, whose steps are then those of its own frames."""
+    """Compare ours on a batch with SpeechBrain's on each utterance alone, which has steps of its length without padding."""
     theirs_search, our_search = searches
     answers = our_search(enc, lengths)
     for i, frames in enumerate((lengths * enc.shape[1]).round().long().tolist()):
@@ -101,11 +101,11 @@ def assert_same_as_alone(searches, enc, lengths):
 @pytest.mark.parametrize("normalize_before", [True, False], ids=["pre-LN", "post-LN"])
 @pytest.mark.parametrize("kind", ["none", "partial", "full", "only", "coverage and partial", "language model"])
 def test_beam_search(kind, normalize_before):
-    """All hypotheses of the beam, those that end early included."""
+    """Compare all hypotheses of the beam, also those that end early."""
     searches = beam_searches(kind, normalize_before)
     enc = torch.randn(3, FRAMES, 32)
     assert_same_as_alone(searches, enc, LENGTHS)
-    assert_same(*(search(enc[:1, :17], torch.ones(1)) for search in searches))  # nothing remains of the search before
+    assert_same(*(search(enc[:1, :17], torch.ones(1)) for search in searches))  # a search does not depend on the one before
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,18 @@ def test_beam_search(kind, normalize_before):
         ("full", {"min_decode_ratio": 0.2, "max_decode_ratio": 0.3, "using_eos_threshold": False}),
         ("full", {"eos_threshold": 1.0, "length_normalization": False}),
         ("length", {"length_normalization": False}),
-        ("none", {"max_decode_ratio": 1.0, "min_decode_ratio": 0.9}),  # more steps than the first room of the cache
+        ("none", {"max_decode_ratio": 1.0, "min_decode_ratio": 0.9}),  # more steps than the initial size of the cache
     ],
 )
 def test_settings(kind, keys):
     searches = beam_searches(kind, **keys)
-    torch.manual_seed(3)  # no ties among hypotheses: rounding would choose
+    torch.manual_seed(3)  # a seed without ties, in which rounding would decide
     enc = torch.randn(2, FRAMES, 32)
     assert_same_as_alone(searches, enc, torch.tensor([0.6, 1.0]))
 
 
 def test_decoder_steps():
-    """Outputs and attention of each position, while hypotheses change places, at random and before any step again."""
+    """Outputs and attention of each position, while hypotheses are reordered at random, also twice between steps."""
     net, *_ = model()
     enc, lengths = torch.randn(2, FRAMES, 32), torch.tensor([FRAMES, 9])
     cache = net.make_decoder_cache(enc, lengths, beam_size=3)
@@ -157,7 +157,7 @@ def test_the_last_position_of_the_decoder():
 
 
 def steps(prefix_scores, log_probs, lengths, beam, prefix, candidates):
-    """Scores of SpeechBrain's or our class, step by step along given prefixes (B * K, U), in float64 where SpeechBrain can."""
+    """Scores of SpeechBrain's or our class, step by step along given prefixes (B * K, U), in float64 if SpeechBrain can."""
     vocab = log_probs.shape[-1]
     state, out = None, []
     for step, tokens in enumerate(prefix.unbind(1)):
@@ -181,7 +181,7 @@ def steps(prefix_scores, log_probs, lengths, beam, prefix, candidates):
     "kind, frames, sharpness", [("flat", 60, 0.1), ("peaked", 60, 12.0), ("impossible", 60, 2.0), ("40 s", 1000, 5.0)]
 )
 def test_prefix_scores(kind, frames, sharpness, partial):
-    """Against SpeechBrain's loops in float64, which lose nothing: repeated tokens, -inf and -1e20 among the log-probabilities."""
+    """Compare with SpeechBrain's loops in float64, with repeated tokens, and -inf and -1e20 among the log-probabilities."""
     torch.manual_seed(0)
     batch, beam, vocab, length = 3, 2, 12, 20 if frames < 100 else 10
     log_probs = (sharpness * torch.randn(batch, frames, vocab)).log_softmax(-1)
@@ -194,12 +194,12 @@ def test_prefix_scores(kind, frames, sharpness, partial):
     prefix[:, 0] = 1
     prefix[:, 6] = prefix[:, 7] = prefix[:, 8]
     candidates = None
-    if partial:  # what comes next is always among them
+    if partial:  # the candidates always contain the next token
         candidates = torch.stack([torch.randperm(vocab - 1)[:7] + 1 for _ in range(batch * beam * length)])
         candidates = candidates.view(batch * beam, length, 7)
         following = prefix.roll(-1, 1)
         candidates[..., 0] = torch.where((candidates == following.unsqueeze(2)).any(2), candidates[..., 0], following)
-    torch.set_default_dtype(torch.float64)  # of SpeechBrain's own tensors
+    torch.set_default_dtype(torch.float64)  # for the tensors that SpeechBrain creates
     try:
         expected = CTCPrefixScore(log_probs.double(), lengths, 0, 2)
         expected = steps(expected, log_probs, lengths, beam, prefix, candidates)
@@ -208,7 +208,7 @@ def test_prefix_scores(kind, frames, sharpness, partial):
     answer = steps(PrefixScores(log_probs, lengths, 0, 2), log_probs, lengths, beam, prefix, candidates)
     possible = expected > -1e4
     assert possible.any() and (answer[~possible] < -1e4).all()
-    torch.testing.assert_close(answer[possible], expected[possible], atol=1e-4, rtol=1e-7)  # float32 holds as much
+    torch.testing.assert_close(answer[possible], expected[possible], atol=1e-4, rtol=1e-7)  # the precision of float32
 
 
 def test_a_window_is_refused():
@@ -246,7 +246,7 @@ def test_nothing_is_kept_after_a_search(monkeypatch):
 def test_a_model_that_cannot_decode_step_by_step_is_refused():
     keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0, "beam_size": 2}
     head = Linear(input_size=32, n_neurons=VOCAB)
-    with pytest.raises(TypeError, match="take speechbrain_ext.asr.TransformerASR"):
+    with pytest.raises(TypeError, match="use speechbrain_ext.asr.TransformerASR"):
         ours.S2STransformerBeamSearcher([SpeechBrainTransformerASR(VOCAB, 8, 32, 4, 1, 2, 64), head], **keys)
     search = ours.S2STransformerBeamSearcher([TransformerASR(VOCAB, 8, 32, 4, 1, 0, 64), head], **keys)
     with pytest.raises(ValueError, match="num_decoder_layers is 0"):
@@ -255,7 +255,7 @@ def test_a_model_that_cannot_decode_step_by_step_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    """The prefixes in one go and token by token, as close as the type allows."""
+    """Prefixes at once and token by token agree within the precision of the type."""
     net = model()[0].to(dtype)
     encoder_out, prefix = torch.randn(2, FRAMES, 32, dtype=dtype), torch.randint(3, VOCAB, (2, 9))
     cache = net.make_decoder_cache(encoder_out)
@@ -267,7 +267,7 @@ def test_half_precision(dtype):
 
 
 def test_log_probabilities_stay_the_callers():
-    log_probs = torch.randn(2, 1, 6).log_softmax(-1)  # of one frame, which needs no copy to have its frames last
+    log_probs = torch.randn(2, 1, 6).log_softmax(-1)  # one frame, for which the transposed tensor is not a copy
     before = log_probs.clone()
     PrefixScores(log_probs, torch.tensor([1, 0]), 0, 2)
     assert torch.equal(log_probs, before)
@@ -275,7 +275,7 @@ def test_log_probabilities_stay_the_callers():
 
 @pytest.mark.parametrize("ratios", [(0.0, 0.3), (0.5, 1.0), (0.0, 0.01)])
 def test_steps_are_those_of_the_utterance_whatever_its_batch(ratios):
-    """Also of an utterance so short that the ratio leaves no step: it takes one."""
+    """An utterance that is too short for a step by the ratio still takes one step."""
     low, high = ratios
     _, search = beam_searches("partial", min_decode_ratio=low, max_decode_ratio=high, return_topk=False)
     enc = torch.randn(3, FRAMES, 32)
@@ -302,10 +302,10 @@ def test_tokens_that_no_text_has_are_never_written():
     [
         ({"min_decode_ratio": 0.5, "max_decode_ratio": 0.2}, "min_decode_ratio is 0.5 and max_decode_ratio 0.2; give"),
         ({"topk": 6}, "topk is 6 and beam_size 5; give"),
-        ({"bos_index": VOCAB}, "bos_index is 40 and there are 40 tokens; give"),
-        ({"eos_index": 999}, "eos_index is 999 and there are 40 tokens; give"),
-        ({"excluded": [0, 40]}, "excluded is 40 and there are 40 tokens; give"),
-        ({"excluded": [0, 2]}, r"excluded is \[0, 2\] and holds eos_index 2, which ends a text; leave it out"),
+        ({"bos_index": VOCAB}, "bos_index is 40, but there are 40 tokens; give"),
+        ({"eos_index": 999}, "eos_index is 999, but there are 40 tokens; give"),
+        ({"excluded": [0, 40]}, "excluded is 40, but there are 40 tokens; give"),
+        ({"excluded": [0, 2]}, r"excluded is \[0, 2\] and holds eos_index 2, which ends a text; remove it"),
         ({"modules": []}, r"modules is \[\]; give a list"),
         *(
             ({name: value}, f"^{name} is {re.escape(repr(value))}; give ")
@@ -340,14 +340,14 @@ def test_impossible_settings_are_refused(keys, message):
 @pytest.mark.parametrize(
     "change, keys, message",
     [
-        ({"weights": {"ctc": 0.4, "lm": 0.2}}, {}, "weights have lm 0.2, and the scorers are: ctc; name one"),
+        ({"weights": {"ctc": 0.4, "lm": 0.2}}, {}, "weights have lm 0.2, but the scorers are: ctc; name one"),
         ({"weights": {"ctc": math.nan}}, {}, "weight of the scorer ctc is nan; give a number"),
         ({"weights": {"ctc": "0.4"}}, {}, "weight of the scorer ctc is '0.4'; give a number"),
         ({"scorer_beam_scale": "x"}, {}, "scorer_beam_scale is 'x'; give a positive number"),
         ({"scorer_beam_scale": 0}, {}, "scorer_beam_scale is 0; give a positive number"),
-        ({}, {"eos_index": 3}, "eos_index is 3 and that of the scorer 2; give both the same"),
-        ({}, {"bos_index": 2}, "bos_index is 2, eos_index 2 and blank_index of the scorer 0; give three different ones"),
-        ({}, {"bos_index": 0}, "bos_index is 0, eos_index 2 and blank_index of the scorer 0; give three different ones"),
+        ({}, {"eos_index": 3}, "eos_index is 3, but that of the scorer is 2; give both the same"),
+        ({}, {"bos_index": 2}, "bos_index is 2, eos_index is 2 and blank_index of the scorer is 0; give three different indices"),
+        ({}, {"bos_index": 0}, "bos_index is 0, eos_index is 2 and blank_index of the scorer is 0; give three different indices"),
     ],
 )
 def test_a_scorer_that_does_not_fit_is_refused(change, keys, message):
@@ -359,10 +359,12 @@ def test_a_scorer_that_does_not_fit_is_refused(change, keys, message):
 
 
 def test_settings_that_exclude_each_other_are_refused():
-    with pytest.raises(UserError, match="length_normalization is True and the weight of the scorer length 0.5; set the first"):
+    with pytest.raises(
+        UserError, match="length_normalization is True and the weight of the scorer length is 0.5; set length_normalization"
+    ):
         net, seq_lin, ctc_lin = model()
         ours.S2STransformerBeamSearcher([net, seq_lin], 1.0, **GIVEN, scorer=scorers("length", ctc_prefix, ctc_lin))
-    with pytest.raises(UserError, match="using_max_attn_shift is True and the weight of ctc 1"):
+    with pytest.raises(UserError, match="using_max_attn_shift is True, but the weight of ctc is 1"):
         net, seq_lin, ctc_lin = model()
         scorer = scorers("only", ctc_prefix, ctc_lin)
         ours.S2STransformerBeamSearcher([net, seq_lin], **GIVEN, scorer=scorer, using_max_attn_shift=True)
@@ -391,9 +393,9 @@ def test_a_check_searches_and_changes_nothing(kind, keys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda keys: keys.update(return_topk=True, topk=5), "^test_search has return_topk True, .*; leave it at False"),
-        (lambda keys: keys.update(return_topk=True), "^test_search has return_topk True, .*; leave it at False"),
-        (lambda keys: keys.update(temperature=1e-300), "^test_search cannot search: its scores are no finite numbers; change"),
+        (lambda keys: keys.update(return_topk=True, topk=5), "^return_topk of test_search is True, .*; set it to False"),
+        (lambda keys: keys.update(return_topk=True), "^return_topk of test_search is True, .*; set it to False"),
+        (lambda keys: keys.update(temperature=1e-300), "^test_search cannot search: its scores are not finite; change"),
         (lambda keys: keys["modules"].append(Linear(input_size=31, n_neurons=VOCAB)), "^test_search cannot search: .*31"),
         (
             lambda keys: keys.update(scorer=scorers("partial", ctc_prefix, Linear(input_size=32, n_neurons=VOCAB + 1))),

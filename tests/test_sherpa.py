@@ -1,6 +1,7 @@
-"""Folders for sherpa-onnx: what it computes, and what it writes, is what PyTorch does; what it cannot run is refused.
+"""Folders for sherpa-onnx: its outputs and texts are PyTorch's, and models that it cannot run are refused.
 
-All encoders run packed in PyTorch, and one in sherpa-onnx; the others there are marked slow, as exporting each takes long.
+All encoders run in PyTorch with packed state, and one runs in sherpa-onnx. Tests of the others there are marked slow, because
+each export takes long.
 """
 
 import os
@@ -57,7 +58,7 @@ TOKENS = 12
 
 
 def speech_encoder(encoder, features=None, norm="sentence"):
-    """An encoder behind features and subsampling, under a CTC head."""
+    """An encoder after features and subsampling, with a CTC head."""
     subsampling = ConvolutionSubsampling(80, (8, 4))
     net = TransformerASR(TOKENS, subsampling.output_size, encoder.d_model, 4, 1, 0, 8)
     net.encoder = encoder
@@ -67,7 +68,7 @@ def speech_encoder(encoder, features=None, norm="sentence"):
 
 
 class OurSession(InPyTorch):
-    """A graph that runs in PyTorch, with the calls of onnxruntime's session."""
+    """A graph in PyTorch with the interface of onnxruntime's session."""
 
     def get_inputs(self):
         return [SimpleNamespace(name=name) for name in self.graph.input_names]
@@ -110,18 +111,18 @@ def test_a_state_that_does_not_grow_takes_all_of_the_past(name):
 @pytest.mark.parametrize("of_ctc", [True, False])
 @torch.no_grad()
 def test_a_transducers_frames_stream(of_ctc):
-    """Those of CTC as one with the frame before, which is state."""
+    """Frames of CTC as a transducer contain the frame before, which is part of the state."""
     speech, config = speech_encoder(make_encoder("hyperconformer", {})), DynChunkTrainConfig(4, 2)
     if of_ctc:
         graph = PackedPairs(speech, speech.head, config, Pairs(Answer(TOKENS, 0, [1])))
     else:
         graph = PackedTransducer(speech, speech.head, config, Frames(), None, "encoder_out")
-    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-4 * (1 + 2 * of_ctc)  # beside impossible ones of -1000
+    assert in_pytorch(graph, speech, 7 * 2560, 100, 4000) < 1e-4 * (1 + 2 * of_ctc)  # impossible tokens have -1000
     assert graph.zeros(2)[6].shape == (2, 128, 3, 19) and graph.metadata["model_type"] == "zipformer2"
 
 
 def test_a_transducer_of_ctc_writes_what_ctc_does():
-    """Where the model is sure of each frame: repetitions, blanks between two of a kind, and tokens one after the other."""
+    """If the model is certain of each frame: with repetitions, blanks between equal tokens, and consecutive tokens."""
     generator = torch.Generator().manual_seed(0)
     path = torch.randint(0, 4, (300,), generator=generator).repeat_interleave(torch.randint(1, 4, (300,), generator=generator))
     log_probs = (8 * torch.eye(4)[path] + torch.randn(len(path), 4, generator=generator)).log_softmax(-1)
@@ -136,7 +137,7 @@ def test_a_transducer_of_ctc_writes_what_ctc_does():
 
 @torch.no_grad()
 def test_a_transducer_takes_what_the_runtime_gives_and_gives_what_it_writes():
-    """-1 and 0 before the text; tokens that write nothing are blanks."""
+    """The runtime gives -1 and 0 before the text; tokens without text become blanks."""
     torch.manual_seed(0)
     net = Transducer(8, TOKENS, predictor_size=8, joint_size=16)
     decoder, joiner = Decoder(net), Joiner(net, Answer(TOKENS, 0, [1, 2]))
@@ -155,11 +156,11 @@ def test_tokens_that_write_nothing_are_blanks():
     assert torch.equal(best, wanted.where(wanted != 3, torch.tensor(1))) and (wanted == 3).any()
 
 
-# ---- The runtime's features: a graph hands them out as tokens, three digits of base 256 for each value
+# ---- The runtime's features: a graph returns them as tokens, three digits of base 256 for each value
 
 
 def probe(path, online, mels):
-    """A model that answers, for each value of the features, three tokens with the digits of (value + 16) * 2^19."""
+    """A model that returns, for each value of the features, three tokens with the digits of (value + 16) * 2^19."""
     ints = {"zero": [0, -1], "axis": [3], "length": [3 * mels]}
     floats = {"shift": 16.0, "scale": 2.0**19, "low": 0.0, "high": 2.0**24 - 1, "b2": 65536.0, "b1": 256.0}
     constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in ints.items()]
@@ -182,7 +183,7 @@ def probe(path, online, mels):
         ("Sub", ["rest", "m1"], "d0", {}),
         *[("Unsqueeze", [f"d{i}", "axis"], f"u{i}", {}) for i in (2, 1, 0)],
         ("Concat", ["u2", "u1", "u0"], "digits", {"axis": 3}),
-        ("Add", ["digits", "first"], "tokens", {}),  # no two neighbours are alike, and none is a blank
+        ("Add", ["digits", "first"], "tokens", {}),  # no equal neighbours, and no blanks
         ("Reshape", ["tokens", "zero"], "row", {}),
         ("Cast", ["row"], "index", {"to": TensorProto.INT64}),
         ("OneHot", ["index", "depth", "off_on"], "log_probs", {"axis": -1}),
@@ -241,7 +242,7 @@ def test_the_features_are_the_runtimes(kind, rate, mels, tmp_path):
 
 
 def make(folder, name="hyperconformer", **keys):
-    """A model folder with random weights, whose texts have no unknown token: the runtime puts its spaces otherwise."""
+    """A model folder with random weights. Texts have no unknown token, because the runtime writes its spaces differently."""
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder, 0, HPARAMS.get(name, name), **keys)
     model = load_model(folder / "model", "cpu")
@@ -253,7 +254,7 @@ def make(folder, name="hyperconformer", **keys):
 
 
 def make_transducer(folder):
-    """The same with a transducer that says something in many frames, a token in each at most, as the runtime does."""
+    """A model folder with a transducer that emits tokens in many frames, at most one per frame, as the runtime does."""
     model = make(
         folder, "hyperconformer_transducer", compute_features=KALDI, normalize=SENTENCE, transducer_beam=1, **SMALL_TRANSDUCER
     )
@@ -261,13 +262,13 @@ def make_transducer(folder):
     with torch.no_grad():
         out = model.mods.decoder.transducer.out
         out.weight.mul_(6)
-        out.bias[1:4] -= 1000  # of which Python keeps the silent ones in the predictor's context
+        out.bias[1:4] -= 1000  # no tokens without text: only PyTorch keeps them in the context
     return model
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Model folders of Kaldi's features and of SpeechBrain's."""
+    """Model folders with Kaldi's and with SpeechBrain's features."""
     root = tmp_path_factory.mktemp("sherpa")
     return SimpleNamespace(
         root=root,
@@ -277,7 +278,7 @@ def models(tmp_path_factory):
 
 
 def export(model, folder, **keys):
-    """Export a model that has been loaded."""
+    """Export a loaded model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("speechbrain_ext.export.sherpa_folder.load_model", lambda *_, **__: model)
         return export_sherpa("model", folder, **keys)
@@ -285,7 +286,7 @@ def export(model, folder, **keys):
 
 @pytest.fixture(scope="module")
 def stream_folder(models):
-    """The folder of a model for streams, and the report."""
+    """The exported folder of a streaming model, and the report."""
     report = export(models.kaldi, models.root / "stream", streaming=True, chunk_size=8, left_context=4)
     return models.root / "stream", report
 
@@ -308,7 +309,7 @@ def test_whole_utterances_of_kaldis_features(models):
 
 @needs_runtime
 def test_whole_utterances_of_speechbrains_features(models):
-    """The runtime removes the mean of the samples, and so does Fbank with remove_dc."""
+    """Both the runtime and Fbank with remove_dc remove the mean of the samples."""
     for i, wav in enumerate(synthetic(16000, (2.5, 0.9, 4.0))):
         soundfile.write(models.root / f"{i}.wav", 0.02 * i + wav.numpy(), 16000)
     report = export(models.fbank, models.root / "waves", audio=[str(models.root / f"{i}.wav") for i in range(3)])
@@ -320,7 +321,7 @@ def test_whole_utterances_of_speechbrains_features(models):
 @needs_runtime
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
 def test_hotwords(streaming, models, tmp_path):
-    """Without them, texts are those of the same search in PyTorch; with them, they are written more often."""
+    """Without hotwords, texts are those of the same search in PyTorch; with hotwords, these occur more often."""
     keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
     report = export(models.kaldi, tmp_path / "folder", hotwords=True, **keys)
     assert report.kind == ("zipformer2" if streaming else "transducer")
@@ -329,7 +330,7 @@ def test_hotwords(streaming, models, tmp_path):
 
 
 def assert_hotwords_act(folder, word):
-    """The README's program writes a hotword more often than without."""
+    """With hotwords, the README's program writes a hotword more often than without."""
     soundfile.write(folder / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
     (folder / "hotwords.txt").write_text(f"{word} :9.0\n")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -343,7 +344,7 @@ def assert_hotwords_act(folder, word):
 @needs_runtime
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
 def test_a_transducer(streaming, tmp_path):
-    """Searched greedily, texts are those of the model; with a beam, hotwords are written more often."""
+    """With greedy search, texts are those of the model; with a beam, hotwords occur more often."""
     model, folder = make_transducer(tmp_path), tmp_path / "folder"
     keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
     report = export(model, folder, **keys)
@@ -368,14 +369,14 @@ def test_a_transducer(streaming, tmp_path):
 
 
 def their_stream(model, wav, chunk_size=8, left_context=4):
-    """Text of StreamingRecognizer with no endpoints."""
+    """Text of StreamingRecognizer without endpoints."""
     recognizer = StreamingRecognizer(model, chunk_size, left_context, endpoint=1000.0, longest=1000.0)
     segments = recognizer.accept(wav) + recognizer.finish()
     return " ".join(segment.text for segment in segments)
 
 
 def heard(wav, graph, tail):
-    """Samples of the chunks that the runtime decodes of a stream with zeros behind its end."""
+    """Samples in the chunks that the runtime decodes, of a stream with zeros after its end."""
     wav = torch.nn.functional.pad(wav, (0, tail))
     return wav[: (graph.features.framing.count(len(wav)) - 1) // graph.frames * graph.step + 200]
 
@@ -485,11 +486,11 @@ def test_the_websocket_server_with_three_clients(models, stream_folder, tmp_path
         assert re.findall(r'"text": "(.*?)", "tokens"', heard)[-1] == text != ""
 
 
-# ---- What is refused
+# ---- Refused models
 
 
 class Pieces:
-    """A tokenizer of these pieces; the first one is the blank, the second a control token."""
+    """A tokenizer of the given pieces; the first one is the blank, the second a control token."""
 
     def __init__(self, *pieces):
         self.pieces = ["<pad>", "<s>", *pieces]
@@ -512,11 +513,11 @@ def test_symbols():
         return symbols_of(SimpleNamespace(hparams=SimpleNamespace(tokenizer=Pieces(*pieces)), blank=0), whole)
 
     assert symbols("<unk>", "▁A", "▁", "5") == ["<blk>", "<s>", "▁⁇", "▁A", "▁", "5"]
-    with pytest.raises(ValueError, match="a token 'SIL', which sherpa-onnx leaves out of every text"):
+    with pytest.raises(ValueError, match="a token 'SIL', which sherpa-onnx leaves out of the texts"):
         symbols("▁A", "SIL")
     assert symbols("▁A", "SIL", whole=False)[-1] == "SIL"
     for piece in ("▁A▁B", "A B"):
-        with pytest.raises(ValueError, match="has a space that is not at its beginning"):
+        with pytest.raises(ValueError, match="has a space after its beginning"):
             symbols(piece)
 
 
@@ -526,15 +527,20 @@ def test_symbols():
         (Fbank(n_mels=80), "sentence", {"streaming": True}, "does not compute SpeechBrain's Fbank for streams"),
         (Fbank(n_mels=80), "global", {}, "the model's statistics are global; train with sentence statistics"),
         (Fbank(n_mels=80, sample_rate=8000), "sentence", {}, "gives 16000 samples per second.*not 8000"),
-        (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, and sherpa-onnx counts 0.02 s"),
-        (Fbank(n_mels=80), "sentence", {"hotwords": True}, "takes transducers, and so hotwords, with features that it computes"),
+        (Fbank(n_mels=80, hop_length=12), "sentence", {}, "frames take 0.048 s, but sherpa-onnx needs 0.02 s"),
+        (
+            Fbank(n_mels=80),
+            "sentence",
+            {"hotwords": True},
+            "does not take transducers, which hotwords need, with SpeechBrain's Fbank",
+        ),
         (None, "global", {"streaming": True, "left_context": -1}, "grows with a stream.*give a --left-context"),
         (None, "global", {"streaming": True, "left_context": -1, "hotwords": True}, "grows with a stream"),
         (
             None,
             "global",
             {"hotwords": True, "blank": 3},
-            "blank is token 3, and.*is token 0; train with.*or export without",
+            "blank is token 3, but.*is token 0; train with.*or export without",
         ),
         (MFCC(n_mels=80), "sentence", {}, "does not compute MFCC features; train with KaldiFbank"),
     ],
@@ -553,18 +559,18 @@ def test_what_the_runtime_cannot_run(features, norm, keys, message):
 
 def test_transducers_that_the_runtime_cannot_run():
     model = load_model(TRANSDUCER, "cpu")
-    with pytest.raises(ValueError, match="takes transducers.*and not with SpeechBrain's Fbank; train with KaldiFbank"):
+    with pytest.raises(ValueError, match="does not take transducers.*with SpeechBrain's Fbank; train with KaldiFbank"):
         make_graphs(model)
     model.mods.encoder.compute_features = KaldiFbank()
     assert list(make_graphs(model)) == list(make_graphs(model, hotwords=True)) == ["encoder", "decoder", "joiner"]
     model.mods.encoder.subsampling.factor *= 2
-    with pytest.raises(ValueError, match="frames take 0.08 s, and sherpa-onnx counts 0.04 s"):
+    with pytest.raises(ValueError, match="frames take 0.08 s, but sherpa-onnx needs 0.04 s"):
         make_graphs(model)
     model.mods.decoder.transducer.predictor = LstmPredictor(25, 8)
     with pytest.raises(ValueError, match="has predictor: lstm.*train with predictor: stateless"):
         make_graphs(model)
     model.hparams.blank_index = 3
-    with pytest.raises(ValueError, match="blank is token 3, and.*is token 0; train with blank_index 0.$"):
+    with pytest.raises(ValueError, match="blank is token 3, but.*is token 0; train with blank_index 0.$"):
         make_graphs(model)
 
 
@@ -583,7 +589,7 @@ def test_wrong_usage(out, message, models, monkeypatch, capsys):
 
 
 def test_what_the_runtime_writes_otherwise_is_not_written(models, monkeypatch):
-    """A fixture's folder serves as what was written; the runtime's texts are made up."""
+    """The written folder is replaced by a fixture's, and the runtime's texts by invented ones."""
     from speechbrain_ext.export import sherpa_folder
     from speechbrain_ext.export.sherpa_check import Texts
 
@@ -593,25 +599,25 @@ def test_what_the_runtime_writes_otherwise_is_not_written(models, monkeypatch):
     monkeypatch.setattr(sherpa_folder, "write_checked", lambda *_: report)
     monkeypatch.setattr(sherpa_folder, "has_runtime", lambda: True)
     monkeypatch.setattr(sherpa_folder, "texts_in_runtime", lambda *_: wrong)
-    with pytest.raises(RuntimeError, match="sherpa-onnx 9.9 writes 28.6% of the letters differently, and 5.0% is accepted"):
+    with pytest.raises(RuntimeError, match="sherpa-onnx 9.9 writes 28.6% of the letters differently, but only 5.0% is accepted"):
         export(models.kaldi, models.root / "wrong")
     assert not list(models.root.glob("*wrong*"))
 
 
 @needs_runtime
 def test_what_the_runtime_does_not_take_is_not_written(models, monkeypatch):
-    """A configuration that ends the runtime's process ends no other."""
+    """A configuration that ends the runtime's process does not end this one."""
     from speechbrain_ext.export import sherpa_folder
 
     monkeypatch.setattr(
         sherpa_folder, "write_checked", lambda model, graphs, path, partials, *_: partials[""].write_bytes(b"nothing")
     )
-    with pytest.raises(RuntimeError, match="sherpa-onnx does not take the exported model, so nothing was written"):
+    with pytest.raises(RuntimeError, match="sherpa-onnx does not load the exported model, so nothing was written"):
         export(models.kaldi, models.root / "nothing")
     assert not list(models.root.glob("*nothing*"))
 
 
-# ---- What takes long
+# ---- Slow tests
 
 
 @needs_runtime
@@ -640,10 +646,10 @@ def test_a_cascades_first_pass_streams(tmp_path):
 @needs_runtime
 @pytest.mark.slow
 def test_the_oldest_version(models, stream_folder, tmp_path):
-    """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26, which make slow has."""
+    """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26; make slow sets it."""
     oldest = os.environ.get("SHERPA_OLDEST")
     if oldest is None:
-        pytest.skip("the oldest sherpa-onnx is not at hand; set SHERPA_OLDEST to a folder with it")
+        pytest.skip("sherpa-onnx 1.12.26 is missing; set SHERPA_OLDEST to a folder with it")
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
     tail = tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
     np.savez(tmp_path / "w.npz", rate=16000, feature_dim=80, count=3, **{f"wav{i}": w for i, w in enumerate(wavs)})

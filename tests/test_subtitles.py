@@ -1,4 +1,4 @@
-"""Subtitles that can be read: few lines, short lines, few seconds, within the audio, and nothing lost or changed."""
+"""Subtitles have few and short lines, short times within the audio, and the complete text."""
 
 import json
 import math
@@ -35,7 +35,7 @@ OPTIONS = [
 
 
 def words_from(texts, start=0.0, seconds=0.3, pause=0.04, pauses=None):
-    """Words that follow one another; ``pauses`` are other pauses by the number of words before."""
+    """Consecutive words; ``pauses`` has other pauses, by the number of words before them."""
     words = []
     for index, text in enumerate(texts):
         start += (pauses or {}).get(index, pause) if index else 0.0
@@ -48,7 +48,7 @@ def segment_of(words):
     return Segment(words[0].start, words[-1].end, " ".join(word.text for word in words), 0.9, tuple(words))
 
 
-# -------------------- reading them back
+# -------------------- reading subtitles
 
 
 def seconds_of(clock):
@@ -57,7 +57,7 @@ def seconds_of(clock):
 
 
 def read_back(text, style):
-    """(start, end, lines, times of words) of each cue; the form is checked on the way."""
+    """Read (start, end, lines, times of words) of each cue, and check the format."""
     if style == "vtt":
         assert text.startswith("WEBVTT\n")
         text = text.removeprefix("WEBVTT\n").removeprefix("\n")
@@ -80,7 +80,7 @@ def read_back(text, style):
     return found
 
 
-# -------------------- the promises, for whatever comes
+# -------------------- properties of subtitles, on random segments
 
 
 def latin(generator):
@@ -97,7 +97,7 @@ def thai(generator):
 
 
 def random_segments(generator, script):
-    """As the recognizers make them: words and pauses of any length, some without times for the words, in frames of 40 ms."""
+    """Segments as recognisers make them: words and pauses of any length in frames of 40 ms, some without word times."""
     frame, segments = generator.randrange(30), []
     for _ in range(generator.randrange(6)):
         words = []
@@ -111,7 +111,7 @@ def random_segments(generator, script):
             segment = Segment(segment.start, segment.end, segment.text, 0.0)
         segments.append(segment)
         frame += generator.choice([0, 1, 20, 100])
-    # The audio may end within the last frame, as in a file that is not a multiple of 40 ms long
+    # The audio may end within the last frame, because its length need not be a multiple of 40 ms
     seconds = (segments[-1].end if segments else 0.0) + generator.choice([-0.0395, -0.01, 0.0, 0.5, 10.0])
     return segments, max(0.001, round(seconds, 4))
 
@@ -216,7 +216,7 @@ def test_a_segment_of_24_seconds_and_402_characters():
     assert all(len(line) <= 42 for cue in found for line in cue.text.split("\n"))
     assert all(cue.end - cue.start <= 7 and cue.text.count("\n") <= 1 for cue in found)
     assert 5 <= len(found) <= 6 and found[-1].end <= segment.end - 0.03
-    assert min(len(cue.text) for cue in found) > 40  # and about equal
+    assert min(len(cue.text) for cue in found) > 40  # cues are about equal
 
 
 def test_cues_end_at_the_longest_pause():
@@ -257,10 +257,10 @@ def test_a_text_without_spaces_is_divided_in_lines_and_times_in_proportion():
     assert all(a.end == b.start for a, b in pairwise(found)) and all(cue.end - cue.start <= 7 for cue in found)
     for cue in found:
         assert cue.end - cue.start == pytest.approx(20.0 * len(cue.text.replace("\n", "")) / 100, abs=0.002)
-    # Slow ones are divided further
+    # A slow text is divided further
     found = cues([segment_of([Word("我" * 43, 10.0, 35.0, 0.9)])], seconds=60.0)
     assert len(found) == 4 and found[-1].end == 35.0 and all(a.end == b.start for a, b in pairwise(found))
-    # One that fits in a line, and a long word of letters, stay whole
+    # A text that fits in a line, and a long word of Latin letters, are not divided
     assert [cue.text for cue in cues([segment_of([Word("我" * 16, 0, 9.0, 0.9)])], SubtitleOptions(max_line_length=16))] == [
         "我" * 16
     ]
@@ -273,7 +273,7 @@ def test_a_segment_without_words_is_divided_by_characters():
     assert " ".join(cue.text for cue in found).split() == segment.text.split()
     for cue, before in zip(found, [0, *(sum(len(cue.text) + 1 for cue in found[:index]) for index in range(1, 9))], strict=False):
         assert cue.start == pytest.approx(20.0 * before / 199, abs=0.001)
-    assert "<" not in subtitles([segment], "vtt", SubtitleOptions(word_times=True))  # nobody knows when these words are said
+    assert "<" not in subtitles([segment], "vtt", SubtitleOptions(word_times=True))  # the times of these words are unknown
 
 
 def test_what_is_no_text_makes_no_cue():
@@ -284,7 +284,7 @@ def test_what_is_no_text_makes_no_cue():
 
 
 def test_words_that_end_with_the_audio():
-    """The last word may begin with the frame in which the audio ends."""
+    """The last word may begin in the frame in which the audio ends."""
     words = [Word("A", 0.0, 0.04, 1.0), Word("B", 3.96, 3.96, 1.0)]
     found = cues([segment_of(words[:1]), segment_of(words[1:])], seconds=3.9604)
     assert [(cue.start, cue.end) for cue in found] == [(0.0, 1.0), (3.959, 3.96)]
@@ -332,7 +332,7 @@ def model():
 
 @pytest.fixture
 def files(tmp_path):
-    """Two files, of which one goes through the model in pieces; neither ends with a frame."""
+    """Two files, one long enough to be processed in pieces; neither ends at the end of a frame."""
     paths = []
     for name, samples in (("short", 80_001), ("long", 16_000 * 61 + 5)):
         paths.append(tmp_path / f"{name}.wav")
@@ -341,14 +341,14 @@ def files(tmp_path):
 
 
 def written(folder, name):
-    """The segments of the JSON lines, and the cues of both kinds of subtitles."""
+    """The segments of the JSON lines, and the cues of both subtitle formats."""
     records = [json.loads(line) for line in (folder / f"{name}.jsonl").open()]
     segments = [Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])}) for record in records]
     return segments, *(read_back((folder / f"{name}.{style}").read_text(), style) for style in ("srt", "vtt"))
 
 
 def test_all_outputs_agree_and_end_with_the_audio(model, files, tmp_path, monkeypatch):
-    def later(segment):  # as if all were said at the very end: the last frame is there in part only
+    def later(segment):  # as if all words were at the very end, in a frame that is not complete
         return Segment(segment.start, 1e4, segment.text, 0.5, (Word("A", segment.start, 1e3, 0.5), Word("B", 1e3, 1e4, 0.5)))
 
     transcribe_long, split_at_pauses = files_to_text.transcribe_long, files_to_text.split_at_pauses
@@ -379,7 +379,7 @@ def test_subtitles_are_written_again_with_other_options(model, files, tmp_path, 
 
     monkeypatch.setattr(model, "transcribe_segments", never)
     monkeypatch.setattr(files_to_text, "transcribe_long", never)
-    # Without options, what is finished is left alone, even where somebody has corrected it; what is gone comes again
+    # Without options, existing subtitles are kept, even corrected ones, and missing ones are written again
     (out / "short.srt").write_text("corrected")
     (out / "long.vtt").unlink()
     assert all(transcript.is_from_before for transcript in transcribe_files(model, files, out))

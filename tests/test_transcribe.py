@@ -1,4 +1,4 @@
-"""One way from audio to text: what Python gives and what the command line prints are the same, and a bug stays a bug."""
+"""Python and the command line give the same texts, and a bug keeps its traceback."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ FOLDERS = Path(__file__).parent / "data" / "model_folders"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files of 5, 90 and 200 s: one goes through the model whole, the others in pieces."""
+    """Files of 5, 90 and 200 s: one is processed whole, the others in pieces."""
     folder, paths = tmp_path_factory.mktemp("files"), []
     for seconds in (5, 90, 200):
         paths.append(folder / f"{seconds}.wav")
@@ -30,7 +30,7 @@ def files(tmp_path_factory):
     return paths
 
 
-# A model that was trained in full context reads long files in windows, one that was trained to stream as a stream
+# A model that was trained in full context processes long files in windows, and one that was trained to stream as streams
 @pytest.mark.parametrize(
     "name, pass_name",
     [("ctc-v1", None), ("fused-v1", None), ("cascade-v1", "first"), ("cascade-v1", None), ("transducer-v1", None)],
@@ -46,11 +46,11 @@ def test_python_and_the_command_line_give_the_same_text(name, pass_name, files, 
     assert capsys.readouterr().out == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
     assert model.transcribe_files(files, output=tmp_path / "out") == texts
     assert sorted(path.suffix for path in (tmp_path / "out").glob("200.*")) == [".jsonl", ".srt", ".vtt"]
-    assert model.transcribe_files(files, output=tmp_path / "out") == texts  # from what is there
+    assert model.transcribe_files(files, output=tmp_path / "out") == texts  # from the finished files
 
 
 def test_a_beam_is_chosen(files, capsys):
-    """As the model has it, or greedy; of another model it is refused."""
+    """The model's beam, or greedy search; a model without a beam refuses it."""
     model, command = load_model(FOLDERS / "transducer-v1", "cpu"), ["transcribe", "--device", "cpu", "--beam-size", "1"]
     beam = model.transcribe_file(files[0])
     model.choose_beam(1)
@@ -60,7 +60,7 @@ def test_a_beam_is_chosen(files, capsys):
     assert cli.main([*command, "--model", str(FOLDERS / "transducer-v1"), str(files[0])]) == 0
     assert capsys.readouterr().out == f"{files[0]}\t{greedy}\n"
     assert cli.main([*command, "--model", str(FOLDERS / "ctc-v1"), str(files[0])]) == 2
-    assert "answers with ctc_greedy, which has no beam" in capsys.readouterr().err
+    assert "uses ctc_greedy, which has no beam" in capsys.readouterr().err
 
 
 def test_a_bad_file_raises_in_python(files, tmp_path):
@@ -77,7 +77,7 @@ def test_an_unknown_pass_is_refused():
 
 
 def test_a_bug_in_a_model_keeps_its_traceback(files, monkeypatch):
-    """Of the package or of a user's own encoder: no sentence could say which line it is in."""
+    """A bug in the package or in a user's encoder needs its traceback to be found."""
     model = load_model(FOLDERS / "ctc-v1", "cpu")
     bugs = TypeError("bug"), RuntimeError("shape '[3]' is invalid for input of size 2"), ValueError("bug")
     for bug in (*bugs, RuntimeError("CUDA error: an illegal memory access was encountered")):
@@ -124,7 +124,7 @@ def test_what_a_batch_took_is_free_before_its_files_go_one_by_one(files, tmp_pat
 @pytest.mark.parametrize("device", ["pretend", DEVICE])
 @torch.no_grad()
 def test_a_batch_goes_to_a_device_at_once(device, files, tmp_path):
-    """Its files are read and put together before; and the device may be given in any way that PyTorch knows."""
+    """Its files are joined before; the device may have any form that PyTorch accepts."""
     paths = [files[0], *(tmp_path / f"{number}.wav" for number in range(3))]
     for path in paths[1:]:
         shutil.copy(files[0], path)
@@ -148,7 +148,7 @@ def test_alignment_runs_on_the_host():
 
 
 def test_importing_does_no_work():
-    """What starts up slowly is imported where it is used."""
+    """Packages that import slowly are imported where they are used."""
     code = """if True:
         import sys
         import speechbrain_ext.cli, speechbrain_ext.registry, speechbrain_ext.utils.errors

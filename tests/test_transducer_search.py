@@ -1,4 +1,4 @@
-"""The transducer's searches: against sums over all texts, SpeechBrain's searcher, themselves alone, and themselves in pieces."""
+"""The transducer searches, compared with sums over all texts, SpeechBrain's searcher, single utterances, and streams."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ KEYS = {"predictor_size": 8, "joint_size": 10}
 
 
 def make(kind="stateless", vocab=V, often=4.0):
-    """A transducer that says something in every few frames."""
+    """A transducer that emits a token every few frames."""
     torch.manual_seed(3)
     net = Transducer(D, vocab, kind, **KEYS).eval()
     with torch.no_grad():
@@ -33,7 +33,7 @@ def frames_of(*lengths):
 
 
 def plain_greedy(net, frames, max_symbols):
-    """Token by token."""
+    """Greedy search, token by token."""
     state, said, score = net.predictor.begin(1), [], 0.0
     for time, frame in enumerate(net.project_frames(frames)):
         for symbol in range(max_symbols + 1):
@@ -79,7 +79,7 @@ def test_a_batch_gives_the_same_as_each_alone(net, beam_size):
 
 
 def log_prob(net, frames, tokens):
-    """Of a text, with one label per frame at most: the sum over all alignments, in float64."""
+    """Log-probability of a text with at most one label per frame: the sum over all alignments, in float64."""
     net = net.double()
     outputs = net.project_outputs(net.predictor(torch.tensor([tokens], dtype=torch.long)))
     log_probs = net.join(net.project_frames(frames.double()).unsqueeze(1), outputs).log_softmax(-1)  # (T, U + 1, V)
@@ -109,7 +109,7 @@ def test_a_beam_scores_no_worse_than_greedy_search(net):
     greedy, beam = (TransducerSearch(net, size, max_symbols=1).hypotheses(frames, lens)[0] for size in (1, 6))
     found = [log_prob(net, frames[0], hypothesis.tokens) / (1 + len(hypothesis.tokens)) for hypothesis in (greedy, beam)]
     assert found[1] >= found[0] - 1e-6
-    assert beam.score <= log_prob(net, frames[0], beam.tokens) + 1e-3  # of the alignments that stayed in the beam
+    assert beam.score <= log_prob(net, frames[0], beam.tokens) + 1e-3  # the beam sums only the alignments that stay in it
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_a_stream_says_what_the_whole_says(net, beam_size, size):
     stream, certain = search.stream(), []
     for piece in frames[0].split(size):
         stream.accept(piece)
-        assert [token for token, _ in stream.tokens][: len(certain)] == certain  # nothing is taken back
+        assert [token for token, _ in stream.tokens][: len(certain)] == certain  # final tokens do not change
         certain = [token for token, _ in stream.tokens][: stream.certain]
     assert stream.tokens == list(zip(whole.tokens, whole.frames, strict=True))
     assert beam_size > 1 or len(certain) == len(whole.tokens) > 5
@@ -140,7 +140,7 @@ def test_a_stream_says_what_the_whole_says(net, beam_size, size):
 
 @torch.no_grad()
 def test_speechbrains_searcher_takes_the_lstm():
-    """Its greedy search lets a frame have one token more than it says."""
+    """SpeechBrain's greedy search allows one token per frame more than its limit."""
     net = make("lstm")
     networks = [net.predictor.embedding, net.predictor.lstm, net.project_outputs]
     theirs = TransducerBeamSearcher(networks, net.joint, [net.out], net.blank_index, beam_size=1, nbest=1)

@@ -1,6 +1,6 @@
-"""The page of ``examples/web`` in a real browser: it writes what Python does, and says what is wrong.
+"""The page of ``examples/web`` in a real browser: it writes the same text as Python, and shows errors.
 
-It needs Debian's Chromium and npm, and is skipped without them.
+The tests need Debian's Chromium and npm, and are skipped without them.
 """
 
 import json
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """The page with its packages and models of both features, its address, and what runs it."""
+    """A function that runs the page with a model and audio, and the models, one for each kind of features."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[dev]")
     root = tmp_path_factory.mktemp("web")
@@ -81,7 +81,7 @@ def test_a_file_has_the_text_that_python_streams(name, seconds, web, tmp_path):
 
 
 def test_the_microphone(web):
-    """Chromium's own, which beeps."""
+    """Chromium's fake microphone, which beeps."""
     run, _ = web
     said = run("kaldi", "microphone")
     assert "times as fast as speech" in said["status"] and said["text"] and not said["errors"]
@@ -91,4 +91,4 @@ def test_what_is_wrong_is_said(web, tmp_path):
     run, _ = web
     (tmp_path / "notes.wav").write_text("no audio")
     assert run("kaldi", tmp_path / "notes.wav")["status"] == "notes.wav is not audio that this browser can read."
-    assert run("gone", "none")["status"] == "There is no gone.onnx beside this page."
+    assert run("gone", "none")["status"] == "There is no gone.onnx next to this page."

@@ -1,10 +1,10 @@
-// Open the page in Chromium, give it a file or the microphone, and print what it says, as JSON.
+// Open the page in Chromium, give it a file or the microphone, and print its text and status as JSON.
 //
 //     node web_page.mjs PLAYWRIGHT CHROMIUM URL FILE|microphone|none [PICTURE.png]
 
 import {writeFileSync} from 'node:fs';
 
-const PATIENCE = 240000; // of a machine that does other things, too
+const PATIENCE = 240000; // milliseconds, enough on a busy machine
 const [playwright, executablePath, url, heard, picture] = process.argv.slice(2);
 const {chromium} = await import(playwright);
 const args = ['--disable-background-networking', '--disable-component-update', '--disable-gpu', '--no-first-run'];

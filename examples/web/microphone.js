@@ -1,4 +1,4 @@
-// The microphone's samples, sent on in pieces of 1024.
+// Sends the microphone's samples to the page in pieces of 1024.
 
 class Microphone extends AudioWorkletProcessor {
   piece = new Float32Array(1024);

@@ -1,15 +1,15 @@
-// The page: a microphone or a file, and what is said.
+// The page: transcribes the microphone or a file.
 
 import {Recognizer} from './recognizer.js';
 
 const find = (id) => document.getElementById(id);
 const [microphone, file, copy, wave, words, status, facts] = ['microphone', 'file', 'copy', 'wave', 'words', 'status', 'facts'].map(find);
 const MODEL = new URLSearchParams(location.search).get('model') ?? 'model.onnx';
-const PIECE = 0.5; // seconds of a file between two looks at the page
+const PIECE = 0.5; // seconds of a file between two updates of the page
 const LEVELS_PER_SECOND = 25;
 
 let recognizer;
-let recording; // while the microphone is open, what ends it
+let recording; // a function that closes the microphone, while it is open
 let levels = [];
 
 const say = (text, isError = false) => {
@@ -17,7 +17,7 @@ const say = (text, isError = false) => {
   status.classList.toggle('error', isError);
 };
 
-/** Let nothing begin while something runs; the microphone may be ended. */
+/** Disable the controls while something runs, except the button that stops the microphone. */
 function setBusy(busy) {
   microphone.disabled = busy && !recording;
   file.disabled = busy;
@@ -49,10 +49,10 @@ async function finish() {
   const {seconds, computing} = recognizer;
   const times = (seconds / computing).toFixed(seconds / computing < 10 ? 1 : 0);
   say(seconds ? `${seconds.toFixed(1)} s of audio in ${computing.toFixed(2)} s: ${times} times as fast as speech.` : 'There was no audio.');
-  if (!recognizer.tokens.length) words.replaceChildren(paragraph('', 'No words were heard.', 'empty'));
+  if (!recognizer.tokens.length) words.replaceChildren(paragraph('', 'No words were recognised.', 'empty'));
 }
 
-/** Lines of words; of a line that has grown, screen readers are told what is new. */
+/** Show lines of words. Only new text is appended to a line, because screen readers then read only that. */
 function show() {
   const parts = recognizer.parts();
   while (words.children.length > parts.length) words.lastElementChild.remove();
@@ -78,7 +78,7 @@ function paragraph(time, text, name = '') {
 
 const clock = (time) => `${Math.floor(time / 60)}:${String(Math.floor(time % 60)).padStart(2, '0')}`;
 
-/** The loudness as bars around the middle: of the last seconds, and at the end of all. */
+/** Draw the loudness as bars: of the last seconds while something runs, and of the whole audio at the end. */
 function draw() {
   const scale = devicePixelRatio;
   const [width, height] = [wave.clientWidth * scale, wave.clientHeight * scale];
@@ -99,12 +99,12 @@ function draw() {
 async function transcribe(chosen) {
   begin();
   try {
-    say(`Listening to ${chosen.name} …`);
+    say(`Transcribing ${chosen.name} …`);
     const samples = await decode(chosen);
     const size = Math.round(PIECE * recognizer.sampleRate);
     for (let start = 0; start < samples.length; start += size) {
       await accept(samples.subarray(start, start + size));
-      await new Promise((resolve) => setTimeout(resolve)); // the page's turn
+      await new Promise((resolve) => setTimeout(resolve)); // lets the browser update the page
     }
     await finish();
   } catch (error) {
@@ -113,7 +113,7 @@ async function transcribe(chosen) {
   setBusy(false);
 }
 
-/** The samples of a file at the model's rate, its channels put together. */
+/** The samples of a file at the model's rate, as the mean of its channels. */
 async function decode(chosen) {
   const context = new OfflineAudioContext(1, 1, recognizer.sampleRate);
   let audio;
@@ -134,7 +134,7 @@ async function record() {
     await context.audioWorklet.addModule('microphone.js');
     const node = new AudioWorkletNode(context, 'microphone', {numberOfOutputs: 0});
     const source = context.createMediaStreamSource(stream);
-    let turn = Promise.resolve(); // one piece after the other
+    let turn = Promise.resolve(); // pieces are processed one by one
     node.port.onmessage = ({data}) => (turn = turn.then(() => accept(data)));
     recording = async () => {
       source.disconnect();
@@ -174,7 +174,7 @@ async function stop() {
 microphone.addEventListener('click', () => (recording ? stop() : record()));
 file.addEventListener('change', async () => {
   if (file.files.length) await transcribe(file.files[0]);
-  file.value = ''; // the same file may be chosen again
+  file.value = ''; // so that the same file can be chosen again
 });
 copy.addEventListener('click', async () => {
   await navigator.clipboard.writeText(recognizer.parts().map(({text}) => text).join('\n'));

@@ -1,14 +1,14 @@
-// A model that `python -m speechbrain_ext export --streaming` wrote: samples in, words out, chunk by chunk.
+// Runs a model of `python -m speechbrain_ext export --streaming` chunk by chunk, from samples to words.
 
 import * as ort from './node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
 
-ort.env.wasm.numThreads = 1; // more need headers that a static server does not send
+ort.env.wasm.numThreads = 1; // more threads need headers that a static server does not send
 
 const ARRAYS = {float32: Float32Array, float64: Float64Array, int64: BigInt64Array};
 const FORMAT = 'speechbrain_ext';
-const METADATA_PROPS = 14; // of ONNX's ModelProto
+const METADATA_PROPS = 14; // number of this field in ONNX's ModelProto
 
-/** The metadata of an ONNX file, which onnxruntime-web does not hand out: its protocol buffer is walked over. */
+/** Read the metadata of an ONNX file from its protocol buffer, because onnxruntime-web does not give access to it. */
 export function metadataOf(bytes) {
   const about = {};
   for (const [field, value] of fieldsOf(bytes)) {
@@ -45,14 +45,14 @@ function* fieldsOf(bytes) {
 }
 
 export class Recognizer {
-  /** Load a model; throws an Error that says what to do. */
+  /** Load a model; throws an Error if that is not possible. */
   static async load(url) {
     const response = await fetch(url);
-    if (!response.ok) throw new Error(`There is no ${url} beside this page.`);
+    if (!response.ok) throw new Error(`There is no ${url} next to this page.`);
     const bytes = new Uint8Array(await response.arrayBuffer());
     const about = metadataOf(bytes);
     if (about.format !== FORMAT || about.mode !== 'streaming') {
-      throw new Error(`${url} was not written by "python -m ${FORMAT} export --streaming".`);
+      throw new Error(`${url} is not from "python -m ${FORMAT} export --streaming"; export the model with this command.`);
     }
     return new Recognizer(await ort.InferenceSession.create(bytes), about, bytes.length);
   }
@@ -77,14 +77,14 @@ export class Recognizer {
     return this.step / this.sampleRate;
   }
 
-  /** Seconds that have been heard. */
+  /** Seconds of audio so far. */
   get seconds() {
     return this.heard / this.sampleRate;
   }
 
   /** Begin a stream. */
   reset() {
-    this.kept = new Float32Array(0); // the samples from number `from` on
+    this.kept = new Float32Array(0); // the samples from index `from` on
     this.from = this.heard = this.chunk = this.frames = this.computing = 0;
     this.last = this.blank;
     this.tokens = []; // {symbol, time}
@@ -96,7 +96,7 @@ export class Recognizer {
     }
   }
 
-  /** Take in samples in [-1, 1]. */
+  /** Process samples in [-1, 1]. */
   async accept(samples) {
     const joined = new Float32Array(this.kept.length + samples.length);
     joined.set(this.kept);
@@ -109,20 +109,20 @@ export class Recognizer {
     this.from = from;
   }
 
-  /** End the stream: what fills no chunk is heard, too. */
+  /** End the stream, and process an incomplete last chunk. */
   async finish() {
     if (!this.heard) return;
     const frames = Math.max(1, Math.floor((this.heard + this.before - Math.floor(this.window / 2)) / this.hop) + 1);
-    const end = (frames - 1) * this.hop + this.window - this.before; // of the last frame's window
+    const end = (frames - 1) * this.hop + this.window - this.before; // end of the last frame's window
     while (this.chunk * this.step < frames * this.hop) await this.#run(Math.min(this.start + this.size, end));
   }
 
-  /** Where the next chunk's first window begins; the first one begins before the first sample. */
+  /** Start of the next chunk's first window; that of the first chunk is before the first sample. */
   get start() {
     return this.chunk * this.step - this.before;
   }
 
-  /** The sample of a number; beyond the ends there are zeros, or the samples mirrored. */
+  /** The sample at an index; outside the audio, zero or a mirrored sample. */
   #sample(number) {
     if (number < 0 || number >= this.heard) {
       if (!this.mirrors) return 0;
@@ -156,7 +156,7 @@ export class Recognizer {
     }
   }
 
-  /** What has been said: a list of {time, text}, parted where there was a pause, in seconds. */
+  /** The text so far: a list of {time, text}, divided at pauses of a length in seconds. */
   parts(pause = 1.0) {
     const parts = [];
     let before = -Infinity;

@@ -1,4 +1,4 @@
-"""From audio on: what a recogniser does beside its encoder, the same for all that are compared."""
+"""Recognition and training from audio: all steps except the encoder, the same for all compared models."""
 
 from pathlib import Path
 
@@ -16,21 +16,21 @@ from speechbrain_ext.dataio.resampling import SAMPLE_RATE
 from speechbrain_ext.lobes.features import InputNormalization, clip_features, normalize_features, raw_features
 
 TOKENS = 5000
-"""Of SpeechBrain's published recipes."""
+"""Number of tokens, as in SpeechBrain's published recipes."""
 TOKENS_PER_SECOND = 4
 WORKERS = 4
 """Processes that read audio, as in the recipes."""
 BATCHES = 8
-"""Of one pass over the files, whose time is divided by it: the workers begin with each pass, and then run ahead."""
+"""Batches per timed call. Their time is divided by this number, because workers start with each call, and then read ahead."""
 
 
 class Recognizer(nn.Module):
-    """Samples (B, N) with relative lengths (B,) through filter banks, their normalisation and a net to CTC log-probabilities.
+    """Filter banks, normalisation, a net and a CTC head, from samples (B, N) with relative lengths (B,) to log-probabilities.
 
     Arguments
     ---------
     net : speechbrain_ext.bench.models.WithFrontEnd
-        From features on.
+        The net after the features.
     d_model : int
         Width of its output.
 
@@ -61,16 +61,16 @@ class Recognizer(nn.Module):
 
 
 def write_files(folder, seconds, lens):
-    """FLAC files of noise.
+    """Write FLAC files of noise.
 
     Arguments
     ---------
     folder : str
-        Where they go.
+        The folder of the files.
     seconds : int
-        Of the longest.
+        Length of the longest file.
     lens : list of float
-        Of each, as a share of that.
+        Length of each file, relative to the longest.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def write_files(folder, seconds, lens):
 
 
 class _Speech(Dataset):
-    """Samples and tokens, as the recipes' datasets give them."""
+    """Samples and tokens, in the form of the recipes' datasets."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -99,19 +99,19 @@ class _Speech(Dataset):
 
 
 def make_loader(paths, device):
-    """Batches that each have all the files, :data:`BATCHES` of them.
+    """A loader of :data:`BATCHES` batches, each of all files.
 
     Arguments
     ---------
     paths : list of pathlib.Path
         Audio files.
     device : str
-        Where the batches go.
+        The device of the batches.
 
     Returns
     -------
     torch.utils.data.DataLoader
-        Of :class:`speechbrain_ext.dataio.datasets.Batch`.
+        Loads :class:`speechbrain_ext.dataio.datasets.Batch`.
     """
     return DataLoader(
         _Speech(paths),

@@ -1,7 +1,7 @@
-"""Streams whose state lies in the same memory for every chunk, so that a CUDA graph can replay one.
+"""Streams with their state in the same memory for every chunk, as CUDA graphs need it.
 
-A graph starts all kernels of a chunk by one call. It reads and writes fixed addresses: so what a chunk leaves behind is copied to
-where the next one reads it, and counters are tensors.
+A graph starts all kernels of a chunk with one call. It reads and writes fixed addresses. Therefore the new state of each chunk is
+copied to the addresses of the old one, and counters are tensors.
 """
 
 from dataclasses import fields, is_dataclass
@@ -13,16 +13,16 @@ from speechbrain_ext.bench.models import Unsupported
 
 
 class StaticStream:
-    """The next chunk of a stream, again and again.
+    """A stream that runs chunk after chunk in the same memory.
 
     Arguments
     ---------
     model : speechbrain_ext.bench.models.Model
-        In evaluation mode.
+        The model, in evaluation mode.
     context : object
-        Of ``model.make_context``, after so many chunks that its tensors have the sizes that they keep.
+        A context of ``model.make_context``, after enough chunks for its tensors to have their final sizes.
     chunk : torch.Tensor
-        (B, C, D), the chunk; write others into :attr:`chunk`.
+        (B, C, D), the chunk; write other chunks into :attr:`chunk`.
 
     Example
     -------
@@ -46,24 +46,24 @@ class StaticStream:
         self._put_back()
 
     def step(self):
-        """One chunk.
+        """Run one chunk.
 
         Returns
         -------
         torch.Tensor
-            (B, C, D).
+            (B, C, D), the output.
 
         Raises
         ------
         Unsupported
-            If the state has other sizes than before.
+            If the sizes of the state change.
         """
         out = self.model.stream(self.chunk, self.context)
         following = [_get(*place) for place in self.places]
         if [tensor.shape for tensor in following] != [tensor.shape for tensor in self.state]:
             raise Unsupported("left out: its state grows with the stream, and a CUDA graph has fixed sizes")
         held = {tensor.untyped_storage().data_ptr() for tensor in self.state}
-        # What only moves on must be read before it is written over
+        # A tensor that shares memory with the state must be read before it is overwritten
         following = [tensor.clone() if tensor.untyped_storage().data_ptr() in held else tensor for tensor in following]
         torch._foreach_copy_(self.state, following)
         self._put_back()
@@ -75,22 +75,22 @@ class StaticStream:
         Returns
         -------
         callable
-            Replays it; the output lies where that of the last replay did.
+            Replays it; all replays write their output to the same memory.
         """
-        with torch.cuda.device(self.chunk.device):  # streams are those of the current one
+        with torch.cuda.device(self.chunk.device):  # torch.cuda's streams belong to the current device
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):  # libraries set themselves up in the first calls, which a graph must not record
+            with torch.cuda.stream(beside):  # the first calls initialise libraries, which a graph must not record
                 for _ in range(3):
                     self.step()
             torch.cuda.current_stream().wait_stream(beside)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.out = self.step()
-        return self.replay  # with it lives the memory that the graph reads and writes
+        return self.replay  # the method keeps the graph's memory alive
 
     def replay(self):
-        """What :meth:`capture` has recorded, once more; of what is in :attr:`chunk`."""
+        """Replay the graph of :meth:`capture` on :attr:`chunk`."""
         self.graph.replay()
         return self.out
 
@@ -100,7 +100,7 @@ class StaticStream:
 
 
 def _items(value):
-    """(owner, key, value) of all that a state is made of."""
+    """(owner, key, value) of all parts of a state."""
     if is_dataclass(value):
         items = [(entry.name, getattr(value, entry.name)) for entry in fields(value)]
     elif isinstance(value, dict):
@@ -117,7 +117,7 @@ def _places(state):
 
 
 def _counters(state):
-    """Numbers that may be tensors, by the annotation of their field."""
+    """(owner, name) of integers that may also be tensors, by the annotation of their field."""
     for owner in {id(owner): owner for owner, _, _ in _items(state) if is_dataclass(owner)}.values():
         for entry in fields(owner):
             if torch.Tensor in get_args(entry.type) and isinstance(getattr(owner, entry.name), int):

@@ -1,11 +1,12 @@
-"""What is compared: every registered encoder, and what one would use otherwise, at equal work.
+"""The compared models: every registered encoder, and encoders of other packages (peers), at equal work.
 
-Equal work: all get the same frames, and have the same number of blocks, width, heads, feed-forward width and kernel. Batches are
-padded and have a mask, as in training; a single utterance has neither. With front end, all get the same features: ours go through
-:class:`speechbrain_ext.lobes.subsampling.ConvolutionSubsampling`, the others through SpeechBrain's ``ConvolutionFrontEnd`` with
-the settings of its published recipes, which has the same parameters; then through a linear layer of the encoder's width.
+Equal work: all models get the same frames, and have the same number of blocks, width, heads, feed-forward width and kernel.
+Batches are padded and have a mask, as in training; a single utterance has neither. With front end, all models get the same
+features. Our encoders use :class:`speechbrain_ext.lobes.subsampling.ConvolutionSubsampling`. Peers use SpeechBrain's
+``ConvolutionFrontEnd`` with the settings of its published recipes, which has the same parameters. A linear layer of the encoder's
+width follows.
 
-Where a peer computes what one of ours does, the two run with the same weights, and :func:`assert_equal` has compared them.
+If a peer and one of our encoders compute the same, both have the same weights, and :func:`assert_equal` compares their outputs.
 """
 
 import copy
@@ -33,7 +34,7 @@ from speechbrain_ext.utils.errors import one_line
 
 BASELINE = "conformer"
 FEATURES = 80
-CHANNELS = (64, 32)  # of the front end, as in SpeechBrain's published recipes
+CHANNELS = (64, 32)  # channels of the front end, as in SpeechBrain's published recipes
 TOLERANCE = 1e-4
 
 
@@ -42,12 +43,12 @@ class EqualityError(RuntimeError):
 
 
 class Unsupported(RuntimeError):
-    """What a model cannot do; the message is the note in its row."""
+    """A model cannot do the task; the message becomes the note in its row."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What all encoders of a comparison share."""
+    """Dimensions that all encoders of a comparison share."""
 
     d_model: int = 144
     nhead: int = 8
@@ -61,18 +62,18 @@ class Dimensions:
 
 
 class Model(nn.Module):
-    """One of our encoders, or anything with its interface, behind the call that is measured: (B, T, D) to (B, T, D)."""
+    """One of our encoders, or one with the same interface, as the module that is measured: (B, T, D) to (B, T, D)."""
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
 
     def forward(self, x, mask=None):
-        """Whole utterances; the mask is (B, T) bool, True = padding."""
+        """Encode whole utterances; the mask is (B, T) bool, True = padding."""
         return self.encoder(x, src_key_padding_mask=mask)[0]
 
     def make_context(self, config):
-        """Of a new stream."""
+        """The context of a new stream."""
         if not getattr(self.encoder, "streamable", False):
             raise Unsupported("does not stream")
         try:
@@ -81,7 +82,7 @@ class Model(nn.Module):
             raise Unsupported(str(error)) from error
 
     def stream(self, x, context):
-        """One chunk (B, C, D)."""
+        """Encode one chunk (B, C, D)."""
         return self.encoder.forward_streaming(x, context)[0]
 
     def state_bytes(self, context):
@@ -90,19 +91,19 @@ class Model(nn.Module):
 
 
 class SpeechBrainModel(Model):
-    """SpeechBrain's encoders, with the position table that its TransformerASR would make for each call."""
+    """SpeechBrain's encoders, with the position table that SpeechBrain's TransformerASR computes in each call."""
 
     def __init__(self, encoder, d_model, relative):
         super().__init__(encoder)
         self.positions = RelPosEncXL(d_model) if relative else None
 
     def forward(self, x, mask=None):
-        """Whole utterances; the mask is (B, T) bool, True = padding."""
+        """Encode whole utterances; the mask is (B, T) bool, True = padding."""
         positions = self.positions(x) if self.positions is not None else None
         return self.encoder(x, src_key_padding_mask=mask, pos_embs=positions)[0]
 
     def make_context(self, config):
-        """Of a new stream."""
+        """The context of a new stream."""
         if not isinstance(self.encoder, ConformerEncoder) or self.encoder.attention_type == "hypermixing":
             raise Unsupported("SpeechBrain does not stream it")
         if config.is_infinite_left_context():
@@ -110,9 +111,9 @@ class SpeechBrainModel(Model):
         return self.encoder.make_streaming_context(config)
 
     def stream(self, x, context):
-        """One chunk (B, C, D)."""
+        """Encode one chunk (B, C, D)."""
         positions = None
-        if self.positions is not None:  # of chunk and left context, as in TransformerASR.encode_streaming
+        if self.positions is not None:  # for chunk and left context, as in TransformerASR.encode_streaming
             before = context.layers[0].mha_left_context
             frames = x.shape[1] + (0 if before is None else before.shape[1])
             positions = self.positions(x.new_empty(1, frames, x.shape[2]))
@@ -120,22 +121,22 @@ class SpeechBrainModel(Model):
 
 
 class TorchaudioModel(Model):
-    """torchaudio's Conformer; its own forward makes a padding mask of lengths, always, so that its layers are called."""
+    """torchaudio's Conformer. It calls the layers, because torchaudio's forward always computes a mask from lengths."""
 
     def forward(self, x, mask=None):
-        """Whole utterances; the mask is (B, T) bool, True = padding."""
+        """Encode whole utterances; the mask is (B, T) bool, True = padding."""
         x = x.transpose(0, 1)
         for layer in self.encoder.conformer_layers:
             x = layer(x, mask)
         return x.transpose(0, 1)
 
     def make_context(self, config):
-        """It has none."""
+        """Raise Unsupported, because torchaudio does not stream it."""
         raise Unsupported("torchaudio does not stream it")
 
 
 class WithFrontEnd(nn.Module):
-    """Features (B, T, F) through front end, input layer and encoder."""
+    """Front end, input layer and encoder, from features (B, T, F)."""
 
     def __init__(self, front_end, model, d_model):
         super().__init__()
@@ -146,25 +147,25 @@ class WithFrontEnd(nn.Module):
         self.model = model
 
     def forward(self, x, lens=None):
-        """(B, T, F), with relative lengths (B,) where some are padded, to (B, ceil(T / 4), D)."""
+        """Map (B, T, F), with relative lengths (B,) in a padded batch, to (B, ceil(T / 4), D)."""
         x, lens = self._frames(x, lens)
         mask = None if lens is None else padding_mask(absolute_lengths(lens, x.shape[1]), x.shape[1])
         return self.model(self.input(x), mask)
 
     def _frames(self, x, lens=None):
-        if isinstance(self.front_end, ConvolutionFrontEnd):  # which knows no lengths
+        if isinstance(self.front_end, ConvolutionFrontEnd):  # takes no lengths
             return self.front_end(x).flatten(2), lens
         x, lens = self.front_end(x, lens)
         return x.flatten(2), lens
 
 
 def our_front_end():
-    """Of all our encoders."""
+    """The front end of all our encoders."""
     return ConvolutionSubsampling(FEATURES, CHANNELS)
 
 
 def speechbrain_front_end():
-    """As ``CNN`` of SpeechBrain's published Transformer and Conformer recipes."""
+    """The ``CNN`` of SpeechBrain's published Transformer and Conformer recipes."""
     return ConvolutionFrontEnd(
         input_shape=(None, None, FEATURES),
         num_blocks=2,
@@ -178,15 +179,15 @@ def speechbrain_front_end():
 
 @dataclass(frozen=True)
 class Peer:
-    """What one would use otherwise."""
+    """An encoder of another package."""
 
     source: str
     build: Callable
-    """From dimensions and the largest number of frames to a :class:`Model`."""
+    """Builds a :class:`Model` from dimensions and the largest number of frames."""
     counterpart: str | None = None
     """Name of our encoder that computes the same with the same weights."""
     keys: dict = field(default_factory=dict)
-    """Of that encoder."""
+    """Keys of our encoder."""
     note: str = ""
     no_compiled_training: str = ""
     """Why its training step must not be compiled."""
@@ -203,7 +204,9 @@ def _speechbrain_conformer(attention):
             dropout=dims.dropout,
             attention_type=attention,
         )
-        if attention == "hypermixing" and frames > 3000:  # where its table of positions ends, and its constructor has no key
+        if (
+            attention == "hypermixing" and frames > 3000
+        ):  # the length of its table of positions, for which its constructor has no key
             table = PositionalEncoding(dims.d_model, frames)
             for layer in encoder.layers:
                 layer.mha_layer.positional_encoding = table
@@ -213,7 +216,7 @@ def _speechbrain_conformer(attention):
 
 
 def _speechbrain_branchformer(dims, frames):
-    # Its hidden width in the published recipe (3072 of 512) in proportion; it has no d_ffn.
+    # The published recipe has a hidden width of 3072 for d_model 512, so 6 * d_model; there is no d_ffn.
     encoder = BranchformerEncoder(
         dims.num_layers, dims.d_model, dims.nhead, dims.kernel_size, dropout=dims.dropout, csgu_linear_units=6 * dims.d_model
     )
@@ -250,44 +253,44 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """What has rows in the tables."""
+    """A model with rows in the tables."""
 
     name: str
     source: str
-    """"here" or the peer's."""
+    """"here", or the package of a peer."""
     size: str
     """"equal", or the name of one of the encoder's own sizes."""
     dims: str
-    """The dimensions, of one of its own sizes those that its table states."""
+    """The dimensions; for one of the encoder's sizes, those in its table of sizes."""
     encoder: str | None = None
-    """Registered name, of ours."""
+    """Registered name of our encoder; None for a peer."""
     keys: tuple = ()
-    """Its keys but the dimensions, as items."""
+    """Its keys except the dimensions, as items."""
     twin: str | None = None
-    """Of ours, the peer that computes the same."""
+    """The peer that computes the same as our encoder."""
 
     @property
     def note(self):
-        """What a reader should know about it."""
+        """A remark for the tables."""
         return "" if self.encoder else PEERS[self.name].note
 
 
 def groups(encoders, peers, dims, own_sizes=True):
-    """What is compared with what: first all at equal work, then each encoder's own sizes, each beside the baseline.
+    """Groups of models to compare: first all at equal work, then each size of each encoder with the baseline.
 
     Arguments
     ---------
     encoders, peers : list of str
-        Names; the baseline is always there, and so is what computes the same as a peer, if its encoder is.
+        Names. The baseline is always included, and so is the counterpart of a peer if its encoder is in ``encoders``.
     dims : Dimensions
-        Of the equal ones.
+        Dimensions at equal work.
     own_sizes : bool
-        Whether the encoders' own sizes come, too.
+        Whether to add the encoders' published sizes.
 
     Returns
     -------
     list of list of Candidate
-        Each with the baseline first.
+        The groups, each with the baseline first.
 
     Example
     -------
@@ -318,7 +321,7 @@ def groups(encoders, peers, dims, own_sizes=True):
 
 
 def _unusual(name, keys):
-    """Items of the keys that are not the encoder's defaults."""
+    """Items of the keys that differ from the encoder's defaults."""
     defaults = inspect.signature(get_encoder(name).__init__).parameters
     return tuple((key, value) for key, value in keys.items() if defaults[key].default != value)
 
@@ -331,30 +334,32 @@ def _own_dims(row):
 
 
 def build(group, dims, frames):
-    """Models of a group in evaluation mode, those that compute the same with the same weights.
+    """Build the models of a group in evaluation mode; counterparts get the same weights.
 
     Arguments
     ---------
     group : list of Candidate
-        What to build.
+        The models to build.
     dims : Dimensions
-        Of the equal ones.
+        Dimensions at equal work.
     frames : int
         The largest number of frames that they will get.
 
     Returns
     -------
     tuple
-        Models by candidate, in the group's order; errors by candidate of those that cannot be built; and by candidate what
-        :func:`assert_equal` found.
+        Models by candidate, in the group's order; errors by candidate, for those that cannot be built; and the difference by
+        candidate that :func:`assert_equal` found.
 
     Raises
     ------
     EqualityError
-        If two that should compute the same do not.
+        If counterparts do not compute the same.
     """
     models, errors, found = {}, {}, {}
-    for candidate in sorted(group, key=lambda candidate: candidate.encoder is not None):  # peers first: ours take their weights
+    for candidate in sorted(
+        group, key=lambda candidate: candidate.encoder is not None
+    ):  # peers first, because counterparts take their weights
         torch.manual_seed(0)
         twin = next((other for other in models if other.name == candidate.twin), None)
         try:
@@ -362,7 +367,7 @@ def build(group, dims, frames):
                 model = PEERS[candidate.name].build(dims, frames)
             else:
                 model = Model(build_encoder(candidate.encoder, **_keys(candidate, dims, twin is not None)))
-        except Exception as error:  # whatever stops one model, the others go on
+        except Exception as error:  # any error of one model must not stop the others
             if candidate is group[0]:
                 raise
             errors[candidate] = one_line(error)
@@ -388,7 +393,7 @@ def _keys(candidate, dims, converts):
     known = encoder_keys(candidate.encoder)
     if candidate.size == "equal":
         keys = asdict(dims) | keys
-    if converts and "speechbrain_scores" in known:  # as its weights want it; that takes no time
+    if converts and "speechbrain_scores" in known:  # SpeechBrain's weights need it; it takes no time
         keys["speechbrain_scores"] = True
     return {key: value for key, value in keys.items() if key in known}
 
@@ -400,11 +405,11 @@ def assert_equal(ours, theirs, d_model, names=("ours", "theirs")):
     Arguments
     ---------
     ours, theirs : Model
-        They go to evaluation mode.
+        The models; they are set to evaluation mode.
     d_model : int
         Width.
     names : tuple of str
-        For the message.
+        Names for the error message.
 
     Returns
     -------
@@ -418,23 +423,23 @@ def assert_equal(ours, theirs, d_model, names=("ours", "theirs")):
     """
     x = torch.randn(2, 125, d_model, generator=torch.Generator().manual_seed(0))
     difference = (ours.eval()(x) - theirs.eval()(x)).abs().max().item()
-    if not difference <= TOLERANCE:  # NaN is not
+    if not difference <= TOLERANCE:  # also refuses NaN
         raise EqualityError(
             f"{names[0]} and {names[1]} have the same weights, but their outputs differ by {difference:.3g}, more than "
-            f"{TOLERANCE:g}; no time of theirs would say anything."
+            f"{TOLERANCE:g}, so their times cannot be compared; check the conversion of the weights."
         )
     return difference
 
 
 def with_front_end(candidate, model, d_model):
-    """A model from features on; the encoder is shared."""
+    """A model with its front end; the encoder is shared, not copied."""
     torch.manual_seed(0)
     return WithFrontEnd(our_front_end() if candidate.encoder else speechbrain_front_end(), model, d_model).eval()
 
 
 @functools.cache
 def foldable(candidate):
-    """Whether ``fuse_`` changes anything, tried on a small one, where such a one can be built."""
+    """Whether ``fuse_`` changes anything, tried on a small encoder; True if that cannot be built."""
     if candidate.encoder is None or not hasattr(get_encoder(candidate.encoder), "fuse_"):
         return False
     try:
@@ -445,7 +450,7 @@ def foldable(candidate):
 
 
 def folded(model):
-    """A copy with all folded that inference can fold; None where there is nothing to fold."""
+    """A fused copy of a model; None if there is nothing to fuse."""
     copied = copy.deepcopy(model)
     if not hasattr(copied.encoder, "fuse_"):
         return None
@@ -455,20 +460,20 @@ def folded(model):
 
 
 def in_int8(model):
-    """A copy whose linear layers keep their weights in 8 bits and round their inputs to 8 bits as they come (PyTorch's dynamic
-    quantisation, on a CPU)."""
+    """A copy with 8-bit weights in linear layers, which also round their inputs to 8 bits (PyTorch's dynamic quantisation, on a
+    CPU)."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, PlainLinear | ScaledLinear) and getattr(child, "scale", None) is None:
                 setattr(module, name, _Maskless(child))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that another package will replace it
+        warnings.simplefilter("ignore")  # a warning that another package will replace it
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
 class _Maskless(nn.Module):
-    """One of our layers that are called with a mask, with the plain linear layer in it that quantisation looks for."""
+    """Replaces a linear layer that is called with a mask; it contains a plain linear layer for quantisation."""
 
     def __init__(self, layer):
         super().__init__()

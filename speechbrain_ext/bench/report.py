@@ -12,12 +12,13 @@ from speechbrain_ext.utils.errors import UserError, UserImportError
 from speechbrain_ext.utils.files import read_csv
 
 LEGEND = f"""\
-The real-time factor is seconds of computation per second of audio, of all utterances of a batch together: less is better.
-Times are medians. Ratios are to the `{BASELINE}` timed alternately with the model, and can differ from the quotient of two
-rows. Peak memory is what a call adds, without the weights. "fused" has its normalisation folded into the weights; int8 is
-the fused form, where there is one, with linear layers in 8 bits. `{BASELINE}` and `squeezeformer` have relative positions,
-as published; what has rotary ones does less work, and compares with "{BASELINE}, RoPEMHA". In a padded batch the shortest
-utterance is so much shorter than the longest, and the others lie evenly between. Empty cells were not asked for."""
+The real-time factor is seconds of computation per second of audio in the whole batch; lower is better. Times are medians.
+Ratios are to the `{BASELINE}`, which was timed alternately with the model; they can differ from the quotient of two rows.
+Peak memory is the memory that a call adds to the weights. "fused" has its normalisation folded into the weights; int8 is
+the fused form, if there is one, with linear layers in 8 bits. `{BASELINE}` and `squeezeformer` have relative positions, as
+published. Encoders with rotary positions do less work; compare them with "{BASELINE}, RoPEMHA". In a padded batch, the
+shortest utterance is shorter than the longest by the given percentage, and the other lengths are evenly spaced. Empty cells
+were not measured."""
 
 
 def table(header, rows):
@@ -47,29 +48,29 @@ def fill(text, name, content):
 
 
 def files(source):
-    """CSV files of a file or folder, by machine.
+    """Read a CSV file, or all CSV files of a folder.
 
     Arguments
     ---------
     source : str
-        The file, or the folder that holds one for each machine.
+        The file, or the folder with one file for each machine.
 
     Returns
     -------
     dict
-        Rows by the file's stem.
+        Rows by the file's stem, which is the name of the machine.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no file.
     ValueError
-        If a file is something else.
+        If a file has other columns.
     """
     source = Path(source)
     paths = sorted(source.glob("*.csv")) if source.is_dir() else [source]
     if not paths or not all(path.is_file() for path in paths):
-        raise FileNotFoundError(f"There are no results at {source}; measure first, or give --output the file that holds them.")
+        raise FileNotFoundError(f"There are no results at {source}; measure first, or give the file with results as --output.")
     return {path.stem: read_csv(path, FIELDS) for path in paths}
 
 
@@ -105,7 +106,7 @@ def _machine(machine, rows):
 
 
 def _remarks(rows):
-    """What is to be known of an encoder, once; and what has no figures, and why."""
+    """Remarks on each encoder, without repetition, and the reasons for missing figures."""
     remarks, missing = {}, {}
     for row in rows:
         if not (row["ms"] or row["gmacs"]):
@@ -118,7 +119,7 @@ def _remarks(rows):
             key = head + equal if head + equal in seen or row["form"] == "plain" else f"in {row['form']} {head}{equal}"
             seen[key] = max(seen.get(key, ""), number, key=lambda text: float(text or 0))
     if remarks:
-        yield "What is particular:"
+        yield "Remarks:"
         yield "\n".join(f"* {name}: {'; '.join(a + b for a, b in seen.items())}" for name, seen in remarks.items())
     if missing:
         yield "Without figures:"
@@ -131,7 +132,7 @@ def _label(row):
 
 
 def _cells(rows, task, *keys):
-    """Rows of a task by the values of some keys; those of one table, in the order in which they were measured."""
+    """Rows of a task, grouped by the values of some keys, a group per table; rows stay in the order of measurement."""
     found = {}
     for row in rows:
         if row["task"] == task:
@@ -140,7 +141,7 @@ def _cells(rows, task, *keys):
 
 
 def _pivot(rows, column, cell):
-    """Header of the columns, and a line for each encoder: what ``cell`` says of its row in each column."""
+    """The columns' header, and a line for each encoder with the text of ``cell`` for its row in each column."""
     columns = sorted({row[column] for row in rows}, key=int)
     lines = {}
     for row in rows:
@@ -191,7 +192,7 @@ def _inference(rows):
         header = ["encoder", *(f"{name} s" for name in columns)]
         yield f"**Real-time factor** {how} (times as fast as `{BASELINE}`):"
         yield table(header, lines)
-        if (precision, mode) == ("float32", "eager"):  # of the others the file has them
+        if (precision, mode) == ("float32", "eager"):  # for others, see the CSV file
             _, lines = _pivot(mine, "seconds", lambda row: row["ms"] and f"{_mib(row)}{_share(row)}")
             yield f"**Peak memory in MiB, and share of the machine's matrix-product rate** {how}:"
             yield table(header, lines)
@@ -219,7 +220,7 @@ def _streaming(rows):
         context += ", as CUDA graphs" * (mode == "graph")
         yield (
             f"**Streams**, chunks of {40 * int(chunk)} ms, {context}: ms per chunk (times as fast as `{BASELINE}`), and state in "
-            "kB, after so many seconds:"
+            "kB, by seconds of the stream:"
         )
         yield table(["encoder", *(f"{name} s" for name in columns)], lines)
 
@@ -233,12 +234,12 @@ def _training(rows):
 
 
 def plot_cost(rows, path):
-    """Cost against length: real-time factor of the encoder alone, batch 1, float32, eager.
+    """Plot cost against length: real-time factor of the encoder alone, batch 1, float32, eager.
 
     Arguments
     ---------
     rows : list of dict
-        Of one machine.
+        Rows of one machine.
     path : Path
         The PNG file.
 
@@ -260,7 +261,9 @@ def plot_cost(rows, path):
     figure, axes = _pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     drawn = {(label, source): sorted(points) for (of, label, source), points in lines.items() if of == dims}
     axes.set_prop_cycle(color=_pyplot().get_cmap("tab20").colors)
-    for (label, source), points in sorted(drawn.items(), key=lambda line: -line[1][-1][1]):  # the legend in the lines' order
+    for (label, source), points in sorted(
+        drawn.items(), key=lambda line: -line[1][-1][1]
+    ):  # the legend has the order of the lines
         axes.plot(*zip(*points, strict=True), "-o" if source == "here" else "--s", markersize=4, label=label)
     seconds = sorted({second for points in drawn.values() for second, _ in points})
     axes.set(xscale="log", yscale="log", xlabel="seconds of audio", ylabel="real-time factor", title=dims)
@@ -277,12 +280,12 @@ def plot_cost(rows, path):
 
 
 def plot_wer(rows, wers, path):
-    """Error rate against cost, one point for each encoder that has both at the same dimensions.
+    """Plot error rate against cost, a point for each encoder that has both at the same dimensions.
 
     Arguments
     ---------
     rows : list of dict
-        Of one machine.
+        Rows of one machine.
     wers : list of tuple
         Encoder, ``str`` of its :class:`~speechbrain_ext.bench.models.Dimensions`, test set, and word error rate in percent.
     path : Path
@@ -300,7 +303,7 @@ def plot_wer(rows, wers, path):
             cost = float(row["ms"]) / 1e3 / int(row["seconds"])
             key = (row["encoder"], row["dims"])
             distance = abs(int(row["seconds"]) - 10)  # the length of LibriSpeech's utterances
-            times[key] = min(times.get(key, (distance, cost)), (distance, cost))  # folded, where that is faster
+            times[key] = min(times.get(key, (distance, cost)), (distance, cost))  # the fused form, if it is faster
     sets = {}
     for encoder, dims, test_set, wer in wers:
         if (encoder, dims) in times:
@@ -339,45 +342,45 @@ def _save(figure, path):
 
 
 def read_wers(path, dims):
-    """Error rates of models of these dimensions from a results file of the recipes, by greedy CTC search.
+    """Read error rates with greedy CTC search from a results file of the recipes.
 
     Arguments
     ---------
     path : str
         The CSV file.
     dims : Dimensions
-        Of the models in it, which it does not state.
+        Dimensions of the models, which the file does not state.
 
     Returns
     -------
     list of tuple
-        For :func:`plot_wer`.
+        Error rates for :func:`plot_wer`.
 
     Raises
     ------
     ValueError
-        If it is no results file.
+        If the file is not a results file.
     """
     found = []
     rows = read_csv(path)
     if not rows or not {"architecture", "train_set", "test_set", "search", "WER"} <= set(rows[0]):
-        raise UserError(f"{path} is no results file of a recipe; give one that training has written.")
+        raise UserError(f"{path} is not a results file of a recipe; give one that training wrote.")
     for row in rows:
         if "encoder_kwargs" in (row.get("overrides") or ""):
-            continue  # a variant, whose cost is another
-        # Earlier passes cost less than the whole encoder, which is what was measured
+            continue  # a variant with another cost
+        # Without first passes, because the measured cost is that of the whole encoder
         if row["search"] in ("ctc_greedy", "second_pass_ctc_greedy"):
             found.append((row["architecture"], str(dims), f"{row['train_set']}: {row['test_set']}", float(row["WER"])))
     return found
 
 
 def write(source):
-    """Tables beside the CSV files.
+    """Write tables in the folder of the CSV files.
 
     Arguments
     ---------
     source : str
-        The file, or the folder that holds one for each machine.
+        The file, or the folder with one file for each machine.
 
     Returns
     -------
@@ -396,14 +399,14 @@ def write(source):
 
 
 def plot(source, wers=()):
-    """Plots beside the CSV files.
+    """Write plots in the folder of the CSV files.
 
     Arguments
     ---------
     source : str
-        The file, or the folder that holds one for each machine.
+        The file, or the folder with one file for each machine.
     wers : list of tuple
-        For :func:`plot_wer`.
+        Error rates for :func:`plot_wer`.
 
     Raises
     ------
@@ -416,21 +419,21 @@ def plot(source, wers=()):
 
 
 def write_readme(readme, source):
-    """Put tables, and the plots that there are, between the marks of a Markdown file.
+    """Put tables and existing plots between the marks of a Markdown file.
 
     Arguments
     ---------
     readme : str
-        The file.
+        The Markdown file.
     source : str
-        The CSV file, or the folder that holds one for each machine.
+        The CSV file, or the folder with one file for each machine.
     """
     readme = Path(readme)
     readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), readme.parent, source), encoding="utf-8")
 
 
 def fill_readme(text, base, source):
-    """As :func:`write_readme`, of the text of a file in the folder ``base``."""
+    """Do the work of :func:`write_readme` on the text of a file in the folder ``base``; returns the new text."""
     parts = []
     for machine, rows in files(source).items():
         parts.append(markdown({machine: rows}))

@@ -1,9 +1,10 @@
-"""Goes through what is to be measured, cell by cell; in a cell all models run alternately, and each has one row.
+"""Measures cell by cell; in a cell all models run alternately, and each gets one row.
 
-A row is in the CSV file as soon as its cell is done, and a cell whose rows are all there is not measured again: the same command
-goes on where it was stopped. ``ms`` is a median, with the quartiles beside it, and ``speedup`` is the baseline's time in the same
-cell over it. ``gemm_share`` is the share of this machine's measured matrix-product rate that the model's operations reach.
-``padding`` is by how many percent of the longest utterance of a batch the shortest is shorter; the others lie evenly between.
+Rows are written to the CSV file when their cell is done. Cells with all rows in the file are not measured again, so the same
+command continues an interrupted run. ``ms`` is a median, with quartiles, and ``speedup`` is the baseline's time in the same cell
+divided by it. ``gemm_share`` is the model's rate of operations, as a share of this machine's rate in matrix products.
+``padding`` is the percentage by which the shortest utterance of a batch is shorter than the longest; the other lengths are evenly
+spaced.
 """
 
 import contextlib
@@ -50,20 +51,20 @@ FRAMES_PER_SECOND = 25
 PARTS = ("size", "inference", "training", "streaming")
 INPUTS = ("encoder", "front end", "audio")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-"""Autocast's types, or none. In all but "float32" a GPU takes TensorFloat-32 for what stays in float32, as SpeechBrain sets it:
-"tf32" is nothing but that."""
+"""Autocast's types; "float32" and "tf32" are without autocast. Except in "float32", a GPU uses TensorFloat-32 for operations in
+float32, as SpeechBrain sets it."""
 EQUAL = "largest difference from ours "
 MODES = ("eager", "compiled", "graph")
 FORMS = ("plain", "fused", "int8")
-PROBES = (5, 20)  # seconds, to foretell what longer ones take
+PROBES = (5, 20)  # seconds, from which the cost of longer inputs is estimated
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure; the command line's arguments."""
+    """Settings of a benchmark, the arguments of the command line."""
 
     encoders: tuple = ()
-    """Empty = all."""
+    """Names of encoders; empty = all."""
     peers: tuple = tuple(PEERS)
     parts: tuple = PARTS
     inputs: tuple = INPUTS
@@ -76,13 +77,13 @@ class Settings:
     kernel_size: int = 31
     device: str = "cpu"
     threads: int = 0
-    """0 = PyTorch's choice."""
+    """Number of threads; 0 = PyTorch's choice."""
     precision: tuple = ("float32", "bfloat16")
     compiled: bool = False
     graphs: bool = False
-    """Whether streams are measured as CUDA graphs, too."""
+    """Whether to measure streams also as CUDA graphs."""
     counted: tuple = (10, 30, 60)
-    """Seconds, for the table of sizes."""
+    """Seconds of audio for the table of sizes."""
     seconds: tuple = (5, 10, 20, 40, 80, 160)
     batch: tuple = (1, 8)
     train_seconds: int = 10
@@ -94,17 +95,17 @@ class Settings:
     left_context: tuple = (-1, 10)
     rounds: int = 15
     budget: float = 120.0
-    """Seconds that one model may take in one cell."""
+    """Most seconds per model and cell."""
     retry: bool = False
-    """Whether to try again what has left a note in place of figures."""
+    """Whether to measure rows again that have a note in place of figures."""
 
     @property
     def dims(self):
-        """Of all that are compared at equal work."""
+        """Dimensions of the models at equal work."""
         return Dimensions(self.d_model, self.nhead, self.num_layers, self.d_ffn, self.kernel_size)
 
 
-# Under two minutes on two cores, for all that is registered.
+# Under two minutes on two cores, for all registered encoders.
 QUICK = {
     "precision": ("float32",),
     "own_sizes": False,
@@ -123,12 +124,12 @@ QUICK = {
 
 
 def check(settings):
-    """Refuse what cannot be measured.
+    """Refuse settings that cannot be measured.
 
     Raises
     ------
     ValueError
-        If a value is impossible; the message names key, value and remedy.
+        If a value is not valid; the message names key, value and remedy.
     """
     known = {"encoders": list_encoders(), "peers": PEERS, "parts": PARTS, "inputs": INPUTS, "forms": FORMS}
     for key, choices in (known | {"precision": PRECISIONS}).items():
@@ -144,16 +145,16 @@ def check(settings):
     if settings.threads < 0:
         raise UserError(f"--threads is {settings.threads}; give at least 1.")
     if not 0 <= settings.padding < 100:
-        raise UserError(f"--padding is {settings.padding}; give percent, from 0 to 99.")
+        raise UserError(f"--padding is {settings.padding}; give a percentage from 0 to 99.")
     for value in settings.left_context:
         if value < -1:
             raise UserError(f"--left-context is {value}; give a number of chunks, or -1 for all.")
     if settings.kernel_size % 2 == 0:
         raise UserError(f"--kernel-size is {settings.kernel_size}; give an odd number.")
     if settings.d_model % settings.nhead:
-        raise UserError(f"--d-model is {settings.d_model}, which --nhead {settings.nhead} does not divide; change one.")
+        raise UserError(f"--d-model is {settings.d_model}, not a multiple of --nhead {settings.nhead}; change one of them.")
     with torch.device("meta"):
-        build_encoder(BASELINE, **asdict(settings.dims))  # whose message says what else is impossible
+        build_encoder(BASELINE, **asdict(settings.dims))  # raises an error for other invalid dimensions
     try:
         device = torch.device(settings.device)
     except RuntimeError:
@@ -163,9 +164,9 @@ def check(settings):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is '{settings.device}', but PyTorch sees {torch.cuda.device_count()} GPUs here; give cpu.")
     if device.type == "cpu" and settings.graphs:
-        raise UserError("--graphs are CUDA graphs, which a CPU does not have; leave it out, or give --device cuda.")
+        raise UserError("--graphs needs a GPU; leave it out, or give --device cuda.")
     if device.type == "cpu" and "tf32" in settings.precision:
-        raise UserError("--precision is 'tf32', which a CPU does not have; leave it out, or give --device cuda.")
+        raise UserError("--precision 'tf32' needs a GPU; leave it out, or give --device cuda.")
 
 
 def _flag(key):
@@ -173,7 +174,7 @@ def _flag(key):
 
 
 def machine(settings):
-    """A short name of processor and number of threads, or of the GPU, for file names and tables.
+    """A short name for file names and tables: processor and number of threads, or the GPU.
 
     Example
     -------
@@ -188,9 +189,9 @@ def machine(settings):
 
 
 def origin(settings):
-    """What must be the same for all rows of a file: the machine, its part that is used, and the versions of what is compared.
+    """Values that must be the same for all rows of a file: machine, device, threads and versions of packages.
 
-    Of a GPU the machine is that and the processor of its host, which launches all kernels.
+    With a GPU, the machine is the GPU and the host's processor, which launches the kernels.
 
     Example
     -------
@@ -210,7 +211,7 @@ def _device_name(settings):
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison; what models and numbers of a cell have in common."""
+    """One comparison: the settings that all models of a cell share."""
 
     task: str
     input: str = "encoder"
@@ -244,12 +245,12 @@ class Cell:
 
 
 def cells(settings):
-    """What to measure for one group, cheap and important things first.
+    """The cells of one group, the cheap and important ones first.
 
     Arguments
     ---------
     settings : Settings
-        What to measure.
+        Settings of the benchmark.
 
     Example
     -------
@@ -303,19 +304,19 @@ FIELDS = (
 
 
 class Table:
-    """The CSV file: what is in it, and what is added, cell by cell.
+    """The CSV file with its rows; new rows are added cell by cell.
 
     Arguments
     ---------
     path : str
         The file; it may be missing.
     retry : bool
-        Whether rows without figures, with a note that says why, are measured again and replaced.
+        Whether to measure rows again, and to replace them, that have a note in place of figures.
 
     Raises
     ------
     ValueError
-        If the file is something else.
+        If the file has other columns.
     """
 
     def __init__(self, path, retry=False):
@@ -324,7 +325,7 @@ class Table:
         self._rows = {tuple(row[key] for key in KEY): row for row in rows}
         self.known = {key for key, row in self._rows.items() if not retry or row["ms"] or row["gmacs"]}
         self.added = []
-        """Rows that were not in the file."""
+        """New rows."""
 
     @property
     def rows(self):
@@ -344,7 +345,7 @@ class Table:
         return tuple(str(row[key]) for key in KEY) in self.known
 
     def add(self, rows):
-        """Write rows that are not there."""
+        """Add new rows, and write the file."""
         for row in rows:
             if row not in self:
                 key = tuple(str(row[key]) for key in KEY)
@@ -355,12 +356,12 @@ class Table:
 
 
 def run(settings, path):
-    """Measure what the file does not hold.
+    """Measure all rows that are not in the file.
 
     Arguments
     ---------
     settings : Settings
-        What to measure.
+        Settings of the benchmark.
     path : str
         The CSV file; rows of other settings stay in it.
 
@@ -372,9 +373,9 @@ def run(settings, path):
     Raises
     ------
     ValueError
-        If a setting is impossible.
+        If a setting is not valid.
     EqualityError
-        If a model that should compute what a peer does, does not.
+        If an encoder and its counterpart do not compute the same.
     """
     check(settings)
     table = Table(path, settings.retry)
@@ -382,12 +383,12 @@ def run(settings, path):
     threads = torch.get_num_threads()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    # One compiled module per model, all with the same code: by default the ninth would run uncompiled without a word.
+    # All models share code, and have a compiled module each; by default the ninth would run uncompiled, without a warning.
     with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
         try:
             encoders = settings.encoders or list_encoders()
             todo = groups(encoders, settings.peers, settings.dims, settings.own_sizes)
-            if "size" in settings.parts and not settings.own_sizes:  # the table of sizes has them all
+            if "size" in settings.parts and not settings.own_sizes:  # the table of sizes always has all sizes
                 todo += groups(encoders, (), settings.dims)[1:]
             for number, group in enumerate(todo):
                 wanted = settings
@@ -402,7 +403,7 @@ def run(settings, path):
 
 
 class _Group:
-    """The models of one comparison, built when the first of their cells needs them."""
+    """The models of one comparison, built for the first cell that needs them."""
 
     def __init__(self, settings, table, group, number):
         self.settings, self.table, self.group, self.number = settings, table, group, number
@@ -413,7 +414,7 @@ class _Group:
 
     def run(self):
         """Measure all cells whose rows are missing."""
-        with tempfile.TemporaryDirectory() as self.folder:  # of audio files
+        with tempfile.TemporaryDirectory() as self.folder:  # for audio files
             self._run()
         self.models, self.counts, self.loaders = None, {}, {}
 
@@ -427,7 +428,7 @@ class _Group:
                 self._build()
             baseline = (self.group[0], "plain")
             if cell.task != "size" and baseline not in missing:
-                missing.insert(0, baseline)  # ratios are of one cell
+                missing.insert(0, baseline)  # a ratio needs the baseline's time in the same cell
             print(f"[{self.number}, {index + 1}/{len(todo)}] {cell}", file=sys.stderr, flush=True)
             with _tf32(cell.precision != "float32"):
                 rows = self._measure(cell, missing)
@@ -448,12 +449,12 @@ class _Group:
                     self.errors[candidate, "fused"] = "nothing to fold"
                 if "int8" in self.settings.forms and self.common["device"] == "cpu":
                     self.models[candidate, "int8"] = in_int8(model if fused is None else fused)
-            except Exception as error:  # whatever stops one form, the others go on
+            except Exception as error:  # any error of one form must not stop the others
                 self.errors |= {(candidate, form): f"failed: {one_line(error)}" for form in FORMS if form != "plain"}
         for pair, model in list(self.models.items()):
             try:
                 model.to(self.settings.device)
-            except Exception as error:  # of memory
+            except Exception as error:  # for example too little memory
                 self.errors[pair] = f"failed: {one_line(error)}"
                 del self.models[pair]
         self.fronts = {}
@@ -461,7 +462,7 @@ class _Group:
             torch._dynamo.reset()
 
     def _pairs(self, cell):
-        """Candidates and forms that have a row in this cell."""
+        """The candidates and forms with a row in this cell."""
         forms = ["plain"]
         if cell.task in ("inference", "streaming") and "fused" in self.settings.forms:
             forms.append("fused")
@@ -471,14 +472,14 @@ class _Group:
         return [(candidate, form) for candidate in self.group for form in forms if form != "fused" or foldable(candidate)]
 
     def _row(self, cell, candidate, form):
-        """The key of a row, and what it has without being measured."""
+        """The values of a row that need no measurement, its key included."""
         names = (
             {"encoder": candidate.name} | {key: getattr(candidate, key) for key in ("source", "size", "dims")} | {"form": form}
         )
         return names | asdict(cell) | self.common | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
 
     def _net(self, cell, pair):
-        """What is called: a model, behind its front end, compiled."""
+        """The module to call: a model, with its front end or compiled if the cell says so."""
         model = self.models[pair]
         key = (pair, cell.input, cell.mode)
         if key not in self.fronts:
@@ -494,7 +495,7 @@ class _Group:
         return self.fronts[key]
 
     def _inputs(self, cell, pair):
-        """What a net is called with."""
+        """The inputs of a net."""
         frames, device = FRAMES_PER_SECOND * cell.seconds, self.settings.device
         lens = torch.tensor(cell.lens, device=device) if cell.padding else None
         if cell.input == "front end":
@@ -503,7 +504,7 @@ class _Group:
         return torch.randn(cell.batch, frames, self._width(pair), device=device), mask
 
     def _macs(self, cell, pair):
-        """10^9, of the plain form: what is folded or rounded does the same. From audio, features and head are left out."""
+        """10^9 multiply-accumulates of the plain form, as other forms compute the same; without features and head."""
         pair, cell = (pair[0], "plain"), replace(cell, input="encoder" if cell.input == "encoder" else "front end", mode="eager")
         key = (pair[0], cell.input, cell.seconds)
         if key not in self.counts:
@@ -519,7 +520,7 @@ class _Group:
                 try:
                     rows[pair]["parameters"] = sum(parameter.numel() for parameter in self._net(cell, pair).parameters())
                     rows[pair]["gmacs"] = round(self._macs(cell, pair), 4)
-                except Exception as error:  # whatever stops one model, the others go on
+                except Exception as error:  # any error of one model must not stop the others
                     rows[pair]["note"] = f"failed: {one_line(error)}"
             return rows
         calls, rounds, states = {}, {}, {}
@@ -532,11 +533,11 @@ class _Group:
                     self._refuse(cell, pair)
                     calls[pair] = self._call(cell, pair, states)
                     if cell.task == "training" or cell.mode == "compiled" or self.common["device"] == "cuda":
-                        calls[pair]()  # makes what stays: the optimiser's states, code, workspaces
+                        calls[pair]()  # allocates what stays in memory: the optimiser's states, compiled code, workspaces
                     rows[pair]["peak_mib"] = round(measure.peak_memory(calls[pair], self.settings.device), 2)
                     first = measure.timed(calls[pair], self.settings.device) / 1e3
                 rounds[pair] = max(1, min(self._rounds(cell), int(self.settings.budget / first)))
-            except Exception as error:  # whatever stops one model, the others go on
+            except Exception as error:  # any error of one model must not stop the others
                 calls.pop(pair, None)
                 rows[pair]["note"] = str(error) if isinstance(error, Unsupported) else f"failed: {one_line(error)}"
                 if self.common["device"] == "cuda":
@@ -567,7 +568,7 @@ class _Group:
         if form == "int8":
             before, after = (
                 sum(p.numel() for p in self.models[candidate, form].parameters()) for form in ("plain", "int8")
-            )  # what is in 8 bits is no parameter any more
+            )  # 8-bit weights are not parameters
             notes.append(f"linear layers, {1 - after / before:.0%} of the parameters (torch.ao dynamic quantisation)")
         return "; ".join(filter(None, notes))
 
@@ -588,13 +589,13 @@ class _Group:
                 self.gemm[cell.precision] = measure.gemm_rate(self.settings.device, dtype)
             rate = self.gemm[cell.precision]
             row["gemm_gmacs"] = round(rate, 1)
-            with contextlib.suppress(Exception):  # whatever does not let itself be counted has its time
+            with contextlib.suppress(Exception):  # a model whose operations cannot be counted still has its time
                 macs = self._macs(cell, pair)
                 row |= {"gmacs": round(macs, 4), "gemm_share": round(macs / middle * 1e3 / rate, 3)}
         return row
 
     def _call(self, cell, pair, states):
-        """What is timed: a forward pass, one more chunk of a stream, or a training step."""
+        """The call to time: a forward pass, the next chunk of a stream, or a training step."""
         device = self.settings.device
         kind = torch.device(device).type
 
@@ -608,7 +609,7 @@ class _Group:
         if cell.task == "inference":
             return self._recognition(cell, net, precision) if cell.input == "audio" else self._forward(cell, pair, net, precision)
         net.train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the weights stay those that were compared
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the weights do not change
         scaler = torch.amp.GradScaler(kind, enabled=cell.precision == "float16")
 
         def step(loss):
@@ -625,7 +626,7 @@ class _Group:
                     batch = batch.to(device)
                     with precision():
                         log_probs, _ = net(*batch.sig)
-                    # With lengths of the host the loss need not wait for those of the device
+                    # With lengths on the host, the loss does not wait for the device
                     lens = batch.host_lengths
                     step(ctc_loss(log_probs, batch.tokens.data, lens["sig"], lens["tokens"], 0, "batchmean"))
 
@@ -642,7 +643,7 @@ class _Group:
         return one_step
 
     def _forward(self, cell, pair, net, precision):
-        """A forward pass from what lies on the device."""
+        """A forward pass from inputs on the device."""
         inputs = self._inputs(cell, pair)
 
         def forward():
@@ -665,11 +666,13 @@ class _Group:
         return recognise
 
     def _loader(self, cell):
-        """Of files of a cell's lengths."""
+        """A loader of files with a cell's lengths."""
         key = (cell.seconds, *cell.lens)
         if key not in self.loaders:
             paths = write_files(self.folder, cell.seconds, cell.lens)
-            self.loaders = {key: make_loader(paths, self.settings.device)}  # whose workers end
+            self.loaders = {
+                key: make_loader(paths, self.settings.device)
+            }  # replacing the dictionary ends the workers of the last loader
         return self.loaders[key]
 
     def _width(self, pair):
@@ -677,15 +680,15 @@ class _Group:
 
     @torch.no_grad()
     def _stream(self, cell, pair, states):
-        """The next chunk of a stream, which is half through with its calls after so many seconds; then its state is looked at.
-        As a graph the stream stands there."""
+        """The next chunk of a stream. The stream starts so that half of the calls come before the cell's seconds; its state is
+        measured there. A CUDA graph repeats the chunk at that place."""
         model, chunk = self.models[pair], torch.randn(1, cell.chunk, self._width(pair), device=self.settings.device)
         config = DynChunkTrainConfig(cell.chunk, None if cell.left_context < 0 else cell.left_context)
         context = model.make_context(config)
         chunks = round(cell.seconds * FRAMES_PER_SECOND / cell.chunk)
         done = max(0, chunks - self._rounds(cell))  # each round has two calls
         if cell.mode == "graph":
-            done = max(1, done, cell.left_context)  # from then on all has its size
+            done = max(1, done, cell.left_context)  # the state then has its final size
         began = time.perf_counter()
         for _ in range(done):
             model.stream(chunk, context)
@@ -707,14 +710,14 @@ class _Group:
         return following
 
     def _refuse(self, cell, pair):
-        """Leave out what would take more memory than there is, or too much time, judged by short inputs: an operating system
-        ends a process that takes too much memory, and all that it has measured. So does code that writes where it must not."""
+        """Raise Unsupported for calls that would need too much memory or time, estimated from short inputs, and for calls that
+        are known to crash. The operating system would end the process, and unwritten results would be lost."""
         reason = getattr(PEERS.get(pair[0].name), "no_compiled_training", "")
         if reason and (cell.task, cell.mode, self.common["device"]) == ("training", "compiled", "cpu"):
             raise Unsupported(reason)
         if cell.task == "streaming" or cell.seconds * cell.batch <= 2 * PROBES[-1]:
             return
-        # Reading and features take next to nothing beside the rest
+        # The cost of reading and features is small
         cell = replace(cell, input="encoder" if cell.input == "encoder" else "front end", mode="eager", padding=0)
         key = (cell.task, cell.input, cell.precision, pair)
         if key not in self.costs:
@@ -734,7 +737,7 @@ class _Group:
 
 @contextlib.contextmanager
 def _tf32(allowed):
-    """Whether a GPU may round what goes into matrix products to TensorFloat-32, which SpeechBrain switches on."""
+    """A context that allows or forbids TensorFloat-32 in a GPU's matrix products; SpeechBrain switches it on."""
     places = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     try:
@@ -747,7 +750,7 @@ def _tf32(allowed):
 
 
 def _extrapolate(values, seconds):
-    """From what was found at :data:`PROBES`, linear and quadratic in the length, as layers and attention are."""
+    """Extrapolate from the lengths :data:`PROBES`, with a linear term for layers and a quadratic one for attention."""
     (small, large), (first, second) = values, PROBES
     square = max(0.0, (large / second - small / first) / (second - first))
     return (large / second - square * second) * seconds + square * seconds**2

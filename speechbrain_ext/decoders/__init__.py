@@ -6,7 +6,7 @@ TRANSDUCER_GREEDY, TRANSDUCER_BEAM = "transducer_greedy", "transducer_beam"
 
 
 def search_name(pass_name, search):
-    """The name of a search in reports: with its pass, where the encoder has several.
+    """The name of a search in reports, with its pass if the encoder has several.
 
     Example
     -------

@@ -1,4 +1,4 @@
-"""From CTC probabilities and tokens to words with times and confidence."""
+"""Words with times and confidence, from CTC probabilities and tokens."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.utils.errors import UserError
 
 FRAME_SECONDS = 0.04
-"""Of the front ends of :mod:`speechbrain_ext.lobes.subsampling` on features of 10 ms."""
+"""Seconds per encoder frame: 10 ms of a feature frame times the subsampling factor, 4."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said between two pauses, with its times in seconds, and the geometric mean of its tokens' probabilities."""
+    """A piece of speech between two pauses, with its times in seconds and the geometric mean of its tokens' probabilities."""
 
     start: float
     end: float
@@ -33,18 +33,18 @@ class Segment:
     confidence: float
     words: tuple = ()
     resume: float | None = None
-    """Seconds from which recognition may start anew, and go on as if it had not stopped; None where nobody needs to know."""
+    """Time in seconds at which an interrupted run can continue with the same result; None if it is not needed."""
 
 
 def within(part, seconds):
-    """A segment or word without what is past the end of the audio: the last frame may be there in part.
+    """Cut the times of a segment or word at the end of the audio, which may lie inside the last frame.
 
     Arguments
     ---------
     part : Segment or Word
         With times in seconds.
     seconds : float
-        Of the audio.
+        Length of the audio.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def within(part, seconds):
     >>> within(Word("cat", 1.0, 1.52, 0.9), 1.5)
     Word(text='cat', start=1.0, end=1.5, confidence=0.9)
     """
-    limit = math.floor(1000 * seconds + 1e-6) / 1000  # in milliseconds, as all times
+    limit = math.floor(1000 * seconds + 1e-6) / 1000  # a whole number of milliseconds, as all times
     if part.end <= limit:
         return part
     keys = {"words": tuple(within(word, seconds) for word in part.words)} if isinstance(part, Segment) else {}
@@ -63,7 +63,7 @@ def within(part, seconds):
 
 
 def collapse(best, blank=0, previous=None):
-    """Tokens of the most probable path: repetitions once, no blanks.
+    """Tokens of the most probable path, without repetitions and blanks.
 
     Arguments
     ---------
@@ -72,7 +72,7 @@ def collapse(best, blank=0, previous=None):
     blank : int
         The blank token.
     previous : int, optional
-        That of the frame before.
+        The most probable token of the frame before.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def collapse(best, blank=0, previous=None):
 
 
 def greedy_tokens(log_probs, lens, blank=0):
-    """Greedy CTC search of a batch, with one wait for the device; SpeechBrain's waits twice for each utterance.
+    """Greedy CTC search of a batch. It waits once for the device; SpeechBrain's search waits twice for each utterance.
 
     Arguments
     ---------
@@ -121,14 +121,14 @@ def greedy_tokens(log_probs, lens, blank=0):
 
 
 def align(log_probs, tokens, blank=0):
-    """The most probable frames of given tokens.
+    """Find the most probable frames of given tokens.
 
     Arguments
     ---------
     log_probs : torch.Tensor
         (T, V) log-probabilities of a CTC model.
     tokens : list of int
-        What is said.
+        Tokens of the spoken text.
     blank : int
         The blank token.
 
@@ -152,8 +152,10 @@ def align(log_probs, tokens, blank=0):
         return []
     needed = len(tokens) + sum(one == other for one, other in zip(tokens, tokens[1:], strict=False))
     if needed > len(log_probs):
-        raise UserError(f"{len(tokens)} tokens need {needed} frames, and the audio has {len(log_probs)}: the text is too long.")
-    # On the host, where it is little work: torchaudio has no kernel for Apple's devices
+        raise UserError(
+            f"The {len(tokens)} tokens of the text need {needed} frames, but the audio has {len(log_probs)}; give a shorter text."
+        )
+    # On the host, because torchaudio has no kernel for Apple's devices; it is little work
     path, scores = forced_align(log_probs.float().cpu().unsqueeze(0), torch.tensor([tokens]), blank=blank)
     return [(span.start, span.end, span.score) for span in merge_tokens(path[0], scores[0], blank)]
 
@@ -168,9 +170,9 @@ def group_words(tokens, spans, tokenizer, offset=0):
     spans : list of tuple
         From :func:`align`.
     tokenizer : sentencepiece.SentencePieceProcessor
-        Whose words begin with "▁".
+        A tokenizer that begins words with "▁".
     offset : int
-        Frames before these.
+        Number of frames before the aligned ones.
 
     Returns
     -------
@@ -186,27 +188,29 @@ def group_words(tokens, spans, tokenizer, offset=0):
         text = tokenizer.decode_ids([token for token, _ in group]).strip()
         if not text:  # a word boundary alone
             continue
-        heard = [pair for pair in group if tokenizer.id_to_piece(pair[0]) != "▁"]  # a boundary's frame says little of the word's
+        heard = [
+            pair for pair in group if tokenizer.id_to_piece(pair[0]) != "▁"
+        ]  # the frame of a separate boundary is not that of its word
         start, end = (FRAME_SECONDS * (offset + frame) for frame in (heard[0][1][0], heard[-1][1][1]))
         words.append(Word(text, round(start, 3), round(end, 3), confidence([score for _, (*_, score) in heard])))
     return tuple(words)
 
 
 def make_segment(log_probs, tokens, tokenizer, blank=0, offset=0):
-    """A segment of what is said in some frames; None without words.
+    """Make a segment from frames and the tokens that a search found in them; None without words.
 
     Arguments
     ---------
     log_probs : torch.Tensor
         (T, V) log-probabilities of a CTC model.
     tokens : list of int
-        What is said, as a search found it.
+        Tokens that a search found.
     tokenizer : sentencepiece.SentencePieceProcessor
-        For the words.
+        Turns tokens into words.
     blank : int
         The blank token.
     offset : int
-        Frames before these.
+        Number of frames before ``log_probs``.
 
     Returns
     -------
@@ -217,7 +221,7 @@ def make_segment(log_probs, tokens, tokenizer, blank=0, offset=0):
         return None
     try:
         spans = align(log_probs, tokens, blank)
-    except ValueError:  # another search than CTC's may say more than fits
+    except ValueError:  # another search than CTC's may find too many tokens for these frames
         times = (round(FRAME_SECONDS * (offset + frame), 3) for frame in (0, len(log_probs)))
         return Segment(*times, text, 0.0)
     words = group_words(tokens, spans, tokenizer, offset)

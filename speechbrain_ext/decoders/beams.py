@@ -1,4 +1,4 @@
-"""What the beams over tokens share: hypotheses, and how they are written down step by step."""
+"""Parts that the beam searches over tokens share: hypotheses and their backtrace."""
 
 from typing import NamedTuple
 
@@ -7,33 +7,33 @@ HASH = 6364136223846793005
 
 
 class Hypothesis(NamedTuple):
-    """A text, as a search has found it."""
+    """A text that a search found."""
 
     tokens: list
     frames: list
-    """The frame in which each token was said."""
+    """The frame of each token."""
     score: float
-    """Log-probability of the alignments that were added up, with what token graphs have added."""
+    """Log-probability, summed over alignments, plus the scores of token graphs."""
 
 
 def trace(steps, last, beam, blank):
-    """The text that ends at a place of the beam, after the place that it began with.
+    """Trace the hypothesis at a place of the beam back to its start.
 
     Arguments
     ---------
     steps : list of list of int
-        For each step the K places that hypotheses come from, their K tokens, blanks for none, and the frame.
+        For each step, the previous places of the K hypotheses, their K new tokens (blank = none), and the frame.
     last : int
-        The place.
+        The final place of the hypothesis.
     beam : int
-        K.
+        K, the number of hypotheses.
     blank : int
-        The blank.
+        The blank token.
 
     Returns
     -------
     list
-        The first place, and (token, frame) one after the other.
+        The first place, followed by a (token, frame) for each token.
 
     Example
     -------

@@ -1,15 +1,15 @@
-"""Beam search for models without a decoder: the most probable text under CTC, with a word language model or without.
+"""CTC beam search for the most probable text, with or without a word language model.
 
-Greedy decoding takes the best label of each frame; a beam search sums over the alignments of a text. Two searches do the
-work, and where the beam is wide enough they find the same text:
+Greedy search takes the best token of each frame; a beam search sums over the alignments of a text. There are two backends, which
+find the same text if the beam is wide enough:
 
-* flashlight's (https://arxiv.org/abs/2201.12465) through ``torchaudio.models.decoder.ctc_decoder``, in C++, where the
-  package flashlight-text is installed; only this one takes language models;
-* SpeechBrain's :class:`~speechbrain.decoders.ctc.CTCBeamSearcher`, in Python, which needs no further package.
+* flashlight's (https://arxiv.org/abs/2201.12465) through ``torchaudio.models.decoder.ctc_decoder``, in C++. It needs the package
+  flashlight-text, and is the only one that takes language models.
+* SpeechBrain's :class:`~speechbrain.decoders.ctc.CTCBeamSearcher`, in Python, which needs no other package.
 
-flashlight's own search with a word list is not used: it lets no frame repeat the last token of a word, which is right only
-where every word ends with a boundary token, and SentencePiece puts the boundary first. So the language model is called at
-every word boundary of the search without a word list instead, which also leaves room for words that the model has not seen.
+flashlight's search with a word list is not used. It does not allow repeated frames for the last token of a word, which is
+correct only if every word ends with a boundary token; SentencePiece puts the boundary first. Instead, the language model is
+called at each word boundary of the search without a word list, which also allows words that the model has not seen.
 """
 
 import importlib
@@ -31,39 +31,38 @@ from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
 
 FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
 
-# Which tokens of a frame are tried: SpeechBrain's search takes those above a log probability (its default), flashlight's a
-# number of them. Time grows with it, and on peaked posteriors over 128 tokens 16 find the same best path as all 128.
+# Tokens that are tried in a frame: SpeechBrain's search takes those above a log-probability (its default), flashlight's a fixed
+# number. Time grows with the number; on peaked posteriors over 128 tokens, 16 find the same best path as all 128.
 TOKEN_FLOOR = -5.0
 TOKENS_PER_FRAME = 16
 
-# Stands for log(0): sums of minus infinities would be NaN.
+# Used in place of log(0), as minus infinity can lead to NaN.
 LOG_ZERO = -1e4
 
 
 class CtcBeamSearch:
-    """Search for the most probable text under CTC.
+    """Beam search for the most probable text under CTC.
 
-    Everything that can be missing is looked for here, before any training; the tokenizer may still be empty, since the
-    search itself is built at the first call.
+    The constructor checks packages, files and settings, so that errors appear before a training. The tokenizer may still be
+    empty, because the search is built at the first call.
 
     Arguments
     ---------
     tokenizer : sentencepiece.SentencePieceProcessor
-        Of type char, bpe or unigram, loaded before the first call. Its control symbols and its unknown token are never
-        part of a text.
+        Of type char, bpe or unigram, loaded before the first call. Texts never contain its control symbols and unknown token.
     blank_index : int
         Index of the blank.
     beam_size : int
-        The number of hypotheses that are kept after each frame. A text whose alignments end in a blank, and the same text
-        whose alignments do not, count as two.
+        Number of hypotheses that are kept after each frame. A text with alignments that end in a blank, and the same text with
+        alignments that do not, count as two.
     beam_threshold : float
-        Hypotheses whose log score is lower than the best one's by more than this are dropped.
+        Hypotheses with a log score lower than the best one's by more than this are dropped.
     lm_file : str, optional
         A word language model in ARPA format, plain or gzipped.
     lm_weight : float
-        Weight of the language model's natural log probabilities (`alpha` in SpeechBrain).
+        Weight of the language model's natural log-probabilities (`alpha` in SpeechBrain).
     word_score : float
-        Added for each word (`beta` in SpeechBrain); used with a language model only, whose cost grows with each word.
+        Added for each word (`beta` in SpeechBrain), only with a language model, because its cost grows with each word.
     backend : str, optional
         ``flashlight`` or ``speechbrain``; by default the first one if it is installed.
 
@@ -74,7 +73,7 @@ class CtcBeamSearch:
     ImportError
         If a package is missing.
     ValueError
-        If `lm_file` is not in ARPA format, or an argument makes no sense.
+        If `lm_file` is not in ARPA format, or an argument is not valid.
 
     Example
     -------
@@ -137,33 +136,33 @@ class CtcBeamSearch:
         self._kept, self._search = None, None
 
     def check(self):
-        """Build the search now that the tokenizer is loaded, read the language model to its end, and search a few random frames.
+        """Build the search with the loaded tokenizer, read the whole language model, and search a few random frames.
 
-        The random state is not touched.
+        The random state does not change.
 
         Raises
         ------
         UserError
-            If the language model is damaged, or spelled in another way than the tokens, or if the search fails.
+            If the language model is damaged or spelled differently from the tokens, or if the search fails.
         """
         try:
             self._build()
             log_probs = torch.rand(2, CHECKED_FRAMES, self.tokenizer.vocab_size(), generator=torch.Generator().manual_seed(0))
             self(log_probs.log_softmax(-1), torch.tensor([1.0, 0.6]))
-        except (UserError, OSError):  # these say what to mend
+        except (UserError, OSError):  # these messages already name the remedy
             raise
         except Exception as error:
             raise UserError(f"ctc_search cannot search: {one_line(error).rstrip('.')}; change its setting.") from error
 
     def __call__(self, log_probs, lengths):
-        """Search each utterance of a batch for itself.
+        """Search each utterance of a batch separately.
 
         Arguments
         ---------
         log_probs : torch.Tensor
-            Log probabilities (B, T, V) on any device, V the size of the tokenizer.
+            Log-probabilities (B, T, V) on any device, V the size of the tokenizer.
         lengths : torch.Tensor
-            Relative lengths (B,); frames behind an utterance's end are not looked at.
+            Relative lengths (B,); frames after an utterance's end are ignored.
 
         Returns
         -------
@@ -177,17 +176,17 @@ class CtcBeamSearch:
         """
         if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
             raise UserError(
-                f"Log probabilities have the shape {tuple(log_probs.shape)} and lengths {tuple(lengths.shape)}; "
+                f"Log-probabilities have the shape {tuple(log_probs.shape)} and lengths {tuple(lengths.shape)}; "
                 "give (B, T, V) and (B,)."
             )
         lengths = lengths.detach().cpu().double()
         if not ((lengths >= 0) & (lengths <= 1.001)).all():
-            raise UserError(f"The lengths are {lengths.tolist()}; give them relative to the longest, between 0 and 1.")
+            raise UserError(f"The lengths are {lengths.tolist()}; give relative lengths from 0 to 1.")
         tokens = self.tokenizer.vocab_size()
         if log_probs.shape[2] != tokens:
             raise UserError(
-                f"There are log probabilities of {log_probs.shape[2]} tokens and the tokenizer has {tokens}; "
-                "load the one that the model was trained with."
+                f"There are log-probabilities of {log_probs.shape[2]} tokens, but the tokenizer has {tokens}; "
+                "load the tokenizer that the model was trained with."
             )
         self._build()
         frames = (lengths * log_probs.shape[1]).round().long().clamp(max=log_probs.shape[1]).tolist()
@@ -199,14 +198,14 @@ class CtcBeamSearch:
             return ""
         log_probs = log_probs.float().cpu()
         if not (log_probs < math.inf).all():
-            raise UserError("The log probabilities hold NaN or infinity; check the model, whose weights may have diverged.")
+            raise UserError("The log-probabilities hold NaN or infinity; take an earlier checkpoint of the model.")
         log_probs = log_probs[:, self._kept].clamp(min=LOG_ZERO).contiguous()
-        nothing = log_probs.amax(1) <= LOG_ZERO  # frames of tokens that no text has: unknown, begin, end
+        nothing = log_probs.amax(1) <= LOG_ZERO  # only excluded tokens are probable: unknown, begin, end
         log_probs[nothing, self._kept.index(self.blank_index)] = 0.0
         return self._search(log_probs)
 
     def _build(self):
-        """The search, once; the tokenizer is loaded by now."""
+        """Build the search once; the tokenizer must be loaded."""
         if self._search is not None:
             return
         tokenizer = self.tokenizer
@@ -214,7 +213,7 @@ class CtcBeamSearch:
         if not tokens:
             raise UserError("The tokenizer of the CTC search is empty; load it before the search.")
         if self.blank_index >= tokens:
-            raise UserError(f"blank_index is {self.blank_index} and there are {tokens} tokens; give the index of the blank.")
+            raise UserError(f"blank_index is {self.blank_index}, but there are {tokens} tokens; give the index of the blank.")
         self._kept = [
             index
             for index in range(tokens)
@@ -227,7 +226,7 @@ class CtcBeamSearch:
         build = self._flashlight if self.backend == FLASHLIGHT else self._speechbrain
         try:
             self._search = build(words)
-        except (RuntimeError, OSError) as error:  # KenLM's, which say where in its source
+        except (RuntimeError, OSError) as error:  # KenLM's errors begin with a place in its source
             if words is None:
                 raise
             cause = " ".join(str(error).split()).rsplit("threw ", 1)[-1].rstrip(".)")
@@ -243,14 +242,14 @@ class CtcBeamSearch:
             lexicon=None,
             tokens=pieces,
             lm=lm,
-            lm_weight=1.0,  # the scores are weighted already
+            lm_weight=1.0,  # WordLm already weights the scores
             nbest=self.beam_size,
             beam_size=self.beam_size,
             beam_size_token=min(TOKENS_PER_FRAME, len(pieces)),
             beam_threshold=self.beam_threshold,
             log_add=True,
             blank_token=blank,
-            sil_token=blank,  # any other token would be swallowed as the first of an utterance
+            sil_token=blank,  # any other token would be removed at the start of an utterance
         )
 
         def search(log_probs):  # (T, V)
@@ -258,7 +257,7 @@ class CtcBeamSearch:
             for hypothesis in decoder(log_probs[None])[0]:
                 ids = [self._kept[token] for token in hypothesis.tokens.tolist()]
                 text = " ".join(self.tokenizer.decode_ids(ids).split())
-                # A text may be spelled in several ways, or with several boundaries in a row
+                # Several token sequences may give the same text
                 scores[text] = _log_add(scores.get(text, -math.inf), hypothesis.score)
             if lm is not None:
                 lm.forget()
@@ -273,11 +272,11 @@ class CtcBeamSearch:
             beam_size=self.beam_size,
             beam_prune_logp=-self.beam_threshold,
             token_prune_min_logp=TOKEN_FLOOR,
-            prune_history=False,  # it drops alignments of the best text, and hypotheses from the beam
+            prune_history=False,  # pruning would drop alignments of the best text, and hypotheses from the beam
         )
 
         def search(log_probs):  # (T, V)
-            # In float32, numpy would lose digits of a long utterance's score
+            # In float64, because numpy in float32 would lose digits of a long utterance's score
             best = searcher.decode_log_probs(log_probs.double().numpy(), len(log_probs))[0]
             return " ".join(best.text.split())
 
@@ -285,12 +284,12 @@ class CtcBeamSearch:
 
 
 def _choose_backend(backend, lm_file):
-    """The name of a backend that is installed with all that it needs."""
+    """The name of a backend that is installed completely."""
     try:
         from torchaudio.models.decoder import ctc_decoder  # noqa: F401
 
         flashlight = True
-    except (ImportError, RuntimeError):  # torchaudio turns the one into the other
+    except (ImportError, RuntimeError):  # torchaudio raises RuntimeError in place of ImportError
         flashlight = False
     if backend == FLASHLIGHT and not flashlight:
         raise UserImportError("The backend flashlight needs the package flashlight-text; run: pip install flashlight-text")

@@ -1,7 +1,7 @@
-"""The most probable texts under CTC, by tokens: for rescoring, and with token graphs.
+"""The most probable token sequences under CTC, for rescoring and with token graphs.
 
-Prefix beam search (Hannun et al. 2014, https://arxiv.org/abs/1408.2873) of all utterances of a batch at once. Flashlight's and
-SpeechBrain's searches, which :mod:`speechbrain_ext.decoders.ctc_beam` has, give texts and not tokens, and take no such graphs.
+Prefix beam search (Hannun et al. 2014, https://arxiv.org/abs/1408.2873) of all utterances of a batch at once. The searches of
+:mod:`speechbrain_ext.decoders.ctc_beam` give texts without tokens, and take no token graphs.
 """
 
 import math
@@ -13,12 +13,12 @@ from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
 from speechbrain_ext.lobes.masks import absolute_lengths
 
 TOKENS_PER_FRAME = 16
-"""Of a frame, the tokens that are tried: as in the other searches."""
+"""Number of tokens that are tried in a frame, as in the other searches."""
 
 
 @torch.no_grad()
 def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
-    """Search.
+    """Find the most probable texts of each utterance with a prefix beam search.
 
     Arguments
     ---------
@@ -27,18 +27,18 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
     lens : torch.Tensor
         (B,) relative lengths.
     blank : int
-        The blank.
+        The blank token.
     beam_size : int
         Number of texts that are kept.
     excluded : sequence of int
-        Tokens that no text has.
+        Tokens that are not allowed in texts.
     graphs : sequence of TokenGraph
-        What they add counts as log-probabilities do.
+        Their scores are added to the log-probabilities.
 
     Returns
     -------
     list of list of Hypothesis
-        Of each utterance the texts, the best first.
+        The texts of each utterance, the best first.
 
     Example
     -------
@@ -63,7 +63,7 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
         stays = in_label + log_probs[:, frame].gather(1, last).masked_fill(last == blank, -math.inf)
         goes = torch.where(said == last.unsqueeze(2), in_blank.unsqueeze(2), total.unsqueeze(2)) + tried
         keys = hashes.unsqueeze(2) * HASH + said + 1
-        # A longer text that is in the beam already, and the same one that stays, are one
+        # Merge an extended text with the same text if it is already in the beam
         same = (keys.flatten(1).unsqueeze(1) == hashes.unsqueeze(2)) & (total > -math.inf).unsqueeze(2)
         flat = goes.flatten(1)
         stays = stays.logaddexp(flat.unsqueeze(1).masked_fill(~same, -math.inf).logsumexp(2))
@@ -72,14 +72,14 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
         gained = token_graph.added(graphs, places).gather(2, said).flatten(1) if graphs else torch.zeros_like(flat)
         gained = gained + bonus.repeat_interleave(said.shape[2], 1)
         ranked = torch.cat((blanks.logaddexp(stays) + bonus, flat + gained), 1)
-        chosen = ranked.topk(beam_size).indices  # K that stay, K * C that go on
+        chosen = ranked.topk(beam_size).indices  # K that stay, K * C that are extended
         goes_on = chosen >= beam_size
         place = (chosen - beam_size).clamp(min=0)
         parents = torch.where(goes_on, place // said.shape[2], chosen.clamp(max=beam_size - 1))
         token = torch.where(goes_on, said.flatten(1).gather(1, place), blank)
         valid = (frame < lengths).unsqueeze(1)
         goes_on, parents, token = goes_on & valid, torch.where(valid, parents, own), torch.where(valid, token, blank)
-        # What was searched to its end stays as it is
+        # Finished utterances do not change
         blanks, stays = torch.where(valid, blanks, in_blank), torch.where(valid, stays, in_label)
         choice = goes_on, place, parents
         in_blank, in_label = _follow(*choice, torch.full_like(flat, -math.inf), blanks), _follow(*choice, flat, stays)
@@ -101,5 +101,5 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
 
 
 def _follow(goes_on, place, parents, going, staying):
-    """Of the chosen hypotheses, the values (B, K) of longer texts (B, K * C) and of those that stay (B, K)."""
+    """Values (B, K) of the chosen hypotheses, from those of extended texts (B, K * C) and of texts that stay (B, K)."""
     return torch.where(goes_on, going.gather(1, place), staying.gather(1, parents))

@@ -8,10 +8,10 @@ frames t. With r(t) the probability that the frames up to t are an alignment of 
                            r_blank(t) = (r_blank(t - 1) + r_c(t - 1)) * p(blank, t)
 
 SpeechBrain runs the recursion of the second and third line for every candidate c, frame by frame in Python. But only the score
-ranks candidates: the recursion is needed of those that the search goes on with, one per hypothesis. And it is linear: with
-P(t) the product of p up to t, r_c(t) = P(t) * sum over s <= t of phi(s - 1) / P(s - 1), a cumulative sum over all frames at once,
-here of logarithms and in float64, as P gets small. SpeechBrain's recursion rounds to float32 frame by frame: where scores get as
-low as minus hundreds, its own in float64 agrees with the ones here, and in float32 may end in another hypothesis.
+ranks candidates, so the recursion is needed only for the chosen ones, one per hypothesis. It is linear: with P(t) the product of
+p up to t, r_c(t) = P(t) * sum over s <= t of phi(s - 1) / P(s - 1). That is a cumulative sum over all frames at once, here of
+logarithms and in float64 because P gets small. SpeechBrain's recursion rounds to float32 in each frame. For scores of minus
+several hundred, its recursion in float64 agrees with this one; in float32 it may find another hypothesis.
 """
 
 from types import SimpleNamespace
@@ -24,17 +24,17 @@ from speechbrain_ext.lobes.precision import widest
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError
 
-_MINUS_INF = -1e20  # SpeechBrain's score of what is impossible
-_NEVER = -1e7  # stands for -inf in a cumulative sum, where that would leave nothing of what comes after it
+_MINUS_INF = -1e20  # SpeechBrain's score of impossible tokens
+_NEVER = -1e7  # replaces -inf in a cumulative sum, where -inf would make all later values useless
 
 
 class PrefixScores:
-    """The CTC scores of the hypotheses of a search, step by step.
+    """CTC scores of the hypotheses of a search, step by step.
 
     Arguments
     ---------
     log_probs : torch.Tensor
-        (B, T, V) of the CTC head.
+        (B, T, V) log-probabilities of the CTC head.
     lengths : torch.Tensor
         (B,) numbers of valid frames.
     blank_index, eos_index : int
@@ -51,30 +51,30 @@ class PrefixScores:
     def __init__(self, log_probs, lengths, blank_index, eos_index):
         self.blank_index, self.eos_index = blank_index, eos_index
         self.padding = padding_mask(lengths, log_probs.shape[1])  # (B, T)
-        # Frames last: those of a candidate lie side by side
+        # Frames are the last axis, so that those of a candidate are contiguous
         self.log_probs = log_probs.transpose(1, 2).contiguous().masked_fill(self.padding.unsqueeze(1), 0.0)  # (B, V, T)
         self.last_frame = (lengths.long() - 1) % log_probs.shape[1]
         self.in_blank = None
-        """(B * K, T) log-probability that the frames up to t are an alignment of the prefix which ends in blank."""
+        """(B * K, T) log-probability that the frames up to t are an alignment of the prefix that ends in blank."""
         self.in_token = None
-        """(B * K, T) likewise, in the last token."""
+        """(B * K, T) the same for alignments that end in the last token."""
         self.psi = 0.0
         """(B * K, 1) log-probability of the prefix."""
 
     def score(self, tokens, candidates=None):
-        """What each token adds to the score of each hypothesis.
+        """The change of each hypothesis's score by each token.
 
         Arguments
         ---------
         tokens : torch.Tensor
             (B * K,) the last token of each hypothesis, at first bos.
         candidates : torch.Tensor, optional
-            (B * K, C) the tokens to score, others are impossible; None = all.
+            (B * K, C) tokens to score, others are impossible; None = all.
 
         Returns
         -------
         torch.Tensor
-            (B * K, V).
+            (B * K, V) log-probabilities.
         """
         batch, vocab, frames = self.log_probs.shape
         beam = len(tokens) // batch
@@ -99,7 +99,7 @@ class PrefixScores:
             psi = self._sum(self.before, rows[self.batch.unsqueeze(1) * vocab + candidates])
             psi = torch.where(candidates == tokens.unsqueeze(1), same, psi)
             self.psi_next = psi.new_full((len(tokens), vocab), _MINUS_INF).scatter_(1, candidates, psi)
-        # The text ends here: all frames are an alignment of the prefix
+        # At the end of the text, all frames are an alignment of the prefix
         self.psi_next[:, self.eos_index] = ends.gather(1, self.last_frame[self.batch].unsqueeze(1)).squeeze(1)
         if self.eos_index != self.blank_index:
             self.psi_next[:, self.blank_index] = _MINUS_INF
@@ -107,12 +107,12 @@ class PrefixScores:
         return (self.psi_next - self.psi).to(self.log_probs.dtype)
 
     def extend(self, index):
-        """Go on with the best of what :meth:`score` has scored.
+        """Extend the chosen hypotheses by their next tokens, after :meth:`score`.
 
         Arguments
         ---------
         index : torch.Tensor
-            (B, K) hypotheses with their next token, ``hypothesis * V + token``, hypotheses counted within the utterance.
+            (B, K) hypotheses with their next token, as ``hypothesis * V + token``; hypotheses count within the utterance.
         """
         batch, vocab, _ = self.log_probs.shape
         offset = torch.arange(batch, device=index.device).unsqueeze(1) * index.shape[1]
@@ -128,25 +128,25 @@ class PrefixScores:
         return widest(self.log_probs[:, self.blank_index])[self.batch]
 
     def _shift(self, x, first):
-        """From x(t) to x(t - 1), where t is no padding."""
+        """x(t - 1) from x(t); minus infinity in the padding."""
         shifted = torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], 1)
         return shifted.masked_fill(self.padding[self.batch], -torch.inf)
 
     @staticmethod
     def _sum(before, rows):
         """Log of the sum over frames of ``before`` (..., K, T) times ``rows`` (..., C, T) or with K before C: (..., K, C)."""
-        # In float32, as nothing is added up over steps, but relative to the largest, as the scores of long prefixes are large
+        # float32 is enough because errors do not add up over steps; relative to the peak because long prefixes have large scores
         peak = before.amax(-1, keepdim=True).clamp_min(_MINUS_INF)
         terms = rows + (before - peak).to(rows.dtype).unsqueeze(-2)
         largest = terms.amax(-1, keepdim=True).clamp_min_(_MINUS_INF)
-        # On a CPU, exponentials that are denormal take 90 times as long; e^-80 adds nothing to a sum that has a 1
+        # On a CPU, denormal exponentials take 90 times as long; e^-80 adds nothing to a sum that contains 1
         total = (terms - largest).clamp_min_(-80.0).exp_().sum(-1)
         return widest(total.log_() + largest.squeeze(-1)) + peak
 
 
 @loadable
 class CTCScorer(scorer.CTCScorer):
-    """SpeechBrain's CTCScorer, with the same scores and without its loops over frames and hypotheses.
+    """SpeechBrain's CTCScorer without loops over frames and hypotheses; the scores are the same.
 
     Arguments
     ---------
@@ -155,12 +155,12 @@ class CTCScorer(scorer.CTCScorer):
     blank_index, eos_index : int
         Tokens.
     ctc_window_size : int
-        Only 0 is offered: a window of frames changes the scores, and all frames take little time here.
+        Must be 0: a window of frames would change the scores, and all frames take little time here.
 
     Raises
     ------
     ValueError
-        If there is a window.
+        If ``ctc_window_size`` is not 0.
 
     Example
     -------
@@ -175,16 +175,16 @@ class CTCScorer(scorer.CTCScorer):
     True
     """
 
-    ctc_score = SimpleNamespace(minus_inf=_MINUS_INF)  # all that ScorerBuilder asks of it; what a search needs is in its memory
+    ctc_score = SimpleNamespace(minus_inf=_MINUS_INF)  # all that ScorerBuilder reads; the state of a search is in its memory
 
     def __init__(self, ctc_fc, blank_index, eos_index, ctc_window_size=0):
         if ctc_window_size:
-            raise UserError(f"The ctc_window_size is {ctc_window_size}, but scores here take all frames; leave it at 0.")
+            raise UserError(f"ctc_window_size is {ctc_window_size}, but this scorer uses all frames; set it to 0.")
         super().__init__(ctc_fc, blank_index, eos_index)
 
     @torch.no_grad()
     def reset_mem(self, x, enc_lens):
-        """The memory of a search over encoder frames ``x`` (B, T, D), of which ``enc_lens`` (B,) are valid."""
+        """The memory of a search over encoder frames ``x`` (B, T, D) with ``enc_lens`` (B,) valid ones."""
         return PrefixScores(self.ctc_fc(x).float().log_softmax(-1), enc_lens, self.blank_index, self.eos_index)
 
     @torch.no_grad()

@@ -10,23 +10,23 @@ from speechbrain_ext.lobes.decoder_cache import EncoderCache
 from speechbrain_ext.utils.errors import UserError
 
 LM_WEIGHT, LM_TEMPERATURE = 0.6, 1.15
-"""Those of SpeechBrain's published results on LibriSpeech."""
+"""Values of SpeechBrain's published results on LibriSpeech."""
 
 
 class TransformerLMScorer(scorer.TransformerLMScorer):
-    """SpeechBrain's scorer, with the keys and values of the text so far kept: the same scores, many times sooner.
+    """SpeechBrain's scorer with a cache of keys and values: the same scores, many times faster.
 
     Arguments
     ---------
     language_model : speechbrain.lobes.models.transformer.TransformerLM.TransformerLM
-        Without a decoder, and with plain attention. A text may not hold token 0, which it takes for padding.
+        A model without a decoder, and with plain attention. Texts may not contain token 0, its padding.
     temperature : float
         Divides the logits.
 
     Raises
     ------
     UserError
-        If the language model is built in another way.
+        If the language model has a decoder or another attention.
 
     Example
     -------
@@ -47,19 +47,21 @@ class TransformerLMScorer(scorer.TransformerLMScorer):
         if language_model.num_decoder_layers or language_model.attention_type != "regularMHA":
             raise UserError(
                 f"The language model has {language_model.num_decoder_layers} decoder layers and the attention "
-                f"{language_model.attention_type}; give one with none, and with regularMHA."
+                f"{language_model.attention_type}; give one without decoder layers, and with regularMHA."
             )
 
     @torch.no_grad()
     def score(self, inp_tokens, memory, candidates, attn):
-        """Log-probabilities (N, V) of what follows the tokens (N,), and the memory."""
+        """Log-probabilities (N, V) of the tokens that follow ``inp_tokens`` (N,), and the memory."""
         lm, x = self.lm, self.lm.custom_src_module(inp_tokens)
         if lm.embedding_proj is not None:
             x = lm.embedding_proj(x)
         memory = EncoderCache(lm.encoder, len(x), x) if memory is None else memory
         table = lm.positional_encoding.pe[0]
         if memory.length == len(table):
-            raise UserError(f"A hypothesis has {memory.length} tokens, and the language model no place for more; search shorter.")
+            raise UserError(
+                f"A hypothesis has {memory.length} tokens, the most that the language model takes; lower max_decode_ratio."
+            )
         logits = lm.output_proj(memory.step(x + table[memory.length]).unsqueeze(1)).squeeze(1)
         return self.softmax(logits / self.temperature), memory
 
@@ -75,7 +77,7 @@ def make_scorer(language_model, temperature=LM_TEMPERATURE):
     Arguments
     ---------
     language_model : TransformerLM or RNNLM
-        Of SpeechBrain.
+        SpeechBrain's language model.
     temperature : float
         Divides the logits.
 
@@ -86,7 +88,7 @@ def make_scorer(language_model, temperature=LM_TEMPERATURE):
     Raises
     ------
     UserError
-        If the temperature is impossible, or it is another kind of language model.
+        If the temperature is not valid, or the language model is of another kind.
     """
     if not is_number(temperature, 0) or not temperature:
         raise UserError(f"lm_temperature is {temperature!r}; give a positive number.")

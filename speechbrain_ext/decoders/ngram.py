@@ -1,19 +1,18 @@
-"""Word n-gram language models from text, as ARPA files: interpolated modified Kneser-Ney, as KenLM's lmplz estimates it.
+"""Word n-gram language models from text, as ARPA files: interpolated modified Kneser-Ney, with the estimates of KenLM's lmplz.
 
 The probability of a word w after the words h, with h' for h without its first word, is
 
     p(w | h) = (c(h w) - D(c(h w))) / sum_v c(h v) + gamma(h) p(w | h')
 
-where gamma(h) is what the discounts D have left over, and the last p is 1 / (number of words). c is the count in the text for the
-highest order, and for n-grams that begin a sentence; for the others it is the number of different words in front of them.
+where gamma(h) is the probability that the discounts D free, and the last p is 1 / (number of words). c is the count in the text
+for the highest order and for n-grams that begin a sentence; for others it is the number of different words before them.
 
 Sources: R. Kneser and H. Ney, "Improved backing-off for m-gram language modeling", ICASSP 1995; S. Chen and J. Goodman, "An
 empirical study of smoothing techniques for language modeling", 1999 (three discounts per order); K. Heafield et al., "Scalable
-modified Kneser-Ney language model estimation", ACL 2013 (pruning, and what is counted at the beginning of a sentence).
+modified Kneser-Ney language model estimation", ACL 2013 (pruning, and counts at the beginning of a sentence).
 
-N-grams are kept as numbers, one array for each thing that is known of them: an n-gram is the place of its first n - 1 words among
-the n-grams of the order below, and its last word. Of the text only word ids are kept. At its peak, counting takes 60 to 80 bytes
-for each word of the text.
+N-grams are stored as arrays of numbers: an n-gram is the index of its first n - 1 words among the n-grams of the order below, and
+the id of its last word. The text is stored as word ids. Counting takes at most 60 to 80 bytes for each word of the text.
 """
 
 import os
@@ -28,53 +27,53 @@ from speechbrain_ext.utils.files import replacing
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 HIGHEST_ORDER = 6
-"""That KenLM reads, as flashlight has it."""
+"""The highest order that flashlight's KenLM reads."""
 FALLBACK = (0.5, 1.0, 1.5)
-"""Discounts of small texts, whose counts of counts give none: those of lmplz."""
+"""Discounts of lmplz for texts that are too small to estimate them."""
 NEVER = 1e-30
 """The probability of ``<s>``, which follows no word."""
 LINES = 100_000
-"""Lines of the file that are made at a time."""
+"""Lines of the file that are written at a time."""
 FIRST = 2
 """Id of the first word while the text is read: 0 begins a sentence, and 1 ends it."""
 
 
 class NgramSummary(NamedTuple):
-    """What a language model was made of, and what is in it."""
+    """Size of a language model and of its text."""
 
     sentences: int
     words: int
     """Running words of the text."""
     unknown: int
-    """Of these, how many are not in the vocabulary."""
+    """Running words that are not in the vocabulary."""
     entries: tuple
-    """N-grams by order, from 1 on; the first number is the vocabulary with ``<s>``, ``</s>`` and ``<unk>``."""
+    """Number of n-grams of each order, from 1; the first is the vocabulary with ``<s>``, ``</s>`` and ``<unk>``."""
 
 
 class _Grams(NamedTuple):
     """The n-grams of an order."""
 
     context: np.ndarray
-    """(N,) place of all but the last word among the n-grams of the order below."""
+    """(N,) index of all words but the last, among the n-grams of the order below."""
     word: np.ndarray
     """(N,) id of the last word."""
     suffix: np.ndarray
-    """(N,) place of all but the first word among those of the order below."""
+    """(N,) index of all words but the first, among the n-grams of the order below."""
     count: np.ndarray
-    """(N,) how often it is in the text."""
+    """(N,) count in the text."""
 
 
 class _Level(NamedTuple):
-    """What a language model says of the n-grams of an order."""
+    """The n-grams of an order with their probabilities."""
 
     context: np.ndarray
     word: np.ndarray
     kept: np.ndarray
-    """(N,) whether it is in the model."""
+    """(N,) whether the n-gram is in the model."""
     probability: np.ndarray
-    """(N,) of the last word after the others."""
+    """(N,) probability of the last word after the others."""
     backoff: np.ndarray
-    """(contexts,) what is left, after each n-gram of the order below, for words that do not follow it here."""
+    """(contexts,) backoff weight of each n-gram of the order below."""
 
 
 def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=False):
@@ -83,18 +82,18 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
     Arguments
     ---------
     sentences : iterable of list of str
-        The words of each sentence. ``<unk>`` stands for any word outside of the vocabulary; ``<s>`` and ``</s>`` are left out.
+        The words of each sentence. ``<unk>`` is any word outside the vocabulary; ``<s>`` and ``</s>`` are ignored.
     path : str or os.PathLike
         The file.
     order : int
         The number of words of the longest n-grams, 2 to 6.
     prune : sequence of int
-        N-grams that are no more often in the text are left out: a number for bigrams, one for trigrams and so on, none smaller
-        than the one before it; the last one holds for all that follow.
+        Leave out n-grams with at most this count in the text: a number for bigrams, one for trigrams and so on, not
+        decreasing. The last number also holds for all higher orders.
     vocabulary : int, optional
-        Only so many words, the most frequent ones, are known; the others count as ``<unk>``. By default all are known.
+        Keep only this number of the most frequent words; the others count as ``<unk>``. By default all words are kept.
     progress : bool
-        Whether to show on standard error how far it is.
+        Whether to show progress bars on standard error.
 
     Returns
     -------
@@ -105,7 +104,7 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
     UserError
         If there are no words, or an argument is out of range.
     OSError
-        If the file cannot be written; this shows before anything is counted.
+        If the file cannot be written; the error comes before counting.
 
     Example
     -------
@@ -121,11 +120,11 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
     prune = list(prune)
     if not prune or len(prune) >= order or min(prune) < 0 or prune != sorted(prune):
         raise UserError(
-            f"The limits to prune below are {prune}; give up to {order - 1} numbers, for bigrams, trigrams and so on, none of "
-            "them negative or smaller than the one before."
+            f"The counts to prune are {prune}; give up to {order - 1} numbers, for bigrams, trigrams and so on, none of them "
+            "negative or smaller than the one before."
         )
     if vocabulary is not None and vocabulary < 1:
-        raise UserError(f"The vocabulary is limited to {vocabulary} words; give 1 or more.")
+        raise UserError(f"The vocabulary size is {vocabulary}; give 1 or more.")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file.")
     limits = [-1, *prune, *[prune[-1]] * (order - 1 - len(prune))]  # -1: no word is pruned
@@ -140,8 +139,8 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
         entries = tuple(int(level.kept.sum()) for level in levels)
         if not all(entries):
             raise UserError(
-                f"No n-grams of order {entries.index(0) + 1} are left, as sentences are short or --prune is high; lower --prune, "
-                "or the order."
+                f"There are no n-grams of order {entries.index(0) + 1}, because sentences are short or --prune is high; lower "
+                "--prune or --order."
             )
         with tqdm(total=sum(entries), desc="Writing", unit=" n-grams", unit_scale=True, disable=not progress) as bar:
             _write(file, levels, names, entries, bar)
@@ -149,7 +148,7 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
 
 
 class _Ids(dict):
-    """Ids by word; a new word gets the next one."""
+    """Ids by word; a new word gets the next id."""
 
     def __missing__(self, word):
         self[word] = number = FIRST + len(self)
@@ -157,7 +156,7 @@ class _Ids(dict):
 
 
 def _read(sentences):
-    """Ids of all sentences in a row, and the ids by word."""
+    """The ids of all sentences in one array, and the ids by word."""
     known, ids = _Ids(), array("i")
     for sentence in sentences:
         ids.append(0)
@@ -167,13 +166,15 @@ def _read(sentences):
 
 
 def _number(ids, known, vocabulary):
-    """The text in its final ids, and the words by these: sorted, then ``</s>``, ``<s>`` and ``<unk>``."""
+    """The text in final ids, and the words in the order of these ids: sorted, then ``</s>``, ``<s>`` and ``<unk>``."""
     words = sorted(known.keys() - {BEGIN, END, UNKNOWN, UNKNOWN.upper()})
     if not words:
-        raise UserError("The text holds no words; give some that does.")
+        raise UserError("The text holds no words; give another text.")
     if vocabulary is not None and vocabulary < len(words):
         counts = np.bincount(ids)
-        words = sorted(sorted(words, key=lambda word: -counts[known[word]])[:vocabulary])  # of equals, the first by name
+        words = sorted(
+            sorted(words, key=lambda word: -counts[known[word]])[:vocabulary]
+        )  # words of equal count in alphabetical order
     names = [*words, END, BEGIN, UNKNOWN]
     final = np.full(FIRST + len(known), len(words) + 2, dtype=np.int32)
     final[[known[word] for word in words]] = np.arange(len(words))
@@ -184,14 +185,14 @@ def _number(ids, known, vocabulary):
 
 
 def _count(ids, size, order, bar):
-    """The n-grams of each order, sorted by their places in the order below."""
+    """The n-grams of each order, sorted by their index in the order below."""
     nowhere = np.zeros(size, dtype=np.int32)
     grams = [_Grams(nowhere, np.arange(size, dtype=np.int32), nowhere, np.bincount(ids, minlength=size))]
     bar.update()
-    places = ids  # of the n-gram that begins at each word of the text, among those of the order below
+    places = ids  # index of the n-gram of the order below that begins at each word of the text
     starts = np.arange(len(ids), dtype=np.int32)
     for length in range(2, order + 1):
-        starts = starts[ids[starts + (length - 2)] != size - 3]  # n-grams end where the sentence does
+        starts = starts[ids[starts + (length - 2)] != size - 3]  # n-grams do not cross the end of a sentence
         keys = places[starts].astype(np.uint64) << np.uint64(32)
         keys |= ids[starts + (length - 1)].astype(np.uint64)
         sorting = np.argsort(keys)
@@ -207,13 +208,13 @@ def _count(ids, size, order, bar):
         if length < order:
             places = np.zeros_like(ids)
             places[starts] = np.repeat(np.arange(len(first), dtype=np.int32), count)
-            starts.sort()  # so that the next order reads the text from its beginning to its end
+            starts.sort()  # the next order then reads the text in sequence, which is faster
         bar.update()
     return grams
 
 
 def _estimate(grams, limits, bar):
-    """What the model says of each order; the n-grams are taken from their list, so that they need no memory any more."""
+    """Probabilities of each order; removes the n-grams from their list, to free memory."""
     size = len(grams[0].count)
     begins = np.arange(size) == size - 2
     probability, levels = np.array([1 / (size - 1)], dtype=np.float32), []  # <s> follows no word
@@ -242,7 +243,7 @@ def _estimate(grams, limits, bar):
 
 
 def _discounts(count):
-    """What is taken off counts of 0, 1, 2, and 3 or more."""
+    """The discounts of counts of 0, 1, 2, and 3 or more."""
     once, twice, thrice, more = (int((count == number).sum()) for number in range(1, 5))
     if not (once and twice and thrice and more):
         return np.array([0, *FALLBACK])
@@ -252,7 +253,7 @@ def _discounts(count):
 
 
 def _write(file, levels, names, entries, bar):
-    """The ARPA file."""
+    """Write the ARPA file."""
     words, levels[0].probability[-2] = np.array(names, dtype=object), NEVER
     file.write("\\data\\\n")
     file.writelines(f"ngram {order}={count}\n" for order, count in enumerate(entries, start=1))
@@ -265,7 +266,7 @@ def _write(file, levels, names, entries, bar):
             for lower in reversed(levels[:order]):
                 columns.append(words[lower.word[place]])
                 place = lower.context[place]
-            # Rounded, the probability of a certain word would be more than 1
+            # Rounding may give a probability above 1
             logs = [np.minimum(np.log10(number, dtype=np.float64), 0) for number in numbers]
             fields = (column.tolist() for column in (logs[0], *reversed(columns), *logs[1:]))
             file.writelines(map(line.__mod__, zip(*fields, strict=True)))

@@ -1,9 +1,9 @@
-"""Phrases that a search is to listen for: names and words of which the user knows that they will be said.
+"""Phrases that a search prefers: names and words that the user expects.
 
-Each time that a phrase is said, from the beginning of a word to the end of one, its bonus is added to the score. It is given out
-token by token while the phrase is being said, so that a beam does not lose it, and taken back where it is not said to its end.
-The automaton is that of Aho and Corasick 1975 (https://doi.org/10.1145/360825.360855): phrases may overlap, begin alike and lie
-within one another. icefall and NeMo have it, too.
+A phrase in a hypothesis, from the beginning of a word to the end of one, adds its bonus to the score. The bonus is added token by
+token, so that the beam keeps the hypothesis, and is subtracted again if the phrase does not continue. The automaton is that of
+Aho and Corasick 1975 (https://doi.org/10.1145/360825.360855), so phrases may overlap, begin alike and contain one another.
+icefall and NeMo also use it.
 """
 
 from collections import deque
@@ -18,29 +18,29 @@ from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.text import listing
 
 BONUS = 2.0
-"""Of each token of a phrase, where its line gives no bonus: WeNet's, which lowers its errors on phrases by a quarter."""
+"""Bonus per token of a phrase without a bonus. It is WeNet's value, which lowers its errors on phrases by a quarter."""
 LARGEST_BONUS = 1000
 
 
 def read_phrases(path):
-    """Read phrases and what each is worth.
+    """Read phrases and their bonuses.
 
     Arguments
     ---------
     path : str or os.PathLike
-        A text file, one phrase per line, and after a tab its bonus; by default 2 for each of its tokens.
+        A text file with one phrase per line, optionally followed by a tab and its bonus; by default 2 per token.
 
     Returns
     -------
     dict
-        Bonuses, or None, by phrase.
+        The bonus of each phrase, or None.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     UserError
-        If it has no phrases, one of them twice, or something else than a number for a bonus.
+        If the file has no phrases, one of them twice, or a bonus that is not a number.
 
     Example
     -------
@@ -56,7 +56,7 @@ def read_phrases(path):
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8; write it as such, a phrase on each line.") from error
+        raise UserError(f"{path} is not text in UTF-8; write it in UTF-8, one phrase per line.") from error
     for number, line in enumerate(lines, 1):
         text, *bonus = line.split("\t")
         text = " ".join(normal_form(text).split())
@@ -68,14 +68,14 @@ def read_phrases(path):
             value = text = ""
         if not text or value is not None and not is_number(value, 0, LARGEST_BONUS):
             raise UserError(
-                f"Line {number} of {path} is {one_line(line, 60)!r}; give a phrase, and behind one tab its bonus, a number from "
-                f"0 to {LARGEST_BONUS}."
+                f"Line {number} of {path} is {one_line(line, 60)!r}; give a phrase, optionally with a tab and a bonus from 0 to "
+                f"{LARGEST_BONUS}."
             )
         if text in phrases:
-            raise UserError(f"Line {number} of {path} has {one_line(text, 60)!r} again; leave one of them out.")
+            raise UserError(f"Line {number} of {path} repeats {one_line(text, 60)!r}; remove one of them.")
         phrases[text] = value
     if not phrases:
-        raise UserError(f"{path} has no phrases; give one on each line.")
+        raise UserError(f"{path} has no phrases; give one per line.")
     return phrases
 
 
@@ -85,9 +85,9 @@ def phrase_graph(phrases, tokenizer):
     Arguments
     ---------
     phrases : dict
-        Bonuses by phrase; None = 2 for each token.
+        The bonus of each phrase; None = 2 per token.
     tokenizer : sentencepiece.SentencePieceProcessor
-        Of the model.
+        The model's tokenizer.
 
     Returns
     -------
@@ -96,22 +96,22 @@ def phrase_graph(phrases, tokenizer):
     Raises
     ------
     UserError
-        If the tokenizer cannot write a phrase, or there are too many of them.
+        If the tokenizer cannot write a phrase, or there are too many phrases.
     """
     tokens = tokenizer.vocab_size()
     spelled = {text: tokenizer.encode_as_ids(text) for text in phrases}
     if unknown := [text for text, ids in spelled.items() if not ids or any(map(tokenizer.is_unknown, ids))]:
         others = {case for case in ("upper", "lower") for text in unknown if _can_write(tokenizer, getattr(text, case)())}
-        hint = f" in {min(others)} case" if others else ""
+        hint = f", in {min(others)} case" if others else ""
         raise UserError(
             f"The model cannot write {len(unknown)} of the {len(phrases)} phrases, such as {listing(map(repr, unknown), 3)}; "
-            f"write them as its transcripts are{hint}, or leave them out."
+            f"write them as in its transcripts{hint}, or leave them out."
         )
     children, own, ahead = (
         [{}],
         [0.0],
         [0.0],
-    )  # bonus of the phrase that ends at a node, and the largest share of one that goes on
+    )  # per node: bonus of the phrase that ends here, and the largest partial bonus of a longer phrase
     for text, ids in spelled.items():
         bonus, node = BONUS * len(ids) if phrases[text] is None else float(phrases[text]), 0
         for depth, token in enumerate(ids, 1):
@@ -125,14 +125,14 @@ def phrase_graph(phrases, tokenizer):
         own[node] += bonus
     if len(children) * tokens > LARGEST_TABLE:
         raise UserError(
-            f"The phrases have {len(children)} tokens, and tables for {tokens} tokens each would be too large; give at most "
+            f"The phrases have {len(children)} tokens, too many for a model of {tokens} tokens; give phrases with at most "
             f"{LARGEST_TABLE // tokens}."
         )
     return TokenGraph(*map(torch.from_numpy, _tables(children, own, ahead, tokenizer)))
 
 
 def _tables(children, own, ahead, tokenizer):
-    """Where each token leads from each node, what it adds, and what the end adds."""
+    """For each node and token, the next node and the added score; and the added score of the text's end."""
     nodes, tokens = len(children), range(tokenizer.vocab_size())
     following = np.zeros((nodes, len(tokens)), np.int32)
     whole, part, fail, queue = np.array(own, np.float32), np.array(ahead, np.float32), [0] * nodes, deque([0])
@@ -140,14 +140,14 @@ def _tables(children, own, ahead, tokenizer):
         node = queue.popleft()
         if node:
             following[node] = following[fail[node]]
-            # Of the longest of the node's endings that begin a phrase, too
+            # Add the values of the longest suffix that is also the start of a phrase
             whole[node] += whole[fail[node]]
             part[node] = max(part[node], part[fail[node]])
         for token, child in children[node].items():
-            fail[child] = following[node, token]  # where the fail node leads, or the root
+            fail[child] = following[node, token]  # the next node of the fail node, or the root
             following[node, token] = child
             queue.append(child)
-    # A phrase is said where its last word ends; until then its bonus is held, as are the shares of those that may go on
+    # A bonus is final at the end of the phrase's last word; until then it is held, as are partial bonuses of longer phrases
     begins = np.array([tokenizer.id_to_piece(token).startswith("▁") for token in tokens])
     held = (whole + part)[following]
     added = held - part[:, None] - np.where(begins, 0.0, whole[:, None])
@@ -161,18 +161,19 @@ def _can_write(tokenizer, text):
 
 
 def count_phrases(phrases, said, found):
-    """How often phrases were said, and how often of these a search has found them in the same utterance.
+    """Count phrases in the references, and how many of them a search found in the same utterance.
 
     Arguments
     ---------
     phrases : iterable of str
-        Phrases.
+        The phrases.
     said, found : list of list of str
-        The words of each utterance, and those that were found in it.
+        The reference words of each utterance, and the words that a search found.
 
     Returns
     -------
     tuple of int
+        Occurrences in the references, and how many of them were found.
 
     Example
     -------

@@ -1,7 +1,7 @@
-"""Second pass over the n-best texts of CTC: the decoder with attention scores each as a whole, without a loop over its tokens.
+"""Rescoring of the n-best texts of CTC: the attention decoder scores each text at once, without a loop over its tokens.
 
-The two passes of U2 (Zhang et al. 2020, https://arxiv.org/abs/2012.05481). What counts is what the joint search adds up: decoder,
-CTC, language model and phrases with their weights.
+This is the two-pass decoding of U2 (Zhang et al. 2020, https://arxiv.org/abs/2012.05481). The score is that of the joint search:
+the weighted sum of decoder, CTC, language model and phrases.
 """
 
 import torch
@@ -20,14 +20,14 @@ def rescore(search, frames, nbest, pad=0):
     frames : torch.Tensor
         (T, D) encoder frames of an utterance.
     nbest : list of Hypothesis
-        N texts, from :func:`speechbrain_ext.decoders.ctc_nbest.ctc_nbest` with the token graphs of the search.
+        N texts of :func:`speechbrain_ext.decoders.ctc_nbest.ctc_nbest`, found with the token graphs of the search.
     pad : int
         The token that pads texts.
 
     Returns
     -------
     list of float
-        The score of each, divided by its length where the search does so.
+        The score of each text, divided by its length if the search does so.
     """
     device = frames.device
     lengths = torch.tensor([len(text.tokens) for text in nbest], device=device)

@@ -1,8 +1,8 @@
-"""SpeechBrain's searchers for Transformers, with a decoder that decodes each token once.
+"""SpeechBrain's beam searcher for Transformers, with a decoder that decodes each token once.
 
-Same constructors, hypotheses and scores. What scorers are given as attention is (B * K, T), that of the newest token, as from
-SpeechBrain's RNN searchers; SpeechBrain's Transformer searchers give that of the whole prefix again, (B * K, U, T), and with
-``using_max_attn_shift`` look for its peak over the prefix, where these look over the encoder frames.
+Constructor, hypotheses and scores are the same. The attention that scorers get is (B * K, T), that of the newest token, as in
+SpeechBrain's RNN searchers. SpeechBrain's Transformer searchers give that of the whole prefix, (B * K, U, T). With
+``using_max_attn_shift`` they take the peak over the prefix; here it is over the encoder frames.
 """
 
 import math
@@ -17,19 +17,19 @@ from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, runs_foreign_code
 
-# Frames of the utterances that check() searches: enough for a few steps, which show all that a search calls.
+# Frames of the utterances that check() searches: enough for a few steps, which run all parts of a search.
 CHECKED_FRAMES = 5
 LARGEST_BEAM = 1000
-"""Of a model that is loaded. Searches of ours have 66 hypotheses at most."""
+"""Largest beam size of a loaded model. Trained models have at most 66."""
 
 
 def is_whole(value, least, most=math.inf):
-    """Whether a setting is a whole number from ``least`` to ``most``; True is none, though Python counts with it."""
+    """Whether a setting is a whole number from ``least`` to ``most``; booleans do not count."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value, least=-1e30, most=1e30):
-    """Whether a setting is a number from ``least`` to ``most``: no text, no boolean, no NaN, no infinity."""
+    """Whether a setting is a number from ``least`` to ``most``; text, booleans, NaN and infinity do not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -45,22 +45,22 @@ def _are_tokens(value):
     return isinstance(value, (list, tuple, set, frozenset, range)) and all(map(_is_token, value))
 
 
-# What each setting has to be, and how the message about it ends.
+# The check of each setting, and the end of its error message.
 SETTINGS = {
     "bos_index": (_is_token, "the index of a token"),
     "eos_index": (_is_token, "the index of a token"),
     "excluded": (_are_tokens, "a list of indices of tokens"),
-    # More tokens than that for a frame would only overflow
+    # More tokens per frame would overflow
     "min_decode_ratio": (lambda value: is_number(value, 0, 100), "a share of the frames, 0 or more"),
     "max_decode_ratio": (lambda value: is_number(value, 0, 100) and value > 0, "a share of the frames, more than 0"),
     "beam_size": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
     "topk": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
     "temperature": (lambda value: is_number(value, 0) and value > 0, "a positive number"),
-    # Log-probabilities are negative: with less than 1, no text could end
+    # Log-probabilities are negative, so with less than 1 no text could end
     "eos_threshold": (lambda value: is_number(value, 1), "a number of 1 or more"),
-    # The peak has to lie less than that before the last one: with 0, it could never stay where it is
+    # The shift of the peak must be below this number; with 0, the peak could not stay in its frame
     "max_attn_shift": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
-    # Below all that a possible text scores, and not so low that sums overflow
+    # Below the score of any possible text, and not so low that sums overflow
     "minus_inf": (lambda value: is_number(value, -1e30, -1e4), "a number from -1e30 to -1e4"),
     "scorer": (lambda value: value is None or isinstance(value, ScorerBuilder), "a ScorerBuilder, or null"),
 } | dict.fromkeys(
@@ -70,23 +70,23 @@ SETTINGS = {
 
 @loadable
 class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
-    """SpeechBrain's beam search for Transformers with keys and values kept: the same answer, many times sooner.
+    """SpeechBrain's beam search for Transformers with a cache of keys and values: the same texts, many times faster.
 
     Arguments
     ---------
     modules, temperature, **kwargs
         As in ``speechbrain.decoders.S2STransformerBeamSearcher``; the first of the modules is a
-        :class:`speechbrain_ext.asr.TransformerASR`. The ratios of steps to frames are those of each utterance's own frames: its
-        answer does not depend on its batch.
+        :class:`speechbrain_ext.asr.TransformerASR`. The ratios of steps to frames apply to each utterance's frames without
+        padding, so a text does not depend on the batch.
     excluded : list of int
-        Tokens that no text has: blank, the one that begins, the unknown one.
+        Tokens that are not allowed in texts: blank, bos and the unknown token.
 
     Raises
     ------
     TypeError
-        If the first module is no such TransformerASR.
+        If the first module is not such a TransformerASR.
     UserError
-        If a setting is impossible, or does not fit the others, the output layer or the scorer.
+        If a setting is not valid, or does not fit the other settings, the output layer or the scorer.
 
     Example
     -------
@@ -109,27 +109,27 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         for name, value in {"temperature": temperature, "excluded": excluded, **kwargs}.items():
             if name in SETTINGS and not SETTINGS[name][0](value):
                 raise UserError(f"{name} is {value!r}; give {SETTINGS[name][1]}.")
-        if kwargs.get("scorer") is not None:  # before SpeechBrain looks at it, whose errors name no setting
+        if kwargs.get("scorer") is not None:  # before SpeechBrain checks it, because SpeechBrain's errors name no setting
             _check_scorer(**kwargs)
         super().__init__(_checked(modules), temperature, **kwargs)
         self.excluded = list(excluded)
         self.graphs = []
-        """Token graphs, which the search listens to."""
+        """Token graphs that add to the scores."""
         if self.min_decode_ratio > self.max_decode_ratio:
             raise UserError(
-                f"min_decode_ratio is {self.min_decode_ratio} and max_decode_ratio {self.max_decode_ratio}; give shares of the "
-                "frames, the first one not above the second one."
+                f"min_decode_ratio is {self.min_decode_ratio} and max_decode_ratio {self.max_decode_ratio}; give a "
+                "min_decode_ratio that is not above max_decode_ratio."
             )
         if self.topk > self.beam_size:
-            raise UserError(f"topk is {self.topk} and beam_size {self.beam_size}; give a topk that is not above it.")
+            raise UserError(f"topk is {self.topk} and beam_size {self.beam_size}; give a topk that is not above beam_size.")
         if self.using_max_attn_shift and not self.attn_weight:
             raise UserError(
-                "using_max_attn_shift is True and the weight of ctc 1, which takes no attention; set one of them lower."
+                "using_max_attn_shift is True, but the weight of ctc is 1, so there is no attention; change one of the two."
             )
         self._check_tokens()
 
     def _check_tokens(self):
-        """Indices against the output layer and against each other."""
+        """Refuse token indices that do not fit the output layer or each other."""
         scorers = {} if self.scorer is None else {**self.scorer.full_scorers, **self.scorer.partial_scorers}
         tokens = [("bos_index", self.bos_index), ("eos_index", self.eos_index)]
         tokens += [("excluded", token) for token in self.excluded]
@@ -138,27 +138,27 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         count = self.set_n_out()
         for name, token in tokens:
             if not _is_token(token) or token >= count:
-                raise UserError(f"{name} is {token!r} and there are {count} tokens; give an index from 0 to {count - 1}.")
+                raise UserError(f"{name} is {token!r}, but there are {count} tokens; give an index from 0 to {count - 1}.")
         if self.eos_index in self.excluded:
-            raise UserError(f"excluded is {self.excluded} and holds eos_index {self.eos_index}, which ends a text; leave it out.")
+            raise UserError(f"excluded is {self.excluded} and holds eos_index {self.eos_index}, which ends a text; remove it.")
 
     def check(self):
-        """Search a few random frames, so that what does not fit shows before a training and not after it.
+        """Search a few random frames, to find errors before a training. Without a decoder it does nothing.
 
-        Nothing is changed: neither the random state nor whether the model trains. Without a decoder there is no search.
+        The random state and the training mode do not change.
 
         Raises
         ------
         UserError
-            If the search fails, or gives more texts than the best one.
+            If the search fails, or returns more than the best text.
         """
         if not hasattr(self.model, "decoder"):
             return
         if self.return_topk:
-            raise UserError("test_search has return_topk True, and a training run takes the best text alone; leave it at False.")
+            raise UserError("return_topk of test_search is True, but a training run takes only the best text; set it to False.")
         modes = [(module, module.training) for module in self.modules()]
         ratios = self.min_decode_ratio, self.max_decode_ratio
-        # Without training it may end no text: a high ratio is no reason to run on
+        # An untrained model may never end a text, so the ratio is limited
         self.min_decode_ratio, self.max_decode_ratio = (min(ratio, 1.0) for ratio in ratios)
         device = next(self.parameters()).device
         width = self.model.positional_encoding_decoder.pe.shape[-1]
@@ -168,10 +168,10 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 scores = self(enc, torch.tensor([1.0, 0.6], device=device))[2]
             if not scores.isfinite().all():
-                raise UserError("its scores are no finite numbers")
+                raise UserError("its scores are not finite")
         except Exception as error:
             if runs_foreign_code(error):
-                raise  # a bug of a decoder or scorer of the user's own
+                raise  # a bug in a decoder or scorer of the user
             cause = one_line(error).rstrip(".")
             raise UserError(f"test_search cannot search: {cause}; change its setting.") from error
         finally:
@@ -180,19 +180,19 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
                 module.training = training
 
     def add_scorer(self, scorer, weight):
-        """Search with one more scorer, such as a language model; it is no part of the modules, and so of no checkpoint.
+        """Add a scorer, such as a language model. It does not belong to the modules, and is not in checkpoints.
 
         Arguments
         ---------
         scorer : speechbrain.decoders.scorer.BaseScorerInterface
-            It scores all tokens, and replaces one of its kind.
+            A scorer of all tokens; it replaces a scorer of the same kind.
         weight : float
-            What its scores are multiplied by.
+            Weight of its scores.
 
         Raises
         ------
         UserError
-            If the weight is no number.
+            If the weight is not a number.
         """
         if not is_number(weight):
             raise UserError(f"The weight of the language model is {weight!r}; give a number.")
@@ -202,9 +202,9 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         self.scorer.weights = {**self.scorer.weights, name: weight}
 
     def init_beam_search_data(self, enc_states, wav_len):
-        """As in SpeechBrain, but the numbers of steps are those of each utterance, not of the padded length."""
+        """Begin a search as SpeechBrain does, but with numbers of steps from each utterance's length, not the padded one."""
         for scorer in () if self.scorer is None else self.scorer.full_scorers.values():
-            if isinstance(getattr(scorer, "lm", None), torch.nn.Module):  # which is no part of the model, and moves with no other
+            if isinstance(getattr(scorer, "lm", None), torch.nn.Module):  # it does not move with the model
                 scorer.lm.to(enc_states.device)
         self._places = None
         data = super().init_beam_search_data(enc_states, wav_len)
@@ -236,7 +236,7 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         return super()._scorer_permute_memory_step(scorer_memory, predecessors, candidates)
 
     def search_step(self, alived_hyps, inp_tokens, log_probs, ended, *args):
-        """As in SpeechBrain; an utterance that has had its steps ends here with what it has, as it does alone."""
+        """Search a step as SpeechBrain does; an utterance ends after its number of steps, as it does outside a batch."""
         step = args[-1]
         alived_hyps, *others, scores = super().search_step(alived_hyps, inp_tokens, log_probs, ended, *args)
         last = step + 1 == self._most
@@ -251,7 +251,7 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
     def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
         """Log-probabilities (B * K, V) of the tokens that follow ``inp_tokens`` (B * K,), the cache, and the attention."""
         if memory is None:
-            each = self.beam_size  # SpeechBrain repeats the frames of an utterance for each of its hypotheses
+            each = self.beam_size  # SpeechBrain repeats the frames of an utterance for each hypothesis
             memory = self.model.make_decoder_cache(enc_states[::each], enc_lens[::each], each)
         out, attention = self.model.decode_step(inp_tokens, memory)
         return self.softmax(self.fc(out) / self.temperature), memory, attention
@@ -268,39 +268,39 @@ def _checked(modules):
     if not isinstance(modules[0], TransformerASR):
         raise UserTypeError(
             f"The first of the modules is a {type(modules[0]).__module__}.{type(modules[0]).__name__}, which cannot decode token "
-            "by token; take speechbrain_ext.asr.TransformerASR, or the searcher of speechbrain.decoders."
+            "by token; use speechbrain_ext.asr.TransformerASR, or the searcher of speechbrain.decoders."
         )
     if not hasattr(getattr(modules[1], "w", None), "out_features"):
         raise UserTypeError(
-            f"The second of the modules is a {type(modules[1]).__module__}.{type(modules[1]).__name__}, which does not say how "
-            "many tokens there are; take speechbrain.nnet.linear.Linear."
+            f"The second of the modules is a {type(modules[1]).__module__}.{type(modules[1]).__name__}, without a number of "
+            "tokens; use speechbrain.nnet.linear.Linear."
         )
     return modules
 
 
 def _check_scorer(scorer, bos_index=None, eos_index=None, length_normalization=True, **_):
-    """The weights against the scorers, and their settings against those of the search."""
+    """Refuse weights without a scorer, and settings of scorers that do not fit the search."""
     scorers = {**scorer.full_scorers, **scorer.partial_scorers}
     for name, weight in scorer.weights.items():
         if not is_number(weight):
             raise UserError(f"The weight of the scorer {name} is {weight!r}; give a number.")
         if weight and name not in scorers:
-            raise UserError(f"The scorer's weights have {name} {weight}, and the scorers are: {', '.join(scorers)}; name one.")
+            raise UserError(f"The weights have {name} {weight}, but the scorers are: {', '.join(scorers)}; name one of them.")
     scale = scorer.scorer_beam_scale
     if not is_number(scale, 0) or not scale:
         raise UserError(f"scorer_beam_scale is {scale!r}; give a positive number.")
     if length_normalization and scorer.weights["length"] > 0:
         raise UserError(
-            f"length_normalization is True and the weight of the scorer length {scorer.weights['length']}; set the first one to "
-            "False, or leave the scorer out."
+            f"length_normalization is True and the weight of the scorer length is {scorer.weights['length']}; set "
+            "length_normalization to False, or leave the scorer out."
         )
     if not scorer.weights["ctc"]:
         return
     ctc = scorers["ctc"]
     if ctc.eos_index != eos_index:
-        raise UserError(f"eos_index is {eos_index} and that of the scorer {ctc.eos_index!r}; give both the same.")
+        raise UserError(f"eos_index is {eos_index}, but that of the scorer is {ctc.eos_index!r}; give both the same.")
     if ctc.blank_index in (bos_index, eos_index) or bos_index == eos_index:
         raise UserError(
-            f"bos_index is {bos_index}, eos_index {eos_index} and blank_index of the scorer {ctc.blank_index}; give three "
-            "different ones."
+            f"bos_index is {bos_index}, eos_index is {eos_index} and blank_index of the scorer is {ctc.blank_index}; give three "
+            "different indices."
         )

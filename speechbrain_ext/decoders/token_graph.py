@@ -1,14 +1,15 @@
-"""Tables that add to the scores of a beam search by tokens: phrases that matter to the user, and n-grams of tokens.
+"""Token graphs, which add to the scores of a beam search over tokens: phrases and n-grams of tokens.
 
-A graph is a deterministic automaton with a state for each hypothesis, a number. It says what each next token adds to the score
-and where it leads, and what the end of the text adds. Several graphs are a list of them, with a column of states each.
+A graph is a deterministic automaton. Each hypothesis is in one of its states, a number. Tables give, for each state and next
+token, the added score and the next state, and for each state the added score of the text's end. Functions take a list of graphs,
+and states with a column for each graph.
 """
 
 import torch
 from torch import nn
 
 LARGEST_TABLE = 50_000_000
-"""States times tokens, 600 MB."""
+"""Most states times tokens, 600 MB."""
 
 
 class TokenGraph(nn.Module):
@@ -17,11 +18,11 @@ class TokenGraph(nn.Module):
     Arguments
     ---------
     following : torch.Tensor
-        (S, V) int32: the state after each token; state 0 begins a text.
+        (S, V) int32, the state after each token; state 0 begins a text.
     added : torch.Tensor
-        (S, V) what each token adds to the score, 0 for the blank.
+        (S, V) added score of each token, 0 for the blank.
     ends : torch.Tensor
-        (S,) what the end of the text adds.
+        (S,) added score of the text's end.
 
     Example
     -------
@@ -47,12 +48,12 @@ def begin(graphs, number, device=None):
 
 
 def added(graphs, places):
-    """What each next token adds (..., V) to hypotheses in these states (..., G)."""
+    """The added score (..., V) of each next token, for hypotheses in the states ``places`` (..., G)."""
     return sum(graph.added[place] for graph, place in zip(graphs, places.unbind(-1), strict=True))
 
 
 def advance(graphs, places, tokens):
-    """The states after these tokens (...)."""
+    """The states (..., G) after the tokens (...)."""
     if not graphs:
         return places
     after = [graph.following[place, tokens] for graph, place in zip(graphs, places.unbind(-1), strict=True)]
@@ -60,7 +61,7 @@ def advance(graphs, places, tokens):
 
 
 def ends(graphs, places):
-    """What the end of the text adds (...)."""
+    """The added score (...) of the text's end."""
     if not graphs:
         return places.new_zeros(places.shape[:-1], dtype=torch.float32)
     return sum(graph.ends[place] for graph, place in zip(graphs, places.unbind(-1), strict=True))

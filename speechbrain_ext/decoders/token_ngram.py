@@ -1,8 +1,7 @@
-"""N-gram language models of tokens in the beams over tokens, as ``ngram --tokens`` writes them.
+"""N-gram language models of tokens for the beams over tokens, from files that ``ngram --tokens`` writes.
 
-The weight of a second one, of the transcripts that the model was trained with, may be negative: what a transducer has learned of
-its language is divided out, so that another language model counts in its place (low-order density ratio, Zheng et al. 2022,
-https://arxiv.org/abs/2203.16776).
+A second n-gram, of the training transcripts, can have a negative weight. It subtracts the language model that a transducer has
+learned, so that another one replaces it (low-order density ratio, Zheng et al. 2022, https://arxiv.org/abs/2203.16776).
 """
 
 import math
@@ -18,22 +17,22 @@ from speechbrain_ext.decoders.word_lm import arpa_words, check_arpa, open_arpa
 from speechbrain_ext.utils.errors import UserError, one_line
 
 NGRAM_WEIGHT, LODR_WEIGHT = 0.3, 0.15
-"""Of log-probabilities, unless asked for something else: icefall's for an external language model, and half of it."""
+"""Default weights of log-probabilities: icefall's for an external language model, and half of it for low-order density ratio."""
 
 
 def is_arpa(source):
-    """Whether a language model is an ARPA file, by its name, and not a folder or repository."""
+    """Whether a language model is an ARPA file and not a folder or repository, judged by its name."""
     return os.path.isfile(source) or os.fspath(source).endswith((".arpa", ".gz"))
 
 
 def is_of_tokens(path):
-    """Whether an ARPA file is of tokens, some of which begin a word, and not of words."""
+    """Whether an ARPA file is of tokens, not of words: some of its entries then begin with "▁"."""
     check_arpa(path)
     return any(word.startswith("▁") for word in arpa_words(path))
 
 
 def in_tokens(sentences, tokenizer):
-    """The tokens of sentences of words, for :func:`speechbrain_ext.decoders.ngram.write_arpa`."""
+    """Turn sentences of words into tokens, for :func:`speechbrain_ext.decoders.ngram.write_arpa`."""
     for words in sentences:
         pieces = tokenizer.encode_as_pieces(" ".join(words))
         yield ["<unk>" if tokenizer.is_unknown(tokenizer.piece_to_id(piece)) else piece for piece in pieces]
@@ -47,9 +46,9 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     path : str
         An ARPA file of the model's tokens, gzipped or not.
     tokenizer : sentencepiece.SentencePieceProcessor
-        Of the model.
+        The model's tokenizer.
     weight : float
-        What its natural log-probabilities are multiplied by.
+        Weight of its natural log-probabilities.
 
     Returns
     -------
@@ -60,7 +59,7 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     FileNotFoundError
         If there is no such file.
     UserError
-        If it is no ARPA file, is of other tokens, or is too large.
+        If the file is not in ARPA format, is of other tokens, or is too large.
 
     Example
     -------
@@ -82,7 +81,7 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     special = [token for token in pieces.values() if tokenizer.is_control(token) or tokenizer.is_unknown(token)]
     if foreign := [word for word in arpa_words(path) if pieces.get(word, special[0] if special else -1) in special]:
         raise UserError(
-            f"The language model {path} is not of the model's tokens, as it knows {one_line(foreign[0], 40)!r}; write one with "
+            f"The language model {path} has {one_line(foreign[0], 40)!r}, which is not a token of the model; write one with "
             "ngram --tokens MODEL."
         )
     grams, order = _read(path, pieces)
@@ -90,14 +89,14 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     contexts = sorted(contexts, key=len)
     if len(contexts) * len(pieces) > LARGEST_TABLE:
         raise UserError(
-            f"The language model {path} has {len(contexts)} contexts, and tables for {len(pieces)} tokens each would be too "
-            f"large; leave {LARGEST_TABLE // len(pieces)} at most, with ngram --prune or a lower --order."
+            f"The language model {path} has {len(contexts)} contexts, too many for a model of {len(pieces)} tokens; write one "
+            f"with at most {LARGEST_TABLE // len(pieces)}, with ngram --prune or a lower --order."
         )
     return TokenGraph(*_tables(contexts, grams, order, len(pieces), special, weight * math.log(10)))
 
 
 def _read(path, pieces):
-    """(log10 probability, backoff) by n-gram, of tokens; ``<s>``, ``</s>`` and ``<unk>`` are the texts; and the order."""
+    """(log10 probability, backoff) by n-gram of token ids, where ``<s>``, ``</s>`` and ``<unk>`` stay text; and the order."""
     grams, order = {}, 0
     with open_arpa(path) as file:
         for line in file:
@@ -119,7 +118,7 @@ def _tables(contexts, grams, order, tokens, special, scale):
     explicit = {}
     for gram, (probability, _) in grams.items():
         explicit.setdefault(gram[:-1], []).append((gram[-1], probability))
-    for context, place in number.items():  # the shorter ones first
+    for context, place in number.items():  # shorter contexts first
         if not context:
             following[place] = [_known((token,), number) for token in range(tokens)]
         else:
@@ -135,7 +134,7 @@ def _tables(contexts, grams, order, tokens, special, scale):
             range(tokens) if not context else [token for token, _ in explicit.get(context, ()) if isinstance(token, int)]
         ):
             following[place, token] = _known((*context, token)[-(order - 1) :], number)
-    first = number.get(("<s>",), 0)  # whose row goes to where texts begin, and the other one to its place
+    first = number.get(("<s>",), 0)  # swapped with row 0, the state in which texts begin
     following[:, special], added[:, special] = np.arange(len(contexts))[:, None], 0.0
     swap = np.arange(len(contexts))
     swap[[0, first]] = first, 0
@@ -144,7 +143,7 @@ def _tables(contexts, grams, order, tokens, special, scale):
 
 
 def _known(context, number):
-    """The longest ending of a context that is one itself."""
+    """The index of the longest suffix of a context that is also a context."""
     while context not in number:
         context = context[1:]
     return number[context]

@@ -1,9 +1,9 @@
-"""Searches of a transducer: greedy, and a beam that adds up equal texts; for whole utterances, all at once, and for streams.
+"""Searches of a transducer: greedy search, and a beam that merges equal texts; for batches of utterances and for streams.
 
-Greedy search lets every utterance go on at its own pace (label looping, Xu et al. 2024, https://arxiv.org/abs/2406.06220): one
-call of the joint network looks at the next frames of each, up to the first label. The beam is icefall's modified beam search: at
-most one label per frame, so that all hypotheses of all utterances stay at the same frame (Kang et al. 2022,
-https://arxiv.org/abs/2211.00484). Neither depends on what else is in the batch.
+In greedy search each utterance has a separate position (label looping, Xu et al. 2024, https://arxiv.org/abs/2406.06220): one
+call of the joint network computes the next frames of each utterance, up to the first label. The beam is icefall's modified beam
+search: at most one label per frame, so all hypotheses of an utterance are at the same frame (Kang et al. 2022,
+https://arxiv.org/abs/2211.00484). The text of an utterance does not depend on its batch.
 """
 
 import itertools
@@ -21,12 +21,12 @@ from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line
 
 WINDOW = 8
-"""Frames that are looked at in one call: with a label every six frames or so, few are looked at twice."""
+"""Frames per call of the joint network. There is a label about every six frames, so few frames are computed twice."""
 
 
 @loadable
 class TransducerSearch(nn.Module):
-    """The search of a transducer; called as SpeechBrain's searchers are.
+    """The search of a transducer, with the interface of SpeechBrain's searchers.
 
     Arguments
     ---------
@@ -35,14 +35,14 @@ class TransducerSearch(nn.Module):
     beam_size : int
         Number of hypotheses; 1 is greedy search.
     beam_threshold : float
-        Labels that score lower than the best hypothesis by more than this are not tried.
+        Labels with a score lower than the best hypothesis by more than this are not tried.
     max_symbols : int
-        Tokens of a frame, at most, in greedy search; the beam has one.
+        Most tokens per frame in greedy search; the beam has at most one.
 
     Raises
     ------
     UserError
-        If a number is impossible.
+        If a number is not valid.
 
     Example
     -------
@@ -64,7 +64,7 @@ class TransducerSearch(nn.Module):
         self.transducer, self.max_symbols = transducer, max_symbols
         self.beam_size, self.beam_threshold = beam_size, beam_threshold
         self.graphs = []
-        """Token graphs, which the beam listens to; greedy search does not."""
+        """Token graphs that add to the scores of the beam; greedy search ignores them."""
 
     def forward(self, frames, lens):
         """Search a batch.
@@ -79,7 +79,7 @@ class TransducerSearch(nn.Module):
         Returns
         -------
         tuple
-            Lists of tokens, their numbers (B,), log-probabilities (B,), and None, as SpeechBrain's searchers return them.
+            Lists of tokens, their lengths (B,), log-probabilities (B,), and None, as SpeechBrain's searchers return them.
         """
         best = self.hypotheses(frames, lens)
         return [each.tokens for each in best], *self._summary(best), None
@@ -95,7 +95,7 @@ class TransducerSearch(nn.Module):
         lens : torch.Tensor
             (B,) relative lengths.
         beam_size : int, optional
-            Another one than the search's own.
+            Used in place of the search's beam size.
 
         Returns
         -------
@@ -113,16 +113,16 @@ class TransducerSearch(nn.Module):
         return [_best(*each) for each in zip(texts, scores, strict=True)]
 
     def stream(self, beam_size=None):
-        """A search of one stream, see :class:`TransducerStream`."""
+        """Begin the search of a stream, see :class:`TransducerStream`."""
         return TransducerStream(self, beam_size or self.beam_size)
 
     def check(self):
-        """Search a few random frames, so that what does not fit shows before a training; the random state is not touched.
+        """Search a few random frames, to find errors before a training; the random state does not change.
 
         Raises
         ------
         UserError
-            If it fails.
+            If the search fails.
         """
         weight = self.transducer.project_frames.weight
         frames = torch.rand(2, CHECKED_FRAMES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -133,7 +133,7 @@ class TransducerSearch(nn.Module):
         return torch.tensor([len(each.tokens) for each in best]), torch.tensor([each.score for each in best], device=device)
 
     def _greedy(self, frames, lengths, state=None):
-        """Tokens, their frames and the score of each utterance of projected frames (B, T, J), and the predictor's state."""
+        """Tokens, their frames and the score of each utterance, from projected frames (B, T, J), and the predictor's state."""
         batch, count, _ = frames.shape
         device, blank = frames.device, self.transducer.blank_index
         state = self.transducer.predictor.begin(batch) if state is None else state
@@ -149,7 +149,7 @@ class TransducerSearch(nn.Module):
             labels = (tokens != blank) & valid
             labels[:, 0] &= symbols < self.max_symbols
             found, first = labels.any(1), labels.int().argmax(1)
-            # Where the limit of symbols turned a label into a blank, its probability stands for the blank's
+            # If max_symbols turned a label into a blank, the label's probability is used for the blank
             passed = valid & ((window < first.unsqueeze(1)) | ~found.unsqueeze(1))
             token, value = (part.gather(1, first.unsqueeze(1)).squeeze(1) for part in (tokens, values))
             score = score + torch.where(passed, values, 0.0).sum(1) + torch.where(found, value, 0.0)
@@ -164,7 +164,7 @@ class TransducerSearch(nn.Module):
         return [[t for t, _ in row] for row in pairs], [[f for _, f in row] for row in pairs], score.tolist(), state
 
     def _begin(self, batch, beam_size):
-        """Scores (B, K), hashes (B, K), the predictor's states and those of the graphs (B * K, G), of beams without a token."""
+        """The state of beams without a token: scores (B, K), hashes (B, K), predictor states and graph states (B * K, G)."""
         state = self.transducer.predictor.begin(batch * beam_size)
         scores = state[0].new_full((batch, beam_size), -math.inf, dtype=torch.float32)
         scores[:, 0] = 0.0
@@ -172,14 +172,14 @@ class TransducerSearch(nn.Module):
         return scores, torch.zeros_like(scores, dtype=torch.long), state, graph
 
     def _scores(self, state):
-        """Of each utterance's hypotheses, were they to end here."""
+        """Scores of each utterance's hypotheses, if they end here."""
         return (state[0] + token_graph.ends(self.graphs, state[3]).view_as(state[0])).tolist()
 
     def _beam(self, frames, lengths, state):
-        """Texts of each utterance's hypotheses, lists of (token, frame) after those of ``state``, and the next state.
+        """Extend the hypotheses of ``state``; returns the new (token, frame) pairs of each hypothesis, and the next state.
 
-        A text begins with the number of the hypothesis of ``state`` that it goes on with. Frames in which no label comes near the
-        best hypothesis change nothing but scores: several are looked at together, up to the first one in which one does.
+        The first item of each text is the number of the hypothesis of ``state`` that it extends. A frame without a label close to
+        the best hypothesis changes only scores. Several such frames are processed at once, up to the next frame with a label.
         """
         scores, hashes, predictor, graph = state
         (batch, beam), blank, device = scores.shape, self.transducer.blank_index, scores.device
@@ -195,7 +195,7 @@ class TransducerSearch(nn.Module):
             if self.graphs:
                 log_probs = log_probs + token_graph.added(self.graphs, graph).view(batch, beam, 1, -1)
             blanks = log_probs[..., blank].masked_fill(~valid, 0.0)
-            after = scores.unsqueeze(2) + blanks.cumsum(2)  # of blanks alone
+            after = scores.unsqueeze(2) + blanks.cumsum(2)  # scores after blanks alone
             labels = log_probs.index_fill(3, torch.tensor([blank], device=device), -math.inf).amax(3)
             near = (after - blanks + labels).amax(1) > after.amax(1) - self.beam_threshold
             near &= valid.squeeze(1)
@@ -207,7 +207,7 @@ class TransducerSearch(nn.Module):
             parents, said = candidates // here.shape[2], candidates % here.shape[2]
             keys = hashes.gather(1, parents)
             keys = torch.where(said == blank, keys, keys * HASH + said + 1)
-            # Equal texts become one, at the place of the best of them
+            # Merge equal texts, at the place of the best one
             same = keys.unsqueeze(2) == keys.unsqueeze(1)
             summed = values.unsqueeze(1).masked_fill(~same, -math.inf).logsumexp(2)
             is_first = same.int().argmax(2) == order
@@ -231,14 +231,14 @@ class TransducerSearch(nn.Module):
 
 
 class TransducerStream:
-    """The search of one stream: what has been said so far, and how much of it is certain.
+    """The search of one stream, with the tokens so far and the number of final ones.
 
     Arguments
     ---------
     search : TransducerSearch
         The search.
     beam_size : int
-        Number of hypotheses; 1 is greedy search, which takes nothing back.
+        Number of hypotheses; 1 is greedy search, which never changes earlier tokens.
 
     Example
     -------
@@ -257,7 +257,7 @@ class TransducerStream:
 
     @torch.no_grad()
     def accept(self, frames):
-        """Take in the next encoder frames (T, D)."""
+        """Search the next encoder frames (T, D)."""
         lengths = torch.tensor([len(frames)], device=frames.device)
         with torch.autocast(frames.device.type, enabled=False):
             projected = self._search.transducer.project_frames(frames.float()).unsqueeze(0)
@@ -273,26 +273,26 @@ class TransducerStream:
 
     @property
     def tokens(self):
-        """(token, frame) of the best hypothesis; the frames count from the stream's beginning."""
+        """(token, frame) of the best hypothesis; the frames count from the start of the stream."""
         return self._texts[_best_of(self._texts, self._scores)]
 
     @property
     def certain(self):
-        """How many of these tokens will not change: those that all hypotheses begin with."""
+        """The number of tokens that will not change: all hypotheses begin with them."""
         texts = [text for text, score in zip(self._texts, self._scores, strict=True) if score > -math.inf]
         columns = zip(*([token for token, _ in text] for text in texts), strict=False)
         return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
     def forget(self, frames):
-        """Count frames from so many later on; what was said before is said at 0."""
+        """Move the start of the frame count forward by ``frames``; earlier tokens get frame 0."""
         self._start -= frames
         self._texts = [[(token, max(0, time - frames)) for token, time in text] for text in self._texts]
 
 
 def _steps(at, lengths, most):
-    """Count steps until all utterances, at the frames ``at`` that the caller moves in place, have come to their ends.
+    """Iterate until all utterances have ended; the caller updates their positions ``at`` in place.
 
-    A step takes a window of frames at most, so that many are certain without a look at what the device has computed.
+    A step processes at most a window of frames. This gives a least number of steps, between which positions stay on the device.
     """
     left = most
     while left > 0:
@@ -301,12 +301,12 @@ def _steps(at, lengths, most):
 
 
 def _where(condition, new, old):
-    """A state's rows (N, ...), new where the condition (N,) holds."""
+    """The rows (N, ...) of ``new`` where the condition (N,) holds, else of ``old``."""
     return torch.where(condition.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 def _best_of(texts, scores):
-    """Which one to choose: that of the best score per token, the beginning counted as one, as in SpeechBrain and icefall."""
+    """The index of the text with the best score per token, bos included, as in SpeechBrain and icefall."""
     return max(range(len(texts)), key=lambda i: scores[i] / (1 + len(texts[i])))
 
 

@@ -8,19 +8,19 @@ import re
 
 from speechbrain_ext.utils.errors import UserError, one_line
 
-# SpeechBrain's default, for both searches: log10, on top of what the language model says of <unk>.
+# SpeechBrain's default, for both searches: log10, added to the language model's score of <unk>.
 UNKNOWN_WORD = -10.0
 
 
 def open_arpa(path):
-    """The text of an ARPA file, gzipped or not."""
+    """Open an ARPA file as text, gzipped or not."""
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
     return (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", errors="replace")
 
 
 def check_arpa(path):
-    """Refuse a file that is no whole ARPA file of a language model of words and their successions.
+    """Refuse a file that is not a complete ARPA file of order 2 or more.
 
     Arguments
     ---------
@@ -30,9 +30,10 @@ def check_arpa(path):
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no such file.
     UserError
-        If it is in another format, begins with a byte order mark, is cut off, or has another number of entries than it states.
+        If it is in another format, begins with a byte order mark, is cut off, has another number of entries than it states, or is
+        of order 1.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no language model {path}; check lm_file.")
@@ -61,16 +62,16 @@ def check_arpa(path):
         raise UserError(f"The language model {path} cannot be read to its end; write it again ({one_line(error)}).") from error
     if not stated:
         raise UserError(
-            f"The language model {path} is not in ARPA format; give the ARPA file, also where there is a KenLM binary "
-            "of it, as that holds no list of words."
+            f"The language model {path} is not in ARPA format; give the ARPA file, not KenLM's binary file, which has no list of "
+            "words."
         )
     if not ended or found != {order: count for order, count in stated.items() if count}:
         raise UserError(
-            f"The language model {path} cannot be read; write it again (it states {stated} entries by order and holds {found}"
+            f"The language model {path} cannot be read; write it again (it states {stated} entries by order, but holds {found}"
             f"{'' if ended else ', and has no end'})."
         )
     if max(stated) < 2:
-        raise UserError(f"The language model {path} has single words only; give one of at least two words at a time (order 2).")
+        raise UserError(f"The language model {path} has only single words; give one of order 2 or more.")
 
 
 def arpa_words(path):
@@ -84,24 +85,24 @@ def arpa_words(path):
             if line.startswith("\\"):
                 break
             if line.strip():
-                words.add(line.split()[1])  # after its log10 probability
+                words.add(line.split()[1])  # the first field is the log10 probability
     return sorted(words - {"<s>", "</s>", "<unk>", "<UNK>"})
 
 
 def share_unknown(words, texts):
-    """The share of the words of texts that a language model does not know, repetitions counted.
+    """The share of running words of texts that are not in a language model.
 
     Arguments
     ---------
     words : iterable of str
-        Of the language model, see :func:`arpa_words`.
+        Words of the language model, see :func:`arpa_words`.
     texts : iterable of str
-        What is said.
+        The reference texts.
 
     Returns
     -------
     float
-        From 0 to 1; 0 where there are no words.
+        From 0 to 1; 0 for texts without words.
 
     Example
     -------
@@ -113,22 +114,22 @@ def share_unknown(words, texts):
 
 
 def check_spelling(words, tokenizer, path):
-    """A language model in the other case would call every word unknown, and only make the error rate worse."""
+    """Refuse a language model in the other case, with which every word would be unknown."""
     sample = words[:: max(1, len(words) // 1000)]
     foreign = [word for word in sample if tokenizer.unk_id() in tokenizer.encode_as_ids(word)]
     if 2 * len(foreign) > len(sample) or not sample:
         example = f", such as {foreign[0]}" if foreign else ""
         raise UserError(
-            f"The tokenizer cannot write most words of the language model {path}{example}; give one in the spelling, upper or "
-            "lower case, of the transcripts."
+            f"The tokenizer cannot write most words of the language model {path}{example}; give one in the case, upper or lower, "
+            "of the transcripts."
         )
 
 
 def flashlight_lm(path, words, pieces, weight, word_score):
-    """A word language model, as flashlight asks for it: by tokens.
+    """A word language model that scores tokens, with flashlight's interface.
 
-    A word is scored when the token after it begins the next one, or at the end. What an unknown word costs is paid as soon
-    as no known word begins like it, so that the beam does not fill with such beginnings.
+    A word is scored at the first token of the next word, or at the end. The cost of an unknown word is added as soon as no known
+    word has this beginning, so that such beginnings do not fill the beam.
     """
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
@@ -140,8 +141,8 @@ def flashlight_lm(path, words, pieces, weight, word_score):
 
     class WordLm(CTCDecoderLM):
         def forget(self):
-            """Free what is known of the states of an utterance."""
-            self.known = {}  # state -> the word so far, KenLM's state before it, paid for it, score of the last token
+            """Drop the states of an utterance."""
+            self.known = {}  # state -> the word so far, KenLM's state before it, cost already added, score of the last token
 
         def start(self, start_with_nothing):
             state = CTCDecoderLMState()

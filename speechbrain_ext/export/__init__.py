@@ -1,1 +1,1 @@
-"""Trained models as ONNX files."""
+"""Export of trained models to ONNX, and to folders for sherpa-onnx."""

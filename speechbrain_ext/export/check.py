@@ -1,6 +1,7 @@
-"""An exported model against the model that it was made of: the same audio, PyTorch one by one, ONNX alone and in batches.
+"""Comparison of an exported model with the PyTorch model, on the same audio.
 
-Of a model for streams, PyTorch gets whole utterances under its chunk setting, and ONNX one chunk after the other.
+PyTorch runs each utterance alone; ONNX runs it alone and in batches. For streams, PyTorch gets whole utterances under the chunk
+setting, and ONNX gets chunk by chunk.
 """
 
 import json
@@ -29,29 +30,29 @@ SPEED_REPETITIONS = 7
 
 @dataclass
 class Report:
-    """What the comparison found.
+    """Results of the comparison.
 
     Arguments
     ---------
     utterances : int
         Number of utterances.
     seconds : float
-        Their length together.
+        Their total length.
     synthetic : bool
         Whether they are synthetic signals.
     max_difference : float
-        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch; of a transducer, where
-        its greedy search leaves the frame.
+        Largest difference of a log-probability in a valid frame, of each utterance alone and in a batch. For a transducer, it is
+        that of the last prediction in each frame of greedy search.
     token_error : float
-        Edit distance of the greedily decoded tokens, divided by the number of PyTorch's.
+        Edit distance of the greedily decoded tokens, divided by the number of PyTorch's tokens.
     torch_wer, onnx_wer : float or None
-        Word error rates in %, where there are references.
+        Word error rates in %, if there are references.
     size : int
         Bytes of the file, or of a transducer's files.
     torch_seconds, onnx_seconds : float
-        Median time for 10 seconds of audio, with the same number of threads; of a transducer, up to its encoder's frames.
+        Median time for 10 seconds of audio, with the same number of threads; for a transducer, without decoder and joiner.
     chunk_seconds : float or None
-        Length of a chunk, where the model is for streams.
+        Length of a chunk, if the model is for streams.
     """
 
     utterances: int
@@ -88,26 +89,26 @@ class Report:
 
 @dataclass
 class Feed:
-    """How the graphs of a kind are run, and what PyTorch's answer to the same is.
+    """How to run a kind of graph, and how to get the same output from PyTorch.
 
     Arguments
     ---------
     run : callable
-        From a session and several waveforms (N,), which are to be run as one batch, to the log-probabilities (T, V) of each.
+        Takes a session and several waveforms (N,), runs them as one batch, and returns the log-probabilities (T, V) of each.
     config : DynChunkTrainConfig, optional
-        Of streams, the chunk setting.
+        Chunk setting of streams.
     step : int, optional
-        Of streams, samples per chunk.
+        Samples per chunk of streams.
     in_step : bool
         Whether streams of a batch must begin and end together.
     heard : callable
-        From a waveform (N,) to the one that the model hears.
+        Turns a waveform (N,) into the input of the model.
     answer : callable
-        From PyTorch's log-probabilities (B, T, V) to what the graph gives.
+        Turns PyTorch's log-probabilities (B, T, V) into the output of the graph.
     log_probs : bool
-        Whether the head gives logits, of which log-probabilities are taken, and not a transducer's frames.
+        Whether the head gives logits, to be turned into log-probabilities; False for a transducer's frames.
     max_symbols : int
-        Of a transducer, tokens of a frame in greedy search, at most.
+        Most tokens per frame in a transducer's greedy search.
     """
 
     run: Callable
@@ -121,7 +122,7 @@ class Feed:
 
 
 def usual_feed(about):
-    """How the graphs of :mod:`speechbrain_ext.export.onnx_model` are run, from the metadata of their files."""
+    """How to run a graph of :mod:`speechbrain_ext.export.onnx_model`, from the metadata of its file."""
     log_probs = about.get("head") != "transducer"
     if about.get("mode") != "streaming":
         return Feed(lambda session, wavs: run(session, wavs), log_probs=log_probs)
@@ -132,28 +133,28 @@ def usual_feed(about):
 
 @torch.no_grad()
 def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=None, parts=()):
-    """Compare a file with its model.
+    """Compare an exported file with its model.
 
     Arguments
     ---------
     path : str or os.PathLike
-        The ONNX file, of a transducer that of its encoder.
+        The ONNX file; for a transducer, the encoder's.
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The model's encoder.
     head : torch.nn.Module
         Its CTC head, or a transducer's projection of frames.
     tokens : list of str
-        What each token writes.
+        The text of each token.
     blank : int
         The blank's index.
     audio : list of str
         Audio files, or folders in LibriSpeech layout.
     pass_name : str, optional
-        Of a cascade, the pass that was exported.
+        The exported pass of a cascade.
     feed : Feed, optional
-        How the file is run, where its metadata do not say it.
+        How to run the file; by default as its metadata state.
     parts : list of tuple
-        Of a transducer, the graph (torch.nn.Module) and the ONNX file of its decoder, and those of its joiner.
+        Graph (torch.nn.Module) and ONNX file of a transducer's decoder, and those of its joiner.
 
     Returns
     -------
@@ -240,7 +241,7 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=Non
 
 
 def open_session(path):
-    """A session of onnxruntime with as many threads as PyTorch has."""
+    """A session of onnxruntime with PyTorch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -251,7 +252,7 @@ def open_session(path):
 
 @torch.no_grad()
 def reference(encoder, head, feed, wav, pass_name=None):
-    """PyTorch's log-probabilities (T, V), or a transducer's frames, of what a graph hears of a waveform (N,)."""
+    """PyTorch's log-probabilities (T, V), or a transducer's frames, for the input that a graph gets from a waveform (N,)."""
     wav = feed.heard(wav).unsqueeze(0)
     out = encoder.encode(wav, dynchunktrain_config=feed.config, pass_name=pass_name)[0]
     return _answer(encoder, head, feed, out)
@@ -263,21 +264,21 @@ def _answer(encoder, head, feed, out):
 
 
 def run(session, wavs):
-    """What the graph gives in the valid frames (T, V) of each of several waveforms (N,), run as one batch."""
+    """The output of a graph in valid frames (T, V), for each of several waveforms (N,) that run as one batch."""
     lengths = np.array([len(wav) for wav in wavs], dtype=np.int64)
-    waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # never to be heard
+    waveform = torch.nn.utils.rnn.pad_sequence(list(wavs), batch_first=True, padding_value=0.5).numpy()  # padding must not matter
     answers, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
     return [one[:count] for one, count in zip(answers, frames, strict=True)]
 
 
 def run_stream(session, wavs):
-    """What the graph gives (T, V) for several waveforms (N,) of one length, run as a batch of streams, as the metadata say."""
+    """The output (T, V) of a streaming graph for waveforms (N,) of one length, run as a batch as the metadata state."""
     about = session.get_modelmeta().custom_metadata_map
     window, before, hop, step = (int(about[key]) for key in ("window", "before", "hop_length", "chunk_step"))
     frames = max(1, (len(wavs[0]) + before - window // 2) // hop + 1)
     mode = "symmetric" if about["ends"] == "mirrored" else "constant"
     waveform = np.pad(torch.stack(list(wavs)).numpy(), ((0, 0), (before, window)), mode)
-    end = (frames - 1) * hop + window  # of the last frame's window
+    end = (frames - 1) * hop + window  # end of the last frame's window
     states, chunks = json.loads(about["state"]), []
     given = {
         state["input"]: np.zeros([len(wavs) if size == "batch" else size for size in state["shape"]], state["type"])
@@ -293,7 +294,7 @@ def run_stream(session, wavs):
 
 
 def greedy(log_probs, blank):
-    """Best token of each frame of (T, V), repetitions and blanks left out.
+    """Best token of each frame of (T, V), without repetitions and blanks.
 
     Example
     -------
@@ -306,7 +307,7 @@ def greedy(log_probs, blank):
 
 
 def written(ids, tokens):
-    """Tokens as text.
+    """The text of tokens.
 
     Example
     -------
@@ -341,7 +342,7 @@ def _wer(references, texts):
 
 
 def synthetic(rate, seconds=SYNTHETIC_SECONDS):
-    """Deterministic waveforms (N,) with something of speech: noise and harmonics whose loudness and pitch change, with pauses."""
+    """Deterministic waveforms (N,) similar to speech: noise and harmonics with varying loudness and pitch, and pauses."""
     generator = torch.Generator().manual_seed(0)
     signals = []
     for duration in seconds:
@@ -356,7 +357,7 @@ def synthetic(rate, seconds=SYNTHETIC_SECONDS):
 
 
 def files_of(audio):
-    """Of files and folders, (file, reference or None) of all files, and of those that the transcripts in folders name."""
+    """(file, reference or None) of all given files, and of the files that transcripts in the given folders name."""
     files = []
     for entry in map(Path, audio):
         if not entry.is_dir():
@@ -366,6 +367,6 @@ def files_of(audio):
             (Path(record.values["wav"]), record.values["wrd"]) for record in librispeech_records(entry, []) if not record.flaw
         ]
         if not found:
-            raise UserError(f"{entry} holds no *.trans.txt with audio beside it; give audio files, or a LibriSpeech folder.")
+            raise UserError(f"{entry} holds no *.trans.txt with audio files; give audio files, or a LibriSpeech folder.")
         files += found
     return files

@@ -1,26 +1,26 @@
-"""CTC as a transducer, for runtimes that search for hotwords with transducers only.
+"""CTC as a transducer, for runtimes that take hotwords only with transducers.
 
-What the encoder gives has the log-probabilities of each frame, and behind them those of the frame before (:class:`Pairs`). The
-:class:`CtcDecoder` knows the last token, and the :class:`CtcJoiner` tells its repetition from the same token anew by the frame
-before. The calls are those of :mod:`speechbrain_ext.export.onnx_transducer`.
+The encoder's output has the log-probabilities of each frame, followed by those of the frame before it (:class:`Pairs`). The
+:class:`CtcDecoder` encodes the last token. The :class:`CtcJoiner` uses the frame before to decide whether the last token
+continues or is a new token. The interface is that of :mod:`speechbrain_ext.export.onnx_transducer`.
 """
 
 import torch
 from torch import nn
 
 IMPOSSIBLE = -1e3
-"""Log-probability of a token that is never answered."""
+"""Log-probability of a token that never occurs."""
 SMALLEST = 1e-30
-"""Probability in place of less, whose logarithm is not finite."""
+"""Smallest probability, so that its logarithm is finite."""
 
 
 class Pairs(nn.Module):
-    """Log-probabilities of each frame, and behind them those of the frame before; before the first one a blank is certain.
+    """Log-probabilities of each frame, followed by those of the frame before it; a blank precedes the first frame.
 
     Arguments
     ---------
     answer : speechbrain_ext.export.sherpa_graphs.Answer
-        What comes first.
+        Applied to the log-probabilities first.
 
     Example
     -------
@@ -36,14 +36,14 @@ class Pairs(nn.Module):
         self.register_buffer("certain", torch.where(answer.is_blank, 0.0, IMPOSSIBLE))
 
     def forward(self, log_probs):
-        """(B, T, V) to (B, T * repeats, 2 V)."""
+        """Map (B, T, V) to (B, T * repeats, 2 V)."""
         now = self.answer(log_probs)
-        before = torch.cat((self.certain.expand(now.shape[0], 1, -1), now), 1)[:, :-1]  # of no frames, none
+        before = torch.cat((self.certain.expand(now.shape[0], 1, -1), now), 1)[:, :-1]  # also correct for T = 0
         return torch.cat((now, before), 2)
 
 
 class CtcDecoder(nn.Module):
-    """The last token (N, 1) as (N, V): one in its place, and nothing for the blank, token 0.
+    """The last token (N, 1) as a one-hot vector (N, V); zeros for the blank, token 0.
 
     Arguments
     ---------
@@ -77,10 +77,10 @@ class CtcDecoder(nn.Module):
 
 
 class CtcJoiner(nn.Module):
-    """CTC as a transducer: a token's repetition in the frame behind it is a blank.
+    """Joint network of CTC: the continuation of the last token in the next frame counts as a blank.
 
-    Where the last token is l, the frame before was l with probability p(l) or blank with p(blank), for all that the decoder
-    knows. The share p(l) / (p(l) + p(blank)) of what now is l is that frame going on, and goes to the blank; the rest is l anew.
+    If the last token is l, the frame before was l with probability p(l) or blank with p(blank). Therefore the share
+    p(l) / (p(l) + p(blank)) of the current probability of l is a continuation, and is added to the blank. The rest is a new l.
 
     Arguments
     ---------
@@ -104,7 +104,7 @@ class CtcJoiner(nn.Module):
         self.register_buffer("is_blank", torch.arange(vocabulary) == 0)
 
     def forward(self, encoder_out, decoder_out):
-        """(N, 2 V) of :class:`Pairs` and (N, V) of :class:`CtcDecoder` to log-probabilities (N, V)."""
+        """Log-probabilities (N, V), from outputs (N, 2 V) of :class:`Pairs` and (N, V) of :class:`CtcDecoder`."""
         now, before = encoder_out.chunk(2, 1)
         last, last_before = ((part * decoder_out).sum(1, keepdim=True) for part in (now, before))
         lead = last_before - before[:, :1]

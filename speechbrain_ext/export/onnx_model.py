@@ -1,25 +1,27 @@
-"""Trained models as one ONNX file: samples in, log-probabilities of the CTC head out, and all that decoding them needs.
+"""Trained models as one ONNX file, from samples to log-probabilities of the CTC head; metadata hold all that decoding needs.
 
-A transducer has three: ``NAME-encoder.onnx`` from samples to ``encoder_out``, ``NAME-decoder.onnx`` and ``NAME-joiner.onnx``, see
-:mod:`speechbrain_ext.export.onnx_transducer`.
+A transducer has three files: ``NAME-encoder.onnx`` from samples to ``encoder_out``, ``NAME-decoder.onnx`` and
+``NAME-joiner.onnx``, see :mod:`speechbrain_ext.export.onnx_transducer`.
 
-The files are there only after their answers have been compared with those of the model that they were made of
-(:mod:`speechbrain_ext.export.check`).
+Files are written only if their outputs agree with those of the model (:mod:`speechbrain_ext.export.check`).
 
-Its ``metadata_props``, all text: ``format`` (``speechbrain_ext``), ``version`` of this package, ``mode``, ``precision``
+The ``metadata_props``, all text, are ``format`` (``speechbrain_ext``), ``version`` of this package, ``mode``, ``precision``
 (``float32`` or ``int8``), ``encoder``, for a cascade ``pass``, ``sample_rate``, ``n_fft``, ``hop_length``, ``n_mels``,
-``seconds_per_frame``, ``blank_index``, and ``tokens``: a JSON list of what each token writes, with ``▁`` for a space. Those of a
+``seconds_per_frame``, ``blank_index``, and ``tokens``, a JSON list of the text of each token, with ``▁`` for a space. Those of a
 transducer also have ``head`` (``transducer``), ``part``, and icefall's ``context_size``, ``vocab_size`` and ``joiner_dim``;
-``output`` is the name of the encoder's output, ``state_shape`` that of an LSTM's states but for the batch.
+``output`` is the name of the encoder's output, and ``state_shape`` the shape of an LSTM's states without the batch.
 
-Where ``mode`` is ``streaming`` and not ``full``, also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 = all),
-``chunk_samples``, ``chunk_step``, ``window``, ``before``, ``ends``, and ``state``: a JSON list of the tensors that go from one
-chunk to the next, each with the names of its ``input`` and ``output``, its ``type`` as numpy calls it, and the ``shape`` of the
-zeros that the first chunk gets. A feature frame looks at ``window`` samples, the first one from ``before`` samples before the
-first sample on; N samples have ``T = max(1, (N + before - window // 2) // hop_length + 1)`` frames. Beyond the ends of the stream
-are zeros where ``ends`` is ``zeros``, and where it is ``mirrored`` what ``numpy.pad`` with the mode "symmetric" puts there. Of
-the samples with ``before`` of these in front, chunk i gets those from ``i * chunk_step`` on, ``chunk_samples`` of them, the last
-chunk as many as are left of the ``(T - 1) * hop_length + window`` that lie in windows.
+If ``mode`` is ``streaming``, not ``full``, there are also ``chunk_size`` in encoder frames, ``left_context`` in chunks (-1 =
+all), ``chunk_samples``, ``chunk_step``, ``window``, ``before``, ``ends`` and ``state``.
+
+``state`` is a JSON list of the tensors that one chunk passes to the next. Each has the names of its ``input`` and ``output``, its
+numpy ``type``, and the ``shape`` of the zeros for the first chunk.
+
+The window of a feature frame has ``window`` samples. That of the first frame begins ``before`` samples before the stream. N
+samples have ``T = max(1, (N + before - window // 2) // hop_length + 1)`` frames. If ``ends`` is ``zeros``, the samples outside
+the stream are zeros; if it is ``mirrored``, they are those of ``numpy.pad`` with the mode "symmetric". Chunk i gets the
+``chunk_samples`` samples from ``i * chunk_step``, counted from ``before`` samples before the stream. The last chunk gets the rest
+of the ``(T - 1) * hop_length + window`` samples of all windows.
 """
 
 import json
@@ -56,43 +58,43 @@ def export_model(
 ):
     """Write a trained model as an ONNX file, for whole utterances or for streams.
 
-    The graph takes ``waveform`` (batch, samples) float32 and ``lengths`` (batch,) int64, numbers of samples, and gives
-    ``log_probs`` (batch, frames, tokens) and ``frames`` (batch,) int64, numbers of valid frames; an utterance gets the same
-    answer alone and in any batch. Of a model with a decoder it is the CTC branch; a transducer has three files, see the module.
+    The graph takes ``waveform`` (batch, samples) float32 and ``lengths`` (batch,) int64 in samples. It gives ``log_probs``
+    (batch, frames, tokens) and ``frames`` (batch,) int64, the numbers of valid frames. An utterance gets the same output alone
+    and in any batch. A model with an attention decoder exports its CTC branch; a transducer has three files, see the module.
 
-    With ``streaming`` it takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see the
-    module; the streams of a batch run in step.
+    With ``streaming``, the graph takes the samples of one chunk and the state, and gives ``log_probs`` and the next state, see
+    the module. The streams of a batch must begin and end together.
 
     Arguments
     ---------
     source : str
         A model folder, or the name of a Hugging Face repository.
     path : str
-        The file to write; one that is there is replaced. Of a transducer, the names of the three begin so.
+        The file to write; an existing file is replaced. The three files of a transducer begin with its name.
     pass_name : str, optional
-        Of a cascade, the pass to export: "second", the default, or "first".
+        The pass of a cascade to export: "second", the default, or "first".
     int8 : bool
-        Whether the weights of matrix products are kept in 8 bits, and their inputs are rounded to 8 bits as they come. The
-        features and the subsampling remain in float32.
+        Whether to store the weights of matrix products in 8 bits, and to round their inputs to 8 bits. The features and the
+        subsampling remain in float32.
     audio : list of str
-        Audio files to compare on, or folders in LibriSpeech layout, whose references then give word error rates, too; without
-        any, synthetic signals.
+        Audio files to compare on, or folders in LibriSpeech layout, which also give word error rates; by default synthetic
+        signals.
     tolerance : float, optional
-        What is accepted: for float32 the largest difference of a log-probability (default 1e-3); for int8 the token error rate
-        against the float32 model, greedily decoded (default 0.05; on synthetic signals, of which no model is sure, 0.2).
+        For float32 the largest accepted difference of a log-probability (default 1e-3). For int8 the largest token error rate
+        against the float32 model with greedy search (default 0.05; 0.2 on synthetic signals, on which no model is certain).
     streaming : bool
-        Whether for streams.
+        Whether to export for streams.
     chunk_size : int, optional
-        Of streams, encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
+        Encoder frames (40 ms) per chunk of a stream; by default the model's, or 16.
     left_context : int, optional
-        Of streams, left context in chunks; by default what the model was trained for, or 16; -1 = all.
+        Left context of a stream in chunks; by default the model's, or 16; -1 = all.
     trust : bool
         As in :func:`speechbrain_ext.inference.load_model`.
 
     Returns
     -------
     Report
-        What the comparison found; as text, lines to print.
+        Results of the comparison; its text has lines to print.
 
     Raises
     ------
@@ -101,9 +103,9 @@ def export_model(
     ImportError
         If the packages for ONNX are missing.
     ValueError
-        If the model, the audio or the tolerance is not what it should be, or the model does not stream so.
+        If the model, the audio or the tolerance is not valid, or the model does not stream with this setting.
     ExportError
-        If the encoder has operations that ONNX has not, the comparison fails, or the disk is full; no file is left then.
+        If the encoder has operations that ONNX lacks, the comparison fails, or the disk is full; then no file is left.
 
     Example
     -------
@@ -133,28 +135,28 @@ def export_model(
 
 
 def refuse_tolerance(tolerance):
-    """Raise where a tolerance is no number from 0 on."""
-    if tolerance is not None and not tolerance >= 0:  # neither is NaN
+    """Raise a UserError if a tolerance is not a number of 0 or more."""
+    if tolerance is not None and not tolerance >= 0:  # also refuses NaN
         raise UserError(f"The tolerance is {tolerance}; give a number, 0 or more.")
 
 
 def write_checked(model, graphs, path, partials, int8, audio=(), tolerance=None, feed=None):
-    """Write the graphs of a model as files, and compare their answers with the model's.
+    """Write the graphs of a model as files, and compare their outputs with the model's.
 
     Arguments
     ---------
     model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
         The model.
     graphs : dict
-        A graph (torch.nn.Module) by the part of the model; "" where there are no parts.
+        The graph (torch.nn.Module) of each part of the model; the key is "" if there is only one part.
     path : pathlib.Path
-        The file that it is to be, for messages.
+        The final name of the file, for messages.
     partials : dict
-        The file to write by part.
+        The file to write for each part.
     int8, audio, tolerance
         As for :func:`export_model`.
     feed : speechbrain_ext.export.check.Feed, optional
-        How the graph is run, where its metadata do not say it.
+        How to run the graph; by default as its metadata state.
 
     Returns
     -------
@@ -163,13 +165,13 @@ def write_checked(model, graphs, path, partials, int8, audio=(), tolerance=None,
     Raises
     ------
     ExportError
-        If the answers differ, or there are none; the files are then for the caller to remove.
+        If the outputs differ, or the graph does not run; the caller must then remove the files.
     """
     metadata = _metadata(model, graphs, "int8" if int8 else "float32")
     try:
         for part, graph in graphs.items():
             write_onnx(graph, partials[part], int8, metadata[part])
-    except OSError as error:  # such as a full disk
+    except OSError as error:  # for example a full disk
         raise ExportError(f"{path} cannot be written: {error.strerror or one_line(error)}; give another path.") from error
     report = _check(model, graphs, partials, next(iter(metadata.values())), audio, feed)
     _refuse(report, int8, tolerance)
@@ -185,7 +187,7 @@ def chunks_of(model, chunk_size=None, left_context=None):
 
 
 def _graphs(model, config):
-    """What to export, by the part of the model; "" where there are no parts."""
+    """The graph to export of each part of the model; the key is "" if there is only one part."""
     transducer, head = transducer_of(model), head_of(model)
     keys = {"pass_name": model.pass_name} | ({} if transducer is None else {"output": "encoder_out"})
     if config is None:
@@ -196,7 +198,7 @@ def _graphs(model, config):
 
 
 def _metadata(model, graphs, precision):
-    """Of each part."""
+    """The metadata of each part."""
     first, *others = graphs
     metadata = {first: _metadata_of_encoder(model, graphs[first], precision)}
     if first:
@@ -229,7 +231,7 @@ def _metadata_of_encoder(model, graph, precision):
 
 
 def written_by(tokenizer, token):
-    """What a token writes: its piece, as in SentencePiece nothing for a control token, and a sign for the unknown one."""
+    """The text of a token: its piece, nothing for a control token, and SentencePiece's sign for the unknown token."""
     if tokenizer.is_control(token):
         return ""
     return "▁⁇▁" if tokenizer.is_unknown(token) else tokenizer.id_to_piece(token)
@@ -241,7 +243,7 @@ def _check(model, graphs, paths, metadata, audio, feed):
     tokens, blank = json.loads(metadata["tokens"]), int(metadata["blank_index"])
     try:
         return check(path, model.mods.encoder, head_of(model), tokens, blank, audio, model.pass_name, feed, parts)
-    except (OSError, UserError):  # of the audio
+    except (OSError, UserError):  # errors of the audio
         raise
     except Exception as error:  # onnxruntime has a class of error per kind of failure
         cause = one_line(error)
@@ -252,7 +254,7 @@ def _refuse(report: Report, int8, tolerance):
     usual = (0.2 if report.synthetic else 0.05) if int8 else 1e-3
     limit = usual if tolerance is None else tolerance
     found = report.token_error if int8 and math.isfinite(report.max_difference) else report.max_difference
-    if found <= limit:  # NaN is not
+    if found <= limit:  # refuses NaN
         return
     what = (
         f"decodes {found:.1%} of the tokens differently in 8 bits"
@@ -261,4 +263,4 @@ def _refuse(report: Report, int8, tolerance):
     )
     remedy = "compare on real speech with --audio, or export without --int8" if int8 else "accept more with --tolerance"
     allowed = f"{limit:.1%}" if int8 else f"{limit:g}"
-    raise ExportError(f"The exported model {what}, and {allowed} is accepted, so no file was written; {remedy}.")
+    raise ExportError(f"The exported model {what}, but only {allowed} is accepted, so no file was written; {remedy}.")

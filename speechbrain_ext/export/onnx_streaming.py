@@ -1,10 +1,10 @@
-"""A trained model as one module that takes a stream chunk by chunk, with all its state as inputs and outputs.
+"""A trained model as one module that takes a stream chunk by chunk, with its state as inputs and outputs.
 
-An encoder keeps its streaming state as it likes, in tensors and counters inside dataclasses, lists and dictionaries. What of it
-is an input is found by streaming: tensors that there are after some chunks, and integers that have changed by then. So an encoder
-that knows nothing of export is exported as well, if its answer is the same where its state begins
+An encoder keeps its streaming state in tensors and counters inside dataclasses, lists and dictionaries. Export streams some
+chunks to find the inputs: all tensors that exist then, and all integers that have changed. An encoder needs no code for export.
+But its output must be the same if its state begins
 
-* with zeros in place of nothing, in the size that the state has at last; along an axis that never stops growing, with no entries;
+* with zeros in place of None, in the final size of the state, or with no entries along an axis that always grows;
 * with counters that are tensors.
 """
 
@@ -27,7 +27,7 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class StreamingFeatures(Features):
-    """The features of one chunk after the other, as :class:`speechbrain_ext.lobes.features.FeatureStream` has them.
+    """The features of a stream chunk by chunk, as :class:`speechbrain_ext.lobes.features.FeatureStream` computes them.
 
     Arguments
     ---------
@@ -39,7 +39,7 @@ class StreamingFeatures(Features):
     Raises
     ------
     ValueError
-        If they are set to something that has no place here, or do not stream.
+        If a setting is not supported here, or the features do not stream.
 
     Example
     -------
@@ -61,22 +61,22 @@ class StreamingFeatures(Features):
         self.register_buffer("prior", prior + prior_of(normalize, prior) if self.per_sentence else None)
 
     def states(self):
-        """The state that goes from one chunk to the next: what :meth:`forward` takes and gives behind the samples."""
+        """The state that one chunk passes to the next, in the order of :meth:`forward`'s ``state``."""
         states = [State("features.peak", ["batch"])] if self.top_db < math.inf else []
         if self.per_sentence:
             states.append(State("features.moments", [3, "batch", self.mels], torch.float64))
         return states
 
     def forward(self, waveform, *state):
-        """One chunk.
+        """Compute the features of one chunk.
 
         Arguments
         ---------
         waveform : torch.Tensor
-            (B, N), the windows of the chunk's frames.
+            (B, N) samples in the windows of the chunk's frames.
         *state : torch.Tensor
-            Where features are clipped, the peak (B,), the loudest bin so far in dB above silence; where the utterance normalises
-            itself, the moments (3, B, F) float64, number, sum and sum of squares of the frames so far.
+            If features are clipped, the peak (B,), which is the loudest bin so far in dB above silence. With sentence statistics,
+            the moments (3, B, F) float64: number, sum and sum of squares of the frames so far.
 
         Returns
         -------
@@ -86,7 +86,7 @@ class StreamingFeatures(Features):
         return self.following(self.log_mel_of_windows(waveform), *state)
 
     def following(self, features, *state):
-        """The same from log mel bins (B, T, F) on."""
+        """Compute the features of one chunk from log mel bins (B, T, F)."""
         state, following = list(state), []
         if self.top_db < math.inf:
             peak = state.pop(0).maximum(features.amax((1, 2)) - self.silence)
@@ -95,7 +95,7 @@ class StreamingFeatures(Features):
         if not self.per_sentence:
             return (features - self.mean) / self.std, *following
         moments = state.pop(0) + moments_of(features, torch.ones_like(features[..., :1], dtype=torch.bool), 1)
-        # The prior is among the moments already
+        # The prior is already part of the moments
         settings = SimpleNamespace(prior_frames=0, std_norm=self.std_norm, epsilon=self.epsilon)
         return standardized(settings, features, (moments + self.prior).unsqueeze(2)), *following, moments
 
@@ -107,15 +107,15 @@ class State:
     Arguments
     ---------
     name : str
-        Of the input.
+        Name of the input.
     shape : list
-        Of the first chunk's, with "batch" for the batch's size.
+        Shape for the first chunk, with "batch" for the batch size.
     dtype : torch.dtype
-        Of its zeros.
+        Type of its zeros.
     growth : dict
-        By how much an axis grows with each chunk, by its index.
+        Growth per chunk of each growing axis, by the index of the axis.
     step : int
-        By how much a counter grows with each chunk.
+        Growth per chunk of a counter.
     """
 
     name: str
@@ -125,18 +125,18 @@ class State:
     step: int = 0
 
     def example(self, batch, chunks):
-        """Zeros as after a number of chunks."""
+        """Zeros in the shape after a number of chunks."""
         sizes = (batch if size == "batch" else size + chunks * self.growth.get(axis, 0) for axis, size in enumerate(self.shape))
         return torch.zeros(tuple(sizes), dtype=self.dtype)
 
     def dynamic(self, batch):
-        """Dimensions that are free, as the exporter takes them; what grows by as much has the same length."""
+        """Dynamic dimensions for the exporter; axes with the same growth have the same length."""
         owner = self.name.partition(".")[0]
         free = {axis: torch.export.Dim(f"{owner}_{growth}") for axis, growth in self.growth.items()}
         return free | {axis: batch for axis, size in enumerate(self.shape) if size == "batch"}
 
     def described(self):
-        """For the metadata."""
+        """The description for the metadata."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"input": self.name, "output": f"next.{self.name}", "shape": self.shape, "type": dtype}
 
@@ -144,27 +144,27 @@ class State:
 class Streaming(nn.Module):
     """One chunk of a stream: ``waveform`` (B, N) and the state to ``log_probs`` (B, T, V) and the next state.
 
-    The samples are those in the windows of the chunk's feature frames: of chunk i, those from ``i * step`` on, ``samples`` of
-    them, in a stream with what the features have before and behind it, zeros or its own samples mirrored. N is less only in the
-    last chunk.
+    The samples are those in the windows of the chunk's feature frames. For chunk i, they are the ``samples`` samples from
+    ``i * step``, in the stream padded as its features need it, with zeros or mirrored samples. N is smaller only in the last
+    chunk.
 
     Arguments
     ---------
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
-        The encoder; it is copied, and what can be folded for inference is folded in the copy.
+        The encoder. It is copied, and normalisation is fused into the weights of the copy.
     head : torch.nn.Module
         The CTC head, or a transducer's projection of frames.
     config : DynChunkTrainConfig
         Chunk size in encoder frames and left context in chunks (None = all).
     pass_name : str, optional
-        Of a cascade, the pass that answers.
+        The pass of a cascade to export.
     output : str
-        "log_probs" of a CTC head, or "encoder_out" (B, T, J), what the head gives as it is.
+        "log_probs" for a CTC head, or "encoder_out" (B, T, J) for the unchanged output of the head.
 
     Raises
     ------
     ValueError
-        If the model does not stream, or its state is not found as the module's text says.
+        If the model does not stream, or its state cannot be found as the module describes.
 
     Example
     -------
@@ -207,7 +207,7 @@ class Streaming(nn.Module):
         return self.encode(self.features.log_mel_of_windows(waveform), states)
 
     def encode(self, features, states, begins=None):
-        """From log mel bins on.
+        """Encode a chunk of log mel bins.
 
         Arguments
         ---------
@@ -216,7 +216,7 @@ class Streaming(nn.Module):
         states : list of torch.Tensor
             In the order of ``states``.
         begins : torch.Tensor, optional
-            (B,) bool, the streams whose first chunk this is, where the state of these has its full size, too.
+            (B,) bool, True for streams that begin with this chunk; needed if their state already has its full size.
 
         Returns
         -------
@@ -226,7 +226,7 @@ class Streaming(nn.Module):
         own, others = states[: self._own], states[self._own :]
         x, *heard = self.features.following(features, *own[:-1])
         y, left = self.encoder.subsampling.stream(x, own[-1])
-        if begins is not None:  # before their first frame is nothing, which is not the same as silence
+        if begins is not None:  # nothing precedes their first frame, which is not the same as silence
             alone, _ = self.encoder.subsampling(x[:, : self.encoder.subsampling.factor])
             y = torch.cat((torch.where(begins.view(-1, 1, 1), alone, y[:, :1]), y[:, 1:]), 1)
         given = {part: state for parts, state in zip(self._parts, others, strict=True) for part in parts}
@@ -238,13 +238,13 @@ class Streaming(nn.Module):
         return x.log_softmax(dim=-1) if self.normalises else x, *heard, left, *following
 
     def example_inputs(self):
-        """Inputs to trace with: two streams, as an axis of one would be taken for a constant, after some chunks."""
+        """Inputs to trace with: two streams after some chunks, because the exporter takes an axis of size one as constant."""
         waveform = torch.randn(2, self.samples, generator=torch.Generator().manual_seed(0))
         return waveform, [state.example(2, 1 if state.name == "subsampling.left" else 3) for state in self.states]
 
     @property
     def metadata(self):
-        """What a caller must know of chunks and states, all text."""
+        """Settings of chunks and states for the caller, all text."""
         left = self.config.left_context_size
         return {
             "chunk_size": str(self.config.chunk_size),
@@ -259,20 +259,20 @@ class Streaming(nn.Module):
 
     @property
     def dynamic_shapes(self):
-        """What is free in the inputs."""
+        """Dynamic axes of the inputs."""
         batch = torch.export.Dim("batch")
         samples = torch.export.Dim("samples", min=self.features.framing.length, max=self.samples)
         return {0: batch, 1: samples}, [state.dynamic(batch) for state in self.states]
 
     @torch.no_grad()
     def _find_states(self):
-        """Stream, and see what changes.
+        """Stream some chunks, and find the tensors and counters of the state.
 
         Returns
         -------
         tuple
-            A context with all its tensors; for each state the names of its parts in there, several where layers count alike; and
-            the states.
+            A context with all its tensors; for each state, the names of its parts in the context, several if counters of layers
+            are equal; and the states.
         """
         name = type(self.encoder.transformer.encoder).__name__
         if not getattr(self.encoder.transformer.encoder, "streamable", True):
@@ -284,8 +284,8 @@ class Streaming(nn.Module):
             start = first.get(part)
             if isinstance(value, torch.Tensor):
                 if isinstance(start, torch.Tensor) and start.any():
-                    raise UserError(f"{name} starts a stream with a {part} other than zeros; begin with zeros to export it.")
-                if not value.numel():  # such as a left context of no frames
+                    raise UserError(f"{name} starts a stream with a {part} other than zeros; start with zeros to export it.")
+                if not value.numel():  # for example a left context of no frames
                     constants[part] = start
                     continue
                 parts.append([part])
@@ -303,12 +303,12 @@ class Streaming(nn.Module):
         return _rebuilt(context, constants), parts, states
 
     def _stream_noise(self, batch):
-        """A context after some chunks, and what it held before the first one, before the last one, and now."""
+        """A context after some chunks, and its contents before the first chunk, before the last chunk, and now."""
         name = type(self.encoder.transformer.encoder).__name__
         keys = encoder_passes(self.encoder.transformer.encoder, self.pass_name)
         context = self.encoder.transformer.make_streaming_context(self.config, keys)
         held = [dict(_leaves(context.encoder_context, name))]
-        for _ in range(3 + (self.config.left_context_size or 0)):  # by then nothing grows but what always does
+        for _ in range(3 + (self.config.left_context_size or 0)):  # enough chunks for the final size of all but the growing axes
             features = torch.randn(batch, self.encoder.subsampling.factor * self.config.chunk_size, self.features.mels)
             self.encoder.transformer.encode_streaming(self.encoder.subsampling.stream(features)[0], context)
             held.append(dict(_leaves(context.encoder_context, name)))
@@ -316,7 +316,7 @@ class Streaming(nn.Module):
 
 
 def _state(name, before, tensor, wider):
-    """A tensor's state, from what it was a chunk before, and is in a larger batch."""
+    """The State of a tensor, found by comparison with the tensor one chunk earlier and with that of a larger batch."""
     growth, shape = {}, []
     for axis, (old, size, other) in enumerate(zip(before.shape, tensor.shape, wider.shape, strict=True)):
         if size != old:
@@ -326,7 +326,7 @@ def _state(name, before, tensor, wider):
 
 
 def _leaves(value, encoder="", name=""):
-    """(name, value) of all that a context holds."""
+    """(name, value) of all tensors and plain values in a context."""
     if is_dataclass(value):
         items = [(entry.name, getattr(value, entry.name)) for entry in fields(value)]
     elif isinstance(value, dict):
@@ -338,13 +338,13 @@ def _leaves(value, encoder="", name=""):
         return
     else:
         kind = type(value).__name__
-        raise UserError(f"{encoder} keeps its streaming state in a {kind}, where export finds no tensors; make that a dataclass.")
+        raise UserError(f"{encoder} keeps its streaming state in a {kind}, which export cannot read; make it a dataclass.")
     for key, item in items:
         yield from _leaves(item, encoder, f"{name}.{key}" if name else str(key))
 
 
 def _rebuilt(value, given, name=""):
-    """A copy of a context, with other values where there are some by the name."""
+    """A copy of a context in which the values of ``given``, by name, replace the original ones."""
 
     def part(key, item):
         return _rebuilt(item, given, f"{name}.{key}" if name else str(key))

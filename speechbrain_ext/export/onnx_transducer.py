@@ -1,8 +1,8 @@
-"""The parts of a transducer as modules to export, and greedy search over them whoever runs them, PyTorch or onnxruntime.
+"""The parts of a transducer as modules to export, and greedy search with them in PyTorch or onnxruntime.
 
-Names are icefall's and sherpa-onnx's: an encoder that gives ``encoder_out`` (N, T, J), a decoder (the predictor) that turns the
-last tokens ``y`` into ``decoder_out`` (N, J), and a joiner that turns rows of both into ``logit`` (N, V). Both projections to the
-joint network's width J are in there already.
+Names are those of icefall and sherpa-onnx: an encoder that gives ``encoder_out`` (N, T, J), a decoder (the predictor) that turns
+the last tokens ``y`` into ``decoder_out`` (N, J), and a joiner that turns rows of both into ``logit`` (N, V). Encoder and decoder
+include the projections to the joint network's width J.
 """
 
 import json
@@ -14,16 +14,16 @@ from torch import nn
 from speechbrain_ext.inference.models import TransducerModel
 
 MAX_SYMBOLS = 5
-"""Tokens of a frame in greedy search, as in :class:`speechbrain_ext.decoders.transducer.TransducerSearch`."""
+"""Most tokens per frame in greedy search, as in :class:`speechbrain_ext.decoders.transducer.TransducerSearch`."""
 
 
 def transducer_of(model):
-    """A model's transducer; None of a model without."""
+    """A model's transducer, or None."""
     return model.mods.decoder.transducer if isinstance(model, TransducerModel) else None
 
 
 def head_of(model):
-    """What stands behind the encoder in a model's graph: its CTC head, or its transducer's projection of frames."""
+    """The module after the encoder in a model's graph: its CTC head, or its transducer's projection of frames."""
     transducer = transducer_of(model)
     return model.ctc_head if transducer is None else transducer.project_frames
 
@@ -31,8 +31,8 @@ def head_of(model):
 class Decoder(nn.Module):
     """The predictor: ``y`` (N, context) int64 to ``decoder_out`` (N, J).
 
-    Of an LSTM, ``y`` (N, 1) is the last token, and its state goes in and out: ``hidden`` and ``cell`` (N, layers, P), zeros at
-    first. The blank begins a text; a number below 0, with which sherpa-onnx begins one, counts as the blank.
+    For an LSTM, ``y`` (N, 1) is the last token, and the state is an input and an output: ``hidden`` and ``cell``
+    (N, layers, P), zeros at first. A text begins with the blank. A negative number, which sherpa-onnx uses, counts as the blank.
 
     Arguments
     ---------
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
 
     @property
     def metadata(self):
-        """What a caller must know, all text."""
+        """Settings for the caller, all text."""
         about = {"context_size": str(self.context), "vocab_size": str(self.transducer.out.out_features)}
         return about | ({"state_shape": json.dumps(self.example_inputs()[1].shape[1:])} if self.has_state else {})
 
@@ -88,7 +88,7 @@ class Joiner(nn.Module):
     transducer : speechbrain_ext.lobes.transducer.Transducer
         The head.
     answer : torch.nn.Module, optional
-        What the logits go through.
+        Applied to the logits.
 
     Example
     -------
@@ -117,7 +117,7 @@ class Joiner(nn.Module):
 
 
 class InPyTorch:
-    """A module with the call of onnxruntime's session.
+    """A module with the interface of onnxruntime's session.
 
     Arguments
     ---------
@@ -130,22 +130,22 @@ class InPyTorch:
 
     @torch.no_grad()
     def run(self, outputs, inputs):
-        """As the session's: all outputs, in their order."""
+        """Run the module, as a session does; returns all outputs in order."""
         found = self.graph(*(torch.from_numpy(inputs[name]) for name in self.graph.input_names))
         return [part.numpy() for part in (found if isinstance(found, tuple) else (found,))]
 
 
 class Search:
-    """Greedy search of one utterance, by a decoder and a joiner as sessions.
+    """Greedy search of one utterance, with sessions of a decoder and a joiner.
 
     Arguments
     ---------
     decoder, joiner : onnxruntime.InferenceSession or InPyTorch
-        They run the graphs.
+        Sessions of the two graphs.
     graph : Decoder
-        Names of the decoder's inputs, and what begins a text.
+        Gives the names of the decoder's inputs and their first values.
     max_symbols : int
-        Tokens of a frame, at most.
+        Most tokens per frame.
 
     Example
     -------
@@ -163,19 +163,19 @@ class Search:
         self.decoder, self.joiner, self.graph, self.max_symbols = decoder, joiner, graph, max_symbols
 
     def __call__(self, frames, known=None):
-        """Search, or follow what another search has said.
+        """Search, or follow the tokens of another search.
 
         Arguments
         ---------
         frames : numpy.ndarray
-            (T, J) of the encoder's graph.
+            (T, J) output of the encoder's graph.
         known : list of list of int, optional
-            The tokens of each frame.
+            The tokens of each frame to follow.
 
         Returns
         -------
         tuple
-            The tokens of each frame, and log-probabilities (T, V) of each frame when it was left.
+            The tokens of each frame, and the last log-probabilities (T, V) in each frame.
         """
         blank, names = self.graph.blank, self.graph.input_names
         given = dict(zip(names, (part[:1].numpy() for part in self.graph.example_inputs()), strict=True))

@@ -1,7 +1,7 @@
-"""A trained model as one module of operations that ONNX has: from samples to what its head gives.
+"""A trained model as one module of ONNX operations, from samples to the output of its head.
 
-SpeechBrain's feature extraction and normalisation do not export (complex numbers, lengths rounded anew at each stage), so they
-are written again here, with the settings and statistics of the objects of the model; the rest is the model's own.
+SpeechBrain's feature extraction and normalisation do not export: they use complex numbers, and round lengths again at each stage.
+They are implemented again here, with the settings and statistics of the model. All other parts are the model's modules.
 """
 
 import copy
@@ -20,7 +20,7 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class Features(nn.Module):
-    """KaldiFbank or SpeechBrain's Fbank, and InputNormalization, with matrix products in place of the FFT; exact in any batch.
+    """KaldiFbank or SpeechBrain's Fbank with InputNormalization, with matrix products in place of the FFT; exact in any batch.
 
     Arguments
     ---------
@@ -32,7 +32,7 @@ class Features(nn.Module):
     Raises
     ------
     ValueError
-        If they are set to something that has no place here.
+        If a setting is not supported here.
 
     Example
     -------
@@ -59,9 +59,9 @@ class Features(nn.Module):
             self.power, self.amin, self.multiplier, self.reference = 2, FLOOR, math.log(10), 0.0  # the natural logarithm
         else:
             stft, filters = compute_features.compute_STFT, compute_features.compute_fbanks
-            left = (self.n_fft - stft.win_length) // 2  # where torch.stft puts a window that is shorter than the transform
+            left = (self.n_fft - stft.win_length) // 2  # torch.stft centres a window that is shorter than the transform
             window = F.pad(stft.window, (left, self.n_fft - stft.win_length - left)).float()
-            # Filterbank makes its matrix inside forward; in the linear scale it is what it gives for a unit matrix.
+            # Filterbank builds its matrix inside forward; without the logarithm, its output for a unit matrix is this matrix.
             linear = copy.copy(filters)
             linear.log_mel = False
             matrix = linear(torch.eye(self.n_fft // 2 + 1).unsqueeze(0))[0].detach()  # (bins, mels)
@@ -80,7 +80,7 @@ class Features(nn.Module):
             self.register_buffer("std", std.clamp(min=self.epsilon))
 
     def forward(self, waveform, lengths):
-        """Samples (B, N) and numbers of them (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
+        """Map samples (B, N) and their numbers (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
         waveform = waveform.masked_fill(padding_mask(lengths, waveform.shape[1]), 0.0)
         if self.removes_dc:
             waveform = centred(waveform, lengths)
@@ -89,16 +89,16 @@ class Features(nn.Module):
         return self.normalized(features, frames), frames
 
     def normalized(self, features, frames):
-        """Log mel bins (B, T, F) with any padding, and numbers of frames (B,), to features (B, T, F), zero in padded frames."""
+        """Map log mel bins (B, T, F) with any padding, and frame counts (B,), to features (B, T, F), zero in padded frames."""
         padding = padding_mask(frames, features.shape[1]).unsqueeze(2)
         if self.top_db < math.inf:
-            # The loudest bin of the utterance, not of its batch: the frame behind its end may still see a louder sample.
+            # The loudest bin in valid frames: the frame after the utterance's end may still contain a louder sample.
             loudest = features.masked_fill(padding, -math.inf).amax(dim=(1, 2), keepdim=True)
             features = torch.maximum(features, loudest - self.top_db)
         return self._normalize(features, padding, frames.view(-1, 1, 1)).masked_fill(padding, 0.0)
 
     def log_mel_of_windows(self, waveform):
-        """Log mel bins (B, 1 + (N - length) // hop, F) of the windows that lie in samples (B, N)."""
+        """Log mel bins (B, 1 + (N - length) // hop, F) of the windows in samples (B, N)."""
         framed = waveform.unfold(1, self.framing.length, self.hop_length)
         if self.is_kaldi:
             framed = F.pad(kaldi_frames(framed, self.window), (0, self.n_fft - self.framing.length + 1))
@@ -118,7 +118,7 @@ class Features(nn.Module):
         if not self.per_sentence:
             return (features - self.mean) / self.std
         centred = features
-        for _ in range(2):  # onnxruntime adds up a thousand frames one by one in float32; the second mean is that error
+        for _ in range(2):  # onnxruntime sums frames one by one in float32; the second mean removes the error of the first
             centred = centred - centred.masked_fill(padding, 0.0).sum(1, keepdim=True) / frames
         if not self.std_norm:
             return centred
@@ -127,10 +127,10 @@ class Features(nn.Module):
 
 
 def _two_stages(size):
-    """The discrete Fourier transform of real numbers as two matrix products, one step of Cooley and Tukey's.
+    """The discrete Fourier transform of real numbers as two matrix products, one step of the Cooley-Tukey algorithm.
 
-    Against one product with all sines it has a sixth of the operations, and sums of tens of terms in place of hundreds: those
-    in float32 lose quiet bins beside loud ones. With size = P * Q, n = p * Q + q and k = s * P + r,
+    It has a sixth of the operations of one product with all sines. Its sums have tens of terms, not hundreds; sums of hundreds
+    of terms in float32 lose quiet bins beside loud ones. With size = P * Q, n = p * Q + q and k = s * P + r,
 
         X[k] = sum over q of exp(-2 pi i q k / size) * (sum over p of x[n] exp(-2 pi i p r / P)),
 
@@ -139,8 +139,8 @@ def _two_stages(size):
     Returns
     -------
     tuple
-        The inner matrix (P, 2R); the outer ones (R, 2Q, 2Q), both with real parts before imaginary ones; and which bin each of
-        the R * Q results is, -1 for one that is there already.
+        The inner matrix (P, 2R); the outer matrices (R, 2Q, 2Q), both with real parts before imaginary ones; and the bin of each
+        of the R * Q results, -1 for a repeated bin.
     """
     first = max(divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0)  # P
     second = size // first
@@ -148,7 +148,7 @@ def _two_stages(size):
     k = r.unsqueeze(1) + first * torch.arange(second)  # (R, Q)
     angle = -2 * math.pi / first * torch.outer(torch.arange(first), r).double()
     inner = torch.cat([angle.cos(), angle.sin()], dim=1)
-    # Modulo the size first: angles stay small, and their sines exact
+    # The modulo keeps angles small, and their sines exact
     angle = -2 * math.pi / size * (torch.arange(second).view(1, -1, 1) * k.unsqueeze(1) % size).double()  # (R, Q, Q)
     cos, sin = angle.cos(), angle.sin()
     outer = torch.cat([torch.cat([cos, sin], dim=2), torch.cat([-sin, cos], dim=2)], dim=1)
@@ -163,7 +163,7 @@ def _refuse_unknown(compute_features, normalize):
     for name, value, known in settings:
         if value not in known:
             raise UserError(
-                f"The model's {name} is {value}, which export does not know; it knows {' and '.join(map(str, known))}."
+                f"The model's {name} is {value}, but export supports only {' and '.join(map(str, known))}; train it with that."
             )
 
 
@@ -181,14 +181,14 @@ def _settings_of_fbank(compute_features):
 
 
 def without_features(encoder, head):
-    """A copy of a SpeechEncoder from features on, with the head behind it.
+    """A copy of a SpeechEncoder without feature extraction, followed by a head.
 
     Arguments
     ---------
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
         The encoder.
     head : torch.nn.Module
-        What stands behind it.
+        The module after the encoder.
 
     Returns
     -------
@@ -206,13 +206,13 @@ class FullContext(nn.Module):
     Arguments
     ---------
     encoder : speechbrain_ext.speech_encoder.SpeechEncoder
-        The encoder; it is copied, and what can be folded for inference is folded in the copy.
+        The encoder. It is copied, and normalisation is fused into the weights of the copy.
     head : torch.nn.Module
         The CTC head, or a transducer's projection of frames.
     pass_name : str, optional
-        Of a cascade, the pass that answers.
+        The pass of a cascade to export.
     output : str
-        "log_probs" of a CTC head, or "encoder_out" (B, T, J), what the head gives as it is.
+        "log_probs" for a CTC head, or "encoder_out" (B, T, J) for the unchanged output of the head.
 
     Example
     -------
@@ -242,15 +242,15 @@ class FullContext(nn.Module):
         self.eval()
 
     def forward(self, waveform, lengths):
-        """See the class; a length below 0 counts as 0, and one above the number of samples as that."""
+        """See the class; lengths are clipped to the range from 0 to the number of samples."""
         lengths = lengths.clamp(min=0, max=waveform.shape[1])
         return self.log_probs(*self.features(waveform, lengths))
 
     def log_probs(self, x, frames):
-        """Features (B, T, F) and numbers of frames (B,) to log-probabilities (B, T', V) and numbers of these frames (B,)."""
+        """Map features (B, T, F) and numbers of frames (B,) to log-probabilities (B, T', V) and their numbers of frames (B,)."""
         x, relative = self.encoder.encode_features(x, frames / x.shape[1], pass_name=self.pass_name)
         return x.log_softmax(dim=-1) if self.normalises else x, absolute_lengths(relative, x.shape[1])
 
     def example_inputs(self):
-        """Inputs to trace with: two utterances, as an axis of one would be taken for a constant."""
+        """Inputs to trace with: two utterances, because the exporter takes an axis of size one as constant."""
         return torch.randn(2, 20000, generator=torch.Generator().manual_seed(0)), torch.tensor([20000, 12000])

@@ -1,4 +1,4 @@
-"""A graph as an ONNX file: traced, perhaps in 8 bits, with its metadata."""
+"""Writes a graph as an ONNX file with metadata, in float32 or 8 bits."""
 
 import contextlib
 import importlib
@@ -14,15 +14,15 @@ from speechbrain_ext.utils.errors import UserImportError, UserRuntimeError, one_
 FRONT_END = ("features", "encoder.subsampling")
 """Modules that remain in float32."""
 IR_VERSION = 9
-"""The first one with opset 20; runtimes from onnxruntime 1.17 on read it, and 10 only those from 1.18 on."""
+"""The first version with opset 20. onnxruntime 1.17 or later reads it; version 10 needs 1.18 or later."""
 
 
 class ExportError(UserRuntimeError):
-    """A model that cannot be exported, or whose file gives other answers; the message says what and what to do."""
+    """A model cannot be exported, or its file gives other outputs; the message names the cause and the remedy."""
 
 
 def require_packages():
-    """Raise an ImportError that says what to install, where a package for ONNX is missing."""
+    """Raise an ImportError that says what to install, if a package for ONNX is missing."""
     try:
         for package in ("onnx", "onnxruntime", "onnxscript"):
             importlib.import_module(package)
@@ -31,7 +31,7 @@ def require_packages():
 
 
 def write_onnx(graph, path, int8, metadata):
-    """Write a graph.
+    """Write a graph as an ONNX file.
 
     Arguments
     ---------
@@ -40,14 +40,14 @@ def write_onnx(graph, path, int8, metadata):
     path : str or os.PathLike
         The file.
     int8 : bool
-        Whether the weights of matrix products are kept in 8 bits.
+        Whether to store the weights of matrix products in 8 bits.
     metadata : dict
         Texts for its ``metadata_props``.
 
     Raises
     ------
     ExportError
-        If the graph has what ONNX cannot express.
+        If the graph has an operation that ONNX lacks.
     OSError
         If the file cannot be written.
     """
@@ -67,7 +67,7 @@ def write_onnx(graph, path, int8, metadata):
         except Exception as error:  # the exporter has a class of error per stage
             name = type(graph.encoder.transformer.encoder if hasattr(graph, "encoder") else graph).__name__
             cause = one_line(error.__cause__ or error)
-            raise ExportError(f"{name} has what ONNX export cannot express; rewrite that part of it: {cause}") from error
+            raise ExportError(f"{name} has an operation that ONNX export cannot express; rewrite it: {cause}") from error
     proto = program.model_proto
     floating = _floating(proto.graph)
     _strip(proto)
@@ -81,13 +81,13 @@ def write_onnx(graph, path, int8, metadata):
 
 
 def _floating(graph):
-    """Names of the nodes that remain in float32 in any case."""
-    # A weight per head: the runtime has no scales per output for products in a batch
+    """Names of the nodes that always remain in float32."""
+    # Weights per head: the runtime has no scales per output for batched products
     batched = {weight.name for weight in graph.initializer if len(weight.dims) > 2}
     return [
         node.name
         for node in graph.node
-        # By its weight where the graph calls a method of the front end, which leaves no scope
+        # By the weight's name, because a call of a method of the front end leaves no scope
         if _scope(node).startswith(FRONT_END)
         or any(name.startswith(FRONT_END) for name in node.input)
         or (node.op_type == "MatMul" and batched.intersection(node.input))
@@ -95,7 +95,7 @@ def _floating(graph):
 
 
 def _scope(node):
-    """Path of the module that a node comes from, such as ``transformer.encoder.layers.0``."""
+    """Path of the module that made a node, such as ``transformer.encoder.layers.0``."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             return next((name for name in json.loads(entry.value.replace("'", '"')) if name), "")
@@ -103,7 +103,7 @@ def _scope(node):
 
 
 def _strip(proto):
-    """The exporter notes for each node where in whose files its Python code stands: nothing for others to know."""
+    """Remove the paths of Python files that the exporter writes into each node."""
     graph = proto.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
@@ -121,14 +121,14 @@ def _quantise(path, floating):
             nodes_to_exclude=floating,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            # Seven bits: sums of 8 by 8 bits overflow in processors without VNNI, and the error would depend on the processor.
+            # Seven bits: sums of 8-bit products overflow in processors without VNNI, so errors would depend on the processor.
             reduce_range=True,
         )
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Without what the exporter says about packages that are not needed here."""
+    """A context without the exporter's messages about packages that are not needed here."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""An export for sherpa-onnx against its model: in onnxruntime, fed as sherpa-onnx would feed it, and in sherpa-onnx itself."""
+"""Comparison of an export for sherpa-onnx with its model, in onnxruntime with the inputs of sherpa-onnx, and in sherpa-onnx."""
 
 import importlib.util
 import json
@@ -21,15 +21,15 @@ from speechbrain_ext.export.sherpa_texts import STREAMS
 from speechbrain_ext.lobes.filter_banks import front_end
 
 PADDING = -23.025850929940457
-"""ln 1e-10, with which the runtime fills the shorter utterances of a batch."""
+"""ln 1e-10, the runtime's padding value of shorter utterances in a batch."""
 MOST = 20
-"""Utterances that the runtime itself gets at most."""
+"""Most utterances for the comparison in the runtime."""
 SHORTEST = 0.1
-"""Seconds; of much less the runtime makes no frame, and no text."""
+"""Seconds; much shorter audio has no frame in the runtime, and no text."""
 AXES = (1, 1, 1, 1, 0, 0, 0, 0)
-"""Along which the runtime batches the states of ``zipformer2_ctc``."""
+"""Axes along which the runtime batches the states of ``zipformer2_ctc``."""
 SYMBOLS = 1
-"""Tokens that a transducer writes in a frame, at most."""
+"""Most tokens per frame of a transducer in the runtime."""
 
 
 def feed_of(graph, compute_features):
@@ -38,7 +38,7 @@ def feed_of(graph, compute_features):
     Arguments
     ---------
     graph : torch.nn.Module
-        Of :mod:`speechbrain_ext.export.sherpa_graphs`.
+        A graph of :mod:`speechbrain_ext.export.sherpa_graphs`.
     compute_features : torch.nn.Module
         The model's features.
 
@@ -67,7 +67,7 @@ def feed_of(graph, compute_features):
 
 
 def standardized_waveform(wav):
-    """A waveform (N,) as ``omnilingual_asr_ctc`` gets it: of mean 0 and variance 1."""
+    """A waveform (N,) with mean 0 and variance 1, the input of ``omnilingual_asr_ctc``."""
     centred = wav.double() - wav.double().mean()
     return (centred / (centred.square().mean() + 1e-5).sqrt()).float()
 
@@ -84,7 +84,7 @@ def _run_waveforms(session, wavs):
 
 
 def _run_streams(session, chunks, zeros):
-    """Each stream begins one chunk after the one before, so that those of a batch are of different age."""
+    """Run streams that each begin one chunk later, because a server batches streams of different age."""
     names = [entry.name for entry in session.get_inputs()]
     states = [[tensor.numpy() for tensor in zeros] for _ in chunks]
     found = [[] for _ in chunks]
@@ -102,19 +102,19 @@ def _run_streams(session, chunks, zeros):
 
 @dataclass
 class Texts:
-    """What sherpa-onnx wrote, and what it should have.
+    """Texts of sherpa-onnx, and PyTorch's texts.
 
     Arguments
     ---------
     version : str
-        Of sherpa-onnx.
+        Version of sherpa-onnx.
     wanted, alone, together : list of str
-        PyTorch's texts, and those of the runtime, of each waveform alone and of all together. Of a transducer, those of greedy
-        search with a token per frame at most.
+        PyTorch's texts, and the runtime's texts of each waveform alone and of all in a batch. For a transducer, PyTorch uses
+        greedy search with at most one token per frame.
     real_time_factor : float
         Seconds of computation per second of audio, on one thread, each waveform alone.
     peak_mib : float or None
-        The most memory that the runtime's process took for it, in MiB; None where the system does not say.
+        Peak memory of the runtime's process in MiB; None if the system does not report it.
     """
 
     version: str
@@ -126,12 +126,12 @@ class Texts:
 
     @property
     def equal(self):
-        """Number of waveforms whose text is PyTorch's, alone and together."""
+        """Number of waveforms with PyTorch's text, both alone and together."""
         return sum(wanted == alone == other for wanted, alone, other in zip(self.wanted, self.alone, self.together, strict=True))
 
     @property
     def error(self):
-        """Edit distance in letters of all texts, divided by the number of PyTorch's."""
+        """Edit distance in letters of all texts, divided by the number of letters in PyTorch's texts."""
         letters = 2 * max(1, sum(map(len, self.wanted)))
         pairs = zip(2 * self.wanted, self.alone + self.together, strict=True)
         return sum(edit_distance(list(wanted), list(found)) for wanted, found in pairs) / letters
@@ -149,20 +149,20 @@ def has_runtime():
 
 
 def texts_in_runtime(folder, model, graphs, symbols, audio=()):
-    """Let sherpa-onnx transcribe with an exported folder.
+    """Transcribe with an exported folder in sherpa-onnx, and with the model in PyTorch.
 
     Arguments
     ---------
     folder : pathlib.Path
-        The folder, complete.
+        The complete folder.
     model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
-        The model that it was made of.
+        The exported model.
     graphs : dict
         Its graphs by part, see :func:`speechbrain_ext.export.sherpa_folder.make_graphs`.
     symbols : list of str
-        Those of ``tokens.txt``.
+        The symbols of ``tokens.txt``.
     audio : list of str
-        Audio files, or folders in LibriSpeech layout; without any, synthetic signals.
+        Audio files, or folders in LibriSpeech layout; by default synthetic signals.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def texts_in_runtime(folder, model, graphs, symbols, audio=()):
     Raises
     ------
     ExportError
-        If the runtime does not take the folder.
+        If the runtime does not load the folder.
     """
     graph, *parts = graphs.values()
     rate, front = model.sample_rate, front_end(model.mods.encoder.compute_features)
@@ -184,12 +184,12 @@ def texts_in_runtime(folder, model, graphs, symbols, audio=()):
         path = Path(temporary, "waveforms.npz")
         named = {f"wav{i}": wav.numpy() for i, wav in enumerate(wavs)}
         np.savez(path, rate=rate, feature_dim=front.n_mels, count=len(wavs), **named)
-        # Without a place of its own at the head of the path, where this folder's modules would hide others
+        # -P: otherwise the program's folder would be first in the path, and its modules could hide others
         command = [sys.executable, "-P", sherpa_texts.__file__, str(folder), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise ExportError(f"sherpa-onnx does not take the exported model, so nothing was written: {cause}")
+        raise ExportError(f"sherpa-onnx does not load the exported model, so nothing was written: {cause}")
     found = json.loads(done.stdout)
     trim = trimmed if graph.mode in STREAMS else str
     wanted, alone, together = (
@@ -200,7 +200,7 @@ def texts_in_runtime(folder, model, graphs, symbols, audio=()):
 
 
 def trimmed(text):
-    """A text without the punctuation at its beginning, which the runtime leaves out of streams (not of their tokens).
+    """A text without punctuation at its beginning, which the runtime leaves out of the texts of streams, but not of their tokens.
 
     Example
     -------
@@ -213,8 +213,8 @@ def trimmed(text):
 
 
 def tail_samples(graph):
-    """Zeros that a client of a streaming model adds behind its samples: the runtime drops what fills no chunk, and wants a
-    frame more than a chunk before it begins with one."""
+    """Zeros that a client of a streaming model appends to its samples. The runtime drops an incomplete last chunk, and starts a
+    chunk only when it has one frame more."""
     return (graph.frames + 1) * graph.features.hop_length
 
 
@@ -222,7 +222,7 @@ def _wanted(wav, model, graph, parts, symbols, tail):
     feed = feed_of(graph, model.mods.encoder.compute_features)
     if tail:
         wav = torch.nn.functional.pad(wav, (0, tail))
-    # What the runtime hears are the samples as they are, whatever it makes of them
+    # PyTorch gets the original samples; the runtime normalises them inside
     if graph.mode == "omnilingual_asr_ctc":
         feed.heard = lambda wav: wav
     frames = reference(model.mods.encoder, head_of(model), feed, wav, model.pass_name)

@@ -1,7 +1,7 @@
-"""Trained models as folders that sherpa-onnx loads: on phones, in browsers, on servers, in a dozen languages.
+"""Trained models as folders for sherpa-onnx, which runs on phones, in browsers and on servers, in a dozen languages.
 
-A folder holds ``model.onnx`` or ``model.int8.onnx``, ``tokens.txt``, and a ``README.md`` with the calls. Which type of model it
-is for follows from the features:
+A folder holds ``model.onnx`` or ``model.int8.onnx``, ``tokens.txt``, and a ``README.md`` with example code. The features decide
+the type of model:
 
 =============================  ========================  ===================
 features                       whole utterances          streams
@@ -11,10 +11,11 @@ Fbank, sentence statistics     ``omnilingual_asr_ctc``   refused
 Fbank, global statistics       refused                   refused
 =============================  ========================  ===================
 
-For KaldiFbank the runtime computes the features; the other type takes samples, which the runtime normalises, and the features
-are in the graph. The CTC branch is what answers. A model with a transducer, and for hotwords the CTC branch as one, goes as
-``transducer`` or ``zipformer2``, in three graphs, ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, with the scores of the
-pieces in ``bpe.vocab``.
+The runtime computes KaldiFbank features. With Fbank it normalises the samples, and the graph computes the features. The graph
+holds the encoder and its CTC head.
+
+A model with a transducer becomes ``transducer`` or ``zipformer2``, and so does the CTC branch if it is exported for hotwords. The
+folder then holds ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, and the scores of the pieces in ``bpe.vocab``.
 """
 
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from speechbrain_ext.utils.files import replacing_folder, write_text
 
 FILES = {f"{part}{kind}.onnx" for part in ("model", "encoder", "decoder", "joiner") for kind in ("", ".int8")}
 FILES |= {"bpe.vocab", "tokens.txt", "README.md"}
-"""What such folders hold; one with other files is not replaced."""
+"""Files of such folders; a folder with other files is not replaced."""
 GRAPHS = {
     "zipformer_ctc": FromFeatures,
     "omnilingual_asr_ctc": FromWaveform,
@@ -59,25 +60,25 @@ GRAPHS = {
 }
 """The graph of each type of model."""
 SECONDS_PER_FRAME = {kind: 0.02 if kind == "omnilingual_asr_ctc" else 0.04 for kind in GRAPHS}
-"""As the runtime counts."""
+"""Seconds per frame of each type of model in the runtime."""
 NEVER_WRITTEN = ("SIL", "</s>")
 """Symbols that the runtime leaves out of the texts of whole utterances."""
 
 
 @dataclass
 class SherpaReport:
-    """What an export for sherpa-onnx found.
+    """Results of an export for sherpa-onnx.
 
     Arguments
     ---------
     kind : str
         The runtime's type of model.
     file : pathlib.Path
-        The ONNX file, of a transducer its encoder's.
+        The ONNX file; for a transducer, the encoder's.
     onnx : Report
-        The graph in onnxruntime against PyTorch.
+        Comparison of the graph in onnxruntime with PyTorch.
     texts : Texts, optional
-        The folder in sherpa-onnx, where that is installed.
+        Comparison of the folder in sherpa-onnx with PyTorch, if sherpa-onnx is installed.
     """
 
     kind: str
@@ -86,7 +87,7 @@ class SherpaReport:
     texts: Texts | None
 
     def __str__(self):
-        texts = self.texts or "sherpa-onnx is not installed: its own texts were not compared"
+        texts = self.texts or "sherpa-onnx is not installed, so its texts were not compared"
         return f"type {self.kind}, {self.file}\n{self.onnx}\n{texts}"
 
 
@@ -105,29 +106,31 @@ def export_sherpa(
 ):
     """Write a trained model as a folder for sherpa-onnx, 1.12.26 or later.
 
-    The folder is there only after the graph's answers have been compared with PyTorch's, those of streams chunk by chunk in
-    batches of different age; and, where sherpa-onnx is installed, what that writes, too.
+    The folder is written only if the graph's outputs agree with PyTorch's. Streams are compared chunk by chunk, in batches of
+    different age. If sherpa-onnx is installed, its texts are also compared.
 
     Arguments
     ---------
     source : str
         A model folder, or the name of a Hugging Face repository.
     folder : str
-        The folder to write; one that such an export wrote is replaced.
+        The folder to write; a folder of an earlier export is replaced.
     pass_name, int8, audio, streaming, chunk_size, trust
         As for :func:`speechbrain_ext.export.onnx_model.export_model`.
     tolerance : float, optional
-        Likewise. What sherpa-onnx writes may differ by 5 % of the letters, 20 % on synthetic signals, or by as much as the
-        tokens in 8 bits may.
+        As for :func:`speechbrain_ext.export.onnx_model.export_model`. Texts of sherpa-onnx may differ in 5 % of the letters, or
+        20 % on synthetic signals; with ``int8``, ``tolerance`` replaces these limits.
     left_context : int, optional
-        Likewise; -1 = all, for encoders whose state does not grow with it.
+        As for :func:`speechbrain_ext.export.onnx_model.export_model`; -1 = all is possible if the encoder's state then does not
+        grow.
     hotwords : bool
-        Whether CTC goes as a transducer, with which the runtime searches for hotwords; a transducer goes as one anyway.
+        Whether to write CTC as a transducer, because the runtime takes hotwords only with transducers. A model with a transducer
+        always supports hotwords.
 
     Returns
     -------
     SherpaReport
-        As text, lines to print.
+        Its text has lines to print.
 
     Raises
     ------
@@ -136,9 +139,9 @@ def export_sherpa(
     ImportError
         If the packages for ONNX are missing.
     UserError
-        If the runtime has no type of model for this one, with the reason.
+        If the runtime has no type of model for this model; the message gives the reason.
     ExportError
-        If the comparison fails, or the disk is full; nothing is written then.
+        If the comparison fails, or the disk is full; then nothing is written.
 
     Example
     -------
@@ -162,7 +165,7 @@ def export_sherpa(
         partials = {part: partial / name for part, name in names.items()}
         report = write_checked(model, graphs, file, partials, int8, audio, tolerance, feed)
         write_text(partial / "tokens.txt", "".join(f"{symbol} {index}\n" for index, symbol in enumerate(symbols)))
-        if graph.mode in TRANSDUCERS:  # what splits hotwords into pieces
+        if graph.mode in TRANSDUCERS:  # the runtime splits hotwords into pieces with this file
             tokenizer = model.hparams.tokenizer
             pieces = ((tokenizer.id_to_piece(i), tokenizer.get_score(i)) for i in range(tokenizer.vocab_size()))
             write_text(partial / "bpe.vocab", "".join(f"{piece}\t{score}\n" for piece, score in pieces))
@@ -173,7 +176,7 @@ def export_sherpa(
 
 
 def make_graphs(model, streaming=False, chunk_size=None, left_context=None, hotwords=False):
-    """The graphs of a model for the runtime's type of model that fits it.
+    """The graphs of a model, for the runtime's type of model that fits.
 
     Arguments
     ---------
@@ -185,31 +188,34 @@ def make_graphs(model, streaming=False, chunk_size=None, left_context=None, hotw
     Returns
     -------
     dict
-        By the part of the model, "" where there are no parts; the first one is of :mod:`speechbrain_ext.export.sherpa_graphs`.
+        The graph of each part; the key is "" if there is only one part. The first graph is one of
+        :mod:`speechbrain_ext.export.sherpa_graphs`.
 
     Raises
     ------
     UserError
-        If there is no such type.
+        If no type fits.
     """
     encoder, transducer = model.mods.encoder, transducer_of(model)
     kind = _kind(encoder, streaming, hotwords or transducer is not None)
     if kind in TRANSDUCERS and model.blank:
         remedy = ", or export without --hotwords" if transducer is None else ""
         raise UserError(
-            f"The model's blank is token {model.blank}, and that of a transducer in sherpa-onnx is token 0; train with "
+            f"The model's blank is token {model.blank}, but that of a transducer in sherpa-onnx is token 0; train with "
             f"blank_index 0{remedy}."
         )
     if isinstance(getattr(transducer, "predictor", None), LstmPredictor):
         raise UserError(
-            "The model's transducer has predictor: lstm, and sherpa-onnx takes those of NeMo only, which hear other features; "
-            "train with predictor: stateless."
+            "The model's transducer has predictor: lstm, but sherpa-onnx takes LSTM predictors only with NeMo's features; train "
+            "with predictor: stateless."
         )
     front, tokenizer = front_end(encoder.compute_features), model.hparams.tokenizer
     seconds, unit = encoder.subsampling.factor * front.framing.hop / front.sample_rate, SECONDS_PER_FRAME[kind]
     repeats = round(seconds / unit)
     if abs(repeats * unit - seconds) > 1e-6 or (transducer is not None and repeats != 1):
-        raise UserError(f"The model's frames take {seconds:g} s, and sherpa-onnx counts {unit:g} s; train one whose frames fit.")
+        raise UserError(
+            f"The model's frames take {seconds:g} s, but sherpa-onnx needs {unit:g} s; train a model with such frames."
+        )
     silent = [token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token)]
     vocabulary, graph = tokenizer.vocab_size(), GRAPHS[kind]
     answer, output, parts = Answer(vocabulary, model.blank, silent, repeats), "log_probs", None
@@ -234,8 +240,7 @@ def _kind(encoder, streaming, is_transducer):
         raise UserError(f"sherpa-onnx does not compute {type(features).__name__} features; train with KaldiFbank.")
     if is_transducer:
         raise UserError(
-            "sherpa-onnx takes transducers, and so hotwords, with features that it computes, and not with SpeechBrain's Fbank; "
-            "train with KaldiFbank."
+            "sherpa-onnx does not take transducers, which hotwords need, with SpeechBrain's Fbank; train with KaldiFbank."
         )
     if streaming:
         raise UserError(
@@ -243,8 +248,8 @@ def _kind(encoder, streaming, is_transducer):
         )
     if norm != "sentence":
         raise UserError(
-            f"sherpa-onnx normalises the samples that Fbank is computed from, and the model's statistics are {norm}; train with "
-            "sentence statistics, or with KaldiFbank."
+            f"sherpa-onnx normalises the samples before Fbank, but the model's statistics are {norm}; train with sentence "
+            "statistics, or with KaldiFbank."
         )
     if features.compute_STFT.sample_rate != 16000:
         raise UserError(
@@ -255,16 +260,16 @@ def _kind(encoder, streaming, is_transducer):
 
 
 def symbols_of(model, whole):
-    """What ``tokens.txt`` calls each token.
+    """The symbol of each token in ``tokens.txt``.
 
-    The blank is ``<blk>``, by which the runtime finds it. A ``▁`` at the beginning becomes a space.
+    The runtime finds the blank by its symbol ``<blk>``, and turns a ``▁`` at the beginning of a symbol into a space.
 
     Arguments
     ---------
     model : speechbrain_ext.inference.models.CtcModel, JointModel or TransducerModel
         The model.
     whole : bool
-        Whether for whole utterances.
+        Whether the export is for whole utterances.
 
     Returns
     -------
@@ -273,24 +278,25 @@ def symbols_of(model, whole):
     Raises
     ------
     UserError
-        If the runtime would write a token otherwise than Python.
+        If the runtime would write a token differently from Python.
     """
     tokenizer = model.hparams.tokenizer
     symbols = []
     for token in range(tokenizer.vocab_size()):
-        # A space behind the sign for the unknown token would be written as it stands
+        # The runtime would write the ▁ after the sign for the unknown token literally
         symbol = (
             "<blk>" if token == model.blank else written_by(tokenizer, token).removesuffix("▁") or tokenizer.id_to_piece(token)
         )
         silent = token == model.blank or tokenizer.is_control(token)
         if not silent and ("▁" in symbol[1:] or symbol.split() != [symbol]):
             raise UserError(
-                f"The model's token '{symbol}' has a space that is not at its beginning, which sherpa-onnx cannot write."
+                f"The model's token '{symbol}' has a space after its beginning, which sherpa-onnx cannot write; train with "
+                "another tokenizer."
             )
         if not silent and whole and symbol in NEVER_WRITTEN:
             raise UserError(
-                f"The model has a token '{symbol}', which sherpa-onnx leaves out of every text of a whole utterance; train with "
-                "a tokenizer without it, or export with --streaming."
+                f"The model has a token '{symbol}', which sherpa-onnx leaves out of the texts of whole utterances; train with a "
+                "tokenizer without it, or export with --streaming."
             )
         symbols.append(symbol)
     return symbols
@@ -312,6 +318,6 @@ def _refuse_texts(texts, report, int8, tolerance):
         limit = tolerance
     if texts is not None and texts.error > limit:
         raise ExportError(
-            f"sherpa-onnx {texts.version} writes {texts.error:.1%} of the letters differently, and {limit:.1%} is accepted, so "
-            "nothing was written; compare on real speech with --audio."
+            f"sherpa-onnx {texts.version} writes {texts.error:.1%} of the letters differently, but only {limit:.1%} is accepted, "
+            "so nothing was written; compare on real speech with --audio."
         )

@@ -1,6 +1,6 @@
-"""Trained models as the graphs that sherpa-onnx runs: its inputs and outputs in its order, which is all that it goes by.
+"""Trained models as graphs for sherpa-onnx, which identifies inputs and outputs by their order.
 
-Which type of model a graph is for, what metadata that type wants, and how much of an utterance a frame stands for:
+The types of model, with inputs, outputs and the length of a frame:
 
 ==========================  =========================================  ==========================  =================
 type                        inputs                                     outputs                     seconds per frame
@@ -13,10 +13,10 @@ type                        inputs                                     outputs  
 ``zipformer2``              as ``zipformer2_ctc``                      ``encoder_out``, likewise   0.04
 ==========================  =========================================  ==========================  =================
 
-The last two are encoders of transducers. For hotwords, which the runtime takes with transducers only, CTC is one, too
+The last two are encoders of transducers. The runtime takes hotwords only with transducers, so CTC is exported as one for hotwords
 (:mod:`speechbrain_ext.export.ctc_transducer`).
 
-The features ``x`` are those of :class:`speechbrain_ext.lobes.features.KaldiFbank`, which the runtime computes itself.
+The runtime computes the features ``x``, which are those of :class:`speechbrain_ext.lobes.features.KaldiFbank`.
 
 Source: the classes ``OfflineZipformerCtcModel``, ``OfflineOmnilingualAsrCtcModel``, ``OnlineZipformer2CtcModel``,
 ``OfflineTransducerModel`` and ``OnlineZipformer2TransducerModel`` of https://github.com/k2-fsa/sherpa-onnx, versions 1.12.26 to
@@ -34,7 +34,7 @@ from speechbrain_ext.export.onnx_whole import FullContext
 from speechbrain_ext.utils.errors import UserError
 
 BALLAST = [[1, None, 1, 3], [1, None, 1], [1, None, 1], [None, 4, 1], [None, 4, 1], [None, 128, 3, 19]]
-"""Shapes of the states of ``zipformer2_ctc`` that go through unchanged, None for the number of streams."""
+"""Shapes of the unused states of ``zipformer2_ctc``, which are passed on unchanged; None is the number of streams."""
 DIMENSIONS = {
     "encoder_dims": "4",
     "value_head_dims": "1",
@@ -43,14 +43,15 @@ DIMENSIONS = {
     "cnn_module_kernels": "2",
     "left_context_len": "1",
 }
-"""What the runtime computes these shapes from: a Zipformer of one layer, whose keys, (1, N, ``query_head_dims``), are free."""
+"""Metadata from which the runtime computes these shapes: a Zipformer of one layer. The size ``query_head_dims`` of its keys,
+(1, N, ``query_head_dims``), is free."""
 
 
 class Answer(nn.Module):
-    """Log-probabilities, or a transducer's logits, as the runtime's search needs them.
+    """Adapts log-probabilities, or a transducer's logits, to the runtime's search.
 
-    It writes every token but the blank. So the tokens that write nothing, such as those for the beginning and the end of a
-    sentence, lend their probability to the blank: greedily decoded, the text is the same.
+    The search writes every token except the blank. Tokens without text, such as bos and eos, therefore pass their probability
+    to the blank. The text of greedy search stays the same.
 
     Arguments
     ---------
@@ -59,9 +60,9 @@ class Answer(nn.Module):
     blank : int
         The blank's index.
     silent : list of int
-        The other tokens that write nothing.
+        The other tokens without text.
     repeats : int
-        How often each frame is given, so that the runtime's times are right.
+        How many times each frame is repeated, to get correct times in the runtime.
 
     Example
     -------
@@ -77,7 +78,7 @@ class Answer(nn.Module):
         self.register_buffer("is_silent", torch.isin(place, torch.tensor(silent, dtype=torch.int64)) & ~self.is_blank)
 
     def forward(self, log_probs):
-        """(B, T, V) to (B, T * repeats, V)."""
+        """Map (B, T, V) to (B, T * repeats, V)."""
         if self._has_silent:
             nothing = log_probs.masked_fill(~(self.is_silent | self.is_blank), -torch.inf).amax(-1, keepdim=True)
             log_probs = torch.where(self.is_blank, nothing, log_probs.masked_fill(self.is_silent, IMPOSSIBLE))
@@ -85,7 +86,7 @@ class Answer(nn.Module):
 
 
 class Frames(nn.Identity):
-    """A transducer's frames as they are, where otherwise :class:`Answer` stands."""
+    """Keeps a transducer's frames unchanged, in the place of :class:`Answer`."""
 
     repeats = 1
 
@@ -98,7 +99,7 @@ class FromFeatures(FullContext):
     encoder, head, pass_name, output
         As for :class:`speechbrain_ext.export.onnx_whole.FullContext`.
     answer : Answer, Pairs or Frames
-        What follows.
+        Applied to the output.
     """
 
     mode = "zipformer_ctc"
@@ -110,7 +111,7 @@ class FromFeatures(FullContext):
         self.answer = answer
 
     def forward(self, x, lengths):
-        """Log mel bins (N, T, F), padded with anything, and numbers of frames (N,)."""
+        """Run on log mel bins (N, T, F) with any padding, and numbers of frames (N,)."""
         log_probs, frames = self.log_probs(self.features.normalized(x, lengths), lengths)
         return self.answer(log_probs), frames * self.answer.repeats
 
@@ -121,7 +122,7 @@ class FromFeatures(FullContext):
 
 
 class TransducerFromFeatures(FromFeatures):
-    """The same as the encoder of a ``transducer``."""
+    """The encoder of a transducer for whole utterances: ``transducer``."""
 
     mode = "transducer"
 
@@ -131,14 +132,14 @@ class TransducerFromFeatures(FromFeatures):
 
 
 class FromWaveform(FullContext):
-    """Whole utterances one by one from samples of mean 0 and variance 1: ``omnilingual_asr_ctc``.
+    """Single whole utterances from samples of mean 0 and variance 1: ``omnilingual_asr_ctc``.
 
     Arguments
     ---------
     encoder, head, pass_name, output
         As for :class:`speechbrain_ext.export.onnx_whole.FullContext`.
     answer : Answer
-        What follows.
+        Applied to the output.
     """
 
     mode = "omnilingual_asr_ctc"
@@ -150,7 +151,7 @@ class FromWaveform(FullContext):
         self.answer, self.output_names = answer, self.output_names[:1]
 
     def forward(self, waveform):
-        """Samples (1, N)."""
+        """Run on samples (1, N)."""
         return self.answer(super().forward(waveform, torch.ones_like(waveform, dtype=torch.int64).sum(1))[0])
 
     def example_inputs(self):
@@ -161,15 +162,15 @@ class FromWaveform(FullContext):
 class Packed(Streaming):
     """One chunk of streams of different age, from the runtime's features: ``zipformer2_ctc``.
 
-    All state but the counters lies side by side in the first of the runtime's tensors; the last one counts the chunks of each
-    stream, and the counters of the encoder follow from it. Float64 goes as two float32, the number and what rounding left of it.
+    The first of the runtime's state tensors holds all state except counters. The last one counts the chunks of each stream, and
+    the encoder's counters are computed from it. A float64 is stored as two float32, the rounded number and the rounding error.
 
     Arguments
     ---------
     encoder, head, config, pass_name, output
         As for :class:`speechbrain_ext.export.onnx_streaming.Streaming`.
     answer : Answer, Pairs or Frames
-        What follows.
+        Applied to the output.
 
     Raises
     ------
@@ -195,12 +196,12 @@ class Packed(Streaming):
         return sum(_size(state) for state in self._packed)
 
     def zeros(self, streams):
-        """The states of streams that begin."""
+        """The states of new streams."""
         shapes = [[1, streams, self.size], *([streams if size is None else size for size in shape] for shape in self.ballast)]
         return [*(torch.zeros(shape) for shape in shapes), torch.zeros(streams, dtype=torch.int64)]
 
     def forward(self, x, state, *ballast_and_chunks):
-        """Log mel bins (N, T, F) of one chunk, and the states."""
+        """Run on log mel bins (N, T, F) of one chunk, and the states."""
         *ballast, chunks = ballast_and_chunks
         parts = iter(self._unpack(state[0]))
         states = [chunks * known.step if known.step else next(parts) for known in self.states]
@@ -209,7 +210,7 @@ class Packed(Streaming):
         return self.answer(log_probs), self._pack(kept).unsqueeze(0), *(part.clone() for part in ballast), chunks + 1
 
     def _pack(self, tensors):
-        """To (N, size)."""
+        """Pack state tensors into (N, size)."""
         pieces = []
         for state, tensor in zip(self._packed, tensors, strict=True):
             tensor = tensor.movedim(state.shape.index("batch"), 0).flatten(1)
@@ -219,7 +220,7 @@ class Packed(Streaming):
         return torch.cat(pieces, 1)
 
     def _unpack(self, packed):
-        """From (N, size)."""
+        """Unpack (N, size) into state tensors."""
         tensors = []
         for state, piece in zip(self._packed, packed.split([_size(state) for state in self._packed], 1), strict=True):
             if state.dtype == torch.float64:
@@ -230,14 +231,14 @@ class Packed(Streaming):
         return tensors
 
     def example_inputs(self):
-        """Inputs to trace with: two streams, one of which begins."""
+        """Inputs to trace with: a new stream and one after some chunks."""
         x = torch.randn(2, self.frames, self.features.mels, generator=torch.Generator().manual_seed(0))
         *states, _ = self.zeros(2)
         return x, *states, torch.tensor([0, 3])
 
     @property
     def metadata(self):
-        """What the runtime needs to know."""
+        """Metadata that the runtime needs."""
         left = self.config.left_context_size
         return DIMENSIONS | {
             "query_head_dims": str(self.size),
@@ -249,13 +250,13 @@ class Packed(Streaming):
 
     @property
     def dynamic_shapes(self):
-        """What is free in the inputs."""
+        """Dynamic axes of the inputs."""
         batch = torch.export.Dim("batch")
         return {0: batch}, {1: batch}, tuple({shape.index(None): batch} for shape in self.ballast) + ({0: batch},)
 
 
 class PackedTransducer(Packed):
-    """The same as the encoder of a transducer: ``zipformer2``."""
+    """The encoder of a transducer for streams: ``zipformer2``."""
 
     mode = "zipformer2"
 
@@ -267,12 +268,12 @@ class PackedTransducer(Packed):
 
     @property
     def metadata(self):
-        """What the runtime needs to know."""
+        """Metadata that the runtime needs."""
         return super().metadata | {"model_type": self.mode}
 
 
 class PackedPairs(PackedTransducer):
-    """The same with ``answer`` of :class:`Pairs`: the last frame's log-probabilities are state, too."""
+    """A ``zipformer2`` with :class:`Pairs` as ``answer``: its state also holds the last frame's log-probabilities."""
 
     @property
     def size(self):
@@ -280,7 +281,7 @@ class PackedPairs(PackedTransducer):
         return super().size + self.answer.vocabulary
 
     def forward(self, x, state, *ballast_and_chunks):
-        """Log mel bins (N, T, F) of one chunk, and the states."""
+        """Run on log mel bins (N, T, F) of one chunk, and the states."""
         vocabulary, begins = self.answer.vocabulary, ballast_and_chunks[-1] == 0
         pairs, following, *others = super().forward(x, state[..., :-vocabulary], *ballast_and_chunks)
         before = torch.where(begins.unsqueeze(1), self.answer.certain, state[0, :, -vocabulary:]).unsqueeze(1)
@@ -290,19 +291,21 @@ class PackedPairs(PackedTransducer):
 
 
 def _fixed(state, factor):
-    """A tensor of the state in the size that it has from the second chunk on."""
+    """A tensor of the state, in its size from the second chunk on."""
     if state.name == "subsampling.left":
         state.shape[1] = factor
     elif state.growth:
         raise UserError(
-            f"The model's {state.name} grows with a stream, and sherpa-onnx keeps states of one size; give a --left-context."
+            f"The model's {state.name} grows with a stream, but sherpa-onnx needs a fixed size; give a --left-context."
         )
     if "batch" not in state.shape:
-        raise UserError(f"The model's {state.name} is one for all streams, where sherpa-onnx batches streams of different age.")
+        raise UserError(
+            f"All streams share the model's {state.name}, but sherpa-onnx batches streams of different age; keep it per stream."
+        )
     return state
 
 
 def _size(state):
-    """Number of floats that a tensor of the state takes."""
+    """Number of floats of a state tensor."""
     numbers = math.prod(size for size in state.shape if size != "batch")
     return numbers * (2 if state.dtype == torch.float64 else 1)

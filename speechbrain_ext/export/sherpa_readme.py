@@ -1,4 +1,4 @@
-"""The README of a folder for sherpa-onnx: how programs call the model."""
+"""The README of a folder for sherpa-onnx, with example code."""
 
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 
@@ -9,22 +9,22 @@ OWNERS = {
     "transducer": ("transducer", "transducer", "OfflineTransducerModelConfig"),
     "zipformer2": ("transducer", "transducer", "OnlineTransducerModelConfig"),
 }
-"""What holds the model's path: the field in C++, the one in Kotlin and JavaScript, and its class in Kotlin."""
+"""The setting with the model's path: its field in C++, its field in Kotlin and JavaScript, and its class in Kotlin."""
 
 
 def readme(kind, files, sample_rate, feature_dim, tail=0):
-    """Write it.
+    """The text of the README.
 
     Arguments
     ---------
     kind : str
         The runtime's type of model.
     files : dict
-        Names of the ONNX files by part, "" where there are no parts.
+        Names of the ONNX files by part; the key is "" if there is only one part.
     sample_rate, feature_dim : int
-        Of the features.
+        Sample rate and number of features.
     tail : int
-        Of streams, zeros behind the end, in samples.
+        Number of zeros to append to a stream.
 
     Returns
     -------
@@ -72,16 +72,16 @@ def readme(kind, files, sample_rate, feature_dim, tail=0):
 
 
 def _settings(values, form):
-    """Settings one by one, in the form that a language has for them, with names in snake case or camel case."""
+    """Settings in the syntax of a language, with names in snake case or camel case."""
     for key, value in values.items():
         first, *others = key.split("_")
         yield form.format(key=key, camel=first + "".join(map(str.capitalize, others)), value=value)
 
 
-_HOTWORDS = """The search is a beam search for hotwords. `hotwords.txt` has one to a line, written as the model writes, and
-perhaps its score: `SHERPA ONNX :2.0`. Hotwords of one stream alone: `create_stream(hotwords="ONE/ANOTHER ONE")`. Where there are
-none, leave out the file; without the decoding method, too, the search is greedy. Either search writes at most one token per frame
-of 0.04 s."""
+_HOTWORDS = """The search is a beam search with hotwords. `hotwords.txt` has one hotword per line, spelled as the model's texts
+are, optionally with a score: `SHERPA ONNX :2.0`. For hotwords of one stream, use `create_stream(hotwords="ONE/ANOTHER ONE")`. To
+search without hotwords, leave out the file; for greedy search, also leave out the decoding method. Both searches write at most
+one token per frame of 0.04 s."""
 
 _HEAD = """# Speech recognition for sherpa-onnx
 
@@ -160,12 +160,12 @@ console.log(recognizer.getResult(stream).text);
 ```
 """
 
-_STREAMS = """**The end of a stream.** sherpa-onnx drops what fills no chunk. Give it @seconds@ s of zeros (@tail@ samples) before
-`input_finished`, or the last words are lost; with the websocket server, `--end-tail-padding=@seconds@`.
+_STREAMS = """**The end of a stream.** sherpa-onnx drops an incomplete last chunk. Give it @seconds@ s of zeros (@tail@ samples)
+before `input_finished`, or the last words are lost. For the websocket server, use `--end-tail-padding=@seconds@`.
 
-**The beginning of a text.** sherpa-onnx leaves punctuation out there, such as that of `'TIS`; the tokens have it.
+**The beginning of a text.** sherpa-onnx removes punctuation there, such as that of `'TIS`; the tokens still have it.
 
-**Endpoints.** With endpoint detection, call `reset` where `is_endpoint` says so: the model begins anew there.
+**Endpoints.** With endpoint detection, call `reset` if `is_endpoint` is true; the model then starts a new segment.
 
 Python (`pip install sherpa-onnx soundfile`):
 
@@ -179,7 +179,7 @@ recognizer = sherpa_onnx.OnlineRecognizer.from_@factory@(
 )
 samples, rate = soundfile.read("speech.wav", dtype="float32")
 stream = recognizer.create_stream()
-stream.accept_waveform(rate, samples)  # or in pieces, as they come
+stream.accept_waveform(rate, samples)  # or piece by piece
 stream.accept_waveform(@rate@, numpy.zeros(@tail@, "float32"))
 stream.input_finished()
 while recognizer.is_ready(stream):

@@ -1,10 +1,10 @@
-"""What sherpa-onnx itself writes, with an exported folder: a program of its own, which needs sherpa-onnx and numpy only.
+"""Transcribes with an exported folder in sherpa-onnx; a separate program that needs only sherpa-onnx and numpy.
 
     python sherpa_texts.py FOLDER WAVEFORMS.npz
 
 It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
-them, the seconds of computation that the first took, and the most memory that the process had. It is a program because
-sherpa-onnx ends the process where a file is not what it expects.
+them, the seconds of computation for the texts one by one, and the peak memory of the process. It is a separate program because
+sherpa-onnx ends the process if a file has an unexpected format.
 """
 
 import json
@@ -18,22 +18,22 @@ PIECE = 0.1
 STREAMS = ("zipformer2_ctc", "zipformer2")
 """Types of model for streams."""
 TRANSDUCERS = ("transducer", "zipformer2")
-"""Types of three files."""
+"""Types of model with three files."""
 
 
 def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
-    """A recogniser of sherpa-onnx.
+    """Create a recogniser of sherpa-onnx.
 
     Arguments
     ---------
     folder : str or os.PathLike
-        What ``export --runtime sherpa-onnx`` wrote.
+        A folder that ``export --runtime sherpa-onnx`` wrote.
     kind : str
         Its type of model.
     sample_rate, feature_dim : int
-        Of its features.
+        Sample rate and number of features.
     **keys
-        For the runtime's constructor.
+        Other arguments of the runtime's constructor.
 
     Returns
     -------
@@ -51,14 +51,14 @@ def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
 
 
 def settings_of(folder):
-    """Type of model and, of streams, zeros behind the end, in samples, as the folder's README says."""
+    """Type of model, and for streams the number of zeros to append, from the folder's README."""
     text = Path(folder, "README.md").read_text(encoding="utf-8")
     tail = re.search(r"zeros \((\d+) samples\)", text)
     return re.search(r"type of model `(\w+)`", text)[1], int(tail[1]) if tail else 0
 
 
 def transcribe_whole(recognizer, wavs, rate):
-    """Texts of waveforms, decoded as one batch."""
+    """Transcribe waveforms as one batch."""
     streams = [recognizer.create_stream() for _ in wavs]
     for stream, wav in zip(streams, wavs, strict=True):
         stream.accept_waveform(rate, wav)
@@ -67,7 +67,7 @@ def transcribe_whole(recognizer, wavs, rate):
 
 
 def transcribe_streams(recognizer, wavs, rate, tail):
-    """Texts of streams that come in pieces, each beginning three pieces after the one before, with zeros behind the end."""
+    """Transcribe streams that arrive in pieces, each beginning three pieces later than the one before, with zeros at the end."""
     import numpy as np
 
     size = int(PIECE * rate)
@@ -90,18 +90,19 @@ def transcribe_streams(recognizer, wavs, rate, tail):
 
 
 def transcriber(folder, sample_rate=16000, feature_dim=80):
-    """What makes of a list of waveforms their texts.
+    """A function that transcribes a list of waveforms.
 
     Arguments
     ---------
     folder : str or os.PathLike
-        What ``export --runtime sherpa-onnx`` wrote.
+        A folder that ``export --runtime sherpa-onnx`` wrote.
     sample_rate, feature_dim : int
-        Of its features.
+        Sample rate and number of features.
 
     Returns
     -------
     callable
+        From a list of waveforms to a list of texts.
     """
     kind, tail = settings_of(folder)
     recognizer = open_recognizer(folder, kind, sample_rate, feature_dim)
@@ -118,7 +119,7 @@ def main(folder, waveforms):
     data = np.load(waveforms)
     transcribe = transcriber(folder, int(data["rate"]), int(data["feature_dim"]))
     wavs = [data[f"wav{i}"] for i in range(int(data["count"]))]
-    began = time.process_time()  # on one thread; other programs may have the processor meanwhile
+    began = time.process_time()  # of this process, because other programs may use the processor
     alone = [transcribe([wav])[0] for wav in wavs]
     seconds = time.process_time() - began
     found = {"version": sherpa_onnx.__version__, "alone": alone, "seconds": seconds, "peak_mib": peak_mib()}
@@ -126,7 +127,7 @@ def main(folder, waveforms):
 
 
 def peak_mib():
-    """The most memory that this process has had, in MiB; None where the system does not say (Linux does)."""
+    """Peak memory of this process in MiB; None if the system does not report it (Linux does)."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return found and int(found[1]) / 1024

@@ -1,4 +1,4 @@
-"""Trained models at work: loading, transcribing files and streams, publishing."""
+"""Use of trained models: loading, transcription of files and streams, publishing."""
 
 from speechbrain_ext.inference.load import load_model
 

@@ -1,4 +1,4 @@
-"""Error rates and speed of a trained model on test sets, with any search that it has."""
+"""Error rates and speed of a trained model on test sets, with any of its searches."""
 
 import time
 
@@ -26,26 +26,26 @@ def make_searches(model, names=(), **beam):
         From :func:`speechbrain_ext.inference.load_model`.
     names : sequence of str
         ``ctc_greedy``, ``ctc_beam`` and, with a decoder, ``joint_beam`` and ``ctc_rescored`` or, with a transducer,
-        ``transducer_greedy`` and ``transducer_beam``; by default what the model answers with, and ``ctc_beam`` where there is a
-        language model.
+        ``transducer_greedy`` and ``transducer_beam``; by default the search that the model uses, and also ``ctc_beam`` if there
+        is a language model.
     **beam
         Arguments of :class:`speechbrain_ext.decoders.ctc_beam.CtcBeamSearch`, such as ``lm_file``.
 
     Returns
     -------
     dict
-        By name a callable from log-probabilities (B, T, V), encoder frames (B, T, D), which are None for a model without a
-        decoder, and relative lengths (B,) to texts.
+        A callable for each name. It takes log-probabilities (B, T, V), encoder frames (B, T, D) or None for a model without a
+        decoder, and relative lengths (B,), and returns texts.
 
     Raises
     ------
     UserError
-        If the model has no such search, or the language model cannot be used.
+        If the model lacks a search, or the language model cannot be used.
     """
     names = list(dict.fromkeys(names)) or [model.own_search, *([BEAM] if beam.get("lm_file") else [])]
     if unknown := [name for name in names if name not in model.searches]:
         raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(model.searches)}.")
-    has_words = BEAM in names and not model.graphs  # the search that knows words
+    has_words = BEAM in names and not model.graphs  # CTC beam search with a language model of words
     others = [name for name in names if name not in (GREEDY, TRANSDUCER_GREEDY) and not (has_words and name == BEAM)]
     if "beam_size" in beam and others:
         for name in others:
@@ -54,7 +54,7 @@ def make_searches(model, names=(), **beam):
         beam = beam if has_words else {key: value for key, value in beam.items() if key != "beam_size"}
     if beam and not has_words:
         only = f"{BEAM} without phrases" if model.graphs else BEAM
-        raise UserError(f"{', '.join(beam)} is given, and only {only} takes it; add that search, or leave it out.")
+        raise UserError(f"{', '.join(beam)} is given, but only {only} takes it; add that search, or leave the option out.")
 
     def by_tokens(search):
         return lambda *given: [" ".join(model.tokenizer.decode_ids(ids).split()) for ids in search(*given)]
@@ -76,9 +76,9 @@ def make_searches(model, names=(), **beam):
 
 @torch.inference_mode()
 def evaluate(model, rows, searches, progress=False):
-    """Transcribe utterances, in batches of about the same length, and compare with what was said.
+    """Transcribe utterances in batches of about the same length, and compare the texts with the references.
 
-    The encoder runs once for all searches. Utterances longer than a minute go through it in windows, as in
+    The encoder runs once for all searches. It takes utterances longer than a minute in windows, as in
     :func:`speechbrain_ext.inference.transcribe.transcribe_files`.
 
     Arguments
@@ -86,7 +86,7 @@ def evaluate(model, rows, searches, progress=False):
     model : CtcModel, JointModel or TransducerModel
         From :func:`speechbrain_ext.inference.load_model`.
     rows : list of speechbrain_ext.dataio.preparation.Row
-        What is known of each utterance, its transcript in the form of the model's.
+        The utterances, with transcripts written like those that the model was trained on.
     searches : dict
         From :func:`make_searches`.
     progress : bool
@@ -97,7 +97,7 @@ def evaluate(model, rows, searches, progress=False):
     error_rates : dict
         An ErrorRateStats for each search.
     seconds : dict
-        How long encoder and search took together, for each search; reading audio is not in it.
+        Seconds of encoder and search together, for each search, without reading the audio.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def evaluate(model, rows, searches, progress=False):
 
 
 def _batches(rows):
-    """The longest first: what needs most memory shows at once."""
+    """The batches, the longest utterances first, because an error for lack of memory then occurs at once."""
     batches = []
     for row in sorted(rows, key=lambda row: row.duration):
         if not batches or (len(batches[-1]) + 1) * row.duration > BATCH_SECONDS:
@@ -135,7 +135,7 @@ def _batches(rows):
 
 def _encode(model, wavs):
     """Log-probabilities (B, T, V), frames (B, T, D) or None, and relative lengths (B,)."""
-    if len(wavs[0]) > LONG_SECONDS * model.sample_rate:  # which is alone in its batch
+    if len(wavs[0]) > LONG_SECONDS * model.sample_rate:  # a long utterance is alone in its batch
         parts = zip(*window_frames(model, wavs), strict=True)
         found = [[None if part[0] is None else torch.cat(part)] for part in parts]
     else:

@@ -1,7 +1,7 @@
-"""Audio of any length with memory that does not grow: segment by segment, to files that an interrupted run goes on with.
+"""Audio of any length in constant memory: segment by segment, to files that an interrupted run can continue.
 
-Models trained to stream do so. The others take windows of 30 s, which overlap by 8 s. Of each window the inner frames count,
-those with at least 4 s of audio on both sides. These frames, side by side, are close to those of one pass over the whole file.
+Models trained to stream do so. Other models take windows of 30 s that overlap by 8 s. Only the inner frames of each window are
+kept, those with at least 4 s of audio on both sides. Joined, they are close to the frames of the whole file at once.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import locked, write_text
 
 CORE = 550
-"""Frames of a window that count, 22 s."""
+"""Frames of a window that are kept, 22 s."""
 MARGIN = 100
-"""Frames on either side of them, 4 s."""
+"""Frames on either side of those, 4 s."""
 BATCH = 4
-"""Windows at a time."""
+"""Windows per batch."""
 
 
 def window_frames(model, blocks, start=0):
@@ -36,16 +36,16 @@ def window_frames(model, blocks, start=0):
     Arguments
     ---------
     model : CtcModel or JointModel
-        Any.
+        The model.
     blocks : iterable of torch.Tensor
-        Samples (N,), from that on with which the window of frame ``start`` begins, see :func:`window_start`.
+        Samples (N,). The first one belongs to frame ``window_start(start)``, see :func:`window_start`.
     start : int
-        Frames to leave out in front.
+        Frames to leave out at the start.
 
     Returns
     -------
     iterator of tuple
-        Log-probabilities (T, V) and, where the model searches segments in frames, these (T, D), else None; one after the other.
+        Log-probabilities (T, V) of consecutive frames, and the frames (T, D) if the model's search needs them, else None.
     """
     samples, core = frame_samples(model), start // CORE
     wav, begin, batch = torch.zeros(0), samples * window_start(start), []
@@ -75,7 +75,7 @@ def window_frames(model, blocks, start=0):
 
 
 def window_start(frame):
-    """The frame with which the window begins that a frame counts in."""
+    """The first frame of the window from which a frame is taken."""
     return max(0, frame // CORE * CORE - MARGIN)
 
 
@@ -86,13 +86,13 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
     Arguments
     ---------
     model : CtcModel or JointModel
-        Any.
+        The model.
     path : str or os.PathLike
         An audio file.
     streaming : bool, optional
-        Whether to stream; by default if the model was trained to.
+        Whether to stream; by default True if the model was trained to stream.
     start : float
-        Seconds to leave out in front: ``resume`` of the last segment that is known.
+        Seconds to leave out at the start: ``resume`` of the last known segment.
     progress : callable, optional
         Called with the seconds of audio that have been read since the last call.
 
@@ -103,7 +103,7 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
     Raises
     ------
     AudioError
-        If the file cannot be read, when that shows.
+        If the file cannot be read. The error comes when reading reaches the bad part.
     """
     if streaming is None:
         streaming = model.mods.encoder.chunk_size is not None
@@ -128,20 +128,20 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
 
 
 class SegmentFile:
-    """Segments of one audio file as JSON lines, with subtitles when all are there.
+    """Segments of one audio file as JSON lines, with subtitles at the end.
 
-    While segments come one by one, ``NAME.jsonl.partial`` holds what is done; a later run with the same audio, model and settings
-    goes on there, and has in the end what one run would have written. A finished file is left as it is; ``.NAME.jsonl.from`` says
-    of what it was made. The segments do not depend on how the subtitles are divided, so these can be written again from them.
+    ``NAME.jsonl.partial`` holds the segments of an unfinished file. A later run with the same audio, model and settings continues
+    there, and its result is the same as that of one run. A finished file is not changed; ``.NAME.jsonl.from`` states its audio,
+    model and settings. Subtitles can be written again from the segments with other options.
 
     Arguments
     ---------
     folder : str or os.PathLike
-        Where to write ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt``; it is made if need be.
+        Where to write ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt``; created if it is missing.
     path : str or os.PathLike
         The audio file.
     settings : dict
-        What the segments depend on.
+        The settings that the segments depend on, from :func:`settings_of`.
     subtitle_options : SubtitleOptions, optional
         How subtitles are divided into cues.
 
@@ -150,7 +150,8 @@ class SegmentFile:
     OSError
         If the folder cannot be written to.
     UserError
-        If the finished file was made of something else, or is damaged, or there are subtitles that were not written here.
+        If the finished file is of other audio, another model or other settings, if it is damaged, or if the folder holds
+        subtitles from elsewhere.
     """
 
     def __init__(self, folder, path, settings, subtitle_options=None):
@@ -164,21 +165,21 @@ class SegmentFile:
         file = os.stat(path)
         self._header = json.dumps({"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns, **settings})
         self.segments = []
-        """All that are known."""
+        """All segments so far."""
         self.finished = self._final.exists()
         if self.finished:
             self._refuse_other()
-            self._partial.unlink(missing_ok=True)  # of a run that was stopped at its very end
+            self._partial.unlink(missing_ok=True)  # a run was stopped after it wrote the final file
             lines = self._final.read_bytes().rstrip(b"\n").split(b"\n")
             lines = lines if lines[0] else []
             self.segments = _parse(lines)
             if len(self.segments) < len(lines):
                 raise UserError(
-                    f"Line {len(self.segments) + 1} of {self._final} is no segment; delete the file and transcribe again."
+                    f"Line {len(self.segments) + 1} of {self._final} is not a segment; delete the file and transcribe again."
                 )
         elif not self._made_of.exists() and not self._partial.exists():
             for path in filter(Path.exists, self._subtitles):
-                raise UserError(f"{path} is there, and was not written here; move it away, or give another folder.")
+                raise UserError(f"{path} exists, but this command did not write it; move it away, or give another folder.")
 
     def _refuse_other(self):
         if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
@@ -192,14 +193,14 @@ class SegmentFile:
 
     @contextlib.contextmanager
     def opened(self):
-        """A context in which segments are added one by one, after those that an earlier run has written.
+        """A context in which segments can be added after those of an earlier run.
 
         Raises
         ------
         UserError
-            If another process writes the same file.
+            If another process is writing the same file.
         """
-        taken = f"Another process writes {self._partial}; wait for it, or give another folder."
+        taken = f"Another process is writing {self._partial}; wait for it, or give another folder."
         with locked(self._partial, taken):
             if not self.finished and self._final.exists():  # another process or call has finished it meanwhile
                 self._refuse_other()
@@ -207,7 +208,7 @@ class SegmentFile:
                 header, *lines = file.read().split(b"\n")[:-1] or [b""]  # whole lines only
                 goes_on = header == self._header.encode()
                 self.segments = _parse(lines) if goes_on else []
-                # A line that a stop has cut is dropped, and all of it where it is of something else.
+                # Drop a line that a stop has cut, and all lines if they are of other audio or settings.
                 file.truncate(sum(len(line) + 1 for line in (header, *lines[: len(self.segments)])) if goes_on else 0)
             if not goes_on:
                 self._append(self._header)
@@ -223,7 +224,7 @@ class SegmentFile:
         return self.segments[-1].resume if self.segments else 0.0
 
     def add(self, segment):
-        """Add a segment, where the file is :meth:`opened`."""
+        """Add a segment, inside the context of :meth:`opened`."""
         self.segments.append(segment)
         self._append(_line(segment))
 
@@ -236,16 +237,16 @@ class SegmentFile:
             raise
 
     def write_subtitles(self, seconds=None):
-        """Write the subtitles of all segments, within audio of so many seconds.
+        """Write the subtitles of all segments, for audio of a length in seconds.
 
-        Those of a finished file are left as they are, for somebody may have corrected them, unless options are given.
+        Subtitles of a finished file are kept, because they may have been corrected by hand, unless options are given.
         """
         for path in self._subtitles:
             if not self.finished or self._subtitle_options is not None or not path.exists():
                 write_text(path, subtitles(self.segments, path.suffix[1:], self._subtitle_options, seconds))
 
     def finish(self, segments, seconds=None):
-        """Write all segments, and their subtitles within audio of so many seconds."""
+        """Write all segments and their subtitles, for audio of a length in seconds."""
         self.segments = list(segments)
         write_text(self._made_of, self._header)
         self.write_subtitles(seconds)
@@ -253,12 +254,12 @@ class SegmentFile:
 
 
 def settings_of(model, streaming=None):
-    """What the segments of an audio file depend on, for :class:`SegmentFile`.
+    """The settings that the segments of an audio file depend on, for :class:`SegmentFile`.
 
     Arguments
     ---------
     model : CtcModel or JointModel
-        Any.
+        The model.
     streaming : bool, optional
         As for :func:`transcribe_long`.
 
@@ -267,7 +268,7 @@ def settings_of(model, streaming=None):
     dict
     """
     if not model.fingerprint:
-        raise UserError("The model has no fingerprint, which an output folder needs; load it with load_model.")
+        raise UserError("The model has no fingerprint, but an output folder needs one; load it with load_model.")
     settings = {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
     return settings | model.search_settings
 
@@ -280,12 +281,12 @@ def _line(segment):
 
 
 def _parse(lines):
-    """The segments in lines, up to the first line that is none."""
+    """The segments in lines, up to the first line that is not one."""
     segments = []
     for line in lines:
         try:
             record = json.loads(line)
             segments.append(Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])}))
-        except (ValueError, TypeError, KeyError):  # no JSON, no object, other keys
+        except (ValueError, TypeError, KeyError):  # not JSON, not an object, or other keys
             break
     return segments

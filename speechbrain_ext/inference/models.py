@@ -26,31 +26,31 @@ from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import file_digest
 
 NBEST = 16
-"""Texts under CTC that are kept, unless a beam size is chosen."""
+"""Number of best texts under CTC, unless a beam size is chosen."""
 
 
 class _ExactLengths:
-    """What both classes below change of SpeechBrain's: lengths are those of the encoder frames, and so exact in any batch."""
+    """Changes of all models to SpeechBrain's classes: lengths are those of encoder frames, so they are exact in any batch."""
 
     fingerprint = ""
     """A digest of all files that the model was loaded from."""
     pass_name = None
-    """Of a cascade, the pass that answers; None = the last one."""
+    """The pass of a cascade that gives the text; None = the last one."""
     searches = ()
     """Names of the searches that the model has."""
     own_search = None
-    """The one that it answers with."""
+    """The search that it uses."""
     beam_size = None
-    """The chosen number of hypotheses; None = the search's own."""
+    """The chosen number of hypotheses; None = the search's default."""
     phrases = ()
-    """Those that the search listens for."""
+    """Phrases that the search prefers."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.graphs = []
-        """Token graphs that the beams listen to."""
+        """Token graphs of phrases and language models, for the beams."""
         self.search_settings = {}
-        """What has been chosen of the search, for files that depend on it."""
+        """Chosen settings of the search, for files that depend on them."""
 
     @property
     def blank(self):
@@ -68,7 +68,7 @@ class _ExactLengths:
         return self.hparams.sample_rate
 
     def choose_pass(self, pass_name):
-        """Of a cascade, choose the pass that answers.
+        """Choose the pass of a cascade that gives the text.
 
         Raises
         ------
@@ -79,12 +79,12 @@ class _ExactLengths:
         self.pass_name = pass_name
 
     def choose_search(self, name):
-        """Choose the search that the model answers with.
+        """Choose the search that the model uses.
 
         Raises
         ------
         UserError
-            If it has no such search.
+            If the model has no such search.
         """
         if name not in self.searches:
             raise UserError(f"The model has no search {name}; it has {', '.join(self.searches)}.")
@@ -96,23 +96,23 @@ class _ExactLengths:
         Raises
         ------
         UserError
-            If it is no such number, or the model answers with greedy search.
+            If it is not a valid number, or the model uses greedy search.
         """
         if self.own_search == GREEDY:
             raise UserError(
-                f"The beam size is {beam_size}, and the model answers with {GREEDY}, which has no beam; leave it out."
+                f"The beam size is {beam_size}, but the model uses {GREEDY}, which has no beam; leave the beam size out."
             )
         if not is_whole(beam_size, 1, LARGEST_BEAM):
             raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
         self.beam_size = self.search_settings["beam"] = beam_size
 
     def choose_phrases(self, phrases):
-        """Let the beams listen for phrases; a model that answers with greedy search answers with a beam then.
+        """Prefer phrases in the beams. A model that uses greedy search uses a beam from now on.
 
         Arguments
         ---------
         phrases : dict
-            Bonuses by phrase, None = 2 for each token; as :func:`speechbrain_ext.decoders.phrases.read_phrases` reads them.
+            A bonus for each phrase, None = 2 per token; as :func:`speechbrain_ext.decoders.phrases.read_phrases` reads them.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class _ExactLengths:
         self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
 
     def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
-        """Take a language model into the beams; a model that answers with greedy search answers with a beam then.
+        """Add a language model to the beams. A model that uses greedy search uses a beam from now on.
 
         Arguments
         ---------
@@ -131,27 +131,27 @@ class _ExactLengths:
             An ARPA file of the model's tokens, as ``ngram --tokens`` writes them; for the joint search also a folder or Hugging
             Face repository of SpeechBrain, see :func:`speechbrain_ext.model_folder.lm.load_lm`.
         weight : float, optional
-            Of its log-probabilities; by default 0.3 for an ARPA file, else 0.6.
+            Weight of its log-probabilities; by default 0.3 for an ARPA file, else 0.6.
         temperature : float, optional
-            What the logits of a repository's are divided by; by default 1.15.
+            Divides the logits of SpeechBrain's language models; by default 1.15.
         lodr : str, optional
-            An ARPA file of pairs of tokens, of the transcripts that the model was trained with, which is subtracted.
+            An ARPA file to subtract: a 2-gram of tokens, of the model's training transcripts.
         lodr_weight : float
-            Of its log-probabilities.
+            Weight of the log-probabilities of ``lodr``.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file or repository.
         UserError
-            If it is for other tokens, cannot be used, or the model's search takes none.
+            If it is for other tokens or cannot be used, or the model's search takes no language model.
         """
         if not is_arpa(source):
             raise UserError(
-                f"The language model is {source}, and this model takes ARPA files alone, as it has no decoder; give one."
+                f"The language model is {source}, but a model without an attention decoder takes only ARPA files; give one."
             )
         if temperature is not None:
-            raise UserError(f"The language model {source} is an ARPA file, which has no temperature; leave it out.")
+            raise UserError(f"The language model {source} is an ARPA file, which has no temperature; leave temperature out.")
         weight = NGRAM_WEIGHT if weight is None else weight
         graphs = [ngram_graph(source, self.tokenizer, weight)]
         if lodr is not None:
@@ -162,23 +162,23 @@ class _ExactLengths:
         self.search_settings["lm"] = [*map(file_digest, [source] if lodr is None else [source, lodr]), weight, lodr_weight]
 
     def _listen(self, graphs):
-        """Answer with a search that listens to more token graphs."""
+        """Add token graphs to the beams, and use a beam."""
         self.graphs = self.graphs + graphs
         self.own_search = BEAM if self.own_search == GREEDY else self.own_search
 
     def load_audio(self, path, savedir=None):
         """Read an audio file as samples (T,) of one channel, at the model's rate."""
-        del savedir  # nothing is fetched
+        del savedir  # an argument of SpeechBrain; nothing is downloaded here
         return load_audio(path, self.sample_rate).to(self.device)
 
     def transcribe_file(self, path, **keys):
-        """The text of an audio file of any length; see :meth:`transcribe_files`."""
+        """Transcribe an audio file of any length; see :meth:`transcribe_files`."""
         return self.transcribe_files([path], **keys)[0]
 
     def transcribe_files(self, paths, **keys):
-        """The texts of audio files of any length.
+        """Transcribe audio files of any length.
 
-        Files of up to a minute are read whole, several at a time. Longer ones go through the model in pieces: as a stream, if it
+        Files of up to a minute are processed whole, in batches. The model processes longer files in pieces: as a stream, if it
         was trained to stream, else in windows that overlap. The command line prints the same texts.
 
         Arguments
@@ -187,8 +187,8 @@ class _ExactLengths:
             Audio files in any format that soundfile reads.
         **keys
             ``output``, ``streaming``, ``subtitle_options`` and ``progress`` of
-            :func:`speechbrain_ext.inference.transcribe.transcribe_files`, which also gives segments with times, and goes on where
-            a file is bad.
+            :func:`speechbrain_ext.inference.transcribe.transcribe_files`. That function also gives segments with times, and
+            continues after a bad file.
 
         Returns
         -------
@@ -211,12 +211,12 @@ class _ExactLengths:
         """Transcribe waveforms (B, N) with relative lengths (B,) from 0 to 1; returns texts and token ids."""
         with torch.no_grad():
             tokens = self.search(*self._encode(wavs, wav_lens))
-        # A word boundary is a token of its own, and may come twice
+        # A word boundary can be a separate token, and may come twice
         return [" ".join(self.tokenizer.decode_ids(ids).split()) for ids in tokens], tokens
 
     @torch.no_grad()
     def transcribe_segments(self, wavs, wav_lens):
-        """As :meth:`transcribe_batch`; returns a :class:`Segment` with the times of the words for each, None without words."""
+        """Transcribe as :meth:`transcribe_batch`; returns a :class:`Segment` with word times for each, None without words."""
         enc, lens = self._encode(wavs, wav_lens)
         seconds = (absolute_lengths(wav_lens, wavs.shape[1]) / self.sample_rate).tolist()
         segments = [
@@ -227,24 +227,24 @@ class _ExactLengths:
 
     @torch.no_grad()
     def align(self, wav, text):
-        """When the words of a given text are said.
+        """Find the times of the words of a given text.
 
         Arguments
         ---------
         wav : torch.Tensor
             (N,) samples at the model's rate.
         text : str
-            What is said.
+            The spoken text.
 
         Returns
         -------
         tuple of Word
-            With times in seconds, and the confidence of the CTC head that the word is said there.
+            With times in seconds, and the CTC head's confidence in the word at that place.
 
         Raises
         ------
         UserError
-            If the audio is too short for the text, or the text has characters that the model does not know.
+            If the audio is too short for the text, or the model has no token for a character of the text.
         """
         wav = as_samples(wav)
         if wav.dim() != 1:
@@ -253,7 +253,7 @@ class _ExactLengths:
         unknown = [piece for piece in self.tokenizer.encode_as_pieces(text) if self.tokenizer.is_unknown(self.tokenizer[piece])]
         if unknown:
             raise UserError(
-                f"The model does not know {', '.join(unknown[:3])[:40]!r} of the text; write it as its transcripts are."
+                f"The model has no token for {', '.join(unknown[:3])[:40]!r} of the text; write it as in its transcripts."
             )
         enc, _ = self._encode(wav.unsqueeze(0), torch.ones(1))
         tokens = self.tokenizer.encode_as_ids(text)
@@ -261,15 +261,15 @@ class _ExactLengths:
         return tuple(within(word, len(wav) / self.sample_rate) for word in words)
 
     def encode_batch(self, wavs, wav_lens):
-        """As in SpeechBrain, with samples of any kind that :meth:`transcribe_batch` takes."""
+        """Encode waveforms as SpeechBrain does; takes the kinds of samples that :meth:`transcribe_batch` takes."""
         return super().encode_batch(as_samples(wavs), wav_lens)
 
     def search_ctc(self, log_probs, lens):
-        """Tokens of the best text under CTC of each utterance (B, T, V), found with the graphs."""
+        """Tokens of the best text of each utterance under CTC and the token graphs, from log-probabilities (B, T, V)."""
         return [texts[0].tokens for texts in self.nbest(log_probs, lens)]
 
     def nbest(self, log_probs, lens):
-        """The best texts under CTC of each utterance, with what the graphs add, see :mod:`speechbrain_ext.decoders.ctc_nbest`."""
+        """The best texts of each utterance under CTC and the token graphs, see :mod:`speechbrain_ext.decoders.ctc_nbest`."""
         tokenizer = self.tokenizer
         excluded = [
             token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token) or tokenizer.is_unknown(token)
@@ -278,17 +278,17 @@ class _ExactLengths:
 
     @torch.no_grad()
     def frames(self, wavs, wav_lens):
-        """Log-probabilities (T, V) of each waveform, and what :meth:`search_segment` takes."""
+        """Log-probabilities (T, V) of each waveform, and its frames for ``search_segment``, or None without one."""
         enc, lens = self._encode(wavs, wav_lens)
         searched = self._valid(enc, lens) if self.search_segment else [None] * len(enc)
         return self._valid(self._log_probs(enc), lens), searched
 
     search_segment = None
-    """From frames (T, D) and log-probabilities (T, V) to tokens and log-probabilities, where that is no greedy CTC search."""
+    """Search from frames (T, D) and log-probabilities (T, V) to tokens and log-probabilities; None = greedy CTC search."""
     search_stream = None
-    """Gives a search that takes frames as they come, where that is another one than greedy CTC."""
+    """Returns a search that takes frames as they arrive; None = greedy CTC search."""
     search_ended = None
-    """As ``search_segment``, for a stream's segment that has ended."""
+    """The search that rewrites a stream's segment when it has ended, with the arguments of ``search_segment``; or None."""
 
     def _encode(self, wavs, wav_lens):
         wavs = as_samples(wavs)
@@ -296,11 +296,11 @@ class _ExactLengths:
             shapes = f"{tuple(wavs.shape)} and {tuple(wav_lens.shape)}"
             raise UserError(f"Waveforms and relative lengths have the shapes {shapes}; give (B, N) and (B,), B > 0.")
         if not ((wav_lens >= 0) & (wav_lens <= 1)).all():
-            raise UserError(f"The relative lengths are {wav_lens.tolist()}; give shares of the longest waveform, from 0 to 1.")
+            raise UserError(f"The relative lengths are {wav_lens.tolist()}; give lengths from 0 to 1.")
         if flaw := sample_flaw(wavs):
-            raise UserError(f"The waveforms hold {flaw}; leave out or mend what they were read from.")
+            raise UserError(f"The waveforms hold {flaw}; repair the audio, or leave it out.")
         enc, lens = self.mods.encoder.encode(wavs.to(self.device), wav_lens.to(self.device), pass_name=self.pass_name)
-        # Features have a frame even where there is no sample, and nothing is said in it
+        # Features have a frame even for a waveform without samples; it holds no speech
         return enc, lens.masked_fill(absolute_lengths(wav_lens, wavs.shape[1]).to(lens.device) == 0, 0.0)
 
     def _log_probs(self, enc):
@@ -312,23 +312,23 @@ class _ExactLengths:
 
 
 class JointModel(_ExactLengths, EncoderDecoderASR):
-    """A model with a decoder with attention, which is searched jointly with CTC."""
+    """A model with an attention decoder; its default is a joint search with CTC."""
 
     searches = GREEDY, BEAM, JOINT, RESCORED
     own_search = JOINT
 
     def choose_beam(self, beam_size):
-        """As above."""
+        """Choose the number of hypotheses of all beams, the joint one included."""
         super().choose_beam(beam_size)
         self._search_with("beam_size", "other number of hypotheses").beam_size = beam_size
 
     def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
-        """As above."""
+        """Add a language model to the beams: an ARPA file, or a model of SpeechBrain for the joint search."""
         if is_arpa(source):
             super().choose_lm(source, weight, temperature, lodr, lodr_weight)
             return
         if lodr is not None:
-            raise UserError(f"{lodr} is to be subtracted, and {source} is no ARPA file; give one, or leave it out.")
+            raise UserError(f"lodr is {lodr}, but the language model {source} is not an ARPA file; give one, or leave lodr out.")
         weight, temperature = (LM_WEIGHT if weight is None else weight), (LM_TEMPERATURE if temperature is None else temperature)
         scorer = make_scorer(load_lm(source, self.tokenizer), temperature)
         self._search_with("add_scorer", "language model").add_scorer(scorer, weight)
@@ -343,11 +343,11 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
         search = self.mods.decoder
         if not hasattr(search, attribute):
             name = f"{type(search).__module__}.{type(search).__name__}"
-            raise UserError(f"The search of this model is a {name}, which takes no {what}; leave it out, or train it again.")
+            raise UserError(f"The search of this model is a {name}, which takes no {what}; leave it out, or train again.")
         return search
 
     def search(self, enc, lens, name=None):
-        """Tokens of encoder frames (B, T, D) with relative lengths (B,), by the search of a name, else as the model answers."""
+        """Tokens of encoder frames (B, T, D) with relative lengths (B,), by the named search, or else the model's."""
         name = name or self.own_search
         if name == JOINT:
             return self.mods.decoder(enc, lens)[0]
@@ -368,12 +368,12 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
 
     @property
     def search_ended(self):
-        """The search, if anything was chosen of it; else the stream's greedy CTC search answers."""
+        """The model's search, if a setting of it was chosen; else None, and the stream's greedy CTC search is the result."""
         return self.search_segment if self.search_settings and self.own_search != GREEDY else None
 
 
 class TransducerModel(JointModel):
-    """A model with a transducer, which says what is said; its CTC head says when."""
+    """A model with a transducer, which finds the words; its CTC head finds their times."""
 
     searches = GREEDY, BEAM, TRANSDUCER_GREEDY, TRANSDUCER_BEAM
     own_search = TRANSDUCER_BEAM
@@ -391,13 +391,15 @@ class TransducerModel(JointModel):
 
     def _listen(self, graphs):
         if self.own_search == TRANSDUCER_GREEDY:
-            raise UserError(f"The model answers with {TRANSDUCER_GREEDY}, which cannot listen; give a larger beam size.")
+            raise UserError(
+                f"The model uses {TRANSDUCER_GREEDY}, which takes no phrases or language models; give a beam size above 1."
+            )
         super()._listen(graphs)
 
     choose_lm = _ExactLengths.choose_lm
 
     def search(self, enc, lens, name=None):
-        """As above."""
+        """Tokens of encoder frames (B, T, D) with relative lengths (B,), by the named search, or else the model's."""
         name = name or self.own_search
         if name in (GREEDY, BEAM):
             return super().search(enc, lens, name)
@@ -408,25 +410,25 @@ class TransducerModel(JointModel):
 
     @property
     def search_ended(self):
-        """None: what has streamed has been searched, unless CTC's beam was chosen."""
+        """The CTC beam search, if chosen; else None, because the transducer's search has already run in the stream."""
         return self.search_segment if self.own_search == BEAM else None
 
     @property
     def search_stream(self):
-        """Gives a search of encoder frames, a :class:`speechbrain_ext.decoders.transducer.TransducerStream`."""
+        """Returns a new :class:`speechbrain_ext.decoders.transducer.TransducerStream`, which searches encoder frames."""
         if self.own_search in (GREEDY, BEAM):
             return None
         return functools.partial(self.mods.decoder.stream, self._beam_of(self.own_search))
 
 
 class CtcModel(_ExactLengths, EncoderASR):
-    """A model without a decoder."""
+    """A model with a CTC head alone."""
 
     searches = GREEDY, BEAM
     own_search = GREEDY
 
     def search(self, logits, lens):
-        """Tokens of CTC logits (B, T, V) with relative lengths (B,), as the model answers."""
+        """Tokens of CTC logits (B, T, V) with relative lengths (B,), by the model's search."""
         if self.own_search == BEAM:
             return self.search_ctc(self._log_probs(logits), lens)
         if getattr(self.decoding_function, "func", None) is ctc_greedy_decode:
@@ -435,7 +437,7 @@ class CtcModel(_ExactLengths, EncoderASR):
 
     @property
     def search_segment(self):
-        """As above."""
+        """The CTC beam search of a segment, if chosen; else None."""
         return self._search_segment if self.own_search == BEAM else None
 
     def _search_segment(self, frames, log_probs):
@@ -445,4 +447,4 @@ class CtcModel(_ExactLengths, EncoderASR):
 
 
 CLASSES = {"EncoderDecoderASR": JointModel, "EncoderASR": CtcModel}
-"""By the class of SpeechBrain that loads the same folder."""
+"""Classes here by the name of SpeechBrain's class that loads the same folder."""

@@ -1,4 +1,4 @@
-"""A trained model on Hugging Face: the files of its folder as one commit."""
+"""Upload of a trained model to Hugging Face: the files of its folder as one commit."""
 
 import logging
 import re
@@ -19,45 +19,45 @@ logger = logging.getLogger(__name__)
 
 
 class PublishError(UserRuntimeError):
-    """Hugging Face did not take the model; the message is one sentence."""
+    """Hugging Face did not accept the model; the message is one sentence."""
 
 
 def publish(folder, repo_id, private=False, revision=None, message=None, license=None, trust=False):
-    """Upload a trained model, after a look at whether it loads.
+    """Check that a trained model loads, and upload it.
 
-    Only the model's own files are sent, whatever else lies in the folder, and all in one commit. The token is the one that
-    ``hf auth login`` left behind, or the environment variable HF_TOKEN.
+    Only the model's files are sent, all in one commit; other files in the folder are ignored. The token is that of
+    ``hf auth login``, or the environment variable HF_TOKEN.
 
     Arguments
     ---------
     folder : str
-        A folder that training left behind.
+        A model folder that training wrote.
     repo_id : str
-        The repository, as ``user/model``; one that is missing is made.
+        The repository, as ``user/model``; created if it is missing.
     private : bool
         Whether only its owner may read it.
     revision : str, optional
-        The branch, made where it is missing; by default ``main``.
+        The branch, created if it is missing; by default ``main``.
     message : str, optional
-        Of the commit.
+        Message of the commit.
     license : str, optional
-        What the model card states as the licence of the model; by default what it states already, at first nothing.
+        Licence to write into the model card; by default the card keeps its licence, or has none.
     trust : bool
-        As in :func:`speechbrain_ext.inference.load_model`; who loads the model will need it as well.
+        As in :func:`speechbrain_ext.inference.load_model`; users of the model will need it as well.
 
     Returns
     -------
     str
-        The URL of the commit, whose last part ``load_model`` takes as ``revision``.
+        The URL of the commit; its last part is a ``revision`` for ``load_model``.
 
     Raises
     ------
     FileNotFoundError, RuntimeError
-        If the folder is no complete model folder, or does not load.
+        If the folder is not a complete model folder, or does not load.
     ValueError
-        If ``repo_id`` or ``license`` is not well formed, or the folder is no speech recogniser.
+        If ``repo_id`` or ``license`` is not well formed, or the folder holds no speech recogniser.
     PublishError
-        If there is no token, the server refuses it or cannot be reached, or the repository holds something else.
+        If there is no token, the server refuses it or cannot be reached, or the repository holds another kind of model.
 
     Example
     -------
@@ -68,7 +68,7 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"The repository cannot be called '{repo_id}': {error}") from error
+        raise UserError(f"The repository name '{repo_id}' is not valid: {error}") from error
     if not HUB_ID.fullmatch(repo_id):
         raise UserError(f"The repository is called '{repo_id}'; give user/model.")
     if license is not None and not re.fullmatch(r"[\w.-]+", license):
@@ -77,15 +77,14 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     for name in (*FILES, CARD):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} is no complete model folder, as it has no {name}; start its training command again, which "
-                "writes the folder anew."
+                f"{folder} is no complete model folder because it has no {name}; run its training command again to write it."
             )
     load_model(folder, "cpu", trust=trust)
     if trust:
         try:
             parse((folder / HYPERPARAMS).read_text(encoding="utf-8"))
         except Refused as error:
-            logger.warning("Loading this model will need trust=True, as its %s has %s.", HYPERPARAMS, error)
+            logger.warning("Loading this model will need trust=True, because its %s has %s.", HYPERPARAMS, error)
 
     token = get_token()
     if token is None:
@@ -104,27 +103,27 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     except OfflineModeIsEnabled as error:
         raise PublishError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.") from error
     except (HTTPError, ConnectionError) as error:
-        raise PublishError(f"{api.endpoint} cannot be reached ({error}); publish again when it can.") from error
-    except (ValueError, RuntimeError, OSError) as error:  # refused metadata, or an upload that broke off
+        raise PublishError(f"{api.endpoint} cannot be reached ({error}); check the network and publish again.") from error
+    except (ValueError, RuntimeError, OSError) as error:  # refused metadata, or an interrupted upload
         cause = one_line(error.__cause__ or error)
         raise PublishError(f"The upload to {repo_id} failed: {cause}") from error
     return f"{api.endpoint}/{repo_id}/tree/{commit.oid}"
 
 
 def _check_repository(info, private):
-    """Before anything is sent: nothing of another kind is overwritten, and nothing private published."""
+    """Refuse, before the upload, a repository with another kind of model, or a public one for a private model."""
     if private and not info.private:
         raise PublishError(f"{info.id} exists and is public; make it private in its settings, or give another name.")
     there = {file.rfilename for file in info.siblings or ()} - {".gitattributes", ".gitignore", "LICENSE", CARD}
     if there and HYPERPARAMS not in there:
         raise PublishError(
-            f"{info.id} exists and holds another kind of model, as it has {sorted(there)[0]} and no hyperparams.yaml; "
-            "give another name."
+            f"{info.id} exists and holds another kind of model, with {sorted(there)[0]} and no hyperparams.yaml; give another "
+            "name."
         )
 
 
 def _card(path, repo_id, license):
-    """The model card with the model's name in its commands and, if asked for, its licence."""
+    """The model card with the repository's name in its commands and, if given, the licence."""
     text = path.read_text(encoding="utf-8").replace(HERE, repo_id)
     if license is None:
         return text
@@ -136,10 +135,10 @@ def _card(path, repo_id, license):
 def _refusal(error, repo_id):
     status = error.response.status_code
     if status == 401:
-        return f"Hugging Face does not know the token, or hides {repo_id} from it; run hf auth login."
+        return f"Hugging Face refuses the token for {repo_id}; run hf auth login."
     if status == 403:
-        return f"The token may not write to {repo_id}; use one with the permission to write, and a name of your own."
+        return f"The token may not write to {repo_id}; use a token with write permission, and a repository under your own name."
     if status == 404:
-        return f"Hugging Face has no such place as {repo_id}, or hides it from the token; check the name."
+        return f"Hugging Face has no repository {repo_id}, or the token may not read it; check the name."
     cause = one_line(error.server_message or error)
     return f"Hugging Face refused the upload to {repo_id} with status {status}: {cause}"

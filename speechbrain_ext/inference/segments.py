@@ -1,8 +1,8 @@
-"""Segments between pauses, however long the audio.
+"""Segments between pauses, in audio of any length.
 
-A CTC model says nothing ("blank") in pauses. :class:`Segmenter` takes its probabilities in pieces, and ends a segment where that
-lasts; greedy search never takes back what it has said, so the words of a segment before the last one are certain at once. Where a
-transducer says what is said, it is silent only where both are, and CTC places the words in time, as a transducer says them late.
+A CTC model predicts blanks in pauses. :class:`Segmenter` takes its probabilities in pieces, and ends a segment after a long run
+of blanks. Greedy search never changes earlier tokens, so all words but the last are final at once. With a transducer, a pause is
+where both the transducer and CTC predict only blanks. CTC then gives the times of words, because a transducer emits them late.
 """
 
 import math
@@ -15,28 +15,28 @@ from speechbrain_ext.utils.errors import UserError
 
 
 class Segmenter:
-    """Segments of probabilities that come in pieces of any size.
+    """Divides probabilities that arrive in pieces of any size into segments.
 
     Arguments
     ---------
     tokenizer : sentencepiece.SentencePieceProcessor
-        For the words.
+        Turns tokens into words.
     blank : int
         The blank token.
     endpoint : float
         Seconds of silence that end a segment.
     longest : float
-        Seconds after which one ends at the longest pause so far.
+        Seconds after which a segment ends at its longest pause so far.
     search : callable, optional
-        From the frames (T, D) of a segment and their log-probabilities (T, V) to its tokens and their log-probabilities, in place
-        of greedy search.
+        Replaces greedy search when a segment has ended. Takes the frames (T, D) of the segment and their log-probabilities
+        (T, V), and returns tokens and log-probabilities.
     restarts : bool
-        Whether the encoder starts anew behind each segment: what comes after it in the same piece is left out then, and
-        ``restart`` says so.
+        Whether the encoder state is reset after each segment. The rest of the same piece is then dropped, and ``restart`` is
+        True.
     start : int
         Frames before the first piece.
     search_stream : callable, optional
-        Gives a search that takes the frames of a segment as they come, in place of greedy CTC, see
+        Returns a search that takes the frames of a segment as they arrive, in place of greedy CTC search, see
         :class:`speechbrain_ext.decoders.transducer.TransducerStream`. It needs ``restarts``.
 
     Raises
@@ -46,7 +46,7 @@ class Segmenter:
     """
 
     margin = 12
-    """Frames of silence around a segment's words that a second search gets."""
+    """Frames of silence around a segment's words that ``search`` also gets."""
 
     def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0, search_stream=None):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
@@ -56,9 +56,9 @@ class Segmenter:
         self._pause = max(1, round(endpoint / FRAME_SECONDS))
         self._longest = max(2, round(longest / FRAME_SECONDS))
         self.start = start
-        """Frames in finished segments, and in the pauses behind them."""
+        """Frames in finished segments and in the pauses after them."""
         self.restart = False
-        """Whether the encoder is to start anew, at ``start``."""
+        """Whether the encoder state must be reset, to continue at frame ``start``."""
         self._restarts = restarts
         self._best, self._log_probs, self._frames, self._previous = [], [], [], None
         self._search_stream = search_stream
@@ -66,19 +66,19 @@ class Segmenter:
 
     @property
     def tokens(self):
-        """(token, frame) of the segment that has not ended; the frames count from its start."""
+        """(token, frame) of the current segment; the frames count from its start."""
         if self._stream is not None:
             return self._stream.tokens
         return collapse(self._best, self._blank, self._previous)
 
     @property
     def text(self):
-        """Of the segment that has not ended: a beginning of what it will be, as far as greedy search goes."""
+        """Text of the current segment so far."""
         return self._text(self.tokens)
 
     @property
     def stable_text(self):
-        """The words of ``text`` that will not get longer; nothing where another search will have the last word."""
+        """The words of ``text`` that will not change; empty if ``search`` will rewrite the segment."""
         if self._search is not None:
             return ""
         tokens = self.tokens if self._stream is None else self.tokens[: self._stream.certain]
@@ -90,7 +90,7 @@ class Segmenter:
         return " ".join(self._tokenizer.decode_ids([token for token, _ in tokens]).split())
 
     def accept(self, log_probs, frames=None):
-        """Take in the next frames.
+        """Process the next frames.
 
         Arguments
         ---------
@@ -102,7 +102,7 @@ class Segmenter:
         Returns
         -------
         list of Segment
-            Those that have ended.
+            Segments that have ended.
         """
         self.restart = False
         self._best += log_probs.argmax(-1).tolist()
@@ -121,12 +121,12 @@ class Segmenter:
         return ended
 
     def skip_silence(self):
-        """Forget a silence but for its end, for an encoder that starts anew at ``start``.
+        """Drop silence except its last frames, and set ``restart``.
 
         Returns
         -------
         bool
-            Whether there was anything to forget.
+            Whether any frames were dropped.
         """
         silence = len(self._best) - self.margin
         if silence < 1:
@@ -136,7 +136,7 @@ class Segmenter:
         return True
 
     def _drop(self):
-        """Forget what has come since the last segment: an encoder that starts anew at ``start`` hears it again."""
+        """Drop all frames since the last segment; after its reset the encoder computes them again."""
         self._best, self._log_probs, self._frames, self._previous = [], [], [], None
         self.restart = True
         if self._stream is not None:
@@ -148,7 +148,7 @@ class Segmenter:
         Returns
         -------
         list of Segment
-            One or none.
+            One segment or none.
         """
         ended = self._cut(len(self._best))
         if self._stream is not None:
@@ -156,36 +156,36 @@ class Segmenter:
         return ended
 
     def _spoken(self):
-        """The frames in which something is said."""
+        """The frames with a token other than blank."""
         frames = {frame for frame, token in enumerate(self._best) if token != self._blank}
         return sorted(frames if self._stream is None else frames.union(frame for _, frame in self._stream.tokens))
 
     def _placed(self):
-        """The tokens, where CTC places those of a transducer, but no later than it has said them."""
+        """The tokens with their frames; those of a transducer at CTC's times, but no later than the transducer emitted them."""
         tokens = self.tokens
         if self._stream is None or not tokens:
             return tokens
         try:
             spans = align(torch.cat(self._log_probs), [token for token, _ in tokens], self._blank)
-        except ValueError:  # more tokens than CTC has room for
+        except ValueError:  # more tokens than CTC can align
             return tokens
         return [(token, min(frame, start)) for (token, frame), (start, *_) in zip(tokens, spans, strict=True)]
 
     def _next_cut(self):
-        """The frame before which to cut, whether anything has been said before it, and how many tokens end there, if that is
-        not seen by their frames; or None."""
+        """Where to cut next, or None: the frame after the cut, whether speech comes before it and, where the frames of the tokens
+        do not show it, the number of tokens before it."""
         frames = self._spoken()
         if not frames:
-            # Nothing has been said: what is kept is what a search may need before the first word.
+            # No speech yet: keep the frames that a search may need before the first word.
             return (len(self._best) - self.margin, False) if len(self._best) >= self._pause + 2 * self.margin else None
-        limit = frames[0] + self._longest  # what comes behind it decides nothing, as it may be in another piece
+        limit = frames[0] + self._longest  # later frames must not matter, as they may be in another piece
         for last, following in zip(frames, [*frames[1:], len(self._best)], strict=True):
             end = last + 1 + self._pause
             if following >= end and end <= limit:
                 return end, True
         if len(self._best) < limit:
             return None
-        # The longest pause before a word, in the second half, or the last one; without any, here.
+        # Cut at the longest pause before a word in the second half, or at the last pause; without a pause, at the limit.
         half, pauses, tokens = (frames[0] + limit) // 2, [], self._placed()
         for count, ((_, before), (token, frame)) in enumerate(zip(tokens, tokens[1:], strict=False), 1):
             if half < frame < limit and self._tokenizer.id_to_piece(token).startswith("▁"):
@@ -193,12 +193,12 @@ class Segmenter:
                 pauses.append((silence, frame - silence // 2, count))
         if not pauses:
             return limit, True
-        # Where the encoder starts anew, only a word that may have got longer is heard again: what was stable stays.
+        # With restarts, only the last word, which is not stable, is computed again.
         _, end, count = pauses[-1] if self._restarts else max(pauses)
         return end, True, count
 
     def _cut(self, end, count=None):
-        """End the segment before a frame, with so many of its tokens, or with those before that frame."""
+        """End the segment before frame ``end``, with its first ``count`` tokens, or all tokens before that frame."""
         tokens = [(token, frame) for token, frame in self.tokens if frame < end] if count is None else self.tokens[:count]
         log_probs = torch.cat(self._log_probs) if self._log_probs else None
         frames = torch.cat(self._frames) if self._frames else None
@@ -217,18 +217,18 @@ class Segmenter:
         if segment is not None:
             segment = replace(segment, resume=round(FRAME_SECONDS * self.start, 3))
         self._best = self._best[end:]
-        self._log_probs = [log_probs[end:].clone()] if self._best else []  # a view would keep what went before
+        self._log_probs = [log_probs[end:].clone()] if self._best else []  # a view would keep all earlier frames in memory
         self._frames = [frames[end:].clone()] if frames is not None and self._best else []
         return [] if segment is None else [segment]
 
 
 def split_at_pauses(segment, pause=0.8):
-    """Segments between the pauses of one with words.
+    """Split a segment at its pauses.
 
     Arguments
     ---------
     segment : Segment
-        Any.
+        A segment, with or without words.
     pause : float
         Seconds without a word that end a segment.
 

@@ -1,4 +1,4 @@
-"""Speech recognition while somebody speaks, with bounded latency and memory."""
+"""Speech recognition of a stream, with bounded latency and memory."""
 
 import math
 import time
@@ -16,45 +16,45 @@ from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError
 
 CHUNK_SIZE = 16
-"""Encoder frames per chunk (640 ms) of models that say nothing of it."""
+"""Encoder frames per chunk (640 ms) of models without a chunk size."""
 LEFT_CONTEXT = 16
-"""Their left context in chunks, 10 s."""
+"""Left context of these models in chunks, 10 s."""
 LARGEST_CHUNK = 1500
-"""A minute, which nobody waits for."""
+"""Most frames per chunk, a minute."""
 PIECE = 0.01
-"""Seconds that are worth a look: smaller pieces are put together first."""
+"""Seconds of audio to collect before any computation."""
 
 
 class StreamingRecognizer:
-    """Waveforms in, in pieces of any size; out, words as soon as they are heard.
+    """Takes waveforms in pieces of any size, and gives words with low latency.
 
-    Words come from greedy CTC search, which never takes them back, or from a transducer's search. A pause ends a segment, or its
-    length does, and the encoder starts anew behind it: neither its state nor its statistics grow with the stream. Until then,
-    frames are those that ``forward`` gives for the whole waveform under the same chunk setting. Of a cascade that answers with
-    its second pass, the first pass streams, and the second one has the last word about each segment when it has ended.
+    Words come from greedy CTC search, which never changes them later, or from a transducer's search. A segment ends at a pause,
+    or at its greatest length. The encoder state is then reset, so neither state nor statistics grow with the stream. Within a
+    segment, the frames are those that ``forward`` gives for the whole waveform under the same chunk setting. In a cascade, the
+    first pass streams, and the second pass, if chosen, rewrites each segment when it has ended.
 
     Arguments
     ---------
     model : CtcModel, JointModel or TransducerModel
-        From :func:`speechbrain_ext.inference.load_model`. Of a model with an attention decoder only the CTC head answers, unless
-        a search was chosen, or phrases: then greedy CTC search shows what is being said, and the chosen one has the last word
-        about each segment when it has ended.
+        From :func:`speechbrain_ext.inference.load_model`. A model with an attention decoder streams with its CTC head alone. If a
+        search, phrases or a language model was chosen, greedy CTC search shows the words, and the chosen search rewrites each
+        segment when it has ended.
     chunk_size : int, optional
-        Encoder frames (40 ms) per chunk; by default what the model was trained for, or 16.
+        Encoder frames (40 ms) per chunk; by default the model's, or 16.
     left_context : int, optional
-        Left context in chunks; by default what the model was trained for, or 16; -1 = all, with which the state of attention
-        grows until the end of a segment.
+        Left context in chunks; by default the model's, or 16; -1 = all, and then the state of attention grows until the end of a
+        segment.
     endpoint : float
         Seconds of silence that end a segment.
     longest : float
         Seconds after which a segment without such a pause ends before its last word.
     start : float
-        Seconds before the first sample, as times count them; a multiple of 0.04.
+        Time of the first sample in seconds, a multiple of 0.04.
 
     Raises
     ------
     ValueError
-        If a setting is impossible, or the model cannot stream.
+        If a setting is not valid, or the model cannot stream.
 
     Example
     -------
@@ -81,7 +81,7 @@ class StreamingRecognizer:
                 f"The chunk size is {self._config.chunk_size} frames of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}."
             )
         encoder = self._encoder.transformer.encoder
-        # Of a cascade that answers with its last pass, the first one streams
+        # In a cascade the first pass streams; _cascade is set if the last pass rewrites segments
         passes = passes_of(encoder)
         self._cascade = encoder if len(passes) > 1 and model.pass_name in (None, passes[-1]) else None
         self._pass = passes[0] if len(passes) > 1 else None
@@ -98,32 +98,32 @@ class StreamingRecognizer:
 
     @property
     def chunk_seconds(self):
-        """Audio per chunk, in seconds: what a word waits for at most, and what it is heard with."""
+        """Audio per chunk in seconds; a word waits at most this long for the end of its chunk."""
         return FRAME_SECONDS * self._config.chunk_size
 
     @property
     def text(self):
-        """Of the segment that has not ended, all that has been heard."""
+        """Text of the current segment so far."""
         return self._segmenter.text
 
     @property
     def stable_text(self):
-        """The beginning of ``text`` that will be in the segment as it is: all words but the last, which may get longer; with a
-        beam, of those that all hypotheses share."""
+        """The words of ``text`` that will not change: all but the last, which may get longer. With a beam, all but the last of
+        the words that all hypotheses share."""
         return self._segmenter.stable_text
 
     @property
     def token_ends(self):
-        """Seconds at which the tokens of ``text`` have been heard."""
+        """End times of the tokens of ``text``, in seconds."""
         return [FRAME_SECONDS * (self._segmenter.start + frame + 1) for _, frame in self._segmenter.tokens]
 
     def state_bytes(self):
-        """Size of the encoder's state held now."""
+        """Current size of the encoder state."""
         return self._context.encoder.encoder_context.state_bytes()
 
     @torch.inference_mode()
     def accept(self, wav):
-        """Take in the next samples.
+        """Process the next samples.
 
         Arguments
         ---------
@@ -133,33 +133,33 @@ class StreamingRecognizer:
         Returns
         -------
         list of Segment
-            Those that have ended.
+            Segments that have ended.
 
         Raises
         ------
         UserError
-            If the stream has ended, or the samples are not a row of numbers, finite and of a size that audio has.
+            If the stream has ended, the samples have another shape, or a value is not finite or far too large for audio.
         """
         if self.finished:
-            raise UserError("This stream has ended; reset() starts the next one.")
+            raise UserError("This stream has ended; call reset() to start the next one.")
         wav = as_samples(wav)
         if wav.dim() != 1:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         if flaw := sample_flaw(wav):
-            raise UserError(f"There are {flaw}; nothing was taken in.")
-        self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # callers use their buffers again
+            raise UserError(f"The samples hold {flaw}; none of them was processed; repair the audio, or leave it out.")
+        self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # the caller may reuse the buffer
         self._small_samples += len(wav)
         self._heard += len(wav)
         return self._run(False) if self._small_samples >= PIECE * self._model.sample_rate else []
 
     @torch.inference_mode()
     def finish(self):
-        """End the stream; a second call gives nothing more.
+        """End the stream; a second call returns an empty list.
 
         Returns
         -------
         list of Segment
-            Those that were still to come.
+            The remaining segments.
         """
         if self.finished:
             return []
@@ -173,7 +173,7 @@ class StreamingRecognizer:
         Arguments
         ---------
         start : float
-            Seconds before its first sample, as times count them.
+            Time of its first sample in seconds.
         """
         if not 0 <= start < math.inf:
             raise UserError(f"start is {start}; give a number of seconds, 0 or more.")
@@ -191,7 +191,7 @@ class StreamingRecognizer:
         wav, segments = torch.cat((self._audio[:, :0], *self._small), 1), []
         self._small, self._small_samples = [], 0
         self._audio = torch.cat((self._audio, wav), 1)
-        # Chunk by chunk, so that a pause is seen where it is however large the pieces are.
+        # Chunk by chunk, because the place of a cut must not depend on the size of the pieces.
         pieces = deque(wav.split(self._samples * self._config.chunk_size, 1))
         while pieces:
             piece = pieces.popleft()
@@ -207,7 +207,7 @@ class StreamingRecognizer:
         return segments
 
     def _trim(self):
-        """Keep the audio from the segmenter's start on, of what will be heard again where the encoder starts anew."""
+        """Keep the audio from the segmenter's start; after a reset, the encoder computes it again."""
         self._audio = self._audio[:, self._samples * (self._segmenter.start - self._audio_start) :]
         self._audio_start = self._segmenter.start
 
@@ -223,7 +223,7 @@ class StreamingRecognizer:
         if self._encoder.head is None:
             logits = self._model.ctc_head(frames)
         segments, size = [], self._config.chunk_size
-        # The last samples may complete a chunk and begin another: what a search knows of the first is to be the same
+        # The last samples may complete a chunk and begin another; the search must still get them one by one
         for log_probs, chunk in zip(logits[0].float().log_softmax(-1).split(size), frames[0].split(size), strict=True):
             segments += self._segmenter.accept(log_probs, chunk)
             if self._segmenter.restart:
@@ -246,40 +246,40 @@ def frame_samples(model):
 
 
 def chunk_setting(model):
-    """What a model streams with unless asked for something else.
+    """The default chunk size and left context of a model.
 
     Arguments
     ---------
     model : CtcModel or JointModel
-        Any.
+        The model.
 
     Returns
     -------
     tuple
-        Chunk size in frames and left context in chunks (None = all): those that it was trained for, or 16 and 16.
+        Chunk size in frames and left context in chunks (None = all): those of its training, or 16 and 16.
     """
     encoder = model.mods.encoder
     return (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
 
 
 class Timer:
-    """Runs a recogniser and measures it.
+    """Runs a recogniser and measures its latency.
 
-    A token's latency is the time from its end in the audio until it is first shown: the rest of its chunk, what front end and
-    encoder must hear of the next, and the computation. Where samples come faster than they would be spoken, it is what it
-    would be if they did not.
+    A token's latency is the time from its end in the audio until it is first shown. It contains the rest of the chunk, the
+    look-ahead of front end and encoder, and the computation. If samples arrive faster than they are spoken, it is computed as if
+    they arrived at the speed of speech.
 
     Arguments
     ---------
     recognizer : StreamingRecognizer
         The recogniser.
     pace : bool
-        Whether to wait until the samples would have been spoken.
+        Whether to wait, so that samples arrive at the speed of speech.
 
     Attributes
     ----------
     latencies : list of float
-        Of all tokens so far, in seconds.
+        Latencies of all tokens so far, in seconds.
     computing : float
         Seconds of computation.
     """
@@ -291,14 +291,14 @@ class Timer:
         self._begin = time.perf_counter()
 
     def accept(self, wav):
-        """As the recogniser's."""
+        """Call the recogniser's ``accept``, and measure it."""
         self._audio += len(wav) / self._recognizer.sample_rate
         if self._pace:
             time.sleep(max(0.0, self._audio - (time.perf_counter() - self._begin)))
         return self._measure(lambda: self._recognizer.accept(wav))
 
     def finish(self):
-        """As the recogniser's."""
+        """Call the recogniser's ``finish``, and measure it."""
         return self._measure(self._recognizer.finish)
 
     def _measure(self, call):
@@ -308,15 +308,15 @@ class Timer:
         self.computing += seconds
         ends = [word.end for segment in segments for word in segment.words] + self._recognizer.token_ends
         for end in ends:
-            if end > self._shown + 0.02:  # not counted before
+            if end > self._shown + 0.02:  # not yet counted
                 self.latencies.append(max(0.0, self._audio - end) + seconds)
                 self._shown = end
         return segments
 
     def report(self):
-        """One line of figures."""
+        """Audio length, real-time factor and latency on one line."""
         if not self._audio:
-            return "no audio came in."
+            return "there was no audio."
         line = f"{self._audio:.1f} s of audio, real-time factor {self.computing / self._audio:.3f}"
         if self.latencies:
             latencies = sorted(self.latencies)

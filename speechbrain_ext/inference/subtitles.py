@@ -1,8 +1,8 @@
 """Segments as subtitles: cues that can be read in time, within the audio.
 
-A segment lasts up to 30 s, and holds more text than fits on a screen. It is divided into cues, the texts that are shown at one
-time, by the habit of broadcasters: two lines of 42 characters, 1 to 7 s. A cue ends at a long pause where there is one, else
-where the cues become about equal; its lines are as even as can be, the upper one the shorter.
+A segment lasts up to 30 s, and holds more text than fits on a screen. It is divided into cues, the texts shown at one time. As
+broadcasters do, a cue has up to two lines of 42 characters, and lasts 1 to 7 s. A cue ends at a long pause if there is one, else
+where the cues become about equal. Its lines are of similar length, the upper one the shorter.
 """
 
 import math
@@ -15,30 +15,30 @@ from numbers import Integral, Real
 from speechbrain_ext.utils.errors import UserError
 
 MIN_SECONDS = 1.0
-"""Time on the screen that a cue gets where silence follows."""
+"""Shortest time of a cue on the screen, if silence follows."""
 PAUSE = 0.8
-"""Seconds of the longest pause that counts: longer ones end segments."""
+"""Seconds of the longest pause that is preferred for a cut; longer ones end segments."""
 
 
 @dataclass(frozen=True)
 class SubtitleOptions:
-    """How much a cue may hold.
+    """Limits of a cue.
 
     Arguments
     ---------
     max_lines : int
-        Lines of a cue.
+        Most lines of a cue.
     max_line_length : int
-        Characters of a line. A longer word gets a line of its own; in scripts without spaces, such as Chinese, it is divided.
+        Most characters of a line. A longer word gets a separate line; in scripts without spaces, such as Chinese, it is divided.
     max_seconds : float
-        Seconds of a cue.
+        Longest time of a cue.
     word_times : bool
-        Whether WebVTT holds when each word begins; players then show the words as they are said.
+        Whether WebVTT holds the start of each word; players can then show the words as they are spoken.
 
     Raises
     ------
     UserError
-        If a value is none of these.
+        If a value is not valid.
 
     Example
     -------
@@ -63,16 +63,16 @@ class SubtitleOptions:
 
 @dataclass(frozen=True)
 class Cue:
-    """What is on the screen at one time, with its times in seconds."""
+    """Text that is on the screen at one time, with its times in seconds."""
 
     start: float
     end: float
     lines: tuple
-    """Of lines, each a tuple of Piece."""
+    """Lines, each a tuple of Piece."""
 
     @property
     def text(self):
-        """The lines, with line ends between them."""
+        """The lines, joined by line ends."""
         return "\n".join("".join(_spaced(line)) for line in self.lines)
 
 
@@ -84,26 +84,26 @@ class Piece:
     start: float
     end: float
     goes_on: bool = False
-    """Whether it is a later part of a word: no space comes before it."""
+    """Whether it is a later part of a word, without a space before it."""
     is_timed: bool = True
-    """Whether its start is a word's, and not an estimate."""
+    """Whether its start is the measured start of a word, not an estimate."""
 
 
 def cues(segments, options=None, seconds=None):
     """Segments divided into cues.
 
-    A cue begins with its first word and ends with its last one. A cue of less than 1 s stays until then, but never into the next
-    cue or past the end of the audio. Cues do not overlap: where words do, the earlier cue ends, and where the next one begins at
-    the same time, or the audio ends, a cue begins earlier, to last one millisecond at least.
+    A cue begins with its first word and ends with its last one. A cue of less than 1 s is extended to 1 s, but not into the next
+    cue or past the end of the audio. Cues do not overlap: if words do, the earlier cue ends first. If the next cue begins at the
+    same time, or the audio ends there, the cue begins earlier, and lasts at least one millisecond.
 
     Arguments
     ---------
     segments : list of Segment
-        In their order.
+        Segments in order of time.
     options : SubtitleOptions, optional
-        By default, two lines of 42 characters and 7 s.
+        Limits of a cue; by default two lines of 42 characters and 7 s.
     seconds : float, optional
-        Length of the audio; by default until the last segment ends.
+        Length of the audio; by default the end of the last segment.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def cues(segments, options=None, seconds=None):
         seconds = max((segment.end for segment in segments), default=0.0)
     groups = [group for segment in segments for group in _divide(_pieces(segment, options), options)]
     found, shortest, longest = [], round(1000 * MIN_SECONDS), round(1000 * options.max_seconds)
-    limit = max(1, math.floor(1000 * seconds + 1e-6))  # in milliseconds, as the files have it; not 0, where no cue could be
+    limit = max(1, math.floor(1000 * seconds + 1e-6))  # in milliseconds, as in the files; above 0, so that a cue fits
     for pieces in reversed(groups):
         start = max(0, min(round(1000 * pieces[0].start), limit - 1))
         end = round(1000 * max(piece.end for piece in pieces))
@@ -140,7 +140,7 @@ def subtitles(segments, style, options=None, seconds=None):
     Arguments
     ---------
     segments : list of Segment
-        In their order.
+        Segments in order of time.
     style : str
         "srt" or "vtt".
     options : SubtitleOptions, optional
@@ -173,7 +173,7 @@ def subtitles(segments, style, options=None, seconds=None):
     for number, cue in enumerate(cues(segments, options, seconds), 1):
         start, end = (_clock(time, "," if style == "srt" else ".") for time in (cue.start, cue.end))
         if style == "srt":
-            text = re.sub("-{2,}>", "->", cue.text)  # what only the line of the times may have
+            text = re.sub("-{2,}>", "->", cue.text)  # an arrow is allowed only in the line of the times
             blocks.append(f"{number}\n{start} --> {end}\n{text}\n")
         else:
             blocks.append(f"{start} --> {end}\n{_vtt_text(cue, options.word_times)}\n")
@@ -213,13 +213,13 @@ def _spaced(pieces):
 
 
 def _pieces(segment, options):
-    if not segment.words:  # a search may have found more words than could be aligned
+    if not segment.words:  # a search may find more words than can be aligned
         return _estimated(segment.text, segment.start, segment.end, options, is_timed=False)
     return [piece for word in segment.words for piece in _estimated(word.text, word.start, word.end, options, is_timed=True)]
 
 
 def _estimated(text, start, end, options, is_timed):
-    """The words of a text whose start and end are known; between these, the times go with the number of characters."""
+    """The words of a text with known start and end; the times between are in proportion to the number of characters."""
     words = text.split()
     length, place, pieces = len(" ".join(words)), 0, []
     for word in words:
@@ -234,11 +234,11 @@ def _estimated(text, start, end, options, is_timed):
 _SCRIPTS_WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
-"""Thai and Lao, Burmese, Khmer, Chinese and Japanese."""
+"""Characters of Thai, Lao, Burmese, Khmer, Chinese and Japanese."""
 
 
 def _parts(word, seconds, options):
-    """The word, or about equal parts of it if it is too long for a line and its script has no spaces."""
+    """The word, or about equal parts if it is too long for a line and its script has no spaces."""
     if len(word) <= options.max_line_length or not _SCRIPTS_WITHOUT_SPACES.search(word):
         return [word]
     count = max(math.ceil(len(word) / options.max_line_length), math.ceil(seconds / options.max_seconds))
@@ -260,13 +260,13 @@ def _parts(word, seconds, options):
 
 
 def _divide(pieces, options):
-    """The pieces of each cue, with the least cost in all.
+    """The pieces of each cue, divided with the least total cost.
 
-    A cue costs the square of the part that it leaves empty, of its characters or of its seconds, whichever part is smaller: so
-    cues are few and about equal. A pause between two of them takes up to 0.5 off, about the least that one more cue costs. A
-    single short word at the end costs 2, more than it costs to take another word from the cue before.
+    A cue costs the square of its empty share, of characters or of seconds, whichever share is smaller. Cues are therefore few and
+    about equal. A pause between two cues lowers the cost by up to 0.5, about the least cost of one more cue. A single short word
+    at the end costs 2, more than moving another word from the cue before it.
     """
-    best = [(0.0, 0)] + [(math.inf, 0)] * len(pieces)  # up to each piece: the cost, and where the last cue begins
+    best = [(0.0, 0)] + [(math.inf, 0)] * len(pieces)  # before each piece: the least cost, and where the last cue begins
     for first in range(len(pieces)):
         pause = max(0.0, pieces[first].start - pieces[first - 1].end) if first else 0.0
         before = best[first][0] - min(pause / PAUSE, 1) / 2
@@ -293,7 +293,7 @@ def _divide(pieces, options):
 
 
 def _lines(pieces, options):
-    """As few lines as can be, the longest as short as can be, and the upper ones the shorter."""
+    """The fewest lines, then the shortest longest line, with the upper lines the shorter ones."""
     count = len(_filled(pieces, options.max_line_length))
     shortest = min(options.max_line_length, max(len(piece.text) for piece in pieces))
     widths = range(shortest, min(options.max_line_length, sum(len(piece.text) + 1 for piece in pieces)) + 1)

@@ -1,4 +1,4 @@
-"""From audio files to text: the one way, for Python and for the command line."""
+"""Transcription of audio files, for Python and for the command line."""
 
 import dataclasses
 import math
@@ -17,33 +17,33 @@ from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, trans
 from speechbrain_ext.inference.segments import split_at_pauses
 from speechbrain_ext.utils.errors import UserError, one_line
 
-WINDOW = 256  # files that are sorted by length together: enough for full batches, few enough to see results soon
+WINDOW = 256  # files that are sorted by length together: enough for full batches, few enough for early results
 BATCH_SECONDS = 120  # of audio, padding included
-LONG_SECONDS = 60  # longer files go in pieces
+LONG_SECONDS = 60  # longer files are processed in pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """What became of a file."""
+    """Segments of a file, or its error."""
 
     file: str
     segments: list
     error: UserError | None = None
     """Why there are no segments."""
     is_from_before: bool = False
-    """Whether an earlier call has written it to the output folder."""
+    """Whether an earlier call wrote it to the output folder."""
 
     @property
     def text(self):
-        """All segments in one line."""
+        """The text of all segments, on one line."""
         return " ".join(segment.text for segment in self.segments)
 
 
 def transcribe_files(model, files, output=None, streaming=False, progress=False, subtitle_options=None):
-    """Transcripts of audio files of any length.
+    """Transcribe audio files of any length.
 
-    Files of up to a minute are read whole, in batches of about the same length; where the memory is too small for a batch, one by
-    one. Longer files go in pieces, see :func:`speechbrain_ext.inference.long_audio.transcribe_long`.
+    Files of up to a minute are processed whole, in batches of about the same length, or one by one if memory is too small for a
+    batch. Longer files are processed in pieces, see :func:`speechbrain_ext.inference.long_audio.transcribe_long`.
 
     Arguments
     ---------
@@ -52,32 +52,32 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
     files : list of str or os.PathLike
         Audio files.
     output : str or os.PathLike, optional
-        A folder for ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt`` of each file. What an earlier call has finished there is not
-        done again, and what it has begun goes on.
+        A folder for ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt`` of each file. Files that an earlier call finished there are not
+        transcribed again; unfinished files are continued.
     streaming : bool
-        Whether all files go through the model as a stream, whatever their length and the model.
+        Whether to process all files as streams, also short ones and those of models that were not trained to stream.
     progress : bool
         Whether to show bars on standard error.
     subtitle_options : SubtitleOptions, optional
         How subtitles are divided into cues, from :mod:`speechbrain_ext.inference.subtitles`; by default two lines of 42
-        characters and 7 s. Where they are given, subtitles of finished files are written again, from ``NAME.jsonl``.
+        characters and 7 s. If given, subtitles of finished files are written again, from ``NAME.jsonl``.
 
     Returns
     -------
     iterator of Transcript
-        In the order of the files; a file that cannot be transcribed has its ``error``, and the others go on.
+        In the order of the files. A file that cannot be transcribed has an ``error``, and the others are still transcribed.
 
     Raises
     ------
     UserError
-        If two files would have the same name in the output folder, or what is there is of something else, or if there are options
-        for subtitles and no output folder.
+        If two files would have the same name in the output folder, if the output folder holds a transcript of other audio or
+        settings, or if subtitle options are given without an output folder.
     OSError
-        If the output folder cannot be made. A transcript that cannot be written, such as on a full disk, has its error.
+        If the output folder cannot be created. A transcript that cannot be written, for example on a full disk, has an ``error``.
     """
     files = [os.fspath(file) for file in files]
     if output is None and subtitle_options is not None:
-        raise UserError("Subtitles are written to an output folder only; give output, or leave out subtitle_options.")
+        raise UserError("subtitle_options need an output folder; give output, or leave out subtitle_options.")
     outputs = _outputs(model, files, output, streaming, subtitle_options) if output is not None else {}
     return _transcripts(_Run(model, streaming, outputs, progress), files)
 
@@ -91,27 +91,29 @@ def _transcripts(run, files):
 
 @contextmanager
 def beside_bars(file):
-    """A context in which one may print while bars are shown: a terminal shows both, and no line begins after a bar."""
+    """A context for printing while progress bars are shown; no printed line then begins after a bar."""
     with tqdm.external_write_mode(file=file):
         yield
 
 
 def _outputs(model, files, output, streaming, subtitle_options):
-    """What is written for each file."""
+    """A SegmentFile for each file."""
     if not os.fspath(output):
         raise UserError("The output folder has no name; give one.")
     names = {}
     for file in dict.fromkeys(files):
         name = Path(file).stem
         if name in names:
-            raise UserError(f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give them one by one.")
+            raise UserError(
+                f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give each another output folder."
+            )
         names[name] = file
     settings = settings_of(model, streaming)
     return {file: SegmentFile(output, file, settings, subtitle_options) for file in names.values() if os.path.isfile(file)}
 
 
 class _Run:
-    """One call's files, window by window."""
+    """Transcribes the files of one call, window by window."""
 
     def __init__(self, model, streaming, outputs, progress):
         self.model, self.streaming, self.outputs, self.progress = model, streaming, outputs, progress
@@ -132,8 +134,8 @@ class _Run:
                 elif seconds > LONG_SECONDS or self.streaming:
                     found[file] = self._long(file, seconds)
                 else:
-                    wavs[file] = load_audio(file, self.model.sample_rate)  # to the device go batches, not all of the window
-            except (UserError, OSError) as error:  # of the audio, or of the files that are written
+                    wavs[file] = load_audio(file, self.model.sample_rate)  # batches go to the device, not the whole window
+            except (UserError, OSError) as error:  # from reading the audio or writing the results
                 found[file] = self._failed(file, error)
             except (RuntimeError, MemoryError) as error:
                 found[file] = self._failed(file, _of_memory(error))
@@ -142,7 +144,7 @@ class _Run:
         return found
 
     def _batches(self, wavs):
-        """Files of about the same length, the longest first: what needs most memory shows at once."""
+        """Batches of about the same length, the longest first, because an error for lack of memory then occurs at once."""
         limit, batches = BATCH_SECONDS * self.model.sample_rate, []
         for file in sorted(wavs, key=lambda file: len(wavs[file])):
             if not batches or (len(batches[-1]) + 1) * len(wavs[file]) > limit:
@@ -158,7 +160,7 @@ class _Run:
             if len(files) == 1:
                 return {files[0]: self._failed(files[0], error)}
             segments = None
-        if segments is None:  # the files one by one, before any is given up; the error, which holds what the batch took, is gone
+        if segments is None:  # out of memory: try the files one by one; here the error no longer holds the batch's memory
             return {file: transcript for one in files for file, transcript in self._batch([one], wavs).items()}
         return {
             file: self._keep(file, [] if segment is None else split_at_pauses(segment), len(wavs[file]) / self.model.sample_rate)
@@ -202,14 +204,14 @@ class _Run:
     def _failed(self, file, error):
         self.bar.update()
         if isinstance(error, OSError) and error.filename is not None:
-            error = UserError(f"{error.filename} cannot be written: {error.strerror}; what is done is kept.")
+            error = UserError(f"{error.filename} cannot be written: {error.strerror}; fix this and run again to continue.")
         elif not isinstance(error, UserError):
             error = UserError(f"{file} cannot be transcribed: {one_line(error)}")
         return Transcript(file, [], error)
 
 
 def _of_memory(error):
-    """The error, if there is too little memory; anything else is a bug, and goes on with its traceback."""
+    """The error, if it is a lack of memory; any other is a bug, and is raised again with its traceback."""
     if isinstance(error, MemoryError) or re.search(r"(?<!illegal )memory|ALLOC_FAILED", str(error)):
         return error
     raise error

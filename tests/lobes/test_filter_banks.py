@@ -129,5 +129,5 @@ def test_a_model_folder_loads_with_it(tmp_path):
     assert torch.equal(model.mods.encoder.encode(wavs)[0], expected) and expected.shape[1] == 25
     path = tmp_path / "model" / "hyperparams.yaml"
     path.write_text(path.read_text().replace("KaldiFbank\n  sample_rate: 16000", "KaldiFbank\n  sample_rate: 8000"))
-    with pytest.raises(ValueError, match="sample_rate of 16000, and its features are for 8000"):
+    with pytest.raises(ValueError, match="sample_rate of 16000, but its features have 8000"):
         load_model(tmp_path / "model", "cpu")
