@@ -23,9 +23,9 @@ def add(commands):
     parser.add_argument("files", metavar="FILE", nargs="+", help="an audio file in any format that soundfile reads")
     parser.add_argument("--output", metavar="FOLDER", help="write FOLDER/NAME.jsonl, .srt and .vtt; existing files are kept")
     parser.add_argument("--streaming", action="store_true", help="process all files as streams")
-    parser.add_argument("--subtitle-lines", metavar="N", type=int, help="largest number of lines of a subtitle (2)")
-    parser.add_argument("--subtitle-line-length", metavar="N", type=int, help="largest number of characters of a line (42)")
-    parser.add_argument("--subtitle-seconds", metavar="S", type=float, help="longest time of a subtitle in seconds (7)")
+    parser.add_argument("--subtitle-lines", metavar="N", type=int, help="lines per subtitle, at most (2)")
+    parser.add_argument("--subtitle-line-length", metavar="N", type=int, help="characters per line, at most (42)")
+    parser.add_argument("--subtitle-seconds", metavar="S", type=float, help="seconds per subtitle, at most (7)")
     parser.add_argument("--word-times", action="store_true", default=None, help="write the start of each word into .vtt")
     parser.set_defaults(run=run)
 
