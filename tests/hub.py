@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._writes(repo_id.split("/")[0])
         known = repo_id in self.hub.repositories
         if not known:
-            self.hub.make(repo_id, asked.get("visibility") == "private")
+            self.hub.make(repo_id, asked.get("private", asked.get("visibility") == "private"))  # by the client's version
         self._send(409 if known else 200, {"url": f"{self.hub.url}/{repo_id}"})
 
     def branch(self, repo_id, name):

@@ -317,8 +317,8 @@ def coloured_noise(rng, length, slope):
 
     Example
     -------
-    >>> coloured_noise(np.random.default_rng(0), 1000, 0.5).std().round(3)
-    np.float64(1.0)
+    >>> float(coloured_noise(np.random.default_rng(0), 1000, 0.5).std().round(3))
+    1.0
     """
     spectrum = np.fft.rfft(rng.standard_normal(length))
     spectrum[0] = 0

@@ -455,6 +455,8 @@ class _Normalize(torch.autograd.Function):
             spread = squares.sum(0) + (counts * (totals / counts.clamp(min=1) - total / divisor).square()).sum(0)
             spread = spread / divisor
             centred = torch.addcmul(wide, share, total, value=-1)
+        elif torch.compiler.is_compiling():
+            count, ratio = count.clone(), ratio.clone()  # torch.compile of 2.9 cannot return an input
         inverse = torch.addcmul(eps, spread, ratio).rsqrt()
         normal = centred.mul_(inverse)
         narrow = x.dtype != wide.dtype

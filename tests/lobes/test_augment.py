@@ -52,7 +52,7 @@ def test_speeds_change_the_number_of_samples_and_no_relative_length():
         wavs, same = augment(torch.ones(2, 9900), lens)
         assert same is lens
         found[wavs.shape[1]] = found.get(wavs.shape[1], 0) + 1
-    assert set(found) == {11000, 9900, 9000}
+    assert {samples - samples % 10 for samples in found} == {11000, 9900, 9000}  # torchaudio 2.9 gives 11001
 
 
 @pytest.mark.parametrize("width", [[25, 15], [1, 2, 3], "8", -1, True, None])
