@@ -237,7 +237,6 @@ def test_two_processes(name, corpus, tmp_path):
         ([CONFORMER, "--data_folder", "/no/such", "--encoder", "conformator"], 2, "Unknown encoder 'conformator'"),
         ([CONFORMER, "--data_folder", "/no/such", "--nhead", "7"], 2, "7"),
         ([ROOT / "speechbrain_ext/training/hparams/ctc_attention.yaml", "--data_folder", "x"], 2, "PLACEHOLDER"),
-        ([], 2, "usage"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_sentence(argv, status, message, tmp_path):

@@ -141,7 +141,7 @@ def check(settings):
         for value in values if isinstance(values, tuple) else (values,):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if is_number and entry.name not in ("threads", "left_context", "padding") and not value > 0:
-                raise UserError(f"{_flag(entry.name)} is {value}; give at least 1.")
+                raise UserError(f"{_flag(entry.name)} is {value}; give a value above 0.")
     if settings.threads < 0:
         raise UserError(f"--threads is {settings.threads}; give at least 1.")
     if not 0 <= settings.padding < 100:
