@@ -201,11 +201,8 @@ def test_a_training_tests_with_it_and_keeps_nothing_of_it(place, tmp_path, monke
     assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), "--output", str(tmp_path / "again.csv")]) == 0
     *_, row = read_csv(results)
     (again,) = read_csv(tmp_path / "again.csv")
-    assert row["search"] == "joint_beam_lm" and (again["search"], again["lm"], again["lm_weight"]) == (
-        "joint_beam",
-        str(place / "transformer"),
-        "0.5",
-    )
+    assert row["search"] == again["search"] == "joint_beam_lm"
+    assert [again[key] for key in ("lm", "lm_weight", "beam_size")] == [str(place / "transformer"), "0.5", "2"]
     counts = ("WER", "insertions", "deletions", "substitutions")
     assert [row[count] for count in counts] == [again[count] for count in counts]
     (checkpoint,) = (tmp_path / "run" / "save").glob("*/model.ckpt")
@@ -249,7 +246,7 @@ def test_what_cannot_be_used_is_refused(place, tmp_path, monkeypatch, capfd):
     with pytest.raises(FileNotFoundError, match="has no lm.ckpt"):
         model.choose_lm(folder)
     for keys, message in (
-        ({"weight": math.nan}, "weight of the language model is nan"),
+        ({"weight": math.nan}, "weight of the language model .*transformer is nan; give a number from 0 to 100"),
         ({"temperature": 0}, "lm_temperature is 0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -330,18 +327,22 @@ def test_every_beam_takes_it(kind, arpa):
 def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     for source, keys, message in (
-        (arpa / "words.arpa", {}, "words.arpa has '.*', which is not a token of the model"),
+        (arpa / "words.arpa", {}, "uses transducer_beam, but the language model .*words.arpa is for ctc_beam only; choose"),
         (arpa / "none.arpa", {}, "There is no language model"),
         (arpa / "text.txt", {}, "is not in ARPA format"),
         (arpa / "tri.arpa", {"weight": math.nan}, "is nan; give a number"),
-        (arpa / "tri.arpa", {"temperature": 1.0}, "is an ARPA file, which has no temperature"),
-        (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number of 0 or more"),
+        (
+            arpa / "tri.arpa",
+            {"temperature": 1.0},
+            "--lm-temperature is given, but the language model .* is of tokens, which does not use it",
+        ),
+        (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number from 0 to 100"),
         (arpa / "transformer", {}, "a model without an attention decoder takes only ARPA files"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             model.choose_lm(source, **keys)
     assert not model.graphs
-    with pytest.raises(UserError, match="lodr is .*tri.arpa, but the language model .*transformer is not an ARPA file"):
+    with pytest.raises(UserError, match="--lodr is given, but the language model .*transformer is of SpeechBrain"):
         load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
     for options, message in (
         (["--lodr", "x.arpa"], "--lodr is given, but there is no language model"),
@@ -357,11 +358,11 @@ def test_evaluate_takes_it(arpa, tmp_path, capsys):
     asked = ["--search", "ctc_beam", "--search", "joint_beam", "--output", str(tmp_path / "rows.csv")]
     assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), *asked]) == 0
     assert [(row["search"], row["lm"], row["lodr"]) for row in read_csv(tmp_path / "rows.csv")] == [
-        (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam")
+        (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam_lm")
     ]
     capsys.readouterr()
     for options, message in (
-        (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, and .*words.arpa is of words"),
+        (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, but .*words.arpa is of words"),
         (["--lm-weight", "1"], "--lm-weight is given, but there is no language model"),
     ):
         assert cli.main(["evaluate", *common, str(corpus / "test-tiny"), *options]) == 2

@@ -111,7 +111,9 @@ def test_n_best_texts_do_not_depend_on_the_batch(tokenizer):
 
 def nothing(tokens):
     """A graph of several states that adds nothing."""
-    return TokenGraph(torch.randint(5, (5, tokens)), torch.zeros(5, tokens), torch.zeros(5))
+    entries = torch.arange(tokens, 5 * tokens), torch.zeros(4 * tokens), torch.randint(5, (4 * tokens,))
+    states, kinds = torch.zeros(5, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
+    return TokenGraph(torch.zeros(tokens), torch.randint(5, (tokens,)), entries, states, torch.zeros(5, 1), torch.zeros(5), kinds)
 
 
 def scores_with(graphs):
@@ -123,7 +125,7 @@ def scores_with(graphs):
     net, seq_lin, ctc_lin = joint_parts()
     keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 4}
     joint = S2STransformerBeamSearcher([net, seq_lin], **keys, excluded=[0, 1], scorer=scorers("partial", ctc_prefix, ctc_lin))
-    joint.graphs = graphs if not graphs or graphs[0].added.shape[1] == 40 else [nothing(40)]
+    joint.graphs = graphs if not graphs or len(graphs[0].root) == 40 else [nothing(40)]
     generator = torch.Generator().manual_seed(5)
     frames, others = torch.randn(2, 20, 32, generator=generator), torch.randn(2, 20, 8, generator=generator)
     tokens, _, scores, _ = joint(frames, torch.tensor([1.0, 0.7]))
@@ -265,8 +267,8 @@ def test_the_command_line_listens(place, tmp_path, capsys):
         (b"THE CAT\tnan\n", "Line 1 of"),
         (b"THE CAT\t-1\n", "Line 1 of"),
         (b"\t5\n", "Line 1 of"),
-        (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* has 'CAT' again"),
-        (b"CAT\xff", "no text in UTF-8"),
+        (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* repeats 'CAT'"),
+        (b"CAT\xff", "is not text in UTF-8"),
         (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as in its transcripts, in upper case"),
         ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as in its transcripts, or"),
     ],
