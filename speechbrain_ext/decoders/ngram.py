@@ -34,6 +34,8 @@ NEVER = 1e-30
 """The probability of ``<s>``, which follows no word."""
 LINES = 100_000
 """Lines of the file that are written at a time."""
+BLOCK = 2_000_000
+"""Places of the text that are sorted at a time."""
 FIRST = 2
 """Id of the first word while the text is read: 0 begins a sentence, and 1 ends it."""
 
@@ -192,25 +194,40 @@ def _count(ids, size, order, bar):
     places = ids  # index of the n-gram of the order below that begins at each word of the text
     starts = np.arange(len(ids), dtype=np.int32)
     for length in range(2, order + 1):
-        starts = starts[ids[starts + (length - 2)] != size - 3]  # n-grams do not cross the end of a sentence
-        keys = places[starts].astype(np.uint64) << np.uint64(32)
-        keys |= ids[starts + (length - 1)].astype(np.uint64)
-        sorting = np.argsort(keys)
-        keys, starts = keys[sorting], starts[sorting]
-        del sorting
-        is_new = np.ones(len(keys), dtype=bool)
-        is_new[1:] = keys[1:] != keys[:-1]
-        first = np.flatnonzero(is_new)
-        count = np.diff(first, append=len(keys))
-        keys = keys[first]
-        word, context = (part.astype(np.int32) for part in (keys & np.uint64(2**32 - 1), keys >> np.uint64(32)))
-        grams.append(_Grams(context, word, places[starts[first] + 1], count.astype(np.int32)))
-        if length < order:
-            places = np.zeros_like(ids)
-            places[starts] = np.repeat(np.arange(len(first), dtype=np.int32), count)
-            starts.sort()  # the next order then reads the text in sequence, which is faster
+        starts = starts[ids[length - 2 :][starts] != size - 3]  # n-grams do not cross the end of a sentence
+        longer, parts, known = np.zeros_like(ids) if length < order else None, [], 0
+        for first, last in _blocks(np.bincount(places[starts])):
+            context = places[starts]
+            here = starts[(context >= first) & (context < last)]
+            del context
+            keys = places[here].astype(np.uint64) << np.uint64(32)
+            keys |= ids[length - 1 :][here].astype(np.uint64)
+            sorting = np.argsort(keys)
+            keys, here = keys[sorting], here[sorting]
+            is_new = np.ones(len(keys), dtype=bool)
+            is_new[1:] = keys[1:] != keys[:-1]
+            new = np.flatnonzero(is_new)
+            count = np.diff(new, append=len(keys))
+            keys = keys[new]
+            word, context = (part.astype(np.int32) for part in (keys & np.uint64(2**32 - 1), keys >> np.uint64(32)))
+            parts.append((context, word, places[here[new] + 1], count.astype(np.int32)))
+            if longer is not None:
+                longer[here] = np.repeat(np.arange(known, known + len(new), dtype=np.int32), count)
+            known += len(new)
+        grams.append(_Grams(*map(np.concatenate, zip(*parts, strict=True))))
+        places = longer
         bar.update()
     return grams
+
+
+def _blocks(counts):
+    """Yield ranges of indices with about :data:`BLOCK` places of the text in each."""
+    ends, first = counts.cumsum(), 0
+    while first < len(counts):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + BLOCK, "right")))
+        yield first, last
+        first = last
 
 
 def _estimate(grams, limits, bar):
