@@ -14,6 +14,7 @@ from speechbrain_ext import cli
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
 from speechbrain_ext.decoders.ngram import write_arpa
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.choices import Choices
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import read_csv
 
@@ -43,6 +44,12 @@ def place(tmp_path_factory):
     (folder / "phrases.txt").write_text("SAD DAY\t60\n")
     make_corpus(folder / "corpus")
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(place):
+    """Models of which a refused choice changes nothing."""
+    return {name: load_model(place / name / "model", "cpu") for name in ("ctc", "joint", "transducer", "greedy")}
 
 
 @pytest.fixture
@@ -114,39 +121,55 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("model, options, message", REFUSED, ids=[f"{model} {options}" for model, options, _ in REFUSED])
-def test_what_no_search_uses_is_refused(model, options, message, place, capsys):
+def test_what_no_search_uses_is_refused(model, options, message, place, loaded, capsys, monkeypatch):
+    monkeypatch.setattr("speechbrain_ext.inference.load_model", lambda *_: loaded[model])
     for command in ("transcribe", "stream", "evaluate"):
         status, out, err = run(capsys, place, command, model, *options.split(" "))
         lines = [line for line in err.splitlines() if line.startswith("speechbrain_ext: ")]
         assert (status, out, len(lines)) == (2, "", 1) and re.search(message, lines[0]), (command, err)
+        assert loaded[model].choices == Choices()
 
 
 @pytest.mark.parametrize("name", ["ctc", "joint", "transducer", "greedy"])
-def test_the_order_of_choices_does_not_matter(name, model_of, place):
+def test_the_order_of_choices_does_not_matter(name, loaded, place):
     """Together, all orders give the same; one by one, each order gives it too, or an error that names what to do."""
     steps = {
         "beam": lambda model: model.choose_beam(4),
         "phrases": lambda model: model.choose_phrases(PHRASES),
         "lm": lambda model: model.choose_lm(place / "tokens.arpa"),
     }
-    answers = set()
+    model, found = loaded[name], []
+
+    def choose(order):
+        for step in order:
+            steps[step](model)
+
     for order in itertools.permutations(steps):
-        model = model_of(name)
         with model.choosing():
-            for step in order:
-                steps[step](model)
-        answers.add((*texts(model), model.own_search, str(sorted(model.search_settings))))
-        model = model_of(name)
+            choose(order)
+        found.append((model.own_search, model.beam_of(model.own_search), model.search_settings))
+        take_out(model)
         try:
-            for step in order:
-                steps[step](model)
+            choose(order)
         except UserError as error:
             remedy = "choose ctc_beam, or leave" if name == "ctc" else "give a beam size above 1"
             assert name in ("ctc", "greedy") and remedy in str(error)
         else:
-            answers.add((*texts(model), model.own_search, str(sorted(model.search_settings))))
-    (answer,) = answers
-    assert all("SAD DAY" in text for text in answer[:2])
+            found.append((model.own_search, model.beam_of(model.own_search), model.search_settings))
+            answer = texts(model)
+        take_out(model)
+    beams = {"ctc": "ctc_beam", "joint": "joint_beam", "transducer": "transducer_beam", "greedy": "transducer_beam"}
+    assert found == [(beams[name], 4, found[0][2])] * len(found) and found[0][2].keys() == {"beam", "phrases", "lm"}
+    assert all("SAD DAY" in text for text in answer)
+
+
+def take_out(model):
+    with model.choosing():
+        model.choose_search(None)
+        model.choose_beam(None)
+        model.choose_phrases(None)
+        model.choose_lm(None)
+    assert model.choices == Choices() and not model.graphs and not model.search_settings
 
 
 def test_a_choice_that_is_refused_changes_nothing(model_of, place):
@@ -176,12 +199,13 @@ def test_a_choice_replaces_the_one_before(name, search, model_of, place):
     ]
     if name == "transducer":
         kinds = kinds[:1]
-    fresh = {}
+    model, fresh = model_of(name), {}
+    model.choose_search(search)
     for kind in [None, *kinds]:
-        model = model_of(name)
-        model.choose_search(search)
+        model.choose_lm(None)
         model.choose_lm(kind)
         fresh[kind] = texts(model), model.own_search, model.search_settings
+    assert len({tuple(answer) for answer, *_ in fresh.values()}) == len(fresh)
     model = model_of(name)
     model.choose_search(search)
     for kind in [*kinds, *reversed(kinds), None, kinds[0]]:

@@ -12,7 +12,8 @@ empirical study of smoothing techniques for language modeling", 1999 (three disc
 modified Kneser-Ney language model estimation", ACL 2013 (pruning, and counts at the beginning of a sentence).
 
 N-grams are stored as arrays of numbers: an n-gram is the index of its first n - 1 words among the n-grams of the order below, and
-the id of its last word. The text is stored as word ids. Counting takes at most 60 to 80 bytes for each word of the text.
+the id of its last word. The text is stored as ids, and counted in blocks of n-grams that begin with the same words. Counting
+takes 24 bytes for each word of the text, and up to 60 for each different n-gram.
 """
 
 import os
@@ -195,11 +196,10 @@ def _count(ids, size, order, bar):
     starts = np.arange(len(ids), dtype=np.int32)
     for length in range(2, order + 1):
         starts = starts[ids[length - 2 :][starts] != size - 3]  # n-grams do not cross the end of a sentence
-        longer, parts, known = np.zeros_like(ids) if length < order else None, [], 0
-        for first, last in _blocks(np.bincount(places[starts])):
-            context = places[starts]
-            here = starts[(context >= first) & (context < last)]
-            del context
+        before, longer = places[starts], np.zeros_like(ids) if length < order else None
+        parts, known = [], 0
+        for first, last in _blocks(grams[-1].count):
+            here = starts[(before >= first) & (before < last)]
             keys = places[here].astype(np.uint64) << np.uint64(32)
             keys |= ids[length - 1 :][here].astype(np.uint64)
             sorting = np.argsort(keys)
@@ -221,7 +221,7 @@ def _count(ids, size, order, bar):
 
 
 def _blocks(counts):
-    """Yield ranges of indices with about :data:`BLOCK` places of the text in each."""
+    """Yield ranges of n-grams that occur about :data:`BLOCK` times together."""
     ends, first = counts.cumsum(), 0
     while first < len(counts):
         before = ends[first - 1] if first else 0

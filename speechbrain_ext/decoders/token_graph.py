@@ -69,6 +69,7 @@ class TokenGraph(nn.Module):
             "backoff": nn.functional.pad(backoff.float(), (0, 1)),  # special tokens add nothing
             "ends": ends.float(),
             "classes": classes.long(),
+            "is_class": nn.functional.one_hot(classes.long(), backoff.shape[1] + 1).T.float(),  # (C + 1, V)
             "special": special,
         }
         self.start = start
@@ -81,7 +82,7 @@ class TokenGraph(nn.Module):
         while (places != ROOT).any():
             levels.append((places, owed))
             owed, places = owed + self.backoff[places], self.shorter[places].long()
-        out = self.root + owed[:, self.classes]
+        out = self.root + owed @ self.is_class
         for places, owed in reversed(levels):  # entries of longer states replace those of shorter ones
             first = self.first[places]
             count = self.first[places + 1] - first

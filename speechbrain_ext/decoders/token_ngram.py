@@ -119,8 +119,10 @@ def _read(path, tokenizer):
         if -1 in ids:
             unknown = max(probability, NEVER) if len(ids) == 1 else unknown
             continue
-        for values, value in zip(orders[-1], (ids, [max(probability, NEVER)], [max(backoff, NEVER)]), strict=True):
-            values.extend(value)
+        flat, probabilities, backoffs = orders[-1]
+        flat.extend(ids)
+        probabilities.append(max(probability, NEVER))
+        backoffs.append(max(backoff, NEVER))
     shapes = enumerate(orders, 1)
     return [(np.frombuffer(ids, np.int32).reshape(-1, n), *map(np.array, numbers)) for n, (ids, *numbers) in shapes], unknown
 
