@@ -19,7 +19,7 @@ from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
 import train
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
-from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders import token_graph, token_ngram
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.lm import TransformerLMScorer, make_scorer
 from speechbrain_ext.decoders.ngram import write_arpa
@@ -434,7 +434,7 @@ def test_a_subtracted_language_model_does_not_reward_what_it_has_never_seen(arpa
         assert missing and root[missing] == pytest.approx(-0.15 * math.log(10) * rarest) and root.max() == root[missing].max()
 
 
-def test_a_large_n_gram_takes_little_memory(tmp_path):
+def test_a_large_n_gram_takes_little_memory(tmp_path, monkeypatch):
     """The graph of 5,000 tokens with 20,000 contexts has the size of its n-grams, not of contexts times tokens."""
     pieces = ["<pad>", "<s>", "</s>", "<unk>", *(f"▁{number}" for number in range(5000))]
     tokenizer = SimpleNamespace(
@@ -455,6 +455,9 @@ def test_a_large_n_gram_takes_little_memory(tmp_path):
     )
     for each in (graph, phrases):
         assert sum(table.nbytes for table in each.buffers()) < 2e6
+    monkeypatch.setattr(token_ngram, "MOST_NGRAMS", 20000)
+    with pytest.raises(UserError, match="lm.arpa has more than 20000 n-grams; write a smaller one, with ngram --prune"):
+        ngram_graph(tmp_path / "lm.arpa", tokenizer, 1.0)
     first, second = pairs[0]
     after = token_graph.advance([graph], token_graph.begin([graph], 1), torch.tensor([first + 4]))
     after = token_graph.advance([graph], after, torch.tensor([second + 4]))

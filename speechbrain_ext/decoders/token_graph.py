@@ -3,15 +3,13 @@
 A graph is a deterministic automaton. Each hypothesis is in one of its states, a number. The graph gives, for each state and next
 token, the added score and the next state, and for each state the added score of the text's end. A state has entries for a few
 tokens only. For the others it *backs off*: they have the score that they have in a shorter state, plus a number. Memory is
-therefore that of the entries, not of states times tokens. Functions take a list of graphs, and states with a column for each
-graph.
+therefore that of the entries (16 bytes each) and states (24 bytes), not of states times tokens. Functions take a list of graphs,
+and states with a column for each graph.
 """
 
 import torch
 from torch import nn
 
-LARGEST_GRAPH = 100_000_000
-"""Most entries and states together. An entry takes 16 bytes and a state 24, so a graph has at most 2 GB."""
 ROOT = 0
 """The state that has a score for each token, and backs off to none."""
 

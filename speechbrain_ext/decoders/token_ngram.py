@@ -14,12 +14,14 @@ import torch
 
 from speechbrain_ext.decoders.ngram import BEGIN, END, UNKNOWN
 from speechbrain_ext.decoders.searchers import LARGEST_WEIGHT, is_number
-from speechbrain_ext.decoders.token_graph import LARGEST_GRAPH, TokenGraph
+from speechbrain_ext.decoders.token_graph import TokenGraph
 from speechbrain_ext.decoders.word_lm import UNKNOWN_WORD, arpa_words, read_arpa
 from speechbrain_ext.utils.errors import UserError, one_line
 
 NGRAM_WEIGHT, LODR_WEIGHT = 0.3, 0.15
 """Default weights of log-probabilities: icefall's for an external language model, and half of it for low-order density ratio."""
+MOST_NGRAMS = 20_000_000
+"""Most n-grams of a language model. Loading takes up to 125 bytes for each, 2.5 GB, and the graph 20 of them."""
 NEVER = -99.0
 """The log10 probability that stands for 0 in ARPA files."""
 
@@ -82,11 +84,6 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
             f"The weight of the language model {path} is {weight!r}; give a number from {-LARGEST_WEIGHT} to {LARGEST_WEIGHT}."
         )
     orders, unknown = _read(path, tokenizer)
-    if (size := sum(len(grams) for grams, *_ in orders)) > LARGEST_GRAPH:
-        raise UserError(
-            f"The language model {path} has {size} n-grams; write one with at most {LARGEST_GRAPH}, with ngram --prune or a "
-            "lower --order."
-        )
     if weight < 0:
         unknown = _spare(orders, unknown, tokenizer.vocab_size())
     special = torch.tensor([_is_special(tokenizer, token) for token in range(tokenizer.vocab_size())])
@@ -106,7 +103,12 @@ def _read(path, tokenizer):
     number = {tokenizer.id_to_piece(token): token for token in range(tokens) if not _is_special(tokenizer, token)}
     number |= {BEGIN: tokens, END: tokens + 1, UNKNOWN: -1, UNKNOWN.upper(): -1}
     orders, unknown = [], UNKNOWN_WORD
-    for words, probability, backoff in read_arpa(path):
+    for count, (words, probability, backoff) in enumerate(read_arpa(path), 1):
+        if count > MOST_NGRAMS:
+            raise UserError(
+                f"The language model {path} has more than {MOST_NGRAMS} n-grams; write a smaller one, with ngram --prune or a "
+                "lower --order."
+            )
         if len(words) > len(orders):
             orders.append((array("i"), array("f"), array("f")))
         try:
