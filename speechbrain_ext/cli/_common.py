@@ -39,7 +39,10 @@ def add_pass(parser):
 
 def add_search(parser, is_repeated=False):
     """Add the options for the search, or for several searches."""
-    usual = "by default ctc_greedy, joint_beam or transducer_beam; for a stream with a decoder ctc_greedy"
+    usual = (
+        "by default ctc_greedy (with phrases or a language model ctc_beam), joint_beam or transducer_beam; for a stream with a "
+        "decoder ctc_greedy"
+    )
     if is_repeated:
         usual = "may be repeated; by default the search of transcribe, and also ctc_beam with a language model of words"
     parser.add_argument(

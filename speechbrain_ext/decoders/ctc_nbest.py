@@ -1,7 +1,7 @@
 """The most probable token sequences under CTC, for rescoring and with token graphs.
 
 Prefix beam search (Hannun et al. 2014, https://arxiv.org/abs/1408.2873) of all utterances of a batch at once. The searches of
-:mod:`speechbrain_ext.decoders.ctc_beam` give texts without tokens, and take no token graphs.
+:mod:`speechbrain_ext.decoders.ctc_beam` give one text, and take no token graphs.
 """
 
 import math

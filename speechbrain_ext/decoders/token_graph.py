@@ -10,6 +10,8 @@ and states with a column for each graph.
 import torch
 from torch import nn
 
+FEW = 4
+"""Steps of backing off without a look whether they are needed, for which the host would wait for a GPU."""
 ROOT = 0
 """The state that has a score for each token, and backs off to none."""
 
@@ -70,14 +72,20 @@ class TokenGraph(nn.Module):
             "is_class": nn.functional.one_hot(classes.long(), backoff.shape[1] + 1).T.float(),  # (C + 1, V)
             "special": special,
         }
-        self.start = start
+        self.start, self.depth, states = start, 0, shorter
+        """The state that begins a text, and the most times that a state backs off, or more."""
+        while states.any() and self.depth < FEW:
+            self.depth, states = self.depth + 1, shorter[states]
+        self.depth = len(shorter) if states.any() else self.depth + 1
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
     def added(self, places):
         """The added score (N, V) of each next token, for hypotheses in the states ``places`` (N,)."""
         levels, owed = [], self.backoff.new_zeros(len(places), self.backoff.shape[1])
-        while (places != ROOT).any():
+        for level in range(self.depth):
+            if level >= FEW and not places.any():
+                break
             levels.append((places, owed))
             owed, places = owed + self.backoff[places], self.shorter[places].long()
         out = self.root + owed @ self.is_class
@@ -93,7 +101,9 @@ class TokenGraph(nn.Module):
     def advance(self, places, tokens):
         """The states (N,) after the tokens (N,)."""
         after, at = torch.where(self.special[tokens], places, -1), places
-        while (after < 0).any():
+        for level in range(self.depth + 1):
+            if level >= FEW and not (after < 0).any():
+                break
             keys = at * len(self.root) + tokens
             entry = torch.searchsorted(self.keys, keys)
             found = (self.keys[entry] == keys) | (at == ROOT)

@@ -36,7 +36,7 @@ class LanguageModel(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What was chosen for the search. The values here stand for the model's own."""
+    """What was chosen for the search. With these values nothing was, and the model uses its own search."""
 
     searches: tuple = ()
     beam_size: int | None = None
