@@ -70,6 +70,14 @@ def skipped(block):
     return next((part.removeprefix("skip").strip() for part in block.asked if part.startswith("skip")), None)
 
 
+def replaced(text, block):
+    """A text of the block with the replacements that its options ask for."""
+    for part in block.asked:
+        old, arrow, new = part.partition(" => ")
+        text = text.replace(old, new) if arrow else text
+    return text
+
+
 class Reader:
     """Runs the blocks of one page in a folder."""
 
@@ -102,16 +110,14 @@ class Reader:
             return
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(compile(block.text, f"line {block.line}", "exec"), self.names)
+            exec(compile(replaced(block.text, block), f"line {block.line}", "exec"), self.names)
         self.printed = out.getvalue()
 
     def _bash(self, block):
         self.printed = ""
         for command in re.sub(r"\\\n\s*", "", block.text).splitlines():
             command = re.sub(r"\s+# .*", "", command).strip()
-            for part in block.asked:
-                old, arrow, new = part.partition(" => ")
-                command = command.replace(old, new) if arrow else command
+            command = replaced(command, block)
             if not command:
                 continue
             for kind, keys in (("small", TINY), ("mini", MINI), ("tuning", TUNING)):

@@ -237,7 +237,7 @@ def test_a_language_model_in_the_other_case_is_refused(backend, tokenizer, tmp_p
 
 
 def test_a_missing_or_wrong_language_model_is_an_error_at_once(letters, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no language model .*none.arpa; check lm_file."):
+    with pytest.raises(FileNotFoundError, match="There is no language model .*none.arpa; give the path of an ARPA file."):
         CtcBeamSearch(letters, lm_file=tmp_path / "none.arpa")
     binary = tmp_path / "lm.bin"
     binary.write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\x00\xff" * 10)

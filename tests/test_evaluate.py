@@ -105,8 +105,8 @@ def test_segments_and_long_utterances(folder, tmp_path, monkeypatch):
     [
         ("ctc", ["joint_beam"], {}, "no search joint_beam; it has ctc_greedy, ctc_beam"),
         ("joint", ["greedy"], {}, "no search greedy; it has ctc_greedy, ctc_beam, joint_beam"),
-        ("joint", ["joint_beam"], {"lm_weight": 1.0}, "lm_weight is given, but only ctc_beam takes it"),
-        ("ctc", ["ctc_beam"], {"beam_size": 0}, "beam_size is 0"),
+        ("ctc", ["ctc_beam"], {"beam_size": 0}, "The beam size is 0"),
+        ("ctc", ["ctc_greedy"], {"beam_size": 4}, "The beam size is 4, but the model uses ctc_greedy"),
     ],
 )
 def test_searches_that_a_model_does_not_have(folder, name, names, beam, message):
@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
         (["lower.csv", "--text-normalization", "title"], "text_normalization is 'title'"),
         (["lower.csv", "--lm", "gone.arpa"], "There is no language model gone.arpa"),
         (["lower.csv", "--search", "joint_beam"], "no search joint_beam"),
-        (["lower.csv", "--beam-size", "4"], "only ctc_beam takes it"),
+        (["lower.csv", "--beam-size", "4"], "uses ctc_greedy, which has no beam; choose ctc_beam"),
         (["lower.csv", "--threads", "0"], "--threads is 0"),
         (["lower.csv", "--output", "gone/rows.csv"], "gone/rows.csv cannot be read or written"),
         ([], "MANIFEST"),

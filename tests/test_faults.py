@@ -26,13 +26,14 @@ from tiny import SENTENCES, SMALL, arguments, make_corpus
 
 from speechbrain_ext import cli
 from speechbrain_ext.brains.asr import AsrBrain
-from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.dataio.datasets import BatchesOfProcess, drop_unfit
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.export import onnx_model
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.streaming import StreamingRecognizer
+from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer
 from speechbrain_ext.utils.errors import UserError
@@ -122,6 +123,23 @@ def test_transcripts_longer_than_their_frames_are_left_out_by_name(run, tmp_path
     transcripts.write_text("\n".join(f"{line} {' '.join(SENTENCES * 3)}" for line in lines) + "\n")
     with pytest.raises(UserError, match="12 of 12 utterances have more tokens than frames, .*raise max_skipped"):
         run(data=long, output_folder="other")
+
+
+@pytest.mark.parametrize("kind, kept", [(None, "a"), ("full", "abc"), ("pruned", "ab")])
+def test_a_transducer_trains_on_more_tokens_than_frames(kind, kept, tmp_path):
+    """The pruned loss has up to four tokens per frame."""
+    hparams = {
+        "speech_encoder": SimpleNamespace(count_frames=lambda samples: 4),
+        "tokenizer": SimpleNamespace(encode_as_ids=lambda text: list(range(int(text)))),
+        "transducer_cost": kind and TransducerLoss(8, 8, 9, kind),
+        "wav_augment": None,
+        "sample_rate": 16000,
+        "max_skipped": 1.0,
+    }
+    data = {key: {"wrd": tokens, "duration": "1"} for key, tokens in {"a": "4", "b": "16", "c": "17"}.items()}
+    dataset = SimpleNamespace(data=data)
+    drop_unfit(dataset, hparams, tmp_path / "unfit.csv", "train")
+    assert "".join(dataset.data) == kept and (tmp_path / "unfit.csv").exists() == (kind != "full")
 
 
 @pytest.mark.parametrize("name", ["hyperconformer_streaming", "squeezeformer"])

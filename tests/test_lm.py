@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
 import train
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
-from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders import token_graph, token_ngram
+from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.lm import TransformerLMScorer, make_scorer
 from speechbrain_ext.decoders.ngram import write_arpa
+from speechbrain_ext.decoders.phrases import phrase_graph
 from speechbrain_ext.decoders.token_ngram import ngram_graph
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.model_folder.lm import load_lm
@@ -150,7 +153,9 @@ def test_the_search_listens_to_the_language_model(kind, place):
 
 def test_scorers_of_an_n_gram(place):
     """SpeechBrain's scorer of n-grams, which needs the package kenlm."""
-    pytest.importorskip("kenlm")
+    pytest.importorskip(
+        "kenlm", reason="SpeechBrain's scorer needs KenLM's Python module, which pip must compile: pip install kenlm"
+    )
     tokenizer = SentencePieceProcessor(str(place / "model" / "tokenizer.ckpt"))
     write_arpa([tokenizer.encode_as_pieces(text) for text in SENTENCES], place / "tokens.arpa", order=2)
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
@@ -201,11 +206,8 @@ def test_a_training_tests_with_it_and_keeps_nothing_of_it(place, tmp_path, monke
     assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), "--output", str(tmp_path / "again.csv")]) == 0
     *_, row = read_csv(results)
     (again,) = read_csv(tmp_path / "again.csv")
-    assert row["search"] == "joint_beam_lm" and (again["search"], again["lm"], again["lm_weight"]) == (
-        "joint_beam",
-        str(place / "transformer"),
-        "0.5",
-    )
+    assert row["search"] == again["search"] == "joint_beam_lm"
+    assert [again[key] for key in ("lm", "lm_weight", "beam_size")] == [str(place / "transformer"), "0.5", "2"]
     counts = ("WER", "insertions", "deletions", "substitutions")
     assert [row[count] for count in counts] == [again[count] for count in counts]
     (checkpoint,) = (tmp_path / "run" / "save").glob("*/model.ckpt")
@@ -249,7 +251,7 @@ def test_what_cannot_be_used_is_refused(place, tmp_path, monkeypatch, capfd):
     with pytest.raises(FileNotFoundError, match="has no lm.ckpt"):
         model.choose_lm(folder)
     for keys, message in (
-        ({"weight": math.nan}, "weight of the language model is nan"),
+        ({"weight": math.nan}, "weight of the language model .*transformer is nan; give a number from 0 to 100"),
         ({"temperature": 0}, "lm_temperature is 0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -310,6 +312,160 @@ def test_the_automaton_of_an_n_gram_gives_its_probabilities(name, arpa):
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def sections(text):
+    """The lines of an ARPA file: its head, and the n-grams of each order."""
+    head, *orders = re.split(r"\n\\\d-grams:\n", text.removesuffix("\n\\end\\\n"))
+    return head, [order.strip().split("\n") for order in orders]
+
+
+def joined(orders, head=None):
+    counts = "".join(f"ngram {n}={len(lines)}\n" for n, lines in enumerate(orders, 1))
+    parts = ["\n".join([f"\n\\{n}-grams:", *lines, ""]) for n, lines in enumerate(orders, 1)]
+    return (f"\\data\\\n{counts}" if head is None else head + "\n") + "".join(parts) + "\n\\end\\\n"
+
+
+def flawed(text):
+    """ARPA files with each kind of damage, and what the error says of it."""
+    head, (ones, twos, threes) = sections(text)
+    prefix = threes[0].split("\t")[1].rpartition(" ")[0]
+    yield (
+        "no context",
+        joined([ones, [line for line in twos if f"\t{prefix}\t" not in line], threes]),
+        "of a 3-gram are not a 2-gram",
+    )
+    word = twos[-1].split("\t")[1].split(" ")
+    for place, name in ((0, "first"), (1, "last")):
+        fewer = [line for line in ones if line.split("\t")[1] != word[place]]
+        yield f"no {name} word", joined([fewer, twos, threes]), "which is not one of the 1-grams|of a 2-gram are not a 1-gram"
+    yield "no 1-grams", joined([[], twos, threes]), "all orders are needed"
+    yield "no 1-grams stated", head.replace("ngram 1=", "ngram 9=") + text[len(head) :], "all orders are needed"
+    yield "only 1-grams", joined([ones]), "has only single words"
+    yield "no 2-grams", joined([ones, [], threes]), "of a 3-gram are not a 2-gram"
+    yield "no numbers", head.split("ngram")[0] + text[len(head) :], "all orders are needed"
+    for order, lines in enumerate((ones, twos, threes), 1):
+        number, _, rest = lines[1].partition("\t")
+        for value in ("abc", "nan", "inf", "0.5", "+inf", "1e400", "-1,5", ""):
+            damaged = [lines[0], f"{value}\t{rest}", *lines[2:]]
+            orders = [*[ones, twos, threes][: order - 1], damaged, *[ones, twos, threes][order:]]
+            yield f"probability {value} of order {order}", joined(orders), "Line .* has .*; write it again"
+        if order < 3:
+            for value in ("abc", "nan", "inf"):
+                damaged = [lines[0], f"{number}\t{rest.partition(chr(9))[0]}\t{value}", *lines[2:]]
+                orders = [*[ones, twos, threes][: order - 1], damaged, *[ones, twos, threes][order:]]
+                yield f"backoff {value} of order {order}", joined(orders), "has a number that is no logarithm"
+        orders = [*[ones, twos, threes][: order - 1], [*lines, lines[-1]], *[ones, twos, threes][order:]]
+        yield f"an {order}-gram twice", joined(orders), f"a {order}-gram occurs twice"
+        orders = [*[ones, twos, threes][: order - 1], [*lines, "-1.0"], *[ones, twos, threes][order:]]
+        yield f"a short line of order {order}", joined(orders), "has 1 fields in place of"
+        orders = [*[ones, twos, threes][: order - 1], [*lines, lines[0] + "\t0\t0"], *[ones, twos, threes][order:]]
+        yield f"a long line of order {order}", joined(orders), "fields in place of"
+        for change in (-1, 1):
+            stated = head.replace(f"ngram {order}={len(lines)}", f"ngram {order}={len(lines) + change}")
+            yield (
+                f"{change} {order}-grams",
+                stated + text[len(head) :],
+                f"it states {len(lines) + change} {order}-grams, but holds",
+            )
+        yield (
+            f"no section {order}",
+            text.replace(f"\\{order}-grams:", ""),
+            "cannot be read; write it again|has .* fields in place of|has a number",
+        )
+        yield (
+            f"section {order} twice",
+            text.replace(f"\\{order}-grams:", "\\1-grams:" if order > 1 else "\\2-grams:"),
+            "in place of",
+        )
+        yield f"cut in order {order}", text[: text.index(lines[-1])], "has no end|cannot be read"
+    yield "no end", text.replace("\\end\\", ""), "has no end"
+    yield "a byte order mark", "\ufeff" + text, "begins with a byte order mark"
+    yield "no head", text.replace("\\data\\", ""), "is not in ARPA format"
+    yield "empty", "", "is not in ARPA format"
+
+
+def test_every_damage_of_an_arpa_file_is_an_error_of_one_sentence(arpa, tmp_path):
+    """Of tokens and of words, which the CTC beam search checks before KenLM reads them."""
+    tokenizer = SentencePieceProcessor(str(arpa / "model" / "tokenizer.ckpt"))
+    searches = {"tri": lambda path: ngram_graph(path, tokenizer), "words": lambda path: CtcBeamSearch(tokenizer, lm_file=path)}
+    for name, read in searches.items():
+        for number, (flaw, text, message) in enumerate(flawed((arpa / f"{name}.arpa").read_text())):
+            path = tmp_path / f"{name}{number}.arpa"
+            path.write_text(text)
+            with pytest.raises(UserError) as caught:
+                read(path)
+            assert re.search(message, str(caught.value)) and str(path) in str(caught.value), (name, flaw, caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_unusual_arpa_files_are_read(arpa, tmp_path):
+    """Other line ends, text before and after, no back-off weights, probabilities of 0, and without <unk> or <s>."""
+    tokenizer = SentencePieceProcessor(str(arpa / "model" / "tokenizer.ckpt"))
+    text, expected = (arpa / "tri.arpa").read_text(), ngram_graph(arpa / "tri.arpa", tokenizer, 0.7)
+    head, (ones, twos, threes) = sections(text)
+    same = [text.replace("\n", "\r\n"), f"a remark\n\n{text}\nmore\n\\1-grams:\n-1\tX\n", text.replace("\t", "  ")]
+    backoffs = ["\t".join(line.split("\t")[:2]) for line in twos]
+    impossible = ["-inf" + line[line.index("\t") :] if "\t▁" in line else line for line in ones]
+    without = [[line for line in lines if "<unk>" not in line and "<s>" not in line] for lines in (ones, twos, threes)]
+    for number, content in enumerate(
+        [*same, joined([ones, backoffs, threes]), joined([impossible, twos, threes]), joined(without)]
+    ):
+        (tmp_path / "lm.arpa").write_text(content, newline="")
+        graph = ngram_graph(tmp_path / "lm.arpa", tokenizer, 0.7)
+        if number < len(same):
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(graph.buffers(), expected.buffers(), strict=True))
+        places = token_graph.begin([graph], 1)
+        for token in tokenizer.encode_as_ids("THE CAT SAT"):
+            assert token_graph.added([graph], places).isfinite().all()
+            places = token_graph.advance([graph], places, torch.tensor([token]))
+
+
+def test_a_subtracted_language_model_does_not_reward_what_it_has_never_seen(arpa, tmp_path):
+    """Tokens that it lacks, or states as impossible, are worth what its rarest token is worth."""
+    tokenizer = SentencePieceProcessor(str(arpa / "model" / "tokenizer.ckpt"))
+    _, (ones, twos, threes) = sections((arpa / "tri.arpa").read_text())
+    ones = [line for line in ones if "<unk>" not in line]
+    known = {line.split("\t")[1]: float(line.split("\t")[0]) for line in ones}
+    twos, threes = ([line for line in lines if "<unk>" not in line] for lines in (twos, threes))
+    missing = [token for token in range(4, tokenizer.vocab_size()) if tokenizer.id_to_piece(token) not in known]
+    rarest = min(value for word, value in known.items() if word not in ("<s>", "</s>"))
+    for more in ([], ["-99\t<unk>\t0"], [f"-99\t{tokenizer.id_to_piece(token)}\t-99" for token in missing]):
+        (tmp_path / "lm.arpa").write_text(joined([[*ones, *more], twos, threes]))
+        root = ngram_graph(tmp_path / "lm.arpa", tokenizer, -0.15).root
+        assert missing and root[missing] == pytest.approx(-0.15 * math.log(10) * rarest) and root.max() == root[missing].max()
+
+
+def test_a_large_n_gram_takes_little_memory(tmp_path, monkeypatch):
+    """The graph of 5,000 tokens with 20,000 contexts has the size of its n-grams, not of contexts times tokens."""
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", *(f"▁{number}" for number in range(5000))]
+    tokenizer = SimpleNamespace(
+        vocab_size=lambda: len(pieces),
+        id_to_piece=pieces.__getitem__,
+        is_control=lambda token: token < 3,
+        is_unknown=lambda token: token == 3,
+        encode_as_ids=lambda text: [int(word) + 4 for word in text.split()],
+    )
+    ones = [f"-3\t{piece}\t-0.5" for piece in pieces[1:]]
+    pairs = sorted({(7 * number % 5000, number * number % 4999) for number in range(15000)})
+    twos = [f"-2\t▁{first} ▁{second}\t-0.25" for first, second in pairs]
+    threes = [f"-1\t▁{first} ▁{second} ▁{first}" for first, second in pairs]
+    (tmp_path / "lm.arpa").write_text(joined([ones, twos, threes]))
+    graph = ngram_graph(tmp_path / "lm.arpa", tokenizer, 1.0)
+    phrases = phrase_graph(
+        {" ".join(str(7 * number * place % 5000) for place in range(1, 5)): None for number in range(4000)}, tokenizer
+    )
+    for each in (graph, phrases):
+        assert sum(table.nbytes for table in each.buffers()) < 2e6
+    monkeypatch.setattr(token_ngram, "MOST_NGRAMS", 20000)
+    with pytest.raises(UserError, match="lm.arpa has more than 20000 n-grams; write a smaller one, with ngram --prune"):
+        ngram_graph(tmp_path / "lm.arpa", tokenizer, 1.0)
+    first, second = pairs[0]
+    after = token_graph.advance([graph], token_graph.begin([graph], 1), torch.tensor([first + 4]))
+    after = token_graph.advance([graph], after, torch.tensor([second + 4]))
+    added = token_graph.added([graph], after)[0] / math.log(10)
+    other = next(token for token in range(5000) if token != first and (second, token) not in set(pairs))
+    assert added[first + 4] == pytest.approx(-1) and added[other + 4] == pytest.approx(-3 - 0.5 - 0.25)
+
+
 @pytest.mark.parametrize("kind", ["ctc_beam", "joint_beam", "ctc_rescored", "transducer_beam"])
 def test_every_beam_takes_it(kind, arpa):
     """A weight of 0, or subtraction from itself, changes nothing; otherwise it changes texts or scores."""
@@ -330,18 +486,22 @@ def test_every_beam_takes_it(kind, arpa):
 def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     for source, keys, message in (
-        (arpa / "words.arpa", {}, "words.arpa has '.*', which is not a token of the model"),
+        (arpa / "words.arpa", {}, "uses transducer_beam, but the language model .*words.arpa is for ctc_beam only; choose"),
         (arpa / "none.arpa", {}, "There is no language model"),
         (arpa / "text.txt", {}, "is not in ARPA format"),
         (arpa / "tri.arpa", {"weight": math.nan}, "is nan; give a number"),
-        (arpa / "tri.arpa", {"temperature": 1.0}, "is an ARPA file, which has no temperature"),
-        (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number of 0 or more"),
+        (
+            arpa / "tri.arpa",
+            {"temperature": 1.0},
+            "--lm-temperature is given, but the language model .* is of tokens, which does not use it",
+        ),
+        (arpa / "tri.arpa", {"lodr": arpa / "bi.arpa", "lodr_weight": -1}, "bi.arpa is -1; give a number from 0 to 100"),
         (arpa / "transformer", {}, "a model without an attention decoder takes only ARPA files"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             model.choose_lm(source, **keys)
     assert not model.graphs
-    with pytest.raises(UserError, match="lodr is .*tri.arpa, but the language model .*transformer is not an ARPA file"):
+    with pytest.raises(UserError, match="--lodr is given, but the language model .*transformer is of SpeechBrain"):
         load_model(arpa / "model", "cpu").choose_lm(arpa / "transformer", lodr=arpa / "tri.arpa")
     for options, message in (
         (["--lodr", "x.arpa"], "--lodr is given, but there is no language model"),
@@ -357,11 +517,11 @@ def test_evaluate_takes_it(arpa, tmp_path, capsys):
     asked = ["--search", "ctc_beam", "--search", "joint_beam", "--output", str(tmp_path / "rows.csv")]
     assert cli.main(["evaluate", *model, str(corpus / "test-tiny"), *asked]) == 0
     assert [(row["search"], row["lm"], row["lodr"]) for row in read_csv(tmp_path / "rows.csv")] == [
-        (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam")
+        (name, str(arpa / "tri.arpa"), str(arpa / "bi.arpa")) for name in ("ctc_beam", "joint_beam_lm")
     ]
     capsys.readouterr()
     for options, message in (
-        (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, and .*words.arpa is of words"),
+        (["--lm", str(arpa / "words.arpa"), "--lodr", str(arpa / "bi.arpa")], "--lodr is given, but .*words.arpa is of words"),
         (["--lm-weight", "1"], "--lm-weight is given, but there is no language model"),
     ):
         assert cli.main(["evaluate", *common, str(corpus / "test-tiny"), *options]) == 2

@@ -12,6 +12,7 @@ from test_ctc_beam import make_tokenizer, peaked
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.texts import read_sentences
+from speechbrain_ext.decoders import ngram
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.ngram import BEGIN, END, FALLBACK, UNKNOWN, write_arpa
 from speechbrain_ext.decoders.word_lm import check_arpa
@@ -83,6 +84,14 @@ def test_probabilities_are_those_of_the_formula(tmp_path, sentences, order, limi
         for context, value in left[n].items():
             if n == 1 or context in probabilities[n - 1]:
                 assert abs(backoffs[n][context] - math.log10(value)) < 2e-6
+
+
+@pytest.mark.parametrize("block", [1, 50])
+def test_counting_in_blocks_changes_nothing(block, tmp_path, monkeypatch):
+    write_arpa(SENTENCES, tmp_path / "whole.arpa", 4, [0, 1])
+    monkeypatch.setattr(ngram, "BLOCK", block)
+    write_arpa(SENTENCES, tmp_path / "blocks.arpa", 4, [0, 1])
+    assert (tmp_path / "whole.arpa").read_bytes() == (tmp_path / "blocks.arpa").read_bytes()
 
 
 def test_a_small_text_by_hand(tmp_path):
@@ -188,6 +197,11 @@ def test_the_command_writes_a_file(tmp_path, capsys):
         (["latin.txt"], "latin.txt is not text in UTF-8"),
         (["table.csv"], "has no transcript"),
         (["folder"], "folder holds no text"),
+        (
+            ["a.txt", "--tokens", "a.txt"],
+            "The tokenizer a.txt cannot be used (a.txt is damaged, or not a SentencePiece model); give",
+        ),
+        (["a.txt", "--tokens", "nowhere"], "There is no model or tokenizer nowhere; give a model folder"),
         (["a.txt", "--order", "1"], "The order is 1; give 2 to 6"),
         (["a.txt", "--order", "7"], "The order is 7"),
         (["a.txt", "--order", "three"], "invalid int value"),

@@ -111,7 +111,9 @@ def test_n_best_texts_do_not_depend_on_the_batch(tokenizer):
 
 def nothing(tokens):
     """A graph of several states that adds nothing."""
-    return TokenGraph(torch.randint(5, (5, tokens)), torch.zeros(5, tokens), torch.zeros(5))
+    entries = torch.arange(tokens, 5 * tokens), torch.zeros(4 * tokens), torch.randint(5, (4 * tokens,))
+    states, kinds = torch.zeros(5, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
+    return TokenGraph(torch.zeros(tokens), torch.randint(5, (tokens,)), entries, states, torch.zeros(5, 1), torch.zeros(5), kinds)
 
 
 def scores_with(graphs):
@@ -123,7 +125,7 @@ def scores_with(graphs):
     net, seq_lin, ctc_lin = joint_parts()
     keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 4}
     joint = S2STransformerBeamSearcher([net, seq_lin], **keys, excluded=[0, 1], scorer=scorers("partial", ctc_prefix, ctc_lin))
-    joint.graphs = graphs if not graphs or graphs[0].added.shape[1] == 40 else [nothing(40)]
+    joint.graphs = graphs if not graphs or len(graphs[0].root) == 40 else [nothing(40)]
     generator = torch.Generator().manual_seed(5)
     frames, others = torch.randn(2, 20, 32, generator=generator), torch.randn(2, 20, 8, generator=generator)
     tokens, _, scores, _ = joint(frames, torch.tensor([1.0, 0.7]))
@@ -179,25 +181,26 @@ def test_phrases_of_no_worth_leave_every_search_as_it_is(place):
 
 
 def test_rescoring_is_the_joint_search_over_all_texts():
-    """All texts of up to two tokens, of a vocabulary of two: the best text and score are those of the joint search."""
+    """All texts of up to two tokens, of a vocabulary of two: the best text and score are those of the joint search, which ends
+    longer texts without a score for their end."""
     net, seq_lin, ctc_lin = joint_parts()
-    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 0.5, "beam_size": 30}
+    keys = {"bos_index": 1, "eos_index": 2, "min_decode_ratio": 0.0, "max_decode_ratio": 1.0, "beam_size": 30}
     excluded = [0, 1, 3, *range(6, 40)]
     scorer = scorers("full", ctc_prefix, ctc_lin)
     search = S2STransformerBeamSearcher([net, seq_lin], **keys, excluded=excluded, scorer=scorer, using_eos_threshold=False)
-    for seed in range(5):
+    fitting = 0
+    for seed in range(12):
         frames = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(seed))
         log_probs = ctc_lin(frames).log_softmax(-1)
         (texts,) = ctc_nbest(log_probs, torch.ones(1), beam_size=30, excluded=[*excluded, 2])
-        texts = [text for text in texts if len(text.tokens) < 2]
+        texts = [text for text in texts if len(text.tokens) < 3]
         scores = rescore(search, frames[0], texts)
         tokens, _, (score,), _ = search(frames, torch.ones(1))
-        if len(tokens[0]) < 2:
+        if len(tokens[0]) < 3:
             best = scores.index(max(scores))
             assert texts[best].tokens == tokens[0] and max(scores) == pytest.approx(float(score), abs=1e-3)
-            break
-    else:
-        raise AssertionError("the joint search found long texts only")
+            fitting += 1
+    assert fitting >= 3
 
 
 def test_a_stream_s_segment_ends_with_what_was_chosen(place):
@@ -265,8 +268,8 @@ def test_the_command_line_listens(place, tmp_path, capsys):
         (b"THE CAT\tnan\n", "Line 1 of"),
         (b"THE CAT\t-1\n", "Line 1 of"),
         (b"\t5\n", "Line 1 of"),
-        (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* has 'CAT' again"),
-        (b"CAT\xff", "no text in UTF-8"),
+        (b"CAT\nSAT\nCAT\t3\n", "Line 3 of .* repeats 'CAT'"),
+        (b"CAT\xff", "is not text in UTF-8"),
         (b"the cat\nCAT", "cannot write 1 of the 2 phrases, such as 'the cat'; write them as in its transcripts, in upper case"),
         ("ÉÀ\nCAT".encode(), "cannot write 1 of the 2 phrases, such as 'ÉÀ'; write them as in its transcripts, or"),
     ],
@@ -275,6 +278,25 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
     (tmp_path / "phrases.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         phrase_graph(read_phrases(tmp_path / "phrases.txt"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "CAT\n\nHAT 5\n",
+            "cannot write 1 of the 2 phrases of .*, such as 'HAT 5' in line 3; .*, with a tab before a bonus, or leave",
+        ),
+        (
+            "cat\nCAT\nhat",
+            "cannot write 2 of the 3 phrases of .*, such as 'cat' in line 1, 'hat' in line 3; .*, in upper case, or",
+        ),
+    ],
+)
+def test_lines_of_phrases_that_cannot_be_written_are_named(content, message, tokenizer, tmp_path):
+    (tmp_path / "phrases.txt").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_phrases(tmp_path / "phrases.txt", tokenizer)
 
 
 def test_searches_that_cannot_listen_are_refused(place):

@@ -13,7 +13,7 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, SMALL, arguments, make_corpus
+from tiny import ARCHITECTURES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus
 
 from speechbrain_ext.brains.asr import check_heads
 from speechbrain_ext.hparams import merge_hparams
@@ -216,16 +216,18 @@ def test_testing_again_gives_the_same_model(corpus, tmp_path):
         assert torch.equal(value, weights[1][name]), name
 
 
-@pytest.mark.parametrize("name", ["hyperconformer", "fusionformer"])
-def test_two_processes(name, corpus, tmp_path):
+@pytest.mark.parametrize("name, tested", [("hyperconformer_transducer", 3), ("fusionformer", 2)])
+def test_two_processes(name, tested, corpus, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     keys = {**SMALL, "train_batch_sampler": "{max_batch_length: 4}", "number_of_epochs": 2}
+    if tested == 3:
+        keys |= {**SMALL_TRANSDUCER, "num_decoder_layers": 0}
     run = train(
         tmp_path, ROOT / "hparams" / f"{name}.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys),
         launcher=launcher,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert len(rows(tmp_path)) == 2
+    assert len(rows(tmp_path)) == tested
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def model(normalize_before=True):
     return net.requires_grad_(False), seq_lin.requires_grad_(False), ctc_lin.requires_grad_(False)
 
 
-def scorers(kind, module, ctc_lin):
+def scorers(kind, module, ctc_lin, normalize_before=False):
     """A ScorerBuilder with the CTCScorer of a module."""
     ctc = module.CTCScorer(ctc_lin, blank_index=0, eos_index=2)
     torch.manual_seed(1)
@@ -52,7 +52,7 @@ def scorers(kind, module, ctc_lin):
         coverage = theirs_scorer.CoverageScorer(VOCAB)
         return theirs_scorer.ScorerBuilder({"coverage": 0.2, "ctc": 0.3}, [coverage], [ctc])
     if kind == "language model":
-        lm = TransformerLM(VOCAB, d_model=32, nhead=2, num_encoder_layers=1, d_ffn=32).eval()
+        lm = TransformerLM(VOCAB, d_model=32, nhead=2, num_encoder_layers=1, d_ffn=32, normalize_before=normalize_before).eval()
         lm = (theirs_scorer if module is theirs_scorer else our_lm).TransformerLMScorer(lm, 1.15)
         return theirs_scorer.ScorerBuilder({"transformerlm": 0.5, "ctc": 0.3}, [lm, ctc])
     if kind == "length":
@@ -67,7 +67,7 @@ def beam_searches(kind="none", normalize_before=True, **keys):
     defaults = {"beam_size": beam, "min_decode_ratio": 0.0, "max_decode_ratio": 0.4, "return_topk": True, "topk": beam}
     keys = {"modules": [net, seq_lin], "bos_index": 1, "eos_index": 2, **defaults, **keys}
     return [
-        searchers.S2STransformerBeamSearcher(**keys, scorer=scorers(kind, module, ctc_lin))
+        searchers.S2STransformerBeamSearcher(**keys, scorer=scorers(kind, module, ctc_lin, normalize_before))
         for searchers, module in ((theirs, theirs_scorer), (ours, ctc_prefix))
     ]
 

@@ -313,7 +313,8 @@ class AsrBrain(Brain):
                 losses.append(self.loss(prediction, ctc_log_probs, batch))
             if stage != Stage.TRAIN:
                 for search, texts in self.search(prediction, ctc_log_probs, stage).items():
-                    rate = self.error_rates.setdefault(search_name(pass_name, search), ErrorRateStats())
+                    name = search_name(pass_name, search, self.hparams.lm is not None)
+                    rate = self.error_rates.setdefault(name, ErrorRateStats())
                     self.score(rate, batch, texts)
         return sum(losses) / len(losses)
 
@@ -344,8 +345,7 @@ class AsrBrain(Brain):
         if stage == Stage.TEST and hparams.ctc_search:
             texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
         if stage == Stage.TEST and prediction.seq_logits is not None:
-            name = JOINT if hparams.lm is None else f"{JOINT}_lm"
-            texts[name] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
+            texts[JOINT] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
         if hparams.transducer is not None:
             beams = {TRANSDUCER_GREEDY: 1}
             if stage == Stage.TEST and hparams.transducer_search.beam_size > 1:

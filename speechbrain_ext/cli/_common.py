@@ -37,48 +37,48 @@ def add_pass(parser):
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="the pass of a cascade that answers: first or second")
 
 
-def add_phrases(parser):
-    """Add the option for phrases."""
+def add_search(parser, is_repeated=False):
+    """Add the options for the search, or for several searches."""
+    usual = (
+        "by default ctc_greedy (with phrases or a language model ctc_beam), joint_beam or transducer_beam; for a stream with a "
+        "decoder ctc_greedy"
+    )
+    if is_repeated:
+        usual = "may be repeated; by default the search of transcribe, and also ctc_beam with a language model of words"
+    parser.add_argument(
+        "--search",
+        metavar="NAME",
+        help="ctc_greedy or ctc_beam; with a decoder also joint_beam or ctc_rescored, with a transducer transducer_greedy or "
+        f"transducer_beam; {usual}",
+        **({"action": "append"} if is_repeated else {}),
+    )
     parser.add_argument(
         "--phrases",
         metavar="FILE",
         help="names and words that beam searches prefer: one phrase per line; after a tab its bonus (2 for each token)",
     )
-
-
-def add_search(parser):
-    """Add the options for the search."""
-    parser.add_argument(
-        "--search",
-        metavar="NAME",
-        help="ctc_greedy or ctc_beam; with a decoder also joint_beam or ctc_rescored, with a transducer transducer_greedy or "
-        "transducer_beam; by default ctc_greedy, joint_beam or transducer_beam; for a stream with a decoder ctc_greedy",
-    )
-    add_phrases(parser)
     parser.add_argument(
         "--beam-size",
         type=int,
         metavar="N",
-        help="hypotheses of a decoder's or transducer's search, 1 = greedy; by default the value of the model",
+        help="hypotheses of a beam; by default the value of a decoder's or transducer's search, 100 for ctc_beam with a language "
+        "model of words, and else 16",
     )
     parser.add_argument(
         "--lm",
         metavar="LM",
-        help="a language model with the model's tokens: an ARPA file from ngram --tokens or, with a decoder, a folder or Hugging "
-        "Face repository of SpeechBrain, such as speechbrain/asr-transformer-transformerlm-librispeech",
+        help="a language model: an ARPA file from ngram, of words for ctc_beam, or of tokens (ngram --tokens) for any beam; with "
+        "a decoder also a folder or Hugging Face repository of SpeechBrain with the model's tokens, such as "
+        "speechbrain/asr-transformer-transformerlm-librispeech",
     )
-    add_lm_settings(parser)
-
-
-def add_lm_settings(parser, others=""):
-    """Add the options for the weights of a language model."""
     parser.add_argument(
         "--lm-weight",
         type=float,
         metavar="W",
-        help=f"weight of its log-probabilities (0.3 for tokens, 0.6 for SpeechBrain's{others})",
+        help="weight of its log-probabilities (0.3 for tokens, 0.5 for words, 0.6 for SpeechBrain's); 0 = no language model",
     )
     parser.add_argument("--lm-temperature", type=float, metavar="T", help="divisor of the logits of SpeechBrain's --lm (1.15)")
+    parser.add_argument("--word-score", type=float, metavar="S", help="bonus per word, with a language model of words (1.5)")
     parser.add_argument(
         "--lodr",
         metavar="LM.arpa",
@@ -104,32 +104,20 @@ def load(arguments):
         return load_model(arguments.model, arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
 
 
-def choose_search(model, arguments):
-    """Set the model's search from the arguments."""
-    with usage():
-        if arguments.search is not None:
-            model.choose_search(arguments.search)
-        choose_phrases(model, arguments)
-        if arguments.beam_size is not None:
-            model.choose_beam(arguments.beam_size)
-        choose_lm(model, arguments)
+def choose_search(model, arguments, *names):
+    """Set the model's search, or the named ones, from the arguments."""
+    with usage(), model.choosing():
+        model.choose_search(*(names or [arguments.search]))
+        model.choose_beam(arguments.beam_size)
+        if arguments.phrases is not None:
+            from speechbrain_ext.decoders.phrases import read_phrases
 
-
-def choose_phrases(model, arguments):
-    """Add the phrases of the arguments to the model's search."""
-    if arguments.phrases is not None:
-        from speechbrain_ext.decoders.phrases import read_phrases
-
-        model.choose_phrases(read_phrases(arguments.phrases))
-
-
-def choose_lm(model, arguments):
-    """Add the language model of the arguments to the model's search."""
-    options = {"lm_weight": "weight", "lm_temperature": "temperature", "lodr": "lodr"}
-    options |= {"lodr_weight": "lodr_weight"}
-    given = {option: getattr(arguments, option) for option in options if getattr(arguments, option) is not None}
-    if arguments.lm is not None:
-        model.choose_lm(arguments.lm, **{options[option]: value for option, value in given.items()})
-    elif given:
-        option = next(iter(given)).replace("_", "-")
-        raise UsageError(f"--{option} is given, but there is no language model; give --lm, or leave it out.")
+            model.choose_phrases(read_phrases(arguments.phrases, model.tokenizer))
+        options = {"lm_weight": "weight", "lm_temperature": "temperature", "lodr": "lodr", "lodr_weight": "lodr_weight"}
+        options |= {"word_score": "word_score"}
+        given = {option: getattr(arguments, option) for option in options if getattr(arguments, option) is not None}
+        if arguments.lm is not None:
+            model.choose_lm(arguments.lm, **{options[option]: value for option, value in given.items()})
+        elif given:
+            option = next(iter(given)).replace("_", "-")
+            raise UsageError(f"--{option} is given, but there is no language model; give --lm, or leave it out.")

@@ -3,22 +3,8 @@
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import (
-    add_device,
-    add_lm_settings,
-    add_model,
-    add_pass,
-    add_phrases,
-    choose_lm,
-    choose_phrases,
-    load,
-    say,
-    usage,
-)
+from speechbrain_ext.cli._common import add_device, add_model, add_pass, add_search, choose_search, load, say, usage
 from speechbrain_ext.utils.errors import UsageError
-
-BEAM_OPTIONS = {"lm": "lm_file", "lm_weight": "lm_weight", "word_score": "word_score", "beam_size": "beam_size"}
-"""Arguments of the CTC beam search, by option."""
 
 
 def add(commands):
@@ -38,23 +24,7 @@ def add(commands):
         nargs="+",
         help="a test set: a manifest in any format that training accepts, test-clean.csv of a run, or a LibriSpeech folder",
     )
-    parser.add_argument(
-        "--search",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="ctc_greedy, ctc_beam, joint_beam, ctc_rescored, transducer_greedy or transducer_beam; may be repeated; by default "
-        "the search of transcribe, and ctc_beam with --lm LM.arpa",
-    )
-    add_phrases(parser)
-    parser.add_argument(
-        "--lm",
-        metavar="LM",
-        help="a word language model from ngram for ctc_beam (LM.arpa), or a language model of tokens as for transcribe",
-    )
-    add_lm_settings(parser, ", 0.5 for words")
-    parser.add_argument("--word-score", type=float, metavar="S", help="bonus per word, with a word language model (1.5)")
-    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses (100 for ctc_beam, else the value of the model)")
+    add_search(parser, is_repeated=True)
     parser.add_argument("--output", metavar="FILE.csv", help="results table to append to")
     parser.add_argument(
         "--text-normalization",
@@ -80,27 +50,18 @@ def run(arguments):
             torch.set_num_threads(arguments.threads)
     model = load(arguments)
     with usage():
+        from speechbrain_ext.decoders import BEAM
         from speechbrain_ext.decoders.token_ngram import is_arpa, is_of_tokens
         from speechbrain_ext.decoders.word_lm import arpa_words, share_unknown
         from speechbrain_ext.inference.evaluate import evaluate, make_searches
         from speechbrain_ext.training.results import append_rows
         from speechbrain_ext.utils.error_rates import error_sentence
 
-        given = ((key, getattr(arguments, option)) for option, key in BEAM_OPTIONS.items())
-        beam = {key: value for key, value in given if value is not None}
-        of_words = arguments.lm is not None and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm)
-        choose_phrases(model, arguments)
-        if not of_words:
-            choose_lm(model, arguments)
-            beam = {key: value for key, value in beam.items() if key not in ("lm_file", "lm_weight")}
-        for option in ("lm_temperature", "lodr", "lodr_weight") if of_words else ():
-            if getattr(arguments, option) is not None:
-                option = option.replace("_", "-")
-                raise UsageError(
-                    f"--{option} is given, but {arguments.lm} is a language model of words, which does not use it; leave it out."
-                )
-        searches = make_searches(model, arguments.search, **beam)
-        words = arpa_words(arguments.lm) if of_words else None
+        words = None
+        if arguments.lm is not None and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm):
+            words = arpa_words(arguments.lm)
+        choose_search(model, arguments, *(arguments.search or ([] if words is None else [model.own_search, BEAM])))
+        searches = make_searches(model)
         if arguments.output is not None:
             open(arguments.output, "a").close()  # raises an error now, not after hours
         sets = _read(arguments, model)
@@ -109,7 +70,7 @@ def run(arguments):
         with redirect_stdout(sys.stderr):
             error_rates, seconds = evaluate(model, rows, searches, progress=True)
             unknown = None if words is None else share_unknown(words, [row.wrd for row in rows])
-            given = arguments, model, beam, unknown, name, rows
+            given = arguments, model, unknown, name, rows
             results = [_row(*given, search, error_rates[search], seconds[search]) for search in searches]
             if arguments.output is not None:
                 append_rows(arguments.output, results)
@@ -119,6 +80,8 @@ def run(arguments):
             if row.get("phrases_said"):
                 said = f"{row['phrases_said']} occurrences of phrases of {row['phrases']}"
                 print(f"{name} {row['search']}: {row['phrase_recall']} % of the {said} are found")
+            elif arguments.phrases is not None:
+                print(f"{name} {row['search']}: none of the phrases is said in {name}")
         for skip in left_out:
             say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
         skipped += len(left_out)
@@ -150,20 +113,20 @@ def _read(arguments, model):
     return sets
 
 
-def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, seconds):
+def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds):
     """A row of the results table, without the columns of training, and with the columns of the search."""
-    from speechbrain_ext.decoders import BEAM, GREEDY, TRANSDUCER_GREEDY, search_name
+    from speechbrain_ext.decoders import GREEDY_SEARCHES, search_name
     from speechbrain_ext.registry import encoder_name, passes_of
     from speechbrain_ext.training.results import FIELDS
     from speechbrain_ext.utils.error_rates import error_figures
     from speechbrain_ext.utils.machine import describe_machine, peak_memory_mib
 
     encoder, audio = model.mods.encoder.transformer.encoder, sum(row.duration for row in rows)
-    passes = passes_of(encoder)
+    passes, (lm, settings) = passes_of(encoder), model.lm_of(search)
     known = {
         "architecture": encoder_name(encoder),
         "test_set": test_set,
-        "search": search_name((model.pass_name or passes[-1]) if len(passes) > 1 else None, search),
+        "search": search_name((model.pass_name or passes[-1]) if len(passes) > 1 else None, search, lm is not None),
         **error_figures(error_rate),
         "parameters": sum(parameter.numel() for parameter in model.hparams.asr_model.parameters()),
         "peak_memory_mib": round(peak_memory_mib(str(model.device))),
@@ -175,22 +138,11 @@ def _row(arguments, model, beam, unknown, test_set, rows, search, error_rate, se
         "utterances": len(rows),
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),
-        **(_beam_columns(beam, unknown) if search == BEAM else {}),
-        **(_search_columns(arguments) if search not in (GREEDY, TRANSDUCER_GREEDY) and unknown is None else {}),
+        **({} if lm is None else {"lm": lm, **settings}),
+        **({} if unknown is None or lm is None else {"lm_unknown": round(100 * unknown, 2)}),
+        **({} if search in GREEDY_SEARCHES else {"beam_size": model.beam_of(search)}),
         **(_phrase_columns(arguments.phrases, model.phrases, error_rate.scores) if arguments.phrases else {}),
     }
-
-
-def _beam_columns(beam, unknown):
-    """The settings of the CTC beam search, and the share of words that its language model lacks, in %."""
-    columns = {"lm" if key == "lm_file" else key: value for key, value in beam.items()}
-    return columns if unknown is None else columns | {"lm_unknown": round(100 * unknown, 2)}
-
-
-def _search_columns(arguments):
-    """The settings of the other beam searches."""
-    names = ("lm", "lm_weight", "lm_temperature", "lodr", "lodr_weight", "beam_size")
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _phrase_columns(file, phrases, scores):

@@ -155,9 +155,10 @@ def _number(kind, row, field, path):
 
 
 def drop_unfit(dataset, hparams, listed_in, name):
-    """Leave out utterances that have too few frames for the tokens of their transcript; CTC cannot train on them.
+    """Leave out utterances that have too few frames for the tokens of their transcript, so that nothing can train on them.
 
-    CTC needs a blank between repeated tokens. Speed perturbation reduces the number of frames.
+    CTC needs a frame for each token, and for a blank between repeated tokens. A transducer has several tokens per frame; beside
+    it, CTC's loss of such utterances is 0. Speed perturbation reduces the number of frames.
 
     Arguments
     ---------
@@ -175,7 +176,7 @@ def drop_unfit(dataset, hparams, listed_in, name):
     UserError
         If more than ``max_skipped`` are left out.
     """
-    speech_encoder, tokenizer = hparams["speech_encoder"], hparams["tokenizer"]
+    speech_encoder, tokenizer, transducer_cost = (hparams[key] for key in ("speech_encoder", "tokenizer", "transducer_cost"))
     augment = hparams["wav_augment"]
     augments = augment, *getattr(augment, "augmentations", {}).values()  # SpeechBrain's Augmenter holds several
     fastest = max([100, *(speed for each in augments for speed in getattr(each, "speeds", ()))]) / 100
@@ -184,7 +185,7 @@ def drop_unfit(dataset, hparams, listed_in, name):
         ids = tokenizer.encode_as_ids(item["wrd"])
         needed = len(ids) + sum(one == other for one, other in zip(ids, ids[1:], strict=False))
         frames = speech_encoder.count_frames(int(float(item["duration"]) / fastest * hparams["sample_rate"]))
-        if needed > frames:
+        if needed > frames and not (transducer_cost is not None and transducer_cost.fits(frames, len(ids))):
             unfit.append((key, needed, frames))
     if not unfit:
         return

@@ -4,8 +4,11 @@ Greedy search takes the best token of each frame; a beam search sums over the al
 find the same text if the beam is wide enough:
 
 * flashlight's (https://arxiv.org/abs/2201.12465) through ``torchaudio.models.decoder.ctc_decoder``, in C++. It needs the package
-  flashlight-text, and is the only one that takes language models.
+  flashlight-text, and is the only one that takes language models of words.
 * SpeechBrain's :class:`~speechbrain.decoders.ctc.CTCBeamSearcher`, in Python, which needs no other package.
+
+Trained models use this search for language models of words only; without one, their search is
+:mod:`speechbrain_ext.decoders.ctc_nbest`.
 
 flashlight's search with a word list is not used. It does not allow repeated frames for the last token of a word, which is
 correct only if every word ends with a boundary token; SentencePiece puts the boundary first. Instead, the language model is
@@ -20,7 +23,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
-from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, is_number, is_whole
+from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_WEIGHT, is_number, is_whole
 from speechbrain_ext.decoders.word_lm import (
     arpa_words,
     check_arpa,
@@ -35,6 +38,9 @@ FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
 # number. Time grows with the number; on peaked posteriors over 128 tokens, 16 find the same best path as all 128.
 TOKEN_FLOOR = -5.0
 TOKENS_PER_FRAME = 16
+
+WORD_BEAM, WORD_LM_WEIGHT, WORD_SCORE = 100, 0.5, 1.5
+"""Default number of hypotheses, weight of a language model of words, and bonus per word."""
 
 # Used in place of log(0), as minus infinity can lead to NaN.
 LOG_ZERO = -1e4
@@ -100,11 +106,11 @@ class CtcBeamSearch:
         self,
         tokenizer,
         blank_index=0,
-        beam_size=100,
+        beam_size=WORD_BEAM,
         beam_threshold=25.0,
         lm_file=None,
-        lm_weight=0.5,
-        word_score=1.5,
+        lm_weight=WORD_LM_WEIGHT,
+        word_score=WORD_SCORE,
         backend=None,
     ):
         if not isinstance(tokenizer, SentencePieceProcessor):
@@ -113,9 +119,12 @@ class CtcBeamSearch:
             raise UserError(f"beam_size is {beam_size!r}; give a whole number of 1 or more.")
         if not is_whole(blank_index, 0):
             raise UserError(f"blank_index is {blank_index!r}; give the index of a token.")
-        for name, value in (("lm_weight", lm_weight), ("word_score", word_score), ("beam_threshold", beam_threshold)):
-            if not is_number(value):
-                raise UserError(f"{name} is {value!r}; give a number.")
+        if not is_number(lm_weight, 0, LARGEST_WEIGHT):
+            raise UserError(f"lm_weight is {lm_weight!r}; give a number from 0 to {LARGEST_WEIGHT}.")
+        if not is_number(word_score, -LARGEST_WEIGHT, LARGEST_WEIGHT):
+            raise UserError(f"word_score is {word_score!r}; give a number from {-LARGEST_WEIGHT} to {LARGEST_WEIGHT}.")
+        if not is_number(beam_threshold):
+            raise UserError(f"beam_threshold is {beam_threshold!r}; give a number.")
         if not beam_threshold > 0:
             raise UserError(f"beam_threshold is {beam_threshold}; give a positive number.")
         if backend not in (None, FLASHLIGHT, SPEECHBRAIN):
@@ -174,6 +183,19 @@ class CtcBeamSearch:
         ValueError
             If shapes do not fit, or a frame holds NaN.
         """
+        return [text for text, _ in self._best(log_probs, lengths)]
+
+    def tokens(self, log_probs, lengths):
+        """Search as a call does; returns the tokens of each text."""
+        return [tokens for _, tokens in self._best(log_probs, lengths)]
+
+    def use_beam(self, beam_size):
+        """Use another beam size from now on."""
+        if beam_size != self.beam_size:
+            self.beam_size, self._search = beam_size, None
+
+    def _best(self, log_probs, lengths):
+        """The best text and its tokens, of each utterance."""
         if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
             raise UserError(
                 f"Log-probabilities have the shape {tuple(log_probs.shape)} and lengths {tuple(lengths.shape)}; "
@@ -193,9 +215,9 @@ class CtcBeamSearch:
         return [self._best_text(utterance[:count]) for utterance, count in zip(log_probs.detach(), frames, strict=True)]
 
     def _best_text(self, log_probs):
-        """The text of one utterance (T, V) without padding."""
+        """The text and the tokens of one utterance (T, V) without padding."""
         if not len(log_probs):
-            return ""
+            return "", []
         log_probs = log_probs.float().cpu()
         if not (log_probs < math.inf).all():
             raise UserError("The log-probabilities hold NaN or infinity; take an earlier checkpoint of the model.")
@@ -253,15 +275,17 @@ class CtcBeamSearch:
         )
 
         def search(log_probs):  # (T, V)
-            scores = {}
-            for hypothesis in decoder(log_probs[None])[0]:
+            scores, tokens = {}, {}
+            for hypothesis in decoder(log_probs[None])[0]:  # the best one first
                 ids = [self._kept[token] for token in hypothesis.tokens.tolist()]
                 text = " ".join(self.tokenizer.decode_ids(ids).split())
                 # Several token sequences may give the same text
                 scores[text] = _log_add(scores.get(text, -math.inf), hypothesis.score)
+                tokens.setdefault(text, [id for id in ids if id != self.blank_index])
             if lm is not None:
                 lm.forget()
-            return max(scores, key=scores.get)
+            best = max(scores, key=scores.get)
+            return best, tokens[best]
 
         return search
 
@@ -278,7 +302,8 @@ class CtcBeamSearch:
         def search(log_probs):  # (T, V)
             # In float64, because numpy in float32 would lose digits of a long utterance's score
             best = searcher.decode_log_probs(log_probs.double().numpy(), len(log_probs))[0]
-            return " ".join(best.text.split())
+            text = " ".join(best.text.split())
+            return text, self.tokenizer.encode_as_ids(text)
 
         return search
 

@@ -1,7 +1,7 @@
 """The most probable token sequences under CTC, for rescoring and with token graphs.
 
 Prefix beam search (Hannun et al. 2014, https://arxiv.org/abs/1408.2873) of all utterances of a batch at once. The searches of
-:mod:`speechbrain_ext.decoders.ctc_beam` give texts without tokens, and take no token graphs.
+:mod:`speechbrain_ext.decoders.ctc_beam` give one text, and take no token graphs.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from speechbrain_ext.decoders import token_graph
 from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
 from speechbrain_ext.lobes.masks import absolute_lengths
+from speechbrain_ext.utils.errors import UserError
 
 TOKENS_PER_FRAME = 16
 """Number of tokens that are tried in a frame, as in the other searches."""
@@ -39,6 +40,11 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
     -------
     list of list of Hypothesis
         The texts of each utterance, the best first.
+
+    Raises
+    ------
+    UserError
+        If a frame holds NaN.
 
     Example
     -------
@@ -96,6 +102,8 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
         for rank in sorted((k for k in range(beam_size) if row[k] > -math.inf), key=lambda k: -row[k]):
             said = trace(row_steps, rank, beam_size, blank)[1:]
             texts.append(Hypothesis([token for token, _ in said], [at for _, at in said], row[rank]))
+        if not texts:
+            raise UserError("The log-probabilities hold NaN or infinity; take an earlier checkpoint of the model.")
         found.append(texts)
     return found
 

@@ -12,7 +12,8 @@ empirical study of smoothing techniques for language modeling", 1999 (three disc
 modified Kneser-Ney language model estimation", ACL 2013 (pruning, and counts at the beginning of a sentence).
 
 N-grams are stored as arrays of numbers: an n-gram is the index of its first n - 1 words among the n-grams of the order below, and
-the id of its last word. The text is stored as word ids. Counting takes at most 60 to 80 bytes for each word of the text.
+the id of its last word. The text is stored as ids, and counted in blocks of n-grams that begin with the same words. Counting
+takes 24 bytes for each word of the text, and up to 60 for each different n-gram.
 """
 
 import os
@@ -34,6 +35,8 @@ NEVER = 1e-30
 """The probability of ``<s>``, which follows no word."""
 LINES = 100_000
 """Lines of the file that are written at a time."""
+BLOCK = 2_000_000
+"""Places of the text that are sorted at a time."""
 FIRST = 2
 """Id of the first word while the text is read: 0 begins a sentence, and 1 ends it."""
 
@@ -192,25 +195,39 @@ def _count(ids, size, order, bar):
     places = ids  # index of the n-gram of the order below that begins at each word of the text
     starts = np.arange(len(ids), dtype=np.int32)
     for length in range(2, order + 1):
-        starts = starts[ids[starts + (length - 2)] != size - 3]  # n-grams do not cross the end of a sentence
-        keys = places[starts].astype(np.uint64) << np.uint64(32)
-        keys |= ids[starts + (length - 1)].astype(np.uint64)
-        sorting = np.argsort(keys)
-        keys, starts = keys[sorting], starts[sorting]
-        del sorting
-        is_new = np.ones(len(keys), dtype=bool)
-        is_new[1:] = keys[1:] != keys[:-1]
-        first = np.flatnonzero(is_new)
-        count = np.diff(first, append=len(keys))
-        keys = keys[first]
-        word, context = (part.astype(np.int32) for part in (keys & np.uint64(2**32 - 1), keys >> np.uint64(32)))
-        grams.append(_Grams(context, word, places[starts[first] + 1], count.astype(np.int32)))
-        if length < order:
-            places = np.zeros_like(ids)
-            places[starts] = np.repeat(np.arange(len(first), dtype=np.int32), count)
-            starts.sort()  # the next order then reads the text in sequence, which is faster
+        starts = starts[ids[length - 2 :][starts] != size - 3]  # n-grams do not cross the end of a sentence
+        before, longer = places[starts], np.zeros_like(ids) if length < order else None
+        parts, known = [], 0
+        for first, last in _blocks(grams[-1].count):
+            here = starts[(before >= first) & (before < last)]
+            keys = places[here].astype(np.uint64) << np.uint64(32)
+            keys |= ids[length - 1 :][here].astype(np.uint64)
+            sorting = np.argsort(keys)
+            keys, here = keys[sorting], here[sorting]
+            is_new = np.ones(len(keys), dtype=bool)
+            is_new[1:] = keys[1:] != keys[:-1]
+            new = np.flatnonzero(is_new)
+            count = np.diff(new, append=len(keys))
+            keys = keys[new]
+            word, context = (part.astype(np.int32) for part in (keys & np.uint64(2**32 - 1), keys >> np.uint64(32)))
+            parts.append((context, word, places[here[new] + 1], count.astype(np.int32)))
+            if longer is not None:
+                longer[here] = np.repeat(np.arange(known, known + len(new), dtype=np.int32), count)
+            known += len(new)
+        grams.append(_Grams(*map(np.concatenate, zip(*parts, strict=True))))
+        places = longer
         bar.update()
     return grams
+
+
+def _blocks(counts):
+    """Yield ranges of n-grams that occur about :data:`BLOCK` times together."""
+    ends, first = counts.cumsum(), 0
+    while first < len(counts):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + BLOCK, "right")))
+        yield first, last
+        first = last
 
 
 def _estimate(grams, limits, bar):

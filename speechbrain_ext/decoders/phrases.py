@@ -6,29 +6,33 @@ Aho and Corasick 1975 (https://doi.org/10.1145/360825.360855), so phrases may ov
 icefall and NeMo also use it.
 """
 
+import math
 from collections import deque
 
-import numpy as np
 import torch
 
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.decoders.searchers import is_number
-from speechbrain_ext.decoders.token_graph import LARGEST_TABLE, TokenGraph
+from speechbrain_ext.decoders.token_graph import TokenGraph
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.text import listing
 
 BONUS = 2.0
 """Bonus per token of a phrase without a bonus. It is WeNet's value, which lowers its errors on phrases by a quarter."""
 LARGEST_BONUS = 1000
+MOST_TOKENS = 1_000_000
+"""Most tokens of all phrases; their graph is built in 1 GB."""
 
 
-def read_phrases(path):
+def read_phrases(path, tokenizer=None):
     """Read phrases and their bonuses.
 
     Arguments
     ---------
     path : str or os.PathLike
         A text file with one phrase per line, optionally followed by a tab and its bonus; by default 2 per token.
+    tokenizer : sentencepiece.SentencePieceProcessor, optional
+        The model's tokenizer, to name the lines of phrases that it cannot write.
 
     Returns
     -------
@@ -40,7 +44,7 @@ def read_phrases(path):
     OSError
         If the file cannot be read.
     UserError
-        If the file has no phrases, one of them twice, or a bonus that is not a number.
+        If the file has no phrases, one of them twice, a bonus that is not a number, or a phrase that the tokenizer cannot write.
 
     Example
     -------
@@ -51,7 +55,7 @@ def read_phrases(path):
     >>> read_phrases(path)
     {'NEW YORK': None, 'ANN': 7.5}
     """
-    phrases = {}
+    phrases, unknown = {}, []
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
@@ -74,6 +78,13 @@ def read_phrases(path):
         if text in phrases:
             raise UserError(f"Line {number} of {path} repeats {one_line(text, 60)!r}; remove one of them.")
         phrases[text] = value
+        if tokenizer is not None and not _can_write(tokenizer, text):
+            unknown.append((number, text))
+    if unknown:
+        shown = listing((f"{text!r} in line {number}" for number, text in unknown), 3)
+        raise _unwritable(
+            tokenizer, [text for _, text in unknown], f"{len(unknown)} of the {len(phrases)} phrases of {path}, such as {shown}"
+        )
     if not phrases:
         raise UserError(f"{path} has no phrases; give one per line.")
     return phrases
@@ -98,20 +109,13 @@ def phrase_graph(phrases, tokenizer):
     UserError
         If the tokenizer cannot write a phrase, or there are too many phrases.
     """
-    tokens = tokenizer.vocab_size()
     spelled = {text: tokenizer.encode_as_ids(text) for text in phrases}
-    if unknown := [text for text, ids in spelled.items() if not ids or any(map(tokenizer.is_unknown, ids))]:
-        others = {case for case in ("upper", "lower") for text in unknown if _can_write(tokenizer, getattr(text, case)())}
-        hint = f", in {min(others)} case" if others else ""
-        raise UserError(
-            f"The model cannot write {len(unknown)} of the {len(phrases)} phrases, such as {listing(map(repr, unknown), 3)}; "
-            f"write them as in its transcripts{hint}, or leave them out."
+    if unknown := [text for text in phrases if not _can_write(tokenizer, text)]:
+        raise _unwritable(
+            tokenizer, unknown, f"{len(unknown)} of the {len(phrases)} phrases, such as {listing(map(repr, unknown), 3)}"
         )
-    children, own, ahead = (
-        [{}],
-        [0.0],
-        [0.0],
-    )  # per node: bonus of the phrase that ends here, and the largest partial bonus of a longer phrase
+    # For each node: the bonus of the phrase that ends here, and the largest partial bonus of a longer one
+    children, own, ahead = [{}], [0.0], [0.0]
     for text, ids in spelled.items():
         bonus, node = BONUS * len(ids) if phrases[text] is None else float(phrases[text]), 0
         for depth, token in enumerate(ids, 1):
@@ -123,41 +127,63 @@ def phrase_graph(phrases, tokenizer):
             if depth < len(ids):
                 ahead[node] = max(ahead[node], bonus * depth / len(ids))
         own[node] += bonus
-    if len(children) * tokens > LARGEST_TABLE:
-        raise UserError(
-            f"The phrases have {len(children)} tokens, too many for a model of {tokens} tokens; give phrases with at most "
-            f"{LARGEST_TABLE // tokens}."
-        )
-    return TokenGraph(*map(torch.from_numpy, _tables(children, own, ahead, tokenizer)))
+    if len(children) > MOST_TOKENS:
+        raise UserError(f"The phrases have {len(children)} tokens; give phrases with at most {MOST_TOKENS}.")
+    return _graph(children, own, ahead, tokenizer)
 
 
-def _tables(children, own, ahead, tokenizer):
-    """For each node and token, the next node and the added score; and the added score of the text's end."""
-    nodes, tokens = len(children), range(tokenizer.vocab_size())
-    following = np.zeros((nodes, len(tokens)), np.int32)
-    whole, part, fail, queue = np.array(own, np.float32), np.array(ahead, np.float32), [0] * nodes, deque([0])
+def _graph(children, whole, part, tokenizer):
+    """The token graph of a tree of phrases. A node backs off to the longest suffix that is also the start of a phrase."""
+    shorter, queue, order = [0] * len(children), deque([0]), []
     while queue:
         node = queue.popleft()
-        if node:
-            following[node] = following[fail[node]]
-            # Add the values of the longest suffix that is also the start of a phrase
-            whole[node] += whole[fail[node]]
-            part[node] = max(part[node], part[fail[node]])
+        order.append(node)
+        # Add the values of the suffix
+        whole[node] += whole[shorter[node]] if node else 0.0
+        part[node] = max(part[node], part[shorter[node]])
         for token, child in children[node].items():
-            fail[child] = following[node, token]  # the next node of the fail node, or the root
-            following[node, token] = child
+            above = node
+            while above and token not in children[shorter[above]]:
+                above = shorter[above]
+            shorter[child] = children[shorter[above]][token] if above else 0
             queue.append(child)
     # A bonus is final at the end of the phrase's last word; until then it is held, as are partial bonuses of longer phrases
-    begins = np.array([tokenizer.id_to_piece(token).startswith("▁") for token in tokens])
-    held = (whole + part)[following]
-    added = held - part[:, None] - np.where(begins, 0.0, whole[:, None])
-    special = [token for token in tokens if tokenizer.is_control(token) or tokenizer.is_unknown(token)]
-    following[:, special], added[:, special] = np.arange(nodes)[:, None], 0.0
-    return following, added.astype(np.float32), -part
+    tokens = range(tokenizer.vocab_size())
+    special = torch.tensor([tokenizer.is_control(token) or tokenizer.is_unknown(token) for token in tokens])
+    begins = torch.tensor([tokenizer.id_to_piece(token).startswith("▁") for token in tokens])
+    whole, part, shorter = torch.tensor(whole), torch.tensor(part), torch.tensor(shorter)
+    held = whole + part
+    lost = torch.stack((part, held), 1)  # before a token that begins a word, and before any other
+    root, following = torch.zeros(len(tokens)), torch.zeros(len(tokens), dtype=torch.long)
+    for token, child in children[0].items():
+        root[token], following[token] = held[child], child
+    edges = [(node * len(tokens) + token, child) for node in order[1:] for token, child in children[node].items()]
+    keys, after = torch.tensor(sorted(edges), dtype=torch.long).view(-1, 2).unbind(1)
+    classes = (~begins).long()
+    values = held[after] - lost[keys // len(tokens), classes[keys % len(tokens)]]
+    backoff = lost[shorter] - lost
+    return TokenGraph(root, following, (keys, values, after), shorter, backoff, -part, classes.masked_fill(special, 2))
 
 
 def _can_write(tokenizer, text):
-    return not any(map(tokenizer.is_unknown, tokenizer.encode_as_ids(text)))
+    ids = tokenizer.encode_as_ids(text)
+    return bool(ids) and not any(map(tokenizer.is_unknown, ids))
+
+
+def _unwritable(tokenizer, phrases, shown):
+    """The error for phrases that the tokenizer cannot write."""
+    cases = {case for case in ("upper", "lower") for text in phrases if _can_write(tokenizer, getattr(text, case)())}
+    hint = f", in {min(cases)} case" if cases else ""
+    if any(_is_number(text.rpartition(" ")[2]) for text in phrases):
+        hint += ", with a tab before a bonus"
+    return UserError(f"The model cannot write {shown}; write them as in its transcripts{hint}, or leave them out.")
+
+
+def _is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def count_phrases(phrases, said, found):

@@ -7,6 +7,10 @@ the weighted sum of decoder, CTC, language model and phrases.
 import torch
 
 from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.utils.errors import UserError
+
+SCORERS = "ctc", "transformerlm", "rnnlm"
+"""Scorers of a joint search that can also score whole texts."""
 
 
 @torch.no_grad()
@@ -28,7 +32,13 @@ def rescore(search, frames, nbest, pad=0):
     -------
     list of float
         The score of each text, divided by its length if the search does so.
+
+    Raises
+    ------
+    UserError
+        If the search has other scorers than :data:`SCORERS`.
     """
+    check_scorers(search)
     device = frames.device
     lengths = torch.tensor([len(text.tokens) for text in nbest], device=device)
     texts = torch.full((len(nbest), int(lengths.max()) + 1), pad)
@@ -62,3 +72,12 @@ def rescore(search, frames, nbest, pad=0):
                 steps.append(log_probs)
             score += search.scorer.weights[name] * total(torch.stack(steps, 1))
     return (score / (lengths + 1) if search.length_normalization else score).tolist()
+
+
+def check_scorers(search):
+    """Refuse a joint search with scorers that rescoring would leave out, such as SpeechBrain's coverage; see :func:`rescore`."""
+    weights = {} if search.scorer is None else search.scorer.weights
+    if others := [name for name, weight in weights.items() if weight and name not in SCORERS]:
+        raise UserError(
+            f"The model's search has the scorer {others[0]}, which ctc_rescored cannot use; choose joint_beam or ctc_beam."
+        )

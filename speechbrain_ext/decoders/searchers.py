@@ -21,6 +21,8 @@ from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, run
 CHECKED_FRAMES = 5
 LARGEST_BEAM = 1000
 """Largest beam size of a loaded model. Trained models have at most 66."""
+LARGEST_WEIGHT = 100
+"""Largest weight of a language model: its scores then still count less than ``minus_inf``, the score of excluded tokens."""
 
 
 def is_whole(value, least, most=math.inf):
@@ -192,10 +194,10 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         Raises
         ------
         UserError
-            If the weight is not a number.
+            If the weight is not a number from 0 to 100.
         """
-        if not is_number(weight):
-            raise UserError(f"The weight of the language model is {weight!r}; give a number.")
+        if not is_number(weight, 0, LARGEST_WEIGHT):
+            raise UserError(f"The weight of the language model is {weight!r}; give a number from 0 to {LARGEST_WEIGHT}.")
         self.scorer = ScorerBuilder() if self.scorer is None else self.scorer
         name = type(scorer).__name__.lower().removesuffix("scorer")
         self.scorer.full_scorers = {**self.scorer.full_scorers, name: scorer}

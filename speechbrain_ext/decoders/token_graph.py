@@ -1,15 +1,19 @@
 """Token graphs, which add to the scores of a beam search over tokens: phrases and n-grams of tokens.
 
-A graph is a deterministic automaton. Each hypothesis is in one of its states, a number. Tables give, for each state and next
-token, the added score and the next state, and for each state the added score of the text's end. Functions take a list of graphs,
+A graph is a deterministic automaton. Each hypothesis is in one of its states, a number. The graph gives, for each state and next
+token, the added score and the next state, and for each state the added score of the text's end. A state has entries for a few
+tokens only. For the others it *backs off*: they have the score that they have in a shorter state, plus a number. Memory is
+therefore that of the entries (16 bytes each) and states (24 bytes), not of states times tokens. Functions take a list of graphs,
 and states with a column for each graph.
 """
 
 import torch
 from torch import nn
 
-LARGEST_TABLE = 50_000_000
-"""Most states times tokens, 600 MB."""
+FEW = 4
+"""Steps of backing off without a look whether they are needed, for which the host would wait for a GPU."""
+ROOT = 0
+"""The state that has a score for each token, and backs off to none."""
 
 
 class TokenGraph(nn.Module):
@@ -17,47 +21,118 @@ class TokenGraph(nn.Module):
 
     Arguments
     ---------
-    following : torch.Tensor
-        (S, V) int32, the state after each token; state 0 begins a text.
-    added : torch.Tensor
-        (S, V) added score of each token, 0 for the blank.
+    root : torch.Tensor
+        (V,) added score of each token in state 0.
+    root_following : torch.Tensor
+        (V,) the state after each token in state 0.
+    entries : tuple of torch.Tensor
+        State times V plus token (E,), int64, ascending; the added score (E,); and the next state (E,). State 0 has none.
+    shorter : torch.Tensor
+        (S,) the state to which each state backs off.
+    backoff : torch.Tensor
+        (S, C) what is added then, for each class of tokens; 0 for state 0.
     ends : torch.Tensor
         (S,) added score of the text's end.
+    classes : torch.Tensor
+        (V,) the class of each token; C, one more than the last class, for tokens that add nothing and keep the state, such as the
+        blank.
+    start : int
+        The state that begins a text.
 
     Example
     -------
-    >>> graph = TokenGraph(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.0, 2.0], [0.0, 0.5]]), torch.tensor([0.0, -1.0]))
+    >>> entries = torch.tensor([3]), torch.tensor([0.5]), torch.tensor([1])  # token 1 in state 1
+    >>> graph = TokenGraph(torch.tensor([0.0, 2.0]), torch.tensor([0, 1]), entries, torch.tensor([0, 0]), torch.zeros(2, 1),
+    ...     torch.tensor([0.0, -1.0]), torch.tensor([1, 0]))
     >>> places = begin([graph], 1)
     >>> added([graph], places)
     tensor([[0., 2.]])
-    >>> ends([graph], advance([graph], places, torch.tensor([1])))
-    tensor([-1.])
+    >>> places = advance([graph], places, torch.tensor([1]))
+    >>> added([graph], places), ends([graph], places)
+    (tensor([[0.0000, 0.5000]]), tensor([-1.]))
     """
 
-    def __init__(self, following, added, ends):
+    def __init__(self, root, root_following, entries, shorter, backoff, ends, classes, start=ROOT):
         super().__init__()
-        for name, table in (("following", following.int()), ("added", added.float()), ("ends", ends.float())):
+        # A last entry that no state has, so that each lookup finds a place
+        keys, values, following = (nn.functional.pad(each, (0, 1)) for each in entries)
+        keys[-1] = len(root) * len(shorter)
+        special = classes == backoff.shape[1]
+        tables = {
+            "root": root.float().masked_fill(special, 0.0),
+            "root_following": root_following.int(),
+            "keys": keys,
+            "values": values.float(),
+            "following": following.int(),
+            "first": torch.searchsorted(keys, len(root) * torch.arange(len(shorter) + 1)),
+            "shorter": shorter.int(),
+            "backoff": nn.functional.pad(backoff.float(), (0, 1)),  # special tokens add nothing
+            "ends": ends.float(),
+            "classes": classes.long(),
+            "is_class": nn.functional.one_hot(classes.long(), backoff.shape[1] + 1).T.float(),  # (C + 1, V)
+            "special": special,
+        }
+        self.start, self.depth, states = start, 0, shorter
+        """The state that begins a text, and the most times that a state backs off, or more."""
+        while states.any() and self.depth < FEW:
+            self.depth, states = self.depth + 1, shorter[states]
+        self.depth = len(shorter) if states.any() else self.depth + 1
+        for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def added(self, places):
+        """The added score (N, V) of each next token, for hypotheses in the states ``places`` (N,)."""
+        levels, owed = [], self.backoff.new_zeros(len(places), self.backoff.shape[1])
+        for level in range(self.depth):
+            if level >= FEW and not places.any():
+                break
+            levels.append((places, owed))
+            owed, places = owed + self.backoff[places], self.shorter[places].long()
+        out = self.root + owed @ self.is_class
+        for places, owed in reversed(levels):  # entries of longer states replace those of shorter ones
+            first = self.first[places]
+            count = self.first[places + 1] - first
+            row = torch.arange(len(places), device=places.device).repeat_interleave(count)
+            entry = torch.arange(len(row), device=places.device) + (first - count.cumsum(0) + count)[row]
+            token = self.keys[entry] % len(self.root)
+            out[row, token] = self.values[entry] + owed[row, self.classes[token]]
+        return out
+
+    def advance(self, places, tokens):
+        """The states (N,) after the tokens (N,)."""
+        after, at = torch.where(self.special[tokens], places, -1), places
+        for level in range(self.depth + 1):
+            if level >= FEW and not (after < 0).any():
+                break
+            keys = at * len(self.root) + tokens
+            entry = torch.searchsorted(self.keys, keys)
+            found = (self.keys[entry] == keys) | (at == ROOT)
+            following = torch.where(at == ROOT, self.root_following[tokens], self.following[entry]).long()
+            after = torch.where((after < 0) & found, following, after)
+            at = self.shorter[at].long()
+        return after
 
 
 def begin(graphs, number, device=None):
     """The states (N, G) of hypotheses without a token."""
     for graph in graphs:
         graph.to(device)
-    return torch.zeros(number, len(graphs), dtype=torch.long, device=device)
+    return torch.tensor([graph.start for graph in graphs], dtype=torch.long, device=device).repeat(number, 1)
 
 
 def added(graphs, places):
     """The added score (..., V) of each next token, for hypotheses in the states ``places`` (..., G)."""
-    return sum(graph.added[place] for graph, place in zip(graphs, places.unbind(-1), strict=True))
+    found = [graph.added(place.flatten()) for graph, place in zip(graphs, places.unbind(-1), strict=True)]
+    return sum(found).view(*places.shape[:-1], -1)
 
 
 def advance(graphs, places, tokens):
     """The states (..., G) after the tokens (...)."""
     if not graphs:
         return places
-    after = [graph.following[place, tokens] for graph, place in zip(graphs, places.unbind(-1), strict=True)]
-    return torch.stack(after, -1).long()
+    flat = tokens.flatten()
+    after = [graph.advance(place.flatten(), flat) for graph, place in zip(graphs, places.unbind(-1), strict=True)]
+    return torch.stack(after, -1).view_as(places)
 
 
 def ends(graphs, places):

@@ -6,18 +6,24 @@ learned, so that another one replaces it (low-order density ratio, Zheng et al. 
 
 import math
 import os
-import re
+from array import array
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from speechbrain_ext.decoders.searchers import is_number
-from speechbrain_ext.decoders.token_graph import LARGEST_TABLE, TokenGraph
-from speechbrain_ext.decoders.word_lm import arpa_words, check_arpa, open_arpa
+from speechbrain_ext.decoders.ngram import BEGIN, END, UNKNOWN
+from speechbrain_ext.decoders.searchers import LARGEST_WEIGHT, is_number
+from speechbrain_ext.decoders.token_graph import TokenGraph
+from speechbrain_ext.decoders.word_lm import UNKNOWN_WORD, arpa_words, read_arpa
 from speechbrain_ext.utils.errors import UserError, one_line
 
 NGRAM_WEIGHT, LODR_WEIGHT = 0.3, 0.15
 """Default weights of log-probabilities: icefall's for an external language model, and half of it for low-order density ratio."""
+MOST_NGRAMS = 20_000_000
+"""Most n-grams of a language model. Loading takes up to 125 bytes for each, 2.5 GB, and the graph 20 of them."""
+NEVER = -99.0
+"""The log10 probability that stands for 0 in ARPA files."""
 
 
 def is_arpa(source):
@@ -27,7 +33,6 @@ def is_arpa(source):
 
 def is_of_tokens(path):
     """Whether an ARPA file is of tokens, not of words: some of its entries then begin with "▁"."""
-    check_arpa(path)
     return any(word.startswith("▁") for word in arpa_words(path))
 
 
@@ -59,7 +64,7 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     FileNotFoundError
         If there is no such file.
     UserError
-        If the file is not in ARPA format, is of other tokens, or is too large.
+        If the file is not a correct ARPA file, is of other tokens, or is too large; or if the weight is not valid.
 
     Example
     -------
@@ -71,79 +76,145 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     ...     pad_id=0, minloglevel=2, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False)
     >>> tokenizer = SentencePieceProcessor(model_proto=made.getvalue())
     >>> _ = write_arpa([tokenizer.encode_as_pieces(text) for text in ("AB BA", "B A")], path, order=2)
-    >>> ngram_graph(path, tokenizer).following.shape[1] == tokenizer.vocab_size()
+    >>> len(ngram_graph(path, tokenizer).root) == tokenizer.vocab_size()
     True
     """
-    if not is_number(weight):
-        raise UserError(f"The weight of the language model {path} is {weight!r}; give a number.")
-    check_arpa(path)
-    pieces = {tokenizer.id_to_piece(token): token for token in range(tokenizer.vocab_size())}
-    special = [token for token in pieces.values() if tokenizer.is_control(token) or tokenizer.is_unknown(token)]
-    if foreign := [word for word in arpa_words(path) if pieces.get(word, special[0] if special else -1) in special]:
+    if not is_number(weight, -LARGEST_WEIGHT, LARGEST_WEIGHT):
         raise UserError(
-            f"The language model {path} has {one_line(foreign[0], 40)!r}, which is not a token of the model; write one with "
-            "ngram --tokens MODEL."
+            f"The weight of the language model {path} is {weight!r}; give a number from {-LARGEST_WEIGHT} to {LARGEST_WEIGHT}."
         )
-    grams, order = _read(path, pieces)
-    contexts = {gram[:-1] for gram in grams} | {gram for gram, (_, backoff) in grams.items() if backoff and len(gram) < order}
-    contexts = sorted(contexts, key=len)
-    if len(contexts) * len(pieces) > LARGEST_TABLE:
-        raise UserError(
-            f"The language model {path} has {len(contexts)} contexts, too many for a model of {len(pieces)} tokens; write one "
-            f"with at most {LARGEST_TABLE // len(pieces)}, with ngram --prune or a lower --order."
-        )
-    return TokenGraph(*_tables(contexts, grams, order, len(pieces), special, weight * math.log(10)))
+    orders, unknown = _read(path, tokenizer)
+    if weight < 0:
+        unknown = _spare(orders, unknown, tokenizer.vocab_size())
+    special = torch.tensor([_is_special(tokenizer, token) for token in range(tokenizer.vocab_size())])
+    return _graph(_sorted(orders, len(special)), unknown, special, weight * math.log(10))
 
 
-def _read(path, pieces):
-    """(log10 probability, backoff) by n-gram of token ids, where ``<s>``, ``</s>`` and ``<unk>`` stay text; and the order."""
-    grams, order = {}, 0
-    with open_arpa(path) as file:
-        for line in file:
-            if section := re.fullmatch(r"\\(\d+)-grams:", line.strip()):
-                order = int(section[1])
-            elif order and not line.startswith("\\") and line.strip():
-                probability, *words = line.split()
-                backoff = float(words.pop()) if len(words) > order else 0.0
-                gram = tuple(pieces.get(word, word) if word not in ("<s>", "</s>", "<unk>", "<UNK>") else word for word in words)
-                grams[gram] = float(probability), backoff
-    return grams, order
+def _is_special(tokenizer, token):
+    return tokenizer.is_control(token) or tokenizer.is_unknown(token)
 
 
-def _tables(contexts, grams, order, tokens, special, scale):
-    number = {context: place for place, context in enumerate(contexts)}
-    unknown = next((grams[gram][0] for gram in (("<unk>",), ("<UNK>",)) if gram in grams), -10.0)
-    following = np.zeros((len(contexts), tokens), np.int32)
-    added, ends = np.full((len(contexts), tokens), unknown), np.full(len(contexts), unknown)
-    explicit = {}
-    for gram, (probability, _) in grams.items():
-        explicit.setdefault(gram[:-1], []).append((gram[-1], probability))
-    for context, place in number.items():  # shorter contexts first
-        if not context:
-            following[place] = [_known((token,), number) for token in range(tokens)]
+def _read(path, tokenizer):
+    """For each order, n-grams (N, order) of ids, and log10 probabilities and back-off weights (N,); and the score of ``<unk>``.
+
+    After the tokens, ids are those of ``<s>`` and ``</s>``. N-grams with ``<unk>`` are left out, as no text has this token.
+    """
+    tokens = tokenizer.vocab_size()
+    number = {tokenizer.id_to_piece(token): token for token in range(tokens) if not _is_special(tokenizer, token)}
+    number |= {BEGIN: tokens, END: tokens + 1, UNKNOWN: -1, UNKNOWN.upper(): -1}
+    orders, unknown = [], UNKNOWN_WORD
+    for count, (words, probability, backoff) in enumerate(read_arpa(path), 1):
+        if count > MOST_NGRAMS:
+            raise UserError(
+                f"The language model {path} has more than {MOST_NGRAMS} n-grams; write a smaller one, with ngram --prune or a "
+                "lower --order."
+            )
+        if len(words) > len(orders):
+            orders.append((array("i"), array("f"), array("f")))
+        try:
+            ids = [number[word] for word in words]
+        except KeyError as error:
+            raise UserError(
+                f"The language model {path} has {one_line(error.args[0], 40)!r}, which is not a token of the model; write one "
+                "with ngram --tokens MODEL."
+            ) from error
+        if -1 in ids:
+            unknown = max(probability, NEVER) if len(ids) == 1 else unknown
+            continue
+        flat, probabilities, backoffs = orders[-1]
+        flat.extend(ids)
+        probabilities.append(max(probability, NEVER))
+        backoffs.append(max(backoff, NEVER))
+    shapes = enumerate(orders, 1)
+    return [(np.frombuffer(ids, np.int32).reshape(-1, n), *map(np.array, numbers)) for n, (ids, *numbers) in shapes], unknown
+
+
+def _spare(orders, unknown, tokens):
+    """Lift the scores of impossible n-grams to that of the rarest token, and return that of unknown tokens, which is the same if
+    the file states none. A negative weight would otherwise reward such tokens most of all."""
+    grams, probability, _ = orders[0]
+    known = probability[(grams[:, 0] < tokens) & (probability > NEVER)]
+    rarest = known.min(initial=0)
+    for _, probability, backoff in orders:
+        probability[probability <= NEVER] = rarest
+        backoff[backoff <= NEVER] = 0
+    return unknown if unknown > UNKNOWN_WORD else rarest
+
+
+class _Order(NamedTuple):
+    """The n-grams of an order, ascending by context and last token."""
+
+    grams: np.ndarray
+    """(N, n) ids."""
+    probability: np.ndarray
+    backoff: np.ndarray
+    context: np.ndarray
+    """(N,) index of all ids but the last, among the n-grams of the order below."""
+    keys: np.ndarray
+    """(N + 1,) both in one number, and a last one that no n-gram has."""
+
+
+def _sorted(orders, tokens):
+    """An :class:`_Order` for each order."""
+    found = []
+    for grams, probability, backoff in orders:
+        context = _find(found, grams[:, :-1], tokens)
+        keys = context * (tokens + 2) + grams[:, -1]
+        sorting = np.argsort(keys)
+        keys = np.append(keys[sorting], np.iinfo(np.int64).max)
+        found.append(_Order(grams[sorting], probability[sorting], backoff[sorting], context[sorting], keys))
+    return found
+
+
+def _find(orders, grams, tokens):
+    """The index (N,) of n-grams (N, n) in their order, or -1."""
+    place = np.zeros(len(grams), np.int64)
+    for order, token in zip(orders, grams.T, strict=False):
+        wanted = place * (tokens + 2) + token
+        place = np.searchsorted(order.keys, wanted)
+        place[order.keys[place] != wanted] = -1
+    return place
+
+
+def _graph(orders, unknown, special, scale):
+    """The token graph. Its states are the contexts: n-grams that others continue, or that have a back-off weight."""
+    tokens, highest = len(special), len(orders) - 1
+    states, total = [], 1  # the number of each n-gram that is a context, else -1; and -1 for none
+    for order, longer in zip(orders, orders[1:], strict=False):
+        is_context = order.backoff != 0
+        is_context[longer.context] = True
+        is_context &= order.grams[:, -1] <= tokens  # nothing follows the end
+        states.append(np.append(np.where(is_context, total - 1 + is_context.cumsum(), -1), -1))
+        total += int(is_context.sum())
+
+    def longest(grams):
+        """The state of the longest suffix that is a context."""
+        state = np.zeros(len(grams), np.int64)
+        for length in range(1, min(grams.shape[1], highest) + 1):
+            found = states[length - 1][_find(orders, grams[:, -length:], tokens)]
+            state = np.where(found >= 0, found, state)
+        return state
+
+    root, following = np.full(tokens, unknown, np.float32), np.zeros(tokens, np.int64)
+    shorter, backoff, ends = np.zeros(total, np.int64), np.zeros(total, np.float32), np.full(total, unknown, np.float32)
+    entries = []
+    for n, order in enumerate(orders):
+        token, state = order.grams[:, -1], states[n - 1][order.context] if n else np.zeros(len(order.grams), np.int64)
+        is_token, is_end = (token < tokens) & (state >= 0), (token == tokens + 1) & (state >= 0)
+        after = longest(order.grams[is_token])
+        if n:
+            entries.append((state[is_token] * tokens + token[is_token], order.probability[is_token], after))
         else:
-            shorter = _known(context[1:], number)
-            backoff = grams[context][1]
-            added[place], ends[place], following[place] = added[shorter] + backoff, ends[shorter] + backoff, following[shorter]
-        for token, probability in explicit.get(context, ()):
-            if token == "</s>":
-                ends[place] = probability
-            elif isinstance(token, int):
-                added[place, token] = probability
-        for token in (
-            range(tokens) if not context else [token for token, _ in explicit.get(context, ()) if isinstance(token, int)]
-        ):
-            following[place, token] = _known((*context, token)[-(order - 1) :], number)
-    first = number.get(("<s>",), 0)  # swapped with row 0, the state in which texts begin
-    following[:, special], added[:, special] = np.arange(len(contexts))[:, None], 0.0
-    swap = np.arange(len(contexts))
-    swap[[0, first]] = first, 0
-    following, added, ends = swap[following[swap]], scale * added[swap], scale * ends[swap]
-    return [torch.from_numpy(np.ascontiguousarray(table)) for table in (following, added, ends)]
-
-
-def _known(context, number):
-    """The index of the longest suffix of a context that is also a context."""
-    while context not in number:
-        context = context[1:]
-    return number[context]
+            root[token[is_token]], following[token[is_token]] = order.probability[is_token], after
+        ends[state[is_end]] = order.probability[is_end]
+        if n < highest:
+            chosen = states[n][:-1] >= 0
+            own = states[n][:-1][chosen]
+            shorter[own], backoff[own] = longest(order.grams[chosen, 1:]), order.backoff[chosen]
+            ends[own] = ends[shorter[own]] + backoff[own]
+    keys, values, after = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+    start = int(states[0][_find(orders, np.array([[tokens]]), tokens)].clip(min=0).item())
+    tables = (scale * root, following, shorter, scale * backoff[:, None], scale * ends)
+    root, following, shorter, backoff, ends = map(torch.from_numpy, tables)
+    entries = tuple(map(torch.from_numpy, (keys, scale * values, after)))
+    return TokenGraph(root, following, entries, shorter, backoff, ends, special.long(), start)

@@ -2,14 +2,21 @@
 
 import bisect
 import gzip
+import itertools
 import math
 import os
 import re
+import zlib
+from array import array
+
+import numpy as np
 
 from speechbrain_ext.utils.errors import UserError, one_line
 
 # SpeechBrain's default, for both searches: log10, added to the language model's score of <unk>.
 UNKNOWN_WORD = -10.0
+LONGEST_HEAD = 10_000
+"""Lines in which the n-grams' numbers must begin."""
 
 
 def open_arpa(path):
@@ -20,73 +27,134 @@ def open_arpa(path):
 
 
 def check_arpa(path):
-    """Refuse a file that is not a complete ARPA file of order 2 or more.
+    """Read a whole ARPA file, to find its errors; see :func:`read_arpa`."""
+    for _ in read_arpa(path):
+        pass
+
+
+def read_arpa(path):
+    """Read the n-grams of a language model, and refuse a file that is not complete and correct.
+
+    Text before ``\\data\\`` and after ``\\end\\`` is ignored.
 
     Arguments
     ---------
     path : str
         The file, plain or gzipped.
 
+    Returns
+    -------
+    iterator of tuple
+        The words of each n-gram, its log10 probability, and its log10 back-off weight, 0 if there is none. Shorter n-grams come
+        first.
+
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     UserError
-        If it is in another format, begins with a byte order mark, is cut off, has another number of entries than it states, or is
-        of order 1.
+        If the file is in another format, begins with a byte order mark, or is cut off; if it has only single words, or another
+        number of n-grams than it states; or if an n-gram occurs twice, has an impossible number, or is there without its last
+        word or without its other words. Errors of the whole come after the n-grams.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no language model {path}; check lm_file.")
-    stated, found, order, ended = {}, {}, None, False
+        raise FileNotFoundError(f"There is no language model {path}; give the path of an ARPA file.")
     try:
         with open_arpa(path) as file:
             if file.read(1) == "\ufeff":
                 raise UserError(f"The language model {path} begins with a byte order mark; write it without one.")
             file.seek(0)
-            for number, line in enumerate(file, 1):
-                line = line.strip()
-                if line.startswith("\\"):
-                    section = re.fullmatch(r"\\(\d+)-grams:", line)
-                    order, ended = (int(section[1]) if section else 0 if line == "\\data\\" else None), line == "\\end\\"
-                    if ended:
-                        break
-                elif order == 0 and (count := re.fullmatch(r"ngram\s+(\d+)\s*=\s*(\d+)", line)):
-                    stated[int(count[1])] = int(count[2])
-                elif order and line:
-                    found[order] = found.get(order, 0) + 1
-                    if len(line.split()) < order + 1:
-                        raise UserError(f"Line {number} of the language model {path} has too few fields; write it again.")
-                elif order is None and not stated and number > 10_000:
-                    break
-    except (OSError, EOFError) as error:
+            lines = ((number, line) for number, line in enumerate(map(str.strip, file), 1) if line)
+            stated, line = _head(path, lines)
+            vocabulary, shorter = set(), None
+            for order in stated:
+                if line != f"\\{order}-grams:":
+                    raise _damaged(path, f"there is {one_line(line, 40)!r} in place of \\{order}-grams:")
+                grams = _Section(path, order, order == len(stated), vocabulary)
+                line = yield from grams.read(lines)
+                grams.check(stated[order], shorter)
+                shorter = grams.hashes
+            if line != "\\end\\":
+                raise _damaged(path, f"there is {one_line(line, 40)!r} in place of \\end\\")
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"The language model {path} cannot be read to its end; write it again ({one_line(error)}).") from error
-    if not stated:
+
+
+def _damaged(path, flaw):
+    return UserError(f"The language model {path} cannot be read; write it again ({flaw}).")
+
+
+def _head(path, lines):
+    """The stated number of n-grams of each order, and the first line after them."""
+    if not any(line == "\\data\\" for _, line in itertools.takewhile(lambda line: line[0] <= LONGEST_HEAD, lines)):
         raise UserError(
             f"The language model {path} is not in ARPA format; give the ARPA file, not KenLM's binary file, which has no list of "
             "words."
         )
-    if not ended or found != {order: count for order, count in stated.items() if count}:
-        raise UserError(
-            f"The language model {path} cannot be read; write it again (it states {stated} entries by order, but holds {found}"
-            f"{'' if ended else ', and has no end'})."
-        )
-    if max(stated) < 2:
+    stated, line = {}, ""
+    for _, line in lines:
+        if line.startswith("\\"):
+            break
+        if count := re.fullmatch(r"ngram\s+(\d+)\s*=\s*(\d+)", line):
+            stated[int(count[1])] = int(count[2])
+    if list(stated) != list(range(1, len(stated) + 1)) or not stated or not stated[1]:
+        raise _damaged(path, f"it states {stated} n-grams by order; all orders are needed, with single words")
+    if not any(list(stated.values())[1:]):
         raise UserError(f"The language model {path} has only single words; give one of order 2 or more.")
+    return stated, line
+
+
+class _Section:
+    """The n-grams of an order. A hash of each is kept, to find n-grams that occur twice or lack their first words."""
+
+    def __init__(self, path, order, is_last, vocabulary):
+        self.path, self.order, self.is_last, self.vocabulary = path, order, is_last, vocabulary
+        self.hashes, self.contexts = array("q"), array("q")
+
+    def read(self, lines):
+        """Yield the n-grams; returns the line after them."""
+        order, vocabulary = self.order, self.vocabulary
+        sizes = (order + 1,) if self.is_last else (order + 1, order + 2)
+        for number, line in lines:
+            if line.startswith("\\"):
+                return line
+            fields = line.split()
+            if len(fields) not in sizes:
+                raise self._flaw(number, f"{len(fields)} fields in place of {' or '.join(map(str, sizes))}")
+            words = fields[1 : order + 1]
+            try:
+                probability, backoff = float(fields[0]), float(fields[-1]) if len(fields) > order + 1 else 0.0
+            except ValueError:
+                probability = backoff = math.nan
+            if not (probability <= 0 and backoff < math.inf):
+                raise self._flaw(number, "a number that is no logarithm of a probability or of a back-off weight")
+            if order == 1:
+                vocabulary.add(words[0])
+            elif words[-1] not in vocabulary:
+                raise self._flaw(number, f"the word {one_line(words[-1], 40)!r}, which is not one of the 1-grams")
+            self.hashes.append(hash(" ".join(words)))
+            self.contexts.append(hash(" ".join(words[:-1])))
+            yield words, probability, backoff
+        raise _damaged(self.path, "it has no end")
+
+    def _flaw(self, number, what):
+        return UserError(f"Line {number} of the language model {self.path} has {what}; write it again.")
+
+    def check(self, stated, shorter):
+        """Compare with the stated number, and with the n-grams of the order below."""
+        if len(self.hashes) != stated:
+            raise _damaged(self.path, f"it states {stated} {self.order}-grams, but holds {len(self.hashes)}")
+        self.hashes = np.sort(np.frombuffer(self.hashes, np.int64)) if stated else np.zeros(0, np.int64)
+        if (self.hashes[1:] == self.hashes[:-1]).any():
+            raise _damaged(self.path, f"a {self.order}-gram occurs twice")
+        if shorter is not None and stated and not np.isin(np.unique(np.frombuffer(self.contexts, np.int64)), shorter).all():
+            raise _damaged(self.path, f"the first words of a {self.order}-gram are not a {self.order - 1}-gram")
 
 
 def arpa_words(path):
     """The words of a language model, sorted."""
-    words = set()
-    with open_arpa(path) as file:
-        for line in file:
-            if line.startswith("\\1-grams:"):
-                break
-        for line in file:
-            if line.startswith("\\"):
-                break
-            if line.strip():
-                words.add(line.split()[1])  # the first field is the log10 probability
-    return sorted(words - {"<s>", "</s>", "<unk>", "<UNK>"})
+    words = (words[0] for words, *_ in itertools.takewhile(lambda gram: len(gram[0]) == 1, read_arpa(path)))
+    return sorted({*words} - {"<s>", "</s>", "<unk>", "<UNK>"})
 
 
 def share_unknown(words, texts):

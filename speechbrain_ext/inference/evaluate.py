@@ -8,17 +8,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from speechbrain_ext.dataio.audio import load_audio
-from speechbrain_ext.decoders import BEAM, GREEDY, TRANSDUCER_GREEDY
+from speechbrain_ext.decoders import BEAM, GREEDY
 from speechbrain_ext.decoders.alignment import greedy_tokens
-from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.inference.long_audio import window_frames
 from speechbrain_ext.inference.transcribe import BATCH_SECONDS, LONG_SECONDS
-from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.measure import synchronize
 
 
-def make_searches(model, names=(), **beam):
-    """Searches of a model by name.
+def make_searches(model, names=(), beam_size=None):
+    """Searches of a model by name, with its phrases and language model.
 
     Arguments
     ---------
@@ -26,10 +24,9 @@ def make_searches(model, names=(), **beam):
         From :func:`speechbrain_ext.inference.load_model`.
     names : sequence of str
         ``ctc_greedy``, ``ctc_beam`` and, with a decoder, ``joint_beam`` and ``ctc_rescored`` or, with a transducer,
-        ``transducer_greedy`` and ``transducer_beam``; by default the search that the model uses, and also ``ctc_beam`` if there
-        is a language model.
-    **beam
-        Arguments of :class:`speechbrain_ext.decoders.ctc_beam.CtcBeamSearch`, such as ``lm_file``.
+        ``transducer_greedy`` and ``transducer_beam``; by default the searches that the model uses.
+    beam_size : int, optional
+        Number of hypotheses of the beams; by default that of the model.
 
     Returns
     -------
@@ -40,32 +37,20 @@ def make_searches(model, names=(), **beam):
     Raises
     ------
     UserError
-        If the model lacks a search, or the language model cannot be used.
+        If the model lacks a search, or none of the searches takes the beam size, the phrases or the language model.
     """
-    names = list(dict.fromkeys(names)) or [model.own_search, *([BEAM] if beam.get("lm_file") else [])]
-    if unknown := [name for name in names if name not in model.searches]:
-        raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(model.searches)}.")
-    has_words = BEAM in names and not model.graphs  # CTC beam search with a language model of words
-    others = [name for name in names if name not in (GREEDY, TRANSDUCER_GREEDY) and not (has_words and name == BEAM)]
-    if "beam_size" in beam and others:
-        for name in others:
-            model.choose_search(name)
-            model.choose_beam(beam["beam_size"])
-        beam = beam if has_words else {key: value for key, value in beam.items() if key != "beam_size"}
-    if beam and not has_words:
-        only = f"{BEAM} without phrases" if model.graphs else BEAM
-        raise UserError(f"{', '.join(beam)} is given, but only {only} takes it; add that search, or leave the option out.")
+    with model.choosing():
+        if names:
+            model.choose_search(*names)
+        if beam_size is not None:
+            model.choose_beam(beam_size)
 
     def by_tokens(search):
         return lambda *given: [" ".join(model.tokenizer.decode_ids(ids).split()) for ids in search(*given)]
 
     found = {}
-    for name in names:
-        if name == BEAM and has_words:
-            beam_search = CtcBeamSearch(model.tokenizer, model.blank, **beam)
-            beam_search.check()
-            found[name] = lambda log_probs, frames, lens, search=beam_search: search(log_probs, lens)
-        elif name == BEAM:
+    for name in model.own_searches:
+        if name == BEAM:
             found[name] = by_tokens(lambda log_probs, frames, lens: model.search_ctc(log_probs, lens))
         elif name == GREEDY:
             found[name] = by_tokens(lambda log_probs, frames, lens: greedy_tokens(log_probs, lens, model.blank))

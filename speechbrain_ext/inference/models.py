@@ -1,7 +1,7 @@
 """Trained models: SpeechBrain's inference classes, with exact lengths, files of any length, and times of words."""
 
+import copy
 import functools
-import os
 
 import torch
 from speechbrain.decoders.ctc import ctc_greedy_decode
@@ -10,47 +10,33 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, RESCORED, TRANSDUCER_BEAM, TRANSDUCER_GREEDY
+from speechbrain_ext.decoders import (
+    BEAM,
+    GREEDY,
+    JOINT,
+    RESCORED,
+    TRANSDUCER_BEAM,
+    TRANSDUCER_GREEDY,
+)
 from speechbrain_ext.decoders.alignment import align, greedy_tokens, group_words, make_segment, within
 from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
 from speechbrain_ext.decoders.lm import LM_TEMPERATURE, LM_WEIGHT, make_scorer
-from speechbrain_ext.decoders.phrases import phrase_graph
-from speechbrain_ext.decoders.rescoring import rescore
-from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_number, is_whole
-from speechbrain_ext.decoders.token_ngram import LODR_WEIGHT, NGRAM_WEIGHT, is_arpa, ngram_graph
+from speechbrain_ext.decoders.rescoring import check_scorers, rescore
+from speechbrain_ext.inference.choices import NBEST, LanguageModel, SearchChoices
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
-from speechbrain_ext.utils.files import file_digest
-
-NBEST = 16
-"""Number of best texts under CTC, unless a beam size is chosen."""
 
 
-class _ExactLengths:
+class _ExactLengths(SearchChoices):
     """Changes of all models to SpeechBrain's classes: lengths are those of encoder frames, so they are exact in any batch."""
 
     fingerprint = ""
     """A digest of all files that the model was loaded from."""
     pass_name = None
     """The pass of a cascade that gives the text; None = the last one."""
-    searches = ()
-    """Names of the searches that the model has."""
-    own_search = None
-    """The search that it uses."""
-    beam_size = None
-    """The chosen number of hypotheses; None = the search's default."""
-    phrases = ()
-    """Phrases that the search prefers."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.graphs = []
-        """Token graphs of phrases and language models, for the beams."""
-        self.search_settings = {}
-        """Chosen settings of the search, for files that depend on them."""
 
     @property
     def blank(self):
@@ -77,94 +63,6 @@ class _ExactLengths:
         """
         encoder_passes(self.mods.encoder.transformer.encoder, pass_name)
         self.pass_name = pass_name
-
-    def choose_search(self, name):
-        """Choose the search that the model uses.
-
-        Raises
-        ------
-        UserError
-            If the model has no such search.
-        """
-        if name not in self.searches:
-            raise UserError(f"The model has no search {name}; it has {', '.join(self.searches)}.")
-        self.own_search = self.search_settings["search"] = name
-
-    def choose_beam(self, beam_size):
-        """Choose the number of hypotheses of the beams.
-
-        Raises
-        ------
-        UserError
-            If it is not a valid number, or the model uses greedy search.
-        """
-        if self.own_search == GREEDY:
-            raise UserError(
-                f"The beam size is {beam_size}, but the model uses {GREEDY}, which has no beam; leave the beam size out."
-            )
-        if not is_whole(beam_size, 1, LARGEST_BEAM):
-            raise UserError(f"The beam size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
-        self.beam_size = self.search_settings["beam"] = beam_size
-
-    def choose_phrases(self, phrases):
-        """Prefer phrases in the beams. A model that uses greedy search uses a beam from now on.
-
-        Arguments
-        ---------
-        phrases : dict
-            A bonus for each phrase, None = 2 per token; as :func:`speechbrain_ext.decoders.phrases.read_phrases` reads them.
-
-        Raises
-        ------
-        UserError
-            If the tokenizer cannot write a phrase.
-        """
-        self._listen([phrase_graph(phrases, self.tokenizer)])
-        self.phrases, self.search_settings["phrases"] = tuple(phrases), phrases
-
-    def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
-        """Add a language model to the beams. A model that uses greedy search uses a beam from now on.
-
-        Arguments
-        ---------
-        source : str
-            An ARPA file of the model's tokens, as ``ngram --tokens`` writes them; for the joint search also a folder or Hugging
-            Face repository of SpeechBrain, see :func:`speechbrain_ext.model_folder.lm.load_lm`.
-        weight : float, optional
-            Weight of its log-probabilities; by default 0.3 for an ARPA file, else 0.6.
-        temperature : float, optional
-            Divides the logits of SpeechBrain's language models; by default 1.15.
-        lodr : str, optional
-            An ARPA file to subtract: a 2-gram of tokens, of the model's training transcripts.
-        lodr_weight : float
-            Weight of the log-probabilities of ``lodr``.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file or repository.
-        UserError
-            If it is for other tokens or cannot be used, or the model's search takes no language model.
-        """
-        if not is_arpa(source):
-            raise UserError(
-                f"The language model is {source}, but a model without an attention decoder takes only ARPA files; give one."
-            )
-        if temperature is not None:
-            raise UserError(f"The language model {source} is an ARPA file, which has no temperature; leave temperature out.")
-        weight = NGRAM_WEIGHT if weight is None else weight
-        graphs = [ngram_graph(source, self.tokenizer, weight)]
-        if lodr is not None:
-            if not is_number(lodr_weight, 0):
-                raise UserError(f"The weight of the language model {lodr} is {lodr_weight!r}; give a number of 0 or more.")
-            graphs.append(ngram_graph(lodr, self.tokenizer, -lodr_weight))
-        self._listen(graphs)
-        self.search_settings["lm"] = [*map(file_digest, [source] if lodr is None else [source, lodr]), weight, lodr_weight]
-
-    def _listen(self, graphs):
-        """Add token graphs to the beams, and use a beam."""
-        self.graphs = self.graphs + graphs
-        self.own_search = BEAM if self.own_search == GREEDY else self.own_search
 
     def load_audio(self, path, savedir=None):
         """Read an audio file as samples (T,) of one channel, at the model's rate."""
@@ -265,7 +163,10 @@ class _ExactLengths:
         return super().encode_batch(as_samples(wavs), wav_lens)
 
     def search_ctc(self, log_probs, lens):
-        """Tokens of the best text of each utterance under CTC and the token graphs, from log-probabilities (B, T, V)."""
+        """Tokens of the best text of each utterance under CTC, language model and phrases, from log-probabilities (B, T, V)."""
+        lm = self.choices.lm
+        if lm and lm.words:
+            return lm.words.tokens(log_probs, lens)
         return [texts[0].tokens for texts in self.nbest(log_probs, lens)]
 
     def nbest(self, log_probs, lens):
@@ -315,29 +216,50 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
     """A model with an attention decoder; its default is a joint search with CTC."""
 
     searches = GREEDY, BEAM, JOINT, RESCORED
-    own_search = JOINT
 
-    def choose_beam(self, beam_size):
-        """Choose the number of hypotheses of all beams, the joint one included."""
-        super().choose_beam(beam_size)
-        self._search_with("beam_size", "other number of hypotheses").beam_size = beam_size
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._own = {name: getattr(self.mods.decoder, name, None) for name in ("beam_size", "scorer")}
+        self._scorer = None
 
-    def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=LODR_WEIGHT):
-        """Add a language model to the beams: an ARPA file, or a model of SpeechBrain for the joint search."""
-        if is_arpa(source):
-            super().choose_lm(source, weight, temperature, lodr, lodr_weight)
-            return
-        if lodr is not None:
-            raise UserError(f"lodr is {lodr}, but the language model {source} is not an ARPA file; give one, or leave lodr out.")
-        weight, temperature = (LM_WEIGHT if weight is None else weight), (LM_TEMPERATURE if temperature is None else temperature)
+    def usual_search(self):
+        return JOINT
+
+    def usual_beam(self, search):
+        return self._own["beam_size"] if search == JOINT else NBEST
+
+    def neural_lm(self, source, weight, temperature=LM_TEMPERATURE):
+        weight = LM_WEIGHT if weight is None else weight
         scorer = make_scorer(load_lm(source, self.tokenizer), temperature)
-        self._search_with("add_scorer", "language model").add_scorer(scorer, weight)
-        self.search_settings["lm"] = [os.fspath(source), weight, temperature]
+        settings = {"lm_weight": weight, "lm_temperature": temperature}
+        return LanguageModel(source, (JOINT, RESCORED), settings, scorer=scorer) if weight else None
 
-    def _listen(self, graphs):
-        search = self._search_with("graphs", "phrases or n-grams")
-        super()._listen(graphs)
-        search.graphs = self.graphs
+    def check_choices(self, before):
+        super().check_choices(before)
+        chosen, names = self.choices, self.own_searches
+        if chosen.beam_size is not None and JOINT in names:
+            self._search_with("beam_size", "other number of hypotheses")
+        if self.graphs and {JOINT, RESCORED} & set(names):
+            self._search_with("graphs", "phrases or n-grams")
+        if chosen.lm and chosen.lm.scorer is not None:
+            self._search_with("add_scorer", "language model")
+        if RESCORED in names:
+            check_scorers(self._search_with("graphs", "texts to score"))
+
+    def use_choices(self):
+        super().use_choices()
+        search, lm = self.mods.decoder, self.choices.lm
+        if hasattr(search, "graphs"):
+            search.graphs = self.graphs
+        if JOINT not in self.searches:
+            return
+        if self._own["beam_size"] is not None:
+            search.beam_size = self.beam_of(JOINT)
+        scorer = lm.scorer if lm else None
+        if scorer is not self._scorer:
+            self._scorer, search.scorer = scorer, copy.copy(self._own["scorer"])
+            if scorer is not None:
+                search.add_scorer(scorer, lm.settings["lm_weight"])
 
     def _search_with(self, attribute, what):
         search = self.mods.decoder
@@ -353,10 +275,9 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
             return self.mods.decoder(enc, lens)[0]
         if name == GREEDY:
             return greedy_tokens(self._log_probs(enc), lens, self.blank)
-        texts = self.nbest(self._log_probs(enc), lens)
         if name == BEAM:
-            return [each[0].tokens for each in texts]
-        search, found = self._search_with("graphs", "texts to score"), []
+            return self.search_ctc(self._log_probs(enc), lens)
+        search, texts, found = self._search_with("graphs", "texts to score"), self.nbest(self._log_probs(enc), lens), []
         for frames, each in zip(self._valid(enc, lens), texts, strict=True):
             scores = rescore(search, frames, each, self.blank) if len(frames) else [0.0]
             found.append(each[scores.index(max(scores))].tokens)
@@ -376,37 +297,20 @@ class TransducerModel(JointModel):
     """A model with a transducer, which finds the words; its CTC head finds their times."""
 
     searches = GREEDY, BEAM, TRANSDUCER_GREEDY, TRANSDUCER_BEAM
-    own_search = TRANSDUCER_BEAM
+    neural_lm = _ExactLengths.neural_lm
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.mods.decoder.beam_size == 1:
-            self.own_search = TRANSDUCER_GREEDY
+    def usual_search(self):
+        return TRANSDUCER_GREEDY if self.beam_of(TRANSDUCER_BEAM) == 1 else TRANSDUCER_BEAM
 
-    def choose_beam(self, beam_size):
-        """Choose the number of hypotheses of the search; 1 is greedy search."""
-        _ExactLengths.choose_beam(self, beam_size)
-        if self.own_search in (TRANSDUCER_GREEDY, TRANSDUCER_BEAM):
-            self.own_search = TRANSDUCER_GREEDY if beam_size == 1 else TRANSDUCER_BEAM
-
-    def _listen(self, graphs):
-        if self.own_search == TRANSDUCER_GREEDY:
-            raise UserError(
-                f"The model uses {TRANSDUCER_GREEDY}, which takes no phrases or language models; give a beam size above 1."
-            )
-        super()._listen(graphs)
-
-    choose_lm = _ExactLengths.choose_lm
+    def usual_beam(self, search):
+        return self._own["beam_size"] if search == TRANSDUCER_BEAM else NBEST
 
     def search(self, enc, lens, name=None):
         """Tokens of encoder frames (B, T, D) with relative lengths (B,), by the named search, or else the model's."""
         name = name or self.own_search
         if name in (GREEDY, BEAM):
             return super().search(enc, lens, name)
-        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self._beam_of(name))]
-
-    def _beam_of(self, name):
-        return 1 if name == TRANSDUCER_GREEDY else self.beam_size
+        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self.beam_of(name))]
 
     @property
     def search_ended(self):
@@ -418,14 +322,16 @@ class TransducerModel(JointModel):
         """Returns a new :class:`speechbrain_ext.decoders.transducer.TransducerStream`, which searches encoder frames."""
         if self.own_search in (GREEDY, BEAM):
             return None
-        return functools.partial(self.mods.decoder.stream, self._beam_of(self.own_search))
+        return functools.partial(self.mods.decoder.stream, self.beam_of(self.own_search))
 
 
 class CtcModel(_ExactLengths, EncoderASR):
     """A model with a CTC head alone."""
 
     searches = GREEDY, BEAM
-    own_search = GREEDY
+
+    def usual_search(self):
+        return BEAM if self.choices.phrases or self.choices.lm else GREEDY
 
     def search(self, logits, lens):
         """Tokens of CTC logits (B, T, V) with relative lengths (B,), by the model's search."""

@@ -261,10 +261,15 @@ class TransducerLoss(nn.Module):
             self.frame_scores = nn.Linear(d_model, vocab_size)
             self.label_scores = nn.Linear(predictor_size, vocab_size)
 
+    def fits(self, frames, tokens):
+        """Whether numbers of frames have an alignment with numbers of tokens, as ints or tensors. An alignment has any number of
+        tokens per frame, and in the pruned loss one less than ``prune_range``."""
+        return (frames > 0) & (tokens <= frames * (self.prune_range - 1 if self.is_pruned else math.inf))
+
     def forward(self, transducer, frames, lengths, targets, target_lengths, step=None):
         """The loss.
 
-        The loss of utterances with more tokens than frames counts as 0, as in SpeechBrain's CTC loss.
+        The loss of utterances without an alignment counts as 0, as in SpeechBrain's CTC loss; see :meth:`fits`.
 
         Arguments
         ---------
@@ -286,7 +291,7 @@ class TransducerLoss(nn.Module):
         torch.Tensor
             (), float32. With the pruned kind, training gives the sum with the simple loss, evaluation the pruned loss alone.
         """
-        fits = target_lengths <= lengths
+        fits = self.fits(lengths, target_lengths)
         sizes = lengths.clamp(min=1), target_lengths
         outputs = transducer.predictor(targets)  # (B, U + 1, P)
         projected = transducer.project_frames(frames).unsqueeze(2), transducer.project_outputs(outputs)
@@ -303,7 +308,7 @@ class TransducerLoss(nn.Module):
         if not self.training:
             return pruned
         share = 1.0 if step is None else min(1.0, step / max(1, self.warmup))
-        simple = torch.where(fits, simple, 0.0).mean()
+        simple = torch.where(lengths > 0, simple, 0.0).mean()
         return (1 - share * (1 - SIMPLE_SCALE)) * simple + (FIRST_PRUNED_SCALE + share * (1 - FIRST_PRUNED_SCALE)) * pruned
 
     def _mean(self, lengths, target_lengths, arcs, fits):

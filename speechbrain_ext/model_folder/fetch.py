@@ -6,7 +6,19 @@ from pathlib import Path
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def download(source, revision, files):
+def split_revision(source):
+    """The name of a repository and its revision or None, from ``user/model`` or ``user/model@revision``.
+
+    Example
+    -------
+    >>> split_revision("ann/lm@main"), split_revision("ann/lm")
+    (('ann/lm', 'main'), ('ann/lm', None))
+    """
+    repository, _, revision = source.partition("@")
+    return repository, revision or None
+
+
+def download(source, revision, files, missing="There is no model folder {}; give the folder 'pretrained' of a training run."):
     """Fetch a commit of a model; returns its folder in Hugging Face's cache.
 
     Arguments
@@ -17,6 +29,8 @@ def download(source, revision, files):
         A commit, tag or branch; by default the latest commit.
     files : sequence of str
         Files to fetch, as names or patterns such as ``*.nemo``.
+    missing : str
+        The message for a name that is not that of a repository.
 
     Returns
     -------
@@ -44,7 +58,7 @@ def download(source, revision, files):
     )
 
     if not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"There is no model folder {source}; give the folder 'pretrained' of a training run.")
+        raise FileNotFoundError(missing.format(source or "''"))
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except RevisionNotFoundError as error:

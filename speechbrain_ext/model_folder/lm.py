@@ -17,7 +17,7 @@ from speechbrain.lobes.models.RNNLM import RNNLM
 
 from speechbrain_ext.model_folder import HYPERPARAMS, TOKENIZER
 from speechbrain_ext.model_folder.build import LARGEST_TEXT, build
-from speechbrain_ext.model_folder.fetch import download
+from speechbrain_ext.model_folder.fetch import download, split_revision
 from speechbrain_ext.model_folder.weights import load_tokenizer
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.files import read_bytes
@@ -29,6 +29,7 @@ CLASSES = (
 )
 NEVER = -1e4
 """The logit of tokens that the language model lacks."""
+MISSING = "There is no language model {}; give an ARPA file, a folder, or user/model of Hugging Face."
 _REFERENCE = re.compile(r"<(\w+)>")
 
 
@@ -58,13 +59,12 @@ def load_lm(source, tokenizer):
     -------
     >>> load_lm("/no/such/folder", SentencePieceProcessor())
     Traceback (most recent call last):
-    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    FileNotFoundError: There is no language model /no/such/folder; give an ARPA file, a folder, or user/model of Hugging Face.
     """
     source = os.fspath(source)
     folder = Path(source)
     if not (source and folder.is_dir()):
-        repository, _, revision = source.partition("@")
-        folder = download(repository, revision or None, (HYPERPARAMS, LM_WEIGHTS, TOKENIZER))
+        folder = download(*split_revision(source), (HYPERPARAMS, LM_WEIGHTS, TOKENIZER), MISSING)
     for name in (HYPERPARAMS, LM_WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -9,13 +9,14 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_ext.model_folder import TOKENIZER, WEIGHTS
-from speechbrain_ext.model_folder.fetch import download
+from speechbrain_ext.model_folder.fetch import download, split_revision
 from speechbrain_ext.model_folder.tokenizer_file import LARGEST_FILE, check_tokenizer
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError
+from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError, one_line
 from speechbrain_ext.utils.files import read_bytes
 from speechbrain_ext.utils.text import listing
 
+TOKENIZERS = "give a model folder, a repository or a SentencePiece model"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -150,10 +151,14 @@ def read_tokenizer(source):
     """
     path, tokenizer = Path(source), SentencePieceProcessor()
     if not path.is_file():
-        path = (path if path.is_dir() else download(str(source), None, (TOKENIZER,))) / TOKENIZER
+        missing = f"There is no model or tokenizer {{}}; {TOKENIZERS}."
+        path = (path if path.is_dir() else download(*split_revision(str(source)), (TOKENIZER,), missing)) / TOKENIZER
     if not path.is_file():
-        raise FileNotFoundError(f"{source} has no {TOKENIZER}; give a model folder, a repository or a SentencePiece model.")
-    load_tokenizer(tokenizer, path)
+        raise FileNotFoundError(f"{path.parent} has no {TOKENIZER}; {TOKENIZERS}.")
+    try:
+        load_tokenizer(tokenizer, path)
+    except UserRuntimeError as error:
+        raise UserRuntimeError(f"The tokenizer {source} cannot be used ({one_line(error)}); {TOKENIZERS}.") from error
     return tokenizer
 
 

@@ -18,7 +18,7 @@ from speechbrain_ext.convert import convert_nemo, convert_speechbrain
 from speechbrain_ext.hparams import merge_hparams, parse_overrides
 from speechbrain_ext.model_folder import FILES, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import parse
-from speechbrain_ext.model_folder.fetch import HUB_ID, download
+from speechbrain_ext.model_folder.fetch import HUB_ID, download, split_revision
 from speechbrain_ext.model_folder.tokenizer_file import check_tokenizer
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.files import file_digest
@@ -79,14 +79,14 @@ def locate(given, before=None):
     >>> locate(folder) == (folder, Path(folder))
     True
     """
-    repository, _, revision = given.partition("@")
+    repository, revision = split_revision(given)
     if Path(given).exists() or not HUB_ID.fullmatch(repository):
         if not Path(given).exists():
             raise FileNotFoundError(f"There is no model {given}; give a folder or file, or user/model of Hugging Face.")
         return given, Path(given)
-    if before and (before == given or not revision and before.partition("@")[0] == repository):
-        revision = before.partition("@")[2]
-    folder = download(repository, revision or None, FETCHED)
+    if before and (before == given or not revision and split_revision(before)[0] == repository):
+        revision = split_revision(before)[1]
+    folder = download(repository, revision, FETCHED)
     return f"{repository}@{folder.name}", folder
 
 

@@ -48,14 +48,13 @@ def batch():
 
 
 def expected(transducer, frames, lengths, targets, target_lengths):
-    """Mean loss and gradients; the loss of utterances with more tokens than frames is 0, as in CTC."""
+    """Mean loss and gradients."""
     twin = Transducer(D, V, "lstm" if hasattr(transducer.predictor, "lstm") else "stateless", predictor_size=P, joint_size=J)
     twin.load_state_dict(transducer.state_dict())
     twin, wide, losses = twin.double(), frames.detach().double().requires_grad_(), []
     for x, length, tokens, count in zip(wide, lengths, targets, target_lengths, strict=True):
-        if count <= length:
-            log_probs = plain_logits(twin, x[:length].unsqueeze(0), tokens[:count].unsqueeze(0))[0].log_softmax(-1)
-            losses.append(plain_loss(log_probs, tokens[:count].tolist()))
+        log_probs = plain_logits(twin, x[:length].unsqueeze(0), tokens[:count].unsqueeze(0))[0].log_softmax(-1)
+        losses.append(plain_loss(log_probs, tokens[:count].tolist()))
     loss = sum(losses) / len(frames)
     return loss, torch.autograd.grad(loss, [wide, *twin.parameters()])
 
@@ -72,7 +71,7 @@ def test_loss_and_gradients_are_those_of_the_recursion(transducer, batch, kind, 
     torch.testing.assert_close(loss.double(), wanted, atol=1e-5, rtol=0)
     for found, right in zip(gradients, wanted_gradients, strict=True):
         torch.testing.assert_close(found.double(), right, atol=2e-5, rtol=0)
-    assert not gradients[0][4].any() and not gradients[0][1, 7:].any()  # left out, and padding
+    assert gradients[0][4].any() and not gradients[0][1, 7:].any()  # more tokens than frames, and padding
 
 
 def test_a_lattice_is_that_of_torchaudio():
@@ -91,6 +90,28 @@ def test_a_lattice_is_that_of_torchaudio():
         torch.testing.assert_close(losses, wanted, atol=1e-4, rtol=1e-6)
         torch.testing.assert_close(posteriors, -gradient, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.autograd.grad(losses.sum(), given)[0], -posteriors, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "pruned"])
+def test_more_tokens_than_frames(kind):
+    """The loss is torchaudio's if there is an alignment, and else 0: without frames, or with too many tokens for a band."""
+    torch.manual_seed(0)
+    net, loss_of = Transducer(D, V, predictor_size=P, joint_size=J), TransducerLoss(D, P, V, kind, prune_range=4).eval()
+    for frames, tokens in ((2, 5), (2, 6), (2, 7), (1, 3), (1, 4), (0, 1)):
+        x, lengths = torch.randn(1, max(1, frames), D), torch.tensor([frames])
+        targets, counts = torch.randint(1, V, (1, tokens)), torch.tensor([tokens])
+        fits = frames > 0 and (kind == "full" or tokens <= 3 * frames)
+        assert bool(loss_of.fits(lengths, counts)) == loss_of.fits(frames, tokens) == fits
+        found = loss_of(net, x, lengths, targets, counts)
+        if not fits:
+            assert found == 0
+            continue
+        wanted = rnnt_loss(plain_logits(net, x, targets), targets.int(), lengths.int(), counts.int(), blank=0)
+        assert found < 100 and found >= wanted - 1e-4
+        if kind == "full":
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    loss_of.train()(net, x, lengths, targets, counts).backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
 def test_padding_has_no_influence(transducer, batch):
