@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import README_ENCODERS, make_encoder
+from conftest import PAGE_ENCODERS, make_encoder
 from speechbrain.lobes.features import MFCC
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from tiny import SMALL_TRANSDUCER, make_model
@@ -51,7 +51,7 @@ needs_runtime = pytest.mark.skipif(not has_runtime(), reason="sherpa-onnx is not
 KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
 CENTRED = "!new:speechbrain_ext.lobes.features.Fbank {sample_rate: 16000, n_mels: 80, remove_dc: true}"
 SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
-ENCODERS = [name for name in list_encoders() if name not in README_ENCODERS]
+ENCODERS = [name for name in list_encoders() if name not in PAGE_ENCODERS]
 HPARAMS = {"cascade": "cascade_hyperconformer_squeezeformer"}
 TRANSDUCER = Path(__file__).parent / "data" / "model_folders" / "transducer-v1"
 TOKENS = 12
