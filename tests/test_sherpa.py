@@ -291,15 +291,9 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def traced():
-    """The traces of graphs: 8 bits take that of float32."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def export(traced):
-    """A function that exports a loaded model."""
-    trace = torch.onnx.export
+def export():
+    """A function that exports a loaded model. It traces a graph once: 8 bits take the trace of float32."""
+    trace, traced = torch.onnx.export, {}
 
     def once(model, graph, *args, **keys):
         key = model, model.pass_name, type(graph), getattr(graph, "output_names", None)
@@ -318,30 +312,32 @@ def export(traced):
 
 STREAMING = {"streaming": True, "chunk_size": 8, "left_context": 4}
 KEYS = {kind: STREAMING if kind in STREAMS else {} for kind in GRAPHS}
-SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "zipformer2" else ()) for kind in GRAPHS]
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "zipformer2" else ()) for kind in GRAPHS]
 """All types of model."""
+STREAM_KINDS = [kind for kind in KINDS if kind.values[0] in STREAMS]
 
 
 @pytest.fixture(scope="module")
 def exported(models, export):
-    """A function that gives the exported folder of a type of model, and the report; transducers are CTC for hotwords."""
+    """A function that gives the exported folder of a type of model, and the report; transducers are CTC for hotwords.
+
+    The recordings for ``omnilingual_asr_ctc`` have an offset, which both the runtime and Fbank with remove_dc remove.
+    """
+    files = [models.root / f"{i}.wav" for i in range(3)]
+    for i, (file, wav) in enumerate(zip(files, synthetic(16000, (2.5, 0.9, 4.0)), strict=True)):
+        soundfile.write(file, 0.02 * i + wav.numpy(), 16000)
 
     @functools.cache
     def of(kind, int8=False):
-        model = models.fbank if kind == "omnilingual_asr_ctc" else models.kaldi
         keys = KEYS[kind] | {"hotwords": kind in TRANSDUCERS, "int8": int8, "tolerance": 1.0 if int8 else None}
-        folder = models.root / f"{kind}-{int8}"
+        model, folder = models.kaldi, models.root / f"{kind}-{int8}"
+        if kind == "omnilingual_asr_ctc":
+            model, keys["audio"] = models.fbank, list(map(str, files))
         report = export(model, folder, **keys)
         assert report.kind == kind
         return folder, report
 
     return of
-
-
-@pytest.fixture(scope="module")
-def stream_folder(exported):
-    """The exported folder of a streaming model, and the report."""
-    return exported("zipformer2_ctc")
 
 
 @needs_runtime
@@ -361,19 +357,16 @@ def test_whole_utterances_of_kaldis_features(models, exported):
 
 
 @needs_runtime
-def test_whole_utterances_of_speechbrains_features(models, export):
-    """Both the runtime and Fbank with remove_dc remove the mean of the samples."""
-    for i, wav in enumerate(synthetic(16000, (2.5, 0.9, 4.0))):
-        soundfile.write(models.root / f"{i}.wav", 0.02 * i + wav.numpy(), 16000)
-    report = export(models.fbank, models.root / "waves", audio=[str(models.root / f"{i}.wav") for i in range(3)])
-    assert report.kind == "omnilingual_asr_ctc" and report.onnx.max_difference < 1e-3
-    assert report.texts.equal == 3 and all(report.texts.wanted) and not report.notes
-    assert "from_omnilingual_asr_ctc" in (models.root / "waves" / "README.md").read_text()
+def test_whole_utterances_of_speechbrains_features(exported):
+    folder, report = exported("omnilingual_asr_ctc")
+    assert report.onnx.max_difference < 1e-3 and not report.notes
+    assert report.texts.equal == 3 and all(report.texts.wanted)
+    assert "from_omnilingual_asr_ctc" in (folder / "README.md").read_text()
 
 
 @needs_runtime
-@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
-@pytest.mark.parametrize("kind", SLOW_KINDS)
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_short_audio(kind, int8, exported):
     """A clip without a frame has no text, alone and beside others; sherpa-onnx refuses less than 400 samples of waveforms."""
     recognizer = open_recognizer(exported(kind, int8)[0], kind)
@@ -405,7 +398,7 @@ def said_by(program, folder):
 
 
 @needs_runtime
-@pytest.mark.parametrize("kind", SLOW_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_folders_readme_runs(kind, exported, tmp_path):
     """For a file of the model's rate, and for one of another rate with two channels."""
     folder, wav = exported(kind)[0], synthetic(16000, (2.5,))[0]
@@ -494,9 +487,9 @@ def heard(wav, graph, tail):
 
 
 @needs_runtime
-def test_streams_alone_and_beside_others(models, stream_folder):
-    folder, report = stream_folder
-    assert report.kind == "zipformer2_ctc" and report.texts.equal == len(report.texts.wanted) == 5
+def test_streams_alone_and_beside_others(models, exported):
+    folder, report = exported("zipformer2_ctc")
+    assert report.texts.equal == len(report.texts.wanted) == 5
     recognizer = open_recognizer(folder, "zipformer2_ctc")
     graph = make_graphs(models.kaldi, True, 8, 4)[""]
     tail = tail_samples(graph)
@@ -512,7 +505,7 @@ def test_streams_alone_and_beside_others(models, stream_folder):
 
 
 @needs_runtime
-@pytest.mark.parametrize("kind", SLOW_KINDS[2::2])
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 @torch.no_grad()
 def test_a_stream_begins_again_after_an_endpoint(kind, models, exported):
     """The runtime resets the state of CTC. Of a transducer, it keeps the encoder's state and the last tokens."""
@@ -548,7 +541,7 @@ def binary(name):
 
 
 @needs_runtime
-@pytest.mark.parametrize("kind", SLOW_KINDS[2::2])
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 def test_the_websocket_server_with_three_clients(kind, exported, tmp_path):
     server, client = (binary(f"sherpa-onnx-online-websocket-{name}") for name in ("server", "client"))
     if server is None:
