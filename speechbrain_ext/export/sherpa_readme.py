@@ -60,6 +60,8 @@ def readme(kind, files, sample_rate, feature_dim, tail=0, notes=()):
         factory = "transducer"
     else:
         files = {"model": files[""]}
+    if kind == "transducer":  # otherwise the runtime reads the type from the metadata, except in Python
+        model["model_type"] = "transducer"
     features = "" if kind == "omnilingual_asr_ctc" else f", sample_rate={sample_rate}, feature_dim={feature_dim}"
     cpp = {"model": 'config.model_config.{key} = "{value}";', "search": 'config.{key} = "{value}";'}
     cpp["files"] = f'config.model_config.{field}.{{key}} = "{{value}}";'
