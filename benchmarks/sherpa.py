@@ -14,10 +14,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import torch
+
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.lobes.transducer import Transducer
 from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.utils.files import read_csv, write_csv
@@ -51,7 +54,12 @@ def untrained(folder, encoder, features):
     overrides = "\n".join(f"{key}: {value}" for key, value in keys.items())
     path = ROOT / "hparams" / f"{FILES.get(encoder, encoder)}.yaml"
     hparams = load_hparams(path, overrides)
-    write_model_folder(folder / "model", merge_hparams(path, overrides), hparams, model_parts(hparams), folder / "t.model", [])
+    parts = model_parts(hparams)
+    for module in parts.modules():
+        if isinstance(module, Transducer):  # with its initial values it would emit no token
+            torch.nn.init.normal_(module.out.weight)
+            torch.nn.init.constant_(module.out.bias, 0.0)
+    write_model_folder(folder / "model", merge_hparams(path, overrides), hparams, parts, folder / "t.model", [])
     return folder / "model"
 
 
