@@ -5,18 +5,22 @@
 The models do equal work, and have random weights, a width of 144, 6 blocks and 128 tokens. Their texts have no meaning, but are
 the stricter test, because no token is certain. Each model is exported, and runs in sherpa-onnx in a separate process. A row has
 the real-time factor on one thread, the peak memory of the process with model and audio, and the comparison of texts, alone and in
-a batch. Streams have chunks of 640 ms and 4 chunks of left context. ``--models`` takes trained model folders instead. Rows of the
-same encoder, type and precision are replaced. For other systems and error rates, see ``peers.py``.
+a batch. Streams have chunks of 640 ms and 4 chunks of left context. One model has a transducer as its head; the transducers of
+the others are CTC, exported for hotwords. ``--models`` takes trained model folders instead. Rows of the same encoder, type and
+precision are replaced. For other systems and error rates, see ``peers.py``.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
+import torch
+
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.lobes.transducer import Transducer
 from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.utils.files import read_csv, write_csv
@@ -30,6 +34,8 @@ ROW = FIELDS[:3]
 """Fields that identify a row."""
 FILES = {"cascade": "cascade_hyperconformer_squeezeformer"}
 """Hparams files with another name than their encoder."""
+TRANSDUCER = "hyperconformer_transducer"
+"""Hparams file of the model with a transducer."""
 SIZE = {"d_model": 144, "nhead": 8, "num_encoder_layers": 6, "num_decoder_layers": 0, "d_ffn": 576}
 SIZE |= {"encoder_kwargs": "null", "vocab_size": 128, "number_of_epochs": 1}
 KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
@@ -38,16 +44,22 @@ SENTENCE = "!new:speechbrain_ext.lobes.features.SentenceNormalization {}"
 
 
 def untrained(folder, encoder, features):
-    """Write a model with random weights, and with tokens of the licence's text."""
+    """Write a model with random weights, and with tokens of the licence's text; ``encoder`` may also name an hparams file."""
     lines = [line.strip().upper() for line in (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()]
     text = [line.replace(",", "").replace('"', "") for line in lines if line]
     write_csv(folder / "text.csv", ("ID", "wrd"), enumerate(text))
     train_tokenizer(folder / "text.csv", folder / "t.model", SIZE["vocab_size"], "unigram", 0, 1, 2, 3)
-    keys = SIZE | {"encoder": encoder, "output_folder": folder / "run", "compute_features": features, "normalize": SENTENCE}
+    keys = {} if encoder == TRANSDUCER else {"encoder": encoder}
+    keys |= SIZE | {"output_folder": folder / "run", "compute_features": features, "normalize": SENTENCE}
     overrides = "\n".join(f"{key}: {value}" for key, value in keys.items())
     path = ROOT / "hparams" / f"{FILES.get(encoder, encoder)}.yaml"
     hparams = load_hparams(path, overrides)
-    write_model_folder(folder / "model", merge_hparams(path, overrides), hparams, model_parts(hparams), folder / "t.model", [])
+    parts = model_parts(hparams)
+    for module in parts.modules():
+        if isinstance(module, Transducer):  # with its initial values it would emit no token
+            torch.nn.init.normal_(module.out.weight)
+            torch.nn.init.constant_(module.out.bias, 0.0)
+    write_model_folder(folder / "model", merge_hparams(path, overrides), hparams, parts, folder / "t.model", [])
     return folder / "model"
 
 
@@ -70,17 +82,17 @@ def main():
     """Run all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=(), help="model folders, in place of untrained models of all encoders")
-    parser.add_argument("--encoders", nargs="+", help="names of encoders; by default all")
+    parser.add_argument("--encoders", nargs="+", help=f"names of encoders, and {TRANSDUCER}; by default all")
     parser.add_argument("--types", nargs="+", choices=GRAPHS, default=tuple(GRAPHS), help="types of model; by default all")
     parser.add_argument("--audio", nargs="+", required=True, help="audio files, or folders in LibriSpeech layout")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
     arguments = parser.parse_args()
     sources = [(folder, Path(folder).name) for folder in arguments.models]
-    sources = sources or [(None, encoder) for encoder in arguments.encoders or list_encoders()]
+    sources = sources or [(None, encoder) for encoder in arguments.encoders or [*list_encoders(), TRANSDUCER]]
     before = read_csv(arguments.out) if arguments.out.exists() else []
     rows = {tuple(found[key] for key in ROW): list(found.values()) for found in before}
     for source, encoder in sources:
-        for kind in arguments.types:
+        for kind in TRANSDUCERS if encoder == TRANSDUCER else arguments.types:
             for precision in ("float32", "int8"):
                 rows[encoder, kind, precision] = row(source, encoder, kind, precision, arguments.audio)
                 print(*rows[encoder, kind, precision], sep=",", flush=True)

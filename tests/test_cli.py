@@ -82,7 +82,7 @@ def test_a_file_that_fails_in_the_model_does_not_stop_the_rest(capsys, folder, m
         (["transcribe"], "--model"),
         (["transcribe", "--model", "/no/such", "a.wav"], "There is no model folder /no/such"),
         (["transcribe", "--model", "/no/such", "a.wav", "--width"], "unrecognized"),
-        (["transcribe", "--model", ".", "a.wav", "--revision", "main"], "which has no revision main"),
+        (["transcribe", "--model", ".", "a.wav", "--revision", "main"], "and has no revision main"),
         (["publish", "--model", "/no/such"], "REPO_ID"),
         (["publish", "--model", "/no/such", "ann/model"], "/no/such is no complete model folder"),
         (["publish", "--model", "/no/such", "ann/model", "--license", "my own"], "license is 'my own'"),

@@ -37,7 +37,7 @@ from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer
 from speechbrain_ext.utils.errors import UserError
-from speechbrain_ext.utils.files import locked
+from speechbrain_ext.utils.files import locked, replacing_folder
 from train import take_paths
 
 CTC = {**SMALL, "num_decoder_layers": 0}
@@ -61,6 +61,14 @@ def run(tmp_path, monkeypatch, corpus):
         return training.run(file, run_opts, overrides, paths)
 
     return run
+
+
+def test_the_current_folder_can_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").touch()
+    with replacing_folder(".") as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 # -------------------- B. no empty success

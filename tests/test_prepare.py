@@ -201,7 +201,7 @@ def test_one_split_for_two_purposes(small, save):
     [
         ({}, "No split is given"),
         ({"tr_splits": ["../train-a"]}, "'../train-a' is not the name of a split"),
-        ({"tr_splits": ["train-a"], "merge_lst": ["train-b"], "merge_name": "train.csv"}, "merge_lst names train-b"),
+        ({"tr_splits": ["train-a"], "merge_lst": ["train-b"], "merge_name": "train.csv"}, "merge_lst has train-b"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"]}, "merge_lst needs merge_name"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"], "merge_name": "a/b.csv"}, "merge_lst needs merge_name"),
         ({"tr_splits": ["train-a"], "merge_lst": ["train-a"], "merge_name": "skipped.csv"}, "choose another"),

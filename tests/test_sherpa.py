@@ -4,6 +4,8 @@ All encoders run in PyTorch with packed state, and one runs in sherpa-onnx. Test
 each export takes long.
 """
 
+import functools
+import json
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 from conftest import PAGE_ENCODERS, make_encoder
 from speechbrain.lobes.features import MFCC
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
@@ -27,13 +30,21 @@ from tiny import SMALL_TRANSDUCER, make_model
 from speechbrain_ext import cli
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.export import sherpa_texts
-from speechbrain_ext.export.check import greedy, reference, synthetic, written
+from speechbrain_ext.export.check import greedy, reference, synthetic
 from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
 from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
-from speechbrain_ext.export.sherpa_check import feed_of, has_runtime, tail_samples
-from speechbrain_ext.export.sherpa_folder import export_sherpa, make_graphs, symbols_of
+from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
+from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa, make_graphs, symbols_of
 from speechbrain_ext.export.sherpa_graphs import Answer, Frames, Packed, PackedPairs, PackedTransducer
-from speechbrain_ext.export.sherpa_texts import open_recognizer, transcribe_streams, transcribe_whole
+from speechbrain_ext.export.sherpa_readme import readme
+from speechbrain_ext.export.sherpa_texts import (
+    STREAMS,
+    TRANSDUCERS,
+    open_recognizer,
+    settings_of,
+    transcribe_streams,
+    transcribe_whole,
+)
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.lobes.features import Fbank, InputNormalization, KaldiFbank
@@ -55,6 +66,8 @@ ENCODERS = [name for name in list_encoders() if name not in PAGE_ENCODERS]
 HPARAMS = {"cascade": "cascade_hyperconformer_squeezeformer"}
 TRANSDUCER = Path(__file__).parent / "data" / "model_folders" / "transducer-v1"
 TOKENS = 12
+MOST_OF_INT8 = 0.5
+"""Most letters and tokens that may differ in 8 bits; no token of a model with random weights is certain."""
 
 
 def speech_encoder(encoder, features=None, norm="sentence"):
@@ -78,7 +91,7 @@ def in_pytorch(graph, speech, *lengths, pass_name=None):
     """Largest difference between streams of different age and whole utterances."""
     generator = torch.Generator().manual_seed(0)
     feed, wavs = feed_of(graph, speech.compute_features), [0.1 * torch.randn(n, generator=generator) for n in lengths]
-    found = feed.run(OurSession(graph), [feed.heard(wav) for wav in wavs])
+    found = feed.run(OurSession(graph), [feed.prepare(wav) for wav in wavs])
     wanted = [reference(speech, speech.head, feed, wav, pass_name) for wav in wavs]
     return max(float(np.abs(one - other).max()) for one, other in zip(found, wanted, strict=True))
 
@@ -242,7 +255,7 @@ def test_the_features_are_the_runtimes(kind, rate, mels, tmp_path):
 
 
 def make(folder, name="hyperconformer", **keys):
-    """A model folder with random weights. Texts have no unknown token, because the runtime writes its spaces differently."""
+    """A model folder with random weights. Texts have no unknown token, because only Python writes a space after it."""
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder, 0, HPARAMS.get(name, name), **keys)
     model = load_model(folder / "model", "cpu")
@@ -277,76 +290,167 @@ def models(tmp_path_factory):
     )
 
 
-def export(model, folder, **keys):
-    """Export a loaded model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("speechbrain_ext.export.sherpa_folder.load_model", lambda *_, **__: model)
-        return export_sherpa("model", folder, **keys)
+@pytest.fixture(scope="module")
+def export():
+    """A function that exports a loaded model. It traces a graph once: 8 bits take the trace of float32."""
+    trace, traced = torch.onnx.export, {}
+
+    def once(model, graph, *args, **keys):
+        key = model, model.pass_name, type(graph), getattr(graph, "output_names", None)
+        if key not in traced:
+            traced[key] = trace(graph, *args, **keys).model_proto.SerializeToString()
+        return SimpleNamespace(model_proto=onnx.load_from_string(traced[key]))
+
+    def run(model, folder, **keys):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("speechbrain_ext.export.sherpa_folder.load_model", lambda *_, **__: model)
+            patch.setattr("torch.onnx.export", lambda *args, **rest: once(model, *args, **rest))
+            return export_sherpa("model", folder, **keys)
+
+    return run
+
+
+STREAMING = {"streaming": True, "chunk_size": 8, "left_context": 4}
+KEYS = {kind: STREAMING if kind in STREAMS else {} for kind in GRAPHS}
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "zipformer2" else ()) for kind in GRAPHS]
+"""All types of model."""
+STREAM_KINDS = [kind for kind in KINDS if kind.values[0] in STREAMS]
 
 
 @pytest.fixture(scope="module")
-def stream_folder(models):
-    """The exported folder of a streaming model, and the report."""
-    report = export(models.kaldi, models.root / "stream", streaming=True, chunk_size=8, left_context=4)
-    return models.root / "stream", report
+def exported(models, export):
+    """A function that gives the exported folder of a type of model, and the report; transducers are CTC for hotwords.
+
+    The recordings for ``omnilingual_asr_ctc`` have an offset, which both the runtime and Fbank with remove_dc remove.
+    """
+    files = [models.root / f"{i}.wav" for i in range(3)]
+    for i, (file, wav) in enumerate(zip(files, synthetic(16000, (2.5, 0.9, 4.0)), strict=True)):
+        soundfile.write(file, 0.02 * i + wav.numpy(), 16000)
+
+    @functools.cache
+    def of(kind, int8=False):
+        keys = KEYS[kind] | {"hotwords": kind in TRANSDUCERS, "int8": int8, "tolerance": 1.0 if int8 else None}
+        model, folder = models.kaldi, models.root / f"{kind}-{int8}"
+        if kind == "omnilingual_asr_ctc":
+            model, keys["audio"] = models.fbank, list(map(str, files))
+        report = export(model, folder, **keys)
+        assert report.kind == kind
+        return folder, report
+
+    return of
 
 
 @needs_runtime
-def test_whole_utterances_of_kaldis_features(models):
-    report = export(models.kaldi, models.root / "whole")
-    assert report.kind == "zipformer_ctc" and report.onnx.max_difference < 1e-3
+def test_whole_utterances_of_kaldis_features(models, exported):
+    folder, report = exported("zipformer_ctc")
+    assert report.onnx.max_difference < 1e-3 and not report.notes
     assert report.texts.equal == len(report.texts.wanted) == 5 and "texts are PyTorch's" in str(report)
-    assert sorted(os.listdir(models.root / "whole")) == ["README.md", "model.onnx", "tokens.txt"]
-    assert onnx.load(models.root / "whole" / "model.onnx").ir_version == 9
+    assert sorted(os.listdir(folder)) == ["README.md", "model.onnx", "tokens.txt"]
+    assert onnx.load(folder / "model.onnx").ir_version == 9
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
     lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
     wanted = models.kaldi.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)[0]
-    recognizer = open_recognizer(models.root / "whole", "zipformer_ctc")
+    recognizer = open_recognizer(folder, "zipformer_ctc")
     alone = [transcribe_whole(recognizer, [wav.numpy()], 16000)[0] for wav in wavs]
     together = transcribe_whole(recognizer, [wav.numpy() for wav in wavs], 16000)
     assert [" ".join(text.split()) for text in alone + together] == 2 * wanted and all(wanted)
 
 
 @needs_runtime
-def test_whole_utterances_of_speechbrains_features(models):
-    """Both the runtime and Fbank with remove_dc remove the mean of the samples."""
-    for i, wav in enumerate(synthetic(16000, (2.5, 0.9, 4.0))):
-        soundfile.write(models.root / f"{i}.wav", 0.02 * i + wav.numpy(), 16000)
-    report = export(models.fbank, models.root / "waves", audio=[str(models.root / f"{i}.wav") for i in range(3)])
-    assert report.kind == "omnilingual_asr_ctc" and report.onnx.max_difference < 1e-3
+def test_whole_utterances_of_speechbrains_features(exported):
+    folder, report = exported("omnilingual_asr_ctc")
+    assert report.onnx.max_difference < 1e-3 and not report.notes
     assert report.texts.equal == 3 and all(report.texts.wanted)
-    assert "from_omnilingual_asr_ctc" in (models.root / "waves" / "README.md").read_text()
+    assert "from_omnilingual_asr_ctc" in (folder / "README.md").read_text()
 
 
 @needs_runtime
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
-def test_hotwords(streaming, models, tmp_path):
-    """Without hotwords, texts are those of the same search in PyTorch; with hotwords, these occur more often."""
-    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
-    report = export(models.kaldi, tmp_path / "folder", hotwords=True, **keys)
-    assert report.kind == ("zipformer2" if streaming else "transducer")
-    assert report.texts.equal == len(report.texts.wanted) == 5 and all(report.texts.wanted[1:])
-    assert_hotwords_act(tmp_path / "folder", "SAD")
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_audio(kind, int8, exported):
+    """A clip without a frame has no text, alone and beside others; sherpa-onnx refuses less than 400 samples of waveforms."""
+    recognizer = open_recognizer(exported(kind, int8)[0], kind)
+    noise = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+    wavs = [noise[:samples] for samples in (0, 1, 60, 399, 400, 401)]
+
+    def texts(wavs):
+        if kind in STREAMS:
+            return transcribe_streams(recognizer, wavs, 16000, 0)
+        return transcribe_whole(recognizer, wavs, 16000)
+
+    alone = [text for wav in wavs for text in texts([wav])]
+    assert alone[:3] == ["", "", ""] and texts(wavs) == alone
+    together = texts([noise, *wavs])
+    assert together[0] and together[1:4] == ["", "", ""] and (int8 or together[1:] == alone)
 
 
-def assert_hotwords_act(folder, word):
-    """With hotwords, the README's program writes a hotword more often than without."""
-    soundfile.write(folder / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
-    (folder / "hotwords.txt").write_text(f"{word} :9.0\n")
+def program_of(folder, speech, *added):
+    """The Python program of a folder's README, with the path of an audio file, and perhaps more settings of the recogniser."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    found = []
-    for program in (code, code.replace('hotwords_file="hotwords.txt"', 'hotwords_file=""')):
-        done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
-        found.append(done.stdout)
-    assert found[0].count(word) > found[1].count(word) and found[1].strip()
+    return code.replace("speech.wav", str(speech)).replace("\n)\n", "".join(f"\n    {each}," for each in added) + "\n)\n", 1)
+
+
+def said_by(program, folder):
+    """What a program prints that runs in a folder."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return " ".join(done.stdout.split())
+
+
+@needs_runtime
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folders_readme_runs(kind, exported, tmp_path):
+    """For a file of the model's rate, and for one of another rate with two channels."""
+    folder, wav = exported(kind)[0], synthetic(16000, (2.5,))[0]
+    files, tail, recognizer = sorted(os.listdir(folder)), settings_of(folder)[1], open_recognizer(folder, kind)
+    for rate in (16000, 44100):
+        samples = torchaudio.functional.resample(wav, 16000, rate).numpy()
+        channels = [samples, np.zeros_like(samples)] if rate == 44100 else [samples]
+        soundfile.write(tmp_path / "speech.wav", np.stack(channels, 1), rate, subtype="FLOAT")
+        if kind in STREAMS:
+            (wanted,) = transcribe_streams(recognizer, [samples], rate, tail * rate // 16000)
+        else:
+            (wanted,) = transcribe_whole(recognizer, [samples], rate)
+        assert said_by(program_of(folder, tmp_path / "speech.wav"), folder) == " ".join(wanted.split()) != ""
+    assert sorted(os.listdir(folder)) == files
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node: apt-get install nodejs")
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_readmes_javascript_is_valid(kind, tmp_path):
+    files = {part: f"{part}.onnx" for part in (("encoder", "decoder", "joiner") if kind in TRANSDUCERS else ("",))}
+    (code,) = re.findall(r"```javascript\n(.*?)```", readme(kind, files, 16000, 80, 5440 * (kind in STREAMS)), re.DOTALL)
+    (tmp_path / "program.js").write_text(code)
+    subprocess.run(["node", "--check", tmp_path / "program.js"], check=True)
+    assert ("inputFinished()" in code) == (kind in STREAMS)
+    assert ("modelType: 'transducer'" in code) == (kind == "transducer")  # the runtime needs it, except in Python
 
 
 @needs_runtime
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
-def test_a_transducer(streaming, tmp_path):
+def test_hotwords(streaming, exported, tmp_path):
+    """Without hotwords, texts are those of the same search in PyTorch; with hotwords, these occur more often."""
+    folder, report = exported("zipformer2" if streaming else "transducer")
+    assert report.texts.equal == len(report.texts.wanted) == 5 and all(report.texts.wanted[1:])
+    assert_hotwords_act(folder, "SAD", tmp_path)
+
+
+def assert_hotwords_act(folder, word, scratch):
+    """With the README's settings for hotwords, its program writes a hotword more often than without."""
+    soundfile.write(scratch / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    (scratch / "hotwords.txt").write_text(f"{word} :9.0\n")
+    (added,) = re.findall(r"^\* Python: `(.*)`$", (folder / "README.md").read_text(), re.MULTILINE)
+    added = added.replace("hotwords.txt", str(scratch / "hotwords.txt"))
+    with_hotwords, without = (said_by(program_of(folder, scratch / "speech.wav", *more), folder) for more in ([added], []))
+    assert with_hotwords.count(word) > without.count(word) and without
+
+
+@needs_runtime
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "streams"])
+def test_a_transducer(streaming, export, tmp_path):
     """With greedy search, texts are those of the model; with a beam, hotwords occur more often."""
     model, folder = make_transducer(tmp_path), tmp_path / "folder"
-    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if streaming else {}
+    keys = STREAMING if streaming else {}
     report = export(model, folder, **keys)
     kind = "zipformer2" if streaming else "transducer"
     assert report.kind == kind and report.onnx.max_difference < 1e-3 and report.onnx.token_error == 0
@@ -358,14 +462,14 @@ def test_a_transducer(streaming, tmp_path):
     if streaming:
         graph = make_graphs(model, **keys)["encoder"]
         tail = tail_samples(graph)
-        wanted = [their_stream(model, heard(wav, graph, tail)) for wav in wavs]
+        wanted = [their_stream(model, audio_of_stream(wav, graph, tail)) for wav in wavs]
         found = transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail)
     else:
         lengths = torch.tensor([len(wav) for wav in wavs]) / max(map(len, wavs))
         wanted = model.transcribe_batch(torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), lengths)[0]
         found = transcribe_whole(recognizer, [wav.numpy() for wav in wavs], 16000)
     assert [" ".join(text.split()) for text in found] == wanted and all(wanted)
-    assert_hotwords_act(folder, "DAY")
+    assert_hotwords_act(folder, "DAY", tmp_path)
 
 
 def their_stream(model, wav, chunk_size=8, left_context=4):
@@ -375,22 +479,23 @@ def their_stream(model, wav, chunk_size=8, left_context=4):
     return " ".join(segment.text for segment in segments)
 
 
-def heard(wav, graph, tail):
+def audio_of_stream(wav, graph, tail):
     """Samples in the chunks that the runtime decodes, of a stream with zeros after its end."""
     wav = torch.nn.functional.pad(wav, (0, tail))
     return wav[: (graph.features.framing.count(len(wav)) - 1) // graph.frames * graph.step + 200]
 
 
 @needs_runtime
-def test_streams_alone_and_beside_others(models, stream_folder):
-    folder, report = stream_folder
-    assert report.kind == "zipformer2_ctc" and report.texts.equal == len(report.texts.wanted) == 5
+def test_streams_alone_and_beside_others(models, exported):
+    folder, report = exported("zipformer2_ctc")
+    assert report.texts.equal == len(report.texts.wanted) == 5
     recognizer = open_recognizer(folder, "zipformer2_ctc")
     graph = make_graphs(models.kaldi, True, 8, 4)[""]
     tail = tail_samples(graph)
-    assert tail == 33 * 160 and f"FloatArray({tail})" in (folder / "README.md").read_text()
+    assert settings_of(folder) == ("zipformer2_ctc", tail) and tail == 34 * 160
+    assert "FloatArray((0.34 * rate).toInt())" in (folder / "README.md").read_text()
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
-    wanted = [their_stream(models.kaldi, heard(wav, graph, tail)) for wav in wavs]
+    wanted = [their_stream(models.kaldi, audio_of_stream(wav, graph, tail)) for wav in wavs]
     found = [transcribe_streams(recognizer, [wav.numpy()], 16000, tail)[0] for wav in wavs]
     assert found == wanted and all(wanted)
     assert transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail) == wanted
@@ -399,12 +504,15 @@ def test_streams_alone_and_beside_others(models, stream_folder):
 
 
 @needs_runtime
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 @torch.no_grad()
-def test_a_stream_begins_anew_behind_an_endpoint(models, stream_folder):
+def test_a_stream_begins_again_after_an_endpoint(kind, models, exported):
+    """The runtime resets the state of CTC. Of a transducer, it keeps the encoder's state and the last tokens."""
     rules = {"enable_endpoint_detection": True, "rule1_min_trailing_silence": 99, "rule2_min_trailing_silence": 99}
-    recognizer = open_recognizer(stream_folder[0], "zipformer2_ctc", rule3_min_utterance_length=1.0, **rules)
-    wav, graph = synthetic(16000, (4.0,))[0], make_graphs(models.kaldi, True, 8, 4)[""]
-    stream, texts, ends, decoded = recognizer.create_stream(), [], [], 0
+    recognizer = open_recognizer(exported(kind)[0], kind, rule3_min_utterance_length=1.0, **rules)
+    wav = synthetic(16000, (4.0,))[0]
+    graph, *parts = make_graphs(models.kaldi, **STREAMING, hotwords=kind in TRANSDUCERS).values()
+    stream, texts, ends, decoded = recognizer.create_stream(), [], [0], 0
     stream.accept_waveform(16000, wav.numpy())
     while recognizer.is_ready(stream):
         recognizer.decode_stream(stream)
@@ -414,29 +522,17 @@ def test_a_stream_begins_anew_behind_an_endpoint(models, stream_folder):
             ends.append(decoded)
             recognizer.reset(stream)
             assert not recognizer.is_endpoint(stream) and recognizer.get_result(stream) == ""
-    assert len(ends) >= 2
-    chunks = KaldiFbank()(wav.unsqueeze(0)).split(32, 1)
-    symbols, wanted = symbols_of(models.kaldi, whole=False), []
-    for start, end in zip([0, *ends], ends, strict=False):
-        state, found = graph.zeros(1), []
-        for chunk in chunks[start:end]:
-            log_probs, *state = graph(chunk, *state)
-            found.append(log_probs[0])
-        wanted.append(written(greedy(torch.cat(found).numpy(), models.kaldi.blank), symbols))
-    assert texts == wanted and all(wanted)
-
-
-@needs_runtime
-def test_the_folders_readme_runs(models, stream_folder, tmp_path):
-    folder = stream_folder[0]
-    for name in ("model.onnx", "tokens.txt"):
-        shutil.copy(folder / name, tmp_path / name)
-    soundfile.write(tmp_path / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    wav = soundfile.read(tmp_path / "speech.wav", dtype="float32")[0]
-    tail = tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
-    assert said.strip() == transcribe_streams(open_recognizer(folder, "zipformer2_ctc"), [wav], 16000, tail)[0] != ""
+    assert len(ends) > 2
+    state, frames, tokenizer = graph.zeros(1), [], models.kaldi.hparams.tokenizer
+    for i, chunk in enumerate(KaldiFbank()(wav.unsqueeze(0)).split(32, 1)[: ends[-1]]):
+        state = graph.zeros(1) if i in ends and not parts else state
+        found, *state = graph(chunk, *state)
+        frames.append(found[0].numpy())
+    said = Search(*map(InPyTorch, parts), parts[0], 1)(np.concatenate(frames))[0] if parts else None
+    for text, start, end in zip(texts, ends, ends[1:], strict=False):
+        tokens = sum(said[8 * start : 8 * end], []) if parts else greedy(np.concatenate(frames[start:end]), models.kaldi.blank)
+        assert text == tokenizer.decode_ids(tokens)
+    assert all(texts[::2])  # a transducer may have no token in the second
 
 
 def binary(name):
@@ -445,19 +541,25 @@ def binary(name):
 
 
 @needs_runtime
-def test_the_websocket_server_with_three_clients(models, stream_folder, tmp_path):
+@pytest.mark.parametrize("kind", STREAM_KINDS)
+def test_the_websocket_server_with_three_clients(kind, exported, tmp_path):
     server, client = (binary(f"sherpa-onnx-online-websocket-{name}") for name in ("server", "client"))
     if server is None:
         pytest.skip("sherpa-onnx-bin is not installed: pip install -e .[dev]")
     import sherpa_onnx
 
-    folder, tail = stream_folder[0], tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
+    folder = exported(kind)[0]
+    tail = settings_of(folder)[1]
     libraries = Path(sherpa_onnx.__file__).parent / "lib"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [server, f"--port={port}", f"--zipformer2-ctc-model={folder}/model.onnx", f"--tokens={folder}/tokens.txt"]
+    command = [server, f"--port={port}", f"--tokens={folder}/tokens.txt", "--enable-endpoint=false"]
+    if kind in TRANSDUCERS:
+        command += [f"--{part}={folder}/{part}.onnx" for part in ("encoder", "decoder", "joiner")]
+    else:
+        command.append(f"--zipformer2-ctc-model={folder}/model.onnx")
     command += [f"--end-tail-padding={tail / 16000}", "--max-batch-size=3", f"--log-file={tmp_path}/log"]
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -479,11 +581,11 @@ def test_the_websocket_server_with_three_clients(models, stream_folder, tmp_path
     finally:
         running.kill()
         running.wait()
-    recognizer = open_recognizer(folder, "zipformer2_ctc")
-    for i, heard in enumerate(said):
+    recognizer = open_recognizer(folder, kind)
+    for i, printed in enumerate(said):
         wav = soundfile.read(tmp_path / f"{i}.wav", dtype="float32")[0]
         text = transcribe_streams(recognizer, [wav], 16000, tail)[0]
-        assert re.findall(r'"text": "(.*?)", "tokens"', heard)[-1] == text != ""
+        assert re.findall(r'"text": "(.*?)", "tokens"', printed)[-1] == text != ""
 
 
 # ---- Refused models
@@ -516,9 +618,25 @@ def test_symbols():
     with pytest.raises(ValueError, match="a token 'SIL', which sherpa-onnx leaves out of the texts"):
         symbols("▁A", "SIL")
     assert symbols("▁A", "SIL", whole=False)[-1] == "SIL"
-    for piece in ("▁A▁B", "A B"):
-        with pytest.raises(ValueError, match="has a space after its beginning"):
+    for piece in ("▁A▁B", "A B", "A▁"):
+        with pytest.raises(ValueError, match="has a space after its beginning.*without treat_whitespace_as_suffix"):
             symbols(piece)
+
+
+def test_the_check_compares_with_pythons_text(models, monkeypatch, tmp_path):
+    """Also of unknown tokens, after which only Python writes a space."""
+    found = {"version": "9.9", "alone": ["?"], "together": ["?"], "seconds": 0.1, "peak_mib": None}
+    done = SimpleNamespace(returncode=0, stdout=json.dumps(found))
+    monkeypatch.setattr("speechbrain_ext.export.sherpa_check.subprocess.run", lambda *_, **__: done)
+    soundfile.write(tmp_path / "speech.wav", synthetic(16000, (2.5,))[0].numpy(), 16000)
+    token = models.kaldi.hparams.tokenizer.piece_to_id("D")
+    for values in (models.kaldi.ctc_head.w.weight, models.kaldi.ctc_head.w.bias):  # the unknown token replaces D
+        changed = values.detach().clone()
+        changed[3] = changed[token] + 0.1 * (changed.dim() == 1)
+        monkeypatch.setattr(values, "data", changed)
+    texts = texts_in_runtime(tmp_path, models.kaldi, make_graphs(models.kaldi), [str(tmp_path / "speech.wav")])
+    assert texts.wanted == [models.kaldi.transcribe_file(str(tmp_path / "speech.wav"))]
+    assert "⁇ " in texts.wanted[0].rstrip() and texts.wanted[0].strip("⁇ ")
 
 
 @pytest.mark.parametrize(
@@ -580,32 +698,99 @@ def test_transducers_that_the_runtime_cannot_run():
         ("kaldi", "holds other files, such as"),
         ("kaldi/t.model", "is a file; give the name of a folder"),
         ("gone/folder", "There is no folder"),
+        (".", "is the current folder, which is not replaced; give the name of a new folder"),
+        ("empty/../.", "is the current folder"),
     ],
 )
 def test_wrong_usage(out, message, models, monkeypatch, capsys):
     monkeypatch.chdir(models.root)
+    Path("empty").mkdir(exist_ok=True)
     assert cli.main(["export", "--runtime", "sherpa-onnx", "--model", "kaldi/model", out]) == 2
     assert message in capsys.readouterr().err and not Path("gone").exists()
 
 
-def test_what_the_runtime_writes_otherwise_is_not_written(models, monkeypatch):
-    """The written folder is replaced by a fixture's, and the runtime's texts by invented ones."""
-    from speechbrain_ext.export import sherpa_folder
-    from speechbrain_ext.export.sherpa_check import Texts
+@pytest.mark.parametrize("files", [["README.md"], ["README.md", "model.onnx"], ["tokens.txt"]])
+def test_a_folder_of_the_user_is_not_replaced(files, tmp_path, capsys):
+    for name in files:
+        (tmp_path / name).write_text("mine")
+    assert cli.main(["export", "--runtime", "sherpa-onnx", "--model", "gone", str(tmp_path)]) == 2
+    assert f"holds other files, such as {files[0]}; give a new folder" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(files, "mine")
 
-    report = SimpleNamespace(synthetic=False)
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A function that replaces the check in onnxruntime by a report, and the runtime's texts by others or none."""
+
+    def pretend(texts=None, synthetic=False):
+        report = SimpleNamespace(synthetic=synthetic)
+        monkeypatch.setattr("speechbrain_ext.export.sherpa_folder.write_checked", lambda *_: report)
+        monkeypatch.setattr("speechbrain_ext.export.sherpa_folder.has_runtime", lambda: texts is not None)
+        monkeypatch.setattr("speechbrain_ext.export.sherpa_folder.texts_in_runtime", lambda *_: texts)
+
+    return pretend
+
+
+def test_an_empty_folder_and_an_earlier_export_are_replaced(models, export, pretended, tmp_path):
+    pretended()
+    for _ in range(2):
+        assert "sherpa-onnx is not installed" in str(export(models.kaldi, tmp_path))
+        assert sorted(os.listdir(tmp_path)) == ["README.md", "tokens.txt"]
+        (tmp_path / "tokens.txt").write_text("old")
+
+
+def test_an_offset_that_only_the_runtime_removes_is_named(models, export, pretended, monkeypatch, tmp_path):
+    monkeypatch.setattr(models.fbank.mods.encoder, "compute_features", Fbank(n_mels=80))
+    pretended()
+    report = export(models.fbank, tmp_path / "folder")
+    assert "DC offset" in str(report) and "remove_dc: true" in (tmp_path / "folder" / "README.md").read_text()
+    wrong = Texts("9.9", ["ABC"], ["AB"], ["AB"], 0.1)
+    pretended(wrong)
+    with pytest.raises(RuntimeError, match="train with remove_dc: true, because the runtime removes a DC offset") as found:
+        export(models.fbank, tmp_path / "folder")
+    assert "--audio" not in str(found.value)
+    pretended(wrong, synthetic=True)
+    with pytest.raises(RuntimeError, match="compare on real speech with --audio, or train with remove_dc"):
+        export(models.fbank, tmp_path / "folder")
+
+
+def test_the_readme_of_8_bits_says_that_texts_depend_on_others(models, export, pretended, tmp_path):
+    pretended()
+    report = export(models.kaldi, tmp_path / "folder", int8=True, **STREAMING)
+    assert "a text may depend on the others" in str(report)
+    assert report.notes[0] in (tmp_path / "folder" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("raise ImportError('no libonnxruntime.so')", "cannot be imported (no libonnxruntime.so); reinstall it, or uninstall it"),
+        ("__version__ = '1.10.46'", "sherpa-onnx 1.10.46 is installed, but 1.12.26 or later is needed; upgrade it with"),
+        ("import os; os._exit(1)", "its import ends the process; reinstall it"),
+    ],
+)
+def test_a_runtime_that_cannot_be_used(code, message, monkeypatch, tmp_path, capsys):
+    """It is not reported as the model's fault, and before the model is loaded."""
+    (tmp_path / "sherpa_onnx").mkdir()
+    (tmp_path / "sherpa_onnx" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert cli.main(["export", "--runtime", "sherpa-onnx", "--model", "gone", str(tmp_path / "folder")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_what_the_runtime_writes_otherwise_is_not_written(models, export, pretended):
     wrong = Texts("9.9", ["ABC DEF"], ["ABC"], ["ABC DEF"], 0.1)
     assert wrong.equal == 0 and wrong.error == pytest.approx(4 / 14)
-    monkeypatch.setattr(sherpa_folder, "write_checked", lambda *_: report)
-    monkeypatch.setattr(sherpa_folder, "has_runtime", lambda: True)
-    monkeypatch.setattr(sherpa_folder, "texts_in_runtime", lambda *_: wrong)
+    pretended(wrong)
     with pytest.raises(RuntimeError, match="sherpa-onnx 9.9 writes 28.6% of the letters differently, but only 5.0% is accepted"):
         export(models.kaldi, models.root / "wrong")
     assert not list(models.root.glob("*wrong*"))
 
 
 @needs_runtime
-def test_what_the_runtime_does_not_take_is_not_written(models, monkeypatch):
+def test_what_the_runtime_does_not_take_is_not_written(models, export, monkeypatch):
     """A configuration that ends the runtime's process does not end this one."""
     from speechbrain_ext.export import sherpa_folder
 
@@ -622,39 +807,43 @@ def test_what_the_runtime_does_not_take_is_not_written(models, monkeypatch):
 
 @needs_runtime
 @pytest.mark.slow
-@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
-@pytest.mark.parametrize("kind", ["zipformer_ctc", "zipformer2_ctc", "omnilingual_asr_ctc"])
+@pytest.mark.parametrize("kind", GRAPHS)
 @pytest.mark.parametrize("name", ENCODERS)
-def test_every_encoder_in_the_runtime(name, kind, int8, tmp_path):
-    features = {} if kind == "omnilingual_asr_ctc" else {"compute_features": KALDI}
-    keys = {"streaming": True, "chunk_size": 8, "left_context": 4} if kind == "zipformer2_ctc" else {}
-    model = make(tmp_path, name, normalize=SENTENCE, **features)
-    report = export(model, tmp_path / "folder", int8=int8, tolerance=0.5 if int8 else None, **keys)
-    assert report.kind == kind and (int8 or report.onnx.max_difference < 1e-3)
-    assert int8 or kind == "omnilingual_asr_ctc" or report.texts.equal == len(report.texts.wanted)
+def test_every_encoder_in_the_runtime(name, kind, export, tmp_path):
+    """Float32 has PyTorch's texts. Of 8 bits, a wrong scale or sign would change nearly all letters."""
+    model = make(tmp_path, name, normalize=SENTENCE, compute_features=CENTRED if kind == "omnilingual_asr_ctc" else KALDI)
+    keys = KEYS[kind] | {"hotwords": kind in TRANSDUCERS}
+    report = export(model, tmp_path / "float32", **keys)
+    assert report.kind == kind and report.onnx.max_difference < 1e-3
+    assert report.texts.equal == len(report.texts.wanted) == 5 and any(report.texts.wanted)
+    int8 = export(model, tmp_path / "int8", int8=True, tolerance=MOST_OF_INT8, **keys)
+    assert 0 < int8.onnx.max_difference and int8.texts.error <= MOST_OF_INT8 and int8.onnx.size < report.onnx.size
 
 
 @needs_runtime
 @pytest.mark.slow
-def test_a_cascades_first_pass_streams(tmp_path):
+def test_a_cascades_first_pass_streams(export, tmp_path):
     model = make(tmp_path, "cascade", compute_features=KALDI)
     model.pass_name = "first"
-    report = export(model, tmp_path / "first", streaming=True, chunk_size=8, left_context=4)
+    report = export(model, tmp_path / "first", **STREAMING)
     assert report.texts.equal == len(report.texts.wanted)
 
 
 @needs_runtime
 @pytest.mark.slow
-def test_the_oldest_version(models, stream_folder, tmp_path):
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_oldest_version(kind, exported, tmp_path):
     """SHERPA_OLDEST is a folder with sherpa-onnx 1.12.26; make slow sets it."""
     oldest = os.environ.get("SHERPA_OLDEST")
     if oldest is None:
         pytest.skip("sherpa-onnx 1.12.26 is missing; set SHERPA_OLDEST to a folder with it")
-    wavs = synthetic(16000, (2.5, 0.9, 4.0))
-    tail = tail_samples(make_graphs(models.kaldi, True, 8, 4)[""])
-    np.savez(tmp_path / "w.npz", rate=16000, feature_dim=80, count=3, **{f"wav{i}": w for i, w in enumerate(wavs)})
-    command = [sys.executable, "-P", sherpa_texts.__file__, str(stream_folder[0]), str(tmp_path / "w.npz")]
-    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": oldest}, check=True).stdout
-    assert '"version": "1.12' in said
-    recognizer = open_recognizer(stream_folder[0], "zipformer2_ctc")
-    assert transcribe_streams(recognizer, [wav.numpy() for wav in wavs], 16000, tail)[0] in said
+    wavs = {f"wav{i}": wav for i, wav in enumerate(synthetic(16000, (2.5, 0.9, 4.0)))}
+    np.savez(tmp_path / "w.npz", rate=16000, feature_dim=80, count=3, **wavs)
+    command = [sys.executable, "-P", sherpa_texts.__file__, str(exported(kind)[0]), str(tmp_path / "w.npz")]
+    found = []
+    for path in (oldest, ""):
+        environment = {**os.environ, "PYTHONPATH": path}
+        said = json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+        found.append([" ".join(text.split()) for text in said["alone"] + said["together"]])
+        assert said["version"].startswith("1.12.26") == (path == oldest)
+    assert found[0] == found[1] and all(found[0])

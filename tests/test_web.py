@@ -1,9 +1,11 @@
 """The page of ``examples/web`` in a real browser: it writes the same text as Python, and shows errors.
 
-The tests need Debian's Chromium and npm, and are skipped without them.
+Most tests need Debian's Chromium and npm, the others Node; they are skipped without them.
 """
 
 import json
+import math
+import re
 import shutil
 import socket
 import subprocess
@@ -22,11 +24,69 @@ from speechbrain_ext.inference.streaming import StreamingRecognizer
 
 CHROMIUM, NPM = "/usr/bin/chromium", shutil.which("npm")
 KALDI = "!new:speechbrain_ext.lobes.features.KaldiFbank {sample_rate: 16000, n_mels: 80}"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="there is no Chromium: apt-get install chromium"),
-    pytest.mark.skipif(NPM is None, reason="there is no npm: apt-get install npm"),
-]
+WEB = ROOT / "examples" / "web"
+in_a_browser = pytest.mark.skipif(not Path(CHROMIUM).exists() or NPM is None, reason="apt-get install chromium npm")
+in_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node: apt-get install nodejs")
+
+
+def in_node_alone(script, module, code, tmp_path):
+    """What a program prints that uses a script of the page, with a replaced import of onnxruntime."""
+    text = (WEB / script).read_text()
+    text = re.sub(r"^import .* as ort .*$", "const ort = {env: {wasm: {}}, Tensor: class {}};", text, flags=re.MULTILINE)
+    (tmp_path / "program.mjs").write_text(module + text + code)
+    done = subprocess.run(["node", tmp_path / "program.mjs"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
+
+
+@in_node
+def test_text_is_read_once(tmp_path):
+    """Parts of the text after each token are those of the tokens so far; a page with an hour of text reads only new tokens."""
+    code = """
+    const about = {sample_rate: 16000, seconds_per_frame: 0.04, blank_index: 0, tokens: '[]', state: '[]'};
+    const recognizer = new Recognizer(undefined, about, 0);
+    const symbols = ['▁A', 'B', '▁', '▁⁇▁', 'C', '', 'D▁'];
+    let reads = 0, random = 1, time = 0;
+    const found = [];
+    for (let i = 0; i < 2000; i++) {
+      random = (random * 48271) % 2147483647;
+      time += random % 9 ? 0.2 : 1.5;
+      const symbol = symbols[random % symbols.length];
+      recognizer.tokens.push({time, get symbol() { reads++; return symbol; }});
+      const parts = recognizer.parts().map(({time, text}) => [time, text]);
+      if (i < 50 || i === 1999) found.push([recognizer.tokens.map(({symbol, time}) => [symbol, time]), parts]);
+      if (i === 49) reads = 0;
+    }
+    console.log(JSON.stringify({reads, found}));
+    """
+    said = in_node_alone("recognizer.js", "", code, tmp_path)
+    assert said["reads"] <= 2 * 2000
+    for tokens, parts in said["found"]:
+        wanted, before = [], -math.inf
+        for symbol, at in tokens:
+            if not wanted or (at - before > 1.0 and symbol.startswith("▁")):
+                wanted.append([at, ""])
+            wanted[-1][1] += symbol
+            before = at
+        wanted = [[at, " ".join(text.replace("▁", " ").split())] for at, text in wanted]
+        assert parts == [part for part in wanted if part[1]]
+
+
+@in_node
+def test_the_microphone_sends_its_last_samples(tmp_path):
+    module = """
+    let Registered;
+    globalThis.registerProcessor = (name, processor) => { Registered = processor; };
+    globalThis.AudioWorkletProcessor = class { port = {sent: [], postMessage(piece) { this.sent.push(piece && [...piece]); }}; };
+    """
+    code = """
+    const microphone = new Registered();
+    for (let i = 0; i < 9; i++) microphone.process([[Float32Array.from({length: 128}, (_, j) => 128 * i + j)]]);
+    microphone.port.onmessage({data: 'end'});
+    console.log(JSON.stringify(microphone.port.sent));
+    """
+    *pieces, end = in_node_alone("microphone.js", module, code, tmp_path)
+    assert [len(piece) for piece in pieces] == [1024, 128] and sum(pieces, []) == list(range(9 * 128)) and end is None
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +94,10 @@ def web(tmp_path_factory):
     """A function that runs the page with a model and audio, and the models, one for each kind of features."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[dev]")
+    import onnx
+
     root = tmp_path_factory.mktemp("web")
-    shutil.copytree(ROOT / "examples" / "web", root / "page", ignore=shutil.ignore_patterns("node_modules", "*.onnx"))
+    shutil.copytree(WEB, root / "page", ignore=shutil.ignore_patterns("node_modules", "*.onnx"))
     subprocess.run([NPM, "ci", "--ignore-scripts"], cwd=root / "page", check=True, capture_output=True)
     models = {}
     for name, keys in (("fbank", {}), ("kaldi", {"compute_features": KALDI})):
@@ -43,6 +105,9 @@ def web(tmp_path_factory):
         make_model(root / name, decoder_layers=0, **keys)
         export_model(root / name / "model", root / "page" / f"{name}.onnx", streaming=True, chunk_size=8, left_context=4)
         models[name] = load_model(root / name / "model", "cpu")
+    proto = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
+    onnx.helper.set_model_props(proto, {"format": "speechbrain_ext", "mode": "streaming", "head": "transducer"})
+    onnx.save(proto, root / "page" / "head-encoder.onnx")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,6 +133,8 @@ def web(tmp_path_factory):
         server.wait()
 
 
+@pytest.mark.slow
+@in_a_browser
 @pytest.mark.parametrize("name, seconds", [("fbank", 4.1), ("kaldi", 4.1), ("kaldi", 0.1)])
 def test_a_file_has_the_text_that_python_streams(name, seconds, web, tmp_path):
     run, models = web
@@ -77,18 +144,44 @@ def test_a_file_has_the_text_that_python_streams(name, seconds, web, tmp_path):
     segments = recognizer.accept(wav) + recognizer.finish()
     said = run(name, tmp_path / "speech.wav")
     assert said["text"] == " ".join(segment.text for segment in segments) != "" and not said["errors"]
-    assert said["status"].startswith(f"{seconds:.1f} s of audio in ")
+    assert said["status"].startswith(f"{seconds:.1f} s of audio in ") and said["copied"]
+    assert said["slices"] < 100  # the page draws only the last levels, so an hour is not slower than a minute
 
 
+@pytest.mark.slow
+@in_a_browser
 def test_the_microphone(web):
-    """Chromium's fake microphone, which beeps."""
+    """Chromium's fake microphone, which beeps. A second click before it is open does not open another one."""
     run, _ = web
     said = run("kaldi", "microphone")
-    assert "times as fast as speech" in said["status"] and said["text"] and not said["errors"]
+    assert "times as fast as speech" in said["status"] and said["text"] and not said["errors"] and said["live"] == 0
 
 
+@pytest.mark.slow
+@in_a_browser
 def test_what_is_wrong_is_said(web, tmp_path):
     run, _ = web
     (tmp_path / "notes.wav").write_text("no audio")
     assert run("kaldi", tmp_path / "notes.wav")["status"] == "notes.wav is not audio that this browser can read."
     assert run("gone", "none")["status"] == "There is no gone.onnx next to this page."
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_a_transducer_is_refused(web):
+    """Named, or with the name of the export, from which the three files have theirs."""
+    run, _ = web
+    said = [run(name, "none")["status"] for name in ("head", "head-encoder")]
+    assert said == [
+        f"{name}.onnx is of a transducer, which this page does not search; export a model without one."
+        for name in ("head", "head-encoder")
+    ]
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_a_page_without_https(web):
+    run, _ = web
+    said = run("kaldi", "plain")
+    assert said["status"] == "The microphone needs HTTPS, or a page at localhost." and not said["errors"]
+    assert said["copied"].startswith("This browser copies only from pages with HTTPS")

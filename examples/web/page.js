@@ -52,12 +52,13 @@ async function finish() {
   if (!recognizer.tokens.length) words.replaceChildren(paragraph('', 'No words were recognised.', 'empty'));
 }
 
-/** Show lines of words. Only new text is appended to a line, because screen readers then read only that. */
+/** Show lines of words; all but the last are final. Only new text is appended to a line, because screen readers then read only that. */
 function show() {
   const parts = recognizer.parts();
   while (words.children.length > parts.length) words.lastElementChild.remove();
-  parts.forEach(({time, text}, i) => {
-    const line = words.children[i] ?? words.appendChild(paragraph(clock(time), ''));
+  const last = Math.max(0, words.children.length - 1);
+  parts.slice(last).forEach(({time, text}, i) => {
+    const line = words.children[last + i] ?? words.appendChild(paragraph(clock(time), ''));
     const content = line.lastElementChild;
     const before = content.textContent;
     if (text.startsWith(before)) content.append(text.slice(before.length));
@@ -89,8 +90,9 @@ function draw() {
   const bar = 4 * scale;
   const most = Math.floor(width / bar);
   const group = document.body.hasAttribute('data-busy') ? 1 : Math.ceil(levels.length / most);
-  const shown = Array.from({length: Math.ceil(levels.length / group)}, (_, i) => Math.max(...levels.slice(i * group, (i + 1) * group)));
-  shown.slice(-most).forEach((level, i) => {
+  const loudest = (_, i) => Math.max(...levels.slice(i * group, (i + 1) * group));
+  const shown = group > 1 ? Array.from({length: Math.ceil(levels.length / group)}, loudest) : levels.slice(-most);
+  shown.forEach((level, i) => {
     const tall = Math.max(scale, Math.min(1, Math.sqrt(level)) * height);
     canvas.fillRect(i * bar, (height - tall) / 2, bar / 2, tall);
   });
@@ -127,7 +129,12 @@ async function decode(chosen) {
 }
 
 async function record() {
+  if (!navigator.mediaDevices) {
+    say('The microphone needs HTTPS, or a page at localhost.', true);
+    return;
+  }
   let stream, context;
+  setBusy(true); // the browser asks for permission, and a second click would open the microphone again
   try {
     stream = await navigator.mediaDevices.getUserMedia({audio: {channelCount: 1}});
     context = new AudioContext({sampleRate: recognizer.sampleRate});
@@ -135,9 +142,13 @@ async function record() {
     const node = new AudioWorkletNode(context, 'microphone', {numberOfOutputs: 0});
     const source = context.createMediaStreamSource(stream);
     let turn = Promise.resolve(); // pieces are processed one by one
-    node.port.onmessage = ({data}) => (turn = turn.then(() => accept(data)));
+    let ended;
+    const rest = new Promise((resolve) => (ended = resolve));
+    node.port.onmessage = ({data}) => (data ? (turn = turn.then(() => accept(data))) : ended());
     recording = async () => {
       source.disconnect();
+      node.port.postMessage('end');
+      await rest;
       stream.getTracks().forEach((track) => track.stop());
       await context.close();
       await turn;
@@ -173,12 +184,16 @@ async function stop() {
 
 microphone.addEventListener('click', () => (recording ? stop() : record()));
 file.addEventListener('change', async () => {
-  if (file.files.length) await transcribe(file.files[0]);
+  if (file.files.length && !file.disabled) await transcribe(file.files[0]);
   file.value = ''; // so that the same file can be chosen again
 });
 copy.addEventListener('click', async () => {
-  await navigator.clipboard.writeText(recognizer.parts().map(({text}) => text).join('\n'));
-  say('Copied.');
+  try {
+    await navigator.clipboard.writeText(recognizer.parts().map(({text}) => text).join('\n'));
+    say('Copied.');
+  } catch {
+    say('This browser copies only from pages with HTTPS, or at localhost, and with permission; select the text and copy it.', true);
+  }
 });
 document.addEventListener('dragover', (event) => event.preventDefault());
 document.addEventListener('drop', (event) => {

@@ -6,6 +6,7 @@ ort.env.wasm.numThreads = 1; // more threads need headers that a static server d
 
 const ARRAYS = {float32: Float32Array, float64: Float64Array, int64: BigInt64Array};
 const FORMAT = 'speechbrain_ext';
+const PAUSE = 1.0; // seconds without a token, after which a part of the text ends
 const METADATA_PROPS = 14; // number of this field in ONNX's ModelProto
 
 /** Read the metadata of an ONNX file from its protocol buffer, because onnxruntime-web does not give access to it. */
@@ -48,9 +49,15 @@ export class Recognizer {
   /** Load a model; throws an Error if that is not possible. */
   static async load(url) {
     const response = await fetch(url);
-    if (!response.ok) throw new Error(`There is no ${url} next to this page.`);
+    const transducer = `${url} is of a transducer, which this page does not search; export a model without one.`;
+    if (!response.ok) {
+      // the export writes a transducer's encoder with this name
+      const encoder = await fetch(url.replace(/(\.onnx)?$/, '-encoder$1'), {method: 'HEAD'});
+      throw new Error(encoder.ok ? transducer : `There is no ${url} next to this page.`);
+    }
     const bytes = new Uint8Array(await response.arrayBuffer());
     const about = metadataOf(bytes);
+    if (about.format === FORMAT && about.head === 'transducer') throw new Error(transducer);
     if (about.format !== FORMAT || about.mode !== 'streaming') {
       throw new Error(`${url} is not from "python -m ${FORMAT} export --streaming"; export the model with this command.`);
     }
@@ -88,6 +95,8 @@ export class Recognizer {
     this.from = this.heard = this.chunk = this.frames = this.computing = 0;
     this.last = this.blank;
     this.tokens = []; // {symbol, time}
+    this.written = []; // the parts of the first `read` tokens
+    this.read = 0;
     this.given = {};
     for (const {input, shape, type} of this.states) {
       const sizes = shape.map((size) => (size === 'batch' ? 1 : size));
@@ -156,15 +165,23 @@ export class Recognizer {
     }
   }
 
-  /** The text so far: a list of {time, text}, divided at pauses of a length in seconds. */
-  parts(pause = 1.0) {
-    const parts = [];
-    let before = -Infinity;
-    for (const {symbol, time} of this.tokens) {
-      if (time - before > pause && (symbol.startsWith('▁') || !parts.length)) parts.push({time, text: ''});
-      parts[parts.length - 1].text += symbol.replaceAll('▁', ' ');
-      before = time;
+  /** The text so far: a list of {time, text}, divided at pauses. Only new tokens are read; all parts but the last are final. */
+  parts() {
+    for (; this.read < this.tokens.length; this.read++) {
+      const {symbol, time} = this.tokens[this.read];
+      const pause = time - this.tokens[this.read - 1]?.time;
+      if (!this.written.length || (pause > PAUSE && symbol.startsWith('▁'))) {
+        if (this.written.at(-1)?.text === '') this.written.pop();
+        this.written.push({time, text: '', spaced: false});
+      }
+      const part = this.written.at(-1);
+      for (const [i, word] of symbol.split('▁').entries()) {
+        part.spaced ||= i > 0;
+        if (!word) continue;
+        part.text += part.spaced && part.text ? ` ${word}` : word;
+        part.spaced = false;
+      }
     }
-    return parts.map(({time, text}) => ({time, text: text.split(' ').filter(Boolean).join(' ')})).filter(({text}) => text);
+    return this.written.at(-1)?.text === '' ? this.written.slice(0, -1) : this.written;
   }
 }

@@ -101,7 +101,7 @@ class Feed:
         Samples per chunk of streams.
     in_step : bool
         Whether streams of a batch must begin and end together.
-    heard : callable
+    prepare : callable
         Turns a waveform (N,) into the input of the model.
     answer : callable
         Turns PyTorch's log-probabilities (B, T, V) into the output of the graph.
@@ -115,7 +115,7 @@ class Feed:
     config: DynChunkTrainConfig | None = None
     step: int | None = None
     in_step: bool = False
-    heard: Callable = lambda wav: wav
+    prepare: Callable = lambda wav: wav
     answer: Callable = lambda log_probs: log_probs
     log_probs: bool = True
     max_symbols: int = MAX_SYMBOLS
@@ -186,7 +186,7 @@ def check(path, encoder, head, tokens, blank, audio=(), pass_name=None, feed=Non
             _answer(encoder, head, feed, encoder.encode_streaming(piece, context, last)[0])
 
     def ours(*wavs):
-        return feed.run(session, [feed.heard(wav) for wav in wavs])
+        return feed.run(session, [feed.prepare(wav) for wav in wavs])
 
     def difference_of(wanted, found):
         if not searches or wanted.shape != found.shape:
@@ -253,7 +253,7 @@ def open_session(path):
 @torch.no_grad()
 def reference(encoder, head, feed, wav, pass_name=None):
     """PyTorch's log-probabilities (T, V), or a transducer's frames, for the input that a graph gets from a waveform (N,)."""
-    wav = feed.heard(wav).unsqueeze(0)
+    wav = feed.prepare(wav).unsqueeze(0)
     out = encoder.encode(wav, dynchunktrain_config=feed.config, pass_name=pass_name)[0]
     return _answer(encoder, head, feed, out)
 

@@ -224,7 +224,7 @@ class Streaming(nn.Module):
             Log-probabilities (B, T', V), and the new states.
         """
         own, others = states[: self._own], states[self._own :]
-        x, *heard = self.features.following(features, *own[:-1])
+        x, *carried = self.features.following(features, *own[:-1])
         y, left = self.encoder.subsampling.stream(x, own[-1])
         if begins is not None:  # nothing precedes their first frame, which is not the same as silence
             alone, _ = self.encoder.subsampling(x[:, : self.encoder.subsampling.factor])
@@ -235,7 +235,7 @@ class Streaming(nn.Module):
         left_behind = dict(_leaves(context))
         following = [left_behind[parts[0]] for parts in self._parts]
         x = self.encoder.head(x)
-        return x.log_softmax(dim=-1) if self.normalises else x, *heard, left, *following
+        return x.log_softmax(dim=-1) if self.normalises else x, *carried, left, *following
 
     def example_inputs(self):
         """Inputs to trace with: two streams after some chunks, because the exporter takes an axis of size one as constant."""

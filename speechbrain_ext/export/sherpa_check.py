@@ -14,11 +14,12 @@ import torch
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.export import sherpa_texts
-from speechbrain_ext.export.check import Feed, edit_distance, files_of, greedy, reference, synthetic, written
+from speechbrain_ext.export.check import Feed, edit_distance, files_of, greedy, reference, synthetic
 from speechbrain_ext.export.onnx_transducer import InPyTorch, Search, head_of
 from speechbrain_ext.export.onnx_write import ExportError
 from speechbrain_ext.export.sherpa_texts import STREAMS
 from speechbrain_ext.lobes.filter_banks import front_end
+from speechbrain_ext.utils.errors import UserImportError
 
 PADDING = -23.025850929940457
 """ln 1e-10, the runtime's padding value of shorter utterances in a batch."""
@@ -47,7 +48,7 @@ def feed_of(graph, compute_features):
     Feed
     """
     if graph.mode == "omnilingual_asr_ctc":
-        return Feed(_run_waveforms, heard=standardized_waveform, answer=graph.answer)
+        return Feed(_run_waveforms, prepare=standardized_waveform, answer=graph.answer)
 
     def features(wav):
         return compute_features(wav.unsqueeze(0))[0]
@@ -63,7 +64,7 @@ def feed_of(graph, compute_features):
     def whole_chunks(wav):
         return torch.nn.functional.pad(wav, (0, -len(wav) % step))
 
-    return Feed(run, graph.config, step, heard=whole_chunks, **keys)
+    return Feed(run, graph.config, step, prepare=whole_chunks, **keys)
 
 
 def standardized_waveform(wav):
@@ -144,11 +145,25 @@ class Texts:
 
 
 def has_runtime():
-    """Whether sherpa-onnx is installed."""
-    return importlib.util.find_spec("sherpa_onnx") is not None
+    """Whether sherpa-onnx is installed. Raises UserImportError if it cannot be imported, or is too old."""
+    if importlib.util.find_spec("sherpa_onnx") is None:
+        return False
+    if _in_runtime().returncode:
+        raise UserImportError("sherpa-onnx is installed, but its import ends the process; reinstall it, or uninstall it.")
+    return True
 
 
-def texts_in_runtime(folder, model, graphs, symbols, audio=()):
+def _in_runtime(*arguments):
+    """Run :mod:`speechbrain_ext.export.sherpa_texts`; returns the completed process."""
+    # -P: otherwise the program's folder would be first in the path, and its modules could hide others
+    command = [sys.executable, "-P", sherpa_texts.__file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    if done.returncode == sherpa_texts.UNUSABLE:
+        raise UserImportError(done.stderr.strip().splitlines()[-1])
+    return done
+
+
+def texts_in_runtime(folder, model, graphs, audio=()):
     """Transcribe with an exported folder in sherpa-onnx, and with the model in PyTorch.
 
     Arguments
@@ -159,8 +174,6 @@ def texts_in_runtime(folder, model, graphs, symbols, audio=()):
         The exported model.
     graphs : dict
         Its graphs by part, see :func:`speechbrain_ext.export.sherpa_folder.make_graphs`.
-    symbols : list of str
-        The symbols of ``tokens.txt``.
     audio : list of str
         Audio files, or folders in LibriSpeech layout; by default synthetic signals.
 
@@ -179,14 +192,12 @@ def texts_in_runtime(folder, model, graphs, symbols, audio=()):
     wavs = [load_audio(file, rate) for file, _ in files] if files else synthetic(rate)
     wavs = [wav for wav in wavs if len(wav) >= SHORTEST * rate] or synthetic(rate, (1.0,))
     tail = tail_samples(graph) if graph.mode in STREAMS else 0
-    wanted = [_wanted(wav, model, graph, parts, symbols, tail) for wav in wavs]
+    wanted = [_wanted(wav, model, graph, parts, tail) for wav in wavs]
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "waveforms.npz")
         named = {f"wav{i}": wav.numpy() for i, wav in enumerate(wavs)}
         np.savez(path, rate=rate, feature_dim=front.n_mels, count=len(wavs), **named)
-        # -P: otherwise the program's folder would be first in the path, and its modules could hide others
-        command = [sys.executable, "-P", sherpa_texts.__file__, str(folder), str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        done = _in_runtime(folder, path)
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise ExportError(f"sherpa-onnx does not load the exported model, so nothing was written: {cause}")
@@ -214,22 +225,23 @@ def trimmed(text):
 
 def tail_samples(graph):
     """Zeros that a client of a streaming model appends to its samples. The runtime drops an incomplete last chunk, and starts a
-    chunk only when it has one frame more."""
-    return (graph.frames + 1) * graph.features.hop_length
+    chunk only when it has one frame more. Another frame is for the samples that its resampling of other rates keeps back."""
+    return (graph.frames + 2) * graph.features.hop_length
 
 
-def _wanted(wav, model, graph, parts, symbols, tail):
+def _wanted(wav, model, graph, parts, tail):
     feed = feed_of(graph, model.mods.encoder.compute_features)
     if tail:
         wav = torch.nn.functional.pad(wav, (0, tail))
     # PyTorch gets the original samples; the runtime normalises them inside
     if graph.mode == "omnilingual_asr_ctc":
-        feed.heard = lambda wav: wav
+        feed.prepare = lambda wav: wav
     frames = reference(model.mods.encoder, head_of(model), feed, wav, model.pass_name)
     if tail:
         chunks = (graph.features.framing.count(len(wav)) - 1) // graph.frames
         frames = frames[: chunks * graph.config.chunk_size * graph.answer.repeats]
     if not parts:
-        return written(greedy(frames, model.blank), symbols)
-    search = Search(*map(InPyTorch, parts), parts[0], feed.max_symbols)
-    return written(sum(search(frames)[0], []), symbols)
+        said = greedy(frames, model.blank)
+    else:
+        said = sum(Search(*map(InPyTorch, parts), parts[0], feed.max_symbols)(frames)[0], [])
+    return model.hparams.tokenizer.decode_ids(said)

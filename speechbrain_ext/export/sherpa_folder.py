@@ -18,7 +18,7 @@ A model with a transducer becomes ``transducer`` or ``zipformer2``, and so does 
 folder then holds ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, and the scores of the pieces in ``bpe.vocab``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from speechbrain.lobes.features import Fbank
@@ -39,7 +39,7 @@ from speechbrain_ext.export.sherpa_graphs import (
     PackedTransducer,
     TransducerFromFeatures,
 )
-from speechbrain_ext.export.sherpa_readme import readme
+from speechbrain_ext.export.sherpa_readme import INT8, OFFSET, WRITTEN_BY, readme
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank
@@ -50,7 +50,7 @@ from speechbrain_ext.utils.files import replacing_folder, write_text
 
 FILES = {f"{part}{kind}.onnx" for part in ("model", "encoder", "decoder", "joiner") for kind in ("", ".int8")}
 FILES |= {"bpe.vocab", "tokens.txt", "README.md"}
-"""Files of such folders; a folder with other files is not replaced."""
+"""Files of such folders."""
 GRAPHS = {
     "zipformer_ctc": FromFeatures,
     "omnilingual_asr_ctc": FromWaveform,
@@ -79,16 +79,19 @@ class SherpaReport:
         Comparison of the graph in onnxruntime with PyTorch.
     texts : Texts, optional
         Comparison of the folder in sherpa-onnx with PyTorch, if sherpa-onnx is installed.
+    notes : list of str
+        What the user should know about this model in sherpa-onnx.
     """
 
     kind: str
     file: Path
     onnx: Report
     texts: Texts | None
+    notes: list = field(default_factory=list)
 
     def __str__(self):
         texts = self.texts or "sherpa-onnx is not installed, so its texts were not compared"
-        return f"type {self.kind}, {self.file}\n{self.onnx}\n{texts}"
+        return "\n".join([f"type {self.kind}, {self.file}", str(self.onnx), str(texts), *self.notes])
 
 
 def export_sherpa(
@@ -114,7 +117,7 @@ def export_sherpa(
     source : str
         A model folder, or the name of a Hugging Face repository.
     folder : str
-        The folder to write; a folder of an earlier export is replaced.
+        The folder to write; an empty folder, or one of an earlier export, is replaced.
     pass_name, int8, audio, streaming, chunk_size, trust
         As for :func:`speechbrain_ext.export.onnx_model.export_model`.
     tolerance : float, optional
@@ -137,7 +140,7 @@ def export_sherpa(
     FileNotFoundError, FileExistsError, NotADirectoryError
         If the model or an audio file is missing, or the folder holds other files.
     ImportError
-        If the packages for ONNX are missing.
+        If the packages for ONNX are missing, or sherpa-onnx is installed but cannot be used.
     UserError
         If the runtime has no type of model for this model; the message gives the reason.
     ExportError
@@ -153,6 +156,7 @@ def export_sherpa(
     _refuse_place(folder)
     refuse_tolerance(tolerance)
     require_packages()
+    compares = has_runtime()
     model = load_model(source, "cpu", pass_name, trust=trust)
     graphs = make_graphs(model, streaming, chunk_size, left_context, hotwords)
     graph = next(iter(graphs.values()))
@@ -161,6 +165,8 @@ def export_sherpa(
     file = folder / next(iter(names.values()))
     front, tail = front_end(model.mods.encoder.compute_features), tail_samples(graph) if streaming else 0
     feed = feed_of(graph, model.mods.encoder.compute_features)
+    notes = [OFFSET] if graph.mode == "omnilingual_asr_ctc" and not graph.features.removes_dc else []
+    notes += [INT8] if int8 and graph.mode != "omnilingual_asr_ctc" else []
     with replacing_folder(folder) as partial:
         partials = {part: partial / name for part, name in names.items()}
         report = write_checked(model, graphs, file, partials, int8, audio, tolerance, feed)
@@ -169,10 +175,10 @@ def export_sherpa(
             tokenizer = model.hparams.tokenizer
             pieces = ((tokenizer.id_to_piece(i), tokenizer.get_score(i)) for i in range(tokenizer.vocab_size()))
             write_text(partial / "bpe.vocab", "".join(f"{piece}\t{score}\n" for piece, score in pieces))
-        write_text(partial / "README.md", readme(graph.mode, names, front.sample_rate, front.n_mels, tail))
-        texts = texts_in_runtime(partial, model, graphs, symbols, audio) if has_runtime() else None
-        _refuse_texts(texts, report, int8, tolerance)
-    return SherpaReport(graph.mode, file, report, texts)
+        write_text(partial / "README.md", readme(graph.mode, names, front.sample_rate, front.n_mels, tail, notes))
+        texts = texts_in_runtime(partial, model, graphs, audio) if compares else None
+        _refuse_texts(texts, report, int8, tolerance, notes)
+    return SherpaReport(graph.mode, file, report, texts, notes)
 
 
 def make_graphs(model, streaming=False, chunk_size=None, left_context=None, hotwords=False):
@@ -283,15 +289,14 @@ def symbols_of(model, whole):
     tokenizer = model.hparams.tokenizer
     symbols = []
     for token in range(tokenizer.vocab_size()):
-        # The runtime would write the ▁ after the sign for the unknown token literally
-        symbol = (
-            "<blk>" if token == model.blank else written_by(tokenizer, token).removesuffix("▁") or tokenizer.id_to_piece(token)
-        )
+        symbol = "<blk>" if token == model.blank else tokenizer.id_to_piece(token)
+        if token != model.blank and tokenizer.is_unknown(token):
+            symbol = written_by(tokenizer, token).removesuffix("▁")  # the runtime would write this ▁ literally
         silent = token == model.blank or tokenizer.is_control(token)
         if not silent and ("▁" in symbol[1:] or symbol.split() != [symbol]):
             raise UserError(
                 f"The model's token '{symbol}' has a space after its beginning, which sherpa-onnx cannot write; train with "
-                "another tokenizer."
+                "a tokenizer that divides texts at spaces, without treat_whitespace_as_suffix."
             )
         if not silent and whole and symbol in NEVER_WRITTEN:
             raise UserError(
@@ -307,17 +312,28 @@ def _refuse_place(folder):
         raise NotADirectoryError(f"{folder} is a file; give the name of a folder.")
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder {folder.parent} for {folder.name}; create it, or give another path.")
-    others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.exists() else []
+    if not folder.exists():
+        return
+    if folder.samefile("."):
+        raise FileExistsError(f"{folder} is the current folder, which is not replaced; give the name of a new folder.")
+    about = folder / "README.md"
+    known = FILES if about.is_file() and WRITTEN_BY in about.read_text(encoding="utf-8", errors="replace") else set()
+    others = sorted({path.name for path in folder.iterdir()} - known)
     if others:
         raise FileExistsError(f"{folder} holds other files, such as {others[0]}; give a new folder.")
 
 
-def _refuse_texts(texts, report, int8, tolerance):
+def _refuse_texts(texts, report, int8, tolerance, notes):
     limit = 0.2 if report.synthetic else 0.05
     if int8 and tolerance is not None:
         limit = tolerance
-    if texts is not None and texts.error > limit:
-        raise ExportError(
-            f"sherpa-onnx {texts.version} writes {texts.error:.1%} of the letters differently, but only {limit:.1%} is accepted, "
-            "so nothing was written; compare on real speech with --audio."
-        )
+    if texts is None or texts.error <= limit:
+        return
+    remedies = ["compare on real speech with --audio"] if report.synthetic else []
+    remedies += ["export without --int8, or accept more with --tolerance"] if int8 else []
+    if OFFSET in notes:
+        remedies.append("train with remove_dc: true, because the runtime removes a DC offset, but the model's Fbank does not")
+    raise ExportError(
+        f"sherpa-onnx {texts.version} writes {texts.error:.1%} of the letters differently, but only {limit:.1%} is accepted, "
+        f"so nothing was written; {', or '.join(remedies or ['export with --runtime onnxruntime'])}."
+    )

@@ -111,7 +111,8 @@ class FromFeatures(FullContext):
         self.answer = answer
 
     def forward(self, x, lengths):
-        """Run on log mel bins (N, T, F) with any padding, and numbers of frames (N,)."""
+        """Run on log mel bins (N, T, F) with any padding, and numbers of frames (N,), which may be 0."""
+        x = nn.functional.pad(x, (0, 0, 0, 1))  # the encoder needs a frame, even if it is padding
         log_probs, frames = self.log_probs(self.features.normalized(x, lengths), lengths)
         return self.answer(log_probs), frames * self.answer.repeats
 

@@ -2,6 +2,18 @@
 
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 
+WRITTEN_BY = "Written by `speechbrain_ext export --runtime sherpa-onnx`"
+"""Beginning of a line of every such README; a folder without it is not replaced."""
+OFFSET = (
+    "sherpa-onnx removes the DC offset of the samples, but the model's Fbank does not, so texts of recordings with an offset may "
+    "differ; to avoid this, train with remove_dc: true."
+)
+"""Note for a model with Fbank without ``remove_dc``."""
+INT8 = (
+    "In 8 bits, all utterances or streams that are decoded in one call share the scale of their activations, so a text may "
+    "depend on the others; to avoid this, decode them one by one, or export without --int8."
+)
+"""Note for a model in 8 bits that is decoded in batches."""
 OWNERS = {
     "zipformer_ctc": ("zipformer_ctc", "zipformerCtc", "OfflineZipformerCtcModelConfig"),
     "omnilingual_asr_ctc": ("omnilingual", "omnilingual", "OfflineOmnilingualAsrCtcModelConfig"),
@@ -10,9 +22,13 @@ OWNERS = {
     "zipformer2": ("transducer", "transducer", "OnlineTransducerModelConfig"),
 }
 """The setting with the model's path: its field in C++, its field in Kotlin and JavaScript, and its class in Kotlin."""
+SEARCH = {"decoding_method": "modified_beam_search", "hotwords_file": "hotwords.txt"}
+"""Settings of the recogniser for hotwords."""
+PIECES = {"modeling_unit": "bpe", "bpe_vocab": "bpe.vocab"}
+"""Settings of the model for hotwords."""
 
 
-def readme(kind, files, sample_rate, feature_dim, tail=0):
+def readme(kind, files, sample_rate, feature_dim, tail=0, notes=()):
     """The text of the README.
 
     Arguments
@@ -25,6 +41,8 @@ def readme(kind, files, sample_rate, feature_dim, tail=0):
         Sample rate and number of features.
     tail : int
         Number of zeros to append to a stream.
+    notes : sequence of str
+        Paragraphs about this model.
 
     Returns
     -------
@@ -37,35 +55,39 @@ def readme(kind, files, sample_rate, feature_dim, tail=0):
     # Speech recognition for sherpa-onnx
     """
     field, camel, owner = OWNERS[kind]
+    factory, model = kind, {"tokens": "tokens.txt"}
     if kind in TRANSDUCERS:
         factory = "transducer"
-        search = {"decoding_method": "modified_beam_search", "hotwords_file": "hotwords.txt"}
-        model = {"tokens": "tokens.txt", "modeling_unit": "bpe", "bpe_vocab": "bpe.vocab"}
     else:
-        factory, files, search, model = kind, {"model": files[""]}, {}, {"tokens": "tokens.txt"}
+        files = {"model": files[""]}
+    if kind == "transducer":  # otherwise the runtime reads the type from the metadata, except in Python
+        model["model_type"] = "transducer"
     features = "" if kind == "omnilingual_asr_ctc" else f", sample_rate={sample_rate}, feature_dim={feature_dim}"
-    cpp = [(files, f'config.model_config.{field}.{{key}} = "{{value}}";'), (model, 'config.model_config.{key} = "{value}";')]
-    cpp.append((search, 'config.{key} = "{value}";'))
-    kotlin, javascript = '{camel} = "{value}"', "{camel}: '{value}'"
+    cpp = {"model": 'config.model_config.{key} = "{value}";', "search": 'config.{key} = "{value}";'}
+    cpp["files"] = f'config.model_config.{field}.{{key}} = "{{value}}";'
+    python, kotlin, javascript = '{key}="{value}"', '{camel} = "{value}"', "{camel}: '{value}'"
     fill = {
-        "search": _HOTWORDS if search else "The search is greedy.",
+        "notes": "".join(f"\n\n{note}" for note in notes),
         "kind": kind,
         "factory": factory,
         "rate": sample_rate,
         "dim": feature_dim,
         "tail": tail,
-        "python": ",\n    ".join(_settings(files | model, '{key}="{value}"')) + features,
-        "python_search": "".join(_settings(search, '\n    {key}="{value}",')),
-        "cpp": "\n".join(line for values, form in cpp for line in _settings(values, form)),
+        "python": ",\n    ".join(_settings(files | model, python)) + features,
+        "python_search": ", ".join(_settings(SEARCH | PIECES, python)),
+        "cpp": "\n".join([*_settings(files, cpp["files"]), *_settings(model, cpp["model"])]),
+        "cpp_search": " ".join([*_settings(SEARCH, cpp["search"]), *_settings(PIECES, cpp["model"])]),
         "kotlin_files": f"{camel} = {owner}({', '.join(_settings(files, kotlin))})",
         "kotlin_model": ", ".join(_settings(model, kotlin)),
-        "kotlin_search": "".join(_settings(search, f"\n    {kotlin},")),
+        "kotlin_search": ", ".join(_settings(SEARCH, kotlin)),
+        "kotlin_pieces": ", ".join(_settings(PIECES, kotlin)),
         "javascript_files": f"{camel}: {{{', '.join(_settings(files, javascript))}}}",
         "javascript_model": ", ".join(_settings(model, javascript)),
-        "javascript_search": "".join(_settings(search, f"\n  {javascript},")),
-        "seconds": f"{tail / sample_rate:.2f}",
+        "javascript_search": ", ".join(_settings(SEARCH, javascript)),
+        "javascript_pieces": ", ".join(_settings(PIECES, javascript)),
+        "seconds": f"{-(-100 * tail // sample_rate) / 100:.2f}",
     }
-    text = _HEAD + (_STREAMS if kind in STREAMS else _WHOLE)
+    text = _HEAD + (_STREAMS if kind in STREAMS else _WHOLE) + (_HOTWORDS if kind in TRANSDUCERS else "")
     for name, value in fill.items():
         text = text.replace(f"@{name}@", str(value))
     return text
@@ -78,17 +100,25 @@ def _settings(values, form):
         yield form.format(key=key, camel=first + "".join(map(str.capitalize, others)), value=value)
 
 
-_HOTWORDS = """The search is a beam search with hotwords. `hotwords.txt` has one hotword per line, spelled as the model's texts
-are, optionally with a score: `SHERPA ONNX :2.0`. For hotwords of one stream, use `create_stream(hotwords="ONE/ANOTHER ONE")`. To
-search without hotwords, leave out the file; for greedy search, also leave out the decoding method. Both searches write at most
-one token per frame of 0.04 s."""
+_HOTWORDS = """
+## Hotwords
 
-_HEAD = """# Speech recognition for sherpa-onnx
+The search above is greedy. A beam search takes hotwords, or none if their file is left out. `hotwords.txt` has one hotword per
+line, spelled as the model's texts are, optionally with a score: `SHERPA ONNX :2.0`. For hotwords of one stream, use
+`create_stream(hotwords="ONE/ANOTHER ONE")`. Both searches write at most one token per frame of 0.04 s. Add these settings:
 
-Written by `speechbrain_ext export --runtime sherpa-onnx` for sherpa-onnx 1.12.26 or later, type of model `@kind@`. Samples are
-floats in [-1, 1]; sherpa-onnx resamples other rates than @rate@ Hz. Keep the provider `cpu`.
+* Python: `@python_search@`
+* C++: `@cpp_search@`
+* Kotlin: `@kotlin_search@`, and in `modelConfig` `@kotlin_pieces@`
+* JavaScript: `@javascript_search@`, and in `modelConfig` `@javascript_pieces@`
+"""
 
-@search@
+_HEAD = f"""# Speech recognition for sherpa-onnx
+
+{WRITTEN_BY} for sherpa-onnx 1.12.26 or later, type of model `@kind@`.
+Samples are floats in [-1, 1] of one channel; sherpa-onnx resamples other rates than @rate@ Hz. Keep the provider `cpu`.
+
+The unknown token is written as ` ⁇`, without the space after it that Python writes.@notes@
 
 """
 
@@ -99,11 +129,11 @@ import sherpa_onnx
 import soundfile
 
 recognizer = sherpa_onnx.OfflineRecognizer.from_@factory@(
-    @python@,@python_search@
+    @python@,
 )
-samples, rate = soundfile.read("speech.wav", dtype="float32")
+samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)
 stream = recognizer.create_stream()
-stream.accept_waveform(rate, samples)
+stream.accept_waveform(rate, samples[:, 0])  # the first channel
 recognizer.decode_stream(stream)
 print(stream.result.text)
 ```
@@ -132,11 +162,11 @@ val config = OfflineRecognizerConfig(
     modelConfig = OfflineModelConfig(
         @kotlin_files@,
         @kotlin_model@,
-    ),@kotlin_search@
+    ),
 )
 val recognizer = OfflineRecognizer(config = config)  // with assetManager in an app
 val stream = recognizer.createStream()
-stream.acceptWaveform(samples, sampleRate = @rate@)
+stream.acceptWaveform(samples, sampleRate = rate)
 recognizer.decode(stream)
 println(recognizer.getResult(stream).text)
 ```
@@ -150,7 +180,7 @@ const recognizer = new sherpa.OfflineRecognizer({
   modelConfig: {
     @javascript_files@,
     @javascript_model@,
-  },@javascript_search@
+  },
 });
 const wave = sherpa.readWave('speech.wav');
 const stream = recognizer.createStream();
@@ -160,8 +190,11 @@ console.log(recognizer.getResult(stream).text);
 ```
 """
 
-_STREAMS = """**The end of a stream.** sherpa-onnx drops an incomplete last chunk. Give it @seconds@ s of zeros (@tail@ samples)
-before `input_finished`, or the last words are lost. For the websocket server, use `--end-tail-padding=@seconds@`.
+_STREAMS = """**The end of a stream.** sherpa-onnx drops an incomplete last chunk. Give it @seconds@ s of
+zeros (@tail@ samples at @rate@ Hz) before `input_finished`, or the last words are lost. For the websocket server, use
+`--end-tail-padding=@seconds@`.
+
+**The rate of a stream.** All samples of a stream have the same rate, zeros included; sherpa-onnx ends the process otherwise.
 
 **The beginning of a text.** sherpa-onnx removes punctuation there, such as that of `'TIS`; the tokens still have it.
 
@@ -175,12 +208,12 @@ import sherpa_onnx
 import soundfile
 
 recognizer = sherpa_onnx.OnlineRecognizer.from_@factory@(
-    @python@,@python_search@
+    @python@,
 )
-samples, rate = soundfile.read("speech.wav", dtype="float32")
+samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)
 stream = recognizer.create_stream()
-stream.accept_waveform(rate, samples)  # or piece by piece
-stream.accept_waveform(@rate@, numpy.zeros(@tail@, "float32"))
+stream.accept_waveform(rate, samples[:, 0])  # the first channel, or its pieces one by one
+stream.accept_waveform(rate, numpy.zeros(int(@seconds@ * rate), "float32"))
 stream.input_finished()
 while recognizer.is_ready(stream):
     recognizer.decode_stream(stream)
@@ -197,10 +230,10 @@ config.feat_config.feature_dim = @dim@;
 @cpp@
 OnlineRecognizer recognizer = OnlineRecognizer::Create(config);
 Wave wave = ReadWave("speech.wav");
-std::vector<float> tail(@tail@);
+std::vector<float> tail(static_cast<size_t>(@seconds@ * wave.sample_rate));  // zeros
 OnlineStream stream = recognizer.CreateStream();
 stream.AcceptWaveform(wave.sample_rate, wave.samples.data(), wave.samples.size());
-stream.AcceptWaveform(@rate@, tail.data(), tail.size());
+stream.AcceptWaveform(wave.sample_rate, tail.data(), tail.size());
 stream.InputFinished();
 while (recognizer.IsReady(&stream)) recognizer.Decode(&stream);
 std::cout << recognizer.GetResult(&stream).text << "\\n";
@@ -214,12 +247,12 @@ val config = OnlineRecognizerConfig(
     modelConfig = OnlineModelConfig(
         @kotlin_files@,
         @kotlin_model@,
-    ),@kotlin_search@
+    ),
 )
 val recognizer = OnlineRecognizer(config = config)  // with assetManager in an app
 val stream = recognizer.createStream()
-stream.acceptWaveform(samples, sampleRate = @rate@)
-stream.acceptWaveform(FloatArray(@tail@), sampleRate = @rate@)
+stream.acceptWaveform(samples, sampleRate = rate)
+stream.acceptWaveform(FloatArray((@seconds@ * rate).toInt()), sampleRate = rate)
 stream.inputFinished()
 while (recognizer.isReady(stream)) recognizer.decode(stream)
 println(recognizer.getResult(stream).text)
@@ -234,12 +267,14 @@ const recognizer = new sherpa.OnlineRecognizer({
   modelConfig: {
     @javascript_files@,
     @javascript_model@,
-  },@javascript_search@
+  },
 });
 const wave = sherpa.readWave('speech.wav');
 const stream = recognizer.createStream();
 stream.acceptWaveform({sampleRate: wave.sampleRate, samples: wave.samples});
-stream.acceptWaveform({sampleRate: @rate@, samples: new Float32Array(@tail@)});
+const tail = new Float32Array(Math.floor(@seconds@ * wave.sampleRate)); // zeros
+stream.acceptWaveform({sampleRate: wave.sampleRate, samples: tail});
+stream.inputFinished();
 while (recognizer.isReady(stream)) recognizer.decode(stream);
 console.log(recognizer.getResult(stream).text);
 ```

@@ -1,10 +1,10 @@
 """Transcribes with an exported folder in sherpa-onnx; a separate program that needs only sherpa-onnx and numpy.
 
-    python sherpa_texts.py FOLDER WAVEFORMS.npz
+    python sherpa_texts.py [FOLDER WAVEFORMS.npz]
 
 It prints, as JSON, the version of sherpa-onnx, the texts of the waveforms one by one and of all together, as a server decodes
-them, the seconds of computation for the texts one by one, and the peak memory of the process. It is a separate program because
-sherpa-onnx ends the process if a file has an unexpected format.
+them, the seconds of computation for the texts one by one, and the peak memory of the process. Without arguments, it only checks
+sherpa-onnx. It is a separate program because sherpa-onnx ends the process if a file has an unexpected format.
 """
 
 import json
@@ -19,6 +19,10 @@ STREAMS = ("zipformer2_ctc", "zipformer2")
 """Types of model for streams."""
 TRANSDUCERS = ("transducer", "zipformer2")
 """Types of model with three files."""
+OLDEST = "1.12.26"
+"""The first version with all types of model."""
+UNUSABLE = 3
+"""Exit status if sherpa-onnx cannot be imported, or is too old."""
 
 
 def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
@@ -53,7 +57,7 @@ def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
 def settings_of(folder):
     """Type of model, and for streams the number of zeros to append, from the folder's README."""
     text = Path(folder, "README.md").read_text(encoding="utf-8")
-    tail = re.search(r"zeros \((\d+) samples\)", text)
+    tail = re.search(r"zeros \((\d+) samples", text)
     return re.search(r"type of model `(\w+)`", text)[1], int(tail[1]) if tail else 0
 
 
@@ -111,10 +115,33 @@ def transcriber(folder, sample_rate=16000, feature_dim=80):
     return lambda wavs: transcribe_whole(recognizer, wavs, sample_rate)
 
 
-def main(folder, waveforms):
+def version_of_runtime():
+    """The version of sherpa-onnx; ends the program with the status ``UNUSABLE`` and a message if it cannot be used."""
+    try:
+        import sherpa_onnx
+    except Exception as error:  # also errors of its libraries
+        _end(f"sherpa-onnx is installed, but cannot be imported ({error}); reinstall it, or uninstall it to export without it.")
+    version = getattr(sherpa_onnx, "__version__", "of an unknown version")
+    found, oldest = ([int(number) for number in re.findall(r"\d+", each)[:3]] for each in (version, OLDEST))
+    if found < oldest:
+        _end(
+            f"sherpa-onnx {version} is installed, but {OLDEST} or later is needed; upgrade it with pip install -U sherpa-onnx, "
+            "or uninstall it to export without it."
+        )
+    return version
+
+
+def _end(message):
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(UNUSABLE)
+
+
+def main(folder=None, waveforms=None):
     """See the module."""
+    version = version_of_runtime()
+    if folder is None:
+        return
     import numpy as np
-    import sherpa_onnx
 
     data = np.load(waveforms)
     transcribe = transcriber(folder, int(data["rate"]), int(data["feature_dim"]))
@@ -122,7 +149,7 @@ def main(folder, waveforms):
     began = time.process_time()  # of this process, because other programs may use the processor
     alone = [transcribe([wav])[0] for wav in wavs]
     seconds = time.process_time() - began
-    found = {"version": sherpa_onnx.__version__, "alone": alone, "seconds": seconds, "peak_mib": peak_mib()}
+    found = {"version": version, "alone": alone, "seconds": seconds, "peak_mib": peak_mib()}
     print(json.dumps(found | {"together": transcribe(wavs)}))
 
 
