@@ -461,7 +461,7 @@ ngram 2=1
         (lambda text: text[:90], "cannot be read; write it again"),
         (lambda text: text.replace("\n\\end\\\n", ""), "has no end"),
         (lambda text: "\ufeff" + text, "begins with a byte order mark"),
-        (lambda text: text.replace("-1\tCAT\t-0.3", "-1"), "Line 10 .* has 1 fields in place of 2 or 3"),
+        (lambda text: text.replace("-1\tCAT\t-0.3", "-1"), "Line 10 .* has 1 field in place of 2 or 3"),
         (lambda text: text.replace("-1\tCAT\t-0.3\n", ""), "cannot be read; write it again"),
         (lambda text: "words\n", "is not in ARPA format"),
         (lambda text: "", "is not in ARPA format"),
