@@ -120,7 +120,8 @@ class _Section:
                 return line
             fields = line.split()
             if len(fields) not in sizes:
-                raise self._flaw(number, f"{len(fields)} field{'s' * (len(fields) != 1)} in place of {' or '.join(map(str, sizes))}")
+                found = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+                raise self._flaw(number, f"{found} in place of {' or '.join(map(str, sizes))}")
             words = fields[1 : order + 1]
             try:
                 probability, backoff = float(fields[0]), float(fields[-1]) if len(fields) > order + 1 else 0.0
