@@ -356,7 +356,7 @@ def flawed(text):
         orders = [*[ones, twos, threes][: order - 1], [*lines, lines[-1]], *[ones, twos, threes][order:]]
         yield f"an {order}-gram twice", joined(orders), f"a {order}-gram occurs twice"
         orders = [*[ones, twos, threes][: order - 1], [*lines, "-1.0"], *[ones, twos, threes][order:]]
-        yield f"a short line of order {order}", joined(orders), "has 1 fields in place of"
+        yield f"a short line of order {order}", joined(orders), "has 1 field in place of"
         orders = [*[ones, twos, threes][: order - 1], [*lines, lines[0] + "\t0\t0"], *[ones, twos, threes][order:]]
         yield f"a long line of order {order}", joined(orders), "fields in place of"
         for change in (-1, 1):

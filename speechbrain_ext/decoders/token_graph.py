@@ -68,10 +68,12 @@ class TokenGraph(nn.Module):
             "shorter": shorter.int(),
             "backoff": nn.functional.pad(backoff.float(), (0, 1)),  # special tokens add nothing
             "ends": ends.float(),
-            "classes": classes.long(),
+            "classes": nn.functional.pad(classes.long(), (0, 1), value=backoff.shape[1]),  # (V + 1): the last column is no token
             "is_class": nn.functional.one_hot(classes.long(), backoff.shape[1] + 1).T.float(),  # (C + 1, V)
             "special": special,
         }
+        # A fixed number of entries per state: a GPU would have to tell the host any other
+        tables["steps"] = torch.arange(max(1, int(tables["first"].diff().max())))
         self.start, self.depth, states = start, 0, shorter
         """The state that begins a text, and the most times that a state backs off, or more."""
         while states.any() and self.depth < FEW:
@@ -88,15 +90,14 @@ class TokenGraph(nn.Module):
                 break
             levels.append((places, owed))
             owed, places = owed + self.backoff[places], self.shorter[places].long()
-        out = self.root + owed @ self.is_class
+        out = nn.functional.pad(self.root + owed @ self.is_class, (0, 1))
         for places, owed in reversed(levels):  # entries of longer states replace those of shorter ones
-            first = self.first[places]
-            count = self.first[places + 1] - first
-            row = torch.arange(len(places), device=places.device).repeat_interleave(count)
-            entry = torch.arange(len(row), device=places.device) + (first - count.cumsum(0) + count)[row]
-            token = self.keys[entry] % len(self.root)
-            out[row, token] = self.values[entry] + owed[row, self.classes[token]]
-        return out
+            entry = self.first[places].unsqueeze(1) + self.steps
+            beyond = entry >= self.first[places + 1].unsqueeze(1)
+            entry = entry.clamp(max=len(self.keys) - 1)
+            token = (self.keys[entry] % len(self.root)).masked_fill(beyond, len(self.root))
+            out.scatter_(1, token, self.values[entry] + owed.gather(1, self.classes[token]))
+        return out[:, :-1]
 
     def advance(self, places, tokens):
         """The states (N,) after the tokens (N,)."""

@@ -260,7 +260,9 @@ def test_search(search):
     net = TransformerASR(30, 8, 32, 4, 1, 1, 64, encoder_module="conformer").eval()
     seq_lin, ctc_lin = Linear(input_size=32, n_neurons=30), Linear(input_size=32, n_neurons=30)
     net, seq_lin, ctc_lin = (on_device(module) for module in (net, seq_lin, ctc_lin))
-    graphs = [on_device(TokenGraph(torch.randint(3, (3, 30)), torch.rand(3, 30), torch.rand(3)))]
+    entries = torch.tensor([33, 35, 64]), torch.rand(3), torch.tensor([2, 1, 0])  # tokens 3 and 5 in state 1, 4 in state 2
+    states = torch.tensor([0, 0, 1]), torch.rand(3, 1), torch.rand(3)
+    graphs = [on_device(TokenGraph(torch.rand(30), torch.randint(3, (30,)), entries, *states, torch.zeros(30, dtype=torch.long)))]
     with PretendGpu():
         x, lens = torch.randn(3, 20, 32, device=DEVICE), torch.tensor([1.0, 0.5, 0.9], device=DEVICE)
     scorer = ScorerBuilder(partial_scorers=[CTCScorer(ctc_lin, 0, 2)], weights={"ctc": 0.4})
