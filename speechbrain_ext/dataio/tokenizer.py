@@ -129,6 +129,51 @@ _ROLES = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47), "blank": (43, 48)}
 """Field numbers of the id and the spelling of each special token in the settings; the blank is SentencePiece's padding."""
 
 
+def is_special(tokenizer, token):
+    """Whether no text has a token, because it is a control symbol or the unknown token.
+
+    Arguments
+    ---------
+    tokenizer : sentencepiece.SentencePieceProcessor
+        The tokenizer.
+    token : int
+        Its index.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> import io
+    >>> made = io.BytesIO()
+    >>> sentencepiece.SentencePieceTrainer.train(
+    ...     sentence_iterator=iter(["A"]), model_writer=made, model_type="char", vocab_size=6, pad_id=0, bos_id=1, eos_id=2,
+    ...     unk_id=3, minloglevel=2,
+    ... )
+    >>> tokenizer = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+    >>> [is_special(tokenizer, token) for token in range(6)], piece_ids(tokenizer)
+    ([True, True, True, True, False, False], {'A': 4, '▁': 5})
+    """
+    return tokenizer.is_control(token) or tokenizer.is_unknown(token)
+
+
+def piece_ids(tokenizer):
+    """The index of each piece that a text can have; see :func:`is_special`.
+
+    Arguments
+    ---------
+    tokenizer : sentencepiece.SentencePieceProcessor
+        The tokenizer.
+
+    Returns
+    -------
+    dict
+    """
+    tokens = range(tokenizer.vocab_size())
+    return {tokenizer.id_to_piece(token): token for token in tokens if not is_special(tokenizer, token)}
+
+
 def arrange_tokenizer(model, blank_index, bos_index, eos_index, unk_index):
     """Move the special tokens of a SentencePiece model to these ids. Missing ones are added; all others keep their order.
 

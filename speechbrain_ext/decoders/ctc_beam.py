@@ -23,6 +23,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
+from speechbrain_ext.dataio.tokenizer import is_special
 from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_WEIGHT, is_number, is_whole
 from speechbrain_ext.decoders.word_lm import (
     arpa_words,
@@ -239,8 +240,7 @@ class CtcBeamSearch:
         self._kept = [
             index
             for index in range(tokens)
-            if index == self.blank_index
-            or not (tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index))
+            if index == self.blank_index or not (is_special(tokenizer, index) or tokenizer.is_unused(index))
         ]
         words = None if self.lm_file is None else arpa_words(self.lm_file)
         if words is not None:

@@ -12,6 +12,7 @@ from collections import deque
 import torch
 
 from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.tokenizer import is_special
 from speechbrain_ext.decoders.searchers import is_number
 from speechbrain_ext.decoders.token_graph import TokenGraph
 from speechbrain_ext.utils.errors import UserError, one_line
@@ -149,7 +150,7 @@ def _graph(children, whole, part, tokenizer):
             queue.append(child)
     # A bonus is final at the end of the phrase's last word; until then it is held, as are partial bonuses of longer phrases
     tokens = range(tokenizer.vocab_size())
-    special = torch.tensor([tokenizer.is_control(token) or tokenizer.is_unknown(token) for token in tokens])
+    special = torch.tensor([is_special(tokenizer, token) for token in tokens])
     begins = torch.tensor([tokenizer.id_to_piece(token).startswith("▁") for token in tokens])
     whole, part, shorter = torch.tensor(whole), torch.tensor(part), torch.tensor(shorter)
     held = whole + part

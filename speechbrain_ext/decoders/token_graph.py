@@ -72,7 +72,7 @@ class TokenGraph(nn.Module):
             "is_class": nn.functional.one_hot(classes.long(), backoff.shape[1] + 1).T.float(),  # (C + 1, V)
             "special": special,
         }
-        # A fixed number of entries per state: a GPU would have to tell the host any other
+        # A fixed number of entries per state, because the host would have to wait for a GPU to learn any other number
         tables["steps"] = torch.arange(max(1, int(tables["first"].diff().max())))
         self.start, self.depth, states = start, 0, shorter
         """The state that begins a text, and the most times that a state backs off, or more."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from speechbrain_ext.dataio.tokenizer import is_special, piece_ids
 from speechbrain_ext.decoders.ngram import BEGIN, END, UNKNOWN
 from speechbrain_ext.decoders.searchers import LARGEST_WEIGHT, is_number
 from speechbrain_ext.decoders.token_graph import TokenGraph
@@ -86,12 +87,8 @@ def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
     orders, unknown = _read(path, tokenizer)
     if weight < 0:
         unknown = _spare(orders, unknown, tokenizer.vocab_size())
-    special = torch.tensor([_is_special(tokenizer, token) for token in range(tokenizer.vocab_size())])
+    special = torch.tensor([is_special(tokenizer, token) for token in range(tokenizer.vocab_size())])
     return _graph(_sorted(orders, len(special)), unknown, special, weight * math.log(10))
-
-
-def _is_special(tokenizer, token):
-    return tokenizer.is_control(token) or tokenizer.is_unknown(token)
 
 
 def _read(path, tokenizer):
@@ -100,8 +97,7 @@ def _read(path, tokenizer):
     After the tokens, ids are those of ``<s>`` and ``</s>``. N-grams with ``<unk>`` are left out, as no text has this token.
     """
     tokens = tokenizer.vocab_size()
-    number = {tokenizer.id_to_piece(token): token for token in range(tokens) if not _is_special(tokenizer, token)}
-    number |= {BEGIN: tokens, END: tokens + 1, UNKNOWN: -1, UNKNOWN.upper(): -1}
+    number = piece_ids(tokenizer) | {BEGIN: tokens, END: tokens + 1, UNKNOWN: -1, UNKNOWN.upper(): -1}
     orders, unknown = [], UNKNOWN_WORD
     for count, (words, probability, backoff) in enumerate(read_arpa(path), 1):
         if count > MOST_NGRAMS:

@@ -10,6 +10,7 @@ from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
 from speechbrain_ext.dataio.audio import load_audio, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.tokenizer import is_special
 from speechbrain_ext.decoders import (
     BEAM,
     GREEDY,
@@ -171,10 +172,7 @@ class _ExactLengths(SearchChoices):
 
     def nbest(self, log_probs, lens):
         """The best texts of each utterance under CTC and the token graphs, see :mod:`speechbrain_ext.decoders.ctc_nbest`."""
-        tokenizer = self.tokenizer
-        excluded = [
-            token for token in range(tokenizer.vocab_size()) if tokenizer.is_control(token) or tokenizer.is_unknown(token)
-        ]
+        excluded = [token for token in range(self.tokenizer.vocab_size()) if is_special(self.tokenizer, token)]
         return ctc_nbest(log_probs, lens, self.blank, self.beam_size or NBEST, excluded, self.graphs)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from sentencepiece import SentencePieceProcessor
 from speechbrain.lobes.models.RNNLM import RNNLM
 
+from speechbrain_ext.dataio.tokenizer import piece_ids
 from speechbrain_ext.model_folder import HYPERPARAMS, TOKENIZER
 from speechbrain_ext.model_folder.build import LARGEST_TEXT, build
 from speechbrain_ext.model_folder.fetch import download, split_revision
@@ -164,12 +165,7 @@ def _plain(node, keys, depth=0):
 def _rows(source, theirs, ours, special):
     """For each token of the model, the token of the language model. Different tokens are refused: they would give wrong words."""
     remedy = "give one that was trained with the model's tokenizer, or train the model with the language model's tokenizer"
-
-    def pieces(tokenizer):
-        tokens = range(tokenizer.vocab_size())
-        return {tokenizer.id_to_piece(i): i for i in tokens if not (tokenizer.is_control(i) or tokenizer.is_unknown(i))}
-
-    rows, wanted = pieces(theirs), pieces(ours)
+    rows, wanted = piece_ids(theirs), piece_ids(ours)
     if missing := [*(wanted.keys() - rows.keys()), *(rows.keys() - wanted.keys())]:
         raise UserError(
             f"The language model {source} has other tokens than the model: {len(missing)} are in only one of them, such as "

@@ -11,7 +11,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
+from speechbrain_ext.dataio.tokenizer import arrange_tokenizer, piece_ids
 from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.training.sources import checked_tokenizer
 from speechbrain_ext.utils.errors import UserError
@@ -211,7 +211,7 @@ def _places(source, tokenizer, special):
     if source.tokenizer is None:
         return torch.empty(0, dtype=torch.long)
     old, new = (SentencePieceProcessor(model_proto=model) for model in (source.tokenizer, tokenizer))
-    rows = {old.id_to_piece(row): row for row in range(old.vocab_size()) if not (old.is_control(row) or old.is_unknown(row))}
+    rows = piece_ids(old)
     roles = {"bos": old.bos_id(), "eos": old.eos_id(), "unk": old.unk_id()}
     # If blank and unknown token share a row, it was trained as the blank
     roles = {role: row for role, row in roles.items() if row != source.blank} | {"blank": source.blank}
