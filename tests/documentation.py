@@ -18,6 +18,7 @@ import doctest
 import glob
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -85,6 +86,9 @@ class Reader:
         self.folder, self.names, self.printed = folder, {}, ""
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
+        # Started in a page's folder, the server would take that folder's speechbrain_ext/ for the package
+        with contextlib.chdir(ROOT):
+            multiprocessing.forkserver.ensure_running()
 
     def run(self, block):
         """Run a block; raises AssertionError with its output if it fails."""
