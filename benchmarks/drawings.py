@@ -16,12 +16,14 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from speechbrain_ext.bench.report import plot_cost, plot_wer, read_wers
 from speechbrain_ext.lobes.temporal_unet import TemporalUNet
 from speechbrain_ext.registry import build_encoder
+from speechbrain_ext.training.report import read_log
 from speechbrain_ext.utils.files import read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-processor-2-threads.csv"
 MINI = ROOT / "recipes" / "Synthetic" / "results" / "results.csv"
+LOGS = ROOT / "recipes" / "MiniLibriSpeech" / "results" / "logs"
 MINI_SIZE = "96 x 6, 4 heads, ffn 384, kernel 15"
 
 THEMES = {
@@ -334,25 +336,60 @@ def draw_cost():
             ours = style == "-"
             axes.plot(*zip(*points, strict=True), style, color=color, lw=2.4 if ours else 1.6, marker="o", markersize=3.5)
             ends[label] = (points[-1], color, ours)
-        heights = []  # labels must not overlap, on a logarithmic axis
+        above = 0  # labels must not overlap, on a logarithmic axis
         for label, ((x, y), color, ours) in sorted(ends.items(), key=lambda item: item[1][0][1]):
-            y = max(y, heights[-1] * 1.24) if heights else y
-            heights.append(y)
-            axes.text(x * 1.08, y, label, color=color, va="center", fontsize=9, weight="bold" if ours else "normal")
+            above = max(y, above * 1.24)
+            axes.text(x * 1.08, above, label, color=color, va="center", fontsize=9, weight="bold" if ours else "normal")
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
         axes.set(xscale="log", yscale="log", xlim=(4.6, 620), ylim=(0.06, 9))
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_ylim(0.06, 9)
         axes.set_xticks([5, 10, 20, 40, 80, 160], ["5", "10", "20", "40", "80", "160"])
         axes.minorticks_off()
-        axes.set_xlabel("length of the audio, seconds", color=colors["ink"])
-        axes.set_ylabel("seconds of computation\nper minute of audio", color=colors["ink"])
-        axes.tick_params(colors=colors["quiet"])
-        axes.grid(color=colors["grid"], lw=0.6)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(colors["line"])
+        paint(axes, colors, "length of the audio, seconds", "seconds of computation\nper minute of audio")
         save(figure, "cost", theme)
+
+
+LEARNED = {
+    "hyperconformer": ("HyperConformer", "#2f7fd1"),
+    "practical_conformer": ("Practical Conformer", "#e07b20"),
+    "fusionformer": ("FusionFormer", "#4f9d3a"),
+    "squeezeformer": ("Squeezeformer", "#2f8f83"),
+    "conformer": ("Conformer", "#8064a2"),
+}
+
+
+def draw_learning():
+    """Draw the error rate on the validation set by epoch, for each encoder trained on real speech."""
+    curves = {name: read_log(LOGS / f"{name}.txt") for name in LEARNED if (LOGS / f"{name}.txt").is_file()}
+    for theme, colors in THEMES.items() if curves else ():
+        figure, axes = pyplot.subplots(figsize=(8.2, 4.0), layout="constrained")
+        ends = {}
+        for name, curve in curves.items():
+            label, color = LEARNED[name]
+            points = next(points for key, points in curve.items() if "WER" in key)
+            axes.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5)
+            ends[label] = (points[-1], color)
+        above = -9.0
+        for label, ((x, y), color) in sorted(ends.items(), key=lambda item: item[1][0][1]):
+            above = max(y, above + 5)
+            axes.text(x + 0.4, above, label, color=color, va="center", fontsize=9, weight="bold")
+        axes.set_ylim(0, 100)
+        axes.set_xlim(0, 1.35 * max(x for (x, _), _ in ends.values()))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        paint(axes, colors, "epoch", "WER on the validation set, %")
+        save(figure, "learning", theme)
+
+
+def paint(axes, colors, horizontal, vertical):
+    """Name the axes, and draw them and the grid in the colours of a theme."""
+    axes.set_xlabel(horizontal, color=colors["ink"])
+    axes.set_ylabel(vertical, color=colors["ink"])
+    axes.tick_params(colors=colors["quiet"])
+    axes.grid(color=colors["grid"], lw=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(colors["line"])
 
 
 def main():
@@ -363,6 +400,7 @@ def main():
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_cost()
+    draw_learning()
     draw_blocks()
     rows = read_csv(BENCH)
     plot_cost(rows, IMAGES / "cost_all.png")

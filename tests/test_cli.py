@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ import torch
 from tiny import make_model
 
 from speechbrain_ext import cli
+from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference import transcribe as files_to_text
+from speechbrain_ext.model_folder import fetch
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,27 @@ def test_lines_come_in_the_order_of_the_files(capsys, folder, monkeypatch):
     texts = dict(lines)
     for name in names:
         assert transcribe(capsys, folder, name)[1] == [[str(folder / name), texts[str(folder / name)]]]
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        (["transcribe"], "english"),
+        (["transcribe", "--streaming"], "english-streaming"),
+        (["stream"], "english-streaming"),
+    ],
+)
+def test_without_a_model_the_package_s_own_answers(command, name, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "SHIPPED", tmp_path)
+    shutil.copytree(folder / "model", tmp_path / name)
+    out = []
+    for given in ([], ["--model", name], ["--model", str(folder / "model")]):
+        assert cli.main([*command, *given, "--device", "cpu", str(folder / "short.flac")]) == 0
+        out.append(capsys.readouterr().out)
+    assert out[0] == out[1] == out[2] and out[0]
+    assert load_model(name, "cpu").fingerprint == load_model(folder / "model", "cpu").fingerprint
+    status = cli.main([*command, "--model", name, "--revision", "v1", str(folder / "short.flac")])
+    assert status == 2 and "comes with the package" in capsys.readouterr().err
 
 
 def test_on_a_terminal_no_line_begins_behind_the_progress_bar(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """Model folders: SpeechBrain's classes and ours load them, with the same transcripts; untrusted folders are checked."""
 
+import copy
 import io
 import itertools
 import json
@@ -25,7 +26,7 @@ from speechbrain_ext import cli, registry
 from speechbrain_ext.hparams import load_hparams, merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
-from speechbrain_ext.model_folder import FORMAT_VERSION
+from speechbrain_ext.model_folder import FORMAT_VERSION, WEIGHTS
 from speechbrain_ext.model_folder.build import build, parse
 from speechbrain_ext.model_folder.card import model_card
 from speechbrain_ext.model_folder.tokenizer_file import check_tokenizer
@@ -140,6 +141,24 @@ def test_shared_and_strided_weights_are_kept_by_every_name(tmp_path):
     assert second[1].weight is second[0].weight
     with pytest.raises(RuntimeError, match="Unexpected key"):
         load_weights(torch.nn.ModuleList([torch.nn.Linear(3, 3)]), tmp_path / "w")
+
+
+def test_weights_in_half_precision_take_half_the_space(trained, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(1, 1)).eval()
+    with torch.no_grad():
+        model[1].running_mean.fill_(1e5)
+        model[2].weight.fill_(1e5)  # more than float16 holds
+    save_weights(model, tmp_path / "whole.safetensors")
+    save_weights(model, tmp_path / "half.safetensors", "fp16")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
+    other = copy.deepcopy(model)
+    load_weights(other, tmp_path / "half.safetensors")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    make_model(tmp_path, decoder_layers=0, weights_precision="fp16")
+    dtypes = {value.dtype for value in load_file(tmp_path / "model" / WEIGHTS).values()}
+    assert torch.float16 in dtypes
+    assert isinstance(load_model(tmp_path / "model", "cpu").transcribe_file(tmp_path / "short.flac"), str)
 
 
 def test_a_folder_that_names_speechbrains_searcher_loads(trained, tmp_path):

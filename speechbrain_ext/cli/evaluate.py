@@ -3,7 +3,17 @@
 import sys
 from contextlib import redirect_stdout
 
-from speechbrain_ext.cli._common import add_device, add_model, add_pass, add_search, choose_search, load, say, usage
+from speechbrain_ext.cli._common import (
+    add_device,
+    add_model,
+    add_pass,
+    add_search,
+    choose_search,
+    load,
+    model_of,
+    say,
+    usage,
+)
 from speechbrain_ext.utils.errors import UsageError
 
 
@@ -134,7 +144,7 @@ def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds)
         **describe_machine(str(model.device)),
     }
     return {field: known.get(field, "") for field in FIELDS} | {
-        "model": arguments.model,
+        "model": model_of(arguments),
         "utterances": len(rows),
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),

@@ -1,6 +1,6 @@
 """``publish``: a model folder to Hugging Face."""
 
-from speechbrain_ext.cli._common import add_model, say, usage
+from speechbrain_ext.cli._common import add_trust, say, usage
 
 
 def add(commands):
@@ -8,7 +8,8 @@ def add(commands):
     parser = commands.add_parser(
         "publish", help="upload a trained model to Hugging Face", description="Upload a trained model; prints its URL."
     )
-    add_model(parser, "a model folder that training wrote")
+    parser.add_argument("--model", metavar="MODEL", required=True, help="a model folder that training wrote")
+    add_trust(parser)
     parser.add_argument("repo_id", metavar="REPO_ID", help="the repository, user/model; created if it is missing")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="a branch, created if it is missing; by default main")

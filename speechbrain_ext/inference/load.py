@@ -25,7 +25,7 @@ from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import LARGEST_TEXT, Refused, build
-from speechbrain_ext.model_folder.fetch import download
+from speechbrain_ext.model_folder.fetch import ENGLISH, download
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest, read_bytes
@@ -38,7 +38,7 @@ LARGEST_RATIO = 10
 """Most tokens per frame of a search. Trained models have at most 1, transducers 5."""
 
 
-def load_model(source, device=None, pass_name=None, revision=None, trust=False):
+def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust=False):
     """Load a trained model.
 
     Only classes that a model needs are built, see :mod:`speechbrain_ext.model_folder.build`. A folder that names any other class
@@ -47,7 +47,8 @@ def load_model(source, device=None, pass_name=None, revision=None, trust=False):
     Arguments
     ---------
     source : str
-        A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``.
+        A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``. Without a
+        folder of that name, ``english`` and ``english-streaming`` are the small models that come with the package.
     device : str or torch.device, optional
         For example ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     pass_name : str, optional

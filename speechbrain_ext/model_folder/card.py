@@ -34,7 +34,7 @@ def model_card(tree, interface, rows, provenance=None):
     Returns
     -------
     str
-        Markdown with metadata at the top, as Hugging Face reads it. It states no licence; the owner of the model chooses one.
+        Markdown with metadata at the top, as Hugging Face reads it. It states a licence only if the corpus does; the owner of the model chooses one.
 
     Example
     -------
@@ -127,6 +127,8 @@ def _metadata(encoder, rows, corpus):
     data = {}
     if corpus.get("language"):
         data["language"] = corpus["language"]
+    if corpus.get("license"):
+        data["license"] = corpus["license"]
     data["library_name"] = "speechbrain"
     data["pipeline_tag"] = "automatic-speech-recognition"
     data["tags"] = ["automatic-speech-recognition", "speechbrain", "speechbrain_ext", encoder]

@@ -1,9 +1,26 @@
-"""Fetch a model from Hugging Face."""
+"""Find a model that is no folder of the user's: one of the package, or one of Hugging Face."""
 
 import re
 from pathlib import Path
 
+from speechbrain_ext.utils.errors import UserError
+
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ENGLISH, ENGLISH_STREAMING = "english", "english-streaming"
+"""Names of the small English models that come with the package."""
+SHIPPED = Path(__file__).resolve().parents[1] / "models"
+"""The folder that holds them."""
+
+
+def is_shipped(source):
+    """Whether a name is that of a model of the package.
+
+    Example
+    -------
+    >>> is_shipped("english"), is_shipped("ann/english")
+    (True, False)
+    """
+    return source in (ENGLISH, ENGLISH_STREAMING)
 
 
 def split_revision(source):
@@ -19,12 +36,12 @@ def split_revision(source):
 
 
 def download(source, revision, files, missing="There is no model folder {}; give the folder 'pretrained' of a training run."):
-    """Fetch a commit of a model; returns its folder in Hugging Face's cache.
+    """Find a model of the package, or fetch a commit of one of Hugging Face.
 
     Arguments
     ---------
     source : str
-        The name of a repository, ``user/model``.
+        The name of a repository, ``user/model``, or of a model of the package, such as ``english``.
     revision : str, optional
         A commit, tag or branch; by default the latest commit.
     files : sequence of str
@@ -35,12 +52,14 @@ def download(source, revision, files, missing="There is no model folder {}; give
     Returns
     -------
     pathlib.Path
-        The folder; its name is the commit.
+        The folder. In Hugging Face's cache, its name is the commit.
 
     Raises
     ------
     FileNotFoundError
         If there is no such model or revision, or it is not in the cache and Hugging Face cannot be reached.
+    UserError
+        If a revision is given for a model of the package.
 
     Example
     -------
@@ -48,6 +67,11 @@ def download(source, revision, files, missing="There is no model folder {}; give
     Traceback (most recent call last):
     FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
     """
+    if is_shipped(source):
+        if revision is not None:
+            raise UserError(f"{source} comes with the package and has no revision {revision}; leave the revision out.")
+        return SHIPPED / source
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

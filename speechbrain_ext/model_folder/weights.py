@@ -17,10 +17,11 @@ from speechbrain_ext.utils.files import read_bytes
 from speechbrain_ext.utils.text import listing
 
 TOKENIZERS = "give a model folder, a repository or a SentencePiece model"
+PRECISIONS = ("fp32", "fp16")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def save_weights(model, path):
+def save_weights(model, path, precision="fp32"):
     """Write the weights and buffers of a model.
 
     Arguments
@@ -29,6 +30,9 @@ def save_weights(model, path):
         The model. Tensors that share memory are written separately; the file has every name of the model's state.
     path : str or os.PathLike
         The file.
+    precision : str
+        "fp32" writes all values as they are. "fp16" writes parameters in half precision, except those that float16 cannot hold;
+        statistics stay as they are.
 
     Example
     -------
@@ -40,8 +44,15 @@ def save_weights(model, path):
     >>> torch.equal(first.weight, second.weight)
     True
     """
-    state = model.state_dict()
-    state = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    state, halved = model.state_dict(), set()
+    if precision == "fp16":
+        limit = torch.finfo(torch.float16).max
+        parameters = model.named_parameters(remove_duplicate=False)
+        halved = {name for name, value in parameters if value.dtype == torch.float32 and value.abs().max() <= limit}
+    state = {
+        name: value.cpu().to(torch.float16 if name in halved else value.dtype).clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
     Path(path).write_bytes(safetensors.torch.save(state))  # save_file would make it readable only for its owner
 
 

@@ -95,7 +95,7 @@ def write_model_folder(folder, hparams_text, hparams, model, tokenizer_file, row
     tree = ruamel.yaml.YAML().load(hparams_text)
     with replacing_folder(folder) as partial:
         (partial / HYPERPARAMS).write_text(inference_hparams(tree, hparams, fused, provenance), encoding="utf-8")
-        save_weights(model, partial / WEIGHTS)
+        save_weights(model, partial / WEIGHTS, hparams["weights_precision"])
         shutil.copyfile(tokenizer_file, partial / TOKENIZER)
         config = {
             "format_version": FORMAT_VERSION,

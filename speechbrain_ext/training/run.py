@@ -37,6 +37,7 @@ from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unkno
 from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
 from speechbrain_ext.model_folder.lm import load_lm
+from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import Origin
 from speechbrain_ext.training.report import check_logger, draw_curve, examples, with_logger
@@ -423,6 +424,8 @@ def check_ranges(plain, run_opts):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; give at least one.")
     check_logger(plain["logger"])
+    if plain["weights_precision"] not in PRECISIONS:
+        raise UsageError(f"--weights_precision is {plain['weights_precision']!r}; give {' or '.join(PRECISIONS)}.")
     if plain["token_type"] not in TOKEN_TYPES:
         raise UsageError(f"--token_type is {plain['token_type']!r}; give {', '.join(TOKEN_TYPES)}.")
     if plain.get("text_normalization", "none") not in CASES:

@@ -18,7 +18,7 @@ from speechbrain_ext.convert import convert_nemo, convert_speechbrain
 from speechbrain_ext.hparams import merge_hparams, parse_overrides
 from speechbrain_ext.model_folder import FILES, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import parse
-from speechbrain_ext.model_folder.fetch import HUB_ID, download, split_revision
+from speechbrain_ext.model_folder.fetch import HUB_ID, download, is_shipped, split_revision
 from speechbrain_ext.model_folder.tokenizer_file import check_tokenizer
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.files import file_digest
@@ -57,7 +57,8 @@ def locate(given, before=None):
     Arguments
     ---------
     given : str
-        A folder or file, or a repository of Hugging Face, ``user/model`` or ``user/model@revision``.
+        A folder or file, a repository of Hugging Face, ``user/model`` or ``user/model@revision``, or a model of the package,
+        ``english`` or ``english-streaming``.
     before : str, optional
         The name of the model when the run began. The same commit of a repository is used again.
 
@@ -80,10 +81,12 @@ def locate(given, before=None):
     True
     """
     repository, revision = split_revision(given)
-    if Path(given).exists() or not HUB_ID.fullmatch(repository):
-        if not Path(given).exists():
-            raise FileNotFoundError(f"There is no model {given}; give a folder or file, or user/model of Hugging Face.")
+    if Path(given).exists():
         return given, Path(given)
+    if is_shipped(given):
+        return given, download(given, None, FETCHED)
+    if not HUB_ID.fullmatch(repository):
+        raise FileNotFoundError(f"There is no model {given}; give a folder or file, or user/model of Hugging Face.")
     if before and (before == given or not revision and split_revision(before)[0] == repository):
         revision = split_revision(before)[1]
     folder = download(repository, revision, FETCHED)
