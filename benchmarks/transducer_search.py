@@ -32,11 +32,11 @@ FRAMES_PER_SECOND, FRAMES_PER_TOKEN, NOISE = 25, 6, 0.7
 
 def make_frames(vectors, utterances, frames):
     """Frames (B, T, D), and their tokens (B, U)."""
-    heard = torch.zeros(utterances, frames, dtype=torch.long)
+    units = torch.zeros(utterances, frames, dtype=torch.long)
     places = torch.rand(utterances, frames).argsort(1)[:, : frames // FRAMES_PER_TOKEN].sort(1).values
     tokens = torch.randint(SPECIAL, VOCAB, places.shape)
     noise = NOISE * torch.randn(utterances, frames, D_MODEL)
-    return vectors[heard.scatter(1, places, tokens)] + noise, tokens
+    return vectors[units.scatter(1, places, tokens)] + noise, tokens
 
 
 def train(predictor, vectors, steps):

@@ -113,7 +113,7 @@ HEARD = {
 
 
 @pytest.mark.parametrize("name", HEARD)
-def test_odd_audio_is_heard(name, call, model, tmp_path):
+def test_odd_audio_is_read(name, call, model, tmp_path):
     path = tmp_path / "a.wav"
     HEARD[name](path)
     wav = load_audio(path)

@@ -120,9 +120,9 @@ def web(tmp_path_factory):
                     break
             time.sleep(0.1)
 
-        def run(model, heard):
+        def run(model, audio):
             driver = [ROOT / "tests" / "web_page.mjs", root / "page" / "node_modules" / "playwright-core" / "index.mjs", CHROMIUM]
-            command = ["node", *map(str, driver), f"http://127.0.0.1:{port}/?model={model}.onnx", str(heard)]
+            command = ["node", *map(str, driver), f"http://127.0.0.1:{port}/?model={model}.onnx", str(audio)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=500)
             assert not done.returncode, done.stderr
             return json.loads(done.stdout)

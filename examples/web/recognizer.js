@@ -86,13 +86,13 @@ export class Recognizer {
 
   /** Seconds of audio so far. */
   get seconds() {
-    return this.heard / this.sampleRate;
+    return this.received / this.sampleRate;
   }
 
   /** Begin a stream. */
   reset() {
     this.kept = new Float32Array(0); // the samples from index `from` on
-    this.from = this.heard = this.chunk = this.frames = this.computing = 0;
+    this.from = this.received = this.chunk = this.frames = this.computing = 0;
     this.last = this.blank;
     this.tokens = []; // {symbol, time}
     this.written = []; // the parts of the first `read` tokens
@@ -111,17 +111,17 @@ export class Recognizer {
     joined.set(this.kept);
     joined.set(samples, this.kept.length);
     this.kept = joined;
-    this.heard += samples.length;
-    while (this.heard >= this.start + this.size) await this.#run(this.start + this.size);
-    const from = Math.min(Math.max(0, this.start - this.window), this.heard);
+    this.received += samples.length;
+    while (this.received >= this.start + this.size) await this.#run(this.start + this.size);
+    const from = Math.min(Math.max(0, this.start - this.window), this.received);
     this.kept = this.kept.slice(from - this.from);
     this.from = from;
   }
 
   /** End the stream, and process an incomplete last chunk. */
   async finish() {
-    if (!this.heard) return;
-    const frames = Math.max(1, Math.floor((this.heard + this.before - Math.floor(this.window / 2)) / this.hop) + 1);
+    if (!this.received) return;
+    const frames = Math.max(1, Math.floor((this.received + this.before - Math.floor(this.window / 2)) / this.hop) + 1);
     const end = (frames - 1) * this.hop + this.window - this.before; // end of the last frame's window
     while (this.chunk * this.step < frames * this.hop) await this.#run(Math.min(this.start + this.size, end));
   }
@@ -133,11 +133,11 @@ export class Recognizer {
 
   /** The sample at an index; outside the audio, zero or a mirrored sample. */
   #sample(number) {
-    if (number < 0 || number >= this.heard) {
+    if (number < 0 || number >= this.received) {
       if (!this.mirrors) return 0;
-      const period = 2 * this.heard;
+      const period = 2 * this.received;
       number = ((number % period) + period) % period;
-      if (number >= this.heard) number = period - 1 - number;
+      if (number >= this.received) number = period - 1 - number;
     }
     return this.kept[number - this.from];
   }

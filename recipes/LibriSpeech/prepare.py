@@ -275,11 +275,11 @@ def prepare_split(split, folder, files, taken, wanted, case):
         raise FileNotFoundError(f"There is no {what} anywhere in {folder}; the files in it are: {held}.")
 
     transcripts = read_transcripts(texts, case)
-    skipped, candidates, heard = [], [], set()
+    skipped, candidates, with_audio = [], [], set()
     for path in audio:
         name = os.path.splitext(os.path.basename(path))[0]
         transcript = transcripts.get(name)
-        heard.add(name)
+        with_audio.add(name)
         if not is_utf8(path):
             skipped.append(Skipped(split, name, path, "file name not UTF-8"))
         elif not ID.fullmatch(name):
@@ -295,7 +295,7 @@ def prepare_split(split, folder, files, taken, wanted, case):
         else:
             taken[name] = path
             candidates.append(name)
-    for name in transcripts.keys() - heard:
+    for name in transcripts.keys() - with_audio:
         skipped.append(Skipped(split, name, transcripts[name].file, "transcript without audio"))
     total = len(skipped) + len(candidates)
 

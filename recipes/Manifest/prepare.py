@@ -221,13 +221,13 @@ def _refuse_common(names, test, what):
 
 def _common(train, rows, status):
     """Ids of rows that overlap a training row by more than half of the shorter one."""
-    heard = {}
+    places = {}
     for row in rows:
-        heard.setdefault(_place(row, status), []).append(_Span(row, True))
+        places.setdefault(_place(row, status), []).append(_Span(row, True))
     for row in train:
-        if (place := _place(row, status)) in heard:
-            heard[place].append(_Span(row, False))
-    for spans in heard.values():
+        if (place := _place(row, status)) in places:
+            places[place].append(_Span(row, False))
+    for spans in places.values():
         yield from {span.row.ID for pair in _overlapping(spans) for span in pair if span.tested}
 
 

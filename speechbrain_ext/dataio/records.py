@@ -374,9 +374,9 @@ def _kaldi_records(folder, files):
         elif segments:
             values |= {"start": span[0], "end": None if re.fullmatch(r"-1(\.0*)?", span[1]) else span[1]}
         yield Record(place, values, *flaw)
-    heard = {name for name, _ in lines}
+    given = {name for name, _ in lines}
     for name, (text, place) in tables["text"]:
-        if name not in heard:
+        if name not in given:
             yield Record(place, {"ID": name, "wav": None, "wrd": text}, "transcript without audio")
 
 

@@ -188,11 +188,10 @@ def group_words(tokens, spans, tokenizer, offset=0):
         text = tokenizer.decode_ids([token for token, _ in group]).strip()
         if not text:  # a word boundary alone
             continue
-        heard = [
-            pair for pair in group if tokenizer.id_to_piece(pair[0]) != "▁"
-        ]  # the frame of a separate boundary is not that of its word
-        start, end = (FRAME_SECONDS * (offset + frame) for frame in (heard[0][1][0], heard[-1][1][1]))
-        words.append(Word(text, round(start, 3), round(end, 3), confidence([score for _, (*_, score) in heard])))
+        # The frame of a separate boundary is not that of its word
+        spoken = [pair for pair in group if tokenizer.id_to_piece(pair[0]) != "▁"]
+        start, end = (FRAME_SECONDS * (offset + frame) for frame in (spoken[0][1][0], spoken[-1][1][1]))
+        words.append(Word(text, round(start, 3), round(end, 3), confidence([score for _, (*_, score) in spoken])))
     return tuple(words)
 
 

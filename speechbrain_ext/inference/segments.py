@@ -205,10 +205,10 @@ class Segmenter:
         segment = None
         if tokens:
             first = max(0, (tokens[0][1] if self._stream is None else self._spoken()[0]) - self.margin)
-            heard, said = log_probs[first:end], [token for token, _ in tokens]
+            scores, said = log_probs[first:end], [token for token, _ in tokens]
             if self._search is not None:
-                said, heard = self._search(frames[first:end], heard)
-            segment = make_segment(heard, said, self._tokenizer, self._blank, self.start + first)
+                said, scores = self._search(frames[first:end], scores)
+            segment = make_segment(scores, said, self._tokenizer, self._blank, self.start + first)
         if end > 0:
             self._previous = self._best[end - 1]
         if self._stream is not None:

@@ -149,7 +149,7 @@ class StreamingRecognizer:
             raise UserError(f"The samples hold {flaw}; none of them was processed; repair the audio, or leave it out.")
         self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # the caller may reuse the buffer
         self._small_samples += len(wav)
-        self._heard += len(wav)
+        self._received += len(wav)
         return self._run(False) if self._small_samples >= PIECE * self._model.sample_rate else []
 
     @torch.inference_mode()
@@ -165,7 +165,7 @@ class StreamingRecognizer:
             return []
         segments = self._run(True) + self._segmenter.finish()
         self.finished = True
-        return [within(segment, self._start + self._heard / self._model.sample_rate) for segment in segments]
+        return [within(segment, self._start + self._received / self._model.sample_rate) for segment in segments]
 
     def reset(self, start=0.0):
         """Begin a new stream with the same settings.
@@ -182,7 +182,7 @@ class StreamingRecognizer:
         self._small, self._small_samples = [], 0
         self._audio = torch.zeros(1, 0, device=self._model.device)
         self._audio_start = self._segmenter.start
-        self._start, self._heard = FRAME_SECONDS * self._segmenter.start, 0
+        self._start, self._received = FRAME_SECONDS * self._segmenter.start, 0
         self._context = self._new_context()
         self.finished = False
         """Whether the stream has ended."""

@@ -434,7 +434,7 @@ class FeatureStream:
         self._normalize, self._grows = normalize, _grows(normalize)
         self._samples = None  # (B, n), from the first sample of the next frame's window
         self._lead = self._framing.before  # number of samples still to add before the first one
-        self._heard = 0
+        self._received = 0
         self._frames = 0
         self._peak = self._moments = None
 
@@ -451,9 +451,9 @@ class FeatureStream:
         iterator
             Over the chunks (B, chunk, F) that are now complete.
         """
-        self._heard += wavs.shape[1]
+        self._received += wavs.shape[1]
         self._samples = wavs if self._samples is None else torch.cat((self._samples, wavs), 1)
-        if self._lead and self._heard >= self._lead:  # the samples to mirror have arrived
+        if self._lead and self._received >= self._lead:  # the samples to mirror have arrived
             self._extend(0)
         while self._samples.shape[1] >= self._framing.needs(self._chunk):
             yield self._take(self._chunk)
@@ -466,9 +466,9 @@ class FeatureStream:
         iterator
             Over the remaining chunks (B, <= chunk, F).
         """
-        if not self._heard:
+        if not self._received:
             return
-        frames = self._framing.count(self._heard)
+        frames = self._framing.count(self._received)
         # The last window's middle is no later than the last sample: the samples to mirror lie in the window itself
         self._extend(self._framing.after)
         while self._frames < frames:

@@ -99,7 +99,8 @@ def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> Non
         raise UserError("There is no batch to take BatchNorm statistics from; give at least one (statistics_batches).")
     if not all(used for *_, used in sums):
         raise UserError(
-            f"None of {seen} batches gives finite statistics to every BatchNorm: the weights or the data are not finite."
+            f"None of {seen} batches gives finite statistics to every BatchNorm, so weights or features are not finite; use an "
+            "earlier checkpoint, or check the audio."
         )
     for norm, (mean, variance, used) in zip(norms, sums, strict=True):
         norm.running_mean.copy_(mean / used)

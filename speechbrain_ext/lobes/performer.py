@@ -17,8 +17,9 @@ The usual form is exp(w x^ - |x^|^2 / 2) for both. The form here is the same up 
 feature, which moves from keys to queries. Keys are then bounded without a maximum over time, which would look into the future.
 "relu": phi(x) = psi(x) = ReLU(w x / sqrt(e)) + 1e-3; without random features (``features`` 0) ReLU(x) + 1e-3, with m = e.
 
-**Causal, in training.** Frames are taken in blocks of at least 64. The frames before a block enter as one running sum. Inside the
-block all weights are computed, and those of later frames (or chunks) are set to zero. No loop over time, T / 64 sums.
+**Causal, in training.** Frames are taken in blocks of whole chunks: about 64 frames, or fewer if the left context is short. The
+frames before a block enter as one running sum. Inside the block all weights are computed, and those of later frames (or chunks)
+are set to zero. No loop over time, T / 64 sums.
 
 **Recurrent.** Chunk by chunk, S is the state: heads m (e + 1) float64 numbers per utterance and layer for an unlimited left
 context (266 kB for 8 heads of 64 with 64 features), whatever the length of the audio so far; with L chunks of left context, L

@@ -195,12 +195,14 @@ def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str
     known = f"reduce_before {reduce_before} and recover_before {recover_before} of {len(layers)} blocks"
     for index in (*reduce_before, *recover_before):
         if not 0 <= index <= len(layers):
-            raise UserError(f"There is no block {index}: {known}; indices start from 0.")
+            raise UserError(f"There is no block {index}: {known}; give indices from 0 to {len(layers)}.")
     open_spans = [[]]
     for index in range(len(layers) + 1):
         for _ in range(recover_before.count(index)):
             if len(open_spans) == 1 or not open_spans[-1]:
-                raise UserError(f"A recovery before block {index} has no block to recover from: {known}.")
+                raise UserError(
+                    f"The recovery before block {index} ends no block at half rate: {known}; reduce before an earlier block, or leave it out."
+                )
             span = open_spans.pop()
             open_spans[-1].append(TemporalUNet(span, d_model, padding))
         open_spans += [[] for _ in range(reduce_before.count(index))]

@@ -34,7 +34,8 @@ def model_card(tree, interface, rows, provenance=None):
     Returns
     -------
     str
-        Markdown with metadata at the top, as Hugging Face reads it. It states a licence only if the corpus does; the owner of the model chooses one.
+        Markdown with metadata at the top, as Hugging Face reads it. The licence is that of the corpus file, if
+        it states one; else the owner of the model chooses one.
 
     Example
     -------

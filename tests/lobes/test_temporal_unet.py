@@ -72,9 +72,9 @@ def test_any_encoder_in_any_nesting(name):
     "reduce_before, recover_before, message",
     [
         ([1], [], "Not every reduction is recovered"),
-        ([], [2], "no block to recover from"),
-        ([3], [2], "no block to recover from"),
-        ([2], [2], "no block to recover from"),
+        ([], [2], "ends no block at half rate"),
+        ([3], [2], "ends no block at half rate"),
+        ([2], [2], "ends no block at half rate"),
         ([1, 2], [3], "Not every reduction is recovered"),
         ([-1], [2], "no block -1"),
         ([1], [5], "no block 5"),
