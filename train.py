@@ -8,7 +8,14 @@ python train.py hparams/FILE.yaml --corpus my/corpus.yaml --data_folder FOLDER  
 python train.py hparams/finetune.yaml --init_from MODEL --train_manifest ...        fine-tuning
 torchrun --nproc_per_node 4 train.py hparams/FILE.yaml --data_folder FOLDER         several GPUs
 
-Every key of the hparams file is an option, such as --number_of_epochs 50. An interrupted run continues with the same command.
+An interrupted run continues with the same command. Every key of the hparams file is an option, such as --number_of_epochs 50;
+docs/hparams.md lists them. Needed most often:
+
+--output_folder FOLDER                               where the run writes (results/<experiment>/<seed>)
+--device cpu, --device cuda:1                        by default a GPU if there is one
+--precision bf16                                     mixed precision, on a GPU
+--train_batch_sampler '{max_batch_length: 150}'      seconds of audio in a batch: less if the memory does not suffice
+--logger tensorboard, --logger wandb                 losses and error rates in a browser
 """
 
 import dataclasses
@@ -22,8 +29,8 @@ import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
-from speechbrain_ext.training.report import list_hparams  # noqa: E402
-from speechbrain_ext.training.run import run, take_paths  # noqa: E402
+from speechbrain_ext.training.report import list_hparams, list_options  # noqa: E402
+from speechbrain_ext.training.run import REFUSED, run, take_paths  # noqa: E402
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
 
@@ -31,10 +38,10 @@ def main(argv=None):
     """Train and test; returns the exit status: 0 for success, 2 for wrong arguments, 130 for an interruption, else 1."""
     argv, paths = take_paths(list(sys.argv[1:] if argv is None else argv))
     if not argv or {"-h", "--help"} & {*argv}:
-        print(f"{__doc__}\nFiles in hparams/:\n\n{list_hparams(ROOT / 'hparams')}\n")
-        if not argv:
-            return 0
-        print("Options of SpeechBrain:\n")
+        print(f"{__doc__}\nFiles in hparams/:\n\n{list_hparams(ROOT / 'hparams')}")
+        if argv:
+            print(f"\nOptions of SpeechBrain:\n\n{list_options(without=REFUSED)}")
+        return 0
     corpus = paths.pop("corpus", None)
     if corpus:
         sys.path.insert(0, str(Path(corpus).resolve().parent))  # its functions may lie beside it

@@ -190,6 +190,7 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"train_splits": "[]"}, "--train_splits is empty"),
         ({"bos_index": "2"}, "give four different ones"),
         ({"token_type": "foo"}, "--token_type is 'foo'; give unigram, bpe, char"),
+        ({"weights_precision": "int4"}, "--weights_precision is 'int4'; give fp32 or fp16"),
         ({"output_folder": ""}, "--output_folder has no value"),
         ({"results_file": ""}, "--results_file has no value"),
         ({"output_folder": "/proc/nowhere"}, "/proc/nowhere cannot be read or written: No such file or directory; give another"),
@@ -209,6 +210,22 @@ def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message,
 def test_options_that_are_not_supported_are_refused(option, run):
     with pytest.raises(training.UsageError, match=f"{option} is not supported"):
         run(option)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"activation_checkpointing": "True"}, "leave out activation_checkpointing"),
+        (
+            {"chunk_sampler": "!new:speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfigRandomSampler {}"},
+            "leave it out, or the chunk_sampler",
+        ),
+    ],
+)
+def test_what_compilation_excludes_is_refused_at_once(keys, message, run, tmp_path):
+    with pytest.raises(training.UsageError, match=message):
+        run("--compile", output_folder=tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
 
 
 # -------------------- C. nothing stale

@@ -224,10 +224,6 @@ class AsrBrain(Brain):
         self.frozen = Frozen(hparams["model"], self.parts, hparams["freeze"], hparams["freeze_steps"])
         check_scales(hparams["lr_scales"], self.parts)
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
-        if self.compile and self.hparams.activation_checkpointing:
-            raise UserError("activation_checkpointing is True, but --compile decides itself what to keep; leave one out.")
-        if self.compile and self.hparams.chunk_sampler:
-            raise UserError("There is a chunk_sampler, but --compile would compile again for each chunk size; leave one out.")
         if self.hparams.activation_checkpointing:
             self.hparams.speech_encoder.recompute_activations()
         # Totals of training, over all starts of the run

@@ -1,9 +1,10 @@
 """Reports of a run: the list of hparams files, loggers, the learning curve, and examples."""
 
 import re
+import textwrap
 from pathlib import Path
 
-from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
+from speechbrain.utils.run_opts import HELP_TEXTS
 
 from speechbrain_ext.utils.errors import UsageError, UserImportError
 
@@ -35,6 +36,31 @@ def list_hparams(folder):
     files = sorted(Path(folder).glob("*.yaml"))
     width = max((len(path.name) for path in files), default=0)
     return "\n".join(f"{path.name:{width}}  {first_sentence(path)}" for path in files)
+
+
+def list_options(without=()):
+    """List SpeechBrain's options of a run: on each line the option, and what it does.
+
+    Arguments
+    ---------
+    without : collection of str
+        Options to leave out.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> "--device" in list_options(), "--device" in list_options(without=["device"])
+    (True, False)
+    """
+    lines = []
+    for option in sorted(HELP_TEXTS.keys() - set(without)):
+        text = textwrap.wrap(HELP_TEXTS[option], 90)
+        lines.append(f"--{option:36} {text[0]}")
+        lines += [f"{'':39}{line}" for line in text[1:]]
+    return "\n".join(lines)
 
 
 def first_sentence(path):
@@ -109,6 +135,8 @@ def with_logger(file_logger, name, folder, experiment):
     check_logger(name)
     if name is None:
         return file_logger
+    from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
+
     try:
         if name == "tensorboard":
             return Loggers([file_logger, TensorboardLogger(str(Path(folder) / "tensorboard"))])

@@ -47,7 +47,7 @@ from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokeni
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
-from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory
+from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory, python_command
 from speechbrain_ext.utils.text import listing
 
 logger = get_logger(__name__)
@@ -188,6 +188,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         If an error stops the run that the user can fix.
     """
     keep_freed_memory()
+    logging.getLogger("speechbrain.utils.train_logger").setLevel(logging.ERROR)  # it warns that it cannot save images
     try:
         check_options(run_opts)
         setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
@@ -423,6 +424,11 @@ def check_ranges(plain, run_opts):
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; give at least one.")
+    if run_opts.compile if "compile" in run_opts.overridden_args else plain.get("compile"):
+        if plain["activation_checkpointing"]:
+            raise UsageError("--compile decides itself what to recompute; leave out activation_checkpointing: True.")
+        if plain["chunk_sampler"] is not None:
+            raise UsageError("--compile would compile again for each chunk size; leave it out, or the chunk_sampler.")
     check_logger(plain["logger"])
     if plain["weights_precision"] not in PRECISIONS:
         raise UsageError(f"--weights_precision is {plain['weights_precision']!r}; give {' or '.join(PRECISIONS)}.")
@@ -769,8 +775,8 @@ def keep(brain, setting, models, tokenizer_file, rows, shown, origin):
         print(f"Training processed {brain.audio_seconds / max(brain.train_seconds, 1e-9):.0f} s of audio per second.")
         curve = f", the learning curve {output}/curve.png" * drawn
         print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}{curve}.\n\nNext:")
-        model = f"--model {folders['pretrained']}"
-        print(f"python -m speechbrain_ext transcribe {model} FILE...")
-        print(f"python -m speechbrain_ext stream {model} FILE")
-        print(f"python -m speechbrain_ext export {model} model.onnx")
+        command, model = f"{python_command()} -m speechbrain_ext", f"--model {folders['pretrained']}"
+        print(f"{command} transcribe {model} FILE...")
+        print(f"{command} stream {model} FILE")
+        print(f"{command} export {model} model.onnx")
     return RunResult(rows, folders, output)

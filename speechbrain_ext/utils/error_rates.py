@@ -75,7 +75,8 @@ def error_figures(error_rate):
     {'WER': 25.0, 'WER_low': 0.0, 'WER_high': 50.0, 'insertions': 0, 'deletions': 1, 'substitutions': 0, 'words': 4}
     """
     summary = error_rate.summarize()
-    counts = {kind: [score[kind] for score in error_rate.scores] for kind in ("num_edits", "num_ref_tokens")}
+    scores = sorted(error_rate.scores, key=lambda score: score["key"])  # the interval depends on the order
+    counts = {kind: [score[kind] for score in scores] for kind in ("num_edits", "num_ref_tokens")}
     low, high = bootstrap_interval(*counts.values())
     return {
         "WER": round(summary["WER"], 2),

@@ -3,6 +3,7 @@
 import datetime
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,21 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def python_command():
+    """What to type for this Python: ``python`` in an activated environment, else its path.
+
+    Example
+    -------
+    >>> "python" in python_command()
+    True
+    """
+    found = shutil.which("python")
+    if found and Path(found).parent == Path(sys.executable).parent:
+        return "python"
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def cpu_name():
