@@ -10,7 +10,6 @@ torchrun --nproc_per_node 4 train.py hparams/FILE.yaml --data_folder FOLDER     
 
 An interrupted run continues with the same command. Every key of the hparams file is an option, such as --number_of_epochs 50;
 docs/hparams.md lists them. Needed most often:
-
 --output_folder FOLDER                               where the run writes (results/<experiment>/<seed>)
 --device cpu, --device cuda:1                        by default a GPU if there is one
 --precision bf16                                     mixed precision, on a GPU
