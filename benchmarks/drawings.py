@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
-from speechbrain_ext.bench.report import plot_cost, plot_wer, read_wers
+from speechbrain_ext.bench.report import plot_cost
 from speechbrain_ext.lobes.temporal_unet import TemporalUNet
 from speechbrain_ext.registry import build_encoder
 from speechbrain_ext.training.report import read_log
@@ -22,9 +22,7 @@ from speechbrain_ext.utils.files import read_csv
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-processor-2-threads.csv"
-MINI = ROOT / "recipes" / "Synthetic" / "results" / "results.csv"
 LOGS = ROOT / "recipes" / "MiniLibriSpeech" / "results" / "logs"
-MINI_SIZE = "96 x 6, 4 heads, ffn 384, kernel 15"
 
 THEMES = {
     "light": {"ink": "#1f2430", "quiet": "#5b6472", "line": "#8a93a1", "grid": "#d9dde3", "fill": 1.0},
@@ -402,9 +400,7 @@ def main():
     draw_cost()
     draw_learning()
     draw_blocks()
-    rows = read_csv(BENCH)
-    plot_cost(rows, IMAGES / "cost_all.png")
-    plot_wer(rows, read_wers(MINI, MINI_SIZE), IMAGES / "wer_cost.png")
+    plot_cost(read_csv(BENCH), IMAGES / "cost_all.png")
 
 
 if __name__ == "__main__":

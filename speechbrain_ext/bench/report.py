@@ -316,7 +316,7 @@ def plot_wer(rows, wers, path):
     for ((test_set, dims), points), axis in zip(sets.items(), axes[0], strict=True):
         for cost, wer, encoder in points:
             axis.plot(cost, wer, "o", color=colors[encoder], label=encoder)
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=3)
         axis.set(xlabel="real-time factor", ylabel="WER, %", title=f"{test_set}\n{dims}")
         axis.title.set_fontsize(8)
     handles = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
