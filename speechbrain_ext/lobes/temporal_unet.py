@@ -201,7 +201,8 @@ def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str
         for _ in range(recover_before.count(index)):
             if len(open_spans) == 1 or not open_spans[-1]:
                 raise UserError(
-                    f"The recovery before block {index} ends no block at half rate: {known}; reduce before an earlier block, or leave it out."
+                    f"The recovery before block {index} ends no block at half rate: {known}; reduce before an earlier block, or "
+                    "leave it out."
                 )
             span = open_spans.pop()
             open_spans[-1].append(TemporalUNet(span, d_model, padding))
