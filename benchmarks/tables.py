@@ -286,7 +286,9 @@ def keys_of(path):
             said = ". ".join(filter(None, [" ".join(above).rstrip("."), key[3]])) or group
             found.append((section, key[1], [key[2].strip()], said))
             above = []
-    return [(section, key, " ".join(filter(None, value)), said) for section, key, value, said in found]
+    return [
+        (section, key, " ".join(filter(None, (value, ", ".join(inner)))), said) for section, key, (value, *inner), said in found
+    ]
 
 
 def hparams():
@@ -310,8 +312,8 @@ def hparams():
             if key != "extends":
                 said = said if key in known else _explained(path, key, said)
                 rows.append([f"`{key}`", _value(value), _cell(said)])
-        about, extends = _about(path), [value for _, key, value, _ in keys_of(path) if key == "extends"]
-        parts += [f"### {_names([path])}", " ".join([about, *(f"It extends {_value(value)}." for value in extends)])]
+        extends = [Path(name) for _, key, value, _ in keys_of(path) if key == "extends" for name in re.findall(r"[\w./]+", value)]
+        parts += [f"### {_names([path])}", f"{_about(path)} It extends {_names(extends)}." if extends else _about(path)]
         parts.append(table(["key", "value", "what"], rows))
     return "\n\n".join(parts)
 
@@ -340,10 +342,10 @@ def _names(paths):
 
 
 def _value(text):
-    """A value for a cell; long values are cut after the first word, such as a class."""
+    """A value for a cell; long values are cut after the first word, such as a class or a key."""
     text = text.replace("!PLACEHOLDER", "") if text.startswith("!PLACEHOLDER") else text
-    if len(text) > 60:
-        text = text.split(" ")[0] + " ..."
+    if len(text) > 64:
+        text = text.split(" ")[0].rstrip(",") + " ..." + "]" * text.startswith("[")
     return f"`{_cell(text)}`" if text else ""
 
 
