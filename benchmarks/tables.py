@@ -124,7 +124,8 @@ def streaming():
     """Error rates and latencies of streams."""
     fields = ["encoder", "test_set", "chunk_ms", "wer", "first_token_s", "token_s", "token_95_s", "real_time_factor"]
     header = ["encoder", "test set", "chunk, ms", "WER %", "first token, s", "token, s", "95 % of tokens, s", "real-time factor"]
-    return columns(STREAMING, fields, header)
+    rows = [row | {"encoder": row["encoder"].replace("Cascaded", "Cascade")} for row in read(STREAMING)]
+    return table(header, [[row[field] for field in fields] for row in rows])
 
 
 def long_audio():
@@ -200,7 +201,7 @@ def memory():
 
 
 def sherpa():
-    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; then those of peers in their runtimes."""
+    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits."""
     found = {}
     for row in read(SHERPA):
         found.setdefault((row["encoder"], row["type"]), []).append(row)
@@ -218,11 +219,19 @@ def sherpa():
                 *pair.values(),
             ]
         )
-    for row in read(PEERS):
-        figures = [row["size_mib"], row["cpu_per_audio"], row["peak_memory_mib"]]
-        rows += [[row["system"], row["package"], "", "", "", *figures]] if row["test_set"] == PEERS_SET else []
     header = ["encoder", "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", "MiB"]
     return table([*header, "real-time factor", "peak memory, MiB"], rows)
+
+
+def peers():
+    """Error rates, sizes and times of recognisers of others in their runtimes."""
+    rows = []
+    for row in (row for row in read(PEERS) if row["test_set"] == PEERS_SET):
+        wer = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
+        figures = [row["cpu_per_audio"], row["real_time_factor"], row["size_mib"], row["peak_memory_mib"]]
+        rows.append([row["system"], row["package"], wer, *figures])
+    header = ["system", "package", "WER %, 95 % interval", "processor seconds per second of audio", "real-time factor", "MiB"]
+    return table([*header, "peak memory, MiB"], rows)
 
 
 def gpu():
@@ -356,7 +365,7 @@ def _cell(text):
 def fill(text):
     """A page's text with new tables."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, bench, hparams):
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, peers, bench, hparams):
         if f"<!-- {make.__name__}:begin -->" in text:
             text = put(text, make.__name__, make())
     return text

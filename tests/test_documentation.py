@@ -47,8 +47,11 @@ def place(tmp_path_factory):
     make_model(folder / "kaldi", 0, compute_features=KALDI)
     shutil.copytree(folder / "kaldi" / "model", folder / "results" / "few-hours" / "pretrained")
     samples, rate = soundfile.read(folder / "long.flac", dtype="float32")
-    for name in ("speech.flac", "speech.wav", "talk.flac"):
-        soundfile.write(folder / name, samples, rate)
+    (folder / "examples").mkdir()
+    for path in (ROOT / "examples").iterdir():
+        (folder / "examples" / path.name).symlink_to(path)
+    if not (folder / "examples" / "speech.flac").exists():
+        soundfile.write(folder / "examples" / "speech.flac", samples, rate)
     own = folder / "my"
     own.mkdir()
     for name, split in (("train", "train-clean-100"), ("dev", "dev-clean"), ("test", "test-clean"), ("old", "train-clean-5")):
@@ -69,7 +72,7 @@ def place(tmp_path_factory):
     for split in ("train", "dev", "test"):
         (folder / "mine" / split).mkdir(parents=True)
         for number, text in enumerate(SENTENCES):
-            shutil.copy(folder / "speech.wav", folder / "mine" / split / f"{number}.wav")
+            soundfile.write(folder / "mine" / split / f"{number}.wav", samples, rate)
             (folder / "mine" / split / f"{number}.txt").write_text(text)
     return folder
 
@@ -85,7 +88,7 @@ def test_blocks_run_in_order(page, place, tmp_path, monkeypatch, slow=False):
         shutil.copytree(path, tmp_path / path.name) if path.name in written else (tmp_path / path.name).symlink_to(path)
     (tmp_path / "speechbrain_ext").mkdir()
     (tmp_path / "hparams").mkdir()
-    shipped = [*(ROOT / "hparams").iterdir(), *(ROOT / name for name in ("train.py", "recipes", "examples", "benchmarks"))]
+    shipped = [*(ROOT / "hparams").iterdir(), *(ROOT / name for name in ("train.py", "recipes", "benchmarks"))]
     for path in (*shipped, ROOT / "speechbrain_ext" / "training"):
         (tmp_path / path.relative_to(ROOT)).symlink_to(path)
     monkeypatch.chdir(tmp_path)
