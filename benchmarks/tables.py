@@ -14,6 +14,7 @@ from speechbrain_ext.utils.files import read_csv as read
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ENCODERS = sorted((ROOT / "docs" / "encoders").glob("*.md"))
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench"
 RESULTS = sorted((ROOT / "recipes").glob("*/results/*.csv"))
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
@@ -40,12 +41,14 @@ def columns(path, fields, header):
     return table(header, [[row[field] for field in fields] for row in read(path)])
 
 
-def results():
-    """Word error rates of the recipes' runs, a row per run and training set."""
+def results(page=None):
+    """Word error rates of the recipes' runs, a row per run and training set; on an encoder's page, of its runs."""
     runs = {}
     for row in (row for path in RESULTS for row in read(path)):
         if not row["steps"] or not row["search"].endswith("ctc_greedy"):
             continue  # a row without steps is from evaluate, and has no figures of the training
+        if page and row["architecture"] != page and not row["hparams"].startswith(page):
+            continue
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
         run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
         key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
@@ -66,6 +69,17 @@ def results():
         + [", ".join(wers)]
         for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
+    return table(header, rows)
+
+
+def streams(page):
+    """Time per chunk and state of an encoder's streams, on the benchmark's first machine."""
+    header = ["encoder", "left context, chunks", "after, s", "ms per chunk", "state, kB"]
+    rows = []
+    for row in read(BENCH / "intel-xeon-processor-2-threads.csv"):
+        if row["task"] == "streaming" and row["encoder"].split(",")[0] == page and row["ms"]:
+            context = "all" if row["left_context"] == "-1" else row["left_context"]
+            rows.append([row["encoder"], context, row["seconds"], row["ms"], f"{int(row['state_bytes']) / 1000:,.0f}"])
     return table(header, rows)
 
 
@@ -365,6 +379,9 @@ def _cell(text):
 def fill(text):
     """A page's text with new tables."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
+    for name, make in ((path.stem, make) for path in ENCODERS for make in (results, streams)):
+        if f"<!-- {make.__name__}_{name}:begin -->" in text:
+            text = put(text, f"{make.__name__}_{name}", make(name))
     for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, peers, bench, hparams):
         if f"<!-- {make.__name__}:begin -->" in text:
             text = put(text, make.__name__, make())
