@@ -14,6 +14,7 @@ from speechbrain_ext.utils.files import read_csv as read
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ENCODERS = sorted((ROOT / "docs" / "encoders").glob("*.md"))
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench"
 RESULTS = sorted((ROOT / "recipes").glob("*/results/*.csv"))
 HYPERMIXING = ROOT / "benchmarks" / "results" / "hypermixing.csv"
@@ -40,12 +41,14 @@ def columns(path, fields, header):
     return table(header, [[row[field] for field in fields] for row in read(path)])
 
 
-def results():
-    """Word error rates of the recipes' runs, a row per run and training set."""
+def results(page=None):
+    """Word error rates of the recipes' runs, a row per run and training set; on an encoder's page, of its runs."""
     runs = {}
     for row in (row for path in RESULTS for row in read(path)):
         if not row["steps"] or not row["search"].endswith("ctc_greedy"):
             continue  # a row without steps is from evaluate, and has no figures of the training
+        if page and row["architecture"] != page and not row["hparams"].startswith(page):
+            continue
         answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
         run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
         key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
@@ -66,6 +69,17 @@ def results():
         + [", ".join(wers)]
         for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
+    return table(header, rows)
+
+
+def streams(page):
+    """Time per chunk and state of an encoder's streams, on the benchmark's first machine."""
+    header = ["encoder", "left context, chunks", "after, s", "ms per chunk", "state, kB"]
+    rows = []
+    for row in read(BENCH / "intel-xeon-processor-2-threads.csv"):
+        if row["task"] == "streaming" and row["encoder"].split(",")[0] == page and row["ms"]:
+            context = "all" if row["left_context"] == "-1" else row["left_context"]
+            rows.append([row["encoder"], context, row["seconds"], row["ms"], f"{int(row['state_bytes']) / 1000:,.0f}"])
     return table(header, rows)
 
 
@@ -124,7 +138,8 @@ def streaming():
     """Error rates and latencies of streams."""
     fields = ["encoder", "test_set", "chunk_ms", "wer", "first_token_s", "token_s", "token_95_s", "real_time_factor"]
     header = ["encoder", "test set", "chunk, ms", "WER %", "first token, s", "token, s", "95 % of tokens, s", "real-time factor"]
-    return columns(STREAMING, fields, header)
+    rows = [row | {"encoder": row["encoder"].replace("Cascaded", "Cascade")} for row in read(STREAMING)]
+    return table(header, [[row[field] for field in fields] for row in rows])
 
 
 def long_audio():
@@ -200,7 +215,7 @@ def memory():
 
 
 def sherpa():
-    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits; then those of peers in their runtimes."""
+    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits."""
     found = {}
     for row in read(SHERPA):
         found.setdefault((row["encoder"], row["type"]), []).append(row)
@@ -218,11 +233,19 @@ def sherpa():
                 *pair.values(),
             ]
         )
-    for row in read(PEERS):
-        figures = [row["size_mib"], row["cpu_per_audio"], row["peak_memory_mib"]]
-        rows += [[row["system"], row["package"], "", "", "", *figures]] if row["test_set"] == PEERS_SET else []
     header = ["encoder", "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", "MiB"]
     return table([*header, "real-time factor", "peak memory, MiB"], rows)
+
+
+def peers():
+    """Error rates, sizes and times of recognisers of others in their runtimes."""
+    rows = []
+    for row in (row for row in read(PEERS) if row["test_set"] == PEERS_SET):
+        wer = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
+        figures = [row["cpu_per_audio"], row["real_time_factor"], row["size_mib"], row["peak_memory_mib"]]
+        rows.append([row["system"], row["package"], wer, *figures])
+    header = ["system", "package", "WER %, 95 % interval", "processor seconds per second of audio", "real-time factor", "MiB"]
+    return table([*header, "peak memory, MiB"], rows)
 
 
 def gpu():
@@ -286,7 +309,9 @@ def keys_of(path):
             said = ". ".join(filter(None, [" ".join(above).rstrip("."), key[3]])) or group
             found.append((section, key[1], [key[2].strip()], said))
             above = []
-    return [(section, key, " ".join(filter(None, value)), said) for section, key, value, said in found]
+    return [
+        (section, key, " ".join(filter(None, (value, ", ".join(inner)))), said) for section, key, (value, *inner), said in found
+    ]
 
 
 def hparams():
@@ -310,8 +335,8 @@ def hparams():
             if key != "extends":
                 said = said if key in known else _explained(path, key, said)
                 rows.append([f"`{key}`", _value(value), _cell(said)])
-        about, extends = _about(path), [value for _, key, value, _ in keys_of(path) if key == "extends"]
-        parts += [f"### {_names([path])}", " ".join([about, *(f"It extends {_value(value)}." for value in extends)])]
+        extends = [Path(name) for _, key, value, _ in keys_of(path) if key == "extends" for name in re.findall(r"[\w./]+", value)]
+        parts += [f"### {_names([path])}", f"{_about(path)} It extends {_names(extends)}." if extends else _about(path)]
         parts.append(table(["key", "value", "what"], rows))
     return "\n\n".join(parts)
 
@@ -340,10 +365,10 @@ def _names(paths):
 
 
 def _value(text):
-    """A value for a cell; long values are cut after the first word, such as a class."""
+    """A value for a cell; long values are cut after the first word, such as a class or a key."""
     text = text.replace("!PLACEHOLDER", "") if text.startswith("!PLACEHOLDER") else text
-    if len(text) > 60:
-        text = text.split(" ")[0] + " ..."
+    if len(text) > 64:
+        text = text.split(" ")[0].rstrip(",") + " ..." + "]" * text.startswith("[")
     return f"`{_cell(text)}`" if text else ""
 
 
@@ -354,7 +379,10 @@ def _cell(text):
 def fill(text):
     """A page's text with new tables."""
     makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
-    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, bench, hparams):
+    for name, make in ((path.stem, make) for path in ENCODERS for make in (results, streams)):
+        if f"<!-- {make.__name__}_{name}:begin -->" in text:
+            text = put(text, f"{make.__name__}_{name}", make(name))
+    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, peers, bench, hparams):
         if f"<!-- {make.__name__}:begin -->" in text:
             text = put(text, make.__name__, make())
     return text

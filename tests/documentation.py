@@ -25,6 +25,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TINY = {key: value for key, value in SMALL.items() if "split" not in key} | {"device": "cpu"}
 """Keys that ``small`` adds to a training; the corpus has the splits that the files name."""
 MINI = {"train_splits": "[dev-mini]", "number_of_epochs": "1", "device": "cpu"} | {
-    key: SMALL[key] for key in ("d_model", "nhead", "num_encoder_layers", "d_ffn")
+    key: SMALL[key] for key in ("d_model", "nhead", "num_encoder_layers", "d_ffn", "test_search")
 }
 TUNING = {key: TINY[key] for key in ("number_of_epochs", "num_workers", "device")}
 PRELOADED = ["speechbrain_ext.cli", "speechbrain_ext.training.run", "speechbrain_ext.inference", "speechbrain.inference.ASR"]
@@ -100,7 +101,9 @@ class Reader:
             path = self.folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text)
-            if "extends:" in block.text or "!new:" in block.text:
+            if block.language == "toml":
+                tomllib.loads(block.text)
+            elif "extends:" in block.text or "!new:" in block.text:
                 load_hparams(path)
         elif "output" in block.asked:
             same = doctest.OutputChecker().check_output(block.text, self.printed, doctest.ELLIPSIS)

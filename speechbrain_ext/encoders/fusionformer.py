@@ -1,7 +1,7 @@
 """FusionFormer (Song et al. 2022, https://arxiv.org/abs/2210.17079): a Conformer without normalisation at inference.
 
 The paper replaces LayerNorm by a BatchNorm after every linear and convolution layer, and Swish and GLU by ReLU. For inference all
-BatchNorms are folded into the weights. The abstract is public, but no code is. The decisions that it leaves open are ours:
+BatchNorms are folded into the weights. We worked from the paper's abstract; these decisions are ours:
 
 * the Conformer's order, and half-weighted feed-forward modules;
 * a first pointwise layer of width d, as no GLU halves it;

@@ -1,8 +1,7 @@
 """Practical Conformer (Botros et al. 2023, https://arxiv.org/abs/2304.00171): a small causal Conformer with little state.
 
-Three ideas of the paper are public: the lower blocks mix by convolution alone; the model is small; the upper blocks have
-Performer attention in recurrent form instead of softmax attention ("RNNAttention-Performer"). Its sizes and figures are not known
-to us.
+We worked from the paper's abstract. Its ideas here: the lower blocks mix by convolution alone; the model is small; the upper
+blocks have Performer attention in recurrent form instead of softmax attention ("RNNAttention-Performer").
 
 These decisions are ours:
 
