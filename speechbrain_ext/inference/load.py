@@ -179,9 +179,10 @@ def _check_keys(source, values, kind):
             # load_tokenizer calls its load with a file name
             missing += [] if isinstance(values["tokenizer"], SentencePieceProcessor) else ["tokenizer"]
     if missing:
+        needs = next(name for name, made in CLASSES.items() if made is kind)
         raise UserError(
-            f"The {HYPERPARAMS} of {source} has no {missing[0]}, which {kind.__mro__[2].__name__} needs; it is damaged or its "
-            f"{CONFIG} is from another model; copy or train it again."
+            f"The {HYPERPARAMS} of {source} has no {missing[0]}, which {needs} needs; it is damaged or its {CONFIG} is from "
+            "another model; copy or train it again."
         )
 
 
