@@ -188,7 +188,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         If an error stops the run that the user can fix.
     """
     keep_freed_memory()
-    logging.getLogger("speechbrain.utils.train_logger").setLevel(logging.ERROR)  # it warns that it cannot save images
+    logging.getLogger("speechbrain.utils.train_logger").addFilter(_is_not_of_images)
     try:
         check_options(run_opts)
         setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
@@ -310,6 +310,11 @@ def take_paths(argv):
             values.append(argv.pop(0))
         paths[key] = paths.get(key, []) + values if key in MANIFESTS else "".join(values)
     return others, paths
+
+
+def _is_not_of_images(record):
+    """Whether a message is not SpeechBrain's, at import, that there is no torchvision to save images with."""
+    return "torchvision" not in record.getMessage()
 
 
 def check_options(run_opts):
