@@ -48,7 +48,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(place):
-    """Models of which a refused choice changes nothing."""
+    """Models; a refused choice leaves them as they were."""
     return {name: load_model(place / name / "model", "cpu") for name in ("ctc", "joint", "transducer", "greedy")}
 
 
