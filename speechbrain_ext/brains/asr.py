@@ -432,11 +432,11 @@ class AsrBrain(Brain):
             part.compile(dynamic=True, mode=self.compile_mode, fullgraph=self.compile_using_fullgraph)
 
     def init_optimizers(self):
-        """As in SpeechBrain, with the groups of ``lr_scales``. On a GPU, optimizers with a fused form update all weights in one
-        launch, unless hparams choose another way."""
+        """As in SpeechBrain, with the groups of ``lr_scales``. Optimizers that have a fused form use it, unless hparams choose
+        another way: one launch on a GPU, and on a CPU a third of the time."""
         opt_class, scales = self.opt_class, self.hparams.lr_scales
         given, make = {"fused", "foreach", "differentiable"} & getattr(opt_class, "keywords", {}).keys(), opt_class
-        if self.device_type == "cuda" and "fused" in inspect.signature(opt_class).parameters and not given:
+        if self.device_type in ("cpu", "cuda") and "fused" in inspect.signature(opt_class).parameters and not given:
             make = functools.partial(opt_class, fused=True)
         self.opt_class = (lambda parameters: make(scaled_groups(parameters, scales, self.parts))) if scales else make
         super().init_optimizers()
@@ -447,6 +447,23 @@ class AsrBrain(Brain):
         super().on_fit_start()
         if self.step == 0 and self._optimizer_step_limit_exceeded:
             self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
+
+    def set_learning_rate(self):
+        """Set the learning rate of the coming step; a schedule of SpeechBrain counts the steps itself or is told their number.
+
+        Raises
+        ------
+        UserRuntimeError
+            If the schedule has ended: past its last step, linear ones go below zero.
+        """
+        schedule, step = self.hparams.lr_annealing, self.optimizer_step + 1
+        told = "num_updates" in inspect.signature(schedule).parameters
+        schedule(self.optimizer, step) if told else schedule(self.optimizer)
+        if self.optimizer.param_groups[0]["lr"] < 0:
+            raise UserRuntimeError(
+                f"The learning rate schedule ended before step {step}; end the training there too: give "
+                f"--optimizer_step_limit {step - 1}, or a longer schedule."
+            )
 
     def optimizers_step(self):
         """As in SpeechBrain, with one wait for the device: losses since the last step and the gradients' norm come together.
@@ -463,7 +480,7 @@ class AsrBrain(Brain):
         UserRuntimeError
             If more losses of the epoch were not finite than ``nonfinite_patience`` allows.
         """
-        self.hparams.lr_annealing(self.optimizer)
+        self.set_learning_rate()
         optimizers, norms = self.freeze_optimizers(self.optimizers_dict).values(), []
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
