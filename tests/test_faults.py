@@ -206,6 +206,32 @@ def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message,
     assert message in str(refused.value)
 
 
+def test_the_budget_of_small_corpora_is_in_steps_and_the_rate_ends_with_it(run, tmp_path):
+    """Over several epochs, also past an interruption; a training that goes on beyond its schedule is refused."""
+    (tmp_path / "small.yaml").write_text(f"extends: [{CONFORMER}, {ROOT}/recipes/MiniLibriSpeech/corpus.yaml]\n")
+    keys = {"number_of_epochs": 9, "training_steps": 7, "warmup_steps": 2, "output_folder": "run", "d_model": 16}
+    keys |= {"train_batch_sampler": "{max_batch_length: 4}", "normalize": "{update_until_epoch: 1}"}
+    run("--optimizer_step_limit", 3, hparams=tmp_path / "small.yaml", **keys)
+    result = run(hparams=tmp_path / "small.yaml", **keys)
+    assert result.rows[0].steps == 7 and result.rows[0].epochs > 1
+    rates = [
+        line.split("lr: ")[1].split()[0]
+        for line in (tmp_path / "run" / "train_log.txt").read_text().splitlines()
+        if "lr: " in line
+    ]
+    assert float(rates[0]) == 0.001 and float(rates[-1]) == 0
+    with pytest.raises(
+        UserError, match="schedule ended before step 8; end the training there too: give --optimizer_step_limit 7"
+    ):
+        run("--optimizer_step_limit", 8, hparams=tmp_path / "small.yaml", **keys)
+
+
+@pytest.mark.parametrize("value", ["0", "many", "1.5", "-3"])
+def test_a_limit_that_is_no_number_of_steps_is_refused(value, run):
+    with pytest.raises(training.UsageError, match=f"--optimizer_step_limit is '{value}'; give a whole number above 0"):
+        run(f"--optimizer_step_limit={value}")
+
+
 @pytest.mark.parametrize("option", ["--jit", "--data_parallel_backend"])
 def test_options_that_are_not_supported_are_refused(option, run):
     with pytest.raises(training.UsageError, match=f"{option} is not supported"):

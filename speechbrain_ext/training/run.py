@@ -58,6 +58,8 @@ RANGES = {
     **dict.fromkeys(
         (
             "number_of_epochs",
+            "training_steps",
+            "optimizer_step_limit",
             "average_checkpoints",
             "statistics_batches",
             "vocab_size",
@@ -190,7 +192,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     keep_freed_memory()
     logging.getLogger("speechbrain.utils.train_logger").addFilter(_is_not_of_images)
     try:
-        check_options(run_opts)
+        run_opts = checked_options(run_opts)
         setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
         setting, model = find_model(setting)
         hparams = setting.load()
@@ -317,11 +319,17 @@ def _is_not_of_images(record):
     return "torchvision" not in record.getMessage()
 
 
-def check_options(run_opts):
-    """Refuse options of SpeechBrain's Brain that would give a traceback, or have no effect."""
+def checked_options(run_opts):
+    """Refuse options of the Brain that would give a traceback or have no effect; read the one that SpeechBrain leaves as text."""
     for option, remedy in REFUSED.items():
         if getattr(run_opts, option):
             raise UsageError(f"--{option} is not supported: {remedy}.")
+    limit = run_opts.optimizer_step_limit
+    if not isinstance(limit, str):
+        return run_opts
+    if not limit.isdecimal() or not int(limit):
+        raise UsageError(f"--optimizer_step_limit is {limit!r}; give {WHOLE}.")
+    return dataclasses.replace(run_opts, optimizer_step_limit=int(limit))
 
 
 def check_writable(path):
