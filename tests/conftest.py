@@ -96,3 +96,9 @@ def real_english() -> Path:
     if not os.path.isdir(folder):
         pytest.skip("there is no real speech; set REAL_ENGLISH to a folder in LibriSpeech layout")
     return Path(folder)
+
+
+@pytest.fixture
+def pretend_gpu():
+    """The module of that name; the test is skipped where PyTorch cannot pretend."""
+    return importlib.import_module("pretend_gpu")

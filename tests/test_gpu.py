@@ -15,7 +15,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from pretend_gpu import PretendGpu, load_there
 from tiny import make_corpus
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -253,9 +252,9 @@ def test_training_ends_with_the_time(corpus, tmp_path):
     assert (dev["set"], test["set"]) == ("held-out", "test-tiny") and dev["steps"] == test["steps"] == "1"
 
 
-def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, monkeypatch):
+def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, monkeypatch, pretend_gpu):
     """On the pretended device: no devices are mixed, and each batch needs one upload."""
-    mode, batches = PretendGpu(), []
+    mode, batches = pretend_gpu.PretendGpu(), []
     collate = gpu_training.OnDevice.collate
 
     def recorded(self, indices):
@@ -264,7 +263,7 @@ def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, mon
             return collate(self, indices)
 
     monkeypatch.setattr(gpu_training.OnDevice, "collate", recorded)
-    load_there(monkeypatch)
+    pretend_gpu.load_there(monkeypatch)
     with mode:
         *_, before, after, test = train(corpus, tmp_path, "pretend:0", time.time() + 20)
     assert test["set"] == "test-tiny" and float(after["train_loss"]) < float(before["train_loss"])

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from pretend_gpu import DEVICE, PretendGpu
 from test_streaming import speech
 
 from speechbrain_ext import cli
@@ -121,28 +120,28 @@ def test_what_a_batch_took_is_free_before_its_files_go_one_by_one(files, tmp_pat
     assert first == second and alive == [[], [False], [False]]
 
 
-@pytest.mark.parametrize("device", ["pretend", DEVICE])
+@pytest.mark.parametrize("form", [lambda device: device.type, lambda device: device], ids=["name", "device"])
 @torch.no_grad()
-def test_a_batch_goes_to_a_device_at_once(device, files, tmp_path):
+def test_a_batch_goes_to_a_device_at_once(form, files, tmp_path, pretend_gpu):
     """Its files are joined before; the device may have any form that PyTorch accepts."""
     paths = [files[0], *(tmp_path / f"{number}.wav" for number in range(3))]
     for path in paths[1:]:
         shutil.copy(files[0], path)
     expected = load_model(FOLDERS / "ctc-v1", "cpu").transcribe_files(paths)
-    with PretendGpu():
-        model = load_model(FOLDERS / "ctc-v1", device)
+    with pretend_gpu.PretendGpu():
+        model = load_model(FOLDERS / "ctc-v1", form(pretend_gpu.DEVICE))
     assert model.device == "pretend:0"
-    with PretendGpu() as recorder:
+    with pretend_gpu.PretendGpu() as recorder:
         assert model.transcribe_files(paths) == expected
     assert recorder.uploads.total() <= 3, dict(recorder.uploads)
     assert recorder.sync_count() <= 3 + len(paths), dict(recorder.syncs)
 
 
-def test_alignment_runs_on_the_host():
+def test_alignment_runs_on_the_host(pretend_gpu):
     """torchaudio has no kernel for Apple's devices."""
     log_probs, tokens = torch.randn(9, 5).log_softmax(-1), [3, 1]
-    with PretendGpu() as recorder:
-        there = log_probs.to(DEVICE)
+    with pretend_gpu.PretendGpu() as recorder:
+        there = log_probs.to(pretend_gpu.DEVICE)
         assert alignment.align(there, tokens) == alignment.align(log_probs, tokens)
     assert not recorder.launches and recorder.sync_count() == 1
 
