@@ -230,6 +230,13 @@ def test_two_processes(name, tested, corpus, tmp_path):
     assert len(rows(tmp_path)) == tested
 
 
+def test_help_may_be_cut_short():
+    """As by "| head"."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert not process.stderr.read() and process.wait() == 0
+
+
 @pytest.mark.parametrize(
     "argv, status, message",
     [

@@ -8,14 +8,13 @@ import argparse
 import contextlib
 import io
 import itertools
-import os
 import signal
 import sys
 import threading
 
 from speechbrain_ext.cli import bench, evaluate, export, ngram, publish, stream, transcribe
 from speechbrain_ext.cli._common import say
-from speechbrain_ext.utils.errors import UsageError, UserError
+from speechbrain_ext.utils.errors import UsageError, UserError, forget_output
 
 GROUPS = {
     "Audio to text": (transcribe, stream),
@@ -101,6 +100,6 @@ def _run(arguments):
         if not isinstance(error, BrokenPipeError):  # "| head" closes the pipe early; that is no error
             place = error.filename or "Standard input or output"
             say(f"{place} cannot be read or written: {error.strerror}; the results so far are kept.")
-        if error.filename is None:  # without this, Python reports the error again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.filename is None:
+            forget_output()
         return 1

@@ -4,6 +4,7 @@ The command line and ``train.py`` print these messages, and those of operating-s
 exception is a bug in this package or in the user's code, and keeps its traceback.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -117,3 +118,8 @@ def runs_foreign_code(error):
             return True
         trace = trace.tb_next
     return False
+
+
+def forget_output():
+    """After an error of standard output: without this, Python would report it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
