@@ -1,5 +1,6 @@
 """Fixtures of all tests: the registered encoders at a small size, and real speech if there is some."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,6 +16,9 @@ from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
 
 ROOT = Path(__file__).resolve().parents[1]
 
+with contextlib.suppress(pytest.skip.Exception):
+    # Autograd counts the kinds of devices at the first backward pass
+    import pretend_gpu  # noqa: F401
 
 FOLDER = tempfile.TemporaryDirectory(prefix="page-encoders-")  # exists while the tests run
 
@@ -98,7 +102,7 @@ def real_english() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
-def pretend_gpu():
-    """The module of that name; the test is skipped where PyTorch cannot pretend."""
+@pytest.fixture(name="pretend_gpu")
+def pretended_gpu():
+    """The module ``pretend_gpu``; the test is skipped where PyTorch cannot pretend."""
     return importlib.import_module("pretend_gpu")
