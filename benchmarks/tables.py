@@ -27,6 +27,8 @@ TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
+WORDS = [ROOT / "recipes" / "MiniLibriSpeech" / "results" / name for name in ("results.csv", "searches.csv")]
+PUBLISHED = ROOT / "benchmarks" / "results" / "published.csv"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
 LM = ROOT / "benchmarks" / "results" / "lm.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
@@ -70,6 +72,35 @@ def results(page=None):
         for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
     return table(header, rows)
+
+
+def words():
+    """Error rates on real speech: a row for each model, pass and search, a column for each test set."""
+    lines, sets = {}, []
+    for row in (row for path in WORDS for row in read(path)):
+        model = row["experiment"] or Path(row["model"]).parts[0]  # rows of evaluate have no experiment
+        line = (model, f"{int(row['parameters']):,}", row["search"].replace("_", " "), row.get("lm", ""))
+        lines.setdefault(line, {})[row["test_set"]] = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
+        sets += [row["test_set"]] if row["test_set"] not in sets else []
+    header = ["model", "parameters", "search", "language model", *(f"{name}, WER %" for name in sets)]
+    return table(header, [[*line, *(found.get(name, "") for name in sets)] for line, found in sorted(lines.items())])
+
+
+def published():
+    """What the papers and recipes of others report for 960 h of LibriSpeech."""
+    lines = [
+        [
+            f"[{row['model']}]({row['source']})",
+            row["parameters"],
+            row["head"],
+            row["search"],
+            row["test_clean"],
+            row["test_other"],
+        ]
+        + [f"`{row['here']}`"]
+        for row in read(PUBLISHED)
+    ]
+    return table(["model", "parameters", "head", "search", "test-clean, WER %", "test-other, WER %", "here"], lines)
 
 
 def streams(page):
@@ -382,7 +413,21 @@ def fill(text):
     for name, make in ((path.stem, make) for path in ENCODERS for make in (results, streams)):
         if f"<!-- {make.__name__}_{name}:begin -->" in text:
             text = put(text, f"{make.__name__}_{name}", make(name))
-    for make in (*makers, memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, sherpa, peers, bench, hparams):
+    for make in (
+        *makers,
+        memory,
+        gpu,
+        manifests,
+        transducer_loss,
+        transducer_search,
+        heads,
+        lm,
+        published,
+        sherpa,
+        peers,
+        bench,
+        hparams,
+    ):
         if f"<!-- {make.__name__}:begin -->" in text:
             text = put(text, make.__name__, make())
     return text
