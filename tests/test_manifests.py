@@ -25,7 +25,7 @@ from test_recipe import train
 from tiny import SENTENCES, SMALL, arguments
 
 from recipes.LibriSpeech.prepare import first_there
-from recipes.Manifest.prepare import names_of_tests, prepare_manifests
+from recipes.Manifest.prepare import names_of_tests, prepare_manifests, read_split
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import load_audio
@@ -1116,3 +1116,10 @@ def test_mini_librispeech_takes_what_is_there(tmp_path):
         assert isinstance(hparams["speech_encoder"].compute_features, KaldiFbank)
     (tmp_path / "dev-clean-2").rmdir()
     assert first_there(tmp_path, "dev-clean-2", "dev-clean") == "dev-clean"
+
+
+def test_a_manifest_under_two_spellings_is_refused(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1, "text": "ONE"}\n')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "m.jsonl")
+    with pytest.raises(UserError, match="m.jsonl is given 3 times; give it once"):
+        read_split([tmp_path / name for name in ("m.jsonl", "../" + tmp_path.name + "/m.jsonl", "link.jsonl")])

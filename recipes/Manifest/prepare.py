@@ -164,8 +164,16 @@ def read_split(paths, data_folder=None):
         All files that were read.
     ids : set of str
         All ids that the manifests state.
+
+    Raises
+    ------
+    UserError
+        If a manifest is given twice.
     """
     parts, files = [], []
+    for path, count in Counter(map(os.path.realpath, paths)).items():
+        if count > 1:
+            raise UserError(f"The manifest {path} is given {count} times; give it once.")
     for path in paths:
         entries, read = read_entries(path, data_folder)
         parts.append(entries)
