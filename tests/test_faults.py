@@ -207,7 +207,7 @@ def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message,
 
 
 def test_the_budget_of_small_corpora_is_in_steps_and_the_rate_ends_with_it(run, tmp_path):
-    """Over several epochs, also past an interruption; a training that goes on beyond its schedule is refused."""
+    """Over several epochs, also past an interruption; a training beyond the end of its schedule is refused."""
     (tmp_path / "small.yaml").write_text(f"extends: [{CONFORMER}, {ROOT}/recipes/MiniLibriSpeech/corpus.yaml]\n")
     keys = {"number_of_epochs": 9, "training_steps": 7, "warmup_steps": 2, "output_folder": "run", "d_model": 16}
     keys |= {"train_batch_sampler": "{max_batch_length: 4}", "normalize": "{update_until_epoch: 1}"}

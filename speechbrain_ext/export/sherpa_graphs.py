@@ -201,9 +201,9 @@ class Packed(Streaming):
         shapes = [[1, streams, self.size], *([streams if size is None else size for size in shape] for shape in self.ballast)]
         return [*(torch.zeros(shape) for shape in shapes), torch.zeros(streams, dtype=torch.int64)]
 
-    def forward(self, x, state, *ballast_and_chunks):
+    def forward(self, x, states):
         """Run on log mel bins (N, T, F) of one chunk, and the states."""
-        *ballast, chunks = ballast_and_chunks
+        state, *ballast, chunks = states
         parts = iter(self._unpack(state[0]))
         states = [chunks * known.step if known.step else next(parts) for known in self.states]
         log_probs, *following = self.encode(x, states, chunks == 0)
@@ -235,7 +235,7 @@ class Packed(Streaming):
         """Inputs to trace with: a new stream and one after some chunks."""
         x = torch.randn(2, self.frames, self.features.mels, generator=torch.Generator().manual_seed(0))
         *states, _ = self.zeros(2)
-        return x, *states, torch.tensor([0, 3])
+        return x, [*states, torch.tensor([0, 3])]
 
     @property
     def metadata(self):
@@ -253,7 +253,7 @@ class Packed(Streaming):
     def dynamic_shapes(self):
         """Dynamic axes of the inputs."""
         batch = torch.export.Dim("batch")
-        return {0: batch}, {1: batch}, tuple({shape.index(None): batch} for shape in self.ballast) + ({0: batch},)
+        return {0: batch}, [{1: batch}, *({shape.index(None): batch} for shape in self.ballast), {0: batch}]
 
 
 class PackedTransducer(Packed):
@@ -281,10 +281,11 @@ class PackedPairs(PackedTransducer):
         """Number of floats of state per stream."""
         return super().size + self.answer.vocabulary
 
-    def forward(self, x, state, *ballast_and_chunks):
+    def forward(self, x, states):
         """Run on log mel bins (N, T, F) of one chunk, and the states."""
-        vocabulary, begins = self.answer.vocabulary, ballast_and_chunks[-1] == 0
-        pairs, following, *others = super().forward(x, state[..., :-vocabulary], *ballast_and_chunks)
+        state, *others = states
+        vocabulary, begins = self.answer.vocabulary, others[-1] == 0
+        pairs, following, *others = super().forward(x, [state[..., :-vocabulary], *others])
         before = torch.where(begins.unsqueeze(1), self.answer.certain, state[0, :, -vocabulary:]).unsqueeze(1)
         now, then = pairs.chunk(2, 2)
         then = torch.cat((before, then[:, 1:]), 1)
