@@ -28,9 +28,9 @@ import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
-from speechbrain_ext.training.report import list_hparams, list_options  # noqa: E402
+from speechbrain_ext.training.report import list_hparams, list_options, print_help  # noqa: E402
 from speechbrain_ext.training.run import REFUSED, run, take_paths  # noqa: E402
-from speechbrain_ext.utils.errors import UsageError, UserError, forget_output, one_line  # noqa: E402
+from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
 
 def main(argv=None):
@@ -38,10 +38,7 @@ def main(argv=None):
     argv, paths = take_paths(list(sys.argv[1:] if argv is None else argv))
     if not argv or {"-h", "--help"} & {*argv}:
         said = f"{__doc__}\nFiles in hparams/:\n\n{list_hparams(ROOT / 'hparams')}"
-        try:
-            print(said + f"\n\nOptions of SpeechBrain:\n\n{list_options(without=REFUSED)}" * bool(argv), flush=True)
-        except BrokenPipeError:  # "| head" closes the pipe early; that is no error
-            forget_output()
+        print_help(said + f"\n\nOptions of SpeechBrain:\n\n{list_options(without=REFUSED)}" * bool(argv))
         return 0
     corpus = paths.pop("corpus", None)
     if corpus:

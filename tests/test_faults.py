@@ -219,7 +219,7 @@ def test_the_budget_of_small_corpora_is_in_steps_and_the_rate_ends_with_it(run, 
         for line in (tmp_path / "run" / "train_log.txt").read_text().splitlines()
         if "lr: " in line
     ]
-    assert float(rates[0]) == 0.001 and float(rates[-1]) == 0
+    assert float(rates[0]) == 0.002 and float(rates[-1]) == 0
     with pytest.raises(
         UserError, match="schedule ended before step 8; end the training there too: give --optimizer_step_limit 7"
     ):

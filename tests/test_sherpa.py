@@ -5,6 +5,7 @@ each export takes long.
 """
 
 import functools
+import importlib.metadata
 import json
 import os
 import re
@@ -375,6 +376,8 @@ def test_whole_utterances_of_speechbrains_features(exported):
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_audio(kind, int8, exported):
     """A clip without a frame has no text, alone and beside others; sherpa-onnx refuses less than 400 samples of waveforms."""
+    if kind == "omnilingual_asr_ctc" and importlib.metadata.version("sherpa-onnx").startswith("1."):
+        pytest.skip("sherpa-onnx 1 ends the process at an empty waveform")
     recognizer = open_recognizer(exported(kind, int8)[0], kind)
     noise = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
     wavs = [noise[:samples] for samples in (0, 1, 60, 399, 400, 401)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from speechbrain.utils.run_opts import HELP_TEXTS
 
-from speechbrain_ext.utils.errors import UsageError, UserImportError
+from speechbrain_ext.utils.errors import UsageError, UserImportError, forget_output
 
 LOGGERS = ("tensorboard", "wandb")
 """Values of ``logger``, besides null."""
@@ -242,3 +242,11 @@ def examples(scores, count=3):
         lines.append(f"{score['WER']:7.1f}  {' '.join(score['ref_tokens'])}")
         lines.append(f"{'':7}  {' '.join(score['hyp_tokens'] or ())}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def print_help(text):
+    """Print a text of which "| head" may read the beginning only."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        forget_output()
