@@ -27,7 +27,6 @@ TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
-WORDS = [ROOT / "recipes" / "MiniLibriSpeech" / "results" / name for name in ("results.csv", "searches.csv")]
 PUBLISHED = ROOT / "benchmarks" / "results" / "published.csv"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
 LM = ROOT / "benchmarks" / "results" / "lm.csv"
@@ -72,18 +71,6 @@ def results(page=None):
         for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
     return table(header, rows)
-
-
-def words():
-    """Error rates on real speech: a row for each model, pass and search, a column for each test set."""
-    lines, sets = {}, []
-    for row in (row for path in WORDS for row in read(path)):
-        model = row["experiment"] or Path(row["model"]).parts[0]  # rows of evaluate have no experiment
-        line = (model, f"{int(row['parameters']):,}", row["search"].replace("_", " "), row.get("lm", ""))
-        lines.setdefault(line, {})[row["test_set"]] = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
-        sets += [row["test_set"]] if row["test_set"] not in sets else []
-    header = ["model", "parameters", "search", "language model", *(f"{name}, WER %" for name in sets)]
-    return table(header, [[*line, *(found.get(name, "") for name in sets)] for line, found in sorted(lines.items())])
 
 
 def published():
