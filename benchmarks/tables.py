@@ -75,18 +75,10 @@ def results(page=None):
 
 def published():
     """What the papers and recipes of others report for 960 h of LibriSpeech."""
-    lines = [
-        [
-            f"[{row['model']}]({row['source']})",
-            row["parameters"],
-            row["head"],
-            row["search"],
-            row["test_clean"],
-            row["test_other"],
-        ]
-        + [f"`{row['here']}`"]
-        for row in read(PUBLISHED)
-    ]
+    fields = ["parameters", "head", "search", "test_clean", "test_other"]
+    lines = []
+    for row in read(PUBLISHED):
+        lines.append([f"[{row['model']}]({row['source']})", *(row[field] for field in fields), f"`{row['here']}`"])
     return table(["model", "parameters", "head", "search", "test-clean, WER %", "test-other, WER %", "here"], lines)
 
 
@@ -396,25 +388,12 @@ def _cell(text):
 
 def fill(text):
     """A page's text with new tables."""
-    makers = (results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer)
+    makers = [results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer]
+    makers += [memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, published, sherpa, peers, bench, hparams]
     for name, make in ((path.stem, make) for path in ENCODERS for make in (results, streams)):
         if f"<!-- {make.__name__}_{name}:begin -->" in text:
             text = put(text, f"{make.__name__}_{name}", make(name))
-    for make in (
-        *makers,
-        memory,
-        gpu,
-        manifests,
-        transducer_loss,
-        transducer_search,
-        heads,
-        lm,
-        published,
-        sherpa,
-        peers,
-        bench,
-        hparams,
-    ):
+    for make in makers:
         if f"<!-- {make.__name__}:begin -->" in text:
             text = put(text, make.__name__, make())
     return text

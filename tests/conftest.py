@@ -16,9 +16,10 @@ from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Its device must exist before any test's backward pass: autograd counts the kinds of devices at the first one
 with contextlib.suppress(pytest.skip.Exception):
-    # Autograd counts the kinds of devices at the first backward pass
     import pretend_gpu  # noqa: F401
+
 
 FOLDER = tempfile.TemporaryDirectory(prefix="page-encoders-")  # exists while the tests run
 

@@ -448,17 +448,21 @@ class AsrBrain(Brain):
         if self.step == 0 and self._optimizer_step_limit_exceeded:
             self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
 
+    @functools.cached_property
+    def tells_step(self):
+        """Whether the learning rate schedule is told the number of the step; other schedules count the steps themselves."""
+        return "num_updates" in inspect.signature(self.hparams.lr_annealing).parameters
+
     def set_learning_rate(self):
-        """Set the learning rate of the coming step; a schedule of SpeechBrain counts the steps itself or is told their number.
+        """Set the learning rate of the coming step.
 
         Raises
         ------
         UserRuntimeError
             If the schedule has ended: past its last step, linear ones go below zero.
         """
-        schedule, step = self.hparams.lr_annealing, self.optimizer_step + 1
-        told = "num_updates" in inspect.signature(schedule).parameters
-        schedule(self.optimizer, step) if told else schedule(self.optimizer)
+        step = self.optimizer_step + 1
+        self.hparams.lr_annealing(self.optimizer, *([step] if self.tells_step else []))
         if self.optimizer.param_groups[0]["lr"] < 0:
             raise UserRuntimeError(
                 f"The learning rate schedule ended before step {step}; end the training there too: give "

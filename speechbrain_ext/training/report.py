@@ -245,7 +245,7 @@ def examples(scores, count=3):
 
 
 def print_help(text):
-    """Print a text of which "| head" may read the beginning only."""
+    """Print a text whose reader may stop early, as "| head" does."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
