@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from recipes.Manifest.prepare import prepare_manifests
-from speechbrain_ext.utils.files import write_csv
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.Manifest.prepare import prepare_manifests  # noqa: E402
+from speechbrain_ext.utils.files import write_csv  # noqa: E402
 
 RATE, SECONDS, PAUSE, SEGMENTS = 16000, 1.2, 0.05, 480
 FIELDS = ("rows", "count", "hours", "seconds", "processor_seconds", "again_seconds")

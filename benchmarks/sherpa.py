@@ -11,6 +11,7 @@ precision are replaced. For other systems and error rates, see ``peers.py``.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from speechbrain_ext.utils.files import read_csv, write_csv
 from speechbrain_ext.utils.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # corpus files name functions in recipes/
 RESULTS = ROOT / "benchmarks" / "results" / "sherpa.csv"
 FIELDS = ("encoder", "type", "precision", "utterances", "texts_equal", "letters_differ", "largest_difference")
 FIELDS += ("tokens_differ", "size_mib", "real_time_factor", "peak_mib", "sherpa_onnx", "cpu")

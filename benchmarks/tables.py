@@ -5,6 +5,7 @@
 A table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. Do not edit tables by hand.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -400,5 +401,6 @@ def fill(text):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

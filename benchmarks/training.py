@@ -10,6 +10,7 @@ steps; memory is the peak of tensors during a step, without weights and optimise
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from speechbrain_ext.utils.measure import alternate, peak_memory, quartiles
 
 FIELDS = ("modules", "utterances", "seconds", "threads", "ms", "ms_lower", "ms_upper", "rounds", "peak_mib", "times_speechbrain")
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # corpus files name functions in recipes/
 SECONDS, TOKENS_PER_SECOND = 12, 4
 EQUAL = {"wav_augment": None, "fea_augment": None}
 SPEECHBRAIN = """

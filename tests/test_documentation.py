@@ -6,6 +6,8 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,12 @@ def test_long_blocks_run(page, place, tmp_path, monkeypatch):
 def test_few_blocks_are_skipped_and_each_says_why():
     reasons = [skipped(block) for page in PAGES for block in blocks(page) if skipped(block) is not None]
     assert len(reasons) <= MOST_SKIPPED and all(len(reason.split()) > 1 for reason in reasons), reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_starts_from_any_folder(script, tmp_path):
+    subprocess.run([sys.executable, script, "--help"], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
 
 def test_tables_are_generated_from_the_results():

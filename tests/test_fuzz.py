@@ -91,7 +91,7 @@ def tone(rate):
     return 0.3 * np.sin(2 * np.pi * 440 * np.arange(rate // 2) / rate)
 
 
-HEARD = {
+ODD_AUDIO = {
     **{f"{n} samples": lambda path, n=n: soundfile.write(path, noise(n), 16000) for n in (1, 2, 3, 159, 160, 161, 399, 400, 800)},
     **{
         f"{rate} Hz": lambda path, rate=rate: soundfile.write(path, tone(rate), rate)
@@ -112,10 +112,10 @@ HEARD = {
 }
 
 
-@pytest.mark.parametrize("name", HEARD)
+@pytest.mark.parametrize("name", ODD_AUDIO)
 def test_odd_audio_is_read(name, call, model, tmp_path):
     path = tmp_path / "a.wav"
-    HEARD[name](path)
+    ODD_AUDIO[name](path)
     wav = load_audio(path)
     assert torch.isfinite(wav).all()
     enc, _ = model.mods.encoder.encode(wav[None])
