@@ -331,8 +331,14 @@ class InputNormalization(SpeechBrainInputNormalization):
 
     def forward(self, x, lengths=None, epoch=None):
         """Normalise (B, T, F). Training updates the statistics before the epoch ``update_until_epoch``."""
-        if self.norm_type == "sentence" and self.prior_frames and self._should_update(epoch):
-            self._update_global_stats(x, make_padding_mask(x, lengths, length_dim=1))
+        if self.norm_type == "sentence":
+            mask = make_padding_mask(x, lengths, length_dim=1)
+            if self.prior_frames and self._should_update(epoch):
+                self._update_global_stats(x, mask)
+            # The second mean removes the rounding error of the first: a bin that never changes, as in digital silence, must be 0,
+            # and not its error divided by a deviation that is itself an error.
+            mean = (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            x = x - (mean * mask if self.avoid_padding_norm else mean)
         return super().forward(x, lengths, epoch)
 
     @torch.no_grad()
