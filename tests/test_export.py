@@ -277,7 +277,7 @@ def test_features_keep_quiet_bins_beside_loud_ones():
     fbank, norm = Fbank(n_mels=80), normalizer("sentence")
     wav = torch.sin(2 * torch.pi * 100 * torch.arange(32000) / 16000) + 2e-4 * signals(32000)[0]
     wanted = norm(fbank(wav.unsqueeze(0)), torch.ones(1))
-    torch.testing.assert_close(Features(fbank, norm)(wav.unsqueeze(0), torch.tensor([32000]))[0], wanted, atol=2e-4, rtol=0)
+    torch.testing.assert_close(Features(fbank, norm)(wav.unsqueeze(0), torch.tensor([32000]))[0], wanted, atol=5e-4, rtol=0)
 
 
 @torch.no_grad()
