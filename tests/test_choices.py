@@ -8,7 +8,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.scorer import CoverageScorer, LengthScorer, ScorerBuilder
 from test_lm import SIZES, TRANSFORMER, TransformerLM, write
-from tiny import SENTENCES, SMALL_TRANSDUCER, make_corpus, make_model
+from tiny import SENTENCES, SMALL_TRANSDUCER, make_corpus, make_model, needs_flashlight
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
@@ -122,6 +122,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("model, options, message", REFUSED, ids=[f"{model} {options}" for model, options, _ in REFUSED])
 def test_what_no_search_uses_is_refused(model, options, message, place, loaded, capsys, monkeypatch):
+    if "--lm W" in options:
+        needs_flashlight()
     monkeypatch.setattr("speechbrain_ext.inference.load_model", lambda *_: loaded[model])
     for command in ("transcribe", "stream", "evaluate"):
         status, out, err = run(capsys, place, command, model, *options.split(" "))
@@ -192,6 +194,8 @@ def test_a_choice_that_is_refused_changes_nothing(model_of, place):
     "name, search", [("joint", "joint_beam"), ("joint", "ctc_rescored"), ("ctc", None), ("transducer", None)]
 )
 def test_a_choice_replaces_the_one_before(name, search, model_of, place):
+    if name == "ctc":
+        needs_flashlight()
     kinds = [
         place / "tokens.arpa",
         *([place / "neural"] if name == "joint" else []),
@@ -221,7 +225,7 @@ def test_a_choice_replaces_the_one_before(name, search, model_of, place):
 
 def test_an_n_gram_of_words_gives_the_same_everywhere(place, capsys, model_of):
     """In transcribe, evaluate and Python, with the times of words; in a stream it rewrites the segment."""
-    pytest.importorskip("flashlight", reason="pip install flashlight-text to run this test")
+    needs_flashlight()
     model = model_of("ctc")
     plain = model.transcribe_file(place / "ctc" / "short.flac")
     model.choose_lm(place / "words.arpa", word_score=3.0)

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 from documentation import PAGES, ROOT, Reader, blocks, skipped
-from tiny import SENTENCES, make_corpus, make_model
+from tiny import SENTENCES, make_corpus, make_model, needs_flashlight
 
 from speechbrain_ext.hparams import load_hparams
 
@@ -96,6 +96,8 @@ def test_blocks_run_in_order(page, place, tmp_path, monkeypatch, slow=False):
     shipped = [*(ROOT / "hparams").iterdir(), *(ROOT / name for name in ("train.py", "recipes", "benchmarks"))]
     for path in (*shipped, ROOT / "speechbrain_ext" / "training"):
         (tmp_path / path.relative_to(ROOT)).symlink_to(path)
+    if "--lm lm.arpa" in TEXTS[page]:
+        needs_flashlight()
     monkeypatch.chdir(tmp_path)
     reader = Reader(tmp_path)
     for block in blocks(page):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
-from tiny import SENTENCES, SMALL_TRANSDUCER, make_corpus, make_model
+from tiny import SENTENCES, SMALL_TRANSDUCER, make_corpus, make_model, needs_flashlight
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.manifests import read_entries, select
@@ -123,7 +123,7 @@ def run(capsys, folder, *arguments, model="ctc"):
 
 
 def test_the_command_prints_figures_and_adds_rows(folder, tmp_path, capsys):
-    pytest.importorskip("flashlight", reason="pip install flashlight-text to run this test")
+    needs_flashlight()
     table, corpus = tmp_path / "rows.csv", folder / "corpus"
     sets = corpus / "test-tiny", f"other={corpus / 'dev-tiny'}"
     given = "--lm", folder / "lm.arpa", "--lm-weight", 0.7, "--output", table, "--threads", 1

@@ -14,7 +14,7 @@ from speechbrain.lobes.models.RNNLM import RNNLM
 from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from speechbrain.nnet.RNN import LSTM
 from test_warm_start import make_tokenizer
-from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model
+from tiny import ROOT, SENTENCES, SMALL, arguments, make_corpus, make_model, needs_flashlight
 
 import train
 from speechbrain_ext import cli
@@ -484,6 +484,7 @@ def test_every_beam_takes_it(kind, arpa):
 
 
 def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):
+    needs_flashlight()
     model = load_model(FOLDERS / "transducer-v1", "cpu")
     for source, keys, message in (
         (arpa / "words.arpa", {}, "uses transducer_beam, but the language model .*words.arpa is for ctc_beam only; choose"),

@@ -9,6 +9,7 @@ import pytest
 from speechbrain.lm.arpa import read_arpa
 from speechbrain.lm.ngram import BackoffNgramLM
 from test_ctc_beam import make_tokenizer, peaked
+from tiny import needs_flashlight
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.texts import read_sentences
@@ -137,7 +138,7 @@ def test_symbols_of_language_models_in_the_text(tmp_path):
 
 
 def test_the_beam_search_prefers_what_the_text_says(tmp_path):
-    pytest.importorskip("flashlight", reason="pip install flashlight-text to run this test")
+    needs_flashlight()
     texts = ["THE CAT SAT", "THE CAT SAT ON A MAT", "A CAT"]
     tokenizer = make_tokenizer([*texts, "THE KAT"])
     for order in (2, 3, 6):

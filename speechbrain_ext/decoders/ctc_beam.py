@@ -34,6 +34,7 @@ from speechbrain_ext.decoders.word_lm import (
 from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
 
 FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
+INSTALL = "run, with Python 3.11 or 3.12: pip install flashlight-text"
 
 # Tokens that are tried in a frame: SpeechBrain's search takes those above a log-probability (its default), flashlight's a fixed
 # number. Time grows with the number; on peaked posteriors over 128 tokens, 16 find the same best path as all 128.
@@ -317,7 +318,7 @@ def _choose_backend(backend, lm_file):
     except (ImportError, RuntimeError):  # torchaudio raises RuntimeError in place of ImportError
         flashlight = False
     if backend == FLASHLIGHT and not flashlight:
-        raise UserImportError("The backend flashlight needs the package flashlight-text; run: pip install flashlight-text")
+        raise UserImportError(f"The backend flashlight needs the package flashlight-text, which is missing; {INSTALL}")
     if backend == FLASHLIGHT or (backend is None and flashlight):
         if lm_file is not None and not _importable("flashlight.lib.text.decoder.kenlm"):
             raise UserImportError(
@@ -326,7 +327,7 @@ def _choose_backend(backend, lm_file):
             )
         return FLASHLIGHT
     if lm_file is not None:
-        raise UserImportError(f"The language model {lm_file} needs a package that is missing; run: pip install flashlight-text")
+        raise UserImportError(f"The language model {lm_file} needs a package that is missing; {INSTALL}")
     return SPEECHBRAIN
 
 
