@@ -474,13 +474,15 @@ def test_every_beam_takes_it(kind, arpa):
     path = arpa / "own.arpa"
     tokenizer = SentencePieceProcessor(str(folder / "tokenizer.ckpt"))
     write_arpa([tokenizer.encode_as_pieces(text) for text in SENTENCES], path, order=2)
-    for name, keys in {"none": None, "zero": {"weight": 0.0}, "one": {"weight": 1.5}, "itself": {"weight": 1.5}}.items():
+    lodr = {"lodr": path, "lodr_weight": 1.5}
+    settings = {"none": None, "zero": {"weight": 0.0}, "off": {"weight": 0.0, **lodr}, "one": {"weight": 1.5}}
+    for name, keys in (settings | {"itself": {"weight": 1.5, **lodr}}).items():
         model = load_model(folder, "cpu")
         model.choose_search(kind)
         if keys is not None:
-            model.choose_lm(path, **keys, **({"lodr": path, "lodr_weight": 1.5} if name == "itself" else {}))
+            model.choose_lm(path, **keys)
         answers[name] = model.transcribe_batch(wavs, torch.tensor([1.0, 0.8]))[1]
-    assert answers["none"] == answers["zero"] == answers["itself"] != answers["one"]
+    assert answers["none"] == answers["zero"] == answers["off"] == answers["itself"] != answers["one"]
 
 
 def test_an_n_gram_that_cannot_be_is_refused(arpa, capsys):

@@ -196,6 +196,9 @@ def test_the_command_writes_a_file(tmp_path, capsys):
         (["empty.txt"], "The text holds no words"),
         (["cut.txt.gz"], "cannot be decompressed to its end"),
         (["latin.txt"], "latin.txt is not text in UTF-8"),
+        (["lm.txt"], "lm.txt is a language model in ARPA format, not text"),
+        (["a.txt", "--out", "a.txt"], "a.txt is one of the texts, which would be lost; give another file"),
+        (["folder/..", "--out", "a.txt"], "a.txt is one of the texts"),
         (["table.csv"], "has no transcript"),
         (["folder"], "folder holds no text"),
         (
@@ -221,6 +224,7 @@ def test_what_the_user_can_mend_is_one_sentence(tmp_path, capsys, monkeypatch, a
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"the cat sat\n" * 1000)[:-20])
     (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "lm.txt").write_text("\n\\data\\\nngram 1=1\n")
     (tmp_path / "table.csv").write_text("ID,wav\na,a.wav\n")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())

@@ -281,6 +281,33 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "phrases, message",
+    [
+        (["CAT", "HAT"], "give a dict with a bonus"),
+        ("CAT", "give a dict"),
+        ({3: None}, "give a dict"),
+        ({" ": None}, "give a dict"),
+        ({"CAT": math.nan}, "The bonus of the phrase 'CAT' is nan; give None, or a number from 0 to 1000"),
+        ({"CAT": math.inf}, "is inf"),
+        ({"CAT": -5.0}, "is -5.0"),
+        ({"CAT": "7,5"}, "is '7,5'"),
+    ],
+)
+def test_phrases_of_python_that_cannot_be_are_refused(phrases, message, tokenizer):
+    with pytest.raises(UserError, match=message):
+        phrase_graph(phrases, tokenizer)
+
+
+def test_phrases_of_python_are_read_as_those_of_a_file(tokenizer):
+    graphs = [phrase_graph({text: 3}, tokenizer) for text in ("THE CAT", " THE   CAT ")]
+    ids = torch.tensor(tokenizer.encode_as_ids("THE CAT"))
+    states = [token_graph.begin([graph], 1, "cpu") for graph in graphs]
+    for token in ids:
+        states = [token_graph.advance([graph], state, token[None]) for graph, state in zip(graphs, states, strict=True)]
+    assert torch.equal(*states) and states[0].any()
+
+
+@pytest.mark.parametrize(
     "content, message",
     [
         (

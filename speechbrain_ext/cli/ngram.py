@@ -53,7 +53,8 @@ def run(arguments):
         from speechbrain_ext.decoders.token_ngram import in_tokens
         from speechbrain_ext.model_folder.weights import read_tokenizer
 
-        sentences = read_sentences(arguments.texts, arguments.text_normalization, arguments.words_only, progress=True)
+        form = (arguments.text_normalization, arguments.words_only)
+        sentences = read_sentences(arguments.texts, *form, progress=True, output=arguments.out)
         if arguments.tokens is not None:
             sentences = in_tokens(sentences, read_tokenizer(arguments.tokens))
         made = write_arpa(sentences, arguments.out, arguments.order, arguments.prune, arguments.vocabulary, progress=True)

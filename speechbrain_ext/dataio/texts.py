@@ -19,11 +19,13 @@ TRANSCRIPTS = ".trans.txt"
 """Suffix of files with an id at the start of each line, as in LibriSpeech."""
 SUFFIXES = (".txt", *MANIFESTS)
 """Suffixes of the files that are read from a folder; .gz may follow each."""
+ARPA_BEGIN = "\\data\\"
+"""The line before the n-grams in an ARPA file."""
 SHOWN = 1000
 """Number of lines between updates of the progress bar."""
 
 
-def read_sentences(paths, case="none", only_words=False, progress=False):
+def read_sentences(paths, case="none", only_words=False, progress=False, output=None):
     """Read the words of each sentence in files, in the form of transcripts.
 
     Arguments
@@ -38,6 +40,8 @@ def read_sentences(paths, case="none", only_words=False, progress=False):
         Whether to leave out punctuation and symbols, see :func:`speechbrain_ext.dataio.text.words_only`.
     progress : bool
         Whether to show a progress bar on standard error.
+    output : str or os.PathLike, optional
+        A file to be made of the texts.
 
     Yields
     ------
@@ -49,7 +53,8 @@ def read_sentences(paths, case="none", only_words=False, progress=False):
     FileNotFoundError
         If a file is missing.
     UserError
-        If a file cannot be read to its end or is not text in UTF-8, or a folder holds no file of a known kind.
+        If a file cannot be read to its end, is not text in UTF-8, or is a language model or the output; or if a folder holds no
+        file of a known kind.
 
     Example
     -------
@@ -61,6 +66,10 @@ def read_sentences(paths, case="none", only_words=False, progress=False):
     """
     normal_form("", case)  # refuses an unknown case
     files = [file for path in paths for file in _files(Path(path))]
+    if output is not None and os.path.exists(output):
+        for file in files:
+            if os.path.samefile(file, output):
+                raise UserError(f"{output} is one of the texts, which would be lost; give another file for the language model.")
     total = sum(os.path.getsize(file) for file in files)
     with tqdm(total=total, desc="Reading", unit="B", unit_scale=True, disable=not progress) as bar:
         for file in files:
@@ -109,6 +118,8 @@ def _lines(path, bar):
         with open(path, "rb") as file, _opened(file) as lines:
             read = 0
             for number, line in enumerate(lines):
+                if line.strip() == ARPA_BEGIN:
+                    raise UserError(f"{path} is a language model in ARPA format, not text; leave it out.")
                 yield line.partition(" ")[2] if _has_ids(path) else line
                 if number % SHOWN == 0:
                     bar.update(file.tell() - read)

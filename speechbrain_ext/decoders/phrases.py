@@ -108,8 +108,14 @@ def phrase_graph(phrases, tokenizer):
     Raises
     ------
     UserError
-        If the tokenizer cannot write a phrase, or there are too many phrases.
+        If the tokenizer cannot write a phrase, a bonus is no number from 0 to 1000, or there are too many phrases.
     """
+    if not isinstance(phrases, dict) or not all(isinstance(text, str) and text.split() for text in phrases):
+        raise UserError(f"The phrases are {one_line(repr(phrases), 60)}; give a dict with a bonus, or None, for each phrase.")
+    for text, bonus in phrases.items():
+        if bonus is not None and not is_number(bonus, 0, LARGEST_BONUS):
+            raise UserError(f"The bonus of the phrase {text!r} is {bonus!r}; give None, or a number from 0 to {LARGEST_BONUS}.")
+    phrases = {" ".join(normal_form(text).split()): bonus for text, bonus in phrases.items()}
     spelled = {text: tokenizer.encode_as_ids(text) for text in phrases}
     if unknown := [text for text in phrases if not _can_write(tokenizer, text)]:
         raise _unwritable(

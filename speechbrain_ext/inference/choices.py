@@ -174,10 +174,10 @@ class SearchChoices:
         Raises
         ------
         UserError
-            If the tokenizer cannot write a phrase, or the model's search takes none.
+            If the tokenizer cannot write a phrase, a bonus is no number from 0 to 1000, or the model's search takes no phrases.
         """
-        phrases = dict(phrases or {})
-        self._choose(phrases=phrases, phrase_graphs=[phrase_graph(phrases, self.tokenizer)] if phrases else [])
+        graphs = [phrase_graph(phrases, self.tokenizer)] if phrases else []
+        self._choose(phrases=dict(phrases or {}), phrase_graphs=graphs)
 
     def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=None, word_score=None):
         """Use a language model in the beams, in place of an earlier one. A CTC model that uses greedy search by default then uses
@@ -242,10 +242,10 @@ class SearchChoices:
                 )
             graphs.append((lodr_weight, ngram_graph(lodr, self.tokenizer, -lodr_weight)))
             others = {"lodr": lodr, "lodr_weight": lodr_weight}
-        graphs = [graph for weight, graph in graphs if weight]
+        graphs = [graph for share, graph in graphs if share]
         digests = [file_digest(path) for path in (source, lodr) if path is not None]
         searches = tuple(name for name in self.searches if name not in GREEDY_SEARCHES)
-        return LanguageModel(source, searches, {"lm_weight": weight, **others}, digests, graphs) if graphs else None
+        return LanguageModel(source, searches, {"lm_weight": weight, **others}, digests, graphs) if weight else None
 
     def _word_lm(self, source, weight, word_score=WORD_SCORE):
         """An n-gram of words."""
