@@ -27,7 +27,7 @@ from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.datasets import SEGMENT_FIELDS
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_setting
+from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_config
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.files import write_csv
 
@@ -64,7 +64,7 @@ def wer_rows(models, pass_name, manifests, chunk_sizes, limit):
     """Rows for each model, test set and chunk size; whole files first."""
     for folder in models:
         model = load_model(folder, "cpu", pass_name)
-        _, left = chunk_setting(model)
+        left = chunk_config(model).left_context_size
         left = -1 if left is None else left
         for manifest in manifests:
             with open(manifest, newline="", encoding="utf-8") as file:

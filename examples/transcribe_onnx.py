@@ -32,7 +32,7 @@ class Recogniser:
         self.session = self.load(path)
         self.about = about = self.session.get_modelmeta().custom_metadata_map
         if about.get("format") != "speechbrain_ext" or about.get("mode") not in ("full", "streaming"):
-            raise ValueError(f"{path} is not from 'python -m speechbrain_ext export'; export the model with this command.")
+            raise ValueError(f"{path} is not for this program; export the model with 'python -m speechbrain_ext export'.")
         self.sample_rate = int(about["sample_rate"])
         self.blank = int(about["blank_index"])
         self.tokens = json.loads(about["tokens"])
@@ -43,7 +43,10 @@ class Recogniser:
 
     def load(self, path):
         """Load an ONNX file; returns a session."""
-        return onnxruntime.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
+        try:
+            return onnxruntime.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise ValueError(f"{path} cannot be loaded ({' '.join(str(error).split())}); export the model again.") from error
 
     def transcribe(self, path):
         """Transcribe an audio file; returns its text."""
@@ -116,7 +119,11 @@ def main():
     parser.add_argument("files", metavar="FILE", nargs="+")
     parser.add_argument("--threads", type=int, default=0, help="number of threads; by default one per core")
     arguments = parser.parse_args()
-    recogniser, status = Recogniser(arguments.model, arguments.threads), 0
+    try:
+        recogniser, status = Recogniser(arguments.model, arguments.threads), 0
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     for file in arguments.files:
         try:
             print(file, recogniser.transcribe(file), sep="\t", flush=True)

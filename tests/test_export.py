@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -426,6 +427,18 @@ def test_the_example_needs_no_torch_and_writes_the_same_text(name, exported_stre
     assert all(texts) and result.returncode == 1 and "t.model" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_the_example_refuses_what_is_no_model_in_one_line(tmp_path, capsys, monkeypatch):
+    example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    torch.onnx.export(torch.nn.Identity(), torch.ones(1), tmp_path / "other.onnx", dynamo=True, verbose=False)
+    capsys.readouterr()
+    for name, message in {"gone": "cannot be loaded", "junk": "cannot be loaded", "other": "is not for this program"}.items():
+        monkeypatch.setattr(sys, "argv", ["transcribe_onnx.py", str(tmp_path / f"{name}.onnx"), "a.wav"])
+        assert example["main"]() == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and f"{name}.onnx {message}" in err
+
+
 TRANSDUCER = ROOT / "tests" / "data" / "model_folders" / "transducer-v1"
 PARTS = ["model-decoder.onnx", "model-encoder.onnx", "model-joiner.onnx"]
 
@@ -547,6 +560,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["model", "x.onnx", "--left-context", "4"], "are for streams; add --streaming"),
         (["model", "x.onnx", "--hotwords"], "--hotwords is for sherpa-onnx; add --runtime sherpa-onnx"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
+        (["model", "x.onnx", "--streaming", "--chunk-size", "100000"], "The chunk size is 100000 frames of 0.04 s; give at most"),
         (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),
     ],

@@ -763,6 +763,19 @@ def test_an_offset_that_only_the_runtime_removes_is_named(models, export, preten
         export(models.fbank, tmp_path / "folder")
 
 
+@pytest.mark.parametrize("rate, dim", [(16000, 80), (8000, 80), (16000, 100), (8000, 40)])
+def test_the_readme_has_the_server_s_options(rate, dim):
+    text = readme("zipformer2_ctc", {"": "model.onnx"}, rate, dim, tail=8000)
+    options = re.search(r"websocket server, use\n`(.*?)`", text)[1].split()
+    usual = {"--sample-rate": 16000, "--input-sample-rate": 16000, "--feat-dim": 80}
+    given = {name: value for name, _, value in (option.partition("=") for option in options)}
+    assert given.pop("--end-tail-padding") == f"{8000 / rate:.2f}"
+    assert {name: int(given.get(name, value)) for name, value in usual.items()} == dict(
+        zip(usual, (rate, rate, dim), strict=True)
+    )
+    assert (f"clients need `--sample-rate={rate}`" in text) == (rate != 16000)
+
+
 def test_the_readme_of_8_bits_says_that_texts_depend_on_others(models, export, pretended, tmp_path):
     pretended()
     report = export(models.kaldi, tmp_path / "folder", int8=True, **STREAMING)

@@ -29,8 +29,6 @@ import math
 import os
 from pathlib import Path
 
-from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
-
 from speechbrain_ext import __version__
 from speechbrain_ext.export.check import Report, check
 from speechbrain_ext.export.onnx_streaming import Streaming
@@ -38,7 +36,7 @@ from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, tra
 from speechbrain_ext.export.onnx_whole import FullContext
 from speechbrain_ext.export.onnx_write import ExportError, require_packages, write_onnx
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.inference.streaming import chunk_setting
+from speechbrain_ext.inference.streaming import chunk_config
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
 from speechbrain_ext.utils.errors import UserError, one_line
@@ -121,7 +119,7 @@ def export_model(
     refuse_tolerance(tolerance)
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
-    graphs = _graphs(model, chunks_of(model, chunk_size, left_context) if streaming else None)
+    graphs = _graphs(model, chunk_config(model, chunk_size, left_context) if streaming else None)
     paths = {part: path.with_stem(f"{path.stem}-{part}") if part else path for part in graphs}
     partials = {part: final.with_name(f".{final.name}.partial") for part, final in paths.items()}
     try:
@@ -176,14 +174,6 @@ def write_checked(model, graphs, path, partials, int8, audio=(), tolerance=None,
     report = _check(model, graphs, partials, next(iter(metadata.values())), audio, feed)
     _refuse(report, int8, tolerance)
     return report
-
-
-def chunks_of(model, chunk_size=None, left_context=None):
-    """The chunk setting to export a model with, see :func:`export_model`, as a DynChunkTrainConfig."""
-    usual, left = chunk_setting(model)
-    if left_context is not None:
-        left = None if left_context == -1 else left_context
-    return DynChunkTrainConfig(usual if chunk_size is None else chunk_size, left)
 
 
 def _graphs(model, config):

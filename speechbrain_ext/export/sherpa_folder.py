@@ -25,7 +25,7 @@ from speechbrain.lobes.features import Fbank
 
 from speechbrain_ext.export.check import Report
 from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
-from speechbrain_ext.export.onnx_model import chunks_of, refuse_tolerance, write_checked, written_by
+from speechbrain_ext.export.onnx_model import refuse_tolerance, write_checked, written_by
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
 from speechbrain_ext.export.onnx_write import ExportError, require_packages
 from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
@@ -42,6 +42,7 @@ from speechbrain_ext.export.sherpa_graphs import (
 from speechbrain_ext.export.sherpa_readme import INT8, OFFSET, WRITTEN_BY, readme
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.streaming import chunk_config
 from speechbrain_ext.lobes.features import KaldiFbank
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.lobes.transducer import LstmPredictor
@@ -231,7 +232,7 @@ def make_graphs(model, streaming=False, chunk_size=None, left_context=None, hotw
     elif kind in TRANSDUCERS:
         parts = {"decoder": CtcDecoder(vocabulary), "joiner": CtcJoiner(vocabulary)}
         answer, graph = Pairs(answer), PackedPairs if streaming else graph
-    settings = [chunks_of(model, chunk_size, left_context)] if streaming else []
+    settings = [chunk_config(model, chunk_size, left_context)] if streaming else []
     graph = graph(encoder, head_of(model), *settings, answer, model.pass_name, output)
     return {"": graph} if parts is None else {"encoder": graph, **parts}
 

@@ -55,6 +55,9 @@ def readme(kind, files, sample_rate, feature_dim, tail=0, notes=()):
     # Speech recognition for sherpa-onnx
     """
     field, camel, owner = OWNERS[kind]
+    server = f" --sample-rate={sample_rate} --input-sample-rate={sample_rate}" if sample_rate != 16000 else ""
+    server += f" --feat-dim={feature_dim}" if feature_dim != 80 else ""
+    client = f" Its clients need `--sample-rate={sample_rate}`." if sample_rate != 16000 else ""
     factory, model = kind, {"tokens": "tokens.txt"}
     if kind in TRANSDUCERS:
         factory = "transducer"
@@ -73,6 +76,8 @@ def readme(kind, files, sample_rate, feature_dim, tail=0, notes=()):
         "rate": sample_rate,
         "dim": feature_dim,
         "tail": tail,
+        "server": server,
+        "client": client,
         "python": ",\n    ".join(_settings(files | model, python)) + features,
         "python_search": ", ".join(_settings(SEARCH | PIECES, python)),
         "cpp": "\n".join([*_settings(files, cpp["files"]), *_settings(model, cpp["model"])]),
@@ -192,7 +197,7 @@ console.log(recognizer.getResult(stream).text);
 
 _STREAMS = """**The end of a stream.** sherpa-onnx drops an incomplete last chunk. Give it @seconds@ s of
 zeros (@tail@ samples at @rate@ Hz) before `input_finished`, or the last words are lost. For the websocket server, use
-`--end-tail-padding=@seconds@`.
+`--end-tail-padding=@seconds@@server@`.@client@
 
 **The rate of a stream.** All samples of a stream have the same rate, zeros included; sherpa-onnx ends the process otherwise.
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from speechbrain_ext.dataio.audio import read_blocks
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word
 from speechbrain_ext.inference.segments import Segmenter
-from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_setting, frame_samples
+from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_config, frame_samples
 from speechbrain_ext.inference.subtitles import subtitles
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import locked, write_text
@@ -269,7 +269,9 @@ def settings_of(model, streaming=None):
     """
     if not model.fingerprint:
         raise UserError("The model has no fingerprint, but an output folder needs one; load it with load_model.")
-    settings = {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunk_setting(model)}
+    config = chunk_config(model)
+    chunks = (config.chunk_size, config.left_context_size)
+    settings = {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunks}
     return settings | model.search_settings
 
 

@@ -69,17 +69,7 @@ class StreamingRecognizer:
 
     def __init__(self, model, chunk_size=None, left_context=None, endpoint=0.8, longest=30.0, start=0.0):
         self._model, self._encoder = model, model.mods.encoder
-        size, left = chunk_setting(model)
-        for name, value in (("chunk_size", chunk_size), ("left_context", left_context)):
-            if value is not None and not is_whole(value, -math.inf):
-                raise UserError(f"{name} is {value!r}; give a whole number.")
-        if left_context is not None:
-            left = None if left_context == -1 else left_context
-        self._config = DynChunkTrainConfig(size if chunk_size is None else chunk_size, left)
-        if self._config.chunk_size > LARGEST_CHUNK:
-            raise UserError(
-                f"The chunk size is {self._config.chunk_size} frames of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}."
-            )
+        self._config = chunk_config(model, chunk_size, left_context)
         encoder = self._encoder.transformer.encoder
         # In a cascade the first pass streams; _cascade is set if the last pass rewrites segments
         passes = passes_of(encoder)
@@ -245,21 +235,39 @@ def frame_samples(model):
     return round(model.sample_rate * FRAME_SECONDS)
 
 
-def chunk_setting(model):
-    """The default chunk size and left context of a model.
+def chunk_config(model, chunk_size=None, left_context=None):
+    """The chunk setting of a model's streams.
 
     Arguments
     ---------
     model : CtcModel or JointModel
         The model.
+    chunk_size : int, optional
+        Encoder frames per chunk; by default those of the model's training, or 16.
+    left_context : int, optional
+        Left context in chunks, -1 = all; by default that of the model's training, or 16.
 
     Returns
     -------
-    tuple
-        Chunk size in frames and left context in chunks (None = all): those of its training, or 16 and 16.
+    speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfig
+        The setting.
+
+    Raises
+    ------
+    UserError
+        If one of them is no whole number, or the chunk is longer than a minute.
     """
+    for name, value in (("chunk_size", chunk_size), ("left_context", left_context)):
+        if value is not None and not is_whole(value, -math.inf):
+            raise UserError(f"{name} is {value!r}; give a whole number.")
     encoder = model.mods.encoder
-    return (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
+    size, left = (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
+    if left_context is not None:
+        left = None if left_context == -1 else left_context
+    size = size if chunk_size is None else chunk_size
+    if size > LARGEST_CHUNK:
+        raise UserError(f"The chunk size is {size} frames of {FRAME_SECONDS} s; give at most {LARGEST_CHUNK}.")
+    return DynChunkTrainConfig(size, left)
 
 
 class Timer:
