@@ -96,6 +96,8 @@ def ours(folder):
 
     torch.set_num_threads(1)
     model = load_model(folder, "cpu")
+    if model.sample_rate != RATE:
+        raise SystemExit(f"peers.py: {folder} takes {model.sample_rate} samples per second; give a model of {RATE}.")
 
     def transcribe(wav):
         return model.transcribe_batch(torch.from_numpy(wav).unsqueeze(0), torch.ones(1))[0][0]
@@ -108,6 +110,8 @@ def sherpa(folder):
     sys.path.insert(0, str(EXPORT))  # the package itself imports PyTorch
     from sherpa_texts import transcriber
 
+    if f"other rates than {RATE} Hz" not in Path(folder, "README.md").read_text(encoding="utf-8"):
+        raise SystemExit(f"peers.py: {folder} does not take {RATE} samples per second; give a folder of such a model.")
     transcribe = transcriber(folder)
     return lambda wav: " ".join(transcribe([wav])[0].split()), "", folder
 

@@ -63,6 +63,18 @@ def run(tmp_path, monkeypatch, corpus):
     return run
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_to_a_folder_stays_a_link(is_there, tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    if is_there:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "old").touch()
+    with replacing_folder(tmp_path / "link") as partial:
+        (partial / "new").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"] and (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
+
+
 def test_the_current_folder_can_be_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old").touch()

@@ -100,7 +100,7 @@ def replacing_folder(folder):
     pathlib.Path
         The folder to write to.
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name
+    folder = Path(os.path.realpath(folder))  # "." has no name, and a link stays a link
     partial, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
