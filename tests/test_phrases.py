@@ -12,6 +12,7 @@ from test_search import scorers
 from tiny import ROOT, SENTENCES, make_model
 
 from speechbrain_ext import cli
+from speechbrain_ext.dataio.tokenizer import is_special
 from speechbrain_ext.decoders import ctc_prefix, token_graph
 from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
 from speechbrain_ext.decoders.phrases import BONUS, phrase_graph, read_phrases
@@ -217,6 +218,50 @@ def test_a_stream_s_segment_ends_with_what_was_chosen(place):
         assert not shown and recognizer.stable_text == ""
         (segment,) = recognizer.finish()
         assert ("SAD" in segment.text.split()) == bool(phrases) and segment.words
+
+
+def certain_frames(tokens, share, blank=0):
+    """A transducer that only sees frames, and frames (1, 2 U, V): each token, the last one with ``share``, and a blank."""
+    net = Transducer(25, 25, predictor_size=8, joint_size=25, blank_index=blank).eval()
+    for name, parameter in net.named_parameters():
+        parameter.data.zero_()
+        if name in ("project_frames.weight", "out.weight"):
+            parameter.data.copy_(torch.eye(25) * (10 if name.startswith("out") else 1))
+    probs = torch.full((2 * len(tokens), 25), 1e-4)
+    probs[1::2, blank] = 0.99
+    for row, token in zip(probs[::2], tokens, strict=True):
+        row[token] = 0.99
+    probs[-2, tokens[-1]], probs[-2, blank] = share, 1 - share
+    return net, torch.atanh((probs.log() / 10).clamp(-0.99, 0.0))[None]
+
+
+@pytest.mark.parametrize("bonus", [None, 0.5, 7.5])
+@pytest.mark.parametrize("share", [0.4, 0.55, 0.7, 0.9])
+@torch.no_grad()
+def test_phrases_take_no_other_token_away(share, bonus, tokenizer):
+    """A score that is divided by the length of its text falls with each token, once it is positive."""
+    tokens = [*tokenizer.encode_as_ids("THE CAT SAT"), tokenizer.piece_to_id("D")]
+    net, frames = certain_frames(tokens, share)
+    search = TransducerSearch(net, beam_size=8)
+    search.graphs = [phrase_graph({"THE": bonus, "CAT": bonus}, tokenizer)]
+    assert search(frames, torch.ones(1))[0] == [tokens if share > 0.5 else tokens[:-1]]
+    stream = search.stream()
+    for piece in frames[0].split(3):
+        stream.accept(piece)
+    assert [token for token, _ in stream.tokens] == search(frames, torch.ones(1))[0][0]
+
+
+@torch.no_grad()
+def test_graphs_do_not_favour_special_tokens(tokenizer):
+    """A graph that costs 5 for each token makes no unknown token of it."""
+    special = torch.tensor([is_special(tokenizer, token) for token in range(25)])
+    tokens = tokenizer.encode_as_ids("THE CAT SAT")
+    net, frames = certain_frames(tokens, 0.99)
+    costs = nothing(25)
+    costs.root[:], costs.special[:] = torch.where(special, 0.0, -5.0), special
+    search = TransducerSearch(net, beam_size=8)
+    search.graphs = [costs]
+    assert not set(search(frames, torch.ones(1))[0][0]) & set(special.nonzero().flatten().tolist())
 
 
 def test_a_transducer_s_stream_listens_all_along():

@@ -169,7 +169,8 @@ def _graph(children, whole, part, tokenizer):
     classes = (~begins).long()
     values = held[after] - lost[keys // len(tokens), classes[keys % len(tokens)]]
     backoff = lost[shorter] - lost
-    return TokenGraph(root, following, (keys, values, after), shorter, backoff, -part, classes.masked_fill(special, 2))
+    tables = (root, following, (keys, values, after), shorter, backoff, -part, classes.masked_fill(special, 2))
+    return TokenGraph(*tables, is_reward=True)
 
 
 def _can_write(tokenizer, text):

@@ -38,6 +38,9 @@ class TokenGraph(nn.Module):
         blank.
     start : int
         The state that begins a text.
+    is_reward : bool
+        Whether the scores reward what a text contains, as phrases do. A transducer's search, which divides scores by the lengths
+        of texts, does not divide rewards.
 
     Example
     -------
@@ -52,7 +55,7 @@ class TokenGraph(nn.Module):
     (tensor([[0.0000, 0.5000]]), tensor([-1.]))
     """
 
-    def __init__(self, root, root_following, entries, shorter, backoff, ends, classes, start=ROOT):
+    def __init__(self, root, root_following, entries, shorter, backoff, ends, classes, start=ROOT, is_reward=False):
         super().__init__()
         # A last entry that no state has, so that each lookup finds a place
         keys, values, following = (nn.functional.pad(each, (0, 1)) for each in entries)
@@ -74,6 +77,7 @@ class TokenGraph(nn.Module):
         }
         # A fixed number of entries per state, because the host would have to wait for a GPU to learn any other number
         tables["steps"] = torch.arange(max(1, int(tables["first"].diff().max())))
+        self.is_reward = is_reward
         self.start, self.depth, states = start, 0, shorter
         """The state that begins a text, and the most times that a state backs off, or more."""
         while states.any() and self.depth < FEW:
@@ -119,6 +123,12 @@ def begin(graphs, number, device=None):
     for graph in graphs:
         graph.to(device)
     return torch.tensor([graph.start for graph in graphs], dtype=torch.long, device=device).repeat(number, 1)
+
+
+def rewards(graphs, places):
+    """The graphs that reward texts, and their columns of the states."""
+    chosen = [column for column, graph in enumerate(graphs) if graph.is_reward]
+    return [graphs[column] for column in chosen], places[..., chosen]
 
 
 def added(graphs, places):

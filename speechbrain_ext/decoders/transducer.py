@@ -110,7 +110,7 @@ class TransducerSearch(nn.Module):
             state = self._begin(len(frames), beam_size or self.beam_size)
             texts, state = self._beam(projected, lengths, state)
             scores = self._scores(state)
-        return [_best(*each) for each in zip(texts, scores, strict=True)]
+        return [_best(*each) for each in zip(texts, *scores, strict=True)]
 
     def stream(self, beam_size=None):
         """Begin the search of a stream, see :class:`TransducerStream`."""
@@ -164,28 +164,37 @@ class TransducerSearch(nn.Module):
         return [[t for t, _ in row] for row in pairs], [[f for _, f in row] for row in pairs], score.tolist(), state
 
     def _begin(self, batch, beam_size):
-        """The state of beams without a token: scores (B, K), hashes (B, K), predictor states and graph states (B * K, G)."""
+        """The state of beams without a token.
+
+        It is a tuple of scores (B, K), hashes (B, K), predictor states, graph states (B * K, G) and rewards in scores (B, K).
+        """
         state = self.transducer.predictor.begin(batch * beam_size)
         scores = state[0].new_full((batch, beam_size), -math.inf, dtype=torch.float32)
         scores[:, 0] = 0.0
         graph = token_graph.begin(self.graphs, batch * beam_size, scores.device)
-        return scores, torch.zeros_like(scores, dtype=torch.long), state, graph
+        return scores, torch.zeros_like(scores, dtype=torch.long), state, graph, torch.zeros_like(scores)
 
     def _scores(self, state):
-        """Scores of each utterance's hypotheses, if they end here."""
-        return (state[0] + token_graph.ends(self.graphs, state[3]).view_as(state[0])).tolist()
+        """Scores of each utterance's hypotheses, if they end here, and the rewards in them."""
+        scores, _, _, graph, rewards = state
+        scores = scores + token_graph.ends(self.graphs, graph).view_as(scores)
+        return scores.tolist(), (rewards + token_graph.ends(*token_graph.rewards(self.graphs, graph)).view_as(scores)).tolist()
 
     def _beam(self, frames, lengths, state):
         """Extend the hypotheses of ``state``; returns the new (token, frame) pairs of each hypothesis, and the next state.
 
         The first item of each text is the number of the hypothesis of ``state`` that it extends. A frame without a label close to
         the best hypothesis changes only scores. Several such frames are processed at once, up to the next frame with a label.
+        With a language model, special tokens are left out: it gives them no score, which is better than that of most tokens.
         """
-        scores, hashes, predictor, graph = state
+        scores, hashes, predictor, graph, rewards = state
         (batch, beam), blank, device = scores.shape, self.transducer.blank_index, scores.device
         rows, own = torch.arange(batch, device=device).unsqueeze(1), torch.arange(beam, device=device)
         window, order = torch.arange(WINDOW, device=device), torch.arange(2 * beam, device=device)
         at, steps, last = lengths.new_zeros(batch), [], max(0, frames.shape[1] - 1)
+        left_out = next((graph.special.clone() for graph in self.graphs if not graph.is_reward), None)
+        if left_out is not None:
+            left_out[blank] = False
         for _ in _steps(at, lengths, frames.shape[1]):
             places = at.unsqueeze(1) + window  # (B, W)
             valid = (places < lengths.unsqueeze(1)).unsqueeze(1)
@@ -194,6 +203,8 @@ class TransducerSearch(nn.Module):
             log_probs = self.transducer.join(seen, predicted).log_softmax(-1)  # (B, K, W, V)
             if self.graphs:
                 log_probs = log_probs + token_graph.added(self.graphs, graph).view(batch, beam, 1, -1)
+            if left_out is not None:
+                log_probs = log_probs.masked_fill(left_out, -math.inf)
             blanks = log_probs[..., blank].masked_fill(~valid, 0.0)
             after = scores.unsqueeze(2) + blanks.cumsum(2)  # scores after blanks alone
             labels = log_probs.index_fill(3, torch.tensor([blank], device=device), -math.inf).amax(3)
@@ -219,6 +230,9 @@ class TransducerSearch(nn.Module):
             hashes = torch.where(takes, keys.gather(1, kept), hashes)
             chosen = (rows * beam + parents).flatten()
             predictor, graph = tuple(part[chosen] for part in predictor), graph[chosen]
+            rewards, (rewarding, inside) = rewards.gather(1, parents), token_graph.rewards(self.graphs, graph)
+            if rewarding:
+                rewards = rewards + token_graph.added(rewarding, inside).gather(1, said.view(-1, 1)).view_as(rewards)
             following = self.transducer.predictor.advance(predictor, said.flatten())
             is_label = said.flatten() != blank
             predictor = tuple(_where(is_label, new, old) for new, old in zip(following, predictor, strict=True))
@@ -227,7 +241,7 @@ class TransducerSearch(nn.Module):
             at += torch.where(found, first + 1, WINDOW)
         steps = torch.stack(steps, 1).tolist() if steps else [[]] * batch  # (B, steps, 2 K + 1)
         texts = [[trace(each, place, beam, blank) for place in range(beam)] for each in steps]
-        return texts, (scores, hashes, predictor, graph)
+        return texts, (scores, hashes, predictor, graph, rewards)
 
 
 class TransducerStream:
@@ -253,7 +267,7 @@ class TransducerStream:
     def __init__(self, search, beam_size):
         self._search, self._beam_size = search, beam_size
         self._state, self._start = None, 0
-        self._texts, self._scores = [[]], [0.0]
+        self._texts, self._scores, self._rewards = [[]], [0.0], [0.0]
 
     @torch.no_grad()
     def accept(self, frames):
@@ -267,14 +281,15 @@ class TransducerStream:
             else:
                 state = self._search._begin(1, self._beam_size) if self._state is None else self._state
                 (texts,), self._state = self._search._beam(projected, lengths, state)
-                known, self._scores = self._texts * (self._beam_size // len(self._texts)), self._search._scores(self._state)[0]
+                known = self._texts * (self._beam_size // len(self._texts))
+                (self._scores,), (self._rewards,) = self._search._scores(self._state)
                 self._texts = [known[parent] + [(token, self._start + time) for token, time in said] for parent, *said in texts]
         self._start += len(frames)
 
     @property
     def tokens(self):
         """(token, frame) of the best hypothesis; the frames count from the start of the stream."""
-        return self._texts[_best_of(self._texts, self._scores)]
+        return self._texts[_best_of(self._texts, self._scores, self._rewards)]
 
     @property
     def certain(self):
@@ -305,12 +320,23 @@ def _where(condition, new, old):
     return torch.where(condition.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def _best_of(texts, scores):
-    """The index of the text with the best score per token, bos included, as in SpeechBrain and icefall."""
-    return max(range(len(texts)), key=lambda i: scores[i] / (1 + len(texts[i])))
+def _best_of(texts, scores, rewards):
+    """The index of the best text.
+
+    Texts with equal rewards are compared by their score per token, bos included, as in SpeechBrain and icefall; the best ones of
+    each reward by their scores. A positive score per token would be the less, the more a text says.
+    """
+
+    def per_token(index):
+        return (scores[index] - rewards[index]) / (1 + len(texts[index]))
+
+    equal = {}
+    for index, reward in enumerate(rewards):
+        equal.setdefault(round(reward, 3), []).append(index)
+    return max((max(indices, key=per_token) for indices in equal.values()), key=scores.__getitem__)
 
 
-def _best(texts, scores):
+def _best(texts, scores, rewards):
     texts = [text for _, *text in texts]
-    best = _best_of(texts, scores)
+    best = _best_of(texts, scores, rewards)
     return Hypothesis([token for token, _ in texts[best]], [time for _, time in texts[best]], scores[best])
