@@ -171,7 +171,8 @@ def test_autocast_changes_nothing(net, dtype):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"beam_size": 0}, "beam_size is 0; give a whole number of 1 or more."),
+        ({"beam_size": 0}, "beam_size is 0; give a whole number from 1 to 1000."),
+        ({"beam_size": 1001}, "beam_size is 1001"),
         ({"max_symbols": 1.5}, "max_symbols is 1.5"),
         ({"beam_threshold": 0}, "beam_threshold is 0; give a positive number."),
     ],

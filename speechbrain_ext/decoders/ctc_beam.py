@@ -24,14 +24,14 @@ from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from speechbrain_ext.dataio.tokenizer import is_special
-from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_WEIGHT, is_number, is_whole
+from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_WEIGHT
 from speechbrain_ext.decoders.word_lm import (
     arpa_words,
     check_arpa,
     check_spelling,
     flashlight_lm,
 )
-from speechbrain_ext.utils.errors import UserError, UserImportError, one_line
+from speechbrain_ext.utils.errors import UserError, UserImportError, is_number, is_whole, one_line
 
 FLASHLIGHT, SPEECHBRAIN = "flashlight", "speechbrain"
 INSTALL = "run, with Python 3.11 or 3.12: pip install flashlight-text"

@@ -5,9 +5,8 @@ from speechbrain.decoders import scorer
 from speechbrain.lobes.models.RNNLM import RNNLM
 from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 
-from speechbrain_ext.decoders.searchers import is_number
 from speechbrain_ext.lobes.decoder_cache import EncoderCache
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number
 
 LM_WEIGHT, LM_TEMPERATURE = 0.6, 1.15
 """Values of SpeechBrain's published results on LibriSpeech."""

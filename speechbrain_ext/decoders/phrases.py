@@ -13,9 +13,8 @@ import torch
 
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.dataio.tokenizer import is_special
-from speechbrain_ext.decoders.searchers import is_number
 from speechbrain_ext.decoders.token_graph import TokenGraph
-from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.errors import UserError, is_number, one_line
 from speechbrain_ext.utils.text import listing
 
 BONUS = 2.0

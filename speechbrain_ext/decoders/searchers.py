@@ -5,8 +5,6 @@ SpeechBrain's RNN searchers. SpeechBrain's Transformer searchers give that of th
 ``using_max_attn_shift`` they take the peak over the prefix; here it is over the encoder frames.
 """
 
-import math
-
 import torch
 from speechbrain.decoders import seq2seq
 from speechbrain.decoders.scorer import ScorerBuilder
@@ -15,7 +13,7 @@ from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.decoders import token_graph
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line, runs_foreign_code
+from speechbrain_ext.utils.errors import UserError, UserTypeError, is_number, is_whole, one_line, runs_foreign_code
 
 # Frames of the utterances that check() searches: enough for a few steps, which run all parts of a search.
 CHECKED_FRAMES = 5
@@ -23,16 +21,6 @@ LARGEST_BEAM = 1000
 """Largest beam size of a loaded model. Trained models have at most 66."""
 LARGEST_WEIGHT = 100
 """Largest weight of a language model: its scores then still count less than ``minus_inf``, the score of excluded tokens."""
-
-
-def is_whole(value, least, most=math.inf):
-    """Whether a setting is a whole number from ``least`` to ``most``; booleans do not count."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def is_number(value, least=-1e30, most=1e30):
-    """Whether a setting is a number from ``least`` to ``most``; text, booleans, NaN and infinity do not count."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_bool(value):

@@ -14,11 +14,11 @@ from torch import nn
 
 from speechbrain_ext.decoders import token_graph
 from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
-from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, is_number, is_whole
+from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_BEAM
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.transducer import Transducer
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserError, UserTypeError, one_line
+from speechbrain_ext.utils.errors import UserError, UserTypeError, is_number, is_whole, one_line
 
 WINDOW = 8
 """Frames per call of the joint network. There is a label about every six frames, so few frames are computed twice."""
@@ -56,9 +56,10 @@ class TransducerSearch(nn.Module):
         super().__init__()
         if not isinstance(transducer, Transducer):
             raise UserTypeError(f"transducer is {one_line(repr(transducer), 60)}; give one of speechbrain_ext.lobes.transducer.")
-        for name, value in (("beam_size", beam_size), ("max_symbols", max_symbols)):
-            if not is_whole(value, 1):
-                raise UserError(f"{name} is {value!r}; give a whole number of 1 or more.")
+        if not is_whole(beam_size, 1, LARGEST_BEAM):
+            raise UserError(f"beam_size is {beam_size!r}; give a whole number from 1 to {LARGEST_BEAM}.")
+        if not is_whole(max_symbols, 1):
+            raise UserError(f"max_symbols is {max_symbols!r}; give a whole number of 1 or more.")
         if not is_number(beam_threshold, 0) or not beam_threshold:
             raise UserError(f"beam_threshold is {beam_threshold!r}; give a positive number.")
         self.transducer, self.max_symbols = transducer, max_symbols

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from speechbrain_ext.decoders import BEAM, GREEDY_SEARCHES, LEAST_BEAM, TRANSDUCER_GREEDY
 from speechbrain_ext.decoders.ctc_beam import WORD_BEAM, WORD_LM_WEIGHT, WORD_SCORE, CtcBeamSearch
 from speechbrain_ext.decoders.phrases import phrase_graph
-from speechbrain_ext.decoders.searchers import LARGEST_BEAM, LARGEST_WEIGHT, is_number, is_whole
+from speechbrain_ext.decoders.searchers import LARGEST_BEAM, LARGEST_WEIGHT
 from speechbrain_ext.decoders.token_ngram import LODR_WEIGHT, NGRAM_WEIGHT, is_arpa, is_of_tokens, ngram_graph
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number, is_whole
 from speechbrain_ext.utils.files import file_digest
 
 NBEST = 16

@@ -18,7 +18,7 @@ from speechbrain.utils.distributed import infer_device
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
-from speechbrain_ext.decoders.searchers import LARGEST_BEAM, is_number, is_whole
+from speechbrain_ext.decoders.searchers import LARGEST_BEAM
 from speechbrain_ext.decoders.transducer import TransducerSearch
 from speechbrain_ext.inference.models import CLASSES, CtcModel, JointModel, TransducerModel
 from speechbrain_ext.inference.streaming import LARGEST_CHUNK
@@ -27,7 +27,7 @@ from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPAR
 from speechbrain_ext.model_folder.build import LARGEST_TEXT, Refused, build
 from speechbrain_ext.model_folder.fetch import ENGLISH, download
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
-from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, one_line, runs_foreign_code
+from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, is_number, is_whole, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest, read_bytes
 
 KEYS = ("modules", "asr_model", "ctc_lin", "tokenizer", "blank_index", "sample_rate")
@@ -316,11 +316,9 @@ def _check_transducer(source, model, search, tokens):
     ):
         if found != stated:
             raise _damaged(source, f"its {name} is {stated}, but that of its transducer is {found}")
-    if search.beam_size > LARGEST_BEAM or search.max_symbols > LARGEST_RATIO:
+    if search.max_symbols > LARGEST_RATIO:
         raise _damaged(
-            source,
-            f"its beam_size is {search.beam_size} and its max_symbols {search.max_symbols}; searches have at most {LARGEST_BEAM} "
-            f"hypotheses and {LARGEST_RATIO} tokens in a frame",
+            source, f"its max_symbols is {search.max_symbols}; searches have at most {LARGEST_RATIO} tokens in a frame"
         )
     frames = model.mods.encoder(torch.zeros(1, model.sample_rate // 10, device=model.device))
     if not search(frames, torch.ones(1, device=model.device))[2].isfinite().all():

@@ -10,10 +10,9 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain_ext.dataio.audio import sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse, within
-from speechbrain_ext.decoders.searchers import is_whole
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.registry import passes_of
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models without a chunk size."""

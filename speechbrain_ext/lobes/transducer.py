@@ -16,7 +16,7 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 CHANNELS_PER_GROUP = 4
 """Channels per group of the stateless predictor's convolution, as in icefall."""
@@ -56,10 +56,10 @@ class StatelessPredictor(nn.Module):
 
     def __init__(self, vocab_size, size=512, context=2, blank_index=0):
         super().__init__()
-        if size < 1 or size % CHANNELS_PER_GROUP:
-            raise UserError(f"predictor_size is {size}; give a multiple of {CHANNELS_PER_GROUP} for the stateless predictor.")
-        if context < 1:
-            raise UserError(f"predictor_context is {context}; give a number of tokens of 1 or more.")
+        if not is_whole(size, 1) or size % CHANNELS_PER_GROUP:
+            raise UserError(f"predictor_size is {size!r}; give a multiple of {CHANNELS_PER_GROUP} for the stateless predictor.")
+        if not is_whole(context, 1):
+            raise UserError(f"predictor_context is {context!r}; give a number of tokens of 1 or more.")
         self.context, self.blank_index = context, blank_index
         self.embedding = nn.Embedding(vocab_size, size, padding_idx=blank_index)
         self.convolution = nn.Conv1d(size, size, context, groups=size // CHANNELS_PER_GROUP, bias=False)
@@ -112,8 +112,8 @@ class LstmPredictor(nn.Module):
 
     def __init__(self, vocab_size, size=512, layers=1, blank_index=0):
         super().__init__()
-        if size < 1 or layers < 1:
-            raise UserError(f"The LSTM predictor has size {size} and {layers} layers; give 1 or more of both.")
+        if not is_whole(size, 1) or not is_whole(layers, 1):
+            raise UserError(f"The LSTM predictor has size {size!r} and {layers!r} layers; give 1 or more of both.")
         self.blank_index = blank_index
         self.embedding = Embedding(vocab_size, embedding_dim=size, consider_as_one_hot=False, blank_id=blank_index)
         self.lstm = LSTM(hidden_size=size, input_size=size, num_layers=layers)
@@ -202,10 +202,10 @@ class Transducer(nn.Module):
         super().__init__()
         if predictor not in PREDICTORS:
             raise UserError(f"Unknown predictor '{predictor}'; the known ones are: {', '.join(PREDICTORS)}.")
-        if joint_size < 1:
-            raise UserError(f"joint_size is {joint_size}; give 1 or more.")
-        if not 0 <= blank_index < vocab_size:
-            raise UserError(f"blank_index is {blank_index} and there are {vocab_size} tokens; give the index of the blank.")
+        if not is_whole(joint_size, 1):
+            raise UserError(f"joint_size is {joint_size!r}; give 1 or more.")
+        if not is_whole(blank_index, 0, vocab_size - 1):
+            raise UserError(f"blank_index is {blank_index!r} and there are {vocab_size} tokens; give the index of the blank.")
         self.blank_index = blank_index
         if predictor == "stateless":
             self.predictor = StatelessPredictor(vocab_size, predictor_size, predictor_context, blank_index)

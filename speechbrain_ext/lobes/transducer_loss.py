@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_ext.lobes.precision import widest
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number, is_whole
 
 KINDS = ("pruned", "full")
 UNREACHABLE = -1e4
@@ -246,14 +246,13 @@ class TransducerLoss(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"Unknown transducer_loss '{kind}'; the known ones are: {', '.join(KINDS)}.")
-        if prune_range < 2:
-            raise UserError(f"prune_range is {prune_range}; give 2 labels or more, as a frame has to reach the next one.")
-        if fastemit < 0 or delay_penalty < 0 or warmup < 0:
-            raise UserError(
-                f"fastemit is {fastemit}, delay_penalty {delay_penalty} and transducer_warmup {warmup}; give 0 or more for each."
-            )
-        if not joint_memory > 0:
-            raise UserError(f"joint_memory is {joint_memory}; give a number of MiB above 0.")
+        if not is_whole(prune_range, 2):
+            raise UserError(f"prune_range is {prune_range!r}; give 2 labels or more, as a frame has to reach the next one.")
+        for name, value in {"fastemit": fastemit, "delay_penalty": delay_penalty, "transducer_warmup": warmup}.items():
+            if not is_number(value, 0):
+                raise UserError(f"{name} is {value!r}; give a number of 0 or more.")
+        if not is_number(joint_memory, 0) or not joint_memory:
+            raise UserError(f"joint_memory is {joint_memory!r}; give a number of MiB above 0.")
         self.prune_range, self.warmup, self.joint_memory = prune_range, warmup, joint_memory
         self.fastemit, self.delay_penalty = fastemit, delay_penalty
         self.is_pruned = kind == "pruned"

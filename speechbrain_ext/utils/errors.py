@@ -4,6 +4,7 @@ The command line and ``train.py`` print these messages, and those of operating-s
 exception is a bug in this package or in the user's code, and keeps its traceback.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -123,3 +124,13 @@ def runs_foreign_code(error):
 def forget_output():
     """After an error of standard output: without this, Python would report it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_whole(value, least, most=math.inf):
+    """Whether a setting is a whole number from ``least`` to ``most``; booleans do not count."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value, least=-1e30, most=1e30):
+    """Whether a setting is a number from ``least`` to ``most``; text, booleans, NaN and infinity do not count."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most

@@ -250,8 +250,13 @@ def test_the_pruned_loss_takes_a_quarter_of_the_memory():
     [
         ({"kind": "fused"}, "Unknown transducer_loss 'fused'; the known ones are: pruned, full."),
         ({"prune_range": 1}, "prune_range is 1; give 2 labels or more"),
+        ({"prune_range": 5.5}, "prune_range is 5.5; give 2 labels or more"),
         ({"fastemit": -1}, "fastemit is -1"),
+        ({"fastemit": float("nan")}, "fastemit is nan; give a number of 0 or more"),
+        ({"delay_penalty": "a"}, "delay_penalty is 'a'"),
+        ({"warmup": float("inf")}, "transducer_warmup is inf"),
         ({"joint_memory": 0}, "joint_memory is 0; give a number of MiB above 0"),
+        ({"joint_memory": "2GB"}, "joint_memory is '2GB'"),
     ],
 )
 def test_what_cannot_be_is_refused(keys, message):
@@ -264,9 +269,13 @@ def test_what_cannot_be_is_refused(keys, message):
     [
         ({"predictor": "gru"}, "Unknown predictor 'gru'; the known ones are: stateless, lstm."),
         ({"predictor_size": 6}, "predictor_size is 6; give a multiple of 4"),
+        ({"predictor_size": "a"}, "predictor_size is 'a'"),
         ({"predictor_context": 0}, "predictor_context is 0"),
+        ({"predictor_context": 1.5}, "predictor_context is 1.5"),
         ({"predictor": "lstm", "predictor_layers": 0}, "0 layers"),
+        ({"predictor": "lstm", "predictor_size": True}, "size True"),
         ({"joint_size": 0}, "joint_size is 0"),
+        ({"joint_size": None}, "joint_size is None"),
         ({"blank_index": 9}, "blank_index is 9 and there are 9 tokens"),
     ],
 )
