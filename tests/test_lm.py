@@ -24,7 +24,7 @@ from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.lm import TransformerLMScorer, make_scorer
 from speechbrain_ext.decoders.ngram import write_arpa
 from speechbrain_ext.decoders.phrases import phrase_graph
-from speechbrain_ext.decoders.token_ngram import ngram_graph
+from speechbrain_ext.decoders.token_ngram import in_tokens, ngram_graph
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.utils.errors import UserError
@@ -417,6 +417,21 @@ def test_unusual_arpa_files_are_read(arpa, tmp_path):
         for token in tokenizer.encode_as_ids("THE CAT SAT"):
             assert token_graph.added([graph], places).isfinite().all()
             places = token_graph.advance([graph], places, torch.tensor([token]))
+
+
+def test_text_of_other_letters_is_refused(arpa, tmp_path):
+    """Lower case for a model of capitals: when an n-gram is made, and when one that was made so is read."""
+    tokenizer = SentencePieceProcessor(str(arpa / "model" / "tokenizer.ckpt"))
+    sentences = [sentence.split() for sentence in SENTENCES]
+    lower = [[word.lower() for word in words] for words in sentences]
+    with pytest.raises(UserError, match=r"cannot write \d+ of the \d+ words of the text; .* --text-normalization upper"):
+        write_arpa(in_tokens(lower, tokenizer), tmp_path / "lm.arpa")
+    assert not list(tmp_path.iterdir())
+    write_arpa(in_tokens(sentences + lower[: len(lower) // 2], tokenizer), tmp_path / "mixed.arpa")
+    ngram_graph(tmp_path / "mixed.arpa", tokenizer)
+    write_arpa([["▁", "<unk>"]] * 3, tmp_path / "lower.arpa", order=2)
+    with pytest.raises(UserError, match=r"lower.arpa has none of the model's tokens; write one with ngram --tokens"):
+        ngram_graph(tmp_path / "lower.arpa", tokenizer)
 
 
 def test_a_subtracted_language_model_does_not_reward_what_it_has_never_seen(arpa, tmp_path):

@@ -215,6 +215,7 @@ def test_the_command_writes_a_file(tmp_path, capsys):
         (["a.txt", "--vocabulary", "0"], "vocabulary size is 0"),
         (["a.txt", "--text-normalization", "title"], "text_normalization is 'title'"),
         (["a.txt", "--out", "folder"], "folder is a folder"),
+        (["a.txt", "--out", "lm.arpa.gz"], "lm.arpa.gz would not be compressed; give a name that ends in .arpa"),
         (["a.txt", "--out", "gone/lm.arpa"], "No such file or directory"),
     ],
 )

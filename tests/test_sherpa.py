@@ -53,6 +53,7 @@ from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.lobes.transducer import LstmPredictor, Transducer
 from speechbrain_ext.registry import list_encoders
 from speechbrain_ext.speech_encoder import SpeechEncoder
+from speechbrain_ext.utils.errors import UserError
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[dev]")
@@ -761,6 +762,15 @@ def test_an_offset_that_only_the_runtime_removes_is_named(models, export, preten
     pretended(wrong, synthetic=True)
     with pytest.raises(RuntimeError, match="compare on real speech with --audio, or train with remove_dc"):
         export(models.fbank, tmp_path / "folder")
+
+
+def test_filters_without_a_frequency_are_refused():
+    """Kaldi's own code stops at them."""
+    for rate, mels in ((16000, 100), (8000, 90), (48000, 128)):
+        assert KaldiFbank(rate, mels)(torch.rand(1, rate)).shape == (1, 100, mels)
+    for rate, mels in ((16000, 128), (8000, 128), (16000, 300)):
+        with pytest.raises(UserError, match=f"n_mels of KaldiFbank is {mels}, too many at {rate} Hz"):
+            KaldiFbank(rate, mels)
 
 
 @pytest.mark.parametrize("rate, dim", [(16000, 80), (8000, 80), (16000, 100), (8000, 40)])

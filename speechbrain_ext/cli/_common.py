@@ -21,7 +21,8 @@ def usage():
             yield
         except OSError as error:
             said = error.strerror is not None and error.filename is not None
-            cause = f"{error.filename} cannot be read or written: {error.strerror}; give another path." if said else str(error)
+            name = error.filename or "''"
+            cause = f"{name} cannot be read or written: {error.strerror}; give another path." if said else str(error)
             raise UsageError(cause) from error
         except UserError as error:
             raise UsageError(str(error)) from error

@@ -130,6 +130,8 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
         raise UserError(f"The vocabulary size is {vocabulary}; give 1 or more.")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file.")
+    if os.fspath(path).endswith(".gz"):
+        raise UserError(f"{path} would not be compressed; give a name that ends in .arpa, and compress the file with gzip.")
     limits = [-1, *prune, *[prune[-1]] * (order - 1 - len(prune))]  # -1: no word is pruned
     with replacing(path) as file:
         ids, names = _number(*_read(sentences), vocabulary)

@@ -23,6 +23,8 @@ NGRAM_WEIGHT, LODR_WEIGHT = 0.3, 0.15
 """Default weights of log-probabilities: icefall's for an external language model, and half of it for low-order density ratio."""
 MOST_NGRAMS = 20_000_000
 """Most n-grams of a language model. Loading takes up to 125 bytes for each, 2.5 GB, and the graph 20 of them."""
+MOST_UNKNOWN = 0.5
+"""Part of the words that a tokenizer cannot write, from which a text is of other letters, such as lower case for capitals."""
 NEVER = -99.0
 """The log10 probability that stands for 0 in ARPA files."""
 
@@ -38,10 +40,24 @@ def is_of_tokens(path):
 
 
 def in_tokens(sentences, tokenizer):
-    """Turn sentences of words into tokens, for :func:`speechbrain_ext.decoders.ngram.write_arpa`."""
+    """Turn sentences of words into tokens, for :func:`speechbrain_ext.decoders.ngram.write_arpa`.
+
+    Raises
+    ------
+    UserError
+        After the last sentence, if the tokenizer cannot write :data:`MOST_UNKNOWN` of the words or more.
+    """
+    unknown = total = 0
     for words in sentences:
         pieces = tokenizer.encode_as_pieces(" ".join(words))
-        yield ["<unk>" if tokenizer.is_unknown(tokenizer.piece_to_id(piece)) else piece for piece in pieces]
+        pieces = [UNKNOWN if tokenizer.is_unknown(tokenizer.piece_to_id(piece)) else piece for piece in pieces]
+        unknown, total = unknown + pieces.count(UNKNOWN), total + len(words)
+        yield pieces
+    if total and unknown >= MOST_UNKNOWN * total:
+        raise UserError(
+            f"The tokenizer cannot write {unknown} of the {total} words of the text; give text as in the model's transcripts, in "
+            "capitals with --text-normalization upper, or in lower case with lower."
+        )
 
 
 def ngram_graph(path, tokenizer, weight=NGRAM_WEIGHT):
@@ -121,6 +137,11 @@ def _read(path, tokenizer):
         flat.extend(ids)
         probabilities.append(max(probability, NEVER))
         backoffs.append(max(backoff, NEVER))
+    if not any(piece.strip("▁") for piece, number in number.items() if number in set(orders[0][0]) and number < tokens):
+        raise UserError(
+            f"The language model {path} has none of the model's tokens; write one with ngram --tokens MODEL, from text as in the "
+            "model's transcripts."
+        )
     shapes = enumerate(orders, 1)
     return [(np.frombuffer(ids, np.int32).reshape(-1, n), *map(np.array, numbers)) for n, (ids, *numbers) in shapes], unknown
 

@@ -79,7 +79,13 @@ class KaldiFbank(torch.nn.Module):
         self.framing = Framing(hop, length, length // 2 - hop // 2, mirrors=True)
         self.n_fft = 1 << (length - 1).bit_length()
         # By device, not as buffers: a model in half precision has its features in float32
-        self._constants = {torch.device("cpu"): (povey_window(length), kaldi_filters(sample_rate, self.n_fft, n_mels))}
+        filters = kaldi_filters(sample_rate, self.n_fft, n_mels)
+        if not filters.any(0).all():
+            raise UserError(
+                f"The n_mels of KaldiFbank is {n_mels}, too many at {sample_rate} Hz: a filter would lie between two "
+                "frequencies of the spectrum; give fewer, such as 80 at 16000 Hz."
+            )
+        self._constants = {torch.device("cpu"): (povey_window(length), filters)}
 
     def forward(self, wavs, wav_lens=None):
         """Features.
