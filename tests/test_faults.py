@@ -283,6 +283,48 @@ def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
     assert tokenizer.unk_id() not in tokenizer.encode_as_ids("KÄT")
 
 
+def last_group(output):
+    """The parameter group of the optimizer in the latest checkpoint of a run."""
+    last = max((output / "save").glob("CKPT*"), key=lambda path: path.stat().st_mtime)
+    (group,) = torch.load(last / "optimizer.ckpt")["param_groups"]
+    return group
+
+
+def test_a_continued_run_follows_its_new_settings(run):
+    """A training of 100 steps that stopped after 2, and is to end after 4, with another weight decay."""
+    name, keys = "speechbrain.nnet.schedulers.WarmCoolDecayLRSchedule", {"number_of_epochs": 9}
+    for total, limit, rate, decay in ((100, 2, 0.01, 0.0), (4, 4, 0.0, 0.25)):
+        schedule = f"!new:{name} {{lr: 0.01, warmup: 1, cooldown: {total // 2}, total_steps: {total}, decay_factor: 1}}"
+        keys |= {"lr_annealing": schedule, "opt_class": f"!name:torch.optim.AdamW {{lr: 0.01, weight_decay: {decay}}}"}
+        result = run("--optimizer_step_limit", limit, **keys)
+        group = last_group(result.output)
+        assert group["lr"] == pytest.approx(rate) and group["weight_decay"] == decay
+    assert "continues with other settings than it began with: opt_class, lr_annealing" in (result.output / "log.txt").read_text()
+    assert f"--opt_class !name:torch.optim.AdamW {{'lr': 0.01, 'weight_decay': {decay}}}" in result.rows[0].overrides
+    assert run("--test_only", **keys).rows[0].WER == result.rows[0].WER
+    for other in ({"opt_class": "!name:torch.optim.SGD {lr: 0.01}"}, {"blank_index": 3, "unk_index": 0}):
+        with pytest.raises(training.UsageError, match=f"holds a run with {next(iter(other))} "):
+            run(**keys | other)
+    with pytest.raises(UserError, match="began with other validation utterances"):
+        run("--optimizer_step_limit", 6, **keys, dev_split="test-tiny")
+
+
+def test_counters_of_a_schedule_survive_a_stop_and_settings_follow_the_hparams(run):
+    name = "speechbrain.nnet.schedulers.LinearWarmupScheduler"
+    for limit, total, rate in ((2, 5, 2 / 3), (5, 9, 4 / 6)):
+        schedule = f"!new:{name} {{initial_value: 1.0, num_warmup_steps: 3, num_training_steps: {total}}}"
+        result = run("--optimizer_step_limit", limit, number_of_epochs=9, lr_annealing=schedule)
+        assert last_group(result.output)["lr"] == pytest.approx(rate)
+
+
+def test_gradients_without_a_limit_are_not_clipped(run):
+    """As in SpeechBrain, 0 and less do not clip."""
+    logs = {
+        (run("--max_grad_norm", limit, output_folder=f"x{limit}").output / "train_log.txt").read_text() for limit in (-1, 0, 1e9)
+    }
+    assert len(logs) == 1
+
+
 def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training, "prepare_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("stopped")))

@@ -441,15 +441,21 @@ class AsrBrain(Brain):
         self.opt_class = (lambda parameters: make(scaled_groups(parameters, scales, self.parts))) if scales else make
         super().init_optimizers()
         self.opt_class = opt_class
+        # PyTorch keeps these in checkpoints, with the state
+        self.optimizer_settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
 
     def on_fit_start(self):
         """As in SpeechBrain, but without a further epoch if the last one reached the limit of optimizer steps.
 
-        A schedule that is told the step has no state, and its settings are those of the hparams, also if they have changed.
+        A checkpoint holds settings of schedule and optimizer; those of the hparams replace them, because they may have changed.
         """
-        if self.tells_step and self.checkpointer is not None:
-            self.checkpointer.recoverables.pop("lr_annealing", None)
+        schedule = self.hparams.lr_annealing
+        names = inspect.signature(type(schedule)).parameters
+        settings = {name: value for name, value in vars(schedule).items() if self.tells_step or name in names}
         super().on_fit_start()
+        vars(schedule).update(settings)
+        for group, settings in zip(self.optimizer.param_groups, self.optimizer_settings, strict=True):
+            group.update(settings)
         if self.step == 0 and self._optimizer_step_limit_exceeded:
             self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
 
@@ -491,10 +497,11 @@ class AsrBrain(Brain):
         """
         self.set_learning_rate()
         optimizers, norms = self.freeze_optimizers(self.optimizers_dict).values(), []
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf  # as in SpeechBrain, 0 and less do not clip
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).to(self.device))
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, limit).to(self.device))
         *losses, norm = torch.stack([*(loss.float() for loss, *_ in self.unread), torch.stack(norms).float().sum()]).tolist()
         read = [(loss, step, ids) for loss, (_, step, ids) in zip(losses, self.unread, strict=True)]
         self.unread = []

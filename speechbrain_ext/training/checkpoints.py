@@ -96,16 +96,20 @@ class AtomicCheckpointer(Checkpointer):
         The run then continues from the end of the previous epoch.
         """
 
-        def fits(checkpoint):
-            same = checkpoint.meta.get("processes") == _processes() or checkpoint.meta.get("end-of-epoch")
-            return same and (ckpt_predicate is None or ckpt_predicate(checkpoint))
+        def is_wanted(checkpoint):
+            return self.fits(checkpoint) and (ckpt_predicate is None or ckpt_predicate(checkpoint))
 
         latest = self.find_checkpoint(ckpt_predicate=ckpt_predicate)
-        if latest is not None and not fits(latest):
+        if latest is not None and not self.fits(latest):
             logger.warning(
                 "The run had %s processes, and now has %s: the epoch begins again.", latest.meta.get("processes"), _processes()
             )
-        return super().recover_if_possible(*args, ckpt_predicate=fits, **keys)
+        return super().recover_if_possible(*args, ckpt_predicate=is_wanted, **keys)
+
+    @staticmethod
+    def fits(checkpoint):
+        """Whether this number of processes can continue from a checkpoint."""
+        return bool(checkpoint.meta.get("processes") == _processes() or checkpoint.meta.get("end-of-epoch"))
 
     def load_checkpoint(self, checkpoint):
         """Load as SpeechBrain does, with a one-sentence error for missing or broken files."""
@@ -117,10 +121,10 @@ class AtomicCheckpointer(Checkpointer):
             cause = one_line(error)
             if "Weights only load failed" in cause:  # torch's message advises to run the code in the file
                 cause = "one of its files is not a checkpoint, or holds code"
-            if "loading state_dict" in cause:
+            if "loading state_dict" in cause or "parameter group" in cause:
                 raise UserRuntimeError(
-                    f"The checkpoint {checkpoint.path} belongs to another model; continue with the code that wrote it, or "
-                    f"give another --output_folder ({cause})."
+                    f"The checkpoint {checkpoint.path} belongs to another model or optimizer; continue with the code and the "
+                    f"settings that wrote it, or give another --output_folder ({cause})."
                 ) from error
             raise DamagedCheckpoint(
                 f"The checkpoint {checkpoint.path} cannot be loaded; delete it to continue from the previous one ({cause})."

@@ -197,7 +197,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         setting, model = find_model(setting)
         hparams = setting.load()
         output = Path(hparams["output_folder"])
-        check_folder(output, setting.text(), hparams["data_moved"])
+        changed = check_folder(output, setting.text(), hparams["data_moved"])
         source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
         tokenizer = chosen_tokenizer(hparams, source)
         check_writable(Path(hparams["results_file"]))
@@ -210,6 +210,8 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     run_on_main(sb.create_experiment_directory, [str(output)])
+    if changed:
+        logger.warning("The run in %s continues with other settings than it began with: %s.", output, ", ".join(changed))
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
         return _run(hparams_file, run_opts, setting, hparams, source, tokenizer)
@@ -228,9 +230,8 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         report_unknown(dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key))
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
-    origin = {"utterances": digest_of(datasets[TRAIN])}
-    origin |= {} if source is None else {"initial weights": source.digest}
-    origin |= {} if tokenizer is None else {"tokens": file_digest(tokenizer_file)}
+    origin = {"utterances": digest_of(datasets[TRAIN]), "validation utterances": digest_of(datasets[VALID])}
+    origin |= {"tokens": file_digest(tokenizer_file)} | ({} if source is None else {"initial weights": source.digest})
     hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
     if hparams["lm"] is not None:
         add_lm(hparams)
@@ -242,7 +243,8 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
 
     # A restarted run skips completed steps, which draw random numbers; from here on both draw the same
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
-    if source is not None and hparams["checkpointer"].find_checkpoint() is None:
+    checkpointer = hparams["checkpointer"]
+    if source is not None and checkpointer.find_checkpoint(ckpt_predicate=checkpointer.fits) is None:
         report_differences(source, setting, hparams)
         begin_with(source, hparams, tokenizer_file)
     hparams["train_logger"] = with_logger(hparams["train_logger"], hparams["logger"], output, hparams["experiment"])
@@ -541,12 +543,12 @@ def _literal(key, value):
 
 
 def check_folder(output, asked, data_moved):
-    """Refuse to continue a run with another corpus or another model."""
+    """Refuse to continue a run with another corpus, model or optimizer; returns other keys that have changed."""
     before, now = recorded(output), ruamel.yaml.YAML().load(asked)
     if before is None:
-        return
+        return []
     fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
-    fixed |= needed_keys(now, [now["speech_encoder"]])
+    fixed |= needed_keys(now, [now["speech_encoder"]]) | {key for key in now if key.endswith("_index")}
     for key in sorted(fixed, key=list(now).index):
         old, new = (_plain(tree.get(key)) for tree in (before, now))
         if old != new:
@@ -554,6 +556,12 @@ def check_folder(output, asked, data_moved):
             raise UsageError(
                 f"{output} holds a run with {key} {old}, but this run has {new}; give another --output_folder{moved}."
             )
+    for key in ("opt_class", "lr_annealing"):  # their state belongs to the class; other settings of them may change
+        old, new = (tag_of(tree.get(key)) for tree in (before, now))
+        if old != new:
+            raise UsageError(f"{output} holds a run with {key} {old}, but this run has {new}; give another --output_folder.")
+    changed = [key for key in now if key in before and _plain(before[key]) != _plain(now[key])]
+    return [key for key in changed if key not in (*PATHS, "data_moved")]
 
 
 def recorded(output):
@@ -573,10 +581,12 @@ def recorded(output):
 def _plain(node):
     """A part of parsed hparams as plain values, with tags as text and without comments."""
     if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    return f"{tag_of(node)} {node.value}" if tag_of(node) else node
+        plain = {key: _plain(value) for key, value in node.items()}
+    elif isinstance(node, list):
+        plain = [_plain(value) for value in node]
+    else:
+        plain = node.value if tag_of(node) else node
+    return f"{tag_of(node)} {plain}" if tag_of(node) else plain
 
 
 def mixed_split(hparams):
@@ -700,7 +710,8 @@ def make_brain(hparams, run_opts):
 
 def statistics_batches(brain, dataset, options):
     """Training batches for BatchNorm statistics; they do not depend on the last epoch."""
-    options["batch_sampler"].set_epoch(1_000_000)  # after the epochs that are sorted by length
+    if hasattr(options["batch_sampler"], "set_epoch"):
+        options["batch_sampler"].set_epoch(1_000_000)  # after the epochs that are sorted by length
     return brain.make_dataloader(dataset, sb.Stage.VALID, ckpt_prefix=None, **options)
 
 
