@@ -159,6 +159,17 @@ def test_resumed_training_is_exact_with_cached_features(corpus, tmp_path):
     assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
 
 
+def test_a_continued_training_follows_its_new_schedule(corpus, tmp_path):
+    """A training of 100 steps that stopped after 4, and is to end after 8."""
+    name, keys = "speechbrain.nnet.schedulers.WarmCoolDecayLRSchedule", {**SMALL, "number_of_epochs": 9, "num_decoder_layers": 0}
+    for total, limit, expected in ((100, 4, 0.01), (8, 8, 0.0)):
+        schedule = f"!new:{name} {{lr: 0.01, warmup: 1, cooldown: {total // 2}, total_steps: {total}, decay_factor: 1}}"
+        done = run(tmp_path, corpus, {**keys, "lr_annealing": schedule, "optimizer_step_limit": limit}, "conformer")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (group,) = torch.load(last_checkpoint(tmp_path) / "optimizer.ckpt")["param_groups"]
+        assert group["lr"] == pytest.approx(expected)
+
+
 def test_a_half_written_or_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
     model = torch.nn.Linear(1, 1)
     checkpointer = AtomicCheckpointer(tmp_path, {"model": model})

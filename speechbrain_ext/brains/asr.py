@@ -443,7 +443,12 @@ class AsrBrain(Brain):
         self.opt_class = opt_class
 
     def on_fit_start(self):
-        """As in SpeechBrain, but without a further epoch if the last one reached the limit of optimizer steps."""
+        """As in SpeechBrain, but without a further epoch if the last one reached the limit of optimizer steps.
+
+        A schedule that is told the step has no state, and its settings are those of the hparams, also if they have changed.
+        """
+        if self.tells_step and self.checkpointer is not None:
+            self.checkpointer.recoverables.pop("lr_annealing", None)
         super().on_fit_start()
         if self.step == 0 and self._optimizer_step_limit_exceeded:
             self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit
