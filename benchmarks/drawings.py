@@ -361,7 +361,13 @@ def draw_peers():
             axes.plot(x, y, "o", color=color, markersize=4 + 0.8 * float(row["size_mib"]) ** 0.5)
             label = f"{row['system']}, {row['size_mib']} MiB"
             axes.annotate(
-                label, (x, y), (9, -12 if place % 2 else 6), textcoords="offset points", color=color, fontsize=9, weight="bold" if ours else "normal"
+                label,
+                (x, y),
+                (9, -12 if place % 2 else 6),
+                textcoords="offset points",
+                color=color,
+                fontsize=9,
+                weight="bold" if ours else "normal",
             )
         axes.set(xscale="log", xlim=(0.004, 0.5), ylim=(0, 80))
         ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]
