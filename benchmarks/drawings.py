@@ -351,7 +351,7 @@ def draw_cost():
 
 def draw_peers():
     """Draw the error rate against the time of a processor, of our models and of recognisers of others."""
-    rows = sorted((row for row in read_csv(PEERS) if row["test_set"] == PEERS_SET), key=lambda row: float(row["cpu_per_audio"]))
+    rows = sorted((row for row in read_csv(PEERS) if row["test_set"] == PEERS_SET), key=lambda row: -float(row["WER"]))
     for theme, colors in THEMES.items():
         figure, axes = pyplot.subplots(figsize=(8.2, 3.4), layout="constrained")
         for place, row in enumerate(rows):
