@@ -1,4 +1,4 @@
-# make demo   environment, embedded corpus, training, WER and a transcript: six to eight minutes on two cores
+# make demo   environment, embedded corpus, training, WER, and the text of a real recording: six to eight minutes on two cores
 # make test   environment and all tests except the slow ones
 # make slow   environment and the slow tests, each takes minutes
 # make docs   the documentation as a site, in site/
@@ -28,6 +28,8 @@ $(VENV)/dev: $(VENV)/runtime
 
 demo: $(VENV)/runtime
 	$(BIN)/python train.py hparams/hyperconformer.yaml --output_folder $(DEMO)
+	@echo "A real recording, with the English model of the package:"
+	$(BIN)/python -m speechbrain_ext transcribe examples/speech.flac
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -22,6 +22,7 @@ from speechbrain_ext.utils.files import read_csv
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-processor-2-threads.csv"
+PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 LOGS = ROOT / "recipes" / "MiniLibriSpeech" / "results" / "logs"
 
 THEMES = {
@@ -348,6 +349,34 @@ def draw_cost():
         save(figure, "cost", theme)
 
 
+def draw_peers():
+    """Draw the error rate against the time of a processor, of our models and of recognisers of others."""
+    rows = sorted((row for row in read_csv(PEERS) if row["test_set"] == PEERS_SET), key=lambda row: -float(row["WER"]))
+    for theme, colors in THEMES.items():
+        figure, axes = pyplot.subplots(figsize=(8.2, 3.4), layout="constrained")
+        for place, row in enumerate(rows):
+            ours = row["package"] in ("speechbrain_ext", "sherpa-onnx") or row["package"].startswith("sherpa-onnx ")
+            x, y = float(row["cpu_per_audio"]), float(row["WER"])
+            color = "#2f7fd1" if ours else "#b8860b"
+            axes.plot(x, y, "o", color=color, markersize=4 + 0.8 * float(row["size_mib"]) ** 0.5)
+            label = f"{row['system']}, {row['size_mib']} MiB"
+            axes.annotate(
+                label,
+                (x, y),
+                (9, -12 if place % 2 else 6),
+                textcoords="offset points",
+                color=color,
+                fontsize=9,
+                weight="bold" if ours else "normal",
+            )
+        axes.set(xscale="log", xlim=(0.004, 0.5), ylim=(0, 80))
+        ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        paint(axes, colors, "seconds of one processor per second of audio", "WER, %")
+        save(figure, "peers", theme)
+
+
 LEARNED = {
     "hyperconformer": ("HyperConformer", "#2f7fd1"),
     "practical_conformer": ("Practical Conformer", "#e07b20"),
@@ -398,6 +427,7 @@ def main():
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_cost()
+    draw_peers()
     draw_learning()
     draw_blocks()
     plot_cost(read_csv(BENCH), IMAGES / "cost_all.png")

@@ -29,11 +29,15 @@ GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 PUBLISHED = ROOT / "benchmarks" / "results" / "published.csv"
+WORDS = ROOT / "recipes" / "MiniLibriSpeech" / "results"
 HEADS = ROOT / "recipes" / "Synthetic" / "results" / "searches.csv"
 LM = ROOT / "benchmarks" / "results" / "lm.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
 TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
+SHIPPED = {"english": "hyperconformer", "english-streaming": "hyperconformer_streaming"}
+"""Runs of the models that come with the package."""
+TEST_SETS = "test-clean", "test-librispeech", "test-speechocean"
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
@@ -72,6 +76,30 @@ def results(page=None):
         for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
     ]
     return table(header, rows)
+
+
+def words():
+    """Error rates on real speech of the models that were trained on a few hours: of each run, and with language models."""
+    runs, lines = {}, []
+    for row in read(WORDS / "results.csv"):
+        runs.setdefault((row["experiment"], row["search"]), {})[row["test_set"]] = row
+    searches = read(WORDS / "searches.csv") if (WORDS / "searches.csv").is_file() else []
+    with_lm = {(SHIPPED.get(row["model"]), row["test_set"], row["lm"]): row["WER"] for row in searches}
+    for (experiment, search), sets in runs.items():
+        row = next(iter(sets.values()))
+        answer = search.removesuffix("ctc_greedy").replace("_", " ").strip()
+        name = experiment + f" ({answer})" * bool(answer)
+        rates = [sets[test_set]["WER"] if test_set in sets else "" for test_set in TEST_SETS]
+        lines.append(
+            [
+                name,
+                f"{int(row['parameters']):,}",
+                row["steps"],
+                *rates,
+                with_lm.get((experiment, "test-clean", "tokens.arpa"), ""),
+            ]
+        )
+    return table(["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS), "test-clean with a 4-gram"], lines)
 
 
 def published():
@@ -389,7 +417,18 @@ def _cell(text):
 
 def fill(text):
     """A page's text with new tables."""
-    makers = [results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer]
+    makers = [
+        results,
+        words,
+        training,
+        search,
+        streaming,
+        long_audio,
+        hypermixing,
+        squeezeformer,
+        fusionformer,
+        practical_conformer,
+    ]
     makers += [memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, published, sherpa, peers, bench, hparams]
     for name, make in ((path.stem, make) for path in ENCODERS for make in (results, streams)):
         if f"<!-- {make.__name__}_{name}:begin -->" in text:

@@ -3,7 +3,7 @@
 import sys
 from contextlib import contextmanager, redirect_stdout
 
-from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING, is_shipped
+from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING
 from speechbrain_ext.utils.errors import UsageError, UserError
 from speechbrain_ext.utils.text import printable
 
@@ -30,11 +30,9 @@ def usage():
 
 def add_model(parser):
     """Add the option for the model."""
-    known = "a model folder that training wrote, or a Hugging Face repository, user/model"
-    shipped = any(map(is_shipped, (ENGLISH, ENGLISH_STREAMING)))
-    if shipped:
-        known += f"; by default {ENGLISH}, or for streams {ENGLISH_STREAMING}: small models that come with the package"
-    parser.add_argument("--model", metavar="MODEL", required=not shipped, help=known)
+    known = "a model folder that training wrote, or a Hugging Face repository, user/model; by default"
+    shipped = f"{ENGLISH}, or for streams {ENGLISH_STREAMING}: small models that come with the package"
+    parser.add_argument("--model", metavar="MODEL", help=f"{known} {shipped}")
     add_trust(parser)
 
 

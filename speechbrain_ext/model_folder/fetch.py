@@ -13,14 +13,14 @@ SHIPPED = Path(__file__).resolve().parents[1] / "models"
 
 
 def is_shipped(source):
-    """Whether a name is that of a model of the package, and this version has it.
+    """Whether a name is that of a model of the package.
 
     Example
     -------
-    >>> is_shipped("ann/english")
-    False
+    >>> is_shipped("english"), is_shipped("ann/english")
+    (True, False)
     """
-    return source in (ENGLISH, ENGLISH_STREAMING) and (SHIPPED / source).is_dir()
+    return source in (ENGLISH, ENGLISH_STREAMING)
 
 
 def split_revision(source):
