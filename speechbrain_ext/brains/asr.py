@@ -497,7 +497,7 @@ class AsrBrain(Brain):
         """
         self.set_learning_rate()
         optimizers, norms = self.freeze_optimizers(self.optimizers_dict).values(), []
-        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf  # as in SpeechBrain, 0 and less do not clip
+        limit = math.inf if self.max_grad_norm <= 0 else self.max_grad_norm  # as in SpeechBrain, 0 and less do not clip
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
