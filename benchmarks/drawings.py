@@ -355,7 +355,7 @@ def draw_peers():
     for theme, colors in THEMES.items():
         figure, axes = pyplot.subplots(figsize=(8.2, 3.4), layout="constrained")
         for place, row in enumerate(rows):
-            ours = row["package"] in ("speechbrain_ext", "sherpa-onnx") or row["package"].startswith("sherpa-onnx ")
+            ours = row["package"].startswith(("speechbrain_ext", "sherpa-onnx"))
             x, y = float(row["cpu_per_audio"]), float(row["WER"])
             color = "#2f7fd1" if ours else "#b8860b"
             axes.plot(x, y, "o", color=color, markersize=4 + 0.8 * float(row["size_mib"]) ** 0.5)

@@ -47,6 +47,12 @@ def columns(path, fields, header):
     return table(header, [[row[field] for field in fields] for row in read(path)])
 
 
+def pass_in(search):
+    """The pass of a cascade in the name of a greedy CTC search, in brackets; empty for other encoders."""
+    name = search.removesuffix("ctc_greedy").replace("_", " ").strip()
+    return f" ({name})" if name else ""
+
+
 def results(page=None):
     """Word error rates of the recipes' runs, a row per run and training set; on an encoder's page, of its runs."""
     runs = {}
@@ -55,11 +61,10 @@ def results(page=None):
             continue  # a row without steps is from evaluate, and has no figures of the training
         if page and row["architecture"] != page and not row["hparams"].startswith(page):
             continue
-        answer = row["search"].removesuffix("ctc_greedy").replace("_", " ").strip()
         run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
         key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
         runs.setdefault((*key, row["audio_seconds_per_second"], row["peak_memory_mib"]), []).append(
-            f"{row['test_set']} {float(row['WER']):.1f}" + f" ({answer})" * bool(answer)
+            f"{row['test_set']} {float(row['WER']):.1f}" + pass_in(row["search"])
         )
     header = ["trained on", "run", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
     rows = [
@@ -83,22 +88,13 @@ def words():
     runs, lines = {}, []
     for row in read(WORDS / "results.csv"):
         runs.setdefault((row["experiment"], row["search"]), {})[row["test_set"]] = row
-    searches = read(WORDS / "searches.csv") if (WORDS / "searches.csv").is_file() else []
+    searches = read(WORDS / "searches.csv")
     with_lm = {(SHIPPED.get(row["model"]), row["test_set"], row["lm"]): row["WER"] for row in searches}
     for (experiment, search), sets in runs.items():
         row = next(iter(sets.values()))
-        answer = search.removesuffix("ctc_greedy").replace("_", " ").strip()
-        name = experiment + f" ({answer})" * bool(answer)
         rates = [sets[test_set]["WER"] if test_set in sets else "" for test_set in TEST_SETS]
-        lines.append(
-            [
-                name,
-                f"{int(row['parameters']):,}",
-                row["steps"],
-                *rates,
-                with_lm.get((experiment, "test-clean", "tokens.arpa"), ""),
-            ]
-        )
+        lm = with_lm.get((experiment, "test-clean", "tokens.arpa"), "")
+        lines.append([experiment + pass_in(search), f"{int(row['parameters']):,}", row["steps"], *rates, lm])
     return table(["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS), "test-clean with a 4-gram"], lines)
 
 
@@ -295,15 +291,11 @@ def gpu():
     lines = []
     for name, ends in found.items():
         held_out = next(row for (part, _), row in reversed(ends.items()) if part == "held-out")
-        answers = {
-            search.removesuffix("ctc_greedy").replace("_", " ").strip(): row
-            for (part, search), row in ends.items()
-            if part != "held-out"
-        }
+        answers = {search: row for (part, search), row in ends.items() if part != "held-out"}
         lines.append(
             [name, f"{int(held_out['parameters']):,}", held_out["steps"], held_out["epochs"]]
             + [f"{float(held_out['audio_seconds_per_second']):,.0f}x", held_out["train_loss"], held_out["loss"], held_out["WER"]]
-            + [", ".join(f"{row['set']} {row['WER']}" + f" ({answer})" * bool(answer) for answer, row in answers.items())]
+            + [", ".join(f"{row['set']} {row['WER']}" + pass_in(search) for search, row in answers.items())]
         )
     header = ["encoder", "parameters", "steps", "epochs", "audio / training time", "loss", "loss held out", "WER % held out"]
     return table([*header, "WER %, greedy CTC"], lines)
@@ -417,19 +409,22 @@ def _cell(text):
 
 def fill(text):
     """A page's text with new tables."""
-    makers = [
-        results,
+    makers = [results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer]
+    makers += [
         words,
-        training,
-        search,
-        streaming,
-        long_audio,
-        hypermixing,
-        squeezeformer,
-        fusionformer,
-        practical_conformer,
+        memory,
+        gpu,
+        manifests,
+        transducer_loss,
+        transducer_search,
+        heads,
+        lm,
+        published,
+        sherpa,
+        peers,
+        bench,
+        hparams,
     ]
-    makers += [memory, gpu, manifests, transducer_loss, transducer_search, heads, lm, published, sherpa, peers, bench, hparams]
     for name, make in ((path.stem, make) for path in ENCODERS for make in (results, streams)):
         if f"<!-- {make.__name__}_{name}:begin -->" in text:
             text = put(text, f"{make.__name__}_{name}", make(name))

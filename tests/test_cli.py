@@ -8,9 +8,10 @@ import sys
 import pytest
 import soundfile
 import torch
-from tiny import make_model
+from tiny import ROOT, make_model
 
 from speechbrain_ext import cli
+from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.model_folder import fetch
 
@@ -52,13 +53,15 @@ def test_lines_come_in_the_order_of_the_files(capsys, folder, monkeypatch):
         (["stream"], "english-streaming"),
     ],
 )
-def test_without_a_model_the_package_s_own_answers(command, name, folder, capsys):
+def test_without_a_model_the_package_s_own_answers(command, name, capsys):
+    recording = str(ROOT / "examples" / "speech.flac")
     out = []
     for given in ([], ["--model", name], ["--model", str(fetch.SHIPPED / name)]):
-        assert cli.main([*command, *given, "--device", "cpu", str(folder / "short.flac")]) == 0
+        assert cli.main([*command, *given, "--device", "cpu", recording]) == 0
         out.append(capsys.readouterr().out)
-    assert out[0] == out[1] == out[2]
-    status = cli.main([*command, "--model", name, "--revision", "v1", str(folder / "short.flac")])
+    assert out[0] == out[1] == out[2] and out[0]
+    assert load_model(name, "cpu").fingerprint == load_model(fetch.SHIPPED / name, "cpu").fingerprint
+    status = cli.main([*command, "--model", name, "--revision", "v1", recording])
     assert status == 2 and "comes with the package" in capsys.readouterr().err
 
 

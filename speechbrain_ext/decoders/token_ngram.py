@@ -137,7 +137,8 @@ def _read(path, tokenizer):
         flat.extend(ids)
         probabilities.append(max(probability, NEVER))
         backoffs.append(max(backoff, NEVER))
-    if not any(piece.strip("▁") for piece, number in number.items() if number in set(orders[0][0]) and number < tokens):
+    known = set(orders[0][0])
+    if not any(piece.strip("▁") for piece, token in number.items() if token in known and token < tokens):
         raise UserError(
             f"The language model {path} has none of the model's tokens; write one with ngram --tokens MODEL, from text as in the "
             "model's transcripts."
