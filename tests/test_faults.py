@@ -36,6 +36,7 @@ from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer
+from speechbrain_ext.training.results import append_rows
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import locked, replacing_folder
 from train import take_paths
@@ -691,6 +692,24 @@ def test_a_results_file_of_something_else(run, tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n1,2,3\n")
     with pytest.raises(training.UsageError, match="rows.csv has lines with different numbers of columns"):
         run(results_file="rows.csv")
+
+
+def test_a_link_to_a_results_file_stays_a_link(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "rows.csv").symlink_to("data/rows.csv")
+    for model in "ab":
+        append_rows(tmp_path / "rows.csv", [{"model": model}])
+    assert (tmp_path / "rows.csv").is_symlink() and (tmp_path / "data" / "rows.csv").read_text() == "model\na\nb\n"
+
+
+def test_emulated_precisions_are_warned_about(monkeypatch, caplog):
+    brain = SimpleNamespace(device_type="cpu", precision="bf16")
+    hparams = dict.fromkeys(("modules", "opt_class", "checkpointer")) | {"brain": lambda *_: brain}
+    for emulated in (True, False):
+        monkeypatch.setattr(training, "emulates", lambda precision, emulated=emulated: emulated)
+        caplog.clear()
+        assert training.make_brain(hparams, SimpleNamespace(device="cpu")) is brain
+        assert ("--precision bf16: this processor" in caplog.text) == emulated
 
 
 def test_a_damaged_tokenizer_is_made_again(tmp_path):

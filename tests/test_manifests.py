@@ -340,11 +340,14 @@ def test_a_list_or_a_line_of_json_does_as_well(audio, tmp_path):
 
 
 def test_ids_that_no_manifest_states(tmp_path):
-    """The stem with the segment, or the whole path if stems are equal, in different folders or with different suffixes."""
+    """The stem with segment and channel, or the whole path if stems are equal (other folders, other suffixes)."""
     rows = [{"audio_filepath": name, "text": "A"} for name in ("a/1.wav", "b/1.wav", "b/2.wav", "b/2.flac", "c.wav")]
     rows += [{"audio_filepath": "c.wav", "offset": second, "duration": 1.25, "text": "A"} for second in (0, 1.0005)]
+    rows += [{"audio_filepath": "call.wav", "channel": channel, "text": "A"} for channel in (0, 1)]
+    rows += [{"audio_filepath": "call.wav", "channel": 1, "offset": 2, "duration": 1, "text": "A"}]
     ids = [entry.utterance.ID for entry in read_entries(json_lines(tmp_path / "m.jsonl", rows))[0]]
-    assert ids == [f"{tmp_path}/{row['audio_filepath']}" for row in rows[:4]] + ["c", "c-0.000-1.250", "c-1.000-2.250"]
+    stems = ["c", "c-0.000-1.250", "c-1.000-2.250", "call-channel0", "call-channel1", "call-2.000-3.000-channel1"]
+    assert ids == [f"{tmp_path}/{row['audio_filepath']}" for row in rows[:4]] + stems
 
 
 def test_several_manifests_become_one_set(audio, tmp_path):

@@ -23,6 +23,7 @@ from speechbrain_ext.training.run import choose_setting, take_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFORMER = ROOT / "hparams" / "conformer.yaml"
+CHUNKS = "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfig"
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +146,11 @@ def test_dynamic_chunks_have_a_size_that_the_encoder_takes(corpus, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("decoder_layers", [0, 1])
-def test_a_fusionformer_is_tested_and_kept_fused(decoder_layers, corpus, tmp_path):
+@pytest.mark.parametrize("decoder_layers, chunk", [(0, "null"), (1, f"!new:{CHUNKS} {{chunk_size: 2, left_context_size: 1}}")])
+def test_a_fusionformer_is_tested_and_kept_fused(decoder_layers, chunk, corpus, tmp_path):
     keys = {**SMALL, "num_decoder_layers": decoder_layers, "number_of_epochs": 3, "average_checkpoints": 2}
-    run = train(tmp_path, ROOT / "hparams" / "fusionformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys))
+    options = [*arguments(**keys), "--chunk_sampler", f"{{test_config: {chunk}}}"]
+    run = train(tmp_path, ROOT / "hparams" / "fusionformer.yaml", "--data_folder", corpus, "--device", "cpu", *options)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Greedy search, fused and unfused: WER" in run.stdout
     folder = tmp_path / "results" / "fusionformer" / "7775"

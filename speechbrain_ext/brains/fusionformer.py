@@ -48,7 +48,8 @@ class FusionFormerBrain(AsrBrain):
         if stage != Stage.TEST or self.unfused is None:
             return predictions
         signal, lens = batch.feats if self.hparams.cache_features else batch.sig
-        (unfused,) = self.unfused(signal, lens, is_features=self.hparams.cache_features)
+        chunks = self.draw_chunks(stage)  # a test has the same chunks in all batches
+        (unfused,) = self.unfused(signal, lens, is_features=self.hparams.cache_features, chunks=chunks)
         log_probs = unfused.ctc_logits.float().log_softmax(-1)
         difference = (predictions[None].ctc_logits.float().softmax(-1) - log_probs.exp()).abs().amax(2)
         padded = padding_mask(absolute_lengths(unfused.lengths, difference.shape[1]), difference.shape[1])

@@ -251,14 +251,14 @@ def _number(name, value):
 
 
 def _with_ids(entries, names):
-    """Make missing ids from the stem of the path and the segment, or from the whole path if stems are equal."""
+    """Make missing ids from the stem of the path, the segment and the channel, or from the whole path if stems are equal."""
 
     def named(entry, name):
         utterance = entry.utterance
-        if utterance.start is None and utterance.stop is None:
-            return name
-        stop = "end" if utterance.stop is None else f"{utterance.stop:.3f}"
-        return f"{name}-{utterance.start or 0:.3f}-{stop}"
+        if utterance.start is not None or utterance.stop is not None:
+            stop = "end" if utterance.stop is None else f"{utterance.stop:.3f}"
+            name = f"{name}-{utterance.start or 0:.3f}-{stop}"
+        return name if utterance.channel is None else f"{name}-channel{utterance.channel}"
 
     paths = [name or entry.utterance.wav for name, entry in zip(names, entries, strict=True)]
     stems = ["" if entry.given else named(entry, Path(path).stem) for path, entry in zip(paths, entries, strict=True)]

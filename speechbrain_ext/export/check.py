@@ -68,9 +68,9 @@ class Report:
     chunk_seconds: float | None = None
 
     def __str__(self):
-        kind = "synthetic signals" if self.synthetic else "utterances"
+        kind = "synthetic signal" if self.synthetic else "utterance"
         lines = [
-            f"compared on {self.utterances} {kind}, {self.seconds:.1f} s",
+            f"compared on {self.utterances} {kind}{'s' * (self.utterances != 1)}, {self.seconds:.1f} s",
             f"largest difference of a log-probability: {self.max_difference:.2g}",
             f"tokens decoded differently: {self.token_error:.2%}",
         ]

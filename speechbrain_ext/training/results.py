@@ -71,7 +71,7 @@ def append_rows(path, rows):
     a,5.0,
     b,4.0,100
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     rows = [dataclasses.asdict(row) if isinstance(row, ResultRow) else row for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):

@@ -47,7 +47,7 @@ from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokeni
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
-from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory, python_command
+from speechbrain_ext.utils.machine import describe_machine, emulates, keep_freed_memory, python_command
 from speechbrain_ext.utils.text import listing
 
 logger = get_logger(__name__)
@@ -701,11 +701,15 @@ def make_brain(hparams, run_opts):
     """Make the Brain of the hparams; raises UsageError if the machine lacks the device or the precision."""
     try:
         torch.zeros(1, device=run_opts.device).item()
-        return hparams["brain"](hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"])
+        brain = hparams["brain"](hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"])
     except (ValueError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError) or raised_in(error, "speechbrain", "torch") or error.__traceback__.tb_next is None:
             raise UsageError(one_line(error)) from error
         raise
+    if brain.device_type == "cpu" and emulates(brain.precision):
+        cause = "this processor has no such arithmetic and emulates it, which takes several times as long as fp32"
+        logger.warning("--precision %s: %s; leave the option out.", brain.precision, cause)
+    return brain
 
 
 def statistics_batches(brain, dataset, options):

@@ -66,6 +66,24 @@ def python_command():
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def emulates(precision):
+    """Whether this processor lacks a precision, so that computing in it takes several times as long as in float32.
+
+    Arguments
+    ---------
+    precision : str
+        "bf16", "fp16" or "fp32".
+
+    Example
+    -------
+    >>> emulates("fp32")
+    False
+    """
+    # oneDNN's test; a build of PyTorch without oneDNN has no such test, and then nothing is known
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: True)
+    return not supported()
+
+
 def cpu_name():
     """The processor's name."""
     try:
