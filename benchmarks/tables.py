@@ -54,33 +54,31 @@ def pass_in(search):
 
 
 def results(page=None):
-    """Word error rates of the recipes' runs, a row per run and training set; on an encoder's page, of its runs."""
+    """Word error rates of the recipes' runs, a row per run and training set; on an encoder's page, of its runs, without the cost."""
     runs = {}
     for row in (row for path in RESULTS for row in read(path)):
         if not row["steps"] or not row["search"].endswith("ctc_greedy"):
             continue  # a row without steps is from evaluate, and has no figures of the training
         if page and row["architecture"] != page and not row["hparams"].startswith(page):
             continue
-        run = " ".join((row["experiment"], row["overrides"].replace(f"--experiment {row['experiment']}", ""))).strip()
-        key = (row["corpus"], row["train_hours"], run, row["architecture"], row["parameters"], row["steps"])
+        run = " ".join((row["experiment"], options(row)))
+        key = (row["corpus"], row["train_hours"], run.strip(), row["architecture"], row["parameters"], row["steps"])
         runs.setdefault((*key, row["audio_seconds_per_second"], row["peak_memory_mib"]), []).append(
             f"{row['test_set']} {float(row['WER']):.1f}" + pass_in(row["search"])
         )
-    header = ["trained on", "run", "encoder", "parameters", "steps", "audio / training time", "peak memory", "WER %, greedy CTC"]
-    rows = [
-        [
-            f"{corpus}, {float(hours):.3g} h",
-            run,
-            encoder,
-            f"{int(parameters):,}",
-            steps,
-            f"{float(speed):.0f}x",
-            f"{int(memory):,} MiB",
-        ]
-        + [", ".join(wers)]
-        for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items()
-    ]
-    return table(header, rows)
+    rows = []
+    for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items():
+        cost = [encoder, f"{float(speed):.0f}x", f"{int(memory):,} MiB"]
+        rows.append([f"{corpus}, {float(hours):.3g} h", run, f"{int(parameters):,}", steps, ", ".join(wers), *cost])
+    header = ["trained on", "run", "parameters", "steps", "WER %, greedy CTC", "encoder", "audio / training time", "peak memory"]
+    shown = 5 if page else len(header)
+    return table(header[:shown], [row[:shown] for row in rows])
+
+
+def options(row):
+    """The options of a run that change its training, with the names of files in place of their paths."""
+    text = re.sub(rf"--experiment {re.escape(row['experiment'])}|--weights_precision \S+", "", row["overrides"])
+    return " ".join(Path(part).name if part.count("/") > 1 else part for part in text.split())
 
 
 def words():
