@@ -54,7 +54,7 @@ def pass_in(search):
 
 
 def results(page=None):
-    """Word error rates of the recipes' runs, a row per run and training set; on an encoder's page, of its runs, without the cost."""
+    """Word error rates of the runs of all recipes, a row each; the page of an encoder has its runs, without their cost."""
     runs = {}
     for row in (row for path in RESULTS for row in read(path)):
         if not row["steps"] or not row["search"].endswith("ctc_greedy"):

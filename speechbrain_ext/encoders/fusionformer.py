@@ -22,6 +22,7 @@ from speechbrain_ext.encoders._base import Encoder, LayerState
 from speechbrain_ext.lobes.activations import ReLU, Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
+from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, Unchanged
 from speechbrain_ext.lobes.precision import autocasts
 from speechbrain_ext.lobes.stack import Stack
@@ -87,7 +88,7 @@ class FusionFeedForward(nn.Module):
         self.linear1 = parts.linear(d_model, d_ffn)
         self.activation = parts.activation()
         self.linear2 = parts.linear(d_ffn, d_model, last=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @property
     def branch_end(self) -> nn.Module:
@@ -113,7 +114,7 @@ class FusionConvolution(DepthwiseModule):
         self.depthwise_norm = parts.batch_norm(d_model) if behind else parts.before(d_model)
         self.activation = parts.activation()
         self.pointwise2 = parts.linear(d_model, d_model, last=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _before(self, x, mask):
         return self.gate(self.pointwise1(self.norm(x, mask), mask))
@@ -148,7 +149,7 @@ class FusionFormerLayer(nn.Module):
         if parts.variant.behind:
             attention.qkv = parts.linear(d_model, 3 * d_model)
             attention.out = parts.linear(d_model, d_model, last=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.convolution = FusionConvolution(parts, d_model, kernel_size, dropout)
         self.ffn2 = FusionFeedForward(parts, d_model, d_ffn, dropout)
         self.norm = parts.before(d_model)

@@ -14,6 +14,7 @@ from torch import nn
 from speechbrain_ext.encoders._base import Encoder, LayerState, choose_size
 from speechbrain_ext.lobes.attention import RelativeSelfAttention
 from speechbrain_ext.lobes.convolution import SwishConvolutionModule
+from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.feedforward import ScaledFeedForward
 from speechbrain_ext.lobes.fusible import ScaledLinear
 from speechbrain_ext.lobes.temporal_unet import nest
@@ -80,7 +81,7 @@ class SqueezeformerLayer(nn.Module):
         super().__init__()
         self.mixer = RelativeSelfAttention(d_model, nhead)
         self.mixer.qkv = ScaledLinear(d_model, 3 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.mixer_norm = nn.LayerNorm(d_model, eps)
         self.ffn1 = ScaledFeedForward(d_model, d_ffn, dropout)
         self.ffn1_norm = nn.LayerNorm(d_model, eps)

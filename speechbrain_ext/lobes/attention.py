@@ -14,6 +14,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import library, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from speechbrain_ext.lobes.dropout import dropout
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids, stream_positions
@@ -270,12 +271,16 @@ class _WithoutCudnn:
             torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def _sdpa(query, key, value, bias, scale, dropout):
+def _sdpa(query, key, value, bias, scale, probability):
+    if probability and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        scores = (query * scale) @ key.transpose(2, 3)
+        scores = scores if bias is None else scores.add_(bias)
+        return (dropout(scores.softmax(-1), probability) @ value).transpose(1, 2).flatten(2)
     size = query.shape[-1]
     if _has_fused_kernels(query) and size % ALIGNMENT:  # zeros change nothing, as the scale is given
         query, key, value = (F.pad(part, (0, -size % ALIGNMENT)) for part in (query, key, value))
     with any_length(query):
-        y = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
+        y = F.scaled_dot_product_attention(query, key, value, bias, probability, scale=scale)
     return y[..., :size].transpose(1, 2).flatten(2)
 
 

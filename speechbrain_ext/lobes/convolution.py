@@ -6,6 +6,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import library, nn
 
 from speechbrain_ext.lobes.activations import Swish
+from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
 from speechbrain_ext.lobes.masks import chunk_length, zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, autocasts, full_precision
@@ -313,7 +314,7 @@ class ConvolutionModule(DepthwiseModule):
         self.depthwise_norm = nn.LayerNorm(d_model)
         self.activation = activation()
         self.pointwise2 = nn.Linear(d_model, d_model, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _before(self, x, mask):
         return F.glu(self.pointwise1(self.norm(x)), dim=-1)
@@ -359,7 +360,7 @@ class SwishConvolutionModule(DepthwiseModule):
         self.depthwise_norm = MaskedBatchNorm(2 * d_model, momentum=0.015, eps=eps)  # the authors' momentum
         self.activation = Swish()
         self.pointwise2 = nn.Linear(2 * d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.uniform_(self.pointwise2.weight, -(d_model**-0.5), d_model**-0.5)  # the authors' range
         nn.init.uniform_(self.pointwise2.bias, -(d_model**-0.5), d_model**-0.5)
 

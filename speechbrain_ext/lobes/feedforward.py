@@ -3,6 +3,7 @@
 from torch import nn
 
 from speechbrain_ext.lobes.activations import Swish
+from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import ScaledLinear
 
 
@@ -32,9 +33,9 @@ class FeedForward(nn.Sequential):
             nn.LayerNorm(d_model),
             nn.Linear(d_model, d_ffn),
             activation(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(d_ffn, d_model),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     @property
@@ -63,9 +64,7 @@ class ScaledFeedForward(nn.Sequential):
     """
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float = 0.0):
-        super().__init__(
-            ScaledLinear(d_model, d_ffn), Swish(), nn.Dropout(dropout), nn.Linear(d_ffn, d_model), nn.Dropout(dropout)
-        )
+        super().__init__(ScaledLinear(d_model, d_ffn), Swish(), Dropout(dropout), nn.Linear(d_ffn, d_model), Dropout(dropout))
 
     @property
     def branch_end(self) -> nn.Module:

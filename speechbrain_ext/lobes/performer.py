@@ -37,6 +37,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from speechbrain_ext.lobes.chunk_sums import ChunkSums
+from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest
 from speechbrain_ext.utils.errors import UserError
@@ -224,7 +225,7 @@ class PerformerAttention(nn.Module):
         self.qkv = PlainLinear(d_model, 3 * d_model)
         self.features = RandomFeatures(head_size, kernel, features)
         self.out = PlainLinear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for projection in self.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(projection)
         nn.init.zeros_(self.qkv.bias)

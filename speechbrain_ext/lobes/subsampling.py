@@ -13,6 +13,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.activations import ReLU
 from speechbrain_ext.lobes.convolution import channels_last_conv
+from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.registry import loadable
@@ -152,7 +153,7 @@ class ConvolutionSubsampling(_Subsampling):
         for width in channels:
             size = (size + 1) // 2
             norm = nn.LayerNorm((size, width))  # over bins and channels of a frame
-            stages.append(nn.Sequential(_Halving(previous, width), norm, nn.LeakyReLU(inplace=True), nn.Dropout(dropout)))
+            stages.append(nn.Sequential(_Halving(previous, width), norm, nn.LeakyReLU(inplace=True), Dropout(dropout)))
             previous = width
         self.stages = nn.ModuleList(stages)
         self.output_size = size * previous

@@ -12,6 +12,7 @@ from speechbrain_ext.lobes import attention, subsampling
 from speechbrain_ext.lobes.activations import ReLU, Swish, gelu
 from speechbrain_ext.lobes.attention import RelativeSelfAttention, RotarySelfAttention
 from speechbrain_ext.lobes.convolution import ConvolutionModule, channels_last_conv, depthwise_conv
+from speechbrain_ext.lobes.dropout import dropout
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
 
@@ -261,3 +262,51 @@ def test_the_relative_shift_has_the_gradient_of_its_views(queries, keys):
     assert torch.autograd.gradgradcheck(lambda x: attention._Shift.apply(x, keys).square(), scores)
     rows = torch.func.vmap(lambda x: attention._Shift.apply(x, keys))(scores)
     assert torch.equal(rows, views)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_zeroes_a_share_of_independent_elements(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(501, 3, 333, dtype=dtype).transpose(0, 2).requires_grad_()
+    y = dropout(x, p)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach())
+    torch.testing.assert_close(y.max().item(), 1 / (1 - p), rtol=0.01, atol=0)
+    assert len(y.unique()) == 2 and y.dtype == dtype and not torch.equal(y, dropout(x, p))
+    zeros = (y == 0).double().transpose(0, 2).flatten() - p  # in the order of the memory, where four neighbours share a draw
+    spread = 5 * p * (1 - p) / len(zeros) ** 0.5
+    assert abs(zeros.mean().item()) < spread / (p * (1 - p)) ** 0.5
+    for distance in (1, 2, 3, 4):
+        assert abs((zeros[distance:] * zeros[:-distance]).mean().item()) < spread
+
+
+def test_dropout_without_effect_and_without_rest():
+    x = torch.rand(3, 5)
+    assert dropout(x, 0.0) is x and not dropout(x, 1.0).any() and dropout(x[:0], 0.5).shape == (0, 5)
+    with torch.no_grad():
+        assert torch.equal(dropout(x, 1e-9), x)
+    torch.manual_seed(1)
+    first = dropout(x, 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, 0.5), first)
+
+
+@pytest.mark.parametrize("kind", [RelativeSelfAttention, RotarySelfAttention])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_with_dropout_is_attention_whose_probabilities_are_dropped(kind, padded):
+    torch.manual_seed(0)
+    net = kind(8, 2).double()
+    x, weights = torch.randn(3, 70, 8, dtype=torch.float64), torch.randn(3, 70, 8, dtype=torch.float64)
+    mask = torch.arange(70) >= torch.tensor([[70], [40], [11]]) if padded else None
+    results = []
+    for probability in (0.0, 1e-9):  # the second takes the other way, and drops nothing
+        net.dropout = probability
+        y = net.mix(x.requires_grad_(), net.prepare(x, mask, None))
+        results += [(y, *torch.autograd.grad((y * weights).sum(), [x, *net.parameters()]))]
+    for without, with_dropout in zip(*results, strict=True):
+        torch.testing.assert_close(with_dropout, without)
+    net.dropout = 0.3
+    with torch.no_grad():
+        mean = sum(net.mix(x, net.prepare(x, mask, None)) for _ in range(400)) / 400
+    assert (mean - results[0][0]).abs().max() < 0.2 * results[0][0].std()
