@@ -359,13 +359,16 @@ def _attend(query_u, query_v, key, value, positions, blocked, scratch, scale, dr
     scores, keys = scratch.product(query_v, positions), key.shape[2]
     # Columns beyond the keys align the rows; the shifted scores have queries - 1 of them
     where = None if blocked is None else blocked.where[..., : keys + min(blocked.where.shape[3] - keys, query_v.shape[2] - 1)]
-    plain, columns = torch.compiler.is_compiling() or not scores.requires_grad, keys if where is None else where.shape[3]
-    bias = _relative_shift(scores, columns) if plain else _Shift.apply(scores, columns)
-    if where is not None:
-        # Fused kernels need the aligned rows of a copy; a CPU does not
-        in_place = not (torch.compiler.is_compiling() or scores.requires_grad or _has_fused_kernels(scores))
-        bias = (bias.masked_fill_ if in_place else bias.masked_fill)(where, _lowest(bias.dtype))[..., :keys]
-    return _sdpa(query_u, key, value, bias, scale, dropout)
+    columns = keys if where is None else where.shape[3]
+    if scores.requires_grad and not torch.compiler.is_compiling():
+        bias = _Shift.apply(scores, columns, where)
+    else:
+        bias = _relative_shift(scores, columns)
+        if where is not None:
+            # Fused kernels need the aligned rows of a copy; a CPU does not
+            in_place = not (torch.compiler.is_compiling() or _has_fused_kernels(scores))
+            bias = (bias.masked_fill_ if in_place else bias.masked_fill)(where, _lowest(bias.dtype))
+    return _sdpa(query_u, key, value, bias[..., :keys], scale, dropout)
 
 
 def _attend_in_blocks(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout):
@@ -444,13 +447,15 @@ def _relative_shift(scores, keys: int):
 
 
 class _Shift(torch.autograd.Function):
-    """:func:`_relative_shift` with one gradient of the scores' size; autograd would make one for each view."""
+    """:func:`_relative_shift`, with blocked scores lowered. Autograd would make a gradient of the scores' size for each view, and
+    one for the lowering; but blocked scores have no gradient, as their probability is zero."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores, keys):
-        return _relative_shift(scores, keys)
+    def forward(scores, keys, where):
+        shifted = _relative_shift(scores, keys)
+        return shifted if where is None else shifted.masked_fill(where, _lowest(scores.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -460,7 +465,7 @@ class _Shift(torch.autograd.Function):
     def backward(ctx, grad):
         scores = grad.new_zeros(ctx.shape)
         _relative_shift(scores, grad.shape[-1]).copy_(grad)
-        return scores, None
+        return scores, None, None
 
 
 class RotarySelfAttention(SelfAttention):

@@ -255,13 +255,18 @@ def test_activations_work_in_place_only_without_a_gradient(ours, theirs):
 def test_the_relative_shift_has_the_gradient_of_its_views(queries, keys):
     scores = torch.randn(2, 3, queries, queries + keys, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, 3, queries, keys, dtype=torch.float64)
-    ours, views = attention._Shift.apply(scores, keys), attention._relative_shift(scores, keys)
+    ours, views = attention._Shift.apply(scores, keys, None), attention._relative_shift(scores, keys)
     assert torch.equal(ours, views)
     grads = [torch.autograd.grad((each * weights).sum(), scores)[0] for each in (ours, views)]
     assert torch.equal(*grads)
-    assert torch.autograd.gradgradcheck(lambda x: attention._Shift.apply(x, keys).square(), scores)
-    rows = torch.func.vmap(lambda x: attention._Shift.apply(x, keys))(scores)
+    assert torch.autograd.gradgradcheck(lambda x: attention._Shift.apply(x, keys, None).square(), scores)
+    rows = torch.func.vmap(lambda x: attention._Shift.apply(x, keys, None))(scores)
     assert torch.equal(rows, views)
+    where = torch.arange(keys) >= torch.tensor([[max(1, keys - 2)], [keys]])[..., None, None]  # (B, 1, 1, K)
+    blocked = attention._Shift.apply(scores, keys, where), views.masked_fill(where, attention._lowest(scores.dtype))
+    assert torch.equal(*blocked)
+    grads = [torch.autograd.grad((each.softmax(-1) * weights).sum(), scores, retain_graph=True)[0] for each in blocked]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
