@@ -48,8 +48,8 @@ def columns(path, fields, header):
 
 
 def pass_in(search):
-    """The pass of a cascade in the name of a greedy CTC search, in brackets; empty for other encoders."""
-    name = search.removesuffix("ctc_greedy").replace("_", " ").strip()
+    """The pass of a cascade in the name of a CTC search, in brackets; empty for other encoders."""
+    name = re.sub("ctc_(greedy|beam)$", "", search).replace("_", " ").strip()
     return f" ({name})" if name else ""
 
 
@@ -83,17 +83,19 @@ def options(row):
 
 def words():
     """Error rates on real speech of the models that were trained on a few hours: of each run, and with language models."""
-    runs, lines = {}, []
+    runs, lines, with_lm = {}, [], {}
     for row in read(WORDS / "results.csv"):
-        runs.setdefault((row["experiment"], row["search"]), {})[row["test_set"]] = row
-    searches = read(WORDS / "searches.csv")
-    with_lm = {(SHIPPED.get(row["model"]), row["test_set"], row["lm"]): row["WER"] for row in searches}
-    for (experiment, search), sets in runs.items():
+        runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
+    for row in (row for row in read(WORDS / "searches.csv") if row["test_set"] == TEST_SETS[0]):
+        model = SHIPPED.get(row["model"], Path(row["model"]).parts[0])
+        with_lm[model, pass_in(row["search"]), row["lm"]] = row["WER"]
+    for (experiment, said), sets in runs.items():
         row = next(iter(sets.values()))
         rates = [sets[test_set]["WER"] if test_set in sets else "" for test_set in TEST_SETS]
-        lm = with_lm.get((experiment, "test-clean", "tokens.arpa"), "")
-        lines.append([experiment + pass_in(search), f"{int(row['parameters']):,}", row["steps"], *rates, lm])
-    return table(["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS), "test-clean with a 4-gram"], lines)
+        rates += [with_lm.get((experiment, said, lm), "") for lm in ("tokens.arpa", "words.arpa")]
+        lines.append([experiment + said, f"{int(row['parameters']):,}", row["steps"], *rates])
+    header = ["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS)]
+    return table([*header, "test-clean with a token 4-gram", "with a word 3-gram"], lines)
 
 
 def published():
