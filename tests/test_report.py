@@ -39,14 +39,30 @@ def test_a_file_without_a_comment_is_listed_too(tmp_path):
 
 
 def test_losses_go_to_wandb_too(tmp_path, monkeypatch):
-    logged = []
+    logged, asked = [], []
     run = SimpleNamespace(log=lambda values, **keys: logged.append((values, keys)))
-    asked = {}
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **keys: asked.update(keys) or run))
-    logger = with_logger(FileTrainLogger(str(tmp_path / "log.txt")), "wandb", tmp_path, "mine")
-    logger.log_stats({"epoch": 1}, {"loss": 2.0}, {"loss": 3.0})
-    assert asked["name"] == "mine" and asked["dir"] == str(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **keys: asked.append(keys) or run))
+    for epoch in (1, 2):  # stopped between them
+        logger = with_logger(FileTrainLogger(str(tmp_path / "log.txt")), "wandb", tmp_path, "mine")
+        logger.log_stats({"epoch": epoch}, {"loss": 2.0}, {"loss": 3.0})
+    assert asked[0]["name"] == "mine" and asked[0]["dir"] == str(tmp_path)
+    assert asked[0] == asked[1] and asked[1]["id"] and asked[1]["resume"] == "allow"
     assert "valid loss: 3.00" in (tmp_path / "log.txt").read_text() and "3.0" in str(logged)
+    assert [keys for _, keys in logged] == [{"step": 1}, {"step": 2}]
+
+
+def test_a_continued_run_goes_on_in_tensorboard(tmp_path, monkeypatch):
+    logged = []
+    writer = SimpleNamespace(add_scalar=lambda *values: logged.append(values))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    for epochs in ((1, 2), (3,)):  # stopped after the second epoch
+        logger = with_logger(FileTrainLogger(str(tmp_path / "log.txt")), "tensorboard", tmp_path, "mine")
+        for epoch in epochs:
+            logger.log_stats({"epoch": epoch, "lr": 0.1}, {"loss": 2.0}, {"loss": 3.0, "WER": 4.0})
+    logger.log_stats({"epoch": 3}, test_stats={"WER": 5.0})
+    for tag in ("lr", "loss/train", "loss/valid", "WER/valid"):
+        assert [step for name, _, step in logged if name == tag] == [1, 2, 3], tag
+    assert ("WER/test", 5.0, 1) in logged and logged.count(("epoch", 3, 3)) == 2
 
 
 @pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])

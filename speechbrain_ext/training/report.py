@@ -2,11 +2,14 @@
 
 import re
 import textwrap
+import uuid
 from pathlib import Path
 
 from speechbrain.utils.run_opts import HELP_TEXTS
+from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
 
 from speechbrain_ext.utils.errors import UsageError, UserImportError, forget_output
+from speechbrain_ext.utils.files import write_text
 
 LOGGERS = ("tensorboard", "wandb")
 """Values of ``logger``, besides null."""
@@ -92,6 +95,18 @@ class Loggers:
             logger.log_stats(*args, **keys)
 
 
+class EpochLogger(TensorboardLogger):
+    """SpeechBrain's logger for TensorBoard, with epochs as steps; SpeechBrain's steps begin at 1 again in a continued run."""
+
+    def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=False):
+        """Log the statistics of the epoch in ``stats_meta``."""
+        before = stats_meta["epoch"] - 1
+        self.global_step["meta"] = before
+        for dataset, stats in (("train", train_stats), ("valid", valid_stats)):
+            self.global_step[dataset] |= dict.fromkeys(stats or (), before)
+        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
+
+
 def check_logger(name):
     """Refuse unknown loggers.
 
@@ -135,15 +150,20 @@ def with_logger(file_logger, name, folder, experiment):
     check_logger(name)
     if name is None:
         return file_logger
-    from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
-
     try:
         if name == "tensorboard":
-            return Loggers([file_logger, TensorboardLogger(str(Path(folder) / "tensorboard"))])
+            return Loggers([file_logger, EpochLogger(str(Path(folder) / "tensorboard"))])
         import wandb
     except ImportError as error:
         raise UserImportError(f"--logger {name} needs the package {name}; install it with: pip install {name}") from error
-    return Loggers([file_logger, WandBLogger(wandb.init, project="speechbrain_ext", name=experiment, dir=str(folder))])
+
+    def begin(**keys):  # a restarted training continues the W&B run that its folder names
+        known = Path(folder) / "wandb_id"
+        if not known.exists():
+            write_text(known, uuid.uuid4().hex)
+        return wandb.init(dir=str(folder), id=known.read_text(encoding="utf-8"), resume="allow", **keys)
+
+    return Loggers([file_logger, WandBLogger(begin, project="speechbrain_ext", name=experiment)])
 
 
 def read_log(path):
