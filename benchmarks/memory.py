@@ -18,6 +18,7 @@ import argparse
 import functools
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -124,8 +125,12 @@ def kept_mib(brain, batch):
         again.append(inside.mib)
         return checkpoint(module, *inputs, **keys)
 
-    as_on_a_gpu = mock.patch.multiple(F, scaled_dot_product_attention=fused_attention, dropout=dropout)
-    with as_on_a_gpu, mock.patch("speechbrain_ext.lobes.stack.checkpoint", recomputed), kept.of_autograd():
+    with ExitStack() as as_on_a_gpu:
+        as_on_a_gpu.enter_context(mock.patch.multiple(F, scaled_dot_product_attention=fused_attention, dropout=dropout))
+        for lobe in ("attention", "dropout"):
+            as_on_a_gpu.enter_context(mock.patch(f"speechbrain_ext.lobes.{lobe}.shares_draws", lambda x: False))
+        as_on_a_gpu.enter_context(mock.patch("speechbrain_ext.lobes.stack.checkpoint", recomputed))
+        as_on_a_gpu.enter_context(kept.of_autograd())
         predictions = brain.compute_forward(batch, Stage.TRAIN)
         loss = brain.compute_objectives(predictions, batch, Stage.TRAIN)
         kept.add([batch.sig, *predictions.values()])

@@ -703,6 +703,8 @@ def test_a_link_to_a_results_file_stays_a_link(tmp_path):
 
 
 def test_emulated_precisions_are_warned_about(monkeypatch, caplog):
+    if torch.backends.mkldnn.is_available():
+        assert hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and hasattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported")
     brain = SimpleNamespace(device_type="cpu", precision="bf16")
     hparams = dict.fromkeys(("modules", "opt_class", "checkpointer")) | {"brain": lambda *_: brain}
     for emulated in (True, False):

@@ -51,6 +51,18 @@ def test_what_is_kept_grows_as_foretold(name, checkpointing, tmp_path):
     assert max(kept) == pytest.approx(3 * (6 * linear + 36 * square), rel=0.03)
 
 
+def test_a_step_is_counted_as_on_a_gpu(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fused_attention", "dropout"):
+        call = getattr(memory, name)
+        monkeypatch.setattr(
+            memory, name, lambda *values, call=call, name=name, **keys: calls.append(name) or call(*values, **keys)
+        )
+    brain = training.make_brain(None, tmp_path, {"num_encoder_layers": 2, "num_decoder_layers": 0}, "conformer.yaml")
+    memory.kept_mib(brain, training.make_batch(1, 2))
+    assert calls.count("fused_attention") == 2 and calls.count("dropout") >= 2 * 5
+
+
 def test_what_is_computed_again_is_counted_once(tmp_path):
     """All equal blocks keep their inputs; only one keeps the rest."""
     kept = {}

@@ -14,7 +14,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import library, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speechbrain_ext.lobes.dropout import dropout
+from speechbrain_ext.lobes.dropout import dropout, shares_draws
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids, stream_positions
@@ -272,7 +272,8 @@ class _WithoutCudnn:
 
 
 def _sdpa(query, key, value, bias, scale, probability):
-    if probability and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    in_full = query.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")  # below, PyTorch keeps the sums in float32
+    if probability and in_full and shares_draws(query):
         scores = (query * scale) @ key.transpose(2, 3)
         scores = scores if bias is None else scores.add_(bias)
         return (dropout(scores.softmax(-1), probability) @ value).transpose(1, 2).flatten(2)
@@ -447,8 +448,8 @@ def _relative_shift(scores, keys: int):
 
 
 class _Shift(torch.autograd.Function):
-    """:func:`_relative_shift`, with blocked scores lowered. Autograd would make a gradient of the scores' size for each view, and
-    one for the lowering; but blocked scores have no gradient, as their probability is zero."""
+    """:func:`_relative_shift`, with blocked scores lowered, and one gradient of the scores' size; autograd makes one for each
+    view, and one for the lowering."""
 
     generate_vmap_rule = True
 
@@ -460,11 +461,14 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.shape = inputs[0].shape
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad):
-        scores = grad.new_zeros(ctx.shape)
-        _relative_shift(scores, grad.shape[-1]).copy_(grad)
+        scores, (where,) = grad.new_zeros(ctx.shape), ctx.saved_tensors
+        shifted = _relative_shift(scores, grad.shape[-1]).copy_(grad)
+        if where is not None:
+            shifted.masked_fill_(where, 0.0)
         return scores, None, None
 
 

@@ -100,7 +100,7 @@ class EpochLogger(TensorboardLogger):
 
     def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=False):
         """Log the statistics of the epoch in ``stats_meta``."""
-        before = stats_meta["epoch"] - 1
+        before = stats_meta.get("epoch", self.global_step["meta"] + 1) - 1
         self.global_step["meta"] = before
         for dataset, stats in (("train", train_stats), ("valid", valid_stats)):
             self.global_step[dataset] |= dict.fromkeys(stats or (), before)

@@ -707,7 +707,7 @@ def make_brain(hparams, run_opts):
             raise UsageError(one_line(error)) from error
         raise
     if brain.device_type == "cpu" and emulates(brain.precision):
-        cause = "this processor has no such arithmetic and emulates it, which takes several times as long as fp32"
+        cause = "this processor emulates it, which takes several times as long as fp32"
         logger.warning("--precision %s: %s; leave the option out.", brain.precision, cause)
     return brain
 

@@ -67,7 +67,7 @@ def python_command():
 
 
 def emulates(precision):
-    """Whether this processor lacks a precision, so that computing in it takes several times as long as in float32.
+    """Whether this processor is known to lack a precision, so that computing in it takes several times as long as in float32.
 
     Arguments
     ---------
@@ -79,9 +79,9 @@ def emulates(precision):
     >>> emulates("fp32")
     False
     """
-    # oneDNN's test; a build of PyTorch without oneDNN has no such test, and then nothing is known
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: True)
-    return not supported()
+    # oneDNN's test, which means something on x86 only. AVX-512 without bf16 instructions counts as enough: it is not slow
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    return supported is not None and platform.machine() in ("x86_64", "AMD64") and not supported()
 
 
 def cpu_name():
