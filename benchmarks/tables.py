@@ -62,15 +62,15 @@ def results(page=None):
         if page and row["architecture"] != page and not row["hparams"].startswith(page):
             continue
         run = " ".join((row["experiment"], options(row)))
-        key = (row["corpus"], row["train_hours"], run.strip(), row["architecture"], row["parameters"], row["steps"])
+        key = (row["corpus"], row["train_hours"], run.strip(), row["parameters"], row["steps"])
         runs.setdefault((*key, row["audio_seconds_per_second"], row["peak_memory_mib"]), []).append(
             f"{row['test_set']} {float(row['WER']):.1f}" + pass_in(row["search"])
         )
     rows = []
-    for (corpus, hours, run, encoder, parameters, steps, speed, memory), wers in runs.items():
-        cost = [encoder, f"{float(speed):.0f}x", f"{int(memory):,} MiB"]
+    for (corpus, hours, run, parameters, steps, speed, memory), wers in runs.items():
+        cost = [f"{float(speed):.0f}x", f"{int(memory):,} MiB"]
         rows.append([f"{corpus}, {float(hours):.3g} h", run, f"{int(parameters):,}", steps, ", ".join(wers), *cost])
-    header = ["trained on", "run", "parameters", "steps", "WER %, greedy CTC", "encoder", "audio / training time", "peak memory"]
+    header = ["trained on", "run", "parameters", "steps", "WER %, greedy CTC", "audio / training time", "peak memory"]
     shown = 5 if page else len(header)
     return table(header[:shown], [row[:shown] for row in rows])
 
