@@ -707,8 +707,8 @@ def make_brain(hparams, run_opts):
             raise UsageError(one_line(error)) from error
         raise
     if brain.device_type == "cpu" and emulates(brain.precision):
-        cause = "this processor emulates it, which takes several times as long as fp32"
-        logger.warning("--precision %s: %s; leave the option out.", brain.precision, cause)
+        emulated = "--precision %s: this processor emulates it, which takes several times as long as fp32; leave the option out."
+        logger.warning(emulated, brain.precision)
     return brain
 
 
