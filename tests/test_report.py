@@ -1,5 +1,6 @@
 """Output of train.py: the list of files, the options, the learning curve, and further loggers."""
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,11 @@ def test_losses_go_to_wandb_too(tmp_path, monkeypatch):
     assert asked[0] == asked[1] and asked[1]["id"] and asked[1]["resume"] == "allow"
     assert "valid loss: 3.00" in (tmp_path / "log.txt").read_text() and "3.0" in str(logged)
     assert [keys for _, keys in logged] == [{"step": 1}, {"step": 2}]
+
+
+def test_a_list_of_files_is_all_that_is_printed_without_arguments():
+    run = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True, text=True, check=True)
+    assert run.stdout and not run.stderr
 
 
 def test_a_continued_run_goes_on_in_tensorboard(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import uuid
 from pathlib import Path
 
 from speechbrain.utils.run_opts import HELP_TEXTS
-from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger
 
 from speechbrain_ext.utils.errors import UsageError, UserImportError, forget_output
 from speechbrain_ext.utils.files import write_text
@@ -95,16 +94,26 @@ class Loggers:
             logger.log_stats(*args, **keys)
 
 
-class EpochLogger(TensorboardLogger):
-    """SpeechBrain's logger for TensorBoard, with epochs as steps; SpeechBrain's steps begin at 1 again in a continued run."""
+class EpochLogger:
+    """SpeechBrain's logger for TensorBoard, with epochs as steps; SpeechBrain's steps begin at 1 again in a continued run.
+
+    Arguments
+    ---------
+    logger : speechbrain.utils.train_logger.TensorboardLogger
+        The logger.
+    """
+
+    def __init__(self, logger):
+        self.logger = logger
 
     def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=False):
         """Log the statistics of the epoch in ``stats_meta``."""
-        before = stats_meta.get("epoch", self.global_step["meta"] + 1) - 1
-        self.global_step["meta"] = before
+        steps = self.logger.global_step
+        before = stats_meta.get("epoch", steps["meta"] + 1) - 1
+        steps["meta"] = before
         for dataset, stats in (("train", train_stats), ("valid", valid_stats)):
-            self.global_step[dataset] |= dict.fromkeys(stats or (), before)
-        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
+            steps[dataset] |= dict.fromkeys(stats or (), before)
+        self.logger.log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
 
 
 def check_logger(name):
@@ -150,9 +159,11 @@ def with_logger(file_logger, name, folder, experiment):
     check_logger(name)
     if name is None:
         return file_logger
+    from speechbrain.utils.train_logger import TensorboardLogger, WandBLogger  # here, because it logs a line when it is imported
+
     try:
         if name == "tensorboard":
-            return Loggers([file_logger, EpochLogger(str(Path(folder) / "tensorboard"))])
+            return Loggers([file_logger, EpochLogger(TensorboardLogger(str(Path(folder) / "tensorboard")))])
         import wandb
     except ImportError as error:
         raise UserImportError(f"--logger {name} needs the package {name}; install it with: pip install {name}") from error
