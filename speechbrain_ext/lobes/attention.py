@@ -369,7 +369,8 @@ def _attend(query_u, query_v, key, value, positions, blocked, scratch, scale, dr
             # Fused kernels need the aligned rows of a copy; a CPU does not
             in_place = not (torch.compiler.is_compiling() or _has_fused_kernels(scores))
             bias = (bias.masked_fill_ if in_place else bias.masked_fill)(where, _lowest(bias.dtype))
-    return _sdpa(query_u, key, value, bias[..., :keys], scale, dropout)
+    bias = bias if where is None else bias[..., :keys]  # a cut of nothing would fix lengths in an exported graph
+    return _sdpa(query_u, key, value, bias, scale, dropout)
 
 
 def _attend_in_blocks(query_u, query_v, key, value, positions, blocked, scratch, scale, dropout):
