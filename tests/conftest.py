@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import CTC, arguments, make_corpus, train_here
 
 from speechbrain_ext.lobes.fusible import reestimate_statistics
 from speechbrain_ext.registry import build_encoder, get_encoder, list_encoders
@@ -68,6 +69,24 @@ def case_name(name, keys):
 def pytest_generate_tests(metafunc):
     if "encoder_case" in metafunc.fixturenames:
         metafunc.parametrize("encoder_case", CASES, ids=[case_name(*case) for case in CASES])
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The tiny corpus, to read only."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, corpus):
+    """Trains in this process and a separate folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more, hparams=ROOT / "hparams" / "conformer.yaml", data=corpus, **keys):
+        data = [] if data is None else ["--data_folder", data]
+        return train_here(hparams, "--device", "cpu", *more, *arguments(**{**CTC, **keys}), *data)
+
+    return run
 
 
 def make_encoder(name, keys, **sizes):

@@ -1,4 +1,4 @@
-"""Faults that are common in other toolkits: empty success, stale files, values with two meanings, and races."""
+"""Faults that are common in other toolkits: empty success, values with two meanings, and races."""
 
 import csv
 import os
@@ -21,12 +21,11 @@ import speechbrain as sb
 import torch
 from conftest import ROOT
 from sentencepiece import SentencePieceProcessor
-from test_recipe import rows, train
-from tiny import SENTENCES, SMALL, arguments, make_corpus
+from tiny import CTC, SENTENCES, arguments, make_corpus
 
 from speechbrain_ext import cli
 from speechbrain_ext.brains.asr import AsrBrain
-from speechbrain_ext.dataio.datasets import BatchesOfProcess, drop_unfit
+from speechbrain_ext.dataio.datasets import drop_unfit
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.export import onnx_model
@@ -35,33 +34,12 @@ from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
-from speechbrain_ext.training.checkpoints import AtomicCheckpointer
 from speechbrain_ext.training.results import append_rows
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import locked, replacing_folder
 from train import take_paths
 
-CTC = {**SMALL, "num_decoder_layers": 0}
 CONFORMER = ROOT / "hparams" / "conformer.yaml"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, corpus):
-    """Train in this process and a separate folder, as train.py does with these arguments."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*more, hparams=CONFORMER, data=corpus, **keys):
-        argv = [str(hparams), "--device", "cpu", *map(str, more), *arguments(**{**CTC, **keys})]
-        argv, paths = take_paths(argv + (["--data_folder", str(data)] if data is not None else []))
-        file, run_opts, overrides = sb.parse_arguments(argv)
-        return training.run(file, run_opts, overrides, paths)
-
-    return run
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -84,7 +62,7 @@ def test_the_current_folder_can_be_replaced(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-# -------------------- B. no empty success
+# -------------------- no empty success
 
 
 def test_what_is_left_over_takes_a_step(run):
@@ -267,128 +245,7 @@ def test_what_compilation_excludes_is_refused_at_once(keys, message, run, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-# -------------------- C. nothing stale
-
-
-def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
-    corpus = make_corpus(tmp_path / "corpus")
-    output = run(data=corpus).output
-    transcripts = corpus / "train-tiny" / "1" / "1" / "1-1.trans.txt"
-    transcripts.write_text(transcripts.read_text().replace("CAT", "KÄT"))
-    with pytest.raises(UserError, match="began with other utterances; give another --output_folder"):
-        run(data=corpus, number_of_epochs=2)
-    (output / "save").rename(output / "elsewhere")  # as if the run was interrupted before its first checkpoint
-    run(data=corpus)
-    (model,) = output.glob("*.model")
-    tokenizer = SentencePieceProcessor(str(model))
-    assert tokenizer.unk_id() not in tokenizer.encode_as_ids("KÄT")
-
-
-def last_group(output):
-    """The parameter group of the optimizer in the latest checkpoint of a run."""
-    last = max((output / "save").glob("CKPT*"), key=lambda path: path.stat().st_mtime)
-    (group,) = torch.load(last / "optimizer.ckpt")["param_groups"]
-    return group
-
-
-def test_a_continued_run_follows_its_new_settings(run):
-    """A training of 100 steps that stopped after 2, and is to end after 4, with another weight decay."""
-    name, keys = "speechbrain.nnet.schedulers.WarmCoolDecayLRSchedule", {"number_of_epochs": 9}
-    for total, limit, rate, decay in ((100, 2, 0.01, 0.0), (4, 4, 0.0, 0.25)):
-        schedule = f"!new:{name} {{lr: 0.01, warmup: 1, cooldown: {total // 2}, total_steps: {total}, decay_factor: 1}}"
-        keys |= {"lr_annealing": schedule, "opt_class": f"!name:torch.optim.AdamW {{lr: 0.01, weight_decay: {decay}}}"}
-        result = run("--optimizer_step_limit", limit, **keys)
-        group = last_group(result.output)
-        assert group["lr"] == pytest.approx(rate) and group["weight_decay"] == decay
-    assert "continues with other settings than it began with: opt_class, lr_annealing" in (result.output / "log.txt").read_text()
-    assert f"--opt_class !name:torch.optim.AdamW {{'lr': 0.01, 'weight_decay': {decay}}}" in result.rows[0].overrides
-    assert run("--test_only", **keys).rows[0].WER == result.rows[0].WER
-    for other in ({"opt_class": "!name:torch.optim.SGD {lr: 0.01}"}, {"blank_index": 3, "unk_index": 0}):
-        with pytest.raises(training.UsageError, match=f"holds a run with {next(iter(other))} "):
-            run(**keys | other)
-    with pytest.raises(UserError, match="began with other validation utterances"):
-        run("--optimizer_step_limit", 6, **keys, dev_split="test-tiny")
-
-
-def test_counters_of_a_schedule_survive_a_stop_and_settings_follow_the_hparams(run):
-    name = "speechbrain.nnet.schedulers.LinearWarmupScheduler"
-    for limit, total, rate in ((2, 5, 2 / 3), (5, 9, 4 / 6)):
-        schedule = f"!new:{name} {{initial_value: 1.0, num_warmup_steps: 3, num_training_steps: {total}}}"
-        result = run("--optimizer_step_limit", limit, number_of_epochs=9, lr_annealing=schedule)
-        assert last_group(result.output)["lr"] == pytest.approx(rate)
-
-
-def test_gradients_without_a_limit_are_not_clipped(run):
-    """As in SpeechBrain, 0 and less do not clip."""
-    logs = {
-        (run("--max_grad_norm", limit, output_folder=f"x{limit}").output / "train_log.txt").read_text() for limit in (-1, 0, 1e9)
-    }
-    assert len(logs) == 1
-
-
-def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "prepare_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
-        with pytest.raises(UserError, match="stopped"):
-            run(output_folder="x")
-    assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
-    with pytest.raises(training.UsageError, match="x holds a run with d_model 8, but this run has 16"):
-        run(output_folder="x")
-
-
-def test_moved_data_goes_on_with_one_option(run, tmp_path):
-    corpus = make_corpus(tmp_path / "corpus")
-    run(data=corpus)
-    corpus.rename(tmp_path / "moved")
-    with pytest.raises(training.UsageError, match="--data_moved True"):
-        run(data=tmp_path / "moved", number_of_epochs=2)
-    assert run(data=tmp_path / "moved", number_of_epochs=2, data_moved=True).rows[0].epochs == 2
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_all_processes_together_visit_each_utterance_once(world):
-    generator = np.random.default_rng(world)
-    for utterances in (5, 17, 40):
-        order = generator.permutation(utterances).tolist()
-        batches, start = [], 0
-        while start < utterances:
-            size = int(generator.integers(1, 7))
-            batches.append(order[start : start + size])
-            start += size
-        shares = [list(BatchesOfProcess(batches, rank, world)) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1 and len(shares[0]) == len(BatchesOfProcess(batches, 0, world))
-        assert sorted(index for share in shares for batch in share for index in batch) == list(range(utterances))
-
-
-def test_more_processes_than_utterances_are_refused():
-    with pytest.raises(UserError, match="2 utterances are too few for 3 processes"):
-        len(BatchesOfProcess([[1], [2]], 0, 3))
-
-
-def test_an_epoch_that_another_number_of_processes_has_begun_begins_again(tmp_path):
-    model = torch.nn.Linear(1, 1)
-    checkpointer = AtomicCheckpointer(tmp_path, {"model": model})
-    first = checkpointer.save_checkpoint(meta={"WER": 1.0})
-    within = checkpointer.save_checkpoint(end_of_epoch=False)
-    assert checkpointer.recover_if_possible().path == within.path
-    text = (within.path / "CKPT.yaml").read_text()
-    (within.path / "CKPT.yaml").write_text(text.replace("processes: 1", "processes: 2"))
-    assert checkpointer.recover_if_possible().path == first.path
-
-
-def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):
-    """Two processes share a single batch; after a finished epoch a run may continue with any number of processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    keys = {**CTC, "train_splits": "[dev-tiny]", "train_batch_sampler": "{max_batch_length: 100, num_buckets: 1}"}
-    command = [CONFORMER, "--data_folder", corpus, "--device", "cpu"]
-    finished = train(tmp_path, *command, *arguments(**keys), launcher=launcher)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert rows(tmp_path)[-1]["steps"] == "1"
-    finished = train(tmp_path, *command, *arguments(**{**keys, "number_of_epochs": 2}))
-    assert finished.returncode == 0 and rows(tmp_path)[-1]["epochs"] == "2", finished.stdout + finished.stderr
-
-
-# -------------------- D. one meaning
+# -------------------- one meaning
 
 TEXTS = [
     "ทำไมน้ำ ขึ้น",
@@ -443,7 +300,7 @@ def test_paths_in_a_file_are_names_too(run, corpus, tmp_path):
     assert result.folders["pretrained"].is_dir() and result.output == Path("2024-01-31")
 
 
-# -------------------- E. platforms
+# -------------------- platforms
 
 
 def test_spawned_workers_read_audio(corpus, tmp_path):
@@ -463,7 +320,7 @@ def test_spawned_workers_read_audio(corpus, tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-# -------------------- H. concurrency
+# -------------------- two at once
 
 
 def test_a_second_run_in_one_folder_is_refused(run, tmp_path):
@@ -485,7 +342,7 @@ def test_a_lock_waits_or_says_so(tmp_path):
     holder.wait()
 
 
-# -------------------- D. samples of any kind
+# -------------------- samples of any kind
 
 
 @pytest.fixture(scope="module")
@@ -530,7 +387,7 @@ def test_a_finished_stream_says_so_and_starts_anew(model, seconds):
     ]
 
 
-# -------------------- H. language models, full disks
+# -------------------- before the training, and full disks
 
 ARPA = """\\data\\
 ngram 1=6

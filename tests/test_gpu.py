@@ -15,7 +15,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from tiny import make_corpus
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,11 +45,6 @@ def start(folder, *argv):
         text=True,
         timeout=500,  # for a busy machine; the script ends itself
     )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_it_runs_to_its_end(tmp_path):

@@ -21,8 +21,7 @@ import speechbrain as sb
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_recipe import train
-from tiny import SENTENCES, SMALL, arguments
+from tiny import SENTENCES, SMALL, arguments, train
 
 from recipes.LibriSpeech.prepare import first_there
 from recipes.Manifest.prepare import names_of_tests, prepare_manifests, read_split

@@ -8,8 +8,7 @@ import soundfile
 import speechbrain as sb
 import torch
 from conftest import PAGE_ENCODERS, ROOT
-from test_recipe import rows, train
-from tiny import SENTENCES, SMALL, arguments, make_corpus
+from tiny import SENTENCES, SMALL, arguments, make_corpus, rows, train
 
 from speechbrain_ext import registry
 from speechbrain_ext.inference import load_model

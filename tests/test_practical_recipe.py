@@ -1,10 +1,7 @@
 """The Practical Conformer's recipe: both passes in every report, and draws that depend only on the step."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +9,8 @@ import pytest
 import torch
 from speechbrain import Stage
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
-from test_resume import assert_same_runs, last_checkpoint
-from test_resume import run as run_with_bomb
-from tiny import SMALL, arguments, make_corpus
+from test_resume import assert_same_runs, last_checkpoint, run_with_bomb
+from tiny import SMALL, arguments, train
 
 from speechbrain_ext.brains.practical_conformer import PracticalConformerBrain
 from speechbrain_ext.encoders.practical_conformer import SIZES
@@ -30,23 +26,6 @@ PASSES = ["first_pass_ctc_greedy", "second_pass_ctc_greedy"]
 SOFTMAX = "{first: {kernel: softmax}}"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def train(folder, corpus, path=FILE, **keys):
-    command = [sys.executable, str(ROOT / "train.py"), str(path), "--data_folder", str(corpus), "--device", "cpu"]
-    return subprocess.run(
-        [*command, *arguments(**{**KEYS, **keys})],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-
-
 def build(folder, monkeypatch, **keys):
     """A Brain that is not trained."""
     monkeypatch.chdir(folder)  # the checkpointer makes its folder here
@@ -58,7 +37,7 @@ def build(folder, monkeypatch, **keys):
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    run = train(folder, corpus)
+    run = train(folder, FILE, "--data_folder", corpus, "--device", "cpu", *arguments(**KEYS))
     assert run.returncode == 0, run.stdout + run.stderr
     return folder
 
@@ -110,7 +89,7 @@ def test_another_encoder_ends_in_one_sentence(corpus, tmp_path):
         "brain: !name:speechbrain_ext.brains.practical_conformer.PracticalConformerBrain\n"
         "first_pass_prob: 0.5\nredraw_interval: 0\n"
     )
-    run = train(tmp_path, corpus, path=path)
+    run = train(tmp_path, path, "--data_folder", corpus, "--device", "cpu", *arguments(**KEYS))
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
     assert "This recipe trains an encoder of two passes, such as cascade; encoder is 'conformer'." in run.stderr
 

@@ -1,8 +1,6 @@
 """Whole training runs at a tiny size, started as by a user."""
 
-import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +11,7 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus
+from tiny import ARCHITECTURES, SMALL, SMALL_TRANSDUCER, arguments, rows, train
 
 from speechbrain_ext.brains.asr import check_heads
 from speechbrain_ext.hparams import merge_hparams
@@ -24,28 +22,6 @@ from speechbrain_ext.training.run import choose_setting, take_paths
 ROOT = Path(__file__).resolve().parents[1]
 CONFORMER = ROOT / "hparams" / "conformer.yaml"
 CHUNKS = "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfig"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def train(folder, *argv, launcher=()):
-    """Start train.py in a folder."""
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, argv)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-
-
-def rows(folder):
-    with open(folder / "results" / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)

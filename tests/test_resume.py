@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import SMALL, arguments, make_corpus
+from sentencepiece import SentencePieceProcessor
+from tiny import CTC, SMALL, arguments, make_corpus, rows, train
 
+from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, DamagedCheckpoint
 from speechbrain_ext.training.run import UsageError, check_folder
+from speechbrain_ext.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +30,8 @@ sys.path.insert(0, {root!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 import train
 from speechbrain_ext.brains.asr import AsrBrain
+from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import RandomStates
 moment, count, sent, *argv = sys.argv[1:]
 seen = 0
@@ -81,12 +88,7 @@ INTERRUPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def run(folder, corpus, keys, hparams="hyperconformer_streaming", moment="", count=0, sent="SIGKILL"):
+def run_with_bomb(folder, corpus, keys, hparams="hyperconformer_streaming", moment="", count=0, sent="SIGKILL"):
     folder.mkdir(exist_ok=True)
     argv = [moment, str(count), sent, str(ROOT / "hparams" / f"{hparams}.yaml"), "--data_folder", str(corpus), "--device", "cpu"]
     return subprocess.run(
@@ -135,17 +137,17 @@ def assert_same_runs(straight, interrupted):
 
 
 def test_resumed_training_is_exact(corpus, tmp_path):
-    straight = run(tmp_path / "straight", corpus, EVERYTHING)
+    straight = run_with_bomb(tmp_path / "straight", corpus, EVERYTHING)
     assert straight.returncode == 0, straight.stdout + straight.stderr
     for moment, count, sent in INTERRUPTIONS:
-        stopped = run(tmp_path / "interrupted", corpus, EVERYTHING, moment=moment, count=count, sent=sent)
+        stopped = run_with_bomb(tmp_path / "interrupted", corpus, EVERYTHING, moment=moment, count=count, sent=sent)
         expected = 130 if sent == "SIGINT" else -getattr(signal, sent)
         assert stopped.returncode == expected, (moment, stopped.stdout + stopped.stderr)
     assert "run the same command again" in stopped.stderr  # after SIGINT; a killed run prints nothing
-    finished = run(tmp_path / "interrupted", corpus, EVERYTHING)
+    finished = run_with_bomb(tmp_path / "interrupted", corpus, EVERYTHING)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
-    again = run(tmp_path / "interrupted", corpus, EVERYTHING)  # the training is complete; it only tests again
+    again = run_with_bomb(tmp_path / "interrupted", corpus, EVERYTHING)  # the training is complete; it only tests again
     assert again.returncode == 0, again.stdout + again.stderr
     assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
 
@@ -153,9 +155,9 @@ def test_resumed_training_is_exact(corpus, tmp_path):
 def test_resumed_training_is_exact_with_cached_features(corpus, tmp_path):
     keys = {**EVERYTHING, "num_workers": 0, "grad_accumulation_factor": 1, "wav_augment": "null", "cache_features": "True"}
     keys |= {"number_of_epochs": 2, "num_decoder_layers": 0}
-    assert run(tmp_path / "straight", corpus, keys, "conformer").returncode == 0
-    assert run(tmp_path / "interrupted", corpus, keys, "conformer", "step", 4).returncode == -signal.SIGKILL
-    assert run(tmp_path / "interrupted", corpus, keys, "conformer").returncode == 0
+    assert run_with_bomb(tmp_path / "straight", corpus, keys, "conformer").returncode == 0
+    assert run_with_bomb(tmp_path / "interrupted", corpus, keys, "conformer", "step", 4).returncode == -signal.SIGKILL
+    assert run_with_bomb(tmp_path / "interrupted", corpus, keys, "conformer").returncode == 0
     assert_same_runs(tmp_path / "straight", tmp_path / "interrupted")
 
 
@@ -223,8 +225,128 @@ def test_a_run_whose_settings_are_damaged_is_named(content, tmp_path):
 
 def test_meta_values_are_plain(corpus, tmp_path):
     keys = {**SMALL, "number_of_epochs": 1}
-    assert run(tmp_path / "run", corpus, keys).returncode == 0
+    assert run_with_bomb(tmp_path / "run", corpus, keys).returncode == 0
     meta = yaml.safe_load((last_checkpoint(tmp_path / "run") / "CKPT.yaml").read_text())
     assert {key: type(value) for key, value in meta.items()} == {
         "WER": float, "epoch": int, "end-of-epoch": bool, "unixtime": float, "processes": int
     }  # fmt: skip
+
+
+def test_changed_transcripts_are_followed_or_refused(run, tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    output = run(data=corpus).output
+    transcripts = corpus / "train-tiny" / "1" / "1" / "1-1.trans.txt"
+    transcripts.write_text(transcripts.read_text().replace("CAT", "KÄT"))
+    with pytest.raises(UserError, match="began with other utterances; give another --output_folder"):
+        run(data=corpus, number_of_epochs=2)
+    (output / "save").rename(output / "elsewhere")  # as if the run was interrupted before its first checkpoint
+    run(data=corpus)
+    (model,) = output.glob("*.model")
+    tokenizer = SentencePieceProcessor(str(model))
+    assert tokenizer.unk_id() not in tokenizer.encode_as_ids("KÄT")
+
+
+def last_group(output):
+    """The parameter group of the optimizer in the latest checkpoint of a run."""
+    last = max((output / "save").glob("CKPT*"), key=lambda path: path.stat().st_mtime)
+    (group,) = torch.load(last / "optimizer.ckpt")["param_groups"]
+    return group
+
+
+def test_a_continued_run_follows_its_new_settings(run):
+    """A training of 100 steps that stopped after 2, and is to end after 4, with another weight decay."""
+    name, keys = "speechbrain.nnet.schedulers.WarmCoolDecayLRSchedule", {"number_of_epochs": 9}
+    for total, limit, rate, decay in ((100, 2, 0.01, 0.0), (4, 4, 0.0, 0.25)):
+        schedule = f"!new:{name} {{lr: 0.01, warmup: 1, cooldown: {total // 2}, total_steps: {total}, decay_factor: 1}}"
+        keys |= {"lr_annealing": schedule, "opt_class": f"!name:torch.optim.AdamW {{lr: 0.01, weight_decay: {decay}}}"}
+        result = run("--optimizer_step_limit", limit, **keys)
+        group = last_group(result.output)
+        assert group["lr"] == pytest.approx(rate) and group["weight_decay"] == decay
+    assert "continues with other settings than it began with: opt_class, lr_annealing" in (result.output / "log.txt").read_text()
+    assert f"--opt_class !name:torch.optim.AdamW {{'lr': 0.01, 'weight_decay': {decay}}}" in result.rows[0].overrides
+    assert run("--test_only", **keys).rows[0].WER == result.rows[0].WER
+    for other in ({"opt_class": "!name:torch.optim.SGD {lr: 0.01}"}, {"blank_index": 3, "unk_index": 0}):
+        with pytest.raises(UsageError, match=f"holds a run with {next(iter(other))} "):
+            run(**keys | other)
+    recorded = (result.output / "hyperparams.yaml").read_text()
+    with pytest.raises(UserError, match="began with other validation utterances"):
+        run("--optimizer_step_limit", 6, **keys, dev_split="test-tiny")
+    assert (result.output / "hyperparams.yaml").read_text() == recorded  # what was refused is not recorded
+
+
+def test_counters_of_a_schedule_survive_a_stop_and_settings_follow_the_hparams(run):
+    name = "speechbrain.nnet.schedulers.LinearWarmupScheduler"
+    for limit, total, rate in ((2, 5, 2 / 3), (5, 9, 4 / 6)):
+        schedule = f"!new:{name} {{initial_value: 1.0, num_warmup_steps: 3, num_training_steps: {total}}}"
+        result = run("--optimizer_step_limit", limit, number_of_epochs=9, lr_annealing=schedule)
+        assert last_group(result.output)["lr"] == pytest.approx(rate)
+
+
+def test_gradients_without_a_limit_are_not_clipped(run):
+    """As in SpeechBrain, 0 and less do not clip."""
+    logs = {
+        (run("--max_grad_norm", limit, output_folder=f"x{limit}").output / "train_log.txt").read_text() for limit in (-1, 0, 1e9)
+    }
+    assert len(logs) == 1
+
+
+def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "prepare_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            run(output_folder="x")
+    assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
+    with pytest.raises(UsageError, match="x holds a run with d_model 8, but this run has 16"):
+        run(output_folder="x")
+
+
+def test_moved_data_goes_on_with_one_option(run, tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    run(data=corpus)
+    corpus.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="--data_moved True"):
+        run(data=tmp_path / "moved", number_of_epochs=2)
+    assert run(data=tmp_path / "moved", number_of_epochs=2, data_moved=True).rows[0].epochs == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_all_processes_together_visit_each_utterance_once(world):
+    generator = np.random.default_rng(world)
+    for utterances in (5, 17, 40):
+        order = generator.permutation(utterances).tolist()
+        batches, start = [], 0
+        while start < utterances:
+            size = int(generator.integers(1, 7))
+            batches.append(order[start : start + size])
+            start += size
+        shares = [list(BatchesOfProcess(batches, rank, world)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1 and len(shares[0]) == len(BatchesOfProcess(batches, 0, world))
+        assert sorted(index for share in shares for batch in share for index in batch) == list(range(utterances))
+
+
+def test_more_processes_than_utterances_are_refused():
+    with pytest.raises(UserError, match="2 utterances are too few for 3 processes"):
+        len(BatchesOfProcess([[1], [2]], 0, 3))
+
+
+def test_an_epoch_that_another_number_of_processes_has_begun_begins_again(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": model})
+    first = checkpointer.save_checkpoint(meta={"WER": 1.0})
+    within = checkpointer.save_checkpoint(end_of_epoch=False)
+    assert checkpointer.recover_if_possible().path == within.path
+    text = (within.path / "CKPT.yaml").read_text()
+    (within.path / "CKPT.yaml").write_text(text.replace("processes: 1", "processes: 2"))
+    assert checkpointer.recover_if_possible().path == first.path
+
+
+def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):
+    """Two processes share a single batch; after a finished epoch a run may continue with any number of processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    keys = {**CTC, "train_splits": "[dev-tiny]", "train_batch_sampler": "{max_batch_length: 100, num_buckets: 1}"}
+    command = [ROOT / "hparams" / "conformer.yaml", "--data_folder", corpus, "--device", "cpu"]
+    finished = train(tmp_path, *command, *arguments(**keys), launcher=launcher)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert rows(tmp_path)[-1]["steps"] == "1"
+    finished = train(tmp_path, *command, *arguments(**{**keys, "number_of_epochs": 2}))
+    assert finished.returncode == 0 and rows(tmp_path)[-1]["epochs"] == "2", finished.stdout + finished.stderr

@@ -24,11 +24,6 @@ UPLOADS = 3
 """Copies from the host per batch."""
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
     """Trains on the device, and returns a Recorder of each batch, in lists by optimizer step."""

@@ -18,7 +18,7 @@ from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
 from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
-from tiny import ROOT, SENTENCES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus, make_model
+from tiny import ROOT, SENTENCES, SMALL, SMALL_TRANSDUCER, arguments, make_model
 
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio.tokenizer import arrange_tokenizer
@@ -37,11 +37,6 @@ SPECIAL = {"blank": 0, "bos": 1, "eos": 2, "unk": 3}
 # Two training batches per epoch; the test set is the validation set
 KEYS = {**SMALL, "test_splits": "[dev-tiny]", "average_checkpoints": 1, "warmup_steps": 1, "lr": 0.01}
 KEYS["train_batch_sampler"] = "{max_batch_length: 8, num_buckets: 2}"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -1,16 +1,22 @@
 """A tiny corpus and model: a whole training run takes seconds."""
 
+import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
 import torch
 from sentencepiece import SentencePieceProcessor
 
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
 from speechbrain_ext.hparams import load_hparams, merge_hparams
 from speechbrain_ext.model_folder.write import model_parts, write_model_folder
+from speechbrain_ext.training import run as training
 from speechbrain_ext.training.results import ResultRow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +43,7 @@ SMALL = {
     "warmup_steps": "10",
     "test_search": "{beam_size: 2}",
 }
+CTC = {**SMALL, "num_decoder_layers": 0}
 SMALL_TRANSDUCER = {"predictor_size": "16", "joint_size": "16"}
 
 
@@ -60,6 +67,31 @@ def make_corpus(folder, rate=16000, utterances=UTTERANCES):
 def arguments(**keys):
     """Keys as a list of command line arguments."""
     return [text for key, value in keys.items() for text in (f"--{key}", str(value))]
+
+
+def train(folder, *argv, launcher=()):
+    """Start train.py in a folder, and wait for its end."""
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, argv)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def train_here(*argv):
+    """Train in this process, as train.py does with these arguments."""
+    argv, paths = training.take_paths(list(map(str, argv)))
+    file, run_opts, overrides = sb.parse_arguments(argv)
+    return training.run(file, run_opts, overrides, paths)
+
+
+def rows(folder):
+    """The results table of a run in a folder."""
+    with open(folder / "results" / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def make_row(**values):

@@ -39,7 +39,7 @@ from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, pa
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
-from speechbrain_ext.training.checkpoints import Origin
+from speechbrain_ext.training.checkpoints import AtomicCheckpointer, Origin
 from speechbrain_ext.training.report import check_logger, draw_curve, examples, with_logger
 from speechbrain_ext.training.results import ResultRow, append_rows
 from speechbrain_ext.training.sources import architecture_of, locate, read_architecture, read_source
@@ -220,9 +220,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
 def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     """Run the steps in a locked output folder."""
     output = Path(hparams["output_folder"])
-    manifests = prepare_corpus(hparams)
-    # Only after preparation: later runs are compared with this file, and a mistyped data_folder must not be in it
-    run_on_main(write_text, [output / "hyperparams.yaml", setting.text()])
+    manifests, asked = prepare_corpus(hparams), setting.text()
     tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], tokenizer)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
@@ -232,7 +230,11 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
     origin = {"utterances": digest_of(datasets[TRAIN]), "validation utterances": digest_of(datasets[VALID])}
     origin |= {"tokens": file_digest(tokenizer_file)} | ({} if source is None else {"initial weights": source.digest})
-    hparams["checkpointer"].add_recoverable("origin", Origin(**origin))
+    checkpointer, origin = hparams["checkpointer"], Origin(**origin)
+    checkpointer.add_recoverable("origin", origin)
+    begun = checkpointer.find_checkpoint(ckpt_predicate=checkpointer.fits)
+    if begun is not None:
+        AtomicCheckpointer(checkpointer.checkpoints_dir, {"origin": origin}).load_checkpoint(begun)  # raises errors now
     if hparams["lm"] is not None:
         add_lm(hparams)
     for search in ("ctc_search", "test_search", "transducer_search"):
@@ -243,8 +245,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
 
     # A restarted run skips completed steps, which draw random numbers; from here on both draw the same
     seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
-    checkpointer = hparams["checkpointer"]
-    if source is not None and checkpointer.find_checkpoint(ckpt_predicate=checkpointer.fits) is None:
+    if source is not None and begun is None:
         report_differences(source, setting, hparams)
         begin_with(source, hparams, tokenizer_file)
     hparams["train_logger"] = with_logger(hparams["train_logger"], hparams["logger"], output, hparams["experiment"])
@@ -255,6 +256,8 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         keys = {"make": samplers[TRAIN], "mixed": mixed, "share": hparams["mix"]["share"], "seed": hparams["seed"]}
         samplers[TRAIN] = functools.partial(MixedBatches, **keys)
     options = {key: loader_options(dataset, samplers[key], hparams["num_workers"]) for key, dataset in datasets.items()}
+    # Later runs are compared with this file, so it holds nothing that was refused
+    run_on_main(write_text, [output / "hyperparams.yaml", asked])
     brain.fit(
         hparams["epoch_counter"],
         datasets[TRAIN],
