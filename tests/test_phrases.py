@@ -7,11 +7,14 @@ import pytest
 import soundfile
 import torch
 from sentencepiece import SentencePieceProcessor
+from speechbrain.decoders.scorer import ScorerBuilder
+from speechbrain.nnet.linear import Linear
 from test_search import model as joint_parts
 from test_search import scorers
 from tiny import ROOT, SENTENCES, make_model
 
 from speechbrain_ext import cli
+from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.dataio.tokenizer import is_special
 from speechbrain_ext.decoders import ctc_prefix, token_graph
 from speechbrain_ext.decoders.ctc_nbest import ctc_nbest
@@ -195,11 +198,14 @@ def test_rescoring_is_the_joint_search_over_all_texts():
         log_probs = ctc_lin(frames).log_softmax(-1)
         (texts,) = ctc_nbest(log_probs, torch.ones(1), beam_size=30, excluded=[*excluded, 2])
         texts = [text for text in texts if len(text.tokens) < 3]
-        scores = rescore(search, frames[0], texts)
+        scores, best = rescore(search, frames[0], texts)
         tokens, _, (score,), _ = search(frames, torch.ones(1))
         if len(tokens[0]) < 3:
-            best = scores.index(max(scores))
-            assert texts[best].tokens == tokens[0] and max(scores) == pytest.approx(float(score), abs=1e-3)
+            assert (
+                best == scores.index(max(scores))
+                and texts[best].tokens == tokens[0]
+                and max(scores) == pytest.approx(float(score), abs=1e-3)
+            )
             fitting += 1
     assert fitting >= 3
 
@@ -220,19 +226,24 @@ def test_a_stream_s_segment_ends_with_what_was_chosen(place):
         assert ("SAD" in segment.text.split()) == bool(phrases) and segment.words
 
 
-def certain_frames(tokens, share, blank=0):
-    """A transducer that only sees frames, and frames (1, 2 U, V): each token, the last one with ``share``, and a blank."""
-    net = Transducer(25, 25, predictor_size=8, joint_size=25, blank_index=blank).eval()
-    for name, parameter in net.named_parameters():
-        parameter.data.zero_()
-        if name in ("project_frames.weight", "out.weight"):
-            parameter.data.copy_(torch.eye(25) * (10 if name.startswith("out") else 1))
+def certain(tokens, share=0.99, blank=0):
+    """Log-probabilities (1, 2 U, V): each token, the last one with ``share``, and a blank."""
     probs = torch.full((2 * len(tokens), 25), 1e-4)
     probs[1::2, blank] = 0.99
     for row, token in zip(probs[::2], tokens, strict=True):
         row[token] = 0.99
     probs[-2, tokens[-1]], probs[-2, blank] = share, 1 - share
-    return net, torch.atanh((probs.log() / 10).clamp(-0.99, 0.0))[None]
+    return probs.log()[None]
+
+
+def certain_frames(tokens, share, blank=0):
+    """A transducer that only sees frames, and frames (1, 2 U, V) from which it takes certain tokens."""
+    net = Transducer(25, 25, predictor_size=8, joint_size=25, blank_index=blank).eval()
+    for name, parameter in net.named_parameters():
+        parameter.data.zero_()
+        if name in ("project_frames.weight", "out.weight"):
+            parameter.data.copy_(torch.eye(25) * (10 if name.startswith("out") else 1))
+    return net, torch.atanh((certain(tokens, share, blank) / 10).clamp(-0.99, 0.0))
 
 
 @pytest.mark.parametrize("bonus", [None, 0.5, 7.5])
@@ -251,6 +262,80 @@ def test_phrases_take_no_other_token_away(share, bonus, tokenizer):
     assert [token for token, _ in stream.tokens] == search(frames, torch.ones(1))[0][0]
 
 
+def joint_search(ctc_weight, **keys):
+    """A joint search whose CTC head takes log-probabilities from its frames (B, T, 32)."""
+    torch.manual_seed(0)
+    net = TransformerASR(25, 8, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1, d_ffn=64).eval()
+    seq_lin, ctc_lin = (Linear(input_size=32, n_neurons=25).requires_grad_(False) for _ in range(2))
+    ctc_lin.w.weight.copy_(torch.eye(25, 32))
+    ctc_lin.w.bias.zero_()
+    scorer = ScorerBuilder({"ctc": ctc_weight}, full_scorers=[ctc_prefix.CTCScorer(ctc_lin, blank_index=0, eos_index=2)])
+    keys = {
+        "bos_index": 1,
+        "eos_index": 2,
+        "min_decode_ratio": 0.0,
+        "max_decode_ratio": 1.0,
+        "beam_size": 16,
+        "excluded": [0, 1, 3],
+        **keys,
+    }
+    return S2STransformerBeamSearcher([net, seq_lin], using_eos_threshold=False, scorer=scorer, **keys)
+
+
+@pytest.mark.parametrize("bonus", [None, 0.5, 7.5])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
+@torch.no_grad()
+def test_phrases_take_no_other_token_away_from_joint_searches(share, bonus, tokenizer):
+    tokens = [*tokenizer.encode_as_ids("THE CAT SAT"), tokenizer.piece_to_id("D")]
+    log_probs, search = certain(tokens, share).log_softmax(-1), joint_search(0.9999)
+    search.graphs = [phrase_graph({"THE": bonus, "CAT": bonus}, tokenizer)]
+    frames = torch.nn.functional.pad(log_probs, (0, 7))
+    (texts,) = ctc_nbest(log_probs, torch.ones(1), excluded=[1, 2, 3], graphs=search.graphs)
+    wanted = tokens if share > 0.5 else tokens[:-1]
+    assert texts[rescore(search, frames[0], texts)[1]].tokens == wanted
+    assert search(frames, torch.ones(1))[0] == [wanted]
+    search.topk, search.return_topk = 16, True
+    (found,), _, (scores,), _ = search(frames, torch.ones(1))
+    assert found[0].tolist()[: len(wanted)] == wanted and scores.isfinite().any()
+
+
+@pytest.mark.parametrize("phrase", ["THE CAT", "SHE HAS", "A HOT DAY", "THE CAT SAT THE CAT SAT"])
+@torch.no_grad()
+def test_what_is_not_said_takes_nothing_away(phrase, tokenizer):
+    """A phrase without its last token begins in all places of the beam; its bonus must not be taken back too late."""
+    graph, tokens = [phrase_graph({phrase: None}, tokenizer)], tokenizer.encode_as_ids("SAD TEA DAY TEA HOT SAD")
+    *begun, last = tokenizer.encode_as_ids(phrase)
+    frames = certain(tokens).exp()
+    frames[:, ::2] = frames[:, ::2].clamp(max=0.5)
+    frames[..., begun] = frames[..., begun].clamp(min=0.1)
+    frames[..., last] = 1e-4
+    log_probs = frames.log().log_softmax(-1)
+    joint, transducer = (
+        joint_search(0.9999, length_normalization=False),
+        TransducerSearch(certain_frames(tokens, 0.99)[0]),
+    )
+    given = torch.nn.functional.pad(log_probs, (0, 7)), torch.atanh(frames.log() / 10)
+    scores = []
+    for joint.graphs in ([], graph):
+        transducer.graphs = joint.graphs
+        ((best, *_),) = ctc_nbest(log_probs, torch.ones(1), excluded=[1, 2, 3], graphs=joint.graphs)
+        (said,) = transducer.hypotheses(given[1], torch.ones(1), 4)
+        scores.append([best.score, float(joint(given[0], torch.ones(1))[2]), said.score])
+    for plain, with_phrase in zip(*scores, strict=True):
+        assert with_phrase > plain - 0.01
+
+
+@torch.no_grad()
+def test_a_text_that_has_to_end_gives_its_bonus_back(tokenizer):
+    """In a joint search a text has at most as many tokens as frames, here less than the phrase."""
+    silence = torch.full((1, 5, 25), 1e-4)
+    silence[..., 0] = 0.99
+    search = joint_search(0.9999)
+    search.graphs = [phrase_graph({"THE CAT SAT": 60.0}, tokenizer)]
+    tokens, _, (score,), _ = search(torch.nn.functional.pad(silence.log(), (0, 7)), torch.ones(1))
+    assert tokens == [[]] and score < 0
+
+
 @torch.no_grad()
 def test_graphs_do_not_favour_special_tokens(tokenizer):
     """A graph that costs more for each token than the audio tells makes no unknown token of it."""
@@ -264,6 +349,11 @@ def test_graphs_do_not_favour_special_tokens(tokenizer):
         search.graphs = [costs]
         said[cost] = tokenizer.decode_ids(search(frames, torch.ones(1))[0][0])
     assert said[0.0] == said[2.0] == "THE CAT SAT" and "⁇" not in said[12.0]
+    joint, given = joint_search(0.9999, excluded=[0, 1]), certain(tokenizer.encode_as_ids("THE CAT SAT"))
+    given[0, ::2, tokenizer.unk_id()] = math.log(0.05)
+    for joint.graphs in ([], [costs]):
+        tokens = joint(torch.nn.functional.pad(given.log_softmax(-1), (0, 7)), torch.ones(1))[0][0]
+        assert "⁇" not in tokenizer.decode_ids(tokens) and (tokens or joint.graphs)
 
 
 def test_a_transducer_s_stream_listens_all_along():

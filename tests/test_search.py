@@ -60,6 +60,14 @@ def scorers(kind, module, ctc_lin, normalize_before=False):
     return theirs_scorer.ScorerBuilder({"ctc": 1.0 if kind == "only" else 0.4}, full_scorers=[ctc])
 
 
+class Theirs(theirs.S2STransformerBeamSearcher):
+    """SpeechBrain's search; without a decoder, it does not add the scores of earlier steps at each step."""
+
+    def _attn_weight_step(self, inp_tokens, memory, enc_states, enc_lens, attn, log_probs):
+        log_probs = log_probs if self.attn_weight else torch.zeros_like(log_probs)
+        return super()._attn_weight_step(inp_tokens, memory, enc_states, enc_lens, attn, log_probs)
+
+
 def beam_searches(kind="none", normalize_before=True, **keys):
     """SpeechBrain's search, and ours."""
     net, seq_lin, ctc_lin = model(normalize_before)
@@ -67,8 +75,8 @@ def beam_searches(kind="none", normalize_before=True, **keys):
     defaults = {"beam_size": beam, "min_decode_ratio": 0.0, "max_decode_ratio": 0.4, "return_topk": True, "topk": beam}
     keys = {"modules": [net, seq_lin], "bos_index": 1, "eos_index": 2, **defaults, **keys}
     return [
-        searchers.S2STransformerBeamSearcher(**keys, scorer=scorers(kind, module, ctc_lin, normalize_before))
-        for searchers, module in ((theirs, theirs_scorer), (ours, ctc_prefix))
+        searcher(**keys, scorer=scorers(kind, module, ctc_lin, normalize_before))
+        for searcher, module in ((Theirs, theirs_scorer), (ours.S2STransformerBeamSearcher, ctc_prefix))
     ]
 
 

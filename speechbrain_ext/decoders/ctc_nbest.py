@@ -9,7 +9,7 @@ import math
 import torch
 
 from speechbrain_ext.decoders import token_graph
-from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
+from speechbrain_ext.decoders.beams import HASH, Hypothesis, choose, trace
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.utils.errors import UserError
 
@@ -78,7 +78,10 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
         gained = token_graph.added(graphs, places).gather(2, said).flatten(1) if graphs else torch.zeros_like(flat)
         gained = gained + bonus.repeat_interleave(said.shape[2], 1)
         ranked = torch.cat((blanks.logaddexp(stays) + bonus, flat + gained), 1)
-        chosen = ranked.topk(beam_size).indices  # K that stay, K * C that are extended
+        at_end = token_graph.settled(graphs, places)
+        if at_end is not None:  # after the blank, it is that of the state
+            at_end = torch.cat((at_end[..., blank], at_end.gather(2, said).flatten(1)), 1)
+        chosen = choose(ranked, at_end, beam_size)  # K that stay, K * C that are extended
         goes_on = chosen >= beam_size
         place = (chosen - beam_size).clamp(min=0)
         parents = torch.where(goes_on, place // said.shape[2], chosen.clamp(max=beam_size - 1))

@@ -7,6 +7,7 @@ the weighted sum of decoder, CTC, language model and phrases.
 import torch
 
 from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders.beams import best_of
 from speechbrain_ext.utils.errors import UserError
 
 SCORERS = "ctc", "transformerlm", "rnnlm"
@@ -32,6 +33,8 @@ def rescore(search, frames, nbest, pad=0):
     -------
     list of float
         The score of each text, divided by its length if the search does so.
+    int
+        The index of the best text.
 
     Raises
     ------
@@ -48,12 +51,10 @@ def rescore(search, frames, nbest, pad=0):
     begun = torch.cat((torch.full_like(texts[:, :1], search.bos_index), texts[:, :-1]), 1)  # (N, U + 1)
     wanted = texts.scatter(1, lengths.unsqueeze(1), search.eos_index)
     is_said = torch.arange(texts.shape[1], device=device) <= lengths.unsqueeze(1)
-    bonus, places = torch.zeros(len(nbest), device=device), token_graph.begin(search.graphs, len(nbest), device)
-    for token, counts in zip(texts.unbind(1), is_said[:, 1:].unbind(1), strict=False):
-        if search.graphs:
-            bonus += torch.where(counts, token_graph.added(search.graphs, places).gather(1, token.unsqueeze(1)).squeeze(1), 0.0)
-            places = torch.where(counts.unsqueeze(1), token_graph.advance(search.graphs, places, token), places)
-    bonus += token_graph.ends(search.graphs, places)
+    bonus, rewards = (
+        _of_graphs([graph for graph in search.graphs if graph.is_reward or not only_rewards], texts, is_said[:, 1:])
+        for only_rewards in (False, True)
+    )
     ctc = torch.tensor([text.score for text in nbest], device=device) - bonus
 
     def total(log_probs):
@@ -71,7 +72,18 @@ def rescore(search, frames, nbest, pad=0):
                 log_probs, memory = scorer.score(token, memory, None, None)
                 steps.append(log_probs)
             score += search.scorer.weights[name] * total(torch.stack(steps, 1))
-    return (score / (lengths + 1) if search.length_normalization else score).tolist()
+    lengths = (lengths + 1 if search.length_normalization else torch.ones_like(lengths)).tolist()
+    best = best_of(lengths, score.tolist(), rewards.tolist())
+    return [each / length for each, length in zip(score.tolist(), lengths, strict=True)], best
+
+
+def _of_graphs(graphs, texts, is_said):
+    """What graphs add to whole texts: (N,), for tokens (N, U + 1) of which some count (N, U)."""
+    total, places = torch.zeros(len(texts), device=texts.device), token_graph.begin(graphs, len(texts), texts.device)
+    for token, counts in zip(texts.unbind(1), is_said.unbind(1), strict=False) if graphs else ():
+        total += torch.where(counts, token_graph.added(graphs, places).gather(1, token.unsqueeze(1)).squeeze(1), 0.0)
+        places = torch.where(counts.unsqueeze(1), token_graph.advance(graphs, places, token), places)
+    return total + token_graph.ends(graphs, places)
 
 
 def check_scorers(search):

@@ -11,6 +11,7 @@ from speechbrain.decoders.scorer import ScorerBuilder
 
 from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.decoders import token_graph
+from speechbrain_ext.decoders.beams import best_of, choose
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError, UserTypeError, is_number, is_whole, one_line, runs_foreign_code
@@ -196,13 +197,19 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         for scorer in () if self.scorer is None else self.scorer.full_scorers.values():
             if isinstance(getattr(scorer, "lm", None), torch.nn.Module):  # it does not move with the model
                 scorer.lm.to(enc_states.device)
-        self._places = None
+        self._places = self._at_end = None
+        self._rewards = enc_states.new_zeros(len(enc_states) * self.beam_size, dtype=torch.float32)
         data = super().init_beam_search_data(enc_states, wav_len)
         frames = absolute_lengths(wav_len, enc_states.shape[1])
         steps = [(frames * ratio).long() for ratio in (self.min_decode_ratio, self.max_decode_ratio)]
         self._fewest, self._most = (each.repeat_interleave(self.beam_size) for each in (steps[0], steps[1].clamp(min=1)))
         self.max_decode_steps = int(steps[1].clamp(min=1).max())
         return data
+
+    def _attn_weight_step(self, inp_tokens, memory, enc_states, enc_lens, attn, log_probs):
+        if not self.attn_weight:  # without a decoder, SpeechBrain adds the scores of earlier steps at each step
+            log_probs = torch.zeros_like(log_probs)
+        return super()._attn_weight_step(inp_tokens, memory, enc_states, enc_lens, attn, log_probs)
 
     def _set_eos_minus_inf_step(self, log_probs, step, min_decode_steps):
         log_probs[:, self.excluded] = self.minus_inf
@@ -215,14 +222,39 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
                 self._places = token_graph.begin(self.graphs, len(inp_tokens), inp_tokens.device)
             else:
                 self._places = token_graph.advance(self.graphs, self._places, inp_tokens)
-            added = token_graph.added(self.graphs, self._places)
-            added[:, self.eos_index] = token_graph.ends(self.graphs, self._places)
-            log_probs = log_probs + added
+            log_probs = log_probs + self._added(self.graphs, self._places)
+            for graph in self.graphs:
+                if not graph.is_reward:  # a language model gives special tokens no score, which is better than that of most
+                    special = graph.special.clone()
+                    special[self.eos_index] = False
+                    log_probs = log_probs.masked_fill(special, self.minus_inf)
+            self._at_end = token_graph.settled(self.graphs, self._places)
+            if self._at_end is not None:
+                self._gained = self._added(*token_graph.rewards(self.graphs, self._places))
+                self._at_end[:, self.eos_index] = self.minus_inf  # the kept places are for texts that go on
         return super()._scorer_step(inp_tokens, scorer_memory, attn, log_probs)
+
+    def _added(self, graphs, places):
+        added = token_graph.added(graphs, places)
+        added[:, self.eos_index] = token_graph.ends(graphs, places)
+        return added
+
+    def _compute_scores_and_next_inp_tokens(self, alived_hyps, log_probs, step):
+        if self._at_end is None:
+            return super()._compute_scores_and_next_inp_tokens(alived_hyps, log_probs, step)
+        scores = (alived_hyps.sequence_scores.unsqueeze(1) + log_probs).view(self.batch_size, -1)
+        candidates = choose(scores, self._at_end.view(self.batch_size, -1), self.beam_size)
+        alived_hyps.sequence_scores = scores = scores.gather(1, candidates).flatten()
+        predecessors = (candidates // self.n_out + self.beam_offset.unsqueeze(1)).flatten()
+        shown = scores / (step + 1) if self.length_normalization else scores.clone()
+        return shown, candidates, predecessors, (candidates % self.n_out).flatten(), alived_hyps
 
     def _scorer_permute_memory_step(self, scorer_memory, predecessors, candidates):
         if self.graphs:
             self._places = self._places[predecessors]
+        if self._at_end is not None:
+            said = candidates.flatten() % self.n_out
+            self._rewards = self._rewards[predecessors] + self._gained[predecessors, said]
         return super()._scorer_permute_memory_step(scorer_memory, predecessors, candidates)
 
     def search_step(self, alived_hyps, inp_tokens, log_probs, ended, *args):
@@ -233,10 +265,45 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
         if last.any():
             unfinished = torch.tensor([len(beams) < self.beam_size for beams in ended], device=last.device)
             last = last & unfinished.repeat_interleave(self.beam_size)
-            tokens = torch.where(last, self.eos_index, self.eos_index + 1)
-            self._update_hyps_and_scores_if_eos_token(tokens, alived_hyps, ended, scores)
+            tokens, before = torch.where(last, self.eos_index, self.eos_index + 1), self._rewards
+            added, rewarded = self._ends(others[0])
+            self._rewards = before + rewarded
+            added = added / (step + 1) if self.length_normalization else added
+            self._update_hyps_and_scores_if_eos_token(tokens, alived_hyps, ended, scores + added)
+            self._rewards = before
             alived_hyps.sequence_scores.masked_fill_(step + 1 == self._most, -torch.inf)
         return alived_hyps, *others, scores
+
+    def _ends(self, tokens):
+        """What the end after the newest tokens adds to scores and rewards; nothing after a token that is the end."""
+        if not self.graphs:
+            return 0.0, 0.0
+        places = token_graph.advance(self.graphs, self._places, tokens)
+        parts = (self.graphs, places), token_graph.rewards(self.graphs, places)
+        return [token_graph.ends(*part).masked_fill(tokens == self.eos_index, 0.0) for part in parts]
+
+    def _update_hyps_and_scores_if_eos_token(self, inp_tokens, alived_hyps, ended, scores):
+        # SpeechBrain keeps the row of a text that ends
+        return super()._update_hyps_and_scores_if_eos_token(
+            inp_tokens, alived_hyps, ended, torch.stack((scores, self._rewards), 1)
+        )
+
+    def _get_topk_prediction(self, ended):
+        """The best texts, as SpeechBrain returns them; see :func:`speechbrain_ext.decoders.beams.best_of` for phrases."""
+        plain = [[(text, log_probs, score[0]) for text, log_probs, score in texts] for texts in ended]
+        if self._at_end is None or not self.length_normalization:
+            return super()._get_topk_prediction(plain)
+        ranked, found = [], []
+        for texts in ended:
+            lengths, pairs = [len(text) for text, *_ in texts], torch.stack([score for *_, score in texts])
+            scores = [score * length for score, length in zip(pairs[:, 0].tolist(), lengths, strict=True)]
+            left, rewards, order = list(range(len(texts))), pairs[:, 1].tolist(), []
+            while left:
+                order.append(left.pop(best_of(*([values[index] for index in left] for values in (lengths, scores, rewards)))))
+            ranked.append([(*texts[index][:2], pairs.new_tensor(-float(place))) for place, index in enumerate(order)])
+            found.append(pairs[order[: self.topk], 0])
+        texts, lengths, _, log_probs = super()._get_topk_prediction(ranked)
+        return texts, lengths, torch.stack(found), log_probs
 
     def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
         """Log-probabilities (B * K, V) of the tokens that follow ``inp_tokens`` (B * K,), the cache, and the attention."""

@@ -3,8 +3,8 @@
 A graph is a deterministic automaton. Each hypothesis is in one of its states, a number. The graph gives, for each state and next
 token, the added score and the next state, and for each state the added score of the text's end. A state has entries for a few
 tokens only. For the others it *backs off*: they have the score that they have in a shorter state, plus a number. Memory is
-therefore that of the entries (16 bytes each) and states (24 bytes), not of states times tokens. Functions take a list of graphs,
-and states with a column for each graph.
+therefore that of the entries (16 bytes each, 20 if the graph rewards) and states (24 bytes), not of states times tokens.
+Functions take a list of graphs, and states with a column for each graph.
 """
 
 import torch
@@ -39,8 +39,8 @@ class TokenGraph(nn.Module):
     start : int
         The state that begins a text.
     is_reward : bool
-        Whether the scores reward what a text contains, as phrases do. A transducer's search, which divides scores by the lengths
-        of texts, does not divide rewards.
+        Whether the scores reward what a text contains, as phrases do. Searches that divide scores by the lengths of texts do not
+        divide rewards, and beams keep places for texts without rewards that the end would take back.
 
     Example
     -------
@@ -75,6 +75,8 @@ class TokenGraph(nn.Module):
             "is_class": nn.functional.one_hot(classes.long(), backoff.shape[1] + 1).T.float(),  # (C + 1, V)
             "special": special,
         }
+        if is_reward:
+            tables |= {"root_ends": tables["ends"][root_following.long()], "ends_after": tables["ends"][following.long()]}
         # A fixed number of entries per state, because the host would have to wait for a GPU to learn any other number
         tables["steps"] = torch.arange(max(1, int(tables["first"].diff().max())))
         self.is_reward = is_reward
@@ -88,19 +90,28 @@ class TokenGraph(nn.Module):
 
     def added(self, places):
         """The added score (N, V) of each next token, for hypotheses in the states ``places`` (N,)."""
-        levels, owed = [], self.backoff.new_zeros(len(places), self.backoff.shape[1])
+        return self._look_up(places, self.root, self.values, self.backoff)
+
+    def settled(self, places):
+        """The added score (N, V) of the text's end after each next token; only of a graph that rewards."""
+        found = self._look_up(places, self.root_ends, self.ends_after, torch.zeros_like(self.backoff))
+        return torch.where(self.special, self.ends[places].unsqueeze(1), found)
+
+    def _look_up(self, places, root, values, backoff):
+        """Values (N, V) of each next token: of its entry in the longest state that has one, or else of the root."""
+        levels, owed = [], backoff.new_zeros(len(places), backoff.shape[1])
         for level in range(self.depth):
             if level >= FEW and not places.any():
                 break
             levels.append((places, owed))
-            owed, places = owed + self.backoff[places], self.shorter[places].long()
-        out = nn.functional.pad(self.root + owed @ self.is_class, (0, 1))
+            owed, places = owed + backoff[places], self.shorter[places].long()
+        out = nn.functional.pad(root + owed @ self.is_class, (0, 1))
         for places, owed in reversed(levels):  # entries of longer states replace those of shorter ones
             entry = self.first[places].unsqueeze(1) + self.steps
             beyond = entry >= self.first[places + 1].unsqueeze(1)
             entry = entry.clamp(max=len(self.keys) - 1)
             token = (self.keys[entry] % len(self.root)).masked_fill(beyond, len(self.root))
-            out.scatter_(1, token, self.values[entry] + owed.gather(1, self.classes[token]))
+            out.scatter_(1, token, values[entry] + owed.gather(1, self.classes[token]))
         return out[:, :-1]
 
     def advance(self, places, tokens):
@@ -135,6 +146,13 @@ def added(graphs, places):
     """The added score (..., V) of each next token, for hypotheses in the states ``places`` (..., G)."""
     found = [graph.added(place.flatten()) for graph, place in zip(graphs, places.unbind(-1), strict=True)]
     return sum(found).view(*places.shape[:-1], -1)
+
+
+def settled(graphs, places):
+    """What the end after each next token (..., V) adds, as rewards that are taken back; None if no graph rewards."""
+    rewarding, inside = rewards(graphs, places)
+    found = [graph.settled(place.flatten()) for graph, place in zip(rewarding, inside.unbind(-1), strict=True)]
+    return sum(found).view(*places.shape[:-1], -1) if found else None
 
 
 def advance(graphs, places, tokens):

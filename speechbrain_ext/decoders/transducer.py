@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from speechbrain_ext.decoders import token_graph
-from speechbrain_ext.decoders.beams import HASH, Hypothesis, trace
+from speechbrain_ext.decoders.beams import HASH, Hypothesis, best_of, choose, trace
 from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_BEAM
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.transducer import Transducer
@@ -215,7 +215,10 @@ class TransducerSearch(nn.Module):
             place = first.view(-1, 1, 1)
             here = log_probs.gather(2, place.unsqueeze(3).expand(-1, beam, 1, log_probs.shape[3])).squeeze(2)  # (B, K, V)
             before = (after - blanks).gather(2, place.expand(-1, beam, 1))
-            values, candidates = (before + here).flatten(1).topk(2 * beam)
+            values, at_end = (before + here).flatten(1), token_graph.settled(self.graphs, graph)
+            at_end = None if at_end is None else at_end.view(batch, -1)
+            candidates = choose(values, at_end, 2 * beam)
+            values, at_end = values.gather(1, candidates), None if at_end is None else at_end.gather(1, candidates)
             parents, said = candidates // here.shape[2], candidates % here.shape[2]
             keys = hashes.gather(1, parents)
             keys = torch.where(said == blank, keys, keys * HASH + said + 1)
@@ -223,7 +226,9 @@ class TransducerSearch(nn.Module):
             same = keys.unsqueeze(2) == keys.unsqueeze(1)
             summed = values.unsqueeze(1).masked_fill(~same, -math.inf).logsumexp(2)
             is_first = same.int().argmax(2) == order
-            values, kept = summed.masked_fill(~is_first, -math.inf).topk(beam)
+            summed = summed.masked_fill(~is_first, -math.inf)
+            kept = choose(summed, at_end, beam)
+            values = summed.gather(1, kept)
             takes = found.unsqueeze(1)
             parents = torch.where(takes, parents.gather(1, kept), own)
             said = torch.where(takes, said.gather(1, kept), blank)
@@ -322,19 +327,7 @@ def _where(condition, new, old):
 
 
 def _best_of(texts, scores, rewards):
-    """The index of the best text.
-
-    Texts with equal rewards are compared by their score per token, bos included, as in SpeechBrain and icefall; the best ones of
-    each reward by their scores. A positive score per token would be the less, the more a text says.
-    """
-
-    def per_token(index):
-        return (scores[index] - rewards[index]) / (1 + len(texts[index]))
-
-    equal = {}
-    for index, reward in enumerate(rewards):
-        equal.setdefault(round(reward, 3), []).append(index)
-    return max((max(indices, key=per_token) for indices in equal.values()), key=scores.__getitem__)
+    return best_of([1 + len(text) for text in texts], scores, rewards)  # bos counts, as in SpeechBrain and icefall
 
 
 def _best(texts, scores, rewards):

@@ -277,8 +277,8 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
             return self.search_ctc(self._log_probs(enc), lens)
         search, texts, found = self._search_with("graphs", "texts to score"), self.nbest(self._log_probs(enc), lens), []
         for frames, each in zip(self._valid(enc, lens), texts, strict=True):
-            scores = rescore(search, frames, each, self.blank) if len(frames) else [0.0]
-            found.append(each[scores.index(max(scores))].tokens)
+            best = rescore(search, frames, each, self.blank)[1] if len(frames) else 0
+            found.append(each[best].tokens)
         return found
 
     def search_segment(self, frames, log_probs):
