@@ -61,19 +61,35 @@ def merge_hparams(paths, overrides=""):
     speechbrain_ext.utils.errors.UserError: Unknown key 'sice' for large.yaml; did you mean 'size'?
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    tree = None
-    for path in paths:
-        tree = _override(tree, copy.deepcopy(path) if isinstance(path, dict) else _read(Path(path)))
+    tree = merged_tree(paths)
     if isinstance(overrides, str):
         overrides = parse_overrides(overrides)
     for key in overrides:
         if key not in tree:
-            near = difflib.get_close_matches(str(key), map(str, tree), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"the keys are: {', '.join(map(str, tree))}."
+            near = near_key(key, tree)
+            hint = f"did you mean '{near}'?" if near else f"the keys are: {', '.join(map(str, tree))}."
             raise UserError(f"Unknown key '{key}' for {Path(paths[0]).name}; {hint}")
     text = StringIO()
     ruamel.yaml.YAML().dump(_override(tree, overrides), text)
     return text.getvalue()
+
+
+def merged_tree(paths):
+    """The tree of merged hparams files, with references unresolved.
+
+    Arguments
+    ---------
+    paths : sequence of str, os.PathLike or dict
+        As in :func:`merge_hparams`.
+
+    Returns
+    -------
+    dict
+    """
+    tree = None
+    for path in paths:
+        tree = _override(tree, copy.deepcopy(path) if isinstance(path, dict) else _read(Path(path)))
+    return tree
 
 
 def load_hparams(paths, overrides=""):
@@ -136,10 +152,17 @@ def _explained():
     """
     try:
         yield
-    except (TypeError, ValueError, ImportError, AssertionError) as error:
-        if isinstance(error, UserError) or not raised_in(error, "hyperpyyaml", "yaml", "ruamel", "speechbrain"):
+    except (TypeError, ValueError, ImportError, AssertionError, RecursionError, ruamel.yaml.YAMLError) as error:
+        # HyperPyYAML adds a line to the error of a class
+        is_plain = isinstance(error, UserError) and len(error.args) == 1
+        if is_plain or not (isinstance(error, UserError) or raised_in(error, "hyperpyyaml", "yaml", "ruamel", "speechbrain")):
             raise
-        raise UserError(": ".join(one_line(part) for part in error.args) or one_line(error)) from error
+        said = ": ".join(one_line(part) for part in error.args) or one_line(error)
+        if isinstance(error, ruamel.yaml.YAMLError):
+            problem, line = yaml_problem(error)
+            itself = "a reference leads to itself, such as lr: !ref <lr>"  # HyperPyYAML leaves it as it is
+            said = f"The hparams are not valid: {itself if repr('!ref') in problem else problem + line}."
+        raise UserError(said) from error
 
 
 def parse_overrides(text):
@@ -214,7 +237,7 @@ def _read(path, extended_by=()):
     if path in extended_by:
         raise UserError(f"The hparams file {path} extends itself; remove one of the '{EXTENDS}' keys.")
     try:
-        own = _parse(path.read_text(encoding="utf-8"), path)
+        own = own_keys(path)
     except (FileNotFoundError, IsADirectoryError):
         origin = f", which {extended_by[-1]} extends" if extended_by else ""
         raise FileNotFoundError(f"There is no hparams file {path}{origin}; check the path.") from None
@@ -223,9 +246,51 @@ def _read(path, extended_by=()):
         if next(iter(own)) != EXTENDS:
             raise UserError(f"In {path} the key '{EXTENDS}' must be the first one; move it to the top.")
         bases = own.pop(EXTENDS)
-        for base in [bases] if isinstance(bases, str) else bases:
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not bases or not all(isinstance(base, str) for base in bases):
+            raise UserError(f"In {path} the key '{EXTENDS}' is {bases!r}; give a file, or a list of files.")
+        for base in bases:
             tree = _override(tree, _read(path.parent / base, (*extended_by, path)))
     return _override(tree, own)
+
+
+def own_keys(path):
+    """The keys that a file states itself.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        An hparams file.
+
+    Returns
+    -------
+    dict
+        With references unresolved.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    UserError
+        If it is not text in UTF-8, or no YAML mapping.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "large.yaml"
+    >>> _ = path.write_text("extends: base.yaml\nsize: 10\n")
+    >>> dict(own_keys(path))
+    {'extends': 'base.yaml', 'size': 10}
+    """
+    try:
+        return _parse(Path(path).read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8; save it in UTF-8.") from error
+
+
+def near_key(key, keys, cutoff=0.5):
+    """The most similar one of some keys; empty if none is similar."""
+    return next(iter(difflib.get_close_matches(str(key), map(str, keys), n=1, cutoff=cutoff)), "")
 
 
 def _parse(text, name):

@@ -188,13 +188,68 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"ctc_search": "foo"}, "ctc_search is 'foo', which is not a search"),
         ({"output_folder": "x<seed>y"}, "would be read as a reference"),
         ({"results_file": "/proc/nowhere/results.csv"}, "/proc"),
+        ({"train_batch_sampler": "{num_buckets: 0}"}, "num_buckets is 0; give a whole number of 1 or more"),
+        ({"train_batch_sampler": "{max_batch_ex: -1}"}, "max_batch_ex is -1"),
+        ({"train_batch_sampler": "{batch_ordering: foo}"}, "batch_ordering is 'foo'; give random, ascending"),
+        ({"train_batch_sampler": "{max_batch_length: x}"}, "--train_batch_sampler: max_batch_length is 'x'; give a number"),
+        ({"fea_augment": "{time_masks: -1}"}, "time_masks is -1; give a whole number, 0 = off"),
+        ({"fea_augment": "{time_mask_ratio: 5}"}, "time_mask_ratio is 5; give a share"),
+        ({"wav_augment": "{speeds: [0]}"}, "speeds is [0]; give a list of whole numbers"),
+        ({"wav_augment": "{speeds: []}"}, "speeds is []; give a list"),
+        ({"normalize": "{update_until_epoch: x}"}, "update_until_epoch is 'x'; give a number"),
+        ({"compute_features": "{n_fft: 100}"}, "--compute_features cannot be used"),
+        ({"opt_class": "{weight_decay: -1}"}, "--opt_class cannot be used: Invalid weight_decay"),
+        ({"consistency": "-1"}, "--consistency is -1; give a weight"),
+        ({"augment_warmup": "-1"}, "--augment_warmup is -1; give a number of steps"),
+        ({"encoder_kwargs": "{kernel: 3}"}, "kernel"),
+        ({"results_file": "notes.txt"}, "notes.txt is not a results table, because it has no column WER; give another file"),
+        ({"results_file": "pipe"}, "pipe is a pipe or device, not a file; give the name of a file"),
     ],
 )
 def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message, run, monkeypatch):
     monkeypatch.setattr(AsrBrain, "fit", lambda *_, **__: pytest.fail("the training began"))
+    os.mkfifo("pipe")
+    Path("notes.txt").write_text("One line, two parts\n\nand another\n")
     with pytest.raises((UserError, OSError)) as refused:
         run(**keys)
-    assert message in str(refused.value)
+    assert message in str(refused.value) and "('" not in str(refused.value)
+    assert Path("notes.txt").read_text() == "One line, two parts\n\nand another\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("droput: 0.9", "has the key droput, which nothing uses; did you mean dropout?"),
+        ("number_of_epoch: 7", "did you mean number_of_epochs?"),
+        ("dropout: high", "dropout is 'high'; give a number"),
+        ("num_encoder_layers: 2.5", "num_encoder_layers is 2.5; give a whole number"),
+        ("fea_augment: {time_masks: many}", "fea_augment: time_masks is 'many'; give a number"),
+        ("lr: !ref <lr>", "a reference leads to itself, such as lr: !ref <lr>"),
+        ("lr: !foo 3", "foo"),
+        ("seed: 1 # \xe9", "mine.yaml is not text in UTF-8; save it in UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("is_corpus", [False, True])
+def test_a_file_of_ones_own_is_checked_like_the_command_line(text, message, is_corpus, run, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes((f"data_folder: null\n{text}\n" if is_corpus else f"extends: {CONFORMER}\n{text}\n").encode("latin-1"))
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        if is_corpus:
+            file, run_opts, overrides = sb.parse_arguments([str(CONFORMER), "--device", "cpu"])
+            training.run(file, run_opts, overrides, {}, str(tmp_path / "mine.yaml"))
+        else:
+            run(hparams=file)
+    assert isinstance(refused.value, training.UsageError)
+
+
+def test_keys_of_ones_own_are_kept(run, tmp_path):
+    """A key that others refer to may have any name; the others are for a Brain of the user."""
+    (tmp_path / "mine.yaml").write_text(f"extends: {CONFORMER}\ndropouts: 0.2\ndropout: !ref <dropouts>\nbeacon: 3\n")
+    training.check_own_keys(str(tmp_path / "mine.yaml"), [])
+    for wrong in ("", " 3", " []"):
+        (tmp_path / "wrong.yaml").write_text(f"extends:{wrong}\n")
+        with pytest.raises(UserError, match="the key 'extends' is .*; give a file, or a list of files"):
+            run(hparams=tmp_path / "wrong.yaml")
 
 
 def test_the_budget_of_small_corpora_is_in_steps_and_the_rate_ends_with_it(run, tmp_path):
@@ -495,7 +550,7 @@ def test_a_full_disk_during_training(run, tmp_path):
     """The message names the checkpoint that cannot be written; training continues from the previous one."""
     keys = {"number_of_epochs": 2, "output_folder": "run"}
     run(**{**keys, "number_of_epochs": 1})
-    with largest_file(20_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; free some space"):
+    with largest_file(60_000), pytest.raises(UserError, match="No checkpoint can be written to run/save .*; free some space"):
         run(**keys)
     assert run(**keys).folders["pretrained"].is_dir()
 
@@ -546,7 +601,7 @@ def test_a_results_file_of_something_else(run, tmp_path):
     (tmp_path / "rows.csv").write_bytes(bytes(range(256)))
     with pytest.raises(training.UsageError, match="rows.csv cannot be used"):
         run(results_file="rows.csv")
-    (tmp_path / "rows.csv").write_text("a,b\n1,2,3\n")
+    (tmp_path / "rows.csv").write_text("WER,b\n1,2,3\n")
     with pytest.raises(training.UsageError, match="rows.csv has lines with different numbers of columns"):
         run(results_file="rows.csv")
 

@@ -28,7 +28,7 @@ from recipes.Manifest.prepare import names_of_tests, prepare_manifests, read_spl
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import load_audio
-from speechbrain_ext.dataio.datasets import make_datasets
+from speechbrain_ext.dataio.datasets import make_datasets, read_manifest
 from speechbrain_ext.dataio.manifests import read_entries, select
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
@@ -432,6 +432,67 @@ def test_a_line_that_is_no_good_is_named(change, reason, audio, valid, tmp_path)
     assert (left_out["split"], left_out["reason"]) == ("train", reason)
     assert left_out["ID"] == ("" if isinstance(line, str) else line["id"]) and left_out["file"]
     assert len(read_csv(tmp_path / "save" / "train.csv")) == len(rows)
+
+
+def read(path):
+    """Ids with texts, and the reason for each utterance that is left out."""
+    utterances, skipped = select("x", read_entries(path)[0], "none")
+    return {utterance.ID: utterance.wrd for utterance in utterances}, {skip.ID: skip.reason for skip in skipped}
+
+
+def test_a_folder_of_librispeech_s_layout_loses_nothing(tmp_path):
+    chapter = tmp_path / "1" / "2"
+    for name in ("1-2-0.wav", "1-2-1.wav", "1-2-1.flac", "1-2-2.wav", ".1-2-3.wav"):
+        write_wav(chapter / name)
+    write_wav(tmp_path / "1" / "3" / "1-3-0.wav")
+    (chapter / "1-2.trans.txt").write_bytes(b"1-2-0 ONE\r1-2-1 TWO\r1-2-9 NINE\r")
+    (chapter / "._1-2.trans.txt").write_bytes(b"\0\5\x16\7")
+    reasons = {"1-2-1": "several audio files with one name", "1-2-9": "transcript without audio"}
+    assert read(tmp_path) == ({"1-2-0": "ONE"}, reasons | {"1-2-2": "no transcript", "1-3-0": "no transcript"})
+
+
+def test_links_and_tar_files_in_a_tar_file(tmp_path):
+    write_wav(tmp_path / "d" / "a.wav")
+    (tmp_path / "d" / "a.txt").write_text("ONE")
+    for name, make in (("hard", os.link), ("soft", lambda old, new: os.symlink(old.name, new))):
+        for suffix in (".wav", ".txt"):
+            make(tmp_path / "d" / f"a{suffix}", tmp_path / "d" / f"{name}{suffix}")
+    os.symlink("nowhere.wav", tmp_path / "d" / "gone.wav")
+    (tmp_path / "d" / "gone.txt").write_text("GONE")
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(tmp_path / "d", "d")
+        archive.add(write_wav(tmp_path / "inner.wav"), "inner.tar")
+    texts, reasons = read(tmp_path / "t.tar")
+    assert texts == {"a": "ONE", "hard": "ONE", "soft": "ONE"}
+    assert reasons == {"gone": "transcript without audio", "inner": "tar file inside a tar file"}
+    audio = [load_audio(entry.utterance.wav) for entry in read_entries(tmp_path / "t.tar")[0] if entry.utterance.ID in texts]
+    assert len(audio) == 3 and all(torch.equal(audio[0], other) for other in audio)
+
+
+@pytest.mark.parametrize("zeros", ["THE CAT".encode("utf-16-le"), "THE CAT".encode("utf-16-be"), b"TH\0E"])
+def test_text_with_zeros_is_not_text(zeros, tmp_path):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "a.txt").write_bytes(zeros)
+    json_lines(tmp_path / "m.jsonl", [{"id": "a", "audio_filepath": "a.wav", "text_filepath": "a.txt"}])
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name in ("a.wav", "a.txt"):
+            archive.add(tmp_path / name, name)
+    json_lines(tmp_path / "n.jsonl", [{"id": "a", "audio_filepath": "a.wav", "text": "ONE\0"}])
+    for name in ("m.jsonl", "t.tar", "n.jsonl"):
+        assert read(tmp_path / name) == ({}, {"a": "not UTF-8"})
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff", "  \n"])
+def test_csv_with_quotes_and_blank_lines(begin, tmp_path):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "m.csv").write_text(f'{begin}"ID", "wav","wrd"\n\n"a","a.wav","ONE, TWO"\n   \n')
+    assert read(tmp_path / "m.csv") == ({"a": "ONE, TWO"}, {})
+
+
+def test_a_transcript_of_any_length(audio, valid, tmp_path):
+    rows = [{"audio_filepath": str(audio / "utt0.flac"), "text": "word " * 30_000}]
+    prepare(tmp_path / "save", json_lines(tmp_path / "train.jsonl", rows), valid)
+    assert len(read_manifest(tmp_path / "save" / "train.csv")[0]["wrd"]) > 131_072
 
 
 @pytest.mark.parametrize(

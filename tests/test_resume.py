@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from tiny import CTC, SMALL, arguments, make_corpus, rows, train
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
+from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, DamagedCheckpoint
 from speechbrain_ext.training.run import UsageError, check_folder
@@ -298,6 +299,14 @@ def test_a_run_that_stopped_before_it_had_learned_anything_binds_nobody(run, mon
     assert run(output_folder="x", d_model=8).folders["pretrained"].is_dir()
     with pytest.raises(UsageError, match="x holds a run with d_model 8, but this run has 16"):
         run(output_folder="x")
+
+
+def test_sizes_of_heads_are_those_of_the_run(tmp_path):
+    file = ROOT / "hparams" / "conformer_transducer.yaml"
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "hyperparams.yaml").write_text(merge_hparams([file], {"data_folder": "x", "predictor_size": 16}))
+    with pytest.raises(UsageError, match="holds a run with predictor_size 16, but this run has 24"):
+        check_folder(tmp_path, merge_hparams([file], {"data_folder": "x", "predictor_size": 24}), False)
 
 
 def test_moved_data_goes_on_with_one_option(run, tmp_path):

@@ -88,7 +88,14 @@ def prepare_manifests(
     ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
     """
     tests = named_manifests(test_manifest)
-    mixed = [mix_manifest] if isinstance(mix_manifest, str) else mix_manifest
+    mixed = mix_manifest if mix_manifest is None or isinstance(mix_manifest, list) else [mix_manifest]
+    mixed = None if mixed is None else [str(path) for path in mixed]
+    if len(tr_splits) > 1 + bool(mixed):
+        raise UserError(f"train_splits is {tr_splits}, but manifests make one training set; give all of them as train_manifest.")
+    if unknown := [name for name in te_splits if name not in tests]:
+        raise UserError(
+            f"test_splits has {unknown[0]}, but no test manifest has this name; give it: --test_manifest {unknown[0]}=PATH."
+        )
     given = dict(zip(tr_splits, (train_manifest, mixed), strict=False)) | {dev_splits[0]: valid_manifest}
     given |= {name: [tests[name]] for name in te_splits}
     if len(given) < len(tr_splits) + 1 + len(te_splits) or not given.keys().isdisjoint(TAKEN):

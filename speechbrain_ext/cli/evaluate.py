@@ -64,7 +64,7 @@ def run(arguments):
         from speechbrain_ext.decoders.token_ngram import is_arpa, is_of_tokens
         from speechbrain_ext.decoders.word_lm import arpa_words, share_unknown
         from speechbrain_ext.inference.evaluate import evaluate, make_searches
-        from speechbrain_ext.training.results import append_rows
+        from speechbrain_ext.training.results import append_rows, check_table
         from speechbrain_ext.utils.error_rates import error_sentence
 
         words = None
@@ -73,7 +73,7 @@ def run(arguments):
         choose_search(model, arguments, *(arguments.search or ([] if words is None else [model.own_search, BEAM])))
         searches = make_searches(model)
         if arguments.output is not None:
-            open(arguments.output, "a").close()  # raises an error now, not after hours
+            check_table(arguments.output)
         sets = _read(arguments, model)
     skipped = 0
     for name, (rows, left_out) in sets.items():
@@ -82,8 +82,6 @@ def run(arguments):
             unknown = None if words is None else share_unknown(words, [row.wrd for row in rows])
             given = arguments, model, unknown, name, rows
             results = [_row(*given, search, error_rates[search], seconds[search]) for search in searches]
-            if arguments.output is not None:
-                append_rows(arguments.output, results)
         for row in results:
             with_lm = f", {row['lm_unknown']} % of the words unknown to {row['lm']}" if "lm_unknown" in row else ""
             print(f"{name} {row['search']}: {error_sentence(row)}, real-time factor {row['real_time_factor']:g}{with_lm}")
@@ -92,6 +90,8 @@ def run(arguments):
                 print(f"{name} {row['search']}: {row['phrase_recall']} % of the {said} are found")
             elif arguments.phrases is not None:
                 print(f"{name} {row['search']}: none of the phrases is said in {name}")
+        if arguments.output is not None:
+            append_rows(arguments.output, results)
         for skip in left_out:
             say(f"{name}: {skip.ID or skip.file} is left out: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}.")
         skipped += len(left_out)

@@ -194,13 +194,15 @@ def count_samples(path, sample_rate=SAMPLE_RATE):
     return -(-recording.frames * up // down)
 
 
-def sample_flaw(samples):
+def sample_flaw(samples, loudest=LOUDEST):
     """What makes samples unusable for any model: NaN, infinite or huge values.
 
     Arguments
     ---------
     samples : numpy.ndarray or torch.Tensor
         Floating-point samples of any shape.
+    loudest : float
+        The largest allowed value.
 
     Returns
     -------
@@ -217,7 +219,7 @@ def sample_flaw(samples):
     peak = float(abs(samples).max()) if 0 not in samples.shape else 0.0
     if not math.isfinite(peak):
         return "NaN or infinite samples"
-    return f"samples as large as {peak:.3g}, where full scale is 1" if peak > LOUDEST else ""
+    return f"samples as large as {peak:.3g}, where full scale is 1" if peak > loudest else ""
 
 
 def check_audio(path):
@@ -398,6 +400,7 @@ class _Recording:
                 if self.samplerate is None:
                     self.samplerate, self.channels = file.samplerate, file.channels
                     self.subtype, self.format = file.subtype, file.format
+                self.channels = min(self.channels, file.channels)
                 self._lengths.append(file.frames if part.samples is None else part.samples)
         self.frames = sum(self._lengths)
 
@@ -528,7 +531,7 @@ class _Recording:
                 samples = samples[max(0, skipped - begin) : min(stop, count) - begin]
                 if not len(samples):
                     continue
-                if flaw := sample_flaw(samples):
+                if flaw := sample_flaw(samples, LOUDEST / 16):  # resampling raises some peaks
                     reason = "NaN samples" if "NaN" in flaw else "huge samples"
                     raise AudioError(f"The audio file {self.path} holds {flaw}; write it again.", reason)
                 yield samples

@@ -13,7 +13,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.utils.errors import UserError, one_line, runs_foreign_code
+from speechbrain_ext.utils.errors import UserError, is_whole, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import read_csv, write_csv
 
 logger = get_logger(__name__)
@@ -252,6 +252,10 @@ class Batch(PaddedBatch):
         return self
 
 
+ORDERS = ("random", "ascending", "descending")
+"""Orders of batches in SpeechBrain's DynamicBatchSampler."""
+
+
 class ShortFirstBatchSampler(DynamicBatchSampler):
     """SpeechBrain's DynamicBatchSampler that can sort the first epochs by length; CTC then finds its alignment sooner.
 
@@ -263,9 +267,22 @@ class ShortFirstBatchSampler(DynamicBatchSampler):
         Arguments of DynamicBatchSampler.
     sorted_epochs : int
         Number of epochs at the start that begin with the shortest utterances.
+
+    Raises
+    ------
+    UserError
+        If a number or an order is none.
     """
 
     def __init__(self, dataset, *args, sorted_epochs=0, **kwargs):
+        for name, least, value in (
+            ("sorted_epochs", 0, sorted_epochs),
+            *((name, 1, kwargs.get(name)) for name in ("num_buckets", "max_batch_ex")),
+        ):
+            if value is not None and not is_whole(value, least):
+                raise UserError(f"{name} is {value!r}; give a whole number of {least} or more.")
+        if kwargs.get("batch_ordering", ORDERS[0]) not in ORDERS:
+            raise UserError(f"batch_ordering is {kwargs['batch_ordering']!r}; give {', '.join(ORDERS)}.")
         super().__init__(dataset, *args, **kwargs)
         self.sorted_epochs = sorted_epochs
         self.later_ordering = self._batch_ordering

@@ -185,7 +185,8 @@ def _entry(record, base, data_folder, files):
             speaker = str(values["spk_id"]) if values["spk_id"] not in (None, "") else "unknown"
             text = _text(record.values, values["wrd"], base, files)
             utterance = Utterance(name, wav, speaker, text, **_segment(record.values))
-            if not is_utf8("".join((name, wav, speaker, text))):
+            stated = "".join((name, wav, speaker, text))
+            if not is_utf8(stated) or "\0" in stated:  # zeros are those of UTF-16
                 raise Unusable("not UTF-8")
         except Unusable as error:
             flaw, detail = error.reason, error.detail
@@ -216,7 +217,7 @@ def _text(values, text, base, files):
     path = os.path.join(base, text)
     files.append(path)
     try:
-        return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+        return Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except (OSError, ValueError) as error:
         raise Unusable("no transcript", one_line(error)) from error
 

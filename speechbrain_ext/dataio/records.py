@@ -27,6 +27,9 @@ COLUMNS = {
 ``offset`` (seconds) with ``duration``, ``start`` and ``end`` (seconds), or ``start`` and ``stop`` (samples)."""
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".sph", ".w64")
 """Suffixes of audio files in tar files and in folders of LibriSpeech layout."""
+LINE_END = re.compile("\r\n|\n|\r")
+MOST_LINKS = 8
+"""Links in a tar file that are followed one after the other."""
 KALDI = ("wav.scp", "text", "segments", "utt2spk", "utt2dur")
 FORMATS = (
     "SpeechBrain's CSV or JSON, JSON lines of NeMo or WeNet, cuts of lhotse, an uncompressed tar file of audio and texts, or a "
@@ -96,13 +99,13 @@ def _file_records(path, files):
         yield from _tar_records(path)
         return
     text = _read_text(path)
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in LINE_END.split(text) if line.strip()]
     if not lines:
         return
     if lines[0].lstrip().startswith(("{", "[")):
         yield from _json_records(path, text)
         return
-    columns = [column.strip() for column in lines[0].split(",")]
+    columns = [column.strip() for column in next(csv.reader(lines[:1], skipinitialspace=True))]
     if any(column in names for column in columns for names in COLUMNS.values()):
         yield from _csv_records(path, text)
     elif all(line.strip().endswith(".tar") for line in lines):
@@ -136,9 +139,9 @@ def _read_text(path):
 
 def _csv_records(path, text):
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
-    lines, read = re.split("\r\n|\n|\r", text), 0
+    lines, read = LINE_END.split(text), 0
     try:
-        columns = [column.strip() for column in next(row for row in reader if row)]
+        columns = [column.strip() for column in next(row for row in reader if any(map(str.strip, row)))]
         if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
             raise UserError(f"{path} has two columns {twice[0]}; rename one of them.")
         read = reader.line_num
@@ -154,7 +157,7 @@ def _csv_records(path, text):
                 )
             if len(row) == len(columns):
                 yield Record(place, dict(zip(columns, row, strict=True)))
-            elif row:
+            elif len(row) > 1 or any(map(str.strip, row)):
                 yield Record(place, {}, "wrong number of columns", f"{len(row)} instead of {len(columns)}")
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}, is not valid CSV: {one_line(error)}; fix it.") from error
@@ -193,7 +196,7 @@ def _json_records(path, text):
 
 def _json_lines(path, text):
     """Yield the place of each line, and its content or its error."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(LINE_END.split(text), start=1):
         if line.strip():
             try:
                 yield f"{path}, line {number}", _load_json(line)
@@ -255,18 +258,21 @@ def _cut_records(place, cut):
 
 def _tar_records(path):
     """Yield the audio files of a tar file with their positions, and the content of the .txt or .json file of the same stem."""
-    members = {}
+    members, inner = {}, []
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                stem, suffix = os.path.splitext(member.name)
-                if not member.isfile() or member.issparse() or os.path.basename(member.name).startswith("."):
+            by_name = {os.path.normpath(member.name): member for member in tar}
+            for name, member in ((member.name, _target(by_name, member)) for member in tar.getmembers()):
+                stem, suffix = os.path.splitext(name)
+                if member is None or member.issparse() or os.path.basename(name).startswith("."):
                     continue
                 found = members.setdefault(stem, {"audio": []})
                 if suffix.lower() in AUDIO_SUFFIXES:
                     found["audio"].append(f"{path}?offset={member.offset_data}&size={member.size}")
                 elif suffix in (".txt", ".json"):
                     found[suffix] = tar.extractfile(member).read().decode("utf-8-sig", "surrogateescape")
+                elif suffix == ".tar":
+                    inner.append(Record(f"{path}, {name}", {"ID": stem, "wav": None, "wrd": None}, "tar file inside a tar file"))
         _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
@@ -284,6 +290,17 @@ def _tar_records(path):
         if len(audio) != 1:
             flaw = ("several audio files with one name",) if audio else ("transcript without audio",)
         yield Record(f"{path}, {stem}", values, *flaw)
+    yield from inner
+
+
+def _target(members, member):
+    """The file that a member of a tar file is or links to; None if there is none."""
+    for _ in range(MOST_LINKS):
+        if member is None or not (member.islnk() or member.issym()):
+            break
+        inside = "" if member.islnk() else os.path.dirname(member.name)
+        member = members.get(os.path.normpath(os.path.join(inside, member.linkname)))
+    return member if member is not None and member.isfile() else None
 
 
 def _check_end(path, offset):
@@ -322,7 +339,7 @@ def _folder_records(path, files):
 
 
 def librispeech_records(folder, files):
-    """Read a folder in LibriSpeech layout: the lines of all ``.trans.txt`` files inside, with the audio beside these files.
+    """Read a folder in LibriSpeech layout: the lines of all ``.trans.txt`` files inside, and all audio; it lies beside its line.
 
     Arguments
     ---------
@@ -335,11 +352,22 @@ def librispeech_records(folder, files):
     ------
     Record
     """
-    for path in sorted(folder.rglob("*.trans.txt")):
-        audio = {beside.stem: str(beside) for beside in path.parent.iterdir() if beside.suffix.lower() in AUDIO_SUFFIXES}
-        for name, (text, place) in _table(path, files):
-            values = {"ID": name, "wav": audio.get(name), "speaker": name.partition("-")[0], "wrd": text}
-            yield Record(place, values, *(() if name in audio else ("transcript without audio",)))
+    tables, audio = {}, {}
+    for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.name.endswith(".trans.txt"):
+            tables.setdefault(path.parent, []).append(path)
+        elif path.suffix.lower() in AUDIO_SUFFIXES:
+            audio.setdefault((path.parent, path.stem), []).append(str(path))
+    for inside, paths in tables.items():
+        for name, (text, place) in (row for path in paths for row in _table(path, files)):
+            found, *others = audio.pop((inside, name), (None,))
+            values = {"ID": name, "wav": found, "speaker": name.partition("-")[0], "wrd": text}
+            flaw = "transcript without audio" if found is None else "several audio files with one name" if others else None
+            yield Record(place, values, *filter(None, [flaw]))
+    for (_, name), paths in audio.items():
+        yield Record(paths[0], {"ID": name, "wav": paths[0], "wrd": None}, "no transcript")
 
 
 def _kaldi_records(folder, files):
@@ -384,8 +412,8 @@ def _table(path, files):
     """The first word of each line, with the rest of the line and the place."""
     files.append(path)
     rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        first, *rest = re.split(r"[ \t]+", line.strip(" \t\r"), maxsplit=1)
+    for number, line in enumerate(LINE_END.split(_read_text(path)), start=1):
+        first, *rest = re.split(r"[ \t]+", line.strip(" \t"), maxsplit=1)
         if first:
             rows.append((first, ("".join(rest), f"{path}, line {number}")))
     return rows

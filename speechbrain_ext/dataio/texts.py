@@ -116,15 +116,15 @@ def _lines(path, bar):
             bar.update(path.stat().st_size)
             return
         with open(path, "rb") as file, _opened(file) as lines:
-            read = 0
+            read, seeks = 0, file.seekable()  # a pipe has no position
             for number, line in enumerate(lines):
                 if line.strip() == ARPA_BEGIN:
                     raise UserError(f"{path} is a language model in ARPA format, not text; leave it out.")
                 yield line.partition(" ")[2] if _has_ids(path) else line
-                if number % SHOWN == 0:
+                if seeks and number % SHOWN == 0:
                     bar.update(file.tell() - read)
                     read = file.tell()
-            bar.update(file.tell() - read)
+            bar.update(file.tell() - read if seeks else 0)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8; convert it, or leave it out.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

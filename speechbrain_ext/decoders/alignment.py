@@ -25,7 +25,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of speech between two pauses, with its times in seconds and the geometric mean of its tokens' probabilities."""
+    """A piece of speech between two pauses, with its times in seconds and the geometric mean of its words' confidence."""
 
     start: float
     end: float
@@ -224,7 +224,12 @@ def make_segment(log_probs, tokens, tokenizer, blank=0, offset=0):
         times = (round(FRAME_SECONDS * (offset + frame), 3) for frame in (0, len(log_probs)))
         return Segment(*times, text, 0.0)
     words = group_words(tokens, spans, tokenizer, offset)
-    return Segment(words[0].start, words[-1].end, text, confidence([score for *_, score in spans]), words)
+    return Segment(words[0].start, words[-1].end, text, confidence_of(words), words)
+
+
+def confidence_of(words):
+    """The confidence of a segment with these words."""
+    return confidence([math.log(max(word.confidence, 1e-9)) for word in words])
 
 
 def confidence(scores):

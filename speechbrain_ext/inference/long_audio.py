@@ -19,7 +19,7 @@ from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_config, frame_samples
 from speechbrain_ext.inference.subtitles import subtitles
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number
 from speechbrain_ext.utils.files import locked, write_text
 
 CORE = 550
@@ -288,7 +288,16 @@ def _parse(lines):
     for line in lines:
         try:
             record = json.loads(line)
-            segments.append(Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])}))
+            segment = Segment(**{**record, "words": tuple(Word(**word) for word in record["words"])})
         except (ValueError, TypeError, KeyError):  # not JSON, not an object, or other keys
             break
+        if not all(map(_is_whole, (segment, *segment.words))):
+            break
+        segments.append(segment)
     return segments
+
+
+def _is_whole(part):
+    """Whether a segment or word has a text, and finite numbers."""
+    numbers = (part.start, part.end, part.confidence, getattr(part, "resume", None) or 0.0)
+    return isinstance(part.text, str) and all(is_number(number) for number in numbers)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, align, collapse, confidence, make_segment
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, align, collapse, confidence_of, make_segment
 from speechbrain_ext.utils.errors import UserError
 
 
@@ -255,7 +255,7 @@ def split_at_pauses(segment, pause=0.8):
             words[0].start,
             words[-1].end,
             " ".join(word.text for word in words),
-            confidence([math.log(max(word.confidence, 1e-9)) for word in words]),
+            confidence_of(words),
             tuple(words),
         )
         for words in groups

@@ -75,6 +75,8 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
     OSError
         If the output folder cannot be created. A transcript that cannot be written, for example on a full disk, has an ``error``.
     """
+    if isinstance(files, str | bytes | os.PathLike):
+        raise UserError(f"files is {one_line(repr(files), 60)}; give a list of files.")
     files = [os.fspath(file) for file in files]
     if output is None and subtitle_options is not None:
         raise UserError("subtitle_options need an output folder; give output, or leave out subtitle_options.")

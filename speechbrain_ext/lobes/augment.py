@@ -7,7 +7,7 @@ import torch
 from speechbrain.augment import time_domain
 
 from speechbrain_ext.lobes.masks import absolute_lengths
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number, is_whole
 
 
 class SpeedPerturb(time_domain.SpeedPerturb):
@@ -20,6 +20,11 @@ class SpeedPerturb(time_domain.SpeedPerturb):
     speeds : list of int
         Speeds to draw from, in percent.
 
+    Raises
+    ------
+    UserError
+        If there is no speed, or one is not a positive whole number.
+
     Example
     -------
     >>> wavs, lens = SpeedPerturb(16000, [110])(torch.rand(2, 11000), torch.tensor([1.0, 0.5]))
@@ -28,6 +33,11 @@ class SpeedPerturb(time_domain.SpeedPerturb):
     """
 
     keeps_lengths = True  # relative lengths do not change
+
+    def __init__(self, orig_freq, speeds=(90, 100, 110)):
+        if not isinstance(speeds, (list, tuple)) or not speeds or not all(is_whole(speed, 1) for speed in speeds):
+            raise UserError(f"speeds is {speeds!r}; give a list of whole numbers of percent, such as [95, 100, 105].")
+        super().__init__(orig_freq, list(speeds))
 
     def forward(self, wavs, lens):
         """(B, N) samples to (B, N'); the relative lengths (B,) stay."""
@@ -63,7 +73,8 @@ class SpecAugment:
     Raises
     ------
     UserError
-        If a width is neither a number nor a pair of numbers, the second larger than the first.
+        If a number of masks or frames is not whole or negative, a share is not from 0 to 1, or a width is neither a number nor a
+        pair of numbers, the second larger than the first; or, with features, if the narrowest mask hides all bins.
 
     Example
     -------
@@ -84,6 +95,12 @@ class SpecAugment:
         time_warp: int = 0,
         frequency_warp: int = 0,
     ):
+        counts = {"time_masks": time_masks, "frequency_masks": frequency_masks}
+        for name, count in (counts | {"time_warp": time_warp, "frequency_warp": frequency_warp}).items():
+            if not is_whole(count, 0):
+                raise UserError(f"{name} is {count!r}; give a whole number, 0 = off.")
+        if not is_number(time_mask_ratio, 0, 1):
+            raise UserError(f"time_mask_ratio is {time_mask_ratio!r}; give a share from 0 to 1.")
         self.time_masks = time_masks
         self.time_mask_ratio = time_mask_ratio
         self.time_mask_width = (0, torch.inf) if time_mask_width is None else _width("time_mask_width", time_mask_width)
@@ -107,6 +124,10 @@ class SpecAugment:
         tuple
             The changed features and the same lengths.
         """
+        if self.frequency_masks and self.frequency_mask_width[0] >= feats.shape[2]:
+            raise UserError(
+                f"frequency_mask_width is {list(self.frequency_mask_width)}, which hides all {feats.shape[2]} bins; give less."
+            )
         frames, bins = absolute_lengths(lens, feats.shape[1]), torch.full_like(lens, feats.shape[2])
         if self.time_warp:
             feats = _warp(feats, frames, self.time_warp)

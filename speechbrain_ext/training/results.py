@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import tempfile
 from pathlib import Path
 
-from speechbrain_ext.utils.files import locked, write_csv
+from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.files import check_replaceable, locked, write_csv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,47 @@ class ResultRow:
 FIELDS = tuple(field.name for field in dataclasses.fields(ResultRow))
 
 
+def check_table(path):
+    """Refuse a file that rows could not be appended to after hours of work. Nothing is written.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        The file; missing folders are created.
+
+    Raises
+    ------
+    UserError
+        If it is not a results table, or cannot be written.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+    >>> _ = path.write_text("First line, second part\\n")
+    >>> check_table(path)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    speechbrain_ext.utils.errors.UserError: ... is not a results table, because it has no column WER; give another file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"The results table {path} is a folder; give the name of a file.")
+    check_replaceable(path)
+    lines = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with open(path, "r+", newline="", encoding="utf-8-sig") as file:
+                lines = list(filter(None, csv.reader(file)))
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"The results table {path} cannot be used ({one_line(error)}); give another file.") from error
+    if lines and "WER" not in lines[0]:
+        raise UserError(f"{path} is not a results table, because it has no column WER; give another file.")
+    if any(len(line) != len(lines[0]) for line in lines):
+        raise UserError(f"The results table {path} has lines with different numbers of columns; fix it, or give another file.")
+
+
 def append_rows(path, rows):
     """Append rows to a CSV file, completely or not at all. Several runs may write to it at once.
 
@@ -77,7 +120,7 @@ def append_rows(path, rows):
     with locked(path.parent):
         earlier, columns = [], []
         if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
+            with open(path, encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file)
                 earlier, columns = list(reader), list(reader.fieldnames or ())
         columns += [column for column in dict.fromkeys(key for row in rows for key in row) if column not in columns]

@@ -4,14 +4,12 @@ Hparams -> prepared corpus -> manifests -> tokenizer -> datasets -> Brain -> tra
 checkpoints, fused if the architecture supports it) -> tests -> rows of the results table and a model folder.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
 import logging
 import os
 import re
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,18 +33,29 @@ from speechbrain_ext.dataio.datasets import (
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
 from speechbrain_ext.decoders.lm import make_scorer
-from speechbrain_ext.hparams import load_hparams, merge_hparams, needed_keys, parse_overrides, resolve_hparams, tag_of
+from speechbrain_ext.hparams import (
+    EXTENDS,
+    load_hparams,
+    merge_hparams,
+    merged_tree,
+    near_key,
+    needed_keys,
+    own_keys,
+    parse_overrides,
+    resolve_hparams,
+    tag_of,
+)
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, Origin
 from speechbrain_ext.training.report import check_logger, draw_curve, examples, with_logger
-from speechbrain_ext.training.results import ResultRow, append_rows
+from speechbrain_ext.training.results import ResultRow, append_rows, check_table
 from speechbrain_ext.training.sources import architecture_of, locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
-from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in
-from speechbrain_ext.utils.files import file_digest, locked, read_csv, write_bytes, write_text
+from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in, runs_foreign_code
+from speechbrain_ext.utils.files import file_digest, locked, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, emulates, keep_freed_memory, python_command
 from speechbrain_ext.utils.text import listing
 
@@ -85,6 +94,10 @@ RANGES = {
     "max_skipped": (0, 1, "a share from 0 to 1"),
     "max_duration": (1e-3, 1e9, "seconds above 0"),
     "ctc_weight": (0, 1, "a share from 0 to 1"),
+    "consistency": (0, 1e3, "a weight, 0 = off"),
+    "augment_warmup": (0, 10**9, "a number of steps, 0 or more"),
+    "chunk_sampler: chunkwise_prob": (0, 1, "a share from 0 to 1"),
+    "chunk_sampler: limited_left_context_prob": (0, 1, "a share from 0 to 1"),
     "label_smoothing": (0, 0.999, "a number from 0 to less than 1"),
     "train_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
     "eval_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
@@ -196,11 +209,12 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         setting = choose_setting(hparams_file, run_opts, overrides, paths or {}, corpus, fallback, of_manifests)
         setting, model = find_model(setting)
         hparams = setting.load()
+        check_parts(hparams)
         output = Path(hparams["output_folder"])
         changed = check_folder(output, setting.text(), hparams["data_moved"])
         source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
         tokenizer = chosen_tokenizer(hparams, source)
-        check_writable(Path(hparams["results_file"]))
+        check_table(hparams["results_file"])
     except UserError as error:
         raise UsageError(one_line(error, 1000)) from error
     except OSError as error:
@@ -337,21 +351,6 @@ def checked_options(run_opts):
     return dataclasses.replace(run_opts, optimizer_step_limit=int(limit))
 
 
-def check_writable(path):
-    """Refuse a results file that could not be written after the training."""
-    if path.is_dir():
-        raise UsageError(f"The results_file {path} is a folder; give the name of a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
-            pass
-        rows = read_csv(path) if path.exists() else []
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UsageError(f"The results_file {path} cannot be used ({one_line(error)}); give another --results_file.") from error
-    if any(None in row or None in row.values() for row in rows):
-        raise UsageError(f"The results_file {path} has lines with different numbers of columns; fix it, or give another file.")
-
-
 def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, of_manifests=None):
     """Choose the files and overrides of the run: with the given corpus, that of manifests or, without data, the fallback."""
     overrides = parse_overrides(overrides)
@@ -372,6 +371,9 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     architecture = architecture_of(hparams_file, paths.get("init_from"))
     files = [*architecture, hparams_file, *([corpus] if corpus else [])]
+    for number, file in enumerate(files):
+        if isinstance(file, str):
+            check_own_keys(file, files[:number])
     before = resolve_hparams(files)
     given = not {*MANIFESTS}.isdisjoint(overrides)
     if of_manifests and given and MANIFESTS[0] not in before:
@@ -383,7 +385,7 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     overrides = {key: before[key] for key in literal} | overrides
     overrides = check_types(overrides, before)
     if corpus:
-        own = parse_overrides(Path(corpus).read_text(encoding="utf-8"))
+        own = own_keys(corpus)
         overrides = ({} if "card" in own else {"card": {}}) | overrides  # not the card of the replaced corpus
         if not given and not {"data_folder", "extends"} & {*own, *overrides}:
             raise UsageError(
@@ -431,9 +433,10 @@ def check_ranges(plain, run_opts):
     given = dict(plain)
     if "grad_accumulation_factor" in run_opts.overridden_args:
         given["grad_accumulation_factor"] = run_opts.grad_accumulation_factor
-    for key in ("train_batch_sampler", "eval_batch_sampler"):
-        if isinstance(plain.get(key), dict) and "max_batch_length" in plain[key]:
-            given[f"{key}: max_batch_length"] = plain[key]["max_batch_length"]
+    for whole in RANGES:
+        key, _, inner = whole.partition(": ")
+        if inner and isinstance(plain.get(key), dict) and inner in plain[key]:
+            given[whole] = plain[key][inner]
     for key, (low, high, wanted) in RANGES.items():
         value = given.get(key)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -481,7 +484,57 @@ def check_ranges(plain, run_opts):
         raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
 
 
-def check_types(overrides, before):
+def check_parts(hparams):
+    """Refuse settings of features and optimizer that fail only in the first step.
+
+    Raises
+    ------
+    UsageError
+        If features or an optimizer cannot be made.
+    """
+    parts = {
+        "compute_features": lambda: hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])),
+        "opt_class": lambda: hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))]),
+    }
+    for key, make in parts.items():
+        try:
+            with torch.no_grad():
+                make()
+        except (TypeError, ValueError, RuntimeError) as error:
+            if runs_foreign_code(error):
+                raise  # a bug in a class of the user
+            raise UsageError(f"--{key} cannot be used: {one_line(error)}") from error
+
+
+def check_own_keys(file, before):
+    """Check the values that a file states itself against those that it overrides.
+
+    Arguments
+    ---------
+    file : str
+        An hparams file.
+    before : list
+        Files that it overrides, besides those that it extends.
+
+    Raises
+    ------
+    UsageError
+        If a value has another type, or a key looks like a misspelled one: no other has its name, and nothing refers to it.
+    """
+    own, folder = own_keys(file), Path(file).resolve().parent
+    bases = own.pop(EXTENDS, [])
+    extended = [str(folder / base) for base in ([bases] if isinstance(bases, str) else bases)]
+    if not (known := [*before, *extended]):
+        return
+    old = merged_tree(known)
+    for key in own.keys() - old.keys():
+        near = near_key(key, old, 0.85)
+        if near and key not in needed_keys({}, [*merged_tree([*before, file]).values()]):
+            raise UsageError(f"{file} has the key {key}, which nothing uses; did you mean {near}?")
+    check_types({key: value for key, value in own.items() if key not in (*PATHS, *MANIFESTS)}, old, f"{file}: ")
+
+
+def check_types(overrides, before, where="--"):
     """Check that each override has the type of its key in the file.
 
     Arguments
@@ -490,6 +543,8 @@ def check_types(overrides, before):
         Values by key.
     before : dict
         The values of the hparams file.
+    where : str
+        What precedes a key in messages.
 
     Returns
     -------
@@ -518,8 +573,8 @@ def check_types(overrides, before):
         if old is None and isinstance(value, dict):
             given = ", ".join(f"{name}: {item}" for name, item in value.items())
             raise UsageError(
-                f"--{key} is {{{given}}}, but the hparams file has null there, so the class is unknown; give it: "
-                f"--{key} '!new:package.Class {{{given}}}', or extend the file."
+                f"{where}{key} is {{{given}}}, but the hparams file has null there, so the class is unknown; give it: "
+                f"{where}{key} '!new:package.Class {{{given}}}', or extend the file."
             )
         kinds = {
             bool: "True or False",
@@ -534,8 +589,18 @@ def check_types(overrides, before):
             wanted = dict if tag_of(old).startswith(("!new:", "!name:")) else None
         fits = wanted is None or isinstance(value, wanted) or (wanted is float and isinstance(value, int))
         if not fits or (wanted in (int, float) and isinstance(value, bool)):
-            raise UsageError(f"--{key} is {_plain(value)!r}; give {kinds[wanted]}, as in the hparams file.")
+            raise UsageError(f"{where}{key} is {_plain(value)!r}; give {kinds[wanted]}, as in the hparams file.")
+        if isinstance(value, dict) and isinstance(old, dict):
+            _check_numbers(value, old, f"{where}{key}")
     return checked
+
+
+def _check_numbers(given, before, where):
+    """Refuse text in a mapping where the file has a number or a truth value."""
+    for key, value in given.items():
+        if isinstance(before.get(key), (bool, int, float)) and isinstance(value, str):
+            wanted = "True or False" if isinstance(before[key], bool) else "a number"
+            raise UsageError(f"{where}: {key} is {value!r}; give {wanted}, as in the hparams file.")
 
 
 def _literal(key, value):
@@ -551,7 +616,8 @@ def check_folder(output, asked, data_moved):
     if before is None:
         return []
     fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
-    fixed |= needed_keys(now, [now["speech_encoder"]]) | {key for key in now if key.endswith("_index")}
+    parts = [now[key] for key in ("speech_encoder", "transducer", "ctc_lin", "seq_lin")]
+    fixed |= needed_keys(now, parts) | {key for key in now if key.endswith("_index")}
     for key in sorted(fixed, key=list(now).index):
         old, new = (_plain(tree.get(key)) for tree in (before, now))
         if old != new:
@@ -786,7 +852,7 @@ def provenance(setting, hparams, source):
 
 def _end_of(path):
     """The last three parts of a path, without a leading parenthesis, which a model folder would refuse as a tuple."""
-    parts = Path(path).parts
+    parts = Path(str(path)).parts
     return re.sub(r"^\(", "./(", "/".join(parts if len(parts) <= 3 else ("...", *parts[-3:])))
 
 

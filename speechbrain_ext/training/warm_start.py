@@ -199,7 +199,14 @@ def begin_with(source, hparams, tokenizer_file):
         hparams["seed"],
     )
     normalize = hparams["normalize"]
-    if normalize.norm_type == "global" and not normalize.glob_mean.numel() and normalize.update_until_epoch <= 1:
+    learned = normalize.glob_mean.numel() if normalize.norm_type == "global" else 0
+    wanted = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]
+    if learned and learned != wanted:
+        raise UserError(
+            f"{source.name} has statistics of {learned} features, but this model has {wanted}; give the features of that model, "
+            "or leave the statistics out, --init_exclude '[normalize]'."
+        )
+    if normalize.norm_type == "global" and not learned and normalize.update_until_epoch <= 1:
         raise UserError(
             f"{source.name} has no statistics of features, and update_until_epoch is too small to compute them; raise it: "
             "--normalize '{update_until_epoch: 4}'."

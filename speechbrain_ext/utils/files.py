@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,6 +10,8 @@ import shutil
 from pathlib import Path
 
 from speechbrain_ext.utils.errors import UserError
+
+csv.field_size_limit(2**31 - 1)  # by default 128 kB, less than the transcript of a recording of some hours
 
 
 @contextlib.contextmanager
@@ -18,7 +21,7 @@ def replacing(path, mode="w", **keys):
     Arguments
     ---------
     path : str or os.PathLike
-        The file. An existing file stays unchanged until the new one is complete.
+        The file. An existing file stays unchanged until the new one is complete. A link stays a link.
     mode : str
         "w" for text (UTF-8), "wb" for bytes.
     **keys
@@ -27,6 +30,13 @@ def replacing(path, mode="w", **keys):
     Yields
     ------
     file
+
+    Raises
+    ------
+    UserError
+        If the path is empty, or names a device or pipe, which would become a file.
+    OSError
+        If the file cannot be written; the error names it.
 
     Example
     -------
@@ -37,23 +47,36 @@ def replacing(path, mode="w", **keys):
     >>> path.read_text(), len(list(path.parent.iterdir()))
     ('1 2 3', 1)
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if not os.fspath(path):
+        raise UserError("The file to write has no name; give one.")
+    check_replaceable(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     if "b" not in mode:
         keys = {"encoding": "utf-8", **keys}
     try:
         with open(temporary, mode, **keys) as file:
             yield file
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
-        if error.errno is not None and error.filename in (
-            None,
-            os.fspath(temporary),
-        ):  # such as a full disk: name the file that the user knows
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if is_full or error.filename == os.fspath(temporary):  # name the file that the user knows
             error.filename = os.fspath(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path):
+    """Refuse to write a file in place of a device or pipe.
+
+    Raises
+    ------
+    UserError
+        If the path is one.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is a pipe or device, not a file; give the name of a file.")
 
 
 def write_text(path, text):
@@ -183,7 +206,7 @@ def file_digest(path):
 
 def read_csv(path, fields=None):
     """Rows of a CSV file as dictionaries. Raises UserError if its columns are not ``fields``."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
             raise UserError(f"{path} has the columns of another kind of file or of another version; give another file.")
