@@ -10,6 +10,7 @@ from torch import nn
 from speechbrain_ext.lobes.features import FeatureStream, clip_features, normalize_features, raw_features
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
+from speechbrain_ext.lobes.precision import autocasts
 from speechbrain_ext.lobes.stack import Stack, recompute
 from speechbrain_ext.registry import loadable
 
@@ -182,6 +183,7 @@ class SpeechEncoder(nn.Module):
         tuple
             (B, T', D), and the exact relative lengths (B,) of these frames or None.
         """
+        feats = self._as_weights(feats)
         x, lens = recompute(self.subsampling, feats, lens) if self.recomputes else self.subsampling(feats, lens)
         x = self.transformer.encode(x, lens, dynchunktrain_config=dynchunktrain_config, pass_name=pass_name)
         return x if self.head is None else self.head(x), lens
@@ -247,8 +249,13 @@ class SpeechEncoder(nn.Module):
         return x if self.head is None else self.head(x), x
 
     def _stream(self, feats, context):
-        x, context.tail = self.subsampling.stream(feats, context.tail)
+        x, context.tail = self.subsampling.stream(self._as_weights(feats), context.tail)
         return self.transformer.encode_streaming(x, context.encoder)
+
+    def _as_weights(self, feats):
+        """Features, which have full precision, in the type of the weights."""
+        weight = next(self.subsampling.parameters(), feats)
+        return feats if autocasts(feats) or not weight.is_floating_point() else feats.to(weight.dtype)
 
     def _feature_chunk(self, config):
         return self.subsampling.factor * config.chunk_size

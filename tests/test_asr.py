@@ -1,5 +1,7 @@
 """TransformerASR as a drop-in: SpeechBrain's searchers, wrapper and streaming context on top of every registered encoder."""
 
+import copy
+
 import pytest
 import torch
 from speechbrain.decoders import CTCScorer, S2STransformerBeamSearcher, ScorerBuilder
@@ -15,9 +17,10 @@ from speechbrain_ext.asr import SpeechEncoder, TransformerASR
 from speechbrain_ext.brains.asr import disagreement
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.hparams import load_hparams
-from speechbrain_ext.lobes.features import clip_features, raw_features
+from speechbrain_ext.lobes.features import KaldiFbank, clip_features, raw_features
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.utils.errors import UserError
 
 
 def small(encoder_case, decoder_layers=1, **keys):
@@ -183,6 +186,41 @@ def test_waveforms_to_frames_in_a_batch_and_alone(encoder_case, norm_type):
         assert alone.shape[1] == frames
         # The normalisation of few frames divides by a small deviation, which enlarges rounding errors.
         torch.testing.assert_close(out[i, :frames], alone[0], atol=1e-4 if norm_type == "global" else 1e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", [Fbank, KaldiFbank])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 0.02)])
+def test_weights_of_any_precision_take_samples(features, dtype, tolerance):
+    """Whole and as a stream, with samples of the same type and of float32; the features have full precision."""
+    torch.manual_seed(0)
+    net = TransformerASR(20, 640, 16, 2, 2, 0, 32, encoder_module="hyperconformer")
+    encoder = SpeechEncoder(features(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net).eval()
+    wavs, lens = 0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5])
+    expected, twin = encoder(wavs, lens), copy.deepcopy(encoder).to(dtype)
+    for given in (wavs, wavs.to(dtype)):
+        found = twin(given, lens)
+        assert found.dtype == dtype and (found.float() - expected).abs().mean() < tolerance
+        context = twin.make_streaming_context(DynChunkTrainConfig(4))
+        parts = [
+            twin.encode_streaming(part, context, last)[0] for part, last in zip(given.split(4000, 1), (False, True), strict=True)
+        ]
+        assert parts[1].dtype == dtype
+
+
+@torch.no_grad()
+def test_a_stream_that_has_ended_takes_no_more():
+    encoder = SpeechEncoder(
+        KaldiFbank(n_mels=80),
+        InputNormalization(norm_type="sentence"),
+        ConvolutionSubsampling(),
+        TransformerASR(20, 640, 16, 2, 2, 0, 32),
+    ).eval()
+    context = encoder.make_streaming_context(DynChunkTrainConfig(4))
+    encoder.encode_streaming(torch.randn(1, 2000), context, last=True)
+    for last in (False, True):
+        with pytest.raises(UserError, match="have ended this stream; make a new streaming context"):
+            encoder.encode_streaming(torch.randn(1, 2000), context, last)
 
 
 @torch.no_grad()

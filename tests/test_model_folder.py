@@ -658,6 +658,10 @@ def test_tokenizers_that_sentencepiece_writes_are_read(rule, tmp_path):
         (field(3, field(2, b"abc")), "has a damaged normalisation table"),
         (field(3, field(2, (64).to_bytes(4, "little") + b"\xff" * 64 + b"a\0")), "has a damaged normalisation table"),
         (field(5, field(2, b"\4\0\0\0\0\0\0\0a")), "has a damaged normalisation table"),
+        (field(1, b"\x0d" + b"abcd" + field(1, b"A" * 2000)), "is damaged"),  # the text first with another wire type
+        (field(1, field(1, b"A" * 2000) + field(1, b"A")), "has a piece of 2000 bytes"),
+        (field(1, field(1, b"x") + b"\x18\x86\x80\x80\x80\x10"), "is damaged"),  # a kind of 6 + 2^32
+        (field(3, b"\x92\x80\x80\x80\x10" + field(2, b"\4\0\0\0\0\0\0\0a")[1:]), "is damaged"),  # a tag above 32 bits
         (b"\x0a\x7f", "is damaged"),
         (b"\x0b", "is damaged"),
         (b"\xff" * 20, "is damaged"),

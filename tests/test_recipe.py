@@ -24,6 +24,12 @@ CONFORMER = ROOT / "hparams" / "conformer.yaml"
 CHUNKS = "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfig"
 
 
+def test_null_clears_the_keys_of_an_encoder(run):
+    """Also of one that is written fused at the end."""
+    result = run(hparams=ROOT / "hparams" / "fusionformer.yaml", encoder_kwargs="null")
+    assert load_model(result.folders["pretrained"], "cpu").mods.encoder
+
+
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_every_shipped_file_trains_and_tests(path, corpus, tmp_path):
     plain = ruamel.yaml.YAML().load(merge_hparams([path], {}))

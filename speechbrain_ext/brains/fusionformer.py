@@ -9,6 +9,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.model_folder.write import model_parts
+from speechbrain_ext.registry import encoder_keys
 from speechbrain_ext.utils.errors import UserError
 
 logger = get_logger(__name__)
@@ -30,6 +31,8 @@ class FusionFormerBrain(AsrBrain):
             raise UserError(
                 f"subsampling is {type(hparams['subsampling']).__name__}, which has nothing to fold; give FusibleSubsampling."
             )
+        if "fused" not in encoder_keys(hparams["encoder"]):
+            raise UserError(f"encoder is {hparams['encoder']}, which cannot be built fused; give fusionformer, or another Brain.")
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         self.unfused = None
 

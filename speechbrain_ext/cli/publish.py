@@ -14,7 +14,8 @@ def add(commands):
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="a branch, created if it is missing; by default main")
     parser.add_argument("--message", metavar="TEXT", help="the commit message")
-    parser.add_argument("--license", metavar="NAME", help="for the model card, such as cc-by-4.0; by default none is stated")
+    licence = "for the model card, such as cc-by-4.0; by default that of the corpus, if it states one"
+    parser.add_argument("--license", metavar="NAME", help=licence)
     parser.set_defaults(run=run)
 
 

@@ -11,7 +11,7 @@ from speechbrain_ext.encoders._streaming import StreamingContext
 from speechbrain_ext.lobes.fusible import fuse_, statistics_of
 from speechbrain_ext.lobes.masks import check_chunks, zero_padding
 from speechbrain_ext.lobes.stack import Stack
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 
 def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, given: dict) -> list:
@@ -56,9 +56,27 @@ def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, gi
                 f"The {architecture} of size '{size}' has {key} {usual_value}, not {value}; leave out one of the two."
             )
         chosen.append(usual_value if value is None else value)
-        if not isinstance(chosen[-1], int) or chosen[-1] < 1:
-            raise UserError(f"{key} is {value!r}; give a whole number of at least 1.")
+    check_sizes(**dict(zip(given, chosen, strict=True)))
     return chosen
+
+
+def check_sizes(**sizes):
+    """Refuse sizes that are not whole numbers of at least 1.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+
+    Example
+    -------
+    >>> check_sizes(d_model=144, d_ffn=0)
+    Traceback (most recent call last):
+    speechbrain_ext.utils.errors.UserError: d_ffn is 0; give a whole number of at least 1.
+    """
+    for key, value in sizes.items():
+        if not is_whole(value, 1):
+            raise UserError(f"{key} is {value!r}; give a whole number of at least 1.")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import math
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from speechbrain_ext.encoders._base import check_sizes
 from speechbrain_ext.encoders._streaming import StreamingContext
 from speechbrain_ext.lobes.masks import check_chunks, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, register_encoder
@@ -88,8 +89,7 @@ class CascadedEncoder(nn.Module):
         adapter: bool = False,
     ):
         super().__init__()
-        if num_layers < 1:
-            raise UserError(f"num_layers is {num_layers}; give at least 1.")
+        check_sizes(d_model=d_model, nhead=nhead, num_layers=num_layers, d_ffn=d_ffn)
         usual = {"d_model": d_model, "nhead": nhead, "d_ffn": d_ffn, "dropout": dropout, "kernel_size": kernel_size}
         above = max(1, num_layers // 3)
         self.second = _build("second", second, usual | {"num_layers": above})

@@ -8,7 +8,7 @@ BatchNorm.
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders._base import Encoder, LayerState
+from speechbrain_ext.encoders._base import Encoder, LayerState, check_sizes
 from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import ConvolutionModule
@@ -158,6 +158,7 @@ class ConformerEncoder(Encoder):
         activation: type = Swish,
         bias: bool = True,
     ):
+        check_sizes(d_model=d_model, nhead=nhead, num_layers=num_layers, d_ffn=d_ffn, kernel_size=kernel_size)
         mixers = [build_attention(attention_type, d_model, nhead, dropout, speechbrain_scores) for _ in range(num_layers)]
         self._build(mixers, d_model, d_ffn, dropout, kernel_size, activation, bias)
 

@@ -18,7 +18,7 @@ from functools import partial
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders._base import Encoder, LayerState
+from speechbrain_ext.encoders._base import Encoder, LayerState, check_sizes
 from speechbrain_ext.lobes.activations import ReLU, Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
@@ -245,6 +245,7 @@ class FusionFormerEncoder(Encoder):
     ):
         if not isinstance(variant, str) or variant not in VARIANTS:
             raise UserError(f"Unknown variant '{variant}' of the fusionformer; the known ones are: {', '.join(VARIANTS)}.")
+        check_sizes(d_model=d_model, nhead=nhead, num_layers=num_layers, d_ffn=d_ffn, kernel_size=kernel_size)
         parts = _Parts(VARIANTS[variant], momentum, eps)
         attentions = [build_attention(attention_type, d_model, nhead, dropout) for _ in range(num_layers)]
         super().__init__(

@@ -1,5 +1,6 @@
 """HyperConformer (Mai et al. 2023, https://arxiv.org/abs/2305.18281): a Conformer with HyperMixing, linear in length."""
 
+from speechbrain_ext.encoders._base import check_sizes
 from speechbrain_ext.encoders.conformer import ConformerEncoder
 from speechbrain_ext.lobes.activations import Swish
 from speechbrain_ext.lobes.hypermixing import HyperMixing
@@ -61,5 +62,6 @@ class HyperConformerEncoder(ConformerEncoder):
         activation: type = Swish,
         bias: bool = True,
     ):
+        check_sizes(d_model=d_model, nhead=nhead, num_layers=num_layers, d_ffn=d_ffn, kernel_size=kernel_size)
         mixers = [HyperMixing(d_model, d_ffn, tied=tied, num_heads=nhead) for _ in range(num_layers)]
         self._build(mixers, d_model, d_ffn, dropout, kernel_size, activation, bias)

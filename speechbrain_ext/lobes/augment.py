@@ -159,17 +159,17 @@ def _masks(count, width, limits, sizes, length):
 
 def _warp(feats, frames, most):
     """Stretch and squeeze features (B, T, F) around one frame each, by linear interpolation. Padding does not change."""
-    last = (frames - 1).unsqueeze(1).to(feats.dtype)  # the last frame does not move, like the first
+    last = (frames - 1).unsqueeze(1).float()  # the last frame does not move, like the first; half precision cannot count frames
     free = (last - 2 * most).clamp(min=0)
     anchor = most + torch.rand_like(free) * free
     moved = anchor + torch.where(free > 0, torch.rand_like(free) * (2 * most) - most, 0.0)
-    position = torch.arange(feats.shape[1], device=feats.device, dtype=feats.dtype).unsqueeze(0)
+    position = torch.arange(feats.shape[1], device=feats.device, dtype=torch.float32).unsqueeze(0)
     before = position * anchor / moved.clamp(min=1e-6)
     behind = anchor + (position - moved) * (last - anchor) / (last - moved).clamp(min=1e-6)
     source = torch.where(position > last, position, torch.where(position < moved, before, behind))
     source = torch.where(free > 0, source, position)
     left = source.floor().clamp(0, feats.shape[1] - 1)
-    part = (source - left).unsqueeze(2).clamp(0, 1)
+    part = (source - left).unsqueeze(2).clamp(0, 1).to(feats.dtype)
     left = left.long().unsqueeze(2).expand_as(feats)
     right = (left + 1).clamp(max=feats.shape[1] - 1)
     return torch.lerp(feats.gather(1, left), feats.gather(1, right), part)

@@ -449,6 +449,11 @@ class FeatureStream:
         self._received = 0
         self._frames = 0
         self._peak = self._moments = None
+        self._ended = False
+
+    def _refuse_after_end(self):
+        if self._ended:
+            raise UserError("The last samples have ended this stream; make a new streaming context.")
 
     def accept(self, wavs):
         """Accept the next samples.
@@ -463,6 +468,7 @@ class FeatureStream:
         iterator
             Over the chunks (B, chunk, F) that are now complete.
         """
+        self._refuse_after_end()
         self._received += wavs.shape[1]
         self._samples = wavs if self._samples is None else torch.cat((self._samples, wavs), 1)
         if self._lead and self._received >= self._lead:  # the samples to mirror have arrived
@@ -478,6 +484,8 @@ class FeatureStream:
         iterator
             Over the remaining chunks (B, <= chunk, F).
         """
+        self._refuse_after_end()
+        self._ended = True
         if not self._received:
             return
         frames = self._framing.count(self._received)

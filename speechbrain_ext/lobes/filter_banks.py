@@ -241,14 +241,14 @@ class _SpeechBrain:
         """Samples (B, N), zero after the end of each utterance, and their numbers (B,), to features (B, 1 + N // hop, F)."""
         if self.removes_dc:
             wavs = centred(wavs, samples)
-        return (_without_clipping(self._features, wavs.device) if self._is_plain else self._features)(wavs)
+        return _without_clipping(self._features, wavs.device)(wavs.float()) if self._is_plain else self._features(wavs)
 
     def of_windows(self, samples):
         """Samples (B, N) to the features of the windows in them, (B, 1 + (N - n_fft) // hop, F)."""
         if self._of_windows is None:
             self._of_windows = _without_clipping(self._features, samples.device)
             self._of_windows.compute_STFT.center = False  # the caller cuts the samples of each frame
-        return self._of_windows(samples)
+        return self._of_windows(samples.float())
 
     def check_streamable(self):
         """Refuse features that do not stream; the message names the setting to change."""

@@ -4,6 +4,7 @@ Layers here are called with ``(x, mask)``. The mask is (B, T) bool, True = paddi
 """
 
 import threading
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -371,11 +372,12 @@ def batch_statistics(updates: bool = True):
         yield
     finally:
         _scope.current = outer
-    groups = {}
+    groups, times = {}, Counter()
     for frames, one in scope.found if updates else ():
         # Norms with the same frames have equal count and ratio, also with several processes, where each has its own tensors
         norm = one[0]
-        key = norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(frames)
+        times[id(norm)] += 1  # a norm that ran twice, in tied blocks, is updated twice, one after the other
+        key = times[id(norm)], norm.momentum, norm.running_mean.dtype, norm.running_mean.device, id(frames)
         groups.setdefault(key, []).append(one)
     for group in groups.values():
         _update(group)

@@ -12,6 +12,7 @@
 A module of a residual branch names its last layer with weights in ``branch_end``, see :func:`begin_as_identity`.
 """
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -56,7 +57,7 @@ class Stack(nn.ModuleList):
     @property
     def chunk_multiple(self) -> int:
         """A chunk length must be a multiple of it, in frames."""
-        return max(getattr(layer, "chunk_multiple", 1) for layer in self)
+        return math.lcm(*(getattr(layer, "chunk_multiple", 1) for layer in self))
 
     def forward(self, x, mask=None, config=None):
         """(B, T, D) to (B, T, D)."""
@@ -105,7 +106,7 @@ def recompute(module, *args):
     >>> x.grad.shape
     torch.Size([2])
     """
-    if not (module.training and torch.is_grad_enabled()):
+    if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():  # a compiler decides itself
         return module(*args)
     return checkpoint(module, *args, use_reentrant=False, context_fn=_contexts)
 

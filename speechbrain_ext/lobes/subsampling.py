@@ -17,7 +17,7 @@ from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.registry import loadable
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 PIECE, MIN_PIECE = 800, 128
 """Feature frames that a CPU subsamples at once without a gradient: of all utterances together, and of each at least. Larger
@@ -122,6 +122,12 @@ class _Subsampling(nn.Module):
         return stage(x)
 
 
+def _check_channels(channels):
+    """Refuse another number of stages than two: each halves the frames."""
+    if not isinstance(channels, (list, tuple)) or len(channels) != 2 or not all(is_whole(width, 1) for width in channels):
+        raise UserError(f"channels is {channels!r}; give two whole numbers of at least 1.")
+
+
 @loadable
 class ConvolutionSubsampling(_Subsampling):
     """Regular 4x convolution: twice Conv2d 3 x 3 of stride 2, LayerNorm, LeakyReLU, dropout.
@@ -149,6 +155,7 @@ class ConvolutionSubsampling(_Subsampling):
 
     def __init__(self, input_size: int = 80, channels: tuple = (64, 32), dropout: float = 0.1):
         super().__init__()
+        _check_channels(channels)
         stages, size, previous = [], input_size, 1
         for width in channels:
             size = (size + 1) // 2
@@ -189,6 +196,7 @@ class FusibleSubsampling(_Subsampling):
         self, input_size: int = 80, channels: tuple = (64, 32), momentum: float = 0.01, eps: float = 1e-3, fused: bool = False
     ):
         super().__init__()
+        _check_channels(channels)
         stages, size, previous = [], input_size, 1
         for width in channels:
             size = (size + 1) // 2

@@ -2,6 +2,8 @@
 
 SentencePiece trusts its file: a wrong normalisation table makes it read any place in memory, and a piece of 100,000 bytes
 overflows the stack. Untrusted files are therefore checked first. The format is a protocol buffer, sentencepiece_model.proto.
+What two readers could understand differently is refused: protobuf skips a known field of another wire type, and cuts numbers to
+32 bits.
 """
 
 import numpy as np
@@ -20,6 +22,8 @@ TABLE = 2
 """Field of a normaliser: the table of replacements. Our files have none."""
 UNKNOWN_SURFACE = 44
 """Field of the trainer: the text of the unknown token."""
+NUMBER, BYTES = 0, 2
+"""Wire types."""
 BYTE = 6
 """Kind of a piece for a single byte, which may be a control character."""
 
@@ -45,25 +49,32 @@ def check_tokenizer(data):
     speechbrain_ext.utils.errors.UserRuntimeError: has a damaged normalisation table
     """
     try:
-        for field, value in _fields(data):
+        for field, value in _fields(data, dict.fromkeys((PIECES, TRAINER, NORMALIZER, DENORMALIZER), BYTES)):
             if field == PIECES:
-                _check_piece(dict(_fields(value)))
+                for number, part in _fields(value, {TEXT: BYTES, KIND: NUMBER}):
+                    if number == TEXT:
+                        _check_text(part)
+                    elif number == KIND:
+                        _check_kind(part)
             elif field == TRAINER:
-                _check_text(dict(_fields(value)).get(UNKNOWN_SURFACE, b""))
+                for number, part in _fields(value, {UNKNOWN_SURFACE: BYTES}):
+                    if number == UNKNOWN_SURFACE:
+                        _check_text(part)
             elif field in (NORMALIZER, DENORMALIZER):
-                for number, table in _fields(value):
-                    if number == TABLE and table:
-                        _check_table(table)
+                for number, part in _fields(value, {TABLE: BYTES}):
+                    if number == TABLE and part:
+                        _check_table(part)
     except (ValueError, TypeError) as error:
         if isinstance(error, UserRuntimeError):
             raise
         raise UserRuntimeError("is damaged, or not a SentencePiece model") from error
 
 
-def _check_piece(fields):
-    if fields.get(KIND) == BYTE:
+def _check_kind(kind):
+    if kind == BYTE:
         raise UserRuntimeError("has pieces for single bytes, which are not allowed")
-    _check_text(fields.get(TEXT, b""))
+    if kind >= 2**31:
+        raise ValueError(f"a kind of {kind}")
 
 
 def _check_text(data):
@@ -90,8 +101,8 @@ def _check_table(data):
         raise UserRuntimeError("has a damaged normalisation table")
 
 
-def _fields(data):
-    """Yield the number and the value of each field of a message: an int, or bytes."""
+def _fields(data, known):
+    """Yield the number and the value of each field of a message: an int, or bytes. Known fields must have their wire type."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -105,6 +116,8 @@ def _fields(data):
             value, position = data[position : position + size], position + size
         else:
             raise ValueError(f"a field of kind {kind}")
+        if key >= 2**32 or known.get(key >> 3, kind) != kind:
+            raise ValueError(f"a field {key >> 3} of kind {kind}")
         if position > len(data):
             raise ValueError("it ends within a field")
         yield key >> 3, value

@@ -176,7 +176,9 @@ def inference_hparams(tree, hparams, fused=False, provenance=None):
             picked[key] = plain(value)
     if fused:
         picked["subsampling"]["fused"] = True
-        picked["Transformer"].setdefault("encoder_kwargs", CommentedMap())["fused"] = True
+        keys = picked["Transformer"].get("encoder_kwargs") or CommentedMap()
+        keys["fused"] = True
+        picked["Transformer"]["encoder_kwargs"] = keys
     for key, value in own.items():
         picked[key] = plain(value)
     if provenance:

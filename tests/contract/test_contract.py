@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import PAGE_ENCODERS
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.lobes.stack import Stack, begin_as_identity
@@ -252,6 +253,7 @@ def test_recomputed_activations_give_the_same_gradients(encoder):
         assert torch.equal(ours.grad, theirs.grad), name
     for (name, ours), theirs in zip(encoder.named_buffers(), twin.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
+    torch.compile(twin, backend="aot_eager")(x[:1, :8])[0].sum().backward()  # a compiler decides itself what to recompute
 
 
 @torch.no_grad()
@@ -326,6 +328,21 @@ def test_unknown_names_and_keys_fail_at_once():
             build_encoder(name, n_layers=3)
         with pytest.raises(ValueError, match="30"):
             build_encoder(name, d_model=30, nhead=4, num_layers=1)
+
+
+def test_chunks_fit_all_blocks():
+    blocks = [torch.nn.Identity() for _ in range(3)]
+    blocks[0].chunk_multiple, blocks[2].chunk_multiple = 3, 2
+    assert Stack(blocks).chunk_multiple == 6
+
+
+@pytest.mark.parametrize("key", ["d_model", "nhead", "num_layers", "d_ffn"])
+@pytest.mark.parametrize("size", [0, -1, 2.0, "8", True])
+def test_impossible_sizes_are_refused(key, size):
+    for name in list_encoders():
+        if name not in PAGE_ENCODERS:
+            with pytest.raises(ValueError, match=rf"{key}.* is {size!r}; give a"):
+                build_encoder(name, **{"d_model": 16, "nhead": 2, "num_layers": 2, "d_ffn": 32, key: size})
 
 
 def test_sensible_defaults(encoder_case):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from speechbrain_ext.lobes.augment import SpecAugment, SpeedPerturb
+from speechbrain_ext.utils.errors import UserError
 
 
 def test_masks_have_the_widths_that_are_given():
@@ -12,6 +13,28 @@ def test_masks_have_the_widths_that_are_given():
     feats, _ = augment(torch.ones(500, 200, 80), torch.ones(500))
     frames, bins = (feats == 0).all(2).sum(1), (feats == 0).all(1).sum(1)
     assert set(frames.tolist()) == set(range(15, 25)) and set(bins.tolist()) == set(range(10, 20))
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"time_masks": 1.5}, "time_masks is 1.5; give a whole number"),
+        ({"time_mask_ratio": 3.0}, "time_mask_ratio is 3.0; give a share from 0 to 1"),
+        ({"frequency_warp": -1}, "frequency_warp is -1"),
+    ],
+)
+def test_impossible_masks_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        SpecAugment(**{"time_masks": 2, **keys})
+    with pytest.raises(UserError, match="frequency_mask_width is .80, 100., which hides all 80 bins"):
+        SpecAugment(0, frequency_mask_width=[80, 100])(torch.ones(1, 9, 80), torch.ones(1))
+
+
+def test_half_precision_counts_frames():
+    torch.manual_seed(0)
+    feats = torch.arange(3000.0).view(1, 3000, 1).expand(1, 3000, 4) / 3000
+    warped, _ = SpecAugment(0, frequency_masks=0, time_warp=5)(feats.half(), torch.ones(1))
+    assert warped.dtype == torch.float16 and (warped.float() - feats).abs().max() < 6 / 3000
 
 
 def test_short_utterances_keep_what_the_ratio_leaves_them():

@@ -195,6 +195,19 @@ def test_statistics_of_one_pass_are_updated_together_at_its_end():
     assert torch.equal(norms[0].running_mean, before)  # a forward that failed changes nothing
 
 
+def test_a_norm_that_runs_twice_is_updated_twice():
+    """As in tied blocks."""
+    norm, x = MaskedBatchNorm(6, momentum=0.5), batch()[0]
+    expected = copy.deepcopy(norm)
+    for each in (x, 3 * x):
+        expected(each)
+    with batch_statistics():
+        for each in (x, 3 * x):
+            norm(each)
+    torch.testing.assert_close(norm.running_mean, expected.running_mean)
+    torch.testing.assert_close(norm.running_var, expected.running_var)
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_one_update_is_for_all_norms_of_a_mask(distributed, monkeypatch):
     """Also in each of several processes; here there is one."""
