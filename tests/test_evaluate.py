@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import shutil
 import time
 
@@ -171,7 +172,10 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
         (["lower.csv", "--search", "joint_beam"], "no search joint_beam"),
         (["lower.csv", "--beam-size", "4"], "uses ctc_greedy, which has no beam; choose ctc_beam"),
         (["lower.csv", "--threads", "0"], "--threads is 0"),
-        (["lower.csv", "--output", "gone/rows.csv"], "gone/rows.csv cannot be read or written"),
+        (["lower.csv", "--output", "lower.csv/rows.csv"], "lower.csv/rows.csv cannot be used"),
+        (["lower.csv", "--output", "notes.txt"], "notes.txt is not a results table, because it has no column WER"),
+        (["lower.csv", "--output", "pipe"], "pipe is a pipe or device, not a file"),
+        (["gone.csv", "--output", "new.csv"], "There is no manifest"),
         ([], "MANIFEST"),
     ],
 )
@@ -180,5 +184,9 @@ def test_wrong_usage(folder, tmp_path, capsys, monkeypatch, arguments, message):
     wav = rows_of(folder / "corpus" / "test-tiny")[0].wav
     (tmp_path / "lower.csv").write_text(f"ID,wav,wrd\na,{wav},the cat\n")
     (tmp_path / "bad.csv").write_text("ID,wav,wrd\na,gone.wav,THE CAT\n")
+    (tmp_path / "notes.txt").write_text("One line, two parts\nand another\n")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
     status, out, err = run(capsys, folder, *arguments)
     assert status == 2 and out == "" and message in err and "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "notes.txt").read_text().count("\n") == 2

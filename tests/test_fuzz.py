@@ -378,7 +378,16 @@ def test_an_output_folder_is_made_and_bad_files_leave_nothing_in_it(call, tmp_pa
     ]
 
 
-@pytest.mark.parametrize("content", [b"rubbish\n", b"[]\n", b'{"a": 1}\n', b"\xff", b'{"start": 0, "end": 1}'])
+SEGMENT = '{"start": %s, "end": 1, "text": %s, "confidence": 1, "words": [{"text": "A", "start": 0, "end": %s, "confidence": 1}]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"rubbish\n", b"[]\n", b'{"a": 1}\n', b"\xff", b'{"start": 0, "end": 1}'),
+        *((SEGMENT % values).encode() for values in (("NaN", '"A"', 1), ('"0"', '"A"', 1), (0, "null", 1), (0, '"A"', "null"))),
+    ],
+)
 def test_damaged_results_are_not_taken_for_ours(content, call, tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(8000), 16000)
     assert call(["transcribe", "--output"], "a.wav")[0] == 0

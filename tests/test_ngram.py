@@ -3,7 +3,9 @@
 import collections
 import gzip
 import math
+import os
 import random
+import subprocess
 
 import pytest
 from speechbrain.lm.arpa import read_arpa
@@ -189,6 +191,16 @@ def test_the_command_writes_a_file(tmp_path, capsys):
     assert grams[1][()].keys() == {"THE", "CAT", "SAT", "HAT", BEGIN, END, UNKNOWN}
 
 
+def test_text_may_come_through_a_pipe_and_the_output_be_a_link(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("the cat sat\nthe hat\n" * 3)
+    (tmp_path / "link.arpa").symlink_to("real.arpa")
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cp", tmp_path / "a.txt", tmp_path / "pipe"]):
+        assert run(capsys, tmp_path / "pipe", "--out", tmp_path / "link.arpa")[0] == 0
+    assert run(capsys, tmp_path / "a.txt", "--out", tmp_path / "lm.arpa")[0] == 0
+    assert (tmp_path / "link.arpa").is_symlink() and (tmp_path / "real.arpa").read_text() == (tmp_path / "lm.arpa").read_text()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -217,6 +229,8 @@ def test_the_command_writes_a_file(tmp_path, capsys):
         (["a.txt", "--out", "folder"], "folder is a folder"),
         (["a.txt", "--out", "lm.arpa.gz"], "lm.arpa.gz would not be compressed; give a name that ends in .arpa"),
         (["a.txt", "--out", "gone/lm.arpa"], "No such file or directory"),
+        (["a.txt", "--out", ""], "The file to write has no name; give one"),
+        (["a.txt", "--out", "pipe"], "pipe is a pipe or device, not a file; give the name of a file"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(tmp_path, capsys, monkeypatch, arguments, message):
@@ -228,6 +242,7 @@ def test_what_the_user_can_mend_is_one_sentence(tmp_path, capsys, monkeypatch, a
     (tmp_path / "lm.txt").write_text("\n\\data\\\nngram 1=1\n")
     (tmp_path / "table.csv").write_text("ID,wav\na,a.wav\n")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.iterdir())
     status, out, err = run(capsys, *arguments, *([] if "--out" in arguments else ["--out", "lm.arpa"]))
     assert status == 2 and out == "" and message in err and "Traceback" not in err

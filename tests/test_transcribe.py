@@ -15,6 +15,8 @@ from speechbrain_ext import cli
 from speechbrain_ext.dataio.audio import AudioError
 from speechbrain_ext.decoders import alignment
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.transcribe import transcribe_files
+from speechbrain_ext.utils.errors import UserError
 
 FOLDERS = Path(__file__).parent / "data" / "model_folders"
 
@@ -66,6 +68,19 @@ def test_a_bad_file_raises_in_python(files, tmp_path):
     model = load_model(FOLDERS / "ctc-v1", "cpu")
     with pytest.raises(AudioError, match="no audio file"):
         model.transcribe_files([files[0], tmp_path / "gone.wav"])
+
+
+def test_one_name_is_no_list_of_files():
+    with pytest.raises(UserError, match="files is 'speech.flac'; give a list of files"):
+        load_model(FOLDERS / "ctc-v1", "cpu").transcribe_files("speech.flac")
+
+
+def test_very_loud_audio_is_the_file_s_error(files, tmp_path):
+    """Resampling can raise its peaks above what the model takes."""
+    square = 0.999e12 * torch.randn(8000, generator=torch.Generator().manual_seed(0)).sign()
+    soundfile.write(tmp_path / "loud.wav", square.numpy(), 8000, "DOUBLE")
+    loud, whole = transcribe_files(load_model(FOLDERS / "ctc-v1", "cpu"), [tmp_path / "loud.wav", files[0]])
+    assert "loud.wav" in str(loud.error) and whole.text
 
 
 def test_an_unknown_pass_is_refused():

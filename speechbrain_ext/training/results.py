@@ -56,7 +56,7 @@ def check_table(path):
     Arguments
     ---------
     path : str or os.PathLike
-        The file; missing folders are created.
+        The file. It may be missing, with its folders.
 
     Raises
     ------
@@ -77,12 +77,12 @@ def check_table(path):
     check_replaceable(path)
     lines = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             with open(path, "r+", newline="", encoding="utf-8-sig") as file:
                 lines = list(filter(None, csv.reader(file)))
         else:
-            tempfile.TemporaryFile(dir=path.parent).close()
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            tempfile.TemporaryFile(dir=above).close()
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"The results table {path} cannot be used ({one_line(error)}); give another file.") from error
     if lines and "WER" not in lines[0]:

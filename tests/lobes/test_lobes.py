@@ -15,6 +15,7 @@ from speechbrain_ext.lobes.convolution import ConvolutionModule, channels_last_c
 from speechbrain_ext.lobes.dropout import dropout
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling, FusibleSubsampling
+from speechbrain_ext.utils.errors import UserError
 
 
 def textbook_attention(net, x):
@@ -233,6 +234,13 @@ def test_convolution_follows_autocast():
         assert net.to("meta")(torch.randn(2, 21, 20, device="meta"))[0].shape == (2, 6, 15)
     with pytest.raises(RuntimeError, match="type"):
         channels_last_conv(x.double(), torch.randn(3, 4, 3, 3))
+
+
+@pytest.mark.parametrize("channels", [(32,), (64, 32, 32), (64, 0), 64, ("a", "b")])
+@pytest.mark.parametrize("subsampling", [ConvolutionSubsampling, FusibleSubsampling])
+def test_another_factor_than_four_is_refused(subsampling, channels):
+    with pytest.raises(UserError, match="channels is .*; give two whole numbers of at least 1"):
+        subsampling(80, channels)
 
 
 def test_front_end_of_the_published_recipes():
