@@ -434,6 +434,18 @@ def test_a_line_that_is_no_good_is_named(change, reason, audio, valid, tmp_path)
     assert len(read_csv(tmp_path / "save" / "train.csv")) == len(rows)
 
 
+def test_sets_that_no_manifest_makes_are_refused(audio, valid, tmp_path):
+    train = json_lines(tmp_path / "train.jsonl", [{"audio_filepath": str(audio / "utt0.flac"), "text": "A"}])
+    given = {"train_manifest": [train], "valid_manifest": [valid]}
+    for splits, more, message in (
+        ((["a", "b"], ["valid"], []), {}, "train_splits is .*, but manifests make one training set"),
+        ((["train"], ["valid"], ["x"]), {}, "test_splits has x, but no test manifest has this name"),
+        ((["train", "mixed"], ["valid"], []), {"mix_manifest": 2024}, "There is no manifest .*2024"),
+    ):
+        with pytest.raises((UserError, FileNotFoundError), match=message):
+            prepare_manifests(None, tmp_path / "save", *splits, **given, **more)
+
+
 def read(path):
     """Ids with texts, and the reason for each utterance that is left out."""
     utterances, skipped = select("x", read_entries(path)[0], "none")

@@ -108,6 +108,9 @@ def test_features_and_front_end_follow_their_keys(train, tmp_path):
     assert load_model(folder, "cpu").sample_rate == 8000
     with pytest.raises(UserError, match=r"such as subsampling.* \(40 x 64, here 20 x 64\); give the sizes of that model"):
         train("finetune", **{**keys, "output_folder": "bins", "n_mels": 40})
+    keys |= {"output_folder": "bins", "n_mels": 40, "init_exclude": "[transformer.custom_src_module, subsampling]"}
+    with pytest.raises(UserError, match=r"statistics of 80 features, but this model has 40; .* --init_exclude '\[normalize\]'"):
+        train("finetune", **keys)
 
 
 def small(tmp_path, name="conformer", **keys):
