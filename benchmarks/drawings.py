@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-processor-2-threads.csv"
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
+FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.csv"
+TUNED_ON = {"test-speechocean": "new speech: test-speechocean", "test-librispeech": "speech of before: test-librispeech"}
 LOGS = ROOT / "recipes" / "MiniLibriSpeech" / "results" / "logs"
 
 THEMES = {
@@ -408,6 +410,32 @@ def draw_learning():
         save(figure, "learning", theme)
 
 
+TUNED = {"fine-tuned": ("#2f7fd1", "-"), "fine-tuned, new tokens": ("#2f8f83", "-"), "from nothing": ("#b8860b", "--")}
+"""Models of benchmarks/fine_tuning.py -> colour and line style."""
+
+
+def draw_fine_tuning():
+    """Draw the error rates of fine-tuned models against the hours of new speech: on new speech, and on that of before."""
+    rows = read_csv(FINE_TUNING)
+    for theme, colors in THEMES.items():
+        figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 3.6), layout="constrained", sharey=True)
+        for axes, (test_set, title) in zip(panels, TUNED_ON.items(), strict=True):
+            mine = [row for row in rows if row["test_set"] == test_set]
+            for name, (color, style) in TUNED.items():
+                points = sorted((float(row["train_hours"]), float(row["WER"])) for row in mine if row["experiment"] == name)
+                axes.plot(*zip(*points, strict=True), style, color=color, lw=2.4, marker="o", markersize=4, label=name)
+            (before,) = (float(row["WER"]) for row in mine if row["experiment"] == "before")
+            axes.axhline(before, color=colors["quiet"], ls=":", lw=1.8, label="before")
+            hours = sorted({float(row["train_hours"]) for row in mine if row["experiment"] in TUNED})
+            axes.set(xscale="log", ylim=(0, 105))
+            axes.set_title(title, color=colors["ink"], fontsize=10)
+            axes.set_xticks(hours, [f"{hour:.1f}" for hour in hours])
+            axes.minorticks_off()
+            paint(axes, colors, "hours of new speech", "WER, %" * (axes is panels[0]))
+        panels[1].legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
+        save(figure, "fine_tuning", theme)
+
+
 def paint(axes, colors, horizontal, vertical):
     """Name the axes, and draw them and the grid in the colours of a theme."""
     axes.set_xlabel(horizontal, color=colors["ink"])
@@ -429,6 +457,7 @@ def main():
     draw_cost()
     draw_peers()
     draw_learning()
+    draw_fine_tuning()
     draw_blocks()
     plot_cost(read_csv(BENCH), IMAGES / "cost_all.png")
 

@@ -25,6 +25,7 @@ STREAMING = ROOT / "benchmarks" / "results" / "streaming.csv"
 LONG_AUDIO = ROOT / "benchmarks" / "results" / "long_audio.csv"
 SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
+FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
@@ -98,6 +99,18 @@ def words():
         lines.append([experiment + said, f"{int(row['parameters']):,}", row["steps"], *rates])
     header = ["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS)]
     return table([*header, *lms.values()], lines)
+
+
+def fine_tuning():
+    """Error rates after fine-tuning on some hours of new speech, and of models that begin with random weights."""
+    found, sets = {}, {}
+    for row in read(FINE_TUNING):
+        found.setdefault((row["experiment"], row["train_hours"], row["steps"]), {})[row["test_set"]] = row["WER"]
+        sets[row["test_set"]] = None
+    lines = [
+        [name, f"{float(hours):.1f}", steps, *(rates[each] for each in sets)] for (name, hours, steps), rates in found.items()
+    ]
+    return table(["model", "hours", "steps", *(f"{name}, WER %" for name in sets)], lines)
 
 
 def published():
@@ -414,6 +427,7 @@ def fill(text):
     makers = [results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer]
     makers += [
         words,
+        fine_tuning,
         memory,
         gpu,
         manifests,

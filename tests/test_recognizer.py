@@ -16,7 +16,7 @@ from test_streaming import speech
 from tiny import SMALL_TRANSDUCER, make_model
 
 from speechbrain_ext import cli
-from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word, align
+from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word, align, confidence_of
 from speechbrain_ext.inference import load_model, long_audio
 from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
@@ -62,6 +62,7 @@ def test_pauses_end_segments_wherever_the_pieces_end(size):
     assert said(segments) == [("THE CATS", 1, 7), ("A", 27, 28), ("T", 88, 89)]
     assert [word.text for word in segments[0].words] == ["THE", "CATS"]
     assert segments[0].words[1] == Word("CATS", 0.12, 0.28, segments[0].words[1].confidence) and segments[0].confidence > 0.9
+    assert segments[0].confidence == confidence_of(segments[0].words)  # as of segments that are split
 
 
 def test_what_is_stable_stays():
