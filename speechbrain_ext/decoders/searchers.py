@@ -284,9 +284,8 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
 
     def _update_hyps_and_scores_if_eos_token(self, inp_tokens, alived_hyps, ended, scores):
         # SpeechBrain keeps the row of a text that ends
-        return super()._update_hyps_and_scores_if_eos_token(
-            inp_tokens, alived_hyps, ended, torch.stack((scores, self._rewards), 1)
-        )
+        pairs = torch.stack((scores, self._rewards.to(scores)), 1)
+        return super()._update_hyps_and_scores_if_eos_token(inp_tokens, alived_hyps, ended, pairs)
 
     def _get_topk_prediction(self, ended):
         """The best texts, as SpeechBrain returns them; see :func:`speechbrain_ext.decoders.beams.best_of` for phrases."""
