@@ -416,8 +416,8 @@ TUNED = {"fine-tuned": ("#2f7fd1", "-"), "fine-tuned, new tokens": ("#2f8f83", "
 
 def draw_fine_tuning():
     """Draw the error rates of fine-tuned models against the hours of new speech: on new speech, and on that of before."""
-    rows = read_csv(FINE_TUNING)
-    for theme, colors in THEMES.items():
+    rows = read_csv(FINE_TUNING) if FINE_TUNING.is_file() else []
+    for theme, colors in THEMES.items() if rows else ():
         figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 3.6), layout="constrained", sharey=True)
         for axes, (test_set, title) in zip(panels, TUNED_ON.items(), strict=True):
             mine = [row for row in rows if row["test_set"] == test_set]
