@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # corpus files name functions in recipes/
 
 import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
-from speechbrain.utils.distributed import ddp_init_group, get_rank  # noqa: E402
+from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
 from speechbrain_ext.training.report import list_hparams, list_options, print_help  # noqa: E402
 from speechbrain_ext.training.run import REFUSED, run, take_paths  # noqa: E402
@@ -55,11 +55,6 @@ def main(argv=None):
     except (UserError, OSError) as error:
         print(f"train.py: {one_line(error, 1000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except RuntimeError as error:
-        if not get_rank() or not (isinstance(error, torch.distributed.DistError) or "by peer" in str(error)):
-            raise
-        print(f"train.py: process {get_rank()} ends, because another one has ended.", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("train.py: interrupted; run the same command again to continue from the last checkpoint.", file=sys.stderr)
         return 130

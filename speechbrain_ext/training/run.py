@@ -54,7 +54,7 @@ from speechbrain_ext.training.results import ResultRow, append_rows, check_table
 from speechbrain_ext.training.sources import architecture_of, locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
-from speechbrain_ext.utils.errors import UsageError, UserError, one_line, raised_in, runs_foreign_code
+from speechbrain_ext.utils.errors import UsageError, UserError, UserRuntimeError, one_line, raised_in, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest, locked, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, emulates, keep_freed_memory, python_command
 from speechbrain_ext.utils.text import listing
@@ -228,7 +228,13 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         logger.warning("The run in %s continues with other settings than it began with: %s.", output, ", ".join(changed))
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
-        return _run(hparams_file, run_opts, setting, hparams, source, tokenizer)
+        try:
+            return _run(hparams_file, run_opts, setting, hparams, source, tokenizer)
+        except RuntimeError as error:
+            # The process that has ended gives the reason
+            if not get_rank() or not (isinstance(error, torch.distributed.DistError) or "by peer" in str(error)):
+                raise
+            raise UserRuntimeError("Another process of this training has ended.") from error
 
 
 def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
