@@ -231,7 +231,7 @@ class S2STransformerBeamSearcher(seq2seq.S2STransformerBeamSearcher):
             self._at_end = token_graph.settled(self.graphs, self._places)
             if self._at_end is not None:
                 self._gained = self._added(*token_graph.rewards(self.graphs, self._places))
-                self._at_end[:, self.eos_index] = self.minus_inf  # the kept places are for texts that go on
+                self._at_end[:, self.eos_index] = self.minus_inf  # the kept places are for texts that continue
         return super()._scorer_step(inp_tokens, scorer_memory, attn, log_probs)
 
     def _added(self, graphs, places):
