@@ -186,7 +186,7 @@ def _entry(record, base, data_folder, files):
             text = _text(record.values, values["wrd"], base, files)
             utterance = Utterance(name, wav, speaker, text, **_segment(record.values))
             stated = "".join((name, wav, speaker, text))
-            if not is_utf8(stated) or "\0" in stated:  # zeros are those of UTF-16
+            if not is_utf8(stated) or "\0" in text:  # zeros are those of UTF-16
                 raise Unusable("not UTF-8")
         except Unusable as error:
             flaw, detail = error.reason, error.detail
