@@ -24,7 +24,7 @@ IMAGES = ROOT / "docs" / "images"
 BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-processor-2-threads.csv"
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.csv"
-TUNED_ON = {"test-speechocean": "new speech: test-speechocean", "test-librispeech": "speech of before: test-librispeech"}
+TUNED_ON = {"test-speechocean": "new speech: test-speechocean", "test-librispeech": "earlier speech: test-librispeech"}
 LOGS = ROOT / "recipes" / "MiniLibriSpeech" / "results" / "logs"
 
 THEMES = {
@@ -415,7 +415,7 @@ TUNED = {"fine-tuned": ("#2f7fd1", "-"), "fine-tuned, new tokens": ("#2f8f83", "
 
 
 def draw_fine_tuning():
-    """Draw the error rates of fine-tuned models against the hours of new speech: on new speech, and on that of before."""
+    """Draw the error rates of fine-tuned models against the hours of new speech: on new speech, and on earlier speech."""
     rows = read_csv(FINE_TUNING) if FINE_TUNING.is_file() else []
     for theme, colors in THEMES.items() if rows else ():
         figure, panels = pyplot.subplots(1, 2, figsize=(8.2, 3.6), layout="constrained", sharey=True)
@@ -425,7 +425,7 @@ def draw_fine_tuning():
                 points = sorted((float(row["train_hours"]), float(row["WER"])) for row in mine if row["experiment"] == name)
                 axes.plot(*zip(*points, strict=True), style, color=color, lw=2.4, marker="o", markersize=4, label=name)
             (before,) = (float(row["WER"]) for row in mine if row["experiment"] == "before")
-            axes.axhline(before, color=colors["quiet"], ls=":", lw=1.8, label="before")
+            axes.axhline(before, color=colors["quiet"], ls=":", lw=1.8, label="before fine-tuning")
             hours = sorted({float(row["train_hours"]) for row in mine if row["experiment"] in TUNED})
             axes.set(xscale="log", ylim=(0, 105))
             axes.set_title(title, color=colors["ink"], fontsize=10)

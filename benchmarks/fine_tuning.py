@@ -15,13 +15,12 @@ interrupted ones continue. For MODEL itself:
 """
 
 import argparse
-import csv
 import random
 import subprocess
 import sys
 from pathlib import Path
 
-from speechbrain_ext.utils.files import read_csv, write_text
+from speechbrain_ext.utils.files import read_csv, write_csv, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 128
@@ -35,11 +34,7 @@ def select(manifest, hours, path):
     while rows and seconds < 3600 * hours:
         chosen.append(rows.pop())
         seconds += float(chosen[-1]["duration"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(chosen[0]))
-        writer.writeheader()
-        writer.writerows(sorted(chosen, key=lambda row: row["ID"]))
+    write_csv(path, list(chosen[0]), (row.values() for row in sorted(chosen, key=lambda row: row["ID"])))
     return seconds / 3600
 
 

@@ -160,7 +160,7 @@ def _explained():
         said = ": ".join(one_line(part) for part in error.args) or one_line(error)
         if isinstance(error, ruamel.yaml.YAMLError):
             problem, line = yaml_problem(error)
-            itself = "a reference leads to itself, such as lr: !ref <lr>"  # HyperPyYAML leaves it as it is
+            itself = "a reference leads to itself, such as lr: !ref <lr>"  # HyperPyYAML does not resolve it
             said = f"The hparams are not valid: {itself if repr('!ref') in problem else problem + line}."
         raise UserError(said) from error
 
@@ -245,12 +245,8 @@ def _read(path, extended_by=()):
     if EXTENDS in own:
         if next(iter(own)) != EXTENDS:
             raise UserError(f"In {path} the key '{EXTENDS}' must be the first one; move it to the top.")
-        bases = own.pop(EXTENDS)
-        bases = [bases] if isinstance(bases, str) else bases
-        if not isinstance(bases, list) or not bases or not all(isinstance(base, str) for base in bases):
-            raise UserError(f"In {path} the key '{EXTENDS}' is {bases!r}; give a file, or a list of files.")
-        for base in bases:
-            tree = _override(tree, _read(path.parent / base, (*extended_by, path)))
+        for base in pop_extended(own, path):
+            tree = _override(tree, _read(base, (*extended_by, path)))
     return _override(tree, own)
 
 
@@ -278,7 +274,7 @@ def own_keys(path):
     -------
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "large.yaml"
-    >>> _ = path.write_text("extends: base.yaml\nsize: 10\n")
+    >>> _ = path.write_text("extends: base.yaml\\nsize: 10\\n")
     >>> dict(own_keys(path))
     {'extends': 'base.yaml', 'size': 10}
     """
@@ -286,6 +282,40 @@ def own_keys(path):
         return _parse(Path(path).read_text(encoding="utf-8-sig"), path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8; save it in UTF-8.") from error
+
+
+def pop_extended(own, path):
+    """Remove ``extends`` from the keys of a file; returns the files that it names.
+
+    Arguments
+    ---------
+    own : dict
+        From :func:`own_keys`; changed in place.
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    list of pathlib.Path
+
+    Raises
+    ------
+    UserError
+        If the value is neither a file nor a list of files.
+
+    Example
+    -------
+    >>> own = {"extends": "base.yaml", "size": 10}
+    >>> [base.name for base in pop_extended(own, Path("large.yaml"))], own
+    (['base.yaml'], {'size': 10})
+    """
+    if EXTENDS not in own:
+        return []
+    bases = own.pop(EXTENDS)
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not bases or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"In {path} the key '{EXTENDS}' is {bases!r}; give a file, or a list of files.")
+    return [path.parent / base for base in bases]
 
 
 def near_key(key, keys, cutoff=0.5):

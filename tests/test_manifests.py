@@ -458,9 +458,12 @@ def test_a_folder_of_librispeech_s_layout_loses_nothing(tmp_path):
         write_wav(chapter / name)
     write_wav(tmp_path / "1" / "3" / "1-3-0.wav")
     (chapter / "1-2.trans.txt").write_bytes(b"1-2-0 ONE\r1-2-1 TWO\r1-2-9 NINE\r")
+    write_wav(tmp_path / "4" / "1-4-0.wav")
+    (tmp_path / "4" / "1-4.trans.txt").write_text("1-4-0 FOUR\n1-4-0 FIVE\n")
     (chapter / "._1-2.trans.txt").write_bytes(b"\0\5\x16\7")
     reasons = {"1-2-1": "several audio files with one name", "1-2-9": "transcript without audio"}
-    assert read(tmp_path) == ({"1-2-0": "ONE"}, reasons | {"1-2-2": "no transcript", "1-3-0": "no transcript"})
+    reasons |= {"1-2-2": "no transcript", "1-3-0": "no transcript", "1-4-0": "duplicate id"}
+    assert read(tmp_path) == ({"1-2-0": "ONE", "1-4-0": "FOUR"}, reasons)
 
 
 def test_links_and_tar_files_in_a_tar_file(tmp_path):

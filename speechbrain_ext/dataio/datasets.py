@@ -271,7 +271,7 @@ class ShortFirstBatchSampler(DynamicBatchSampler):
     Raises
     ------
     UserError
-        If a number or an order is none.
+        If a number is not whole or too small, or the order is unknown.
     """
 
     def __init__(self, dataset, *args, sorted_epochs=0, **kwargs):

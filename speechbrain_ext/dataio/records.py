@@ -352,7 +352,7 @@ def librispeech_records(folder, files):
     ------
     Record
     """
-    tables, audio = {}, {}
+    tables, audio, said = {}, {}, set()
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
@@ -362,12 +362,14 @@ def librispeech_records(folder, files):
             audio.setdefault((path.parent, path.stem), []).append(str(path))
     for inside, paths in tables.items():
         for name, (text, place) in (row for path in paths for row in _table(path, files)):
-            found, *others = audio.pop((inside, name), (None,))
+            said.add((inside, name))
+            found, *others = audio.get((inside, name), (None,))
             values = {"ID": name, "wav": found, "speaker": name.partition("-")[0], "wrd": text}
             flaw = "transcript without audio" if found is None else "several audio files with one name" if others else None
             yield Record(place, values, *filter(None, [flaw]))
-    for (_, name), paths in audio.items():
-        yield Record(paths[0], {"ID": name, "wav": paths[0], "wrd": None}, "no transcript")
+    for place, paths in audio.items():
+        if place not in said:
+            yield Record(paths[0], {"ID": place[1], "wav": paths[0], "wrd": None}, "no transcript")
 
 
 def _kaldi_records(folder, files):

@@ -78,7 +78,7 @@ def rescore(search, frames, nbest, pad=0):
 
 
 def _of_graphs(graphs, texts, is_said):
-    """What graphs add to whole texts: (N,), for tokens (N, U + 1) of which some count (N, U)."""
+    """The scores (N,) that graphs add to whole texts (N, U + 1); ``is_said`` (N, U) is False in the padding."""
     total, places = torch.zeros(len(texts), device=texts.device), token_graph.begin(graphs, len(texts), texts.device)
     for token, counts in zip(texts.unbind(1), is_said.unbind(1), strict=False) if graphs else ():
         total += torch.where(counts, token_graph.added(graphs, places).gather(1, token.unsqueeze(1)).squeeze(1), 0.0)

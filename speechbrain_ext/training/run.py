@@ -34,7 +34,6 @@ from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
 from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import (
-    EXTENDS,
     load_hparams,
     merge_hparams,
     merged_tree,
@@ -42,6 +41,7 @@ from speechbrain_ext.hparams import (
     needed_keys,
     own_keys,
     parse_overrides,
+    pop_extended,
     resolve_hparams,
     tag_of,
 )
@@ -527,10 +527,8 @@ def check_own_keys(file, before):
     UsageError
         If a value has another type, or a key looks like a misspelled one: no other has its name, and nothing refers to it.
     """
-    own, folder = own_keys(file), Path(file).resolve().parent
-    bases = own.pop(EXTENDS, [])
-    extended = [str(folder / base) for base in ([bases] if isinstance(bases, str) else bases)]
-    if not (known := [*before, *extended]):
+    own = own_keys(file)
+    if not (known := [*before, *pop_extended(own, Path(file).resolve())]):
         return
     old = merged_tree(known)
     for key in own.keys() - old.keys():
