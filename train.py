@@ -29,7 +29,8 @@ import torch  # noqa: E402
 from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
 from speechbrain_ext.training.report import list_hparams, list_options, print_help  # noqa: E402
-from speechbrain_ext.training.run import REFUSED, run, take_paths  # noqa: E402
+from speechbrain_ext.training.run import run  # noqa: E402
+from speechbrain_ext.training.settings import REFUSED, take_paths  # noqa: E402
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
 

@@ -47,7 +47,6 @@ from speechbrain_ext.training.results import append_rows  # noqa: E402
 from speechbrain_ext.training.run import (  # noqa: E402
     TRAIN,
     VALID,
-    Setting,
     make_brain,
     make_rows,
     prepare_tokenizer,
@@ -55,6 +54,7 @@ from speechbrain_ext.training.run import (  # noqa: E402
     statistics_batches,
     with_tokenizer,
 )
+from speechbrain_ext.training.settings import Setting  # noqa: E402
 from speechbrain_ext.utils.errors import UserError, one_line  # noqa: E402
 from speechbrain_ext.utils.files import replacing, write_csv  # noqa: E402
 from speechbrain_ext.utils.machine import describe_machine, keep_freed_memory  # noqa: E402

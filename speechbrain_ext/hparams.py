@@ -231,6 +231,17 @@ def tag_of(node):
     return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
+def as_plain(node):
+    """A part of parsed hparams as plain values, with tags as text and without comments."""
+    if isinstance(node, dict):
+        plain = {key: as_plain(value) for key, value in node.items()}
+    elif isinstance(node, list):
+        plain = [as_plain(value) for value in node]
+    else:
+        plain = node.value if tag_of(node) else node
+    return f"{tag_of(node)} {plain}" if tag_of(node) else plain
+
+
 def _read(path, extended_by=()):
     """The tree of a file, merged with the files that it extends."""
     path = path.resolve()

@@ -35,6 +35,7 @@ from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.results import append_rows
+from speechbrain_ext.training.settings import check_own_keys, choose_setting
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import locked, replacing_folder
 from train import take_paths
@@ -245,7 +246,7 @@ def test_a_file_of_ones_own_is_checked_like_the_command_line(text, message, is_c
 def test_keys_of_ones_own_are_kept(run, tmp_path):
     """A key that others refer to may have any name; the others are for a Brain of the user."""
     (tmp_path / "mine.yaml").write_text(f"extends: {CONFORMER}\ndropouts: 0.2\ndropout: !ref <dropouts>\nbeacon: 3\n")
-    training.check_own_keys(str(tmp_path / "mine.yaml"), [])
+    check_own_keys(str(tmp_path / "mine.yaml"), [])
     for wrong in ("", " 3", " []"):
         (tmp_path / "wrong.yaml").write_text(f"extends:{wrong}\n")
         with pytest.raises(UserError, match="the key 'extends' is .*; give a file, or a list of files"):
@@ -337,7 +338,7 @@ def test_paths_are_literal(name, tmp_path, monkeypatch):
     for form in (spaced, [*joined, f"--output_folder={name}.out"]):
         argv, paths = take_paths([str(CONFORMER), *form, "--device", "cpu"])
         file, run_opts, overrides = sb.parse_arguments(argv)
-        hparams = training.choose_setting(file, run_opts, overrides, paths, None, None).load()
+        hparams = choose_setting(file, run_opts, overrides, paths, None, None).load()
         assert Path(hparams["data_folder"]) == Path(name) and Path(hparams["output_folder"]) == Path(f"{name}.out")
         assert Path(hparams["checkpointer"].checkpoints_dir) == Path(f"{name}.out") / "save"
 

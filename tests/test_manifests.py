@@ -34,7 +34,8 @@ from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank
-from speechbrain_ext.training.run import UsageError, choose_setting, prepare_corpus, run, take_paths
+from speechbrain_ext.training.run import prepare_corpus, run
+from speechbrain_ext.training.settings import UsageError, choose_setting, take_paths
 from speechbrain_ext.utils.errors import UserError, UserImportError, UserRuntimeError
 
 RATE = 16000

@@ -17,7 +17,7 @@ from speechbrain_ext.brains.asr import check_heads
 from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
-from speechbrain_ext.training.run import choose_setting, take_paths
+from speechbrain_ext.training.settings import choose_setting, take_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFORMER = ROOT / "hparams" / "conformer.yaml"

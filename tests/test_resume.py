@@ -19,7 +19,7 @@ from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, DamagedCheckpoint
-from speechbrain_ext.training.run import UsageError, check_folder
+from speechbrain_ext.training.settings import UsageError, check_folder
 from speechbrain_ext.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,8 @@ from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.training import sources
-from speechbrain_ext.training.run import UsageError, run, take_paths
+from speechbrain_ext.training.run import UsageError, run
+from speechbrain_ext.training.settings import take_paths
 from speechbrain_ext.training.sources import Source, read_source
 from speechbrain_ext.training.warm_start import warm_start
 from speechbrain_ext.utils.errors import UserError

@@ -18,6 +18,7 @@ from speechbrain_ext.hparams import load_hparams, merge_hparams
 from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.results import ResultRow
+from speechbrain_ext.training.settings import take_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = sorted(path for path in (ROOT / "hparams").glob("*.yaml") if path.stem != "finetune")
@@ -83,7 +84,7 @@ def train(folder, *argv, launcher=()):
 
 def train_here(*argv):
     """Train in this process, as train.py does with these arguments."""
-    argv, paths = training.take_paths(list(map(str, argv)))
+    argv, paths = take_paths(list(map(str, argv)))
     file, run_opts, overrides = sb.parse_arguments(argv)
     return training.run(file, run_opts, overrides, paths)
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,31 +29,19 @@ from speechbrain_ext.dataio.datasets import (
     merge_manifests,
     read_manifest,
 )
-from speechbrain_ext.dataio.text import CASES
-from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES, train_tokenizer, unknown_characters
+from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
 from speechbrain_ext.decoders.lm import make_scorer
-from speechbrain_ext.hparams import (
-    load_hparams,
-    merge_hparams,
-    merged_tree,
-    near_key,
-    needed_keys,
-    own_keys,
-    parse_overrides,
-    pop_extended,
-    resolve_hparams,
-    tag_of,
-)
+from speechbrain_ext.hparams import as_plain, tag_of
 from speechbrain_ext.model_folder.lm import load_lm
-from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, Origin
-from speechbrain_ext.training.report import check_logger, draw_curve, examples, with_logger
+from speechbrain_ext.training.report import draw_curve, examples, with_logger
 from speechbrain_ext.training.results import ResultRow, append_rows, check_table
-from speechbrain_ext.training.sources import architecture_of, locate, read_architecture, read_source
+from speechbrain_ext.training.settings import check_folder, check_parts, checked_options, choose_setting, recorded
+from speechbrain_ext.training.sources import locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
-from speechbrain_ext.utils.errors import UsageError, UserError, UserRuntimeError, one_line, raised_in, runs_foreign_code
+from speechbrain_ext.utils.errors import UsageError, UserError, UserRuntimeError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, write_bytes, write_text
 from speechbrain_ext.utils.machine import describe_machine, emulates, keep_freed_memory, python_command
 from speechbrain_ext.utils.text import listing
@@ -62,73 +49,10 @@ from speechbrain_ext.utils.text import listing
 logger = get_logger(__name__)
 
 TRAIN, VALID = object(), object()  # keys that no name of a test split can equal
-WHOLE = "a whole number above 0"
-RANGES = {
-    **dict.fromkeys(
-        (
-            "number_of_epochs",
-            "training_steps",
-            "optimizer_step_limit",
-            "average_checkpoints",
-            "statistics_batches",
-            "vocab_size",
-            "sample_rate",
-            "grad_accumulation_factor",
-            "warmup_steps",
-            "d_model",
-            "nhead",
-            "num_encoder_layers",
-            "d_ffn",
-            "n_mels",
-            "streaming_chunk_size",
-            "predictor_size",
-            "joint_size",
-            "transducer_beam",
-        ),
-        (1, 10**9, WHOLE),
-    ),
-    **dict.fromkeys(("num_workers", "num_decoder_layers", "seed", "freeze_steps"), (0, 2**32 - 1, "a whole number, 0 or more")),
-    "streaming_left_context": (-1, 10**9, "a number of chunks, or -1 for all"),
-    "lr": (1e-12, 1e3, "a number above 0"),
-    "dropout": (0, 0.999, "a number from 0 to less than 1"),
-    "max_skipped": (0, 1, "a share from 0 to 1"),
-    "max_duration": (1e-3, 1e9, "seconds above 0"),
-    "ctc_weight": (0, 1, "a share from 0 to 1"),
-    "consistency": (0, 1e3, "a weight, 0 = off"),
-    "augment_warmup": (0, 10**9, "a number of steps, 0 or more"),
-    "chunk_sampler: chunkwise_prob": (0, 1, "a share from 0 to 1"),
-    "chunk_sampler: limited_left_context_prob": (0, 1, "a share from 0 to 1"),
-    "label_smoothing": (0, 0.999, "a number from 0 to less than 1"),
-    "train_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
-    "eval_batch_sampler: max_batch_length": (1e-3, 1e9, "seconds above 0"),
-}
-"""Lowest and highest value by key, and words for the range."""
-PATHS = ("data_folder", "output_folder", "results_file", "init_from", "tokenizer_from")
-"""Keys whose values are taken literally: they are not read as YAML, and nothing is expanded."""
-MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
-"""Keys of the same kind with several values."""
-WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
-"""Keys of the warm start; a continued run must have the same values."""
 QUIET = ("speechbrain.dataio.sampler", "speechbrain.core", "speechbrain.utils.checkpoints", "speechbrain.utils.quirks")
 """Loggers whose messages below warnings are routine."""
 OF_TRAINING = ("dropout", "update_until_epoch", "momentum", "tgt_vocab", "num_decoder_layers", "identity_init")
 """Arguments of a model's parts that do not change the answers of the encoder."""
-REFUSED = {
-    "jit": "TorchScript supports none of these encoders; leave it out, or try --compile",
-    "jit_module_keys": "TorchScript supports none of these encoders; leave it out, or try --compile",
-    "compile_module_keys": "--compile compiles front end and encoder, and compiling other parts gains nothing",
-    "data_parallel_backend": "start several processes with torchrun instead",
-}
-"""Options of SpeechBrain's Brain that are not supported, with the remedy."""
-TRAINING_OPTIONS = (
-    "compile",
-    "compile_mode",
-    "grad_accumulation_factor",
-    "max_grad_norm",
-    "nonfinite_patience",
-    "skip_nonfinite_grads",
-)
-"""Options of the Brain that change the training, and have no column in the results table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,34 +67,6 @@ class RunResult:
     """The folder of the run."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The hparams of a run."""
-
-    files: list
-    """The hparams file, and files that override it."""
-    overrides: dict
-    """Values that replace single keys."""
-    asked: str = ""
-    """Options of the command line, without paths."""
-
-    def text(self):
-        """The merged YAML text, with unresolved references."""
-        return merge_hparams(self.files, self.overrides)
-
-    def plain(self):
-        """The merged values with resolved references; no objects are built."""
-        return resolve_hparams(self.files, self.overrides)
-
-    def load(self):
-        """The merged values with all objects built."""
-        return load_hparams(self.files, self.overrides)
-
-    def replace(self, **overrides):
-        """The same setting with further overrides."""
-        return dataclasses.replace(self, overrides=self.overrides | overrides)
-
-
 def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=None, of_manifests=None):
     """Run all steps of a training.
 
@@ -183,7 +79,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     overrides : str
         YAML text, such as ``speechbrain.parse_arguments`` makes from the command line.
     paths : dict, optional
-        Literal overrides of the keys in :data:`PATHS` and :data:`MANIFESTS`.
+        Literal overrides of the keys in :data:`~speechbrain_ext.training.settings.PATHS` and ``MANIFESTS``.
     corpus : str, optional
         A ``corpus.yaml`` that overrides the hparams file.
     fallback : str, optional
@@ -305,361 +201,9 @@ def add_lm(hparams):
     search.add_scorer(make_scorer(lm, hparams["lm_temperature"]), hparams["lm_weight"])
 
 
-def take_paths(argv):
-    """Take literal paths from a command line; SpeechBrain's parser would read them as YAML.
-
-    Arguments
-    ---------
-    argv : list of str
-        The command line.
-
-    Returns
-    -------
-    others : list of str
-        The other arguments.
-    paths : dict
-        Paths of ``--corpus`` and :data:`PATHS` by key, and lists of paths for :data:`MANIFESTS`.
-
-    Example
-    -------
-    >>> take_paths(["a.yaml", "--train_manifest", "x #1.csv", "y", "--lr", "1", "--output_folder=2024"])
-    (['a.yaml', '--lr', '1'], {'train_manifest': ['x #1.csv', 'y'], 'output_folder': '2024'})
-    """
-    others, paths, argv = [], {}, list(argv)
-    while argv:
-        argument = argv.pop(0)
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or key not in ("corpus", *PATHS, *MANIFESTS):
-            others.append(argument)
-            continue
-        values = [value] if equals else []
-        while not equals and argv and not argv[0].startswith("--") and (key in MANIFESTS or not values):
-            values.append(argv.pop(0))
-        paths[key] = paths.get(key, []) + values if key in MANIFESTS else "".join(values)
-    return others, paths
-
-
 def _is_not_of_images(record):
     """Whether a message is not SpeechBrain's, at import, that there is no torchvision to save images with."""
     return "torchvision" not in record.getMessage()
-
-
-def checked_options(run_opts):
-    """Refuse options of the Brain that would give a traceback or have no effect; read the one that SpeechBrain leaves as text."""
-    for option, remedy in REFUSED.items():
-        if getattr(run_opts, option):
-            raise UsageError(f"--{option} is not supported: {remedy}.")
-    limit = run_opts.optimizer_step_limit
-    if not isinstance(limit, str):
-        return run_opts
-    if not limit.isdecimal() or not int(limit):
-        raise UsageError(f"--optimizer_step_limit is {limit!r}; give {WHOLE}.")
-    return dataclasses.replace(run_opts, optimizer_step_limit=int(limit))
-
-
-def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, of_manifests=None):
-    """Choose the files and overrides of the run: with the given corpus, that of manifests or, without data, the fallback."""
-    overrides = parse_overrides(overrides)
-    options = {key: getattr(run_opts, key) for key in TRAINING_OPTIONS if key in run_opts.overridden_args}
-    weights = {key: paths[key] for key in WARM_START if key in paths}
-    asked = overrides | options | weights
-    asked = " ".join(f"--{key} {_plain(value)}" for key, value in asked.items() if key != "experiment")
-    overrides |= paths
-    for key in weights:
-        if not paths[key]:
-            raise UsageError(f"--{key} has no value; give a model or file, or leave it out.")
-    if corpus == "":
-        raise UsageError("--corpus has no value; give a corpus.yaml, or leave it out.")
-    for key in PATHS[1:]:
-        if overrides.get(key, "x") in (None, ""):
-            raise UsageError(f"--{key} has no value; give one, or leave it out.")
-    if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
-        raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
-    architecture = architecture_of(hparams_file, paths.get("init_from"))
-    files = [*architecture, hparams_file, *([corpus] if corpus else [])]
-    for number, file in enumerate(files):
-        if isinstance(file, str):
-            check_own_keys(file, files[:number])
-    before = resolve_hparams(files)
-    given = not {*MANIFESTS}.isdisjoint(overrides)
-    if of_manifests and given and MANIFESTS[0] not in before:
-        files.insert(1, of_manifests)
-        before = resolve_hparams(files)
-    # A name of digits or a date stays a name; a name with references changes with their values
-    stated = parse_overrides(merge_hparams(files))
-    literal = [key for key in (*PATHS, *MANIFESTS) if stated.get(key) is not None and not tag_of(stated[key])]
-    overrides = {key: before[key] for key in literal} | overrides
-    overrides = check_types(overrides, before)
-    if corpus:
-        own = own_keys(corpus)
-        overrides = ({} if "card" in own else {"card": {}}) | overrides  # not the card of the replaced corpus
-        if not given and not {"data_folder", "extends"} & {*own, *overrides}:
-            raise UsageError(
-                f"There is no data_folder for {corpus}; give --data_folder, or set it in that file (null = none is needed)."
-            )
-    setting = Setting(files, overrides, asked)
-    plain = setting.plain()
-    taken = plain["prepare"] if isinstance(plain["prepare"], dict) else ()
-    for key in (*MANIFESTS, "text_normalization"):
-        if overrides.get(key) and key not in taken:
-            raise UsageError(f"--{key} is given, but the prepare function of {plain['corpus']} does not take it; leave it out.")
-    if fallback and not corpus and not plain["data_folder"] and MANIFESTS[0] not in plain:
-        if if_main_process():
-            print(
-                f"No data_folder: this runs on the embedded mini corpus with the overrides in {os.path.relpath(fallback)}. "
-                f"To train on real speech: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
-                flush=True,
-            )
-        # The sizes of an initial model override those of the fallback
-        files = [files[0], fallback, *files[1:]] if architecture else [*files, fallback]
-        setting = dataclasses.replace(setting, files=files)
-        plain = setting.plain()
-    check_ranges(plain, run_opts)
-    if run_opts.debug:  # the result of a few batches must not be among real results
-        folder = plain["output_folder"] + "_debug"
-        setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
-    return setting
-
-
-def check_ranges(plain, run_opts):
-    """Refuse values with which training would fail or learn nothing.
-
-    Arguments
-    ---------
-    plain : dict
-        Resolved hparams.
-    run_opts : speechbrain.utils.run_opts.RunOptions
-        Options of SpeechBrain's Brain.
-
-    Raises
-    ------
-    UsageError
-        If a number is outside its range, a value is unknown or has the wrong type, or two special tokens have the same index.
-    """
-    given = dict(plain)
-    if "grad_accumulation_factor" in run_opts.overridden_args:
-        given["grad_accumulation_factor"] = run_opts.grad_accumulation_factor
-    for whole in RANGES:
-        key, _, inner = whole.partition(": ")
-        if inner and isinstance(plain.get(key), dict) and inner in plain[key]:
-            given[whole] = plain[key][inner]
-    for key, (low, high, wanted) in RANGES.items():
-        value = given.get(key)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not low <= value <= high:  # also catches NaN
-            raise UsageError(f"--{key} is {value!r}; give {wanted}.")
-    for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
-        if not plain.get(key, True):
-            raise UsageError(f"--{key} is empty; give at least one.")
-    if run_opts.compile if "compile" in run_opts.overridden_args else plain.get("compile"):
-        if plain["activation_checkpointing"]:
-            raise UsageError("--compile decides itself what to recompute; leave out activation_checkpointing: True.")
-        if plain["chunk_sampler"] is not None:
-            raise UsageError("--compile would compile again for each chunk size; leave it out, or the chunk_sampler.")
-    check_logger(plain["logger"])
-    if plain["weights_precision"] not in PRECISIONS:
-        raise UsageError(f"--weights_precision is {plain['weights_precision']!r}; give {' or '.join(PRECISIONS)}.")
-    if plain["token_type"] not in TOKEN_TYPES:
-        raise UsageError(f"--token_type is {plain['token_type']!r}; give {', '.join(TOKEN_TYPES)}.")
-    if plain.get("text_normalization", "none") not in CASES:
-        raise UsageError(f"--text_normalization is {plain['text_normalization']!r}; give {', '.join(CASES)}.")
-    for key, kind, wanted in (
-        *((key, list, "a list of prefixes, [] = none") for key in ("init_include", "init_exclude", "freeze")),
-        ("lr_scales", dict, "a mapping of prefixes to factors, {} = none"),
-        ("mix", dict, "a mapping with manifest and share"),
-        ("tokenizer_from", str, "init, new or a file"),
-    ):
-        if not isinstance(plain[key], kind):
-            raise UsageError(f"--{key} is {_plain(plain[key])!r}; give {wanted}.")
-    mix = plain["mix"]
-    if set(mix) != {"manifest", "share"}:
-        raise UsageError(f"--mix has the keys {listing(mix)}; it takes manifest and share.")
-    if not isinstance(mix["share"], (int, float)) or not 0 < mix["share"] < 1:
-        raise UsageError(f"The share of --mix is {mix['share']!r}; give a number above 0 and below 1.")
-    takes_manifest = isinstance(plain["prepare"], dict) and "mix_manifest" in plain["prepare"]
-    if mix["manifest"] and not takes_manifest and (not isinstance(mix["manifest"], str) or "/" in mix["manifest"]):
-        raise UsageError(
-            f"The manifest of --mix is {mix['manifest']!r}, but {plain['corpus']} has splits; give the name of a split, or give "
-            "all data as manifests (--train_manifest)."
-        )
-    for key in ("init_include", "init_exclude"):
-        if plain[key] and plain["init_from"] is None:
-            raise UsageError(f"--{key} is {_plain(plain[key])!r}, but there is no initial model; give --init_from MODEL.")
-    indices = [plain[f"{role}_index"] for role in ROLES]
-    if len(set(indices)) < len(indices) or not all(0 <= index < plain["vocab_size"] for index in indices):
-        raise UsageError(f"The indices of blank, bos, eos and unk are {indices}; give four different ones below vocab_size.")
-
-
-def check_parts(hparams):
-    """Refuse settings of features and optimizer that fail only in the first step.
-
-    Raises
-    ------
-    UsageError
-        If features or an optimizer cannot be made.
-    """
-    parts = {
-        "compute_features": lambda: hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])),
-        "opt_class": lambda: hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))]),
-    }
-    for key, make in parts.items():
-        try:
-            with torch.no_grad():
-                make()
-        except (TypeError, ValueError, RuntimeError) as error:
-            if runs_foreign_code(error):
-                raise  # a bug in a class of the user
-            raise UsageError(f"--{key} cannot be used: {one_line(error)}") from error
-
-
-def check_own_keys(file, before):
-    """Check the values that a file states itself against those that it overrides.
-
-    Arguments
-    ---------
-    file : str
-        An hparams file.
-    before : list
-        Files that it overrides, besides those that it extends.
-
-    Raises
-    ------
-    UsageError
-        If a value has another type, or a key looks like a misspelled one: no other has its name, and nothing refers to it.
-    """
-    own = own_keys(file)
-    if not (known := [*before, *pop_extended(own, Path(file).resolve())]):
-        return
-    old = merged_tree(known)
-    for key in own.keys() - old.keys():
-        near = near_key(key, old, 0.85)
-        if near and key not in needed_keys({}, [*merged_tree([*before, file]).values()]):
-            raise UsageError(f"{file} has the key {key}, which nothing uses; did you mean {near}?")
-    check_types({key: value for key, value in own.items() if key not in (*PATHS, *MANIFESTS)}, old, f"{file}: ")
-
-
-def check_types(overrides, before, where="--"):
-    """Check that each override has the type of its key in the file.
-
-    Arguments
-    ---------
-    overrides : dict
-        Values by key.
-    before : dict
-        The values of the hparams file.
-    where : str
-        What precedes a key in messages.
-
-    Returns
-    -------
-    dict
-        The overrides, with single values in lists and numbers as text where the key needs that.
-
-    Raises
-    ------
-    UsageError
-        If a value has another type.
-    """
-    checked = {}
-    for key, value in overrides.items():
-        old = before.get(key)
-        if key in PATHS:
-            value = _literal(key, value)
-        elif key in MANIFESTS:
-            value = [_literal(key, item) for item in (value if isinstance(value, list) else [value])]
-        elif isinstance(old, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        elif isinstance(old, list) and not tag_of(old) and isinstance(value, (str, int, float)):
-            value = [value]
-        checked[key] = value
-        if key not in before or key in (*PATHS, *MANIFESTS) or value is None or tag_of(value):
-            continue  # unknown keys are refused when files and overrides are merged
-        if old is None and isinstance(value, dict):
-            given = ", ".join(f"{name}: {item}" for name, item in value.items())
-            raise UsageError(
-                f"{where}{key} is {{{given}}}, but the hparams file has null there, so the class is unknown; give it: "
-                f"{where}{key} '!new:package.Class {{{given}}}', or extend the file."
-            )
-        kinds = {
-            bool: "True or False",
-            int: "a whole number",
-            float: "a number",
-            str: "a text",
-            list: "a list",
-            dict: "a mapping",
-        }
-        wanted = next((kind for kind in kinds if isinstance(old, kind)), None)
-        if tag_of(old):  # an object takes new arguments; the type of a computed value is unknown
-            wanted = dict if tag_of(old).startswith(("!new:", "!name:")) else None
-        fits = wanted is None or isinstance(value, wanted) or (wanted is float and isinstance(value, int))
-        if not fits or (wanted in (int, float) and isinstance(value, bool)):
-            raise UsageError(f"{where}{key} is {_plain(value)!r}; give {kinds[wanted]}, as in the hparams file.")
-        if isinstance(value, dict) and isinstance(old, dict):
-            _check_numbers(value, old, f"{where}{key}")
-    return checked
-
-
-def _check_numbers(given, before, where):
-    """Refuse text in a mapping where the file has a number or a truth value."""
-    for key, value in given.items():
-        if isinstance(before.get(key), (bool, int, float)) and isinstance(value, str):
-            wanted = "True or False" if isinstance(before[key], bool) else "a number"
-            raise UsageError(f"{where}: {key} is {value!r}; give {wanted}, as in the hparams file.")
-
-
-def _literal(key, value):
-    """A path as text that HyperPyYAML does not change."""
-    if re.search("<[^<>]*>", str(value)):
-        raise UsageError(f"--{key} is {str(value)!r}, and <...> would be read as a reference; give another name.")
-    return f"./{value}" if str(value).startswith("(") else str(value)  # HyperPyYAML reads (...) as a tuple
-
-
-def check_folder(output, asked, data_moved):
-    """Refuse to continue a run with another corpus, model or optimizer; returns other keys that have changed."""
-    before, now = recorded(output), ruamel.yaml.YAML().load(asked)
-    if before is None:
-        return []
-    fixed = {"train_splits", "token_type", "speech_encoder", *WARM_START} | (set() if data_moved else {"data_folder"})
-    parts = [now[key] for key in ("speech_encoder", "transducer", "ctc_lin", "seq_lin")]
-    fixed |= needed_keys(now, parts) | {key for key in now if key.endswith("_index")}
-    for key in sorted(fixed, key=list(now).index):
-        old, new = (_plain(tree.get(key)) for tree in (before, now))
-        if old != new:
-            moved = ", or --data_moved True if it is the same data in another place" if key == "data_folder" else ""
-            raise UsageError(
-                f"{output} holds a run with {key} {old}, but this run has {new}; give another --output_folder{moved}."
-            )
-    for key in ("opt_class", "lr_annealing"):  # their state belongs to the class; other settings of them may change
-        old, new = (tag_of(tree.get(key)) for tree in (before, now))
-        if old != new:
-            raise UsageError(f"{output} holds a run with {key} {old}, but this run has {new}; give another --output_folder.")
-    changed = [key for key in now if key in before and _plain(before[key]) != _plain(now[key])]
-    return [key for key in changed if key not in (*PATHS, "data_moved")]
-
-
-def recorded(output):
-    """The settings of the run in a folder; None if there is no run, or the run has no weights yet."""
-    path = output / "hyperparams.yaml"
-    has_weights = any((output / "save").glob("CKPT*")) or (output / "pretrained").exists()
-    if not path.exists() or not has_weights:
-        return None
-    try:
-        return dict(ruamel.yaml.YAML().load(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, ruamel.yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path} is damaged ({one_line(error, 100)}), so the run in {output} is unknown; give another --output_folder."
-        ) from error
-
-
-def _plain(node):
-    """A part of parsed hparams as plain values, with tags as text and without comments."""
-    if isinstance(node, dict):
-        plain = {key: _plain(value) for key, value in node.items()}
-    elif isinstance(node, list):
-        plain = [_plain(value) for value in node]
-    else:
-        plain = node.value if tag_of(node) else node
-    return f"{tag_of(node)} {plain}" if tag_of(node) else plain
 
 
 def mixed_split(hparams):
@@ -766,8 +310,8 @@ def report_differences(source, setting, hparams):
 def _settings_of(part, node):
     """The settings of a part that change its answers, by name."""
     if not isinstance(node, dict):
-        return {part: _plain(node)}
-    return {part: tag_of(node)} | {f"{part}: {key}": _plain(value) for key, value in node.items() if key not in OF_TRAINING}
+        return {part: as_plain(node)}
+    return {part: tag_of(node)} | {f"{part}: {key}": as_plain(value) for key, value in node.items() if key not in OF_TRAINING}
 
 
 def make_brain(hparams, run_opts):
