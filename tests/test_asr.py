@@ -17,6 +17,7 @@ from speechbrain_ext.asr import SpeechEncoder, TransformerASR
 from speechbrain_ext.brains.asr import disagreement
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.hparams import load_hparams
+from speechbrain_ext.lobes.augment import SpecAugment
 from speechbrain_ext.lobes.features import KaldiFbank, clip_features, raw_features
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
@@ -245,6 +246,12 @@ def test_two_views_of_a_batch():
         torch.testing.assert_close(getattr(twice, field), torch.cat([getattr(once, field)] * 2), atol=1e-5, rtol=0)
     log_probs = twice.ctc_logits.log_softmax(-1)
     assert disagreement(log_probs, twice.lengths).abs() < 1e-6
+    # A warp of time moves both views alike; what makes no views is applied to each
+    warp = SpecAugment(0, frequency_masks=0, time_warp=5)
+    (warped,) = model(feats, lens, targets, views=2, augment=warp, **keys)
+    assert disagreement(warped.ctc_logits.log_softmax(-1), warped.lengths).abs() < 1e-6
+    (noisy,) = model(feats, lens, targets, views=2, augment=lambda feats, lens: (torch.randn_like(feats), lens), **keys)
+    assert disagreement(noisy.ctc_logits.log_softmax(-1), noisy.lengths) > 1e-3
     # By hand: in the first frame of the first utterance one view is sure, and the other is not
     other, sure = log_probs.clone(), torch.full((log_probs.shape[2],), 1e-6)
     sure[3] = 1 - sure[1:].sum()

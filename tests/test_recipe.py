@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, SMALL, SMALL_TRANSDUCER, arguments, rows, train
 
-from speechbrain_ext.brains.asr import check_heads
+from speechbrain_ext.brains.asr import AsrBrain, check_heads
 from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
+from speechbrain_ext.model_folder import WEIGHTS
+from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.training.settings import choose_setting, take_paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,20 @@ def test_null_clears_the_keys_of_an_encoder(run):
     """Also of one that is written fused at the end."""
     result = run(hparams=ROOT / "hparams" / "fusionformer.yaml", encoder_kwargs="null")
     assert load_model(result.folders["pretrained"], "cpu").mods.encoder
+
+
+def test_half_precision_is_tested_as_it_is_written(run, monkeypatch):
+    tested, evaluate = {}, AsrBrain.evaluate
+
+    def evaluate_and_copy(brain, *arguments, **keys):
+        tested.update((name, value.clone()) for name, value in model_parts(vars(brain.hparams)).state_dict().items())
+        return evaluate(brain, *arguments, **keys)
+
+    monkeypatch.setattr(AsrBrain, "evaluate", evaluate_and_copy)
+    result = run(hparams=ROOT / "hparams" / "fusionformer.yaml", weights_precision="fp16")
+    written = load_file(result.folders["pretrained"] / WEIGHTS)
+    assert {value.dtype for value in written.values()} >= {torch.float16} and written.keys() == tested.keys()
+    assert all(torch.equal(tested[name], value.to(tested[name].dtype)) for name, value in written.items())
 
 
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)

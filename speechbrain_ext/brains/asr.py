@@ -22,6 +22,7 @@ from speechbrain_ext.brains.finetuning import Frozen, check_scales, scaled_group
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.decoders import BEAM, GREEDY, JOINT, TRANSDUCER_BEAM, TRANSDUCER_GREEDY, search_name
 from speechbrain_ext.decoders.alignment import greedy_tokens
+from speechbrain_ext.lobes.augment import repeated
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
@@ -44,11 +45,6 @@ class Predictions(NamedTuple):
     """(B, U, V) of the decoder; None without one."""
     transducer_loss: torch.Tensor | None = None
     """() of the transducer; None without one, or without targets."""
-
-
-def repeated(batch, views):
-    """A tensor (B, ...) repeated ``views`` times along its first axis, or None."""
-    return batch if batch is None or views == 1 else torch.cat([batch] * views)
 
 
 def disagreement(log_probs, lengths):
@@ -162,7 +158,8 @@ class AsrModel(torch.nn.Module):
         passes : tuple of str
             The encoder's passes to run; None for the default.
         augment : callable, optional
-            Turns normalised features and their lengths into augmented ones.
+            Turns normalised features and their lengths into augmented ones. If it has a true ``makes_views``, it takes the
+            number of views too, as :class:`~speechbrain_ext.lobes.augment.SpecAugment` does.
         views : int
             Number of augmented views of the batch. The predictions are those of all views, one after the other.
         pad_index : int
@@ -181,9 +178,13 @@ class AsrModel(torch.nn.Module):
             encoder = self.speech_encoder
             feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
             feats = encoder.normalized(feats, lens, chunks, **norm_keys)
-            feats, lens, targets, target_lens = (repeated(each, views) for each in (feats, lens, targets, target_lens))
-            if augment is not None:
-                feats, lens = augment(feats, lens)
+            if getattr(augment, "makes_views", False):
+                feats, lens = augment(feats, lens, views)
+            else:
+                feats, lens = repeated(feats, views), repeated(lens, views)
+                if augment is not None:
+                    feats, lens = augment(feats, lens)
+            targets, target_lens = repeated(targets, views), repeated(target_lens, views)
             predictions = []
             for pass_name in passes:
                 frames, frame_lens = encoder.encode_features(feats, lens, chunks, pass_name)
@@ -323,7 +324,7 @@ class AsrBrain(Brain):
         tokens, token_lengths = (repeated(each, views) for each in (batch.tokens.data, batch.host_lengths["tokens"]))
         loss = hparams.ctc_cost(ctc_log_probs, tokens, lengths, token_lengths)
         if views > 1:
-            ramp = min(1.0, self.optimizer_step / max(1, hparams.consistency_warmup))
+            ramp = min(1.0, (self.optimizer_step - hparams.augment_warmup) / max(1, hparams.consistency_warmup))
             loss = loss + ramp * hparams.consistency * disagreement(ctc_log_probs, prediction.lengths)
         if prediction.transducer_loss is not None:
             return hparams.ctc_weight * loss + (1 - hparams.ctc_weight) * prediction.transducer_loss

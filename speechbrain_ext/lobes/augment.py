@@ -84,6 +84,7 @@ class SpecAugment:
     """
 
     keeps_lengths = True
+    makes_views = True
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class SpecAugment:
         self.time_warp = time_warp
         self.frequency_warp = frequency_warp
 
-    def __call__(self, feats, lens):
+    def __call__(self, feats, lens, views=1):
         """Warp and mask.
 
         Arguments
@@ -118,24 +119,34 @@ class SpecAugment:
             (B, T, F).
         lens : torch.Tensor
             (B,) relative lengths.
+        views : int
+            Number of versions of each utterance, with equal time warps: frame t is the same sound in all of them.
 
         Returns
         -------
-        tuple
-            The changed features and the same lengths.
+        feats : torch.Tensor
+            (views B, T, F), one version of the batch after the other.
+        lens : torch.Tensor
+            (views B,) the same relative lengths.
         """
         if self.frequency_masks and self.frequency_mask_width[0] >= feats.shape[2]:
             raise UserError(
                 f"frequency_mask_width is {list(self.frequency_mask_width)}, which hides all {feats.shape[2]} bins; give less."
             )
-        frames, bins = absolute_lengths(lens, feats.shape[1]), torch.full_like(lens, feats.shape[2])
         if self.time_warp:
-            feats = _warp(feats, frames, self.time_warp)
+            feats = _warp(feats, absolute_lengths(lens, feats.shape[1]), self.time_warp)
+        feats, lens = repeated(feats, views), repeated(lens, views)
+        frames, bins = absolute_lengths(lens, feats.shape[1]), torch.full_like(lens, feats.shape[2])
         if self.frequency_warp:
             feats = _warp(feats.transpose(1, 2), bins, self.frequency_warp).transpose(1, 2)
         time = _masks(self.time_masks, self.time_mask_width, self.time_mask_ratio * frames, frames, feats.shape[1])
         frequency = _masks(self.frequency_masks, self.frequency_mask_width, bins, bins, feats.shape[2])
         return feats.masked_fill(time.unsqueeze(2) | frequency.unsqueeze(1), 0.0), lens
+
+
+def repeated(batch, views):
+    """A tensor (B, ...) repeated ``views`` times along its first axis, or None."""
+    return batch if batch is None or views == 1 else torch.cat([batch] * views)
 
 
 def _width(name, value):

@@ -44,16 +44,34 @@ def save_weights(model, path, precision="fp32"):
     >>> torch.equal(first.weight, second.weight)
     True
     """
-    state, halved = model.state_dict(), set()
-    if precision == "fp16":
-        limit = torch.finfo(torch.float16).max
-        parameters = model.named_parameters(remove_duplicate=False)
-        halved = {name for name, value in parameters if value.dtype == torch.float32 and value.abs().max() <= limit}
+    state, halved = model.state_dict(), _halved(model, precision)
     state = {
         name: value.cpu().to(torch.float16 if name in halved else value.dtype).clone(memory_format=torch.contiguous_format)
         for name, value in state.items()
     }
     Path(path).write_bytes(safetensors.torch.save(state))  # save_file would make it readable only for its owner
+
+
+def round_weights(model, precision):
+    """Round the weights of a model in place, to those that :func:`save_weights` writes.
+
+    Example
+    -------
+    >>> linear = torch.nn.Linear(3, 2)
+    >>> round_weights(linear, "fp16")
+    >>> torch.equal(linear.weight, linear.weight.half().float())
+    True
+    """
+    with torch.no_grad():
+        for value in _halved(model, precision).values():
+            value.copy_(value.half())
+
+
+def _halved(model, precision):
+    """The parameters of a model that are written in half precision, by name."""
+    limit = torch.finfo(torch.float16).max
+    parameters = model.named_parameters(remove_duplicate=False) if precision == "fp16" else ()
+    return {name: value for name, value in parameters if value.dtype == torch.float32 and value.abs().max() <= limit}
 
 
 def weights_size(path):

@@ -33,6 +33,7 @@ from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
 from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import as_plain, tag_of
 from speechbrain_ext.model_folder.lm import load_lm
+from speechbrain_ext.model_folder.weights import round_weights
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
 from speechbrain_ext.training.checkpoints import AtomicCheckpointer, Origin
 from speechbrain_ext.training.report import draw_curve, examples, with_logger
@@ -182,6 +183,8 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         valid_loader_kwargs=options[VALID],
     )
     models = brain.make_final(statistics_batches(brain, datasets[TRAIN], options[TRAIN]))
+    for weights, _ in models.values():
+        round_weights(weights, hparams["weights_precision"])  # what is tested is what is written
     rows, shown = [], ""
     for split in hparams["test_splits"]:
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])

@@ -57,6 +57,18 @@ def test_warping_moves_frames_of_each_utterance_and_leaves_padding():
     assert len({tuple(row) for row in moved[lengths == 60].tolist()}) == 100
 
 
+def test_views_of_an_utterance_are_warped_in_time_alike():
+    torch.manual_seed(0)
+    feats, lens = torch.rand(3, 100, 8), torch.tensor([1.0, 0.6, 0.06])
+    (first, second), lengths = SpecAugment(0, frequency_masks=0, time_warp=5)(feats, lens, views=2)[0].chunk(2), lens.repeat(2)
+    assert torch.equal(first, second) and not torch.equal(first, feats)
+    both, twice = SpecAugment(2, frequency_masks=0, time_warp=5)(feats, lens, views=2)
+    first, second = both.chunk(2)
+    masked = ((first == 0) | (second == 0)).all(2)
+    assert torch.equal(twice, lengths) and torch.equal(first[~masked], second[~masked])
+    assert not torch.equal(first == 0, second == 0)
+
+
 def test_warping_of_bins_moves_them_alike_in_all_frames_of_an_utterance():
     torch.manual_seed(0)
     ramp = torch.arange(80.0).expand(100, 7, 80)
