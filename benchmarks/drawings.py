@@ -311,10 +311,11 @@ CURVES = {
     ("speechbrain_conformer", "plain"): ("SpeechBrain Conformer", "#c0504d", "--"),
     ("speechbrain_conformer_rope", "plain"): ("SpeechBrain Conformer, RoPE", "#d98880", "--"),
     ("torchaudio_conformer", "plain"): ("torchaudio Conformer", "#b8860b", "--"),
-    ("speechbrain_hyperconformer", "plain"): ("SpeechBrain HyperConformer", "#8064a2", "--"),
+    ("speechbrain_hyperconformer", "plain"): ("SpeechBrain HyperConformer", "#7f8c99", "--"),
     ("squeezeformer", "fused"): ("Squeezeformer", "#2f8f83", "-"),
     ("fusionformer", "fused"): ("FusionFormer", "#4f9d3a", "-"),
     ("practical_conformer", "plain"): ("Practical Conformer", "#e07b20", "-"),
+    ("conformer", "plain"): ("Conformer", "#8064a2", "-"),
     ("hyperconformer", "plain"): ("HyperConformer", "#2f7fd1", "-"),
 }
 
@@ -380,7 +381,8 @@ def draw_peers():
 
 
 LEARNED = {
-    "hyperconformer": ("HyperConformer", "#2f7fd1"),
+    "hyperconformer": ("HyperConformer, 12,000 steps", "#9cc3ea"),
+    "hyperconformer_5k": ("HyperConformer", "#2f7fd1"),
     "practical_conformer": ("Practical Conformer", "#e07b20"),
     "fusionformer": ("FusionFormer", "#4f9d3a"),
     "squeezeformer": ("Squeezeformer", "#2f8f83"),
@@ -389,24 +391,17 @@ LEARNED = {
 
 
 def draw_learning():
-    """Draw the error rate on the validation set by epoch, for each encoder trained on real speech."""
-    curves = {name: read_log(LOGS / f"{name}.txt") for name in LEARNED if (LOGS / f"{name}.txt").is_file()}
+    """Draw the error rate on the validation set by steps, for each encoder trained on real speech."""
+    curves = {name: read_log(LOGS / f"{name}.txt", "steps") for name in LEARNED if (LOGS / f"{name}.txt").is_file()}
     for theme, colors in THEMES.items() if curves else ():
         figure, axes = pyplot.subplots(figsize=(8.2, 4.0), layout="constrained")
-        ends = {}
         for name, curve in curves.items():
             label, color = LEARNED[name]
-            points = next(points for key, points in curve.items() if "WER" in key)
-            axes.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5)
-            ends[label] = (points[-1], color)
-        above = -9.0
-        for label, ((x, y), color) in sorted(ends.items(), key=lambda item: item[1][0][1]):
-            above = max(y, above + 5)
-            axes.text(x + 0.4, above, label, color=color, va="center", fontsize=9, weight="bold")
-        axes.set_ylim(0, 100)
-        axes.set_xlim(0, 1.35 * max(x for (x, _), _ in ends.values()))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        paint(axes, colors, "epoch", "WER on the validation set, %")
+            *_, points = (points for key, points in curve.items() if "WER" in key)  # of a cascade, the second pass
+            axes.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5, label=label)
+        axes.set_ylim(40, 100)
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
+        paint(axes, colors, "steps of 60 s of speech", "WER on the validation set, %")
         save(figure, "learning", theme)
 
 

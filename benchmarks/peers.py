@@ -8,12 +8,12 @@ Peers are moonshine-voice, which includes its weights, and faster-whisper in int
 message. Folders of ``export --runtime sherpa-onnx`` also run without PyTorch. MANIFEST has any format that training takes, for
 example a LibriSpeech folder.
 
-Each system runs in a separate process on one processor, and transcribes one utterance at a time with greedy search. The audio is
-decoded before. References and texts are compared in upper case without punctuation, and without Whisper's normaliser. Digits for
+Each system runs in a separate process, and transcribes one utterance at a time with greedy search. It may use one processor, but the
+runtime of moonshine-voice takes others too: its processor seconds are then more than its wall time. The audio is decoded before. References and texts are compared in upper case without punctuation, and without Whisper's normaliser. Digits for
 spelled numbers, or "Mr." for MISTER, are therefore errors, and rates are higher than normalised ones. ``real_time_factor`` is
 wall time; on a busy machine ``cpu_per_audio``, processor seconds per second of audio, is the better figure. Memory is the peak of
-the process, interpreter and audio included; the size is that of all files of a model. The peers were trained on 10,000 hours or
-more, so neither parameters nor hours of training are equal.
+the process, interpreter and audio included; the size is that of all files of a model. The peers were trained on 10,000 times
+the hours, so neither parameters nor hours of training are equal.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def named(given):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=("all", "run"), default="all", help="run is used internally")
-    parser.add_argument("--test", nargs="+", default=(), metavar="[NAME=]MANIFEST", help="test sets")
+    parser.add_argument("--test", nargs="+", metavar="[NAME=]MANIFEST", help="test sets")
     parser.add_argument("--weights", nargs="+", default=(), metavar="NAME=FOLDER", help="weights for faster-whisper")
     parser.add_argument("--models", nargs="+", default=(), metavar="NAME=FOLDER", help="our model folders")
     parser.add_argument("--exported", nargs="+", default=(), metavar="NAME=FOLDER", help="our folders for sherpa-onnx")
@@ -228,6 +228,9 @@ def main():
     if arguments.part == "run":
         run(arguments.system, arguments.weights[0], arguments.folder)
         return
+
+    if not arguments.test:
+        parser.error("give a test set: --test NAME=MANIFEST")
 
     import numpy as np
 

@@ -89,16 +89,21 @@ def words():
         runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
     for row in (row for row in read(WORDS / "searches.csv") if row["test_set"] == TEST_SETS[0]):
         model = SHIPPED.get(row["model"], Path(row["model"]).parts[0])
-        with_lm[model, pass_in(row["search"]), row["lm"]] = row["WER"]
+        with_lm[model, pass_in(row["search"]), row["lm"]] = _with_interval(row)
     lms = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
     lms = {lm: column for lm, column in lms.items() if any(lm in key for key in with_lm)}
     for (experiment, said), sets in runs.items():
         row = next(iter(sets.values()))
-        rates = [sets[test_set]["WER"] if test_set in sets else "" for test_set in TEST_SETS]
+        rates = [_with_interval(sets[test_set]) if test_set in sets else "" for test_set in TEST_SETS]
         rates += [with_lm.get((experiment, said, lm), "") for lm in lms]
         lines.append([experiment + said, f"{int(row['parameters']):,}", row["steps"], *rates])
     header = ["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS)]
     return table([*header, *lms.values()], lines)
+
+
+def _with_interval(row):
+    """The error rate of a row, and half of its 95 % interval."""
+    return f"{float(row['WER']):.1f} ± {(float(row['WER_high']) - float(row['WER_low'])) / 2:.1f}"
 
 
 def fine_tuning():
@@ -292,10 +297,11 @@ def peers():
     rows = []
     for row in (row for row in read(PEERS) if row["test_set"] == PEERS_SET):
         wer = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
-        figures = [row["cpu_per_audio"], row["real_time_factor"], row["size_mib"], row["peak_memory_mib"]]
+        figures = [row[key] for key in ("cpu_per_audio", "real_time_factor", "size_mib", "peak_memory_mib")]
+        figures.insert(0, f"{int(row['parameters']):,}" if row["parameters"] else "")
         rows.append([row["system"], row["package"], wer, *figures])
-    header = ["system", "package", "WER %, 95 % interval", "processor seconds per second of audio", "real-time factor", "MiB"]
-    return table([*header, "peak memory, MiB"], rows)
+    header = ["system", "package", "WER %, 95 % interval", "parameters", "processor seconds per second of audio"]
+    return table([*header, "real-time factor", "size, MiB", "peak memory, MiB"], rows)
 
 
 def gpu():

@@ -68,9 +68,13 @@ def run(arguments):
         from speechbrain_ext.utils.error_rates import error_sentence
 
         words = None
-        if arguments.lm is not None and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm):
+        used = arguments.lm is not None and arguments.lm_weight != 0
+        if used and is_arpa(arguments.lm) and not is_of_tokens(arguments.lm):
             words = arpa_words(arguments.lm)
-        choose_search(model, arguments, *(arguments.search or ([] if words is None else [model.own_search, BEAM])))
+        with model.choosing():
+            model.choose_beam(arguments.beam_size)  # a transducer's own search depends on it
+            compared = [] if words is None else [model.own_search, BEAM]
+            choose_search(model, arguments, *(arguments.search or compared))
         searches = make_searches(model)
         if arguments.output is not None:
             check_table(arguments.output)

@@ -21,7 +21,7 @@ def add(commands):
     parser.add_argument(
         "file", metavar="FILE|-", help="an audio file, or - for raw samples on standard input (16 bits, one channel)"
     )
-    parser.add_argument("--sample-rate", type=int, default=16000, help="sample rate of standard input in Hz (16000)")
+    parser.add_argument("--sample-rate", type=int, help="sample rate of raw samples on standard input in Hz (16000)")
     parser.add_argument(
         "--chunk-size", type=int, metavar="FRAMES", help="frames of 40 ms per chunk; by default the value of the model"
     )
@@ -38,6 +38,10 @@ def run(arguments):
     with redirect_stdout(sys.stderr):
         from speechbrain_ext.dataio.audio import HIGHEST_RATE, LOWEST_RATE, AudioError
 
+        if arguments.sample_rate is None:
+            arguments.sample_rate = 16000
+        elif arguments.file != "-":
+            raise UsageError("--sample-rate is for raw samples on standard input; leave it out, a file states its own.")
         if not LOWEST_RATE <= arguments.sample_rate <= HIGHEST_RATE:
             rates = f"{LOWEST_RATE} to {HIGHEST_RATE}"
             raise UsageError(f"--sample-rate is {arguments.sample_rate}; give a rate in Hz, {rates}.")

@@ -15,6 +15,8 @@ from speechbrain_ext.utils.errors import UserError
 
 TOKENS_PER_FRAME = 16
 """Number of tokens that are tried in a frame, as in the other searches."""
+UNUSED = torch.iinfo(torch.long).max
+"""In place of the hashes of unused places of a beam."""
 
 
 @torch.no_grad()
@@ -69,11 +71,15 @@ def ctc_nbest(log_probs, lens, blank=0, beam_size=16, excluded=(), graphs=()):
         stays = in_label + log_probs[:, frame].gather(1, last).masked_fill(last == blank, -math.inf)
         goes = torch.where(said == last.unsqueeze(2), in_blank.unsqueeze(2), total.unsqueeze(2)) + tried
         keys = hashes.unsqueeze(2) * HASH + said + 1
-        # Merge an extended text with the same text if it is already in the beam
-        same = (keys.flatten(1).unsqueeze(1) == hashes.unsqueeze(2)) & (total > -math.inf).unsqueeze(2)
-        flat = goes.flatten(1)
-        stays = stays.logaddexp(flat.unsqueeze(1).masked_fill(~same, -math.inf).logsumexp(2))
-        flat = flat.masked_fill(same.any(1), -math.inf)
+        # Merge an extended text with the same text if it is already in the beam; at most one is the same
+        in_beam, member = hashes.masked_fill(total == -math.inf, UNUSED).sort(1)
+        flat, wanted = goes.flatten(1), keys.flatten(1)
+        found = torch.searchsorted(in_beam, wanted).clamp(max=beam_size - 1)
+        same = (in_beam.gather(1, found) == wanted) & (wanted != UNUSED)
+        merged = torch.full_like(stays, -math.inf)
+        merged.scatter_reduce_(1, member.gather(1, found), flat.masked_fill(~same, -math.inf), "amax")
+        stays = stays.logaddexp(merged)
+        flat = flat.masked_fill(same, -math.inf)
         blanks = total + log_probs[:, frame, blank].unsqueeze(1)
         gained = token_graph.added(graphs, places).gather(2, said).flatten(1) if graphs else torch.zeros_like(flat)
         gained = gained + bonus.repeat_interleave(said.shape[2], 1)

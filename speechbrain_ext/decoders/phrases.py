@@ -62,8 +62,8 @@ def read_phrases(path, tokenizer=None):
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8; write it in UTF-8, one phrase per line.") from error
     for number, line in enumerate(lines, 1):
-        text, *bonus = line.split("\t")
-        text = " ".join(normal_form(text).split())
+        text, *bonus = line.rstrip("\t").split("\t")
+        text = _normal(text)
         if not text and not any(bonus):
             continue
         try:
@@ -71,8 +71,9 @@ def read_phrases(path, tokenizer=None):
         except ValueError:
             value = text = ""
         if not text or value is not None and not is_number(value, 0, LARGEST_BONUS):
+            shown = one_line(line.replace("\t", "<tab>"), 60)
             raise UserError(
-                f"Line {number} of {path} is {one_line(line, 60)!r}; give a phrase, optionally with a tab and a bonus from 0 to "
+                f"Line {number} of {path} is {shown!r}; give a phrase, optionally with a tab and a bonus from 0 to "
                 f"{LARGEST_BONUS}."
             )
         if text in phrases:
@@ -88,6 +89,45 @@ def read_phrases(path, tokenizer=None):
     if not phrases:
         raise UserError(f"{path} has no phrases; give one per line.")
     return phrases
+
+
+def normal_phrases(phrases):
+    """Phrases as :func:`read_phrases` gives them.
+
+    Arguments
+    ---------
+    phrases : dict
+        The bonus of each phrase; None = 2 per token.
+
+    Returns
+    -------
+    dict
+        The same, in NFKC and with single spaces.
+
+    Raises
+    ------
+    UserError
+        If a phrase is given twice, or a bonus is no number from 0 to 1000.
+
+    Example
+    -------
+    >>> normal_phrases({" NEW  YORK": None})
+    {'NEW YORK': None}
+    """
+    if not isinstance(phrases, dict) or not all(isinstance(text, str) and text.split() for text in phrases):
+        raise UserError(f"The phrases are {one_line(repr(phrases), 60)}; give a dict with a bonus, or None, for each phrase.")
+    normal = {}
+    for text, bonus in phrases.items():
+        if bonus is not None and not is_number(bonus, 0, LARGEST_BONUS):
+            raise UserError(f"The bonus of the phrase {text!r} is {bonus!r}; give None, or a number from 0 to {LARGEST_BONUS}.")
+        if _normal(text) in normal:
+            raise UserError(f"The phrases have {_normal(text)!r} twice; remove one of them.")
+        normal[_normal(text)] = bonus
+    return normal
+
+
+def _normal(text):
+    return " ".join(normal_form(text).split())
 
 
 def phrase_graph(phrases, tokenizer):
@@ -109,12 +149,7 @@ def phrase_graph(phrases, tokenizer):
     UserError
         If the tokenizer cannot write a phrase, a bonus is no number from 0 to 1000, or there are too many phrases.
     """
-    if not isinstance(phrases, dict) or not all(isinstance(text, str) and text.split() for text in phrases):
-        raise UserError(f"The phrases are {one_line(repr(phrases), 60)}; give a dict with a bonus, or None, for each phrase.")
-    for text, bonus in phrases.items():
-        if bonus is not None and not is_number(bonus, 0, LARGEST_BONUS):
-            raise UserError(f"The bonus of the phrase {text!r} is {bonus!r}; give None, or a number from 0 to {LARGEST_BONUS}.")
-    phrases = {" ".join(normal_form(text).split()): bonus for text, bonus in phrases.items()}
+    phrases = normal_phrases(phrases)
     spelled = {text: tokenizer.encode_as_ids(text) for text in phrases}
     if unknown := [text for text in phrases if not _can_write(tokenizer, text)]:
         raise _unwritable(

@@ -17,6 +17,8 @@ from speechbrain_ext.utils.errors import UserError, one_line
 UNKNOWN_WORD = -10.0
 LONGEST_HEAD = 10_000
 """Lines in which the n-grams' numbers must begin."""
+LARGEST_BACKOFF = 99.0
+"""Back-off weights in log10 are close to 0; with larger ones the sum of a text's scores could overflow."""
 
 
 def open_arpa(path):
@@ -95,7 +97,7 @@ def _head(path, lines):
     for _, line in lines:
         if line.startswith("\\"):
             break
-        if count := re.fullmatch(r"ngram\s+(\d+)\s*=\s*(\d+)", line):
+        if count := re.fullmatch(r"ngram\s+([0-9]{1,9})\s*=\s*([0-9]{1,18})", line):
             stated[int(count[1])] = int(count[2])
     if list(stated) != list(range(1, len(stated) + 1)) or not stated or not stated[1]:
         raise _damaged(path, f"it states {stated} n-grams by order; all orders are needed, with single words")
@@ -127,7 +129,7 @@ class _Section:
                 probability, backoff = float(fields[0]), float(fields[-1]) if len(fields) > order + 1 else 0.0
             except ValueError:
                 probability = backoff = math.nan
-            if not (probability <= 0 and backoff < math.inf):
+            if not (probability <= 0 and backoff <= LARGEST_BACKOFF):
                 raise self._flaw(number, "a number that is no logarithm of a probability or of a back-off weight")
             if order == 1:
                 vocabulary.add(words[0])

@@ -109,7 +109,7 @@ def export_model(
     -------
     >>> export_model("/no/such/folder", "model.onnx")
     Traceback (most recent call last):
-    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run, or english.
     """
     path = Path(path)
     if path.is_dir():

@@ -151,7 +151,7 @@ def export_sherpa(
     -------
     >>> export_sherpa("/no/such/folder", "model")
     Traceback (most recent call last):
-    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run, or english.
     """
     folder = Path(folder)
     _refuse_place(folder)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from speechbrain_ext.decoders import BEAM, GREEDY_SEARCHES, LEAST_BEAM, TRANSDUCER_GREEDY
 from speechbrain_ext.decoders.ctc_beam import WORD_BEAM, WORD_LM_WEIGHT, WORD_SCORE, CtcBeamSearch
-from speechbrain_ext.decoders.phrases import phrase_graph
+from speechbrain_ext.decoders.phrases import normal_phrases, phrase_graph
 from speechbrain_ext.decoders.searchers import LARGEST_BEAM, LARGEST_WEIGHT
 from speechbrain_ext.decoders.token_ngram import LODR_WEIGHT, NGRAM_WEIGHT, is_arpa, is_of_tokens, ngram_graph
 from speechbrain_ext.utils.errors import UserError, is_number, is_whole
@@ -174,10 +174,11 @@ class SearchChoices:
         Raises
         ------
         UserError
-            If the tokenizer cannot write a phrase, a bonus is no number from 0 to 1000, or the model's search takes no phrases.
+            If the tokenizer cannot write a phrase, one is given twice, a bonus is no number from 0 to 1000, or the model's search
+            takes no phrases.
         """
-        graphs = [phrase_graph(phrases, self.tokenizer)] if phrases else []
-        self._choose(phrases=dict(phrases or {}), phrase_graphs=graphs)
+        phrases = normal_phrases(phrases or {})
+        self._choose(phrases=phrases, phrase_graphs=[phrase_graph(phrases, self.tokenizer)] if phrases else [])
 
     def choose_lm(self, source, weight=None, temperature=None, lodr=None, lodr_weight=None, word_score=None):
         """Use a language model in the beams, in place of an earlier one. A CTC model that uses greedy search by default then uses
@@ -250,9 +251,11 @@ class SearchChoices:
     def _word_lm(self, source, weight, word_score=WORD_SCORE):
         """An n-gram of words."""
         weight = WORD_LM_WEIGHT if weight is None else weight
+        if not weight:
+            return None
         keys = {"lm_weight": weight, "word_score": word_score}
         search = CtcBeamSearch(self.tokenizer, self.blank, self.beam_size or WORD_BEAM, lm_file=source, **keys)
-        return LanguageModel(source, (BEAM,), keys, [file_digest(source)], words=search) if weight else None
+        return LanguageModel(source, (BEAM,), keys, [file_digest(source)], words=search)
 
     def neural_lm(self, source, weight, temperature=None):
         """A model of SpeechBrain."""

@@ -76,7 +76,7 @@ def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust
     -------
     >>> load_model("/no/such/folder")
     Traceback (most recent call last):
-    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run, or english.
     """
     source = os.fspath(source)
     folder = Path(source)

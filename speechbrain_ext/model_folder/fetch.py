@@ -35,7 +35,9 @@ def split_revision(source):
     return repository, revision or None
 
 
-def download(source, revision, files, missing="There is no model folder {}; give the folder 'pretrained' of a training run."):
+def download(
+    source, revision, files, missing="There is no model folder {}; give the folder 'pretrained' of a training run, or english."
+):
     """Find a model of the package, or fetch a commit of one of Hugging Face.
 
     Arguments
@@ -65,7 +67,7 @@ def download(source, revision, files, missing="There is no model folder {}; give
     -------
     >>> download("/no/such/folder", None, [])
     Traceback (most recent call last):
-    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run.
+    FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run, or english.
     """
     if is_shipped(source):
         if revision is not None:

@@ -177,18 +177,20 @@ def with_logger(file_logger, name, folder, experiment):
     return Loggers([file_logger, WandBLogger(begin, project="speechbrain_ext", name=experiment)])
 
 
-def read_log(path):
+def read_log(path, by="epoch"):
     """Read losses and error rates by epoch from ``train_log.txt``.
 
     Arguments
     ---------
     path : str or os.PathLike
         The file.
+    by : str
+        ``"epoch"``, or ``"steps"`` for the number of optimizer steps.
 
     Returns
     -------
     dict
-        (epoch, value) pairs by name, such as "train loss" and "valid WER ctc_greedy".
+        (epoch or steps, value) pairs by name, such as "train loss" and "valid WER ctc_greedy".
 
     Example
     -------
@@ -200,9 +202,9 @@ def read_log(path):
     """
     curves = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        epoch = re.match(r"epoch: (\d+)", line)
+        done = re.match(rf"epoch.*?\b{by}: (\d+)" if by != "epoch" else r"epoch: (\d+)", line)
         for name, value in re.findall(r"((?:train|valid) [^:,]+): ([-+.\deinfa]+)", line):
-            points = dict(curves.get(name, [])) | ({int(epoch[1]): float(value)} if epoch else {})
+            points = dict(curves.get(name, [])) | ({int(done[1]): float(value)} if done else {})
             curves[name] = sorted(points.items())  # the last value of a repeated epoch
     return curves
 

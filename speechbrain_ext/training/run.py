@@ -138,6 +138,9 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     """Run the steps in a locked output folder."""
     output = Path(hparams["output_folder"])
     manifests, asked = prepare_corpus(hparams), setting.text()
+    if hparams["dev_split"] in hparams["test_splits"]:
+        told = "%s chooses the checkpoints and is a test set too, so its error rate is too low for new speech; add a test set."
+        logger.warning(told, hparams["dev_split"])
     tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], tokenizer)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
