@@ -248,6 +248,11 @@ def test_an_n_gram_of_words_gives_the_same_everywhere(place, capsys, model_of):
         ("ctc_beam", str(place / "words.arpa"), "0.5", "1.5", "7"),
     ]
     assert [row["lm_unknown"] for row in rows] == ["", "0.0"]
+    # Without other choices, it is compared with the search that the same options of transcribe give
+    status, out, _ = run(capsys, place, "evaluate", "transducer", "--lm", "W", "--beam-size", "1")
+    assert status == 0 and [line.split()[1] for line in out.splitlines()] == ["transducer_greedy:", "ctc_beam:"]
+    status, out, _ = run(capsys, place, "evaluate", "transducer", "--lm", "W", "--lm-weight", "0")
+    assert status == 0 and [line.split()[1] for line in out.splitlines()] == ["transducer_beam:"]
 
 
 def test_rows_state_what_each_search_used(place, capsys, tmp_path):

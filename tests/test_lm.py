@@ -349,7 +349,7 @@ def flawed(text):
             orders = [*[ones, twos, threes][: order - 1], damaged, *[ones, twos, threes][order:]]
             yield f"probability {value} of order {order}", joined(orders), "Line .* has .*; write it again"
         if order < 3:
-            for value in ("abc", "nan", "inf"):
+            for value in ("abc", "nan", "inf", "1e300"):
                 damaged = [lines[0], f"{number}\t{rest.partition(chr(9))[0]}\t{value}", *lines[2:]]
                 orders = [*[ones, twos, threes][: order - 1], damaged, *[ones, twos, threes][order:]]
                 yield f"backoff {value} of order {order}", joined(orders), "has a number that is no logarithm"
@@ -380,6 +380,7 @@ def flawed(text):
     yield "no end", text.replace("\\end\\", ""), "has no end"
     yield "a byte order mark", "\ufeff" + text, "begins with a byte order mark"
     yield "no head", text.replace("\\data\\", ""), "is not in ARPA format"
+    yield "a long count", text.replace("ngram 1=", "ngram 1=" + "9" * 5000), "all orders are needed"
     yield "empty", "", "is not in ARPA format"
 
 

@@ -401,7 +401,7 @@ def test_the_command_line_listens(place, tmp_path, capsys):
         (b"", "has no phrases"),
         (b" \n\t\n", "has no phrases"),
         (b"THE\nTHE CAT\tmany\n", "Line 2 of .*'THE CAT.*give a phrase"),
-        (b"THE CAT\t1\t2\n", "Line 1 of"),
+        (b"THE CAT\t1\t2\n", "Line 1 of .* is 'THE CAT<tab>1<tab>2'"),
         (b"THE CAT\tnan\n", "Line 1 of"),
         (b"THE CAT\t-1\n", "Line 1 of"),
         (b"\t5\n", "Line 1 of"),
@@ -424,6 +424,7 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
         ("CAT", "give a dict"),
         ({3: None}, "give a dict"),
         ({" ": None}, "give a dict"),
+        ({"CAT": 1.0, " CAT": 5.0}, "have 'CAT' twice"),
         ({"CAT": math.nan}, "The bonus of the phrase 'CAT' is nan; give None, or a number from 0 to 1000"),
         ({"CAT": math.inf}, "is inf"),
         ({"CAT": -5.0}, "is -5.0"),
@@ -442,6 +443,13 @@ def test_phrases_of_python_are_read_as_those_of_a_file(tokenizer):
     for token in ids:
         states = [token_graph.advance([graph], state, token[None]) for graph, state in zip(graphs, states, strict=True)]
     assert torch.equal(*states) and states[0].any()
+
+
+def test_phrases_are_kept_as_they_are_compared(place, tmp_path):
+    model = load_model(place / "model", "cpu")
+    model.choose_phrases({" THE   CAT ": 3.0})
+    (tmp_path / "phrases.txt").write_text("THE CAT\t3\nHAT\t\n")  # a spreadsheet writes the tab before an empty bonus
+    assert model.phrases == ("THE CAT",) and read_phrases(tmp_path / "phrases.txt") == {"THE CAT": 3.0, "HAT": None}
 
 
 @pytest.mark.parametrize(

@@ -432,6 +432,7 @@ def test_stream_prints_segments_and_figures(capsys, folder, monkeypatch):
     [
         (["nowhere.wav"], "no audio file nowhere.wav"),
         (["-", "--sample-rate", "0"], "--sample-rate is 0"),
+        (["speech.wav", "--sample-rate", "8000"], "--sample-rate is for raw samples on standard input"),
         (["-", "--chunk-size", "0"], "chunk size is 0"),
         (["-", "--endpoint", "0"], "endpoint is 0"),
     ],
