@@ -42,6 +42,8 @@ class SpeedPerturb(time_domain.SpeedPerturb):
     def forward(self, wavs, lens):
         """(B, N) samples to (B, N'); the relative lengths (B,) stay."""
         self.device = wavs.device
+        for resampler in self.resamplers:  # all in the first step, not when a speed is drawn for the first time
+            resampler.resampler.to(wavs.device)
         return super().forward(wavs), lens
 
 
@@ -133,10 +135,11 @@ class SpecAugment:
             raise UserError(
                 f"frequency_mask_width is {list(self.frequency_mask_width)}, which hides all {feats.shape[2]} bins; give less."
             )
+        frames = absolute_lengths(lens, feats.shape[1])
         if self.time_warp:
-            feats = _warp(feats, absolute_lengths(lens, feats.shape[1]), self.time_warp)
-        feats, lens = repeated(feats, views), repeated(lens, views)
-        frames, bins = absolute_lengths(lens, feats.shape[1]), torch.full_like(lens, feats.shape[2])
+            feats = _warp(feats, frames, self.time_warp)
+        feats, lens, frames = (repeated(each, views) for each in (feats, lens, frames))
+        bins = torch.full_like(lens, feats.shape[2])
         if self.frequency_warp:
             feats = _warp(feats.transpose(1, 2), bins, self.frequency_warp).transpose(1, 2)
         time = _masks(self.time_masks, self.time_mask_width, self.time_mask_ratio * frames, frames, feats.shape[1])
