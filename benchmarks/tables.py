@@ -297,9 +297,9 @@ def peers():
     rows = []
     for row in (row for row in read(PEERS) if row["test_set"] == PEERS_SET):
         wer = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
-        figures = [row[key] for key in ("cpu_per_audio", "real_time_factor", "size_mib", "peak_memory_mib")]
-        figures.insert(0, f"{int(row['parameters']):,}" if row["parameters"] else "")
-        rows.append([row["system"], row["package"], wer, *figures])
+        parameters = f"{int(row['parameters']):,}" if row["parameters"] else ""
+        figures = (row[key] for key in ("cpu_per_audio", "real_time_factor", "size_mib", "peak_memory_mib"))
+        rows.append([row["system"], row["package"], wer, parameters, *figures])
     header = ["system", "package", "WER %, 95 % interval", "parameters", "processor seconds per second of audio"]
     return table([*header, "real-time factor", "size, MiB", "peak memory, MiB"], rows)
 

@@ -178,7 +178,7 @@ class AsrModel(torch.nn.Module):
             encoder = self.speech_encoder
             feats, lens = (signal, lens) if is_features else encoder.features(signal, lens)
             feats = encoder.normalized(feats, lens, chunks, **norm_keys)
-            if getattr(augment, "makes_views", False):
+            if views > 1 and getattr(augment, "makes_views", False):
                 feats, lens = augment(feats, lens, views)
             else:
                 feats, lens = repeated(feats, views), repeated(lens, views)

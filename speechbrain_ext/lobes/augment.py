@@ -86,7 +86,7 @@ class SpecAugment:
     """
 
     keeps_lengths = True
-    makes_views = True
+    makes_views = True  # it takes a number of views
 
     def __init__(
         self,

@@ -202,7 +202,7 @@ def read_log(path, by="epoch"):
     """
     curves = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        done = re.match(rf"epoch.*?\b{by}: (\d+)" if by != "epoch" else r"epoch: (\d+)", line)
+        done = re.search(rf"\b{by}: (\d+)", line)
         for name, value in re.findall(r"((?:train|valid) [^:,]+): ([-+.\deinfa]+)", line):
             points = dict(curves.get(name, [])) | ({int(done[1]): float(value)} if done else {})
             curves[name] = sorted(points.items())  # the last value of a repeated epoch
