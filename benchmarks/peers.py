@@ -238,12 +238,18 @@ def main():
     from speechbrain_ext.dataio.audio import load_audio
     from speechbrain_ext.dataio.manifests import named_manifests, read_entries, select
     from speechbrain_ext.dataio.preparation import check_utterances
+    from speechbrain_ext.utils.errors import UserError
     from speechbrain_ext.utils.files import read_csv, write_csv
 
+    try:
+        test_sets = {}
+        for test_set, manifest in named_manifests(arguments.test).items():
+            utterances, _ = select(test_set, read_entries(manifest)[0], "none")
+            test_sets[test_set] = check_utterances(test_set, utterances[: arguments.limit])[0]
+    except (UserError, OSError) as error:
+        raise SystemExit(f"peers.py: {error}") from None
     systems = list(choose_systems(arguments))
-    for test_set, manifest in named_manifests(arguments.test).items():
-        utterances, _ = select(test_set, read_entries(manifest)[0], "none")
-        rows = check_utterances(test_set, utterances[: arguments.limit])[0]
+    for test_set, rows in test_sets.items():
         with tempfile.TemporaryDirectory() as folder:
             for number, row in enumerate(rows):
                 wav = load_audio(row.wav, RATE, row.start or 0, row.stop, row.channel)
