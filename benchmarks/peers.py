@@ -202,7 +202,10 @@ def choose_systems(arguments):
     if has[WHISPER]:
         yield from ((arguments.python, name, WHISPER, path) for name, path in map(named, arguments.weights))
     yield from ((sys.executable, name, OURS, path) for name, path in map(named, arguments.models))
-    yield from ((sys.executable, name, SHERPA, path) for name, path in map(named, arguments.exported))
+    for name, path in map(named, arguments.exported):
+        if not Path(path, "README.md").is_file():
+            raise SystemExit(f"peers.py: {path} is not from export --runtime sherpa-onnx; give such a folder.")
+        yield sys.executable, name, SHERPA, path
 
 
 def named(given):

@@ -6,11 +6,13 @@ The models do equal work, and have random weights, a width of 144, 6 blocks and 
 the stricter test, because no token is certain. Each model is exported, and runs in sherpa-onnx in a separate process. A row has
 the real-time factor on one thread, the peak memory of the process with model and audio, and the comparison of texts, alone and in
 a batch. Streams have chunks of 640 ms and 4 chunks of left context. One model has a transducer as its head; the transducers of
-the others are CTC, exported for hotwords. ``--models`` takes trained model folders instead. Rows of the same encoder, type and
-precision are replaced. For other systems and error rates, see ``peers.py``.
+the others are CTC, exported for hotwords. ``--models`` takes trained model folders instead, in the types that fit them; with
+folders in LibriSpeech layout as the audio, their rows also have word error rates. Rows of the same model, type and precision are
+replaced. For other systems, see ``peers.py``.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -18,12 +20,17 @@ from pathlib import Path
 import torch
 
 from speechbrain_ext.dataio.tokenizer import train_tokenizer
-from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa
+from speechbrain_ext.export.check import files_of
+from speechbrain_ext.export.onnx_write import ExportError
+from speechbrain_ext.export.sherpa_check import has_runtime
+from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa, make_graphs
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.transducer import Transducer
 from speechbrain_ext.model_folder.write import model_parts, write_model_folder
 from speechbrain_ext.registry import list_encoders
+from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import read_csv, write_csv
 from speechbrain_ext.utils.machine import cpu_name
 
@@ -31,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # corpus files name functions in recipes/
 RESULTS = ROOT / "benchmarks" / "results" / "sherpa.csv"
 FIELDS = ("encoder", "type", "precision", "utterances", "texts_equal", "letters_differ", "largest_difference")
-FIELDS += ("tokens_differ", "size_mib", "real_time_factor", "peak_mib", "sherpa_onnx", "cpu")
+FIELDS += ("tokens_differ", "size_mib", "real_time_factor", "peak_mib", "sherpa_onnx", "cpu", "wer")
 ROW = FIELDS[:3]
 """Fields that identify a row."""
 FILES = {"cascade": "cascade_hyperconformer_squeezeformer"}
@@ -65,40 +72,63 @@ def untrained(folder, encoder, features):
     return folder / "model"
 
 
+def options_of(kind):
+    """Options of the export to a type of model."""
+    keys = {"streaming": True, "chunk_size": 16, "left_context": 4} if kind in STREAMS else {}
+    return keys | {"hotwords": kind in TRANSDUCERS}
+
+
+def fits(model, kind):
+    """Whether a trained model can be exported to a type."""
+    try:
+        return next(iter(make_graphs(model, **options_of(kind)).values())).mode == kind
+    except UserError:
+        return False
+
+
 def row(source, encoder, kind, precision, audio):
     """Export a model and run it; returns the values of a row, in the order of the fields."""
-    keys = {"streaming": True, "chunk_size": 16, "left_context": 4} if kind in STREAMS else {}
-    keys["hotwords"] = kind in TRANSDUCERS
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         source = source or untrained(temporary, encoder, CENTRED if kind == "omnilingual_asr_ctc" else KALDI)
-        int8 = precision == "int8"
-        report = export_sherpa(source, temporary / "sherpa", audio=audio, int8=int8, tolerance=1.0 if int8 else None, **keys)
+        keys = options_of(kind) | {"int8": precision == "int8", "tolerance": 1.0 if precision == "int8" else None}
+        report = export_sherpa(source, temporary / "sherpa", audio=audio, **keys)
     found, texts = report.onnx, report.texts
     numbers = [len(texts.wanted), texts.equal, f"{texts.error:.4f}", f"{found.max_difference:.2g}", f"{found.token_error:.4f}"]
-    numbers += [f"{found.size / 2**20:.1f}", f"{texts.real_time_factor:.4f}", round(texts.peak_mib)]
-    return [encoder, report.kind, precision, *numbers, texts.version, cpu_name()]
+    numbers += [f"{found.size / 2**20:.1f}", f"{texts.real_time_factor:.4f}", texts.peak_mib and round(texts.peak_mib)]
+    wer = "" if found.onnx_wer is None else f"{found.onnx_wer:.2f}"
+    return [encoder, report.kind, precision, *numbers, texts.version, cpu_name(), wer]
 
 
 def main():
     """Run all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=(), help="model folders, in place of untrained models of all encoders")
-    parser.add_argument("--encoders", nargs="+", help=f"names of encoders, and {TRANSDUCER}; by default all")
+    parser.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="trained models, in place of untrained ones")
+    parser.add_argument("--encoders", nargs="+", choices=[*list_encoders(), TRANSDUCER], help="untrained models; by default all")
     parser.add_argument("--types", nargs="+", choices=GRAPHS, default=tuple(GRAPHS), help="types of model; by default all")
     parser.add_argument("--audio", nargs="+", required=True, help="audio files, or folders in LibriSpeech layout")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
     arguments = parser.parse_args()
-    sources = [(folder, Path(folder).name) for folder in arguments.models]
-    sources = sources or [(None, encoder) for encoder in arguments.encoders or [*list_encoders(), TRANSDUCER]]
-    before = read_csv(arguments.out) if arguments.out.exists() else []
-    rows = {tuple(found[key] for key in ROW): list(found.values()) for found in before}
-    for source, encoder in sources:
-        for kind in TRANSDUCERS if encoder == TRANSDUCER else arguments.types:
-            for precision in ("float32", "int8"):
-                rows[encoder, kind, precision] = row(source, encoder, kind, precision, arguments.audio)
-                print(*rows[encoder, kind, precision], sep=",", flush=True)
+    try:
+        if not has_runtime():
+            raise UserError("sherpa-onnx is not installed; install it with: pip install -e '.[sherpa]'")
+        files_of(arguments.audio)
+        wanted = {}
+        for given in arguments.models or ():
+            name, _, folder = given.rpartition("=")
+            model = load_model(folder, "cpu")
+            wanted[name or Path(folder).name] = folder, [kind for kind in arguments.types if fits(model, kind)]
+        for encoder in () if arguments.models else arguments.encoders or [*list_encoders(), TRANSDUCER]:
+            wanted[encoder] = None, TRANSDUCERS if encoder == TRANSDUCER else arguments.types
+        before = read_csv(arguments.out) if arguments.out.exists() else []
+        rows = {tuple(found[key] for key in ROW): [found.get(key, "") for key in FIELDS] for found in before}
+        for (name, (source, kinds)), precision in itertools.product(wanted.items(), ("float32", "int8")):
+            for kind in kinds:
+                rows[name, kind, precision] = row(source, name, kind, precision, arguments.audio)
+                print(*rows[name, kind, precision], sep=",", flush=True)
                 write_csv(arguments.out, FIELDS, [rows[key] for key in sorted(rows)])
+    except (UserError, OSError, ExportError) as error:
+        raise SystemExit(f"sherpa.py: {error}") from None
 
 
 if __name__ == "__main__":

@@ -38,6 +38,16 @@ TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
 SHIPPED = {"english": "hyperconformer", "english-streaming": "hyperconformer_streaming"}
 """Runs of the models that come with the package."""
+HEAD_COLUMNS = {
+    "greedy": "greedy",
+    "beam": "beam",
+    "beam tokens.arpa": "beam, token 4-gram",
+    "beam words.arpa": "beam, word 3-gram",
+    "beam tokens.arpa - own.arpa": "beam, token 4-gram and LODR",
+    "rescored": "rescored",
+    "rescored tokens.arpa": "rescored, token 4-gram",
+}
+"""Columns of the error rates of all heads, by the kind of the search and its language models."""
 TEST_SETS = "test-clean", "test-librispeech", "test-speechocean"
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
@@ -49,8 +59,8 @@ def columns(path, fields, header):
 
 
 def pass_in(search):
-    """The pass of a cascade in the name of a CTC search, in brackets; empty for other encoders."""
-    name = re.sub("ctc_(greedy|beam)$", "", search).replace("_", " ").strip()
+    """The pass of a cascade in the name of a search, in brackets; empty for other encoders."""
+    name = re.sub("(ctc|joint|transducer)_(greedy|beam|beam_lm|rescored)$", "", search).replace("_", " ").strip()
     return f" ({name})" if name else ""
 
 
@@ -218,15 +228,34 @@ def search():
 
 
 def heads():
-    """Error rates of searches, language models and phrases on the embedded corpus."""
+    """Error rates on the embedded corpus: a row for each model and pass, a column for each search and language model."""
+    models = {}
+    for row in (row for row in read(HEADS) if not row["phrases"]):
+        model = Path(row["model"]).parts[0] + pass_in(row["search"])
+        kind = next(kind for kind in ("greedy", "rescored", "beam") if kind in row["search"])
+        lms = " - ".join(filter(None, (row["lm"], row.get("lodr"))))
+        models.setdefault(model, {})[f"{kind} {lms}".strip()] = _with_interval(row)
+    shown = [column for column in HEAD_COLUMNS if any(column in rates for rates in models.values())]
+    lines = [[model, *(rates.get(column, "") for column in shown)] for model, rates in models.items()]
+    return table(["model", *map(HEAD_COLUMNS.get, shown)], lines)
+
+
+def phrases():
+    """Error rates and recall on the embedded corpus with phrases, and without."""
     lines = []
-    for row in read(HEADS):
-        interval = f"{row['WER']} ({row['WER_low']} to {row['WER_high']})"
-        recall = row["phrase_recall"] and f"{row['phrase_recall']} of {row['phrases_said']}"
-        others = " - ".join(filter(None, (row["lm"], row.get("lodr"))))
-        phrases = row["phrases"] if "greedy" not in row["search"] else ""
-        lines.append([Path(row["model"]).parts[0], row["search"], others, phrases, interval, recall, row["real_time_factor"]])
-    header = ["model", "search", "language model", "phrases", "WER %, 95 % interval", "phrases found %", "real-time factor"]
+    for row in (row for row in read(HEADS) if row["phrases"]):
+        lines.append(
+            [
+                Path(row["model"]).parts[0],
+                row["search"],
+                row["lm"],
+                "" if "greedy" in row["search"] else row["phrases"],
+                _with_interval(row),
+                f"{row['phrase_recall']} of {row['phrases_said']}",
+                row["real_time_factor"],
+            ]
+        )
+    header = ["model", "search", "language model", "phrases", "WER %", "phrases found %", "real-time factor"]
     return table(header, lines)
 
 
@@ -440,6 +469,7 @@ def fill(text):
         transducer_loss,
         transducer_search,
         heads,
+        phrases,
         lm,
         published,
         sherpa,

@@ -38,6 +38,10 @@ class Recogniser:
         self.tokens = json.loads(about["tokens"])
         self.decoder = self.joiner = None
         if about.get("head") == "transducer":
+            if not path.endswith("encoder.onnx"):
+                raise ValueError(
+                    f"{path} is a transducer's encoder; give it the name that the export gave it, NAME-encoder.onnx."
+                )
             beside = path.removesuffix("encoder.onnx")
             self.decoder, self.joiner = self.load(f"{beside}decoder.onnx"), self.load(f"{beside}joiner.onnx")
 
@@ -50,11 +54,16 @@ class Recogniser:
 
     def transcribe(self, path):
         """Transcribe an audio file; returns its text."""
-        samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        try:
+            samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        except (OSError, soundfile.SoundFileError) as error:
+            raise ValueError(f"{path} cannot be read as audio ({error}); give a WAV, FLAC or Ogg file.") from error
         if sample_rate != self.sample_rate:
             raise ValueError(f"{path} has {sample_rate} samples per second; convert it to {self.sample_rate}.")
         if not len(samples):
             raise ValueError(f"{path} holds no samples; record it again.")
+        if not np.isfinite(samples).all():
+            raise ValueError(f"{path} holds samples that are no numbers; record it again.")
         waveform = samples.mean(axis=1)[np.newaxis]  # (1, N)
         if self.about["mode"] == "streaming":
             return self.decode(np.concatenate(list(self.stream(waveform))))
@@ -127,7 +136,7 @@ def main():
     for file in arguments.files:
         try:
             print(file, recogniser.transcribe(file), sep="\t", flush=True)
-        except (ValueError, OSError, soundfile.SoundFileError) as error:
+        except ValueError as error:
             print(error, file=sys.stderr)
             status = 1
     return status

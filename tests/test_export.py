@@ -439,6 +439,15 @@ def test_the_example_refuses_what_is_no_model_in_one_line(tmp_path, capsys, monk
         assert out == "" and err.count("\n") == 1 and f"{name}.onnx {message}" in err
 
 
+def test_the_example_refuses_what_is_no_speech(exported, tmp_path):
+    example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
+    recogniser = example["Recogniser"](str(exported[0] / "model.onnx"))
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    for name, message in (("nan", "holds samples that are no numbers"), ("gone", "cannot be read as audio.*give a WAV")):
+        with pytest.raises(ValueError, match=f"{name}.wav {message}"):
+            recogniser.transcribe(str(tmp_path / f"{name}.wav"))
+
+
 TRANSDUCER = ROOT / "tests" / "data" / "model_folders" / "transducer-v1"
 PARTS = ["model-decoder.onnx", "model-encoder.onnx", "model-joiner.onnx"]
 
@@ -460,6 +469,11 @@ def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
     command = [sys.executable, "-c", code, ROOT / "examples" / "transcribe_onnx.py", tmp_path / PARTS[1], tmp_path / "a.wav"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, check=True)
     assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
+    os.rename(tmp_path / PARTS[1], tmp_path / "renamed.onnx")
+    example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
+    with pytest.raises(ValueError, match="renamed.onnx is a transducer's encoder; give it.*NAME-encoder.onnx"):
+        example["Recogniser"](str(tmp_path / "renamed.onnx"))
+    os.rename(tmp_path / "renamed.onnx", tmp_path / PARTS[1])
     for part in PARTS:
         os.rename(tmp_path / part, tmp_path / f"kept-{part}")
     monkeypatch.setattr(
@@ -572,6 +586,34 @@ def test_wrong_usage(arguments, message, exported, written_at_once, monkeypatch,
     out, err = capsys.readouterr()
     assert message in err and out == "" and "Traceback" not in err
     assert not Path("x.onnx").exists() and not Path(".x.onnx.partial").exists()
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(exported, written_at_once, tmp_path, capsys):
+    model = str(exported[0] / "model")
+    (tmp_path / "old.onnx").write_bytes(b"old")
+    (tmp_path / "link.onnx").symlink_to("old.onnx")
+    assert cli.main(["export", "--model", model, str(tmp_path / "link.onnx")]) == 0
+    assert (tmp_path / "link.onnx").is_symlink() and (tmp_path / "old.onnx").stat().st_size > 1000
+    os.mkfifo(tmp_path / "pipe.onnx")
+    (tmp_path / "lost.onnx").symlink_to("gone/deep.onnx")
+    capsys.readouterr()
+    for name, message in (("pipe", "is a pipe or device, not a file"), ("lost", "There is no folder")):
+        assert cli.main(["export", "--model", model, str(tmp_path / f"{name}.onnx")]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "pipe.onnx").is_fifo() and sorted(os.listdir(tmp_path)) == [
+        "link.onnx",
+        "lost.onnx",
+        "old.onnx",
+        "pipe.onnx",
+    ]
+
+
+def test_of_a_transducer_all_files_or_none_are_replaced(tmp_path, capsys):
+    (tmp_path / "model-encoder.onnx").write_bytes(b"old")
+    (tmp_path / "model-joiner.onnx").mkdir()
+    assert cli.main(["export", "--model", str(TRANSDUCER), str(tmp_path / "model.onnx")]) == 2
+    assert "model-joiner.onnx is a folder; give the name of a file" in capsys.readouterr().err
+    assert (tmp_path / "model-encoder.onnx").read_bytes() == b"old" and len(os.listdir(tmp_path)) == 2
 
 
 def test_missing_packages_are_named(exported, monkeypatch, capsys):

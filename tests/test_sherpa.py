@@ -502,7 +502,7 @@ def test_streams_alone_and_beside_others(models, exported):
     recognizer = open_recognizer(folder, "zipformer2_ctc")
     graph = make_graphs(models.kaldi, True, 8, 4)[""]
     tail = tail_samples(graph)
-    assert settings_of(folder) == ("zipformer2_ctc", tail) and tail == 34 * 160
+    assert settings_of(folder) == ("zipformer2_ctc", tail, 16000, 80) and tail == 34 * 160
     assert "FloatArray((0.34 * rate).toInt())" in (folder / "README.md").read_text()
     wavs = synthetic(16000, (2.5, 0.9, 4.0))
     wanted = [their_stream(models.kaldi, audio_of_stream(wav, graph, tail)) for wav in wavs]
@@ -634,7 +634,7 @@ def test_symbols():
 
 
 def test_the_check_compares_with_pythons_text(models, monkeypatch, tmp_path):
-    """Also of unknown tokens, after which only Python writes a space."""
+    """Unknown tokens are equal, although only Python writes a space after them."""
     found = {"version": "9.9", "alone": ["?"], "together": ["?"], "seconds": 0.1, "peak_mib": None}
     done = SimpleNamespace(returncode=0, stdout=json.dumps(found))
     monkeypatch.setattr("speechbrain_ext.export.sherpa_check.subprocess.run", lambda *_, **__: done)
@@ -644,9 +644,17 @@ def test_the_check_compares_with_pythons_text(models, monkeypatch, tmp_path):
         changed = values.detach().clone()
         changed[3] = changed[token] + 0.1 * (changed.dim() == 1)
         monkeypatch.setattr(values, "data", changed)
-    texts = texts_in_runtime(tmp_path, models.kaldi, make_graphs(models.kaldi), [str(tmp_path / "speech.wav")])
-    assert texts.wanted == [models.kaldi.transcribe_file(str(tmp_path / "speech.wav"))]
-    assert "⁇ " in texts.wanted[0].rstrip() and texts.wanted[0].strip("⁇ ")
+    given = tmp_path, models.kaldi, make_graphs(models.kaldi), [str(tmp_path / "speech.wav")]
+    texts = texts_in_runtime(*given)
+    assert texts.equal == 0
+    python = models.kaldi.transcribe_file(str(tmp_path / "speech.wav"))
+    assert "⁇ " in python.rstrip() and python.strip("⁇ ")
+    found["alone"] = found["together"] = [python.replace("⁇ ", "⁇")]
+    done.stdout = json.dumps(found)
+    assert texts_in_runtime(*given).equal == 1 and texts.wanted != [python]
+    soundfile.write(tmp_path / "click.wav", np.zeros(800), 16000)
+    with pytest.raises(UserError, match="shorter than 0.1 s.*give longer ones"):
+        texts_in_runtime(*given[:-1], [str(tmp_path / "click.wav")])
 
 
 @pytest.mark.parametrize(
@@ -710,11 +718,13 @@ def test_transducers_that_the_runtime_cannot_run():
         ("gone/folder", "There is no folder"),
         (".", "is the current folder, which is not replaced; give the name of a new folder"),
         ("empty/../.", "is the current folder"),
+        ("link", "There is no folder"),
     ],
 )
 def test_wrong_usage(out, message, models, monkeypatch, capsys):
     monkeypatch.chdir(models.root)
     Path("empty").mkdir(exist_ok=True)
+    os.path.lexists("link") or os.symlink("gone/deep", "link")
     assert cli.main(["export", "--runtime", "sherpa-onnx", "--model", "kaldi/model", out]) == 2
     assert message in capsys.readouterr().err and not Path("gone").exists()
 

@@ -108,6 +108,13 @@ def web(tmp_path_factory):
     proto = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
     onnx.helper.set_model_props(proto, {"format": "speechbrain_ext", "mode": "streaming", "head": "transducer"})
     onnx.save(proto, root / "page" / "head-encoder.onnx")
+    for name, about in (
+        ("plain", {}),
+        ("damaged", {"format": "speechbrain_ext", "mode": "streaming", "tokens": "[]", "state": "[]"}),
+    ):
+        del proto.metadata_props[:]
+        onnx.helper.set_model_props(proto, about)
+        (root / "page" / f"{name}.onnx").write_bytes(proto.SerializeToString())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,6 +171,8 @@ def test_what_is_wrong_is_said(web, tmp_path):
     (tmp_path / "notes.wav").write_text("no audio")
     assert run("kaldi", tmp_path / "notes.wav")["status"] == "notes.wav is not audio that this browser can read."
     assert run("gone", "none")["status"] == "There is no gone.onnx next to this page."
+    assert run("plain", "none")["status"].startswith('plain.onnx is not from "python -m speechbrain_ext export --streaming"')
+    assert re.fullmatch(r"damaged.onnx is damaged \(.*\); export the model again.", run("damaged", "none")["status"])
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ async function record() {
     };
     begin();
     source.connect(node);
+    stream.getAudioTracks()[0].onended = () => recording && stop(); // for example unplugged
     microphone.textContent = 'Stop';
     microphone.setAttribute('aria-pressed', 'true');
     say('Listening …');

@@ -61,7 +61,13 @@ export class Recognizer {
     if (about.format !== FORMAT || about.mode !== 'streaming') {
       throw new Error(`${url} is not from "python -m ${FORMAT} export --streaming"; export the model with this command.`);
     }
-    return new Recognizer(await ort.InferenceSession.create(bytes), about, bytes.length);
+    let session;
+    try {
+      session = await ort.InferenceSession.create(bytes);
+    } catch (error) {
+      throw new Error(`${url} is damaged (${error.message}); export the model again.`);
+    }
+    return new Recognizer(session, about, bytes.length);
   }
 
   constructor(session, about, bytes) {

@@ -36,7 +36,11 @@ def add(commands):
         "--left-context", type=int, metavar="CHUNKS", help="of streams, in chunks, -1 = all; by default the value of the model"
     )
     parser.add_argument(
-        "--audio", metavar="FILE", nargs="+", default=(), help="audio files, or folders in LibriSpeech layout, for the check"
+        "--audio",
+        metavar="FILE",
+        nargs="+",
+        default=(),
+        help="audio files, or folders in LibriSpeech layout, for the check; give OUT before them",
     )
     parser.add_argument(
         "--tolerance",

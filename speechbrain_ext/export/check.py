@@ -360,6 +360,8 @@ def files_of(audio):
     """(file, reference or None) of all given files, and of the files that transcripts in the given folders name."""
     files = []
     for entry in map(Path, audio):
+        if not entry.exists():
+            raise FileNotFoundError(f"There is no audio file {entry}; check the path.")
         if not entry.is_dir():
             files.append((entry, None))
             continue

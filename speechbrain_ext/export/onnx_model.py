@@ -30,7 +30,7 @@ import os
 from pathlib import Path
 
 from speechbrain_ext import __version__
-from speechbrain_ext.export.check import Report, check
+from speechbrain_ext.export.check import Report, check, files_of
 from speechbrain_ext.export.onnx_streaming import Streaming
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
 from speechbrain_ext.export.onnx_whole import FullContext
@@ -40,6 +40,7 @@ from speechbrain_ext.inference.streaming import chunk_config
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
 from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.files import check_replaceable
 
 
 def export_model(
@@ -68,7 +69,8 @@ def export_model(
     source : str
         A model folder, or the name of a Hugging Face repository.
     path : str
-        The file to write; an existing file is replaced. The three files of a transducer begin with its name.
+        The file to write; an existing file is replaced, and a link stays a link. The three files of a transducer begin with its
+        name.
     pass_name : str, optional
         The pass of a cascade to export: "second", the default, or "first".
     int8 : bool
@@ -112,15 +114,13 @@ def export_model(
     FileNotFoundError: There is no model folder /no/such/folder; give the folder 'pretrained' of a training run, or english.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}; create it, or give another path.")
+    _place(path)
     refuse_tolerance(tolerance)
+    files_of(audio)
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
     graphs = _graphs(model, chunk_config(model, chunk_size, left_context) if streaming else None)
-    paths = {part: path.with_stem(f"{path.stem}-{part}") if part else path for part in graphs}
+    paths = {part: _place(path.with_stem(f"{path.stem}-{part}") if part else path) for part in graphs}
     partials = {part: final.with_name(f".{final.name}.partial") for part, final in paths.items()}
     try:
         report = write_checked(model, graphs, path, partials, int8, audio, tolerance)
@@ -130,6 +130,17 @@ def export_model(
         for partial in partials.values():
             partial.unlink(missing_ok=True)
     return report
+
+
+def _place(path):
+    """The file that a path names, which a link may do; raises an error if no file can be written there."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
+    check_replaceable(path)
+    file = Path(os.path.realpath(path))
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {file.parent} for {file.name}; create it, or give another path.")
+    return file
 
 
 def refuse_tolerance(tolerance):

@@ -18,12 +18,13 @@ A model with a transducer becomes ``transducer`` or ``zipformer2``, and so does 
 folder then holds ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, and the scores of the pieces in ``bpe.vocab``.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from speechbrain.lobes.features import Fbank
 
-from speechbrain_ext.export.check import Report
+from speechbrain_ext.export.check import Report, files_of
 from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
 from speechbrain_ext.export.onnx_model import refuse_tolerance, write_checked, written_by
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
@@ -156,6 +157,7 @@ def export_sherpa(
     folder = Path(folder)
     _refuse_place(folder)
     refuse_tolerance(tolerance)
+    files_of(audio)
     require_packages()
     compares = has_runtime()
     model = load_model(source, "cpu", pass_name, trust=trust)
@@ -311,8 +313,9 @@ def symbols_of(model, whole):
 def _refuse_place(folder):
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give the name of a folder.")
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder.parent} for {folder.name}; create it, or give another path.")
+    place = Path(os.path.realpath(folder))  # a link may name it
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {place.parent} for {place.name}; create it, or give another path.")
     if not folder.exists():
         return
     if folder.samefile("."):

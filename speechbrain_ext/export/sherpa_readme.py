@@ -109,9 +109,9 @@ _HOTWORDS = """
 ## Hotwords
 
 The search above is greedy. A beam search takes hotwords, or none if their file is left out. `hotwords.txt` has one hotword per
-line, spelled as the model's texts are, optionally with a score: `SHERPA ONNX :2.0`. For hotwords of one stream, use
-`create_stream(hotwords="ONE/ANOTHER ONE")`; if the model has no pieces for one of them, that stream has none. Both searches
-write at most one token per frame of 0.04 s. Add these settings:
+line, spelled as the model's texts are, optionally with a score: `SHERPA ONNX :2.0`. Keep it in another folder: a new export
+replaces this one. For hotwords of one stream, use `create_stream(hotwords="ONE/ANOTHER ONE")`; if the model has no pieces for one
+of them, that stream has none. Both searches write at most one token per frame of 0.04 s. Add these settings:
 
 * Python: `@python_search@`
 * C++: `@cpp_search@`

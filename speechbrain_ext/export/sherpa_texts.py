@@ -55,10 +55,11 @@ def open_recognizer(folder, kind, sample_rate=16000, feature_dim=80, **keys):
 
 
 def settings_of(folder):
-    """Type of model, and for streams the number of zeros to append, from the folder's README."""
+    """Type of model, number of zeros to append (0 for whole utterances), sample rate and number of features, from the README."""
     text = Path(folder, "README.md").read_text(encoding="utf-8")
     tail = re.search(r"zeros \((\d+) samples", text)
-    return re.search(r"type of model `(\w+)`", text)[1], int(tail[1]) if tail else 0
+    rate, features = (int(re.search(rf"feat_config\.{key} = (\d+);", text)[1]) for key in ("sample_rate", "feature_dim"))
+    return re.search(r"type of model `(\w+)`", text)[1], int(tail[1]) if tail else 0, rate, features
 
 
 def transcribe_whole(recognizer, wavs, rate):
@@ -93,26 +94,24 @@ def transcribe_streams(recognizer, wavs, rate, tail):
     return [recognizer.get_result(stream) for stream in streams]
 
 
-def transcriber(folder, sample_rate=16000, feature_dim=80):
+def transcriber(folder):
     """A function that transcribes a list of waveforms.
 
     Arguments
     ---------
     folder : str or os.PathLike
         A folder that ``export --runtime sherpa-onnx`` wrote.
-    sample_rate, feature_dim : int
-        Sample rate and number of features.
 
     Returns
     -------
     callable
-        From a list of waveforms to a list of texts.
+        From a list of waveforms, at the model's rate, to a list of texts.
     """
-    kind, tail = settings_of(folder)
-    recognizer = open_recognizer(folder, kind, sample_rate, feature_dim)
+    kind, tail, rate, features = settings_of(folder)
+    recognizer = open_recognizer(folder, kind, rate, features)
     if kind in STREAMS:
-        return lambda wavs: transcribe_streams(recognizer, wavs, sample_rate, tail)
-    return lambda wavs: transcribe_whole(recognizer, wavs, sample_rate)
+        return lambda wavs: transcribe_streams(recognizer, wavs, rate, tail)
+    return lambda wavs: transcribe_whole(recognizer, wavs, rate)
 
 
 def version_of_runtime():
@@ -144,7 +143,7 @@ def main(folder=None, waveforms=None):
     import numpy as np
 
     data = np.load(waveforms)
-    transcribe = transcriber(folder, int(data["rate"]), int(data["feature_dim"]))
+    transcribe = transcriber(folder)
     wavs = [data[f"wav{i}"] for i in range(int(data["count"]))]
     began = time.process_time()  # of this process, because other programs may use the processor
     alone = [transcribe([wav])[0] for wav in wavs]

@@ -254,11 +254,13 @@ def chunk_config(model, chunk_size=None, left_context=None):
     Raises
     ------
     UserError
-        If one of them is no whole number, or the chunk is longer than a minute.
+        If one of them is no whole number, the left context is below -1, or the chunk is longer than a minute.
     """
     for name, value in (("chunk_size", chunk_size), ("left_context", left_context)):
         if value is not None and not is_whole(value, -math.inf):
             raise UserError(f"{name} is {value!r}; give a whole number.")
+    if left_context is not None and left_context < -1:
+        raise UserError(f"The left context is {left_context} chunks; give 0 or more, or -1 for all.")
     encoder = model.mods.encoder
     size, left = (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
     if left_context is not None:

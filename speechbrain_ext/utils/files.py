@@ -122,20 +122,27 @@ def replacing_folder(folder):
     ------
     pathlib.Path
         The folder to write to.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written; the error names it.
     """
     folder = Path(os.path.realpath(folder))  # "." has no name, and a link stays a link
     partial, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(partial, folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and str(error.filename).startswith(str(partial)):  # name the folder that the user knows
+            error.filename = str(folder) + str(error.filename)[len(str(partial)) :]
         raise
 
 
