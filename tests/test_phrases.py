@@ -390,6 +390,16 @@ def test_the_command_line_listens(place, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "ctc_beam: 66.67 % of the 3 occurrences of phrases" in said and "ctc_greedy: 0.0 % of the 3 occurrences" in said
     assert [row["phrase_recall"] for row in read_csv(tmp_path / "rows.csv")] == ["66.67", "0.0"]
+    phrases.write_text("SAD\nTHE TEA\t0\n")  # now the bonus of SAD is given for all phrases without one
+    for given, found in (("60", True), ("0", False)):
+        assert cli.main(["transcribe", *model, str(audio), "--phrases", str(phrases), "--phrase-bonus", given]) == 0
+        assert ("SAD" in capsys.readouterr().out.split()) == found
+    for more, message in (
+        (["--phrase-bonus", "1"], "there are no phrases; give --phrases"),
+        (["--phrases", str(phrases), "--phrase-bonus", "-1"], "is -1.0; give a number from 0 to 1000"),
+    ):
+        assert cli.main(["transcribe", *model, str(audio), *more]) == 2 and message in capsys.readouterr().err
+    phrases.write_text("SAD\t60\n\nTHE TEA\t0\n")
     output = ["transcribe", *model, str(audio), "--output", str(tmp_path / "out")]
     assert cli.main([*output, "--phrases", str(phrases)]) == 0
     assert cli.main(output) == 2 and "other settings" in capsys.readouterr().err
@@ -450,6 +460,8 @@ def test_phrases_are_kept_as_they_are_compared(place, tmp_path):
     model.choose_phrases({" THE   CAT ": 3.0})
     (tmp_path / "phrases.txt").write_text("THE CAT\t3\nHAT\t\n")  # a spreadsheet writes the tab before an empty bonus
     assert model.phrases == ("THE CAT",) and read_phrases(tmp_path / "phrases.txt") == {"THE CAT": 3.0, "HAT": None}
+    tokens = len(model.tokenizer.encode_as_ids("HAT"))
+    assert read_phrases(tmp_path / "phrases.txt", model.tokenizer, 0.5) == {"THE CAT": 3.0, "HAT": 0.5 * tokens}
 
 
 @pytest.mark.parametrize(

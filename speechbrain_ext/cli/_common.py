@@ -71,7 +71,10 @@ def add_search(parser, is_repeated=False):
     parser.add_argument(
         "--phrases",
         metavar="FILE",
-        help="names and words that beam searches prefer: one phrase per line; after a tab its bonus (2 for each token)",
+        help="names and words that beam searches prefer: one phrase per line; after a tab its bonus",
+    )
+    parser.add_argument(
+        "--phrase-bonus", type=float, metavar="B", help="bonus per token of phrases without a bonus of their own (2)"
     )
     parser.add_argument(
         "--beam-size",
@@ -128,7 +131,9 @@ def choose_search(model, arguments, *names):
         if arguments.phrases is not None:
             from speechbrain_ext.decoders.phrases import read_phrases
 
-            model.choose_phrases(read_phrases(arguments.phrases, model.tokenizer))
+            model.choose_phrases(read_phrases(arguments.phrases, model.tokenizer, arguments.phrase_bonus))
+        elif arguments.phrase_bonus is not None:
+            raise UsageError("--phrase-bonus is given, but there are no phrases; give --phrases, or leave it out.")
         options = {"lm_weight": "weight", "lm_temperature": "temperature", "lodr": "lodr", "lodr_weight": "lodr_weight"}
         options |= {"word_score": "word_score"}
         given = {option: getattr(arguments, option) for option in options if getattr(arguments, option) is not None}

@@ -155,13 +155,18 @@ def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds)
         **({} if lm is None else {"lm": lm, **settings}),
         **({} if unknown is None or lm is None else {"lm_unknown": round(100 * unknown, 2)}),
         **({} if search in GREEDY_SEARCHES else {"beam_size": model.beam_of(search)}),
-        **(_phrase_columns(arguments.phrases, model.phrases, error_rate.scores) if arguments.phrases else {}),
+        **(_phrase_columns(arguments, model.phrases, error_rate.scores) if arguments.phrases else {}),
     }
 
 
-def _phrase_columns(file, phrases, scores):
-    """The share of phrases that were found, in %."""
-    from speechbrain_ext.decoders.phrases import count_phrases
+def _phrase_columns(arguments, phrases, scores):
+    """The share of phrases that were found, in %, and how they were given."""
+    from speechbrain_ext.decoders.phrases import BONUS, count_phrases
 
     said, found = count_phrases(phrases, *([score[key] for score in scores] for key in ("ref_tokens", "hyp_tokens")))
-    return {"phrases": file, "phrases_said": said, "phrase_recall": round(100 * found / said, 2) if said else ""}
+    return {
+        "phrases": arguments.phrases,
+        "phrase_bonus": BONUS if arguments.phrase_bonus is None else arguments.phrase_bonus,
+        "phrases_said": said,
+        "phrase_recall": round(100 * found / said, 2) if said else "",
+    }

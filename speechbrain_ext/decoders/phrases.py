@@ -24,7 +24,7 @@ MOST_TOKENS = 1_000_000
 """Most tokens of all phrases; their graph is built in 1 GB."""
 
 
-def read_phrases(path, tokenizer=None):
+def read_phrases(path, tokenizer=None, per_token=None):
     """Read phrases and their bonuses.
 
     Arguments
@@ -33,6 +33,8 @@ def read_phrases(path, tokenizer=None):
         A text file with one phrase per line, optionally followed by a tab and its bonus; by default 2 per token.
     tokenizer : sentencepiece.SentencePieceProcessor, optional
         The model's tokenizer, to name the lines of phrases that it cannot write.
+    per_token : float, optional
+        The bonus per token of phrases without a bonus of their own; it needs the tokenizer.
 
     Returns
     -------
@@ -44,7 +46,8 @@ def read_phrases(path, tokenizer=None):
     OSError
         If the file cannot be read.
     UserError
-        If the file has no phrases, one of them twice, a bonus that is not a number, or a phrase that the tokenizer cannot write.
+        If the file has no phrases, one of them twice, a bonus that is not a number, or a phrase that the tokenizer cannot write,
+        or ``per_token`` is not a number from 0 to 1000.
 
     Example
     -------
@@ -55,6 +58,8 @@ def read_phrases(path, tokenizer=None):
     >>> read_phrases(path)
     {'NEW YORK': None, 'ANN': 7.5}
     """
+    if per_token is not None and not is_number(per_token, 0, LARGEST_BONUS):
+        raise UserError(f"The bonus per token of a phrase is {per_token!r}; give a number from 0 to {LARGEST_BONUS}.")
     phrases, unknown = {}, []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -88,7 +93,9 @@ def read_phrases(path, tokenizer=None):
         )
     if not phrases:
         raise UserError(f"{path} has no phrases; give one per line.")
-    return phrases
+    if per_token is None:
+        return phrases
+    return {text: per_token * len(tokenizer.encode_as_ids(text)) if bonus is None else bonus for text, bonus in phrases.items()}
 
 
 def normal_phrases(phrases):
