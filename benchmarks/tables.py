@@ -36,7 +36,11 @@ LM = ROOT / "benchmarks" / "results" / "lm.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
 TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
-SHIPPED = {"english": "hyperconformer", "english-streaming": "hyperconformer_streaming"}
+SHIPPED = {
+    "english": "hyperconformer",
+    "english-transducer": "hyperconformer_transducer",
+    "english-streaming": "hyperconformer_streaming",
+}
 """Runs of the models that come with the package."""
 HEAD_COLUMNS = {
     "greedy": "greedy",
@@ -94,12 +98,15 @@ def options(row):
 
 def words():
     """Error rates on real speech of the models that were trained on a few hours: of each run, and with language models."""
-    runs, lines, with_lm = {}, [], {}
-    for row in (row for row in read(WORDS / "results.csv") if row["search"].endswith("ctc_greedy")):
-        runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
-    for row in (row for row in read(WORDS / "searches.csv") if row["test_set"] == TEST_SETS[0]):
-        model = SHIPPED.get(row["model"], Path(row["model"]).parts[0])
-        with_lm[model, pass_in(row["search"]), row["lm"]] = _with_interval(row)
+    runs, lines, with_lm, rows = {}, [], {}, read(WORDS / "results.csv")
+    transducers = {row["experiment"] for row in rows if row["search"] == "transducer_beam"}
+    for row in rows:
+        if row["search"].endswith("transducer_beam" if row["experiment"] in transducers else "ctc_greedy"):
+            runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
+    for row in read(WORDS / "searches.csv"):
+        if row["test_set"] == TEST_SETS[0] and not row.get("phrases") and not row.get("lodr"):
+            model = SHIPPED.get(row["model"], Path(row["model"]).parts[0])
+            with_lm[model, pass_in(row["search"]), row["lm"]] = _with_interval(row)
     lms = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
     lms = {lm: column for lm, column in lms.items() if any(lm in key for key in with_lm)}
     for (experiment, said), sets in runs.items():
@@ -241,22 +248,22 @@ def heads():
 
 
 def phrases():
-    """Error rates and recall on the embedded corpus with phrases, and without."""
+    """Error rates and recall with phrases, and without, on real speech and on the embedded corpus."""
     lines = []
-    for row in (row for row in read(HEADS) if row["phrases"]):
+    for row in (row for path in (WORDS / "searches.csv", HEADS) for row in read(path) if row["phrases"]):
+        is_greedy = "greedy" in row["search"]
         lines.append(
             [
                 Path(row["model"]).parts[0],
+                row["test_set"],
                 row["search"],
                 row["lm"],
-                "" if "greedy" in row["search"] else row["phrases"],
+                "" if is_greedy else row["phrase_bonus"],
                 _with_interval(row),
                 f"{row['phrase_recall']} of {row['phrases_said']}",
-                row["real_time_factor"],
             ]
         )
-    header = ["model", "search", "language model", "phrases", "WER %", "phrases found %", "real-time factor"]
-    return table(header, lines)
+    return table(["model", "test set", "search", "language model", "bonus per token", "WER %", "phrases found, %"], lines)
 
 
 def lm():

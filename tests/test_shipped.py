@@ -10,9 +10,9 @@ from tiny import ROOT
 from speechbrain_ext import cli
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer
-from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING, SHIPPED
+from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING, ENGLISH_TRANSDUCER, SHIPPED
 
-NAMES = ENGLISH, ENGLISH_STREAMING
+NAMES = ENGLISH, ENGLISH_TRANSDUCER, ENGLISH_STREAMING
 RECORDING = ROOT / "examples" / "speech.flac"
 REFERENCE = (ROOT / "examples" / "speech.txt").read_text().split()
 """The text of the recording, whose speaker is in no training set."""
@@ -39,6 +39,11 @@ def test_about_half_of_the_words_of_a_book_are_right(name, capsys):
     assert error_rate(text) < 60
     assert cli.main(["transcribe", "--model", name, "--device", "cpu", str(RECORDING)]) == 0
     assert capsys.readouterr().out == f"{RECORDING}\t{text}\n"
+
+
+def test_the_transducer_makes_fewer_errors():
+    ctc, transducer = (error_rate(load_model(name, "cpu").transcribe_file(RECORDING)) for name in (ENGLISH, ENGLISH_TRANSDUCER))
+    assert transducer < ctc
 
 
 def test_a_stream_gets_some_words():

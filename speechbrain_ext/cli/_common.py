@@ -3,7 +3,7 @@
 import sys
 from contextlib import contextmanager, redirect_stdout
 
-from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING
+from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING, ENGLISH_TRANSDUCER
 from speechbrain_ext.utils.errors import UsageError, UserError
 from speechbrain_ext.utils.text import printable
 
@@ -31,7 +31,9 @@ def usage():
 def add_model(parser):
     """Add the option for the model."""
     known = "a model folder that training wrote, or a Hugging Face repository, user/model; by default"
-    shipped = f"{ENGLISH}, or for streams {ENGLISH_STREAMING}: small models that come with the package"
+    shipped = (
+        f"{ENGLISH}, or for streams {ENGLISH_STREAMING}: small models that come with the package, as is {ENGLISH_TRANSDUCER}"
+    )
     parser.add_argument("--model", metavar="MODEL", help=f"{known} {shipped}")
     add_trust(parser)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from speechbrain_ext.utils.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-ENGLISH, ENGLISH_STREAMING = "english", "english-streaming"
+ENGLISH, ENGLISH_TRANSDUCER, ENGLISH_STREAMING = "english", "english-transducer", "english-streaming"
 """Names of the small English models that come with the package."""
 SHIPPED = Path(__file__).resolve().parents[1] / "models"
 """The folder that holds them."""
@@ -20,7 +20,7 @@ def is_shipped(source):
     >>> is_shipped("english"), is_shipped("ann/english")
     (True, False)
     """
-    return source in (ENGLISH, ENGLISH_STREAMING)
+    return source in (ENGLISH, ENGLISH_TRANSDUCER, ENGLISH_STREAMING)
 
 
 def split_revision(source):

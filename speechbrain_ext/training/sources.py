@@ -58,7 +58,7 @@ def locate(given, before=None):
     ---------
     given : str
         A folder or file, a repository of Hugging Face, ``user/model`` or ``user/model@revision``, or a model of the package,
-        ``english`` or ``english-streaming``.
+        such as ``english``.
     before : str, optional
         The name of the model when the run began. The same commit of a repository is used again.
 
