@@ -109,11 +109,12 @@ def words():
             with_lm[model, pass_in(row["search"]), row["lm"]] = _with_interval(row)
     lms = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
     lms = {lm: column for lm, column in lms.items() if any(lm in key for key in with_lm)}
-    for (experiment, said), sets in runs.items():
+    for (experiment, said), sets in sorted(runs.items(), key=lambda run: float(run[1][TEST_SETS[0]]["WER"])):
         row = next(iter(sets.values()))
         rates = [_with_interval(sets[test_set]) if test_set in sets else "" for test_set in TEST_SETS]
         rates += [with_lm.get((experiment, said, lm), "") for lm in lms]
-        lines.append([experiment + said, f"{int(row['parameters']):,}", row["steps"], *rates])
+        name = experiment + said + (", beam of 4" if experiment in transducers else "")
+        lines.append([name, f"{int(row['parameters']):,}", row["steps"], *rates])
     header = ["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS)]
     return table([*header, *lms.values()], lines)
 
@@ -250,7 +251,7 @@ def heads():
 def phrases():
     """Error rates and recall with phrases, and without, on real speech and on the embedded corpus."""
     lines = []
-    for row in (row for path in (WORDS / "searches.csv", HEADS) for row in read(path) if row["phrases"]):
+    for row in (row for path in (WORDS / "searches.csv", HEADS) for row in read(path) if row.get("phrases")):
         is_greedy = "greedy" in row["search"]
         lines.append(
             [
@@ -306,26 +307,28 @@ def memory():
 
 
 def sherpa():
-    """Texts, sizes and times of all encoders in sherpa-onnx, float32 and 8 bits."""
-    found = {}
-    for row in read(SHERPA):
-        found.setdefault((row["encoder"], row["type"]), []).append(row)
-    rows = []
-    for (encoder, kind), (float32, int8) in found.items():
-        pair = {key: f"{float32[key]} / {int8[key]}" for key in ("size_mib", "real_time_factor", "peak_mib")}
+    """Texts, sizes and times of all encoders in sherpa-onnx, with random weights, in float32 and 8 bits."""
+    return _sherpa("encoder", [row for row in read(SHERPA) if not row["wer"]])
+
+
+def sherpa_trained():
+    """The same of trained models, with error rates."""
+    return _sherpa("model", [row for row in read(SHERPA) if row["wer"]], {"wer": "WER %"})
+
+
+def _sherpa(name, found, more=()):
+    """A line for each model and type, with the values of both precisions."""
+    pairs, lines = {}, []
+    for row in found:
+        pairs.setdefault((row["encoder"], row["type"]), []).append(row)
+    columns = dict(more) | {"size_mib": "MiB", "real_time_factor": "real-time factor", "peak_mib": "peak memory, MiB"}
+    for (model, kind), (float32, int8) in pairs.items():
         equal = f"{float32['texts_equal']} / {int8['texts_equal']} of {int8['utterances']}"
-        rows.append(
-            [
-                encoder,
-                f"`{kind}`",
-                equal,
-                f"{100 * float(int8['letters_differ']):.1f}",
-                float32["largest_difference"],
-                *pair.values(),
-            ]
-        )
-    header = ["encoder", "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", "MiB"]
-    return table([*header, "real-time factor", "peak memory, MiB"], rows)
+        both = [f"{float32[key]} / {int8[key]}" for key in columns]
+        differ = f"{100 * float(int8['letters_differ']):.1f}"
+        lines.append([model, f"`{kind}`", equal, differ, float32["largest_difference"], *both])
+    header = [name, "type", "texts equal", "letters that differ in 8 bits, %", "largest difference", *columns.values()]
+    return table(header, lines)
 
 
 def peers():
@@ -480,6 +483,7 @@ def fill(text):
         lm,
         published,
         sherpa,
+        sherpa_trained,
         peers,
         bench,
         hparams,

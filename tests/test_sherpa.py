@@ -34,6 +34,7 @@ from speechbrain_ext.export import sherpa_texts
 from speechbrain_ext.export.check import greedy, reference, synthetic
 from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
 from speechbrain_ext.export.onnx_transducer import Decoder, InPyTorch, Joiner, Search
+from speechbrain_ext.export.onnx_write import write_onnx
 from speechbrain_ext.export.sherpa_check import Texts, feed_of, has_runtime, tail_samples, texts_in_runtime
 from speechbrain_ext.export.sherpa_folder import GRAPHS, export_sherpa, make_graphs, symbols_of
 from speechbrain_ext.export.sherpa_graphs import Answer, Frames, Packed, PackedPairs, PackedTransducer
@@ -58,6 +59,7 @@ from speechbrain_ext.utils.errors import UserError
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[dev]")
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 needs_runtime = pytest.mark.skipif(not has_runtime(), reason="sherpa-onnx is not installed: pip install -e .[dev]")
@@ -154,6 +156,23 @@ def test_a_transducer_of_ctc_writes_what_ctc_does():
     search = Search(InPyTorch(decoder), InPyTorch(joiner), decoder, max_symbols=1)
     said = sum(search(pairs)[0], [])
     assert said == greedy(log_probs.numpy(), 0) and len(said) > 150
+
+
+@torch.no_grad()
+def test_the_joint_network_of_ctc_is_exact_in_onnxruntime(tmp_path):
+    """Also for models that are certain, whose probabilities are so small that a runtime's sigmoid loses them."""
+    joiner, generator = CtcJoiner(20), torch.Generator().manual_seed(0)
+    write_onnx(joiner, tmp_path / "joiner.onnx", False, {})
+    session = onnxruntime.InferenceSession(tmp_path / "joiner.onnx")
+    for scale in (1, 5, 20):
+        frames = (scale * torch.randn(500, 2, 20, generator=generator)).log_softmax(2).flatten(1)
+        last = torch.eye(20)[torch.randint(0, 20, (500,), generator=generator)]
+        last[:, 0] = 0  # after a blank only, there is no last token
+        wanted = joiner.double()(frames.double(), last.double())
+        (found,) = session.run(None, {"encoder_out": frames.numpy(), "decoder_out": last.numpy()})
+        assert np.abs(found - wanted.numpy()).max() < 1e-4
+        torch.testing.assert_close(wanted.exp().sum(1), torch.ones(500).double(), atol=1e-5, rtol=0)
+        joiner.float()
 
 
 @torch.no_grad()

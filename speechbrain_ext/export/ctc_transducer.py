@@ -7,11 +7,10 @@ continues or is a new token. The interface is that of :mod:`speechbrain_ext.expo
 
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 IMPOSSIBLE = -1e3
 """Log-probability of a token that never occurs."""
-SMALLEST = 1e-30
-"""Smallest probability, so that its logarithm is finite."""
 
 
 class Pairs(nn.Module):
@@ -107,10 +106,11 @@ class CtcJoiner(nn.Module):
         """Log-probabilities (N, V), from outputs (N, 2 V) of :class:`Pairs` and (N, V) of :class:`CtcDecoder`."""
         now, before = encoder_out.chunk(2, 1)
         last, last_before = ((part * decoder_out).sum(1, keepdim=True) for part in (now, before))
-        lead = last_before - before[:, :1]
-        goes_on = decoder_out.sum(1, keepdim=True) * last.exp() * lead.sigmoid()
-        anew = last + nn.functional.logsigmoid(-lead)
-        blank = (now[:, :1].exp() + goes_on).clamp(min=SMALLEST).log()
+        lead, blank = last_before - before[:, :1], now[:, :1]
+        # Softplus, because runtimes compute the sigmoid of a large number too coarsely for its logarithm
+        goes_on = last - softplus(-lead) + IMPOSSIBLE * (1 - decoder_out.sum(1, keepdim=True))
+        anew = last - softplus(lead)
+        blank = torch.maximum(blank, goes_on) + softplus(-(blank - goes_on).abs())
         return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, anew, now))
 
     def example_inputs(self):
