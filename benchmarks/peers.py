@@ -203,7 +203,8 @@ def choose_systems(arguments):
         yield from ((arguments.python, name, WHISPER, path) for name, path in map(named, arguments.weights))
     yield from ((sys.executable, name, OURS, path) for name, path in map(named, arguments.models))
     for name, path in map(named, arguments.exported):
-        if not Path(path, "README.md").is_file():
+        about = Path(path, "README.md")
+        if not about.is_file() or "--runtime sherpa-onnx" not in about.read_text(encoding="utf-8", errors="replace"):
             raise SystemExit(f"peers.py: {path} is not from export --runtime sherpa-onnx; give such a folder.")
         yield sys.executable, name, SHERPA, path
 

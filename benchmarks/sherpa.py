@@ -6,8 +6,8 @@ The models do equal work, and have random weights, a width of 144, 6 blocks and 
 the stricter test, because no token is certain. Each model is exported, and runs in sherpa-onnx in a separate process. A row has
 the real-time factor on one thread, the peak memory of the process with model and audio, and the comparison of texts, alone and in
 a batch. Streams have chunks of 640 ms and 4 chunks of left context. One model has a transducer as its head; the transducers of
-the others are CTC, exported for hotwords. ``--models`` takes trained model folders instead, in the types that fit them; with
-folders in LibriSpeech layout as the audio, their rows also have word error rates. Rows of the same model, type and precision are
+the others are CTC, exported for hotwords. ``--models`` takes trained models instead, in the types that fit them, and
+audio with transcripts, for the word error rate of greedy search in onnxruntime. Rows of the same model, type and precision are
 replaced. For other systems, see ``peers.py``.
 """
 
@@ -90,21 +90,22 @@ def row(source, encoder, kind, precision, audio):
     """Export a model and run it; returns the values of a row, in the order of the fields."""
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
-        source = source or untrained(temporary, encoder, CENTRED if kind == "omnilingual_asr_ctc" else KALDI)
+        model = source or untrained(temporary, encoder, CENTRED if kind == "omnilingual_asr_ctc" else KALDI)
         keys = options_of(kind) | {"int8": precision == "int8", "tolerance": 1.0 if precision == "int8" else None}
-        report = export_sherpa(source, temporary / "sherpa", audio=audio, **keys)
+        report = export_sherpa(model, temporary / "sherpa", audio=audio, **keys)
     found, texts = report.onnx, report.texts
     numbers = [len(texts.wanted), texts.equal, f"{texts.error:.4f}", f"{found.max_difference:.2g}", f"{found.token_error:.4f}"]
     numbers += [f"{found.size / 2**20:.1f}", f"{texts.real_time_factor:.4f}", texts.peak_mib and round(texts.peak_mib)]
-    wer = "" if found.onnx_wer is None else f"{found.onnx_wer:.2f}"
+    wer = f"{found.onnx_wer:.2f}" if source else ""  # the texts of random weights have none
     return [encoder, report.kind, precision, *numbers, texts.version, cpu_name(), wer]
 
 
 def main():
     """Run all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="trained models, in place of untrained ones")
-    parser.add_argument("--encoders", nargs="+", choices=[*list_encoders(), TRANSDUCER], help="untrained models; by default all")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="trained models, in place of untrained ones")
+    models.add_argument("--encoders", nargs="+", choices=[*list_encoders(), TRANSDUCER], help="untrained models; by default all")
     parser.add_argument("--types", nargs="+", choices=GRAPHS, default=tuple(GRAPHS), help="types of model; by default all")
     parser.add_argument("--audio", nargs="+", required=True, help="audio files, or folders in LibriSpeech layout")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
@@ -112,18 +113,24 @@ def main():
     try:
         if not has_runtime():
             raise UserError("sherpa-onnx is not installed; install it with: pip install -e '.[sherpa]'")
-        files_of(arguments.audio)
+        references = [reference for _, reference in files_of(arguments.audio)]
+        if arguments.models and None in references:
+            raise UserError("Trained models need audio with transcripts; give folders in LibriSpeech layout as --audio.")
         wanted = {}
         for given in arguments.models or ():
-            name, _, folder = given.rpartition("=")
+            name, equals, folder = given.partition("=")
+            if not equals or name in wanted:
+                raise UserError(f"--models {given} has no name, or one that was given before; give NAME=FOLDER.")
             model = load_model(folder, "cpu")
-            wanted[name or Path(folder).name] = folder, [kind for kind in arguments.types if fits(model, kind)]
+            wanted[name] = folder, [kind for kind in arguments.types if fits(model, kind)]
+            if not wanted[name][1]:
+                raise UserError(f"{name} cannot be exported as {' or '.join(arguments.types)}; give other --types.")
         for encoder in () if arguments.models else arguments.encoders or [*list_encoders(), TRANSDUCER]:
             wanted[encoder] = None, TRANSDUCERS if encoder == TRANSDUCER else arguments.types
         before = read_csv(arguments.out) if arguments.out.exists() else []
         rows = {tuple(found[key] for key in ROW): [found.get(key, "") for key in FIELDS] for found in before}
-        for (name, (source, kinds)), precision in itertools.product(wanted.items(), ("float32", "int8")):
-            for kind in kinds:
+        for name, (source, kinds) in wanted.items():
+            for kind, precision in itertools.product(kinds, ("float32", "int8")):
                 rows[name, kind, precision] = row(source, name, kind, precision, arguments.audio)
                 print(*rows[name, kind, precision], sep=",", flush=True)
                 write_csv(arguments.out, FIELDS, [rows[key] for key in sorted(rows)])

@@ -259,7 +259,7 @@ def phrases():
                 row["test_set"],
                 row["search"],
                 row["lm"],
-                "" if is_greedy else row["phrase_bonus"],
+                "" if is_greedy else row.get("phrase_bonus", ""),
                 _with_interval(row),
                 f"{row['phrase_recall']} of {row['phrases_said']}",
             ]

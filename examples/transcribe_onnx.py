@@ -38,10 +38,8 @@ class Recogniser:
         self.tokens = json.loads(about["tokens"])
         self.decoder = self.joiner = None
         if about.get("head") == "transducer":
-            if not path.endswith("encoder.onnx"):
-                raise ValueError(
-                    f"{path} is a transducer's encoder; give it the name that the export gave it, NAME-encoder.onnx."
-                )
+            if not path.endswith("-encoder.onnx"):
+                raise ValueError(f"{path} is a transducer's encoder; name it NAME-encoder.onnx, beside its decoder and joiner.")
             beside = path.removesuffix("encoder.onnx")
             self.decoder, self.joiner = self.load(f"{beside}decoder.onnx"), self.load(f"{beside}joiner.onnx")
 
@@ -57,7 +55,9 @@ class Recogniser:
         try:
             samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
         except (OSError, soundfile.SoundFileError) as error:
-            raise ValueError(f"{path} cannot be read as audio ({error}); give a WAV, FLAC or Ogg file.") from error
+            raise ValueError(
+                f"{path} cannot be read as audio ({error}); check the path, and give a WAV, FLAC or Ogg file."
+            ) from error
         if sample_rate != self.sample_rate:
             raise ValueError(f"{path} has {sample_rate} samples per second; convert it to {self.sample_rate}.")
         if not len(samples):

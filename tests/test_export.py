@@ -443,7 +443,7 @@ def test_the_example_refuses_what_is_no_speech(exported, tmp_path):
     example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
     recogniser = example["Recogniser"](str(exported[0] / "model.onnx"))
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
-    for name, message in (("nan", "holds samples that are no numbers"), ("gone", "cannot be read as audio.*give a WAV")):
+    for name, message in (("nan", "holds samples that are no numbers"), ("gone", "cannot be read as audio.*check the path")):
         with pytest.raises(ValueError, match=f"{name}.wav {message}"):
             recogniser.transcribe(str(tmp_path / f"{name}.wav"))
 
@@ -471,7 +471,7 @@ def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
     assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
     os.rename(tmp_path / PARTS[1], tmp_path / "renamed.onnx")
     example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
-    with pytest.raises(ValueError, match="renamed.onnx is a transducer's encoder; give it.*NAME-encoder.onnx"):
+    with pytest.raises(ValueError, match="renamed.onnx is a transducer's encoder; name it NAME-encoder.onnx"):
         example["Recogniser"](str(tmp_path / "renamed.onnx"))
     os.rename(tmp_path / "renamed.onnx", tmp_path / PARTS[1])
     for part in PARTS:
@@ -575,7 +575,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["model", "x.onnx", "--hotwords"], "--hotwords is for sherpa-onnx; add --runtime sherpa-onnx"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "100000"], "The chunk size is 100000 frames of 0.04 s; give at most"),
-        (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file"),
+        (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file or folder gone.wav"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),
     ],
 )

@@ -172,7 +172,9 @@ def test_what_is_wrong_is_said(web, tmp_path):
     assert run("kaldi", tmp_path / "notes.wav")["status"] == "notes.wav is not audio that this browser can read."
     assert run("gone", "none")["status"] == "There is no gone.onnx next to this page."
     assert run("plain", "none")["status"].startswith('plain.onnx is not from "python -m speechbrain_ext export --streaming"')
-    assert re.fullmatch(r"damaged.onnx is damaged \(.*\); export the model again.", run("damaged", "none")["status"])
+    assert re.fullmatch(
+        r"damaged.onnx cannot be loaded \(.*\); export the model again, or reload the page.", run("damaged", "none")["status"]
+    )
 
 
 @pytest.mark.slow

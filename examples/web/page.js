@@ -155,7 +155,9 @@ async function record() {
     };
     begin();
     source.connect(node);
-    stream.getAudioTracks()[0].onended = () => recording && stop(); // for example unplugged
+    const [track] = stream.getAudioTracks();
+    track.onended = () => recording && stop(); // for example unplugged
+    if (track.readyState === 'ended') throw new Error('it has ended.');
     microphone.textContent = 'Stop';
     microphone.setAttribute('aria-pressed', 'true');
     say('Listening …');

@@ -65,7 +65,7 @@ export class Recognizer {
     try {
       session = await ort.InferenceSession.create(bytes);
     } catch (error) {
-      throw new Error(`${url} is damaged (${error.message}); export the model again.`);
+      throw new Error(`${url} cannot be loaded (${error.message}); export the model again, or reload the page.`);
     }
     return new Recognizer(session, about, bytes.length);
   }

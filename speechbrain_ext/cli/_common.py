@@ -31,9 +31,7 @@ def usage():
 def add_model(parser):
     """Add the option for the model."""
     known = "a model folder that training wrote, or a Hugging Face repository, user/model; by default"
-    shipped = (
-        f"{ENGLISH}, or for streams {ENGLISH_STREAMING}: small models that come with the package, as is {ENGLISH_TRANSDUCER}"
-    )
+    shipped = f"{ENGLISH}, or for streams {ENGLISH_STREAMING}; these small models and {ENGLISH_TRANSDUCER} come with the package"
     parser.add_argument("--model", metavar="MODEL", help=f"{known} {shipped}")
     add_trust(parser)
 
@@ -73,7 +71,7 @@ def add_search(parser, is_repeated=False):
     parser.add_argument(
         "--phrases",
         metavar="FILE",
-        help="names and words that beam searches prefer: one phrase per line; after a tab its bonus",
+        help="names and words that beam searches prefer: one phrase per line; after a tab the bonus of the whole phrase",
     )
     parser.add_argument(
         "--phrase-bonus", type=float, metavar="B", help="bonus per token of phrases without a bonus of their own (2)"

@@ -155,18 +155,20 @@ def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds)
         **({} if lm is None else {"lm": lm, **settings}),
         **({} if unknown is None or lm is None else {"lm_unknown": round(100 * unknown, 2)}),
         **({} if search in GREEDY_SEARCHES else {"beam_size": model.beam_of(search)}),
-        **(_phrase_columns(arguments, model.phrases, error_rate.scores) if arguments.phrases else {}),
+        **(_phrase_columns(arguments, model.phrases, search, error_rate.scores) if arguments.phrases else {}),
     }
 
 
-def _phrase_columns(arguments, phrases, scores):
+def _phrase_columns(arguments, phrases, search, scores):
     """The share of phrases that were found, in %, and how they were given."""
+    from speechbrain_ext.decoders import GREEDY_SEARCHES
     from speechbrain_ext.decoders.phrases import BONUS, count_phrases
 
+    bonus = BONUS if arguments.phrase_bonus is None else arguments.phrase_bonus
     said, found = count_phrases(phrases, *([score[key] for score in scores] for key in ("ref_tokens", "hyp_tokens")))
     return {
         "phrases": arguments.phrases,
-        "phrase_bonus": BONUS if arguments.phrase_bonus is None else arguments.phrase_bonus,
+        **({} if search in GREEDY_SEARCHES else {"phrase_bonus": bonus}),
         "phrases_said": said,
         "phrase_recall": round(100 * found / said, 2) if said else "",
     }

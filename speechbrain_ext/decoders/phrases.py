@@ -34,12 +34,12 @@ def read_phrases(path, tokenizer=None, per_token=None):
     tokenizer : sentencepiece.SentencePieceProcessor, optional
         The model's tokenizer, to name the lines of phrases that it cannot write.
     per_token : float, optional
-        The bonus per token of phrases without a bonus of their own; it needs the tokenizer.
+        The bonus per token of phrases without a bonus of their own, of which a phrase gets at most 1000; it needs the tokenizer.
 
     Returns
     -------
     dict
-        The bonus of each phrase, or None.
+        The bonus of each phrase; without ``per_token``, None for a phrase without one.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def read_phrases(path, tokenizer=None, per_token=None):
     {'NEW YORK': None, 'ANN': 7.5}
     """
     if per_token is not None and not is_number(per_token, 0, LARGEST_BONUS):
-        raise UserError(f"The bonus per token of a phrase is {per_token!r}; give a number from 0 to {LARGEST_BONUS}.")
+        raise UserError(f"The bonus per token of the phrases is {per_token!r}; give a number from 0 to {LARGEST_BONUS}.")
     phrases, unknown = {}, []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -95,7 +95,8 @@ def read_phrases(path, tokenizer=None, per_token=None):
         raise UserError(f"{path} has no phrases; give one per line.")
     if per_token is None:
         return phrases
-    return {text: per_token * len(tokenizer.encode_as_ids(text)) if bonus is None else bonus for text, bonus in phrases.items()}
+    usual = {text: min(per_token * len(tokenizer.encode_as_ids(text)), LARGEST_BONUS) for text in phrases}
+    return {text: usual[text] if bonus is None else bonus for text, bonus in phrases.items()}
 
 
 def normal_phrases(phrases):

@@ -361,7 +361,7 @@ def files_of(audio):
     files = []
     for entry in map(Path, audio):
         if not entry.exists():
-            raise FileNotFoundError(f"There is no audio file {entry}; check the path.")
+            raise FileNotFoundError(f"There is no audio file or folder {entry}; check the path.")
         if not entry.is_dir():
             files.append((entry, None))
             continue

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from speechbrain_ext.utils.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without space, which name no file."""
 csv.field_size_limit(2**31 - 1)  # by default 128 kB, less than the transcript of a recording of some hours
 
 
@@ -59,7 +61,7 @@ def replacing(path, mode="w", **keys):
             yield file
         os.replace(temporary, target)
     except OSError as error:
-        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        is_full = error.filename is None and error.errno in FULL
         if is_full or error.filename == os.fspath(temporary):  # name the file that the user knows
             error.filename = os.fspath(path)
         raise
@@ -141,8 +143,10 @@ def replacing_folder(folder):
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and str(error.filename).startswith(str(partial)):  # name the folder that the user knows
-            error.filename = str(folder) + str(error.filename)[len(str(partial)) :]
+        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+            is_full = error.filename is None and error.errno in FULL
+            if is_full or error.filename and Path(error.filename).is_relative_to(partial):  # name the folder that the user knows
+                error.filename = str(folder)
         raise
 
 
