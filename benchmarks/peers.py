@@ -190,6 +190,8 @@ def measure(python, name, system, weights, test_set, rows, folder):
 
 def choose_systems(arguments):
     """(interpreter, name, package, weights) of all systems that can run."""
+    from speechbrain_ext.export.sherpa_readme import is_export
+
     code = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     has = {
         name: subprocess.run([arguments.python, "-c", code, module]).returncode == 0
@@ -203,8 +205,7 @@ def choose_systems(arguments):
         yield from ((arguments.python, name, WHISPER, path) for name, path in map(named, arguments.weights))
     yield from ((sys.executable, name, OURS, path) for name, path in map(named, arguments.models))
     for name, path in map(named, arguments.exported):
-        about = Path(path, "README.md")
-        if not about.is_file() or "--runtime sherpa-onnx" not in about.read_text(encoding="utf-8", errors="replace"):
+        if not is_export(path):
             raise SystemExit(f"peers.py: {path} is not from export --runtime sherpa-onnx; give such a folder.")
         yield sys.executable, name, SHERPA, path
 

@@ -34,7 +34,7 @@ def read_phrases(path, tokenizer=None, per_token=None):
     tokenizer : sentencepiece.SentencePieceProcessor, optional
         The model's tokenizer, to name the lines of phrases that it cannot write.
     per_token : float, optional
-        The bonus per token of phrases without a bonus of their own, of which a phrase gets at most 1000; it needs the tokenizer.
+        The bonus per token of phrases without a bonus of their own; it needs the tokenizer. A phrase gets at most 1000.
 
     Returns
     -------

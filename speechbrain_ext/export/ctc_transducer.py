@@ -109,9 +109,9 @@ class CtcJoiner(nn.Module):
         lead, blank = last_before - before[:, :1], now[:, :1]
         # Softplus, because runtimes compute the sigmoid of a large number too coarsely for its logarithm
         goes_on = last - softplus(-lead) + IMPOSSIBLE * (1 - decoder_out.sum(1, keepdim=True))
-        anew = last - softplus(lead)
+        new = last - softplus(lead)
         blank = torch.maximum(blank, goes_on) + softplus(-(blank - goes_on).abs())
-        return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, anew, now))
+        return torch.where(self.is_blank, blank, torch.where(decoder_out > 0, new, now))
 
     def example_inputs(self):
         """Inputs to trace with."""

@@ -40,7 +40,7 @@ from speechbrain_ext.inference.streaming import chunk_config
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
 from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.files import check_replaceable
+from speechbrain_ext.utils.files import check_replaceable, place_of
 
 
 def export_model(
@@ -116,7 +116,7 @@ def export_model(
     path = Path(path)
     _place(path)
     refuse_tolerance(tolerance)
-    files_of(audio)
+    files_of(audio)  # a missing file is an error now, not after the export
     require_packages()
     model = load_model(source, "cpu", pass_name, trust=trust)
     graphs = _graphs(model, chunk_config(model, chunk_size, left_context) if streaming else None)
@@ -133,14 +133,11 @@ def export_model(
 
 
 def _place(path):
-    """The file that a path names, which a link may do; raises an error if no file can be written there."""
+    """The place of a file; raises an error if no file can be written there."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path / 'model.onnx'}.")
     check_replaceable(path)
-    file = Path(os.path.realpath(path))
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {file.parent} for {file.name}; create it, or give another path.")
-    return file
+    return place_of(path)
 
 
 def refuse_tolerance(tolerance):

@@ -18,7 +18,6 @@ A model with a transducer becomes ``transducer`` or ``zipformer2``, and so does 
 folder then holds ``encoder.onnx``, ``decoder.onnx`` and ``joiner.onnx``, and the scores of the pieces in ``bpe.vocab``.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from speechbrain_ext.export.sherpa_graphs import (
     PackedTransducer,
     TransducerFromFeatures,
 )
-from speechbrain_ext.export.sherpa_readme import INT8, OFFSET, WRITTEN_BY, readme
+from speechbrain_ext.export.sherpa_readme import INT8, OFFSET, is_export, readme
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import chunk_config
@@ -48,7 +47,7 @@ from speechbrain_ext.lobes.features import KaldiFbank
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.lobes.transducer import LstmPredictor
 from speechbrain_ext.utils.errors import UserError
-from speechbrain_ext.utils.files import replacing_folder, write_text
+from speechbrain_ext.utils.files import place_of, replacing_folder, write_text
 
 FILES = {f"{part}{kind}.onnx" for part in ("model", "encoder", "decoder", "joiner") for kind in ("", ".int8")}
 FILES |= {"bpe.vocab", "tokens.txt", "README.md"}
@@ -157,7 +156,7 @@ def export_sherpa(
     folder = Path(folder)
     _refuse_place(folder)
     refuse_tolerance(tolerance)
-    files_of(audio)
+    files_of(audio)  # a missing file is an error now, not after the export
     require_packages()
     compares = has_runtime()
     model = load_model(source, "cpu", pass_name, trust=trust)
@@ -313,16 +312,12 @@ def symbols_of(model, whole):
 def _refuse_place(folder):
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give the name of a folder.")
-    place = Path(os.path.realpath(folder))  # a link may name it
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {place.parent} for {place.name}; create it, or give another path.")
+    place_of(folder)
     if not folder.exists():
         return
     if folder.samefile("."):
         raise FileExistsError(f"{folder} is the current folder, which is not replaced; give the name of a new folder.")
-    about = folder / "README.md"
-    known = FILES if about.is_file() and WRITTEN_BY in about.read_text(encoding="utf-8", errors="replace") else set()
-    others = sorted({path.name for path in folder.iterdir()} - known)
+    others = sorted({path.name for path in folder.iterdir()} - (FILES if is_export(folder) else set()))
     if others:
         raise FileExistsError(f"{folder} holds other files, such as {others[0]}; give a new folder.")
 

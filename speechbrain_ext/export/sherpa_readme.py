@@ -1,5 +1,7 @@
 """The README of a folder for sherpa-onnx, with example code."""
 
+from pathlib import Path
+
 from speechbrain_ext.export.sherpa_texts import STREAMS, TRANSDUCERS
 
 WRITTEN_BY = "Written by `speechbrain_ext export --runtime sherpa-onnx`"
@@ -26,6 +28,12 @@ SEARCH = {"decoding_method": "modified_beam_search", "hotwords_file": "hotwords.
 """Settings of the recogniser for hotwords."""
 PIECES = {"modeling_unit": "bpe", "bpe_vocab": "bpe.vocab"}
 """Settings of the model for hotwords."""
+
+
+def is_export(folder):
+    """Whether a folder has such a README."""
+    about = Path(folder, "README.md")
+    return about.is_file() and WRITTEN_BY in about.read_text(encoding="utf-8", errors="replace")
 
 
 def readme(kind, files, sample_rate, feature_dim, tail=0, notes=()):

@@ -81,6 +81,29 @@ def check_replaceable(path):
         raise UserError(f"{path} is a pipe or device, not a file; give the name of a file.")
 
 
+def place_of(path):
+    """The place where a path is written, which for a link is that of its target.
+
+    Arguments
+    ---------
+    path : str or os.PathLike
+        A file or folder; it need not exist.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder around it is missing.
+    """
+    place = Path(os.path.realpath(path))
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {place.parent} for {place.name}; create it, or give another path.")
+    return place
+
+
 def write_text(path, text):
     """Write a text file (UTF-8), completely or not at all."""
     with replacing(path) as file:
