@@ -260,7 +260,7 @@ def chunk_config(model, chunk_size=None, left_context=None):
         if value is not None and not is_whole(value, -math.inf):
             raise UserError(f"{name} is {value!r}; give a whole number.")
     if left_context is not None and left_context < -1:
-        raise UserError(f"left_context is {left_context} chunks; give 0 or more, or -1 for all.")
+        raise UserError(f"The left context is {left_context} chunks; give 0 or more, or -1 for all.")
     encoder = model.mods.encoder
     size, left = (CHUNK_SIZE, LEFT_CONTEXT) if encoder.chunk_size is None else (encoder.chunk_size, encoder.left_context)
     if left_context is not None:

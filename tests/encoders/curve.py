@@ -5,8 +5,10 @@ The batch of each step is the same for any number of processes: each process tak
 
 import json
 import sys
+from pathlib import Path
 
 import torch
+import torch.distributed.nn  # before the process group: its default arguments would keep it until exit, where gloo may abort
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +63,8 @@ def main(name, output):
     distributed.barrier()  # the first process still answers the others
     del net  # its threads must end before the process group
     distributed.destroy_process_group()
+    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], f"The process group is still alive: {threads}"
 
 
 if __name__ == "__main__":

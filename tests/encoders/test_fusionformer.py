@@ -132,13 +132,14 @@ def curve(encoder, processes, folder):
     """Losses and final statistics of a short training in a number of processes."""
     output = folder / f"{encoder}_{processes}.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, *launcher, str(CURVE), encoder, str(output)],
-        check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
         timeout=300,
     )
+    assert run.returncode == 0, run.stderr
     return json.loads(output.read_text())
 
 
