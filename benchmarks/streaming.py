@@ -3,9 +3,10 @@
     python benchmarks/streaming.py wer --models results/*/pretrained --manifests results/mini/hyperconformer/7775/test-mini.csv
     python benchmarks/streaming.py memory --models results/demo/pretrained
 
-``wer``: greedy CTC on a CPU, one thread. Each utterance is transcribed whole, and as a stream in pieces of 0.1 s with chunks of
-each size. Pauses do not end segments, so only the chunks differ. Latency is that of
-:class:`speechbrain_ext.inference.streaming.Timer`; for the first token of an utterance, it is the median over utterances.
+``wer``: the model's own search, greedy CTC or that of a transducer, on one thread of a CPU. Each utterance is transcribed whole,
+and as a stream in pieces of 0.1 s with chunks of each size. Pauses do not end segments, so only the chunks differ.
+Latency is that of :class:`speechbrain_ext.inference.streaming.Timer`; for the first token of an utterance, the median over
+utterances.
 ``memory``: noise of 10 minutes and of 2 hours, in windows and as a stream, each in a separate process.
 """
 
@@ -27,6 +28,7 @@ from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.datasets import SEGMENT_FIELDS
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.streaming import StreamingRecognizer, Timer, chunk_config
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.files import write_csv
@@ -48,11 +50,12 @@ FOREVER = {"endpoint": 1e6, "longest": 1e6}
 
 
 def name_of(model):
-    """The name of the encoder, with the pass of a cascade."""
+    """The name of the encoder, with the pass of a cascade, or the word transducer."""
     encoder = model.mods.encoder.transformer.encoder
     passes = passes_of(encoder)
     name = type(encoder).__name__.removesuffix("Encoder")
-    return f"{name}, {model.pass_name or passes[-1]} pass" if len(passes) > 1 else name
+    name = f"{name}, {model.pass_name or passes[-1]} pass" if len(passes) > 1 else name
+    return f"{name}, transducer" if isinstance(model, TransducerModel) else name
 
 
 def error_rate(references, hypotheses):
