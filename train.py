@@ -33,11 +33,6 @@ from speechbrain_ext.training.run import run  # noqa: E402
 from speechbrain_ext.training.settings import REFUSED, take_paths  # noqa: E402
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
-if torch.distributed.is_available():
-    # DistributedDataParallel imports it after the process group is made: its default arguments would keep the group until exit,
-    # where gloo may abort
-    import torch.distributed.nn
-
 
 def main(argv=None):
     """Train and test; returns the exit status: 0 for success, 2 for wrong arguments, 130 for an interruption, else 1."""

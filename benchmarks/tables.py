@@ -210,7 +210,16 @@ def practical_conformer():
 def streaming():
     """Error rates and latencies of streams."""
     fields = ["encoder", "test_set", "chunk_ms", "wer", "first_token_s", "token_s", "token_95_s", "real_time_factor"]
-    header = ["encoder", "test set", "chunk, ms", "WER %", "first token, s", "token, s", "95 % of tokens, s", "real-time factor"]
+    header = [
+        "encoder",
+        "test set",
+        "chunk, ms",
+        "WER %",
+        "first token, s",
+        "median of tokens, s",
+        "95 % of tokens, s",
+        "real-time factor",
+    ]
     rows = [row | {"encoder": row["encoder"].replace("Cascaded", "Cascade")} for row in read(STREAMING)]
     return table(header, [[row[field] for field in fields] for row in rows])
 
@@ -225,7 +234,7 @@ def long_audio():
 def manifests():
     """Times to check manifests."""
     fields = ["rows", "hours", "seconds", "processor_seconds", "again_seconds"]
-    return columns(MANIFESTS, fields, ["rows", "hours", "time, s", "of processors, s", "a second time, s"])
+    return columns(MANIFESTS, fields, ["rows", "hours", "time, s", "processor time, s", "time when nothing has changed, s"])
 
 
 def search():
@@ -261,10 +270,10 @@ def phrases():
                 row["search"],
                 "" if is_greedy else row.get("phrase_bonus", ""),
                 _with_interval(row),
-                f"{row['phrase_recall']} of {row['phrases_said']}",
+                f"{float(row['phrase_recall']):.0f} % of {row['phrases_said']}",
             ]
         )
-    return table(["model", "test set", "search", "bonus per token", "WER %", "phrases found, %"], lines)
+    return table(["model", "test set", "search", "bonus per token", "WER %", "phrases found"], lines)
 
 
 def lm():

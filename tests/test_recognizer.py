@@ -13,7 +13,7 @@ import soundfile
 import torch
 from sentencepiece import SentencePieceProcessor
 from test_streaming import speech
-from tiny import SMALL_TRANSDUCER, make_model
+from tiny import SMALL_TRANSDUCER, make_model, talkative
 
 from speechbrain_ext import cli
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word, align, confidence_of
@@ -155,20 +155,8 @@ def model(folder):
         others[:, model.blank] = -torch.inf
         model.ctc_head.w.bias[model.blank] += (others.amax(1) - log_probs[:, model.blank]).median()
         if isinstance(model, TransducerModel):
-            talkative(model)
+            talkative(model, speech(50_000))
     return model
-
-
-def talkative(model):
-    """Make the transducer emit tokens in about every third frame."""
-    search = model.mods.decoder
-    bias, frames = search.transducer.out.bias, model._encode(speech(50_000)[None], torch.ones(1))[0]
-    search.transducer.out.weight *= 4
-    low, high = -30.0, 30.0
-    for _ in range(10):
-        bias[model.blank] = (low + high) / 2
-        said = len(search.hypotheses(frames, torch.ones(1))[0].tokens) > frames.shape[1] / 3
-        low, high = (bias[model.blank].item(), high) if said else (low, bias[model.blank].item())
 
 
 def recognize(model, wav, sizes, **keys):

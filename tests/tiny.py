@@ -137,6 +137,19 @@ def make_model(folder, decoder_layers, name="hyperconformer", **keys):
     return hparams
 
 
+@torch.no_grad()
+def talkative(model, wav):
+    """Make the transducer of a model with random weights emit tokens in about every third frame of audio."""
+    search = model.mods.decoder
+    bias, frames = search.transducer.out.bias, model._encode(wav[None], torch.ones(1))[0]
+    search.transducer.out.weight *= 4
+    low, high = -30.0, 30.0
+    for _ in range(10):
+        bias[model.blank] = (low + high) / 2
+        said = len(search.hypotheses(frames, torch.ones(1))[0].tokens) > frames.shape[1] / 3
+        low, high = (bias[model.blank].item(), high) if said else (low, bias[model.blank].item())
+
+
 def needs_flashlight():
     """Skip a test of language models of words where their package is missing, as with Python 3.13."""
     pytest.importorskip("flashlight", reason="pip install flashlight-text to run this test; Python 3.13 has no wheel of it")

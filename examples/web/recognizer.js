@@ -7,6 +7,7 @@ ort.env.wasm.numThreads = 1; // more threads need headers that a static server d
 const ARRAYS = {float32: Float32Array, float64: Float64Array, int64: BigInt64Array};
 const FORMAT = 'speechbrain_ext';
 const PAUSE = 1.0; // seconds without a token, after which a part of the text ends
+const MOST = 5; // tokens that a transducer may write in a frame
 const METADATA_PROPS = 14; // number of this field in ONNX's ModelProto
 
 /** Read the metadata of an ONNX file from its protocol buffer, because onnxruntime-web does not give access to it. */
@@ -45,34 +46,53 @@ function* fieldsOf(bytes) {
   }
 }
 
+/** Load an ONNX file; returns {about, bytes, session}, or undefined if there is none. */
+async function open(url) {
+  const response = await fetch(url);
+  if (!response.ok) return undefined;
+  const bytes = new Uint8Array(await response.arrayBuffer());
+  const about = metadataOf(bytes);
+  if (about.format !== FORMAT || !(about.mode === 'streaming' || ['decoder', 'joiner'].includes(about.part))) {
+    throw new Error(`${url} is not from "python -m ${FORMAT} export --streaming"; export the model with this command.`);
+  }
+  try {
+    return {about, bytes: bytes.length, session: await ort.InferenceSession.create(bytes)};
+  } catch (error) {
+    throw new Error(`${url} cannot be loaded (${error.message}); export the model again, or reload the page.`);
+  }
+}
+
+/** The index of the largest number. */
+const largest = (scores) => scores.indexOf(scores.reduce((most, score) => Math.max(most, score)));
+
+/** A part of a row of numbers as a tensor with one row. */
+const row = (data, index, size) => new ort.Tensor('float32', data.slice(index * size, (index + 1) * size), [1, size]);
+
 export class Recognizer {
-  /** Load a model; throws an Error if that is not possible. */
+  /** Load a model, or the encoder, decoder and joiner of a transducer; throws an Error if that is not possible. */
   static async load(url) {
-    const response = await fetch(url);
-    const transducer = `${url} is of a transducer, which this page does not search; export a model without one.`;
-    if (!response.ok) {
-      // the export writes a transducer's encoder with this name
-      const encoder = await fetch(url.replace(/(\.onnx)?$/, '-encoder$1'), {method: 'HEAD'});
-      throw new Error(encoder.ok ? transducer : `There is no ${url} next to this page.`);
-    }
-    const bytes = new Uint8Array(await response.arrayBuffer());
-    const about = metadataOf(bytes);
-    if (about.format === FORMAT && about.head === 'transducer') throw new Error(transducer);
-    if (about.format !== FORMAT || about.mode !== 'streaming') {
-      throw new Error(`${url} is not from "python -m ${FORMAT} export --streaming"; export the model with this command.`);
-    }
-    let session;
-    try {
-      session = await ort.InferenceSession.create(bytes);
-    } catch (error) {
-      throw new Error(`${url} cannot be loaded (${error.message}); export the model again, or reload the page.`);
-    }
-    return new Recognizer(session, about, bytes.length);
+    const named = url.replace(/(\.onnx)?$/, '-encoder$1'); // the export names a transducer's encoder so
+    const model = (await open(url)) ?? (await open(named));
+    if (!model) throw new Error(`There is no ${url} next to this page.`);
+    if (model.about.head !== 'transducer') return new Recognizer(model);
+    const encoder = /encoder(\.onnx)?$/;
+    const files = ['decoder', 'joiner'].map((part) => (encoder.test(url) ? url : named).replace(encoder, `${part}$1`));
+    const parts = await Promise.all(files.map(open));
+    const missing = files.find((_, i) => !parts[i]);
+    if (missing) throw new Error(`There is no ${missing} next to this page; a transducer needs its encoder, decoder and joiner.`);
+    return new Recognizer(model, ...parts);
   }
 
-  constructor(session, about, bytes) {
+  constructor({session, about, bytes}, decoder, joiner) {
     this.session = session;
-    this.bytes = bytes;
+    this.bytes = [decoder, joiner].reduce((sum, part) => sum + (part?.bytes ?? 0), bytes);
+    this.output = about.output ?? 'log_probs';
+    if (decoder) {
+      this.decoder = decoder.session;
+      this.joiner = joiner.session;
+      this.context = Number(decoder.about.context_size);
+      this.memory = decoder.about.state_shape && JSON.parse(decoder.about.state_shape); // of an LSTM
+    }
     this.encoder = about.encoder;
     this.sampleRate = Number(about.sample_rate);
     this.secondsPerFrame = Number(about.seconds_per_frame);
@@ -100,6 +120,7 @@ export class Recognizer {
     this.kept = new Float32Array(0); // the samples from index `from` on
     this.from = this.received = this.chunk = this.frames = this.computing = 0;
     this.last = this.blank;
+    this.predicted = undefined; // the decoder's outputs for the last tokens of a transducer
     this.tokens = []; // {symbol, time}
     this.written = []; // the parts of the first `read` tokens
     this.read = 0;
@@ -155,20 +176,52 @@ export class Recognizer {
     const found = await this.session.run({waveform: new ort.Tensor('float32', waveform, [1, waveform.length]), ...this.given});
     for (const {input, output} of this.states) this.given[input] = found[output];
     this.chunk += 1;
-    this.#search(found.log_probs);
+    await (this.decoder ? this.#searchTransducer(found[this.output]) : this.#search(found[this.output]));
     this.computing += (performance.now() - began) / 1000;
   }
 
   /** The best token of each frame, without blanks and repetitions. */
   #search({data, dims: [, frames, size]}) {
     for (let frame = 0; frame < frames; frame++, this.frames++) {
-      const scores = data.subarray(frame * size, (frame + 1) * size);
-      const token = scores.indexOf(scores.reduce((most, score) => Math.max(most, score)));
-      if (token !== this.blank && token !== this.last) {
-        this.tokens.push({symbol: this.symbols[token], time: this.frames * this.secondsPerFrame});
-      }
+      const token = largest(data.subarray(frame * size, (frame + 1) * size));
+      if (token !== this.blank && token !== this.last) this.#write(token);
       this.last = token;
     }
+  }
+
+  /** The best tokens of each frame, until the blank is the best. */
+  async #searchTransducer({data, dims: [, frames, size]}) {
+    this.predicted ??= await this.#predict();
+    for (let frame = 0; frame < frames; frame++, this.frames++) {
+      const encoder_out = row(data, frame, size);
+      for (let i = 0; i < MOST; i++) {
+        const {logit} = await this.joiner.run({encoder_out, decoder_out: this.predicted.decoder_out});
+        const token = largest(logit.data);
+        if (token === this.blank) break;
+        this.#write(token);
+        this.predicted = await this.#predict(token);
+      }
+    }
+  }
+
+  /** Run a transducer's decoder with one more token, or for the beginning of the text. */
+  async #predict(token) {
+    const before = this.predicted;
+    const y = new BigInt64Array(this.context).fill(BigInt(this.blank));
+    if (before) {
+      y.set(before.y.subarray(1));
+      y[y.length - 1] = BigInt(token);
+    }
+    const given = {y: new ort.Tensor('int64', y, [1, y.length])};
+    for (const name of this.memory ? ['hidden', 'cell'] : []) {
+      const sizes = [1, ...this.memory];
+      given[name] = before?.[`next.${name}`] ?? new ort.Tensor('float32', new Float32Array(sizes.reduce((a, b) => a * b)), sizes);
+    }
+    return {y, ...(await this.decoder.run(given))};
+  }
+
+  #write(token) {
+    this.tokens.push({symbol: this.symbols[token], time: this.frames * this.secondsPerFrame});
   }
 
   /** The text so far: a list of {time, text}, divided at pauses. Only new tokens are read; all parts but the last are final. */

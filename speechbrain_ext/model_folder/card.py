@@ -51,7 +51,7 @@ def model_card(tree, interface, rows, provenance=None):
 {_metadata(values["encoder"], rows, corpus)}---
 # Speech recognition with {values["encoder"]}
 
-Written at the end of training by `speechbrain_ext`, whose encoder it needs.
+`speechbrain_ext` wrote this card at the end of training. The model needs that package.
 
 ## Results
 

@@ -47,6 +47,11 @@ from speechbrain_ext.utils.files import file_digest, locked, write_bytes, write_
 from speechbrain_ext.utils.machine import describe_machine, emulates, keep_freed_memory, python_command
 from speechbrain_ext.utils.text import listing
 
+if torch.distributed.is_available():
+    # DistributedDataParallel imports it when there is a process group. Its default arguments would then keep the group until the
+    # exit, where gloo may abort
+    import torch.distributed.nn
+
 logger = get_logger(__name__)
 
 TRAIN, VALID = object(), object()  # keys that no name of a test split can equal
