@@ -70,9 +70,12 @@ def pass_in(search):
 
 def results(page=None):
     """Word error rates of the runs of all recipes, a row each; the page of an encoder has its runs, without their cost."""
-    runs = {}
-    for row in (row for path in RESULTS for row in read(path)):
-        if not row["steps"] or not row["search"].endswith("ctc_greedy"):
+    runs, found = {}, [row for path in RESULTS for row in read(path)]
+    transducers = {row["experiment"] for row in found if row["search"].endswith("transducer_greedy")}
+    for row in found:
+        if not row["steps"] or not row["search"].endswith(
+            "transducer_greedy" if row["experiment"] in transducers else "ctc_greedy"
+        ):
             continue  # a row without steps is from evaluate, and has no figures of the training
         if page and row["architecture"] != page and not row["hparams"].startswith(page):
             continue
@@ -85,7 +88,7 @@ def results(page=None):
     for (corpus, hours, run, parameters, steps, speed, memory), wers in runs.items():
         cost = [f"{float(speed):.0f}x", f"{int(memory):,} MiB"]
         rows.append([f"{corpus}, {float(hours):.3g} h", run, f"{int(parameters):,}", steps, ", ".join(wers), *cost])
-    header = ["trained on", "run", "parameters", "steps", "WER %, greedy CTC", "audio / training time", "peak memory"]
+    header = ["trained on", "run", "parameters", "steps", "WER %, greedy search", "audio / training time", "peak memory"]
     shown = 5 if page else len(header)
     return table(header[:shown], [row[:shown] for row in rows])
 
