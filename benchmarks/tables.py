@@ -39,7 +39,7 @@ SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
 SHIPPED = {
     "english": "hyperconformer",
     "english-transducer": "hyperconformer_transducer",
-    "english-streaming": "hyperconformer_streaming",
+    "english-streaming": "hyperconformer_streaming_transducer",
 }
 """Runs of the models that come with the package."""
 HEAD_COLUMNS = {

@@ -50,7 +50,7 @@ def test_a_stream_gets_some_words():
     recognizer = StreamingRecognizer(load_model(ENGLISH_STREAMING, "cpu"))
     samples, _ = soundfile.read(RECORDING, dtype="float32")
     segments = [segment for first in range(0, len(samples), 1600) for segment in recognizer.accept(samples[first : first + 1600])]
-    assert error_rate(" ".join(segment.text for segment in [*segments, *recognizer.finish()])) < 75
+    assert error_rate(" ".join(segment.text for segment in [*segments, *recognizer.finish()])) < 60
 
 
 def test_an_installed_package_has_them():

@@ -48,7 +48,7 @@ def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust
     ---------
     source : str
         A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``. If there is
-        no folder of that name, ``english``, ``english-transducer``, which makes fewer errors, and ``english-streaming`` are
+        no folder of that name, ``english``, ``english-transducer`` and ``english-streaming``, which makes the fewest errors, are
         small models that come with the package.
     device : str or torch.device, optional
         For example ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
