@@ -29,7 +29,7 @@ TRANSDUCER = {"name": "hyperconformer_transducer", "compute_features": KALDI, **
 MODELS = {
     "fbank": {},
     "kaldi": {"compute_features": KALDI},
-    "stateless": TRANSDUCER,
+    "encoder": TRANSDUCER,  # so the export writes encoder-encoder.onnx
     "lstm": TRANSDUCER | {"predictor": "lstm"},
 }
 WEB = ROOT / "examples" / "web"
@@ -118,7 +118,7 @@ def web(tmp_path_factory):
         export_model(root / name / "model", root / "page" / f"{name}.onnx", streaming=True, chunk_size=8, left_context=4)
         models[name] = load_model(root / name / "model", "cpu")
         models[name].choose_search(models[name].searches[-1].replace("beam", "greedy"))
-    shutil.copy(root / "page" / "stateless-encoder.onnx", root / "page" / "alone-encoder.onnx")
+    shutil.copy(root / "page" / "encoder-encoder.onnx", root / "page" / "alone-encoder.onnx")
     proto = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
     for name, about in (
         ("plain", {}),
@@ -153,7 +153,7 @@ def web(tmp_path_factory):
 
 @pytest.mark.slow
 @in_a_browser
-@pytest.mark.parametrize("name, seconds", [("fbank", 4.1), ("kaldi", 4.1), ("kaldi", 0.1), ("stateless", 4.1), ("lstm", 4.1)])
+@pytest.mark.parametrize("name, seconds", [("fbank", 4.1), ("kaldi", 4.1), ("kaldi", 0.1), ("encoder", 4.1), ("lstm", 4.1)])
 def test_a_file_has_the_text_that_python_streams(name, seconds, web, tmp_path):
     run, models = web
     soundfile.write(tmp_path / "speech.wav", synthetic(16000, (seconds,))[0].numpy(), 16000)
@@ -184,7 +184,9 @@ def test_what_is_wrong_is_said(web, tmp_path):
     assert run("gone", "none")["status"] == "There is no gone.onnx next to this page."
     alone = "There is no alone-decoder.onnx next to this page; a transducer needs its encoder, decoder and joiner."
     assert run("alone", "none")["status"] == run("alone-encoder", "none")["status"] == alone
-    assert run("plain", "none")["status"].startswith('plain.onnx is not from "python -m speechbrain_ext export --streaming"')
+    for other in ("plain", "lstm-decoder"):
+        said = run(other, "none")["status"]
+        assert said.startswith(f'{other}.onnx is not from "python -m speechbrain_ext export --streaming"')
     assert re.fullmatch(
         r"damaged.onnx cannot be loaded \(.*\); export the model again, or reload the page.", run("damaged", "none")["status"]
     )

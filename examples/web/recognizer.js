@@ -46,13 +46,13 @@ function* fieldsOf(bytes) {
   }
 }
 
-/** Load an ONNX file; returns {about, bytes, session}, or undefined if there is none. */
-async function open(url) {
+/** Load an ONNX file, such as a part of a transducer; returns {about, bytes, session}, or undefined if there is none. */
+async function open(url, part) {
   const response = await fetch(url);
   if (!response.ok) return undefined;
   const bytes = new Uint8Array(await response.arrayBuffer());
   const about = metadataOf(bytes);
-  if (about.format !== FORMAT || !(about.mode === 'streaming' || ['decoder', 'joiner'].includes(about.part))) {
+  if (about.format !== FORMAT || !(part ? about.part === part : about.mode === 'streaming')) {
     throw new Error(`${url} is not from "python -m ${FORMAT} export --streaming"; export the model with this command.`);
   }
   try {
@@ -72,12 +72,13 @@ export class Recognizer {
   /** Load a model, or the encoder, decoder and joiner of a transducer; throws an Error if that is not possible. */
   static async load(url) {
     const named = url.replace(/(\.onnx)?$/, '-encoder$1'); // the export names a transducer's encoder so
-    const model = (await open(url)) ?? (await open(named));
+    let from = url;
+    const model = (await open(url)) ?? (await open((from = named)));
     if (!model) throw new Error(`There is no ${url} next to this page.`);
     if (model.about.head !== 'transducer') return new Recognizer(model);
     const encoder = /encoder(\.onnx)?$/;
-    const files = ['decoder', 'joiner'].map((part) => (encoder.test(url) ? url : named).replace(encoder, `${part}$1`));
-    const parts = await Promise.all(files.map(open));
+    const files = ['decoder', 'joiner'].map((part) => (encoder.test(from) ? from : named).replace(encoder, `${part}$1`));
+    const parts = await Promise.all([open(files[0], 'decoder'), open(files[1], 'joiner')]);
     const missing = files.find((_, i) => !parts[i]);
     if (missing) throw new Error(`There is no ${missing} next to this page; a transducer needs its encoder, decoder and joiner.`);
     return new Recognizer(model, ...parts);
