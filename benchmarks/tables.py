@@ -73,9 +73,8 @@ def results(page=None):
     runs, found = {}, [row for path in RESULTS for row in read(path)]
     transducers = {row["experiment"] for row in found if row["search"].endswith("transducer_greedy")}
     for row in found:
-        if not row["steps"] or not row["search"].endswith(
-            "transducer_greedy" if row["experiment"] in transducers else "ctc_greedy"
-        ):
+        own_search = "transducer_greedy" if row["experiment"] in transducers else "ctc_greedy"
+        if not row["steps"] or not row["search"].endswith(own_search):
             continue  # a row without steps is from evaluate, and has no figures of the training
         if page and row["architecture"] != page and not row["hparams"].startswith(page):
             continue
