@@ -260,6 +260,28 @@ class TransducerLoss(nn.Module):
             self.frame_scores = nn.Linear(d_model, vocab_size)
             self.label_scores = nn.Linear(predictor_size, vocab_size)
 
+    @torch.no_grad()
+    def start_from(self, ctc_head):
+        """Choose the labels of the pruned loss with a trained CTC head, where they would be random at first.
+
+        Arguments
+        ---------
+        ctc_head : torch.nn.Module
+            A linear layer from frames (B, T, D) to the scores of tokens (B, T, V).
+
+        Example
+        -------
+        >>> loss, head = TransducerLoss(d_model=16, predictor_size=8, vocab_size=30), nn.Linear(16, 30)
+        >>> loss.start_from(head)
+        >>> torch.equal(loss.frame_scores.weight, head.weight)
+        True
+        """
+        if self.is_pruned:
+            for own, value in zip(self.frame_scores.parameters(), ctc_head.parameters(), strict=True):
+                own.copy_(value)
+            for own in self.label_scores.parameters():
+                own.zero_()
+
     def fits(self, frames, tokens):
         """Whether numbers of frames have an alignment with numbers of tokens, as ints or tensors. An alignment has any number of
         tokens per frame, and in the pruned loss one less than ``prune_range``."""

@@ -178,7 +178,7 @@ def begin_with(source, hparams, tokenizer_file):
     source : Source
         The weights.
     hparams : dict
-        The hparams of the run; their ``model`` is changed in place.
+        The hparams of the run; their ``model`` and ``transducer_cost`` are changed in place.
     tokenizer_file : str or os.PathLike
         The SentencePiece model of the run.
 
@@ -198,6 +198,8 @@ def begin_with(source, hparams, tokenizer_file):
         chosen not in ("init", "new"),
         hparams["seed"],
     )
+    if hparams["transducer_cost"] is not None:  # its weights are in no model folder
+        hparams["transducer_cost"].start_from(hparams["ctc_lin"])
     normalize = hparams["normalize"]
     learned = normalize.glob_mean.numel() if normalize.norm_type == "global" else 0
     wanted = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]
