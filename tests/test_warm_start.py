@@ -29,7 +29,7 @@ from speechbrain_ext.training import sources
 from speechbrain_ext.training.run import UsageError, run
 from speechbrain_ext.training.settings import take_paths
 from speechbrain_ext.training.sources import Source, read_source
-from speechbrain_ext.training.warm_start import warm_start
+from speechbrain_ext.training.warm_start import begin_with, warm_start
 from speechbrain_ext.utils.errors import UserError
 
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ OWN += ["cascade_hyperconformer_squeezeformer", "squeezeformer_transducer"]
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_of_ours_begins_with_its_own_loss(name, train, tmp_path, monkeypatch):
     layers = min(1, load_hparams(ROOT / "hparams" / f"{name}.yaml", "output_folder: x")["num_decoder_layers"])
-    # The pruned loss selects labels with weights that a folder does not hold
+    # The pruned loss chooses labels with weights that a folder does not hold
     keys = {"transducer_loss": "full"} if name.endswith("transducer") else {}
     theirs = make_model(tmp_path, layers, name, **keys, **(SMALL_TRANSDUCER if keys else {}))
     losses = []
@@ -305,6 +305,17 @@ def test_permuted_tokens_of_a_transducer_give_permuted_answers(predictor, tmp_pa
     table = warm_start(mine, Source("source", "", ctc.state_dict(), "", new, 3), new, special)
     assert re.search(r"\| transducer \| \d+ \| [\d,]+ \| not in the source \|", table) and "| ctc_lin |" in table
     assert_same(mine["transformer"].state_dict(), ctc["transformer"].state_dict())
+
+
+def test_the_loss_of_a_transducer_begins_with_the_ctc_head(tmp_path):
+    tokenizer = arrange_tokenizer(make_tokenizer(), 0, 1, 2, 3)
+    keys = {**numbers(SMALL_TRANSDUCER), "vocab_size": pieces(tokenizer).vocab_size(), "num_decoder_layers": 0}
+    theirs, (hparams, mine) = (small(tmp_path, "conformer_transducer", **keys, seed=seed) for seed in (1, 2))
+    (tmp_path / "tokens.model").write_bytes(tokenizer)
+    begin_with(Source("source", "", theirs[1].state_dict(), "", tokenizer, 0), hparams, tmp_path / "tokens.model")
+    for name, value in theirs[1]["ctc_lin"].w.state_dict().items():
+        assert torch.equal(value, mine["ctc_lin"].w.state_dict()[name])
+        assert torch.equal(value, hparams["transducer_cost"].frame_scores.state_dict()[name])
 
 
 def test_special_tokens_move_and_no_other_changes():

@@ -205,8 +205,10 @@ class TransducerLoss(nn.Module):
         "pruned" or "full".
     prune_range : int
         Number of labels per frame in the pruned loss.
-    warmup : int
-        Optimizer steps in which weight moves from the simple to the pruned loss. At first the posteriors are random.
+    warmup : int, optional
+        Optimizer steps in which weight moves from the simple to the pruned loss. At first the posteriors are random. None is for
+        a transducer that is trained already: the pruned loss has its full weight at once, and the simple one chooses its labels
+        and teaches neither encoder nor predictor.
     fastemit : float
         FastEmit (Yu et al. 2021, https://arxiv.org/abs/2010.11148): the gradient of labels is larger by this share, and
         labels come earlier; 0.001 to 0.01, 0 = off.
@@ -248,7 +250,8 @@ class TransducerLoss(nn.Module):
             raise UserError(f"Unknown transducer_loss '{kind}'; the known ones are: {', '.join(KINDS)}.")
         if not is_whole(prune_range, 2):
             raise UserError(f"prune_range is {prune_range!r}; give 2 labels or more, as a frame has to reach the next one.")
-        for name, value in {"fastemit": fastemit, "delay_penalty": delay_penalty, "transducer_warmup": warmup}.items():
+        numbers = {"fastemit": fastemit, "delay_penalty": delay_penalty, "transducer_warmup": 0 if warmup is None else warmup}
+        for name, value in numbers.items():
             if not is_number(value, 0):
                 raise UserError(f"{name} is {value!r}; give a number of 0 or more.")
         if not is_number(joint_memory, 0) or not joint_memory:
@@ -320,7 +323,8 @@ class TransducerLoss(nn.Module):
             arcs = self._arcs(transducer, *projected, targets)
             return self._mean(*sizes, arcs, fits)
         with torch.autocast(frames.device.type, enabled=False):
-            scores = self.frame_scores(frames.float()), self.label_scores(outputs.float())
+            given = (frames, outputs) if self.warmup is not None else (frames.detach(), outputs.detach())
+            scores = self.frame_scores(given[0].float()), self.label_scores(given[1].float())
             arcs = self._earlier(simple_arcs(*scores, targets, transducer.blank_index), lengths)
             simple, posteriors = lattice_loss(arcs, *sizes)
             first = pruning_band(posteriors, *sizes, min(self.prune_range, targets.shape[1] + 1))
@@ -328,7 +332,7 @@ class TransducerLoss(nn.Module):
         pruned = self._mean(*sizes, arcs, fits)
         if not self.training:
             return pruned
-        share = 1.0 if step is None else min(1.0, step / max(1, self.warmup))
+        share = 1.0 if step is None or self.warmup is None else min(1.0, step / max(1, self.warmup))
         simple = torch.where(lengths > 0, simple, 0.0).mean()
         return (1 - share * (1 - SIMPLE_SCALE)) * simple + (FIRST_PRUNED_SCALE + share * (1 - FIRST_PRUNED_SCALE)) * pruned
 

@@ -200,6 +200,32 @@ def test_the_warm_up_goes_from_the_simple_loss_to_the_pruned_one(transducer, bat
     assert simple > 0
 
 
+def test_without_a_warm_up_the_simple_loss_teaches_itself_alone(transducer, batch):
+    loss_of, parts = TransducerLoss(D, P, V, prune_range=6, warmup=None), [batch[0], *transducer.parameters()]
+    loss = loss_of(transducer, *batch, step=0)
+    found = torch.autograd.grad(loss, [*parts, *loss_of.parameters()])
+    wanted = torch.autograd.grad(loss_of.eval()(transducer, *batch), parts)
+    for gradient, other in zip(found, wanted, strict=False):
+        torch.testing.assert_close(gradient, other)
+    assert all(gradient.any() for gradient in found[len(parts) :])
+
+
+def test_the_band_of_a_ctc_head_holds_its_alignment(transducer):
+    """Frames that CTC is sure of: the simple loss chooses their labels before any training."""
+    head, loss = torch.nn.Linear(V, V), TransducerLoss(V, P, V, prune_range=2)
+    with torch.no_grad():
+        head.weight.copy_(9 * torch.eye(V))
+        head.bias.zero_()
+    loss.start_from(head)
+    alignment = torch.tensor([0, 3, 0, 0, 5, 0, 2, 0])  # blanks and tokens
+    scores = loss.frame_scores(torch.nn.functional.one_hot(alignment, V).float()[None]), loss.label_scores(torch.randn(1, 4, P))
+    lengths = torch.tensor([8]), torch.tensor([3])
+    _, posteriors = lattice_loss(simple_arcs(*scores, torch.tensor([[3, 5, 2]])), *lengths)
+    band = pruning_band(posteriors, *lengths, 2)[0]
+    said = (alignment > 0).cumsum(0)
+    assert ((band <= said - (alignment > 0).long()) & (said <= band + 1)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["pruned", "full"])
 def test_every_parameter_gets_a_finite_gradient_in_any_precision(transducer, batch, kind, dtype):
