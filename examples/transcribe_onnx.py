@@ -2,12 +2,13 @@
 
 python examples/transcribe_onnx.py model.onnx speech.wav ...
 
-A model for streams (``--streaming``) gets each WAV file chunk by chunk, like the samples of a microphone. For a transducer, give
-``NAME-encoder.onnx``; decoder and joiner are loaded from the same folder.
+A model for streams (``--streaming``) gets each WAV file chunk by chunk, like the samples of a microphone. The name is that of the
+export, also for the three files of a transducer.
 """
 
 import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ class Recogniser:
     Arguments
     ---------
     path : str
-        The ONNX file.
+        The ONNX file. For a transducer also ``NAME.onnx`` in place of ``NAME-encoder.onnx``; decoder and joiner are beside it.
     threads : int
         Number of threads; 0 = one per core.
     """
@@ -29,6 +30,8 @@ class Recogniser:
     def __init__(self, path, threads=0):
         self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = threads
+        encoder = path.removesuffix(".onnx") + "-encoder.onnx"
+        path = encoder if os.path.exists(encoder) and not os.path.exists(path) else path
         self.session = self.load(path)
         self.about = about = self.session.get_modelmeta().custom_metadata_map
         if about.get("format") != "speechbrain_ext" or about.get("mode") not in ("full", "streaming"):

@@ -466,9 +466,11 @@ def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
     soundfile.write(tmp_path / "a.wav", signals(24000)[0].numpy(), 16000)
     code = "import runpy, sys; sys.modules.update(torch=None, speechbrain_ext=None); sys.argv = sys.argv[1:];"
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, ROOT / "examples" / "transcribe_onnx.py", tmp_path / PARTS[1], tmp_path / "a.wav"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, check=True)
-    assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
+    command = [sys.executable, "-c", code, ROOT / "examples" / "transcribe_onnx.py"]
+    keys = {"capture_output": True, "text": True, "check": True, "env": {**os.environ, "PYTHONIOENCODING": "utf-8"}}
+    for name in ("model.onnx", PARTS[1]):
+        result = subprocess.run([*command, tmp_path / name, tmp_path / "a.wav"], **keys)
+        assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
     os.rename(tmp_path / PARTS[1], tmp_path / "renamed.onnx")
     example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
     with pytest.raises(ValueError, match="renamed.onnx is a transducer's encoder; name it NAME-encoder.onnx"):
