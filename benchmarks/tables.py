@@ -36,12 +36,6 @@ LM = ROOT / "benchmarks" / "results" / "lm.csv"
 TRANSDUCER_LOSS = ROOT / "benchmarks" / "results" / "transducer_loss.csv"
 TRANSDUCER_SEARCH = ROOT / "benchmarks" / "results" / "transducer_search.csv"
 SHERPA = ROOT / "benchmarks" / "results" / "sherpa.csv"
-SHIPPED = {
-    "english": "hyperconformer",
-    "english-transducer": "hyperconformer_transducer",
-    "english-streaming": "hyperconformer_streaming_transducer",
-}
-"""Runs of the models that come with the package."""
 HEAD_COLUMNS = {
     "greedy": "greedy",
     "beam": "beam",
@@ -107,7 +101,7 @@ def words():
             runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
     for row in read(WORDS / "searches.csv"):
         if row["test_set"] == TEST_SETS[0] and not row.get("phrases") and not row.get("lodr"):
-            model = SHIPPED.get(row["model"], Path(row["model"]).parts[0])
+            model = Path(row["model"]).parts[0]
             with_lm[model, pass_in(row["search"]), row["lm"]] = _with_interval(row)
     lms = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
     lms = {lm: column for lm, column in lms.items() if any(lm in key for key in with_lm)}

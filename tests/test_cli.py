@@ -45,15 +45,9 @@ def test_lines_come_in_the_order_of_the_files(capsys, folder, monkeypatch):
         assert transcribe(capsys, folder, name)[1] == [[str(folder / name), texts[str(folder / name)]]]
 
 
-@pytest.mark.parametrize(
-    "command, name",
-    [
-        (["transcribe"], "english"),
-        (["transcribe", "--streaming"], "english-streaming"),
-        (["stream"], "english-streaming"),
-    ],
-)
-def test_without_a_model_the_package_s_own_answers(command, name, capsys):
+@pytest.mark.parametrize("command", [["transcribe"], ["transcribe", "--streaming"], ["stream"]], ids=" ".join)
+def test_without_a_model_the_package_s_own_answers(command, capsys):
+    name = fetch.ENGLISH
     recording = str(ROOT / "examples" / "speech.flac")
     out = []
     for given in ([], ["--model", name], ["--model", str(fetch.SHIPPED / name)]):

@@ -377,6 +377,14 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
         assert file.segments == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("folder", ["ctc"], indirect=True)
+def test_long_files_are_read_in_windows_also_by_models_that_stream(model, long_file):
+    in_windows = list(transcribe_long(model, long_file))
+    model.mods.encoder.chunk_size = 8
+    assert list(transcribe_long(model, long_file)) == in_windows != list(transcribe_long(model, long_file, streaming=True))
+
+
 @pytest.mark.parametrize("folder", ["ctc"], indirect=True)  # joint search on long segments takes minutes
 def test_transcribe_long_and_short_files_to_a_folder(capsys, folder, long_file, tmp_path, monkeypatch):
     monkeypatch.setattr(files_to_text, "LONG_SECONDS", 10)

@@ -3,7 +3,7 @@
 import sys
 from contextlib import contextmanager, redirect_stdout
 
-from speechbrain_ext.model_folder.fetch import ENGLISH, ENGLISH_STREAMING, ENGLISH_TRANSDUCER
+from speechbrain_ext.model_folder.fetch import ENGLISH
 from speechbrain_ext.utils.errors import UsageError, UserError
 from speechbrain_ext.utils.text import printable
 
@@ -30,22 +30,19 @@ def usage():
 
 def add_model(parser):
     """Add the option for the model."""
-    known = "a model folder that training wrote, or a Hugging Face repository, user/model; by default"
-    shipped = f"{ENGLISH}, or for streams {ENGLISH_STREAMING}; these small models and {ENGLISH_TRANSDUCER} come with the package"
-    parser.add_argument("--model", metavar="MODEL", help=f"{known} {shipped}")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        default=ENGLISH,
+        help=f"a model folder that training wrote, or a Hugging Face repository, user/model; by default {ENGLISH}, the small "
+        "model that comes with the package",
+    )
     add_trust(parser)
 
 
 def add_trust(parser):
     """Add the option that lets a model run code."""
     parser.add_argument("--trust", action="store_true", help="allow the model's hyperparams.yaml to name, and so run, any code")
-
-
-def model_of(arguments):
-    """The model of the arguments, or the model of the package."""
-    if arguments.model is not None:
-        return arguments.model
-    return ENGLISH_STREAMING if getattr(arguments, "streaming", False) else ENGLISH
 
 
 def add_pass(parser):
@@ -120,7 +117,7 @@ def load(arguments):
         from speechbrain_ext.utils.machine import keep_freed_memory
 
         keep_freed_memory()
-        return load_model(model_of(arguments), arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
+        return load_model(arguments.model, arguments.device, arguments.pass_name, arguments.revision, arguments.trust)
 
 
 def choose_search(model, arguments, *names):

@@ -10,7 +10,6 @@ from speechbrain_ext.cli._common import (
     add_search,
     choose_search,
     load,
-    model_of,
     say,
     usage,
 )
@@ -148,7 +147,7 @@ def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds)
         **describe_machine(str(model.device)),
     }
     return {field: known.get(field, "") for field in FIELDS} | {
-        "model": model_of(arguments),
+        "model": arguments.model,
         "utterances": len(rows),
         "audio_hours": round(audio / 3600, 3),
         "real_time_factor": round(seconds / audio, 4),

@@ -1,6 +1,6 @@
 """``export``: a model as an ONNX file, or as a folder for another runtime."""
 
-from speechbrain_ext.cli._common import add_model, add_pass, model_of, say, usage
+from speechbrain_ext.cli._common import add_model, add_pass, say, usage
 from speechbrain_ext.utils.errors import UsageError
 
 
@@ -66,7 +66,7 @@ def run(arguments):
         options = ["pass_name", "int8", "audio", "tolerance", "streaming", "chunk_size", "left_context", "trust"]
         options += ["hotwords"] if is_sherpa else []
         try:
-            report = export(model_of(arguments), arguments.out, **{key: getattr(arguments, key) for key in options})
+            report = export(arguments.model, arguments.out, **{key: getattr(arguments, key) for key in options})
         except ExportError as error:
             say(error)
             return 1

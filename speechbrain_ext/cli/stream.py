@@ -30,7 +30,7 @@ def add(commands):
     )
     parser.add_argument("--endpoint", type=float, default=0.8, metavar="SECONDS", help="silence that ends a segment (0.8)")
     parser.add_argument("--realtime", action="store_true", help="read a file at the speed of speech")
-    parser.set_defaults(run=run, streaming=True)
+    parser.set_defaults(run=run)
 
 
 def run(arguments):

@@ -48,8 +48,7 @@ def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust
     ---------
     source : str
         A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``. If there is
-        no folder of that name, these small models come with the package: ``english``; ``english-streaming``, which makes the
-        fewest errors in files up to a minute; and ``english-transducer``, which makes fewer in longer ones.
+        no folder of that name, ``english`` is the small model that comes with the package.
     device : str or torch.device, optional
         For example ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     pass_name : str, optional

@@ -1,7 +1,7 @@
 """Audio of any length in constant memory: segment by segment, to files that an interrupted run can continue.
 
-Models trained to stream do so. Other models take windows of 30 s that overlap by 8 s. Only the inner frames of each window are
-kept, those with at least 4 s of audio on both sides. Joined, they are close to the frames of the whole file at once.
+Files are cut into windows of 30 s that overlap by 8 s. Only the inner frames of each window are kept, those with at least 4 s
+of audio on both sides. Joined, they are close to the frames of the whole file at once. On request, files are read as streams.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def window_start(frame):
 
 
 @torch.inference_mode()
-def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
+def transcribe_long(model, path, streaming=False, start=0.0, progress=None):
     """Segments of an audio file of any length, one by one.
 
     Arguments
@@ -89,8 +89,8 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
         The model.
     path : str or os.PathLike
         An audio file.
-    streaming : bool, optional
-        Whether to stream; by default True if the model was trained to stream.
+    streaming : bool
+        Whether to read the file as a stream, which makes more errors, also with models that were trained to stream.
     start : float
         Seconds to leave out at the start: ``resume`` of the last known segment.
     progress : callable, optional
@@ -105,8 +105,6 @@ def transcribe_long(model, path, streaming=None, start=0.0, progress=None):
     AudioError
         If the file cannot be read. The error comes when reading reaches the bad part.
     """
-    if streaming is None:
-        streaming = model.mods.encoder.chunk_size is not None
     frame = round(start / FRAME_SECONDS)
 
     def read(first):
@@ -253,14 +251,14 @@ class SegmentFile:
         write_text(self._final, "".join(_line(dataclasses.replace(segment, resume=None)) + "\n" for segment in self.segments))
 
 
-def settings_of(model, streaming=None):
+def settings_of(model, streaming=False):
     """The settings that the segments of an audio file depend on, for :class:`SegmentFile`.
 
     Arguments
     ---------
     model : CtcModel or JointModel
         The model.
-    streaming : bool, optional
+    streaming : bool
         As for :func:`transcribe_long`.
 
     Returns

@@ -55,7 +55,7 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
         A folder for ``NAME.jsonl``, ``NAME.srt`` and ``NAME.vtt`` of each file. Files that an earlier call finished there are not
         transcribed again; unfinished files are continued.
     streaming : bool
-        Whether to process all files as streams, also short ones and those of models that were not trained to stream.
+        Whether to process all files as streams, with the delay and the errors of a stream.
     progress : bool
         Whether to show bars on standard error.
     subtitle_options : SubtitleOptions, optional
@@ -186,7 +186,7 @@ class _Run:
     def _pieces(self, file, seconds, start):
         name = Path(file).name.encode("unicode_escape").decode()
         with tqdm(total=math.ceil(seconds), initial=int(start), unit=" s", desc=name, disable=not self.progress) as bar:
-            for segment in transcribe_long(self.model, file, self.streaming or None, start, bar.update):
+            for segment in transcribe_long(self.model, file, self.streaming, start, bar.update):
                 yield within(segment, seconds)
 
     def _keep(self, file, segments, seconds):

@@ -1,4 +1,4 @@
-"""Find a model that is no folder of the user's: one of the package, or one of Hugging Face."""
+"""Find a model that is no folder of the user's: that of the package, or one of Hugging Face."""
 
 import re
 from pathlib import Path
@@ -6,21 +6,21 @@ from pathlib import Path
 from speechbrain_ext.utils.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-ENGLISH, ENGLISH_TRANSDUCER, ENGLISH_STREAMING = "english", "english-transducer", "english-streaming"
-"""Names of the small English models that come with the package."""
+ENGLISH = "english"
+"""Name of the small English model that comes with the package."""
 SHIPPED = Path(__file__).resolve().parents[1] / "models"
-"""The folder that holds them."""
+"""The folder that holds it."""
 
 
 def is_shipped(source):
-    """Whether a name is that of a model of the package.
+    """Whether a name is that of the package's model.
 
     Example
     -------
     >>> is_shipped("english"), is_shipped("ann/english")
     (True, False)
     """
-    return source in (ENGLISH, ENGLISH_TRANSDUCER, ENGLISH_STREAMING)
+    return source == ENGLISH
 
 
 def split_revision(source):
@@ -38,12 +38,12 @@ def split_revision(source):
 def download(
     source, revision, files, missing="There is no model folder {}; give the folder 'pretrained' of a training run, or english."
 ):
-    """Find a model of the package, or fetch a commit of one of Hugging Face.
+    """Find the model of the package, or fetch a commit of one of Hugging Face.
 
     Arguments
     ---------
     source : str
-        The name of a repository, ``user/model``, or of a model of the package, such as ``english``.
+        The name of a repository, ``user/model``, or of the package's model, ``english``.
     revision : str, optional
         A commit, tag or branch; by default the latest commit.
     files : sequence of str
@@ -61,7 +61,7 @@ def download(
     FileNotFoundError
         If there is no such model or revision, or it is not in the cache and Hugging Face cannot be reached.
     UserError
-        If a revision is given for a model of the package.
+        If a revision is given for the model of the package.
 
     Example
     -------

@@ -57,8 +57,8 @@ def locate(given, before=None):
     Arguments
     ---------
     given : str
-        A folder or file, a repository of Hugging Face, ``user/model`` or ``user/model@revision``, or a model of the package,
-        such as ``english``.
+        A folder or file, a repository of Hugging Face, ``user/model`` or ``user/model@revision``, or ``english``, the model of
+        the package.
     before : str, optional
         The name of the model when the run began. The same commit of a repository is used again.
 
