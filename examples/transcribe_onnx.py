@@ -30,8 +30,12 @@ class Recogniser:
     def __init__(self, path, threads=0):
         self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = threads
+        path = os.fspath(path)
         encoder = path.removesuffix(".onnx") + "-encoder.onnx"
-        path = encoder if os.path.exists(encoder) and not os.path.exists(path) else path
+        if os.path.exists(encoder):
+            if os.path.exists(path):
+                raise ValueError(f"{path} and {encoder} are of two exports; delete the older one.")
+            path = encoder
         self.session = self.load(path)
         self.about = about = self.session.get_modelmeta().custom_metadata_map
         if about.get("format") != "speechbrain_ext" or about.get("mode") not in ("full", "streaming"):

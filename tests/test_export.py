@@ -471,8 +471,12 @@ def test_a_transducer_is_three_files(tmp_path, capsys, monkeypatch):
     for name in ("model.onnx", PARTS[1]):
         result = subprocess.run([*command, tmp_path / name, tmp_path / "a.wav"], **keys)
         assert result.stdout == f"{tmp_path / 'a.wav'}\t{model.transcribe_file(tmp_path / 'a.wav')}\n"
-    os.rename(tmp_path / PARTS[1], tmp_path / "renamed.onnx")
     example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
+    shutil.copy(tmp_path / PARTS[1], tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="model.onnx and .*model-encoder.onnx are of two exports; delete the older one"):
+        example["Recogniser"](tmp_path / "model.onnx")
+    os.remove(tmp_path / "model.onnx")
+    os.rename(tmp_path / PARTS[1], tmp_path / "renamed.onnx")
     with pytest.raises(ValueError, match="renamed.onnx is a transducer's encoder; name it NAME-encoder.onnx"):
         example["Recogniser"](str(tmp_path / "renamed.onnx"))
     os.rename(tmp_path / "renamed.onnx", tmp_path / PARTS[1])

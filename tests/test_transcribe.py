@@ -31,7 +31,6 @@ def files(tmp_path_factory):
     return paths
 
 
-# A model that was trained in full context processes long files in windows, and one that was trained to stream as streams
 @pytest.mark.parametrize(
     "name, pass_name",
     [("ctc-v1", None), ("fused-v1", None), ("cascade-v1", "first"), ("cascade-v1", None), ("transducer-v1", None)],

@@ -77,8 +77,8 @@ class _ExactLengths(SearchChoices):
     def transcribe_files(self, paths, **keys):
         """Transcribe audio files of any length.
 
-        Files of up to a minute are processed whole, in batches. The model processes longer files in pieces: as a stream, if it
-        was trained to stream, else in windows that overlap. The command line prints the same texts.
+        Files of up to a minute are processed whole, in batches, and longer ones in windows that overlap. The command line prints
+        the same texts.
 
         Arguments
         ---------

@@ -27,6 +27,8 @@ OUTSIDE = -1e5
 """Log-probability of arcs outside of an utterance, lower than that of arcs outside of a band."""
 SIMPLE_SCALE, FIRST_PRUNED_SCALE = 0.5, 0.1
 """Final weight of the simple loss, and first weight of the pruned loss, as in icefall."""
+ALONE = 0.01
+"""Weight of the simple loss if it teaches only its own weights: enough for Adam, and too little to change a clipped gradient."""
 COPIES = 2, 3
 """Largest number of copies of logits, and of the joint network's hidden layer, in forward and backward of a slice."""
 
@@ -270,7 +272,7 @@ class TransducerLoss(nn.Module):
         Arguments
         ---------
         ctc_head : torch.nn.Module
-            A linear layer from frames (B, T, D) to the scores of tokens (B, T, V).
+            A linear layer from frames (B, T, D) to the scores of tokens (B, T, V). Of any other head nothing is taken.
 
         Example
         -------
@@ -279,8 +281,9 @@ class TransducerLoss(nn.Module):
         >>> torch.equal(loss.frame_scores.weight, head.weight)
         True
         """
-        if self.is_pruned:
-            for own, value in zip(self.frame_scores.parameters(), ctc_head.parameters(), strict=True):
+        given = list(ctc_head.parameters())
+        if self.is_pruned and [value.shape for value in given] == [own.shape for own in self.frame_scores.parameters()]:
+            for own, value in zip(self.frame_scores.parameters(), given, strict=True):
                 own.copy_(value)
             for own in self.label_scores.parameters():
                 own.zero_()
@@ -323,7 +326,7 @@ class TransducerLoss(nn.Module):
             arcs = self._arcs(transducer, *projected, targets)
             return self._mean(*sizes, arcs, fits)
         with torch.autocast(frames.device.type, enabled=False):
-            given = (frames, outputs) if self.warmup is not None else (frames.detach(), outputs.detach())
+            given = (frames.detach(), outputs.detach()) if self.warmup is None else (frames, outputs)
             scores = self.frame_scores(given[0].float()), self.label_scores(given[1].float())
             arcs = self._earlier(simple_arcs(*scores, targets, transducer.blank_index), lengths)
             simple, posteriors = lattice_loss(arcs, *sizes)
@@ -332,8 +335,10 @@ class TransducerLoss(nn.Module):
         pruned = self._mean(*sizes, arcs, fits)
         if not self.training:
             return pruned
-        share = 1.0 if step is None or self.warmup is None else min(1.0, step / max(1, self.warmup))
         simple = torch.where(lengths > 0, simple, 0.0).mean()
+        if self.warmup is None:
+            return pruned + ALONE * simple
+        share = 1.0 if step is None else min(1.0, step / max(1, self.warmup))
         return (1 - share * (1 - SIMPLE_SCALE)) * simple + (FIRST_PRUNED_SCALE + share * (1 - FIRST_PRUNED_SCALE)) * pruned
 
     def _mean(self, lengths, target_lengths, arcs, fits):

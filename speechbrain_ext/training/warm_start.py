@@ -198,8 +198,11 @@ def begin_with(source, hparams, tokenizer_file):
         chosen not in ("init", "new"),
         hparams["seed"],
     )
-    if hparams["transducer_cost"] is not None:  # its weights are in no model folder
-        hparams["transducer_cost"].start_from(hparams["ctc_lin"])
+    loss = hparams["transducer_cost"]
+    if loss is not None:
+        loss.start_from(hparams["ctc_lin"])  # its own weights are in no model folder
+        if loss.warmup is None and not any(name.startswith("transducer.") for name in source.weights):
+            logger.warning("%s has no transducer: a new one needs a warm-up; give --transducer_warmup 300.", source.name)
     normalize = hparams["normalize"]
     learned = normalize.glob_mean.numel() if normalize.norm_type == "global" else 0
     wanted = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]

@@ -204,19 +204,25 @@ def test_without_a_warm_up_the_simple_loss_teaches_itself_alone(transducer, batc
     loss_of, parts = TransducerLoss(D, P, V, prune_range=6, warmup=None), [batch[0], *transducer.parameters()]
     loss = loss_of(transducer, *batch, step=0)
     found = torch.autograd.grad(loss, [*parts, *loss_of.parameters()])
-    wanted = torch.autograd.grad(loss_of.eval()(transducer, *batch), parts)
+    pruned = loss_of.eval()(transducer, *batch)
+    torch.testing.assert_close(loss, pruned, rtol=0.05, atol=0)
+    wanted = torch.autograd.grad(pruned, parts)
     for gradient, other in zip(found, wanted, strict=False):
         torch.testing.assert_close(gradient, other)
     assert all(gradient.any() for gradient in found[len(parts) :])
 
 
-def test_the_band_of_a_ctc_head_holds_its_alignment(transducer):
+def test_the_band_of_a_ctc_head_holds_its_alignment():
     """Frames that CTC is sure of: the simple loss chooses their labels before any training."""
+    torch.manual_seed(0)
     head, loss = torch.nn.Linear(V, V), TransducerLoss(V, P, V, prune_range=2)
     with torch.no_grad():
         head.weight.copy_(9 * torch.eye(V))
         head.bias.zero_()
+        for parameter in loss.parameters():
+            parameter.mul_(99)  # a band of its own
     loss.start_from(head)
+    assert not any(parameter.any() for parameter in loss.label_scores.parameters())
     alignment = torch.tensor([0, 3, 0, 0, 5, 0, 2, 0])  # blanks and tokens
     scores = loss.frame_scores(torch.nn.functional.one_hot(alignment, V).float()[None]), loss.label_scores(torch.randn(1, 4, P))
     lengths = torch.tensor([8]), torch.tensor([3])
@@ -224,6 +230,14 @@ def test_the_band_of_a_ctc_head_holds_its_alignment(transducer):
     band = pruning_band(posteriors, *lengths, 2)[0]
     said = (alignment > 0).cumsum(0)
     assert ((band <= said - (alignment > 0).long()) & (said <= band + 1)).all()
+
+
+@pytest.mark.parametrize("head", [torch.nn.Linear(D, V, bias=False), torch.nn.Linear(D, V - 1), torch.nn.LayerNorm(D)])
+def test_nothing_is_taken_from_another_head(head):
+    loss = TransducerLoss(D, P, V)
+    before = [parameter.clone() for parameter in loss.parameters()]
+    loss.start_from(head)
+    assert all(map(torch.equal, loss.parameters(), before))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
