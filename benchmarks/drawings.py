@@ -372,7 +372,7 @@ def draw_peers():
                 fontsize=9,
                 weight="bold" if ours else "normal",
             )
-        axes.set(xscale="log", xlim=(0.004, 0.5), ylim=(0, 80))
+        axes.set(xscale="log", xlim=(0.004, 0.5), ylim=(0, 60))
         ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
