@@ -1,6 +1,6 @@
 """Test all encoders on a GPU in one command with a time limit: correctness, speed and training.
 
-    python benchmarks/gpu.py --minutes 9 --data FOLDER [FOLDER ...] --test FOLDER [FOLDER ...] --out FOLDER
+    python benchmarks/gpu.py --minutes 9 --data FOLDER [FOLDER ...] --test FOLDER [FOLDER ...] [--dev FOLDER] --out FOLDER
     python benchmarks/gpu.py --minutes 9 --parts contract,table --out FOLDER
     python benchmarks/gpu.py --minutes 2 --tiny
 
@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests")]
 PARTS = ("contract", "table", "train")
 SHARES = {"contract": 0.25, "table": 0.35}
 """Largest share of the remaining time for a part, if training follows."""
-RESERVE = 75
+RESERVE = 45
 """Seconds at the end of training for averages, tests and model folders; at most a third of the time."""
 LAST = 10
 """All processes end this number of seconds before the limit."""
@@ -135,7 +135,8 @@ def train(arguments, until):
             corpus = make_corpus(Path(work, "tiny"))
             data, test = [corpus / "train-tiny"], [corpus / "test-tiny"]
         usual = ["--work", Path(work, "run"), "--device", arguments.device, *["--tiny"] * arguments.tiny]
-        (end,) = run([[script, "prepare", *usual, "--data", *data, "--test", *test]], until)
+        dev = ["--dev", arguments.dev] if arguments.dev else []
+        (end,) = run([[script, "prepare", *usual, "--data", *data, "--test", *test, *dev]], until)
         if end != 0:
             raise Failed(f"before training, {ENDED}" if end is None else f"preparing the data ended with {end}")
         left = until - time.time()
@@ -155,6 +156,7 @@ def parse(argv):
     parser.add_argument("--minutes", type=float, default=9, help="time limit of all parts; default 9")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="speech to train on, in LibriSpeech layout")
     parser.add_argument("--test", nargs="+", metavar="FOLDER", help="speech to test on")
+    parser.add_argument("--dev", metavar="FOLDER", help="speech for validation; by default some speakers of --data")
     parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="folder of the results; default gpu")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="PART,PART", help=f"some of {', '.join(PARTS)}; default all")
     parser.add_argument("--device", help="cuda, cuda:N or cpu; by default the GPU")
@@ -169,7 +171,7 @@ def parse(argv):
     if "train" in parts and not arguments.only_table:
         if bool(arguments.data) != bool(arguments.test) or not (arguments.data or arguments.tiny):
             parser.error("training needs both --data and --test; give them, or leave train out of --parts")
-        for folder in [*(arguments.data or ()), *(arguments.test or ())]:
+        for folder in [*(arguments.data or ()), *(arguments.test or ()), *filter(None, [arguments.dev])]:
             if not Path(folder).is_dir():
                 parser.error(f"{folder} is not a folder; give one with speech in LibriSpeech layout")
     arguments.parts = [part for part in PARTS if part in parts]

@@ -1,14 +1,14 @@
 """Train the five architectures at once on one GPU until a time limit; benchmarks/gpu.py starts it.
 
-    python benchmarks/gpu_training.py prepare --work FOLDER --data FOLDER [FOLDER ...] --test FOLDER [FOLDER ...]
+    python benchmarks/gpu_training.py prepare --work FOLDER --data FOLDER [FOLDER ...] --test FOLDER [...] [--dev FOLDER]
     python benchmarks/gpu_training.py hyperconformer --work FOLDER --out FOLDER --until SECONDS
 
-``prepare`` checks the audio, holds out some speakers of the training data for validation, trains the tokenizer, and computes all
-features in batches on the device. Then each architecture has a process. It keeps the features on the device and gathers batches
-there, so that only indices are copied to the device. All else is as in ``train.py``: hparams files with the settings for small
-corpora (``recipes/MiniLibriSpeech/corpus.yaml``: front end, size, augmentation) and with ``gpu_training.yaml``, Brains, averages,
-tests and model folders. The learning rate depends on the time: it rises to its peak in the first tenth of the time, and falls to
-zero at the end.
+``prepare`` checks the audio, takes ``--dev`` for validation or else some speakers of the training data, trains the tokenizer, and
+computes all features in batches on the device. Then each architecture has a process. It keeps the features on the device and
+gathers batches there, so that only indices are copied to the device. All else is as in ``train.py``: hparams files with the
+settings for small corpora (``recipes/MiniLibriSpeech/corpus.yaml``: front end, size, augmentation), ``gpu_training.yaml``,
+Brains, tests and model folders. The learning rate depends on the time: it rises to its peak in the first tenth of the time, and
+falls to zero at the end.
 """
 
 import argparse
@@ -130,18 +130,20 @@ def hold_out(rows):
     return [row for row in rows if row["ID"] not in ids], held
 
 
-def prepare(work, data, test, device, tiny):
+def prepare(work, data, test, device, tiny, dev=None):
     """Write manifests, tokenizer and features; returns the names of the splits."""
     corpus = work / "corpus"
     corpus.mkdir(parents=True)
     splits = link_splits(data, corpus), link_splits(test, corpus)
-    prepare_librispeech(corpus, work, splits[0], [], splits[1])
+    valid = link_splits([dev] if dev else [], corpus)
+    prepare_librispeech(corpus, work, splits[0], valid, splits[1])
     merged = work / MERGED
     merge_manifests([work / f"{split}.csv" for split in splits[0]], merged)
     rows = read_manifest(merged)
     if len(rows) < 2:
         raise UserError(f"There are {len(rows)} utterances in {', '.join(map(str, data))}; give more to train on.")
-    for path, part in zip((merged, work / DEV), hold_out(rows), strict=True):
+    parts = (rows, read_manifest(work / f"{valid[0]}.csv")) if valid else hold_out(rows)
+    for path, part in zip((merged, work / DEV), parts, strict=True):
         write_csv(path, MANIFEST_FIELDS, [[row[field] for field in MANIFEST_FIELDS] for row in part])
     setting = setting_of("hyperconformer", work, tiny, splits).replace(output_folder=str(work))
     hparams = setting.load()
@@ -409,6 +411,7 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, required=True, help="folder for files that the steps share")
     parser.add_argument("--data", nargs="+", help="folders to train on, in LibriSpeech layout")
     parser.add_argument("--test", nargs="+", help="folders to test on")
+    parser.add_argument("--dev", help="folder for validation")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the results")
     parser.add_argument("--until", type=float, help="end of training, as a value of time.time()")
     parser.add_argument("--device", default="cuda")
@@ -421,7 +424,7 @@ def main(argv=None):
     keep_freed_memory()
     try:
         if arguments.step == "prepare":
-            prepare(arguments.work, arguments.data, arguments.test, arguments.device, arguments.tiny)
+            prepare(arguments.work, arguments.data, arguments.test, arguments.device, arguments.tiny, arguments.dev)
         else:
             given = arguments.out, arguments.until, arguments.device, arguments.precision, arguments.tiny
             train(arguments.step, arguments.work, *given)
