@@ -24,6 +24,9 @@ try:
 except ImportError:  # PyTorch 2.9
     pytest.skip("this version of PyTorch takes no backend in Python", allow_module_level=True)
 
+if torch.cuda.is_available():  # PyTorch has one kind of accelerator at a time: CUDA's backward passes would fail beside this one
+    pytest.skip("a machine with a GPU needs no pretended one", allow_module_level=True)
+
 NAME = "pretend"
 CPU = torch.device("cpu")
 

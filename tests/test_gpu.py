@@ -187,6 +187,14 @@ def test_whole_speakers_are_held_out():
     assert len(dev) == 1 and len(train) == 19
 
 
+def test_a_folder_for_validation_replaces_speakers_held_out(corpus, tmp_path):
+    gpu_training.prepare(tmp_path, [corpus / "train-tiny"], [corpus / "test-tiny"], "cpu", True, corpus / "dev-tiny")
+    train, dev, test = (read_csv(tmp_path / name) for name in (gpu_training.MERGED, gpu_training.DEV, "test-tiny.csv"))
+    stored = torch.load(tmp_path / gpu_training.FEATURES)
+    assert len(train) == 12 and {row["ID"] for row in dev} == {path.stem for path in (corpus / "dev-tiny").rglob("*.flac")}
+    assert sorted(stored["ids"]) == sorted(row["ID"] for row in train + dev + test)
+
+
 def test_folders_get_names_of_their_own(tmp_path):
     folders = [tmp_path / "a" / "train", tmp_path / "b" / "train"]
     for folder in folders:
@@ -263,6 +271,13 @@ def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, mon
     assert test["set"] == "test-tiny" and float(after["train_loss"]) < float(before["train_loss"])
     for recorder in batches:
         assert recorder.uploads.total() == 1 and not recorder.syncs, (dict(recorder.uploads), dict(recorder.syncs))
+
+
+def test_no_gpu_is_pretended_beside_a_real_one():
+    code = "import torch; torch.cuda.is_available = lambda: True; import gpu_contract; print(torch._C._get_privateuse1_backend_name())"
+    there = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    run = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, timeout=300)
+    assert run.stdout.split()[-1:] == ["privateuseone"], run.stderr
 
 
 def test_waits_of_the_host_are_counted(monkeypatch):
