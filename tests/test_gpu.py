@@ -274,7 +274,8 @@ def test_training_on_a_device_uploads_no_more_than_indices(corpus, tmp_path, mon
 
 
 def test_no_gpu_is_pretended_beside_a_real_one():
-    code = "import torch; torch.cuda.is_available = lambda: True; import gpu_contract; print(torch._C._get_privateuse1_backend_name())"
+    name = "torch._C._get_privateuse1_backend_name()"
+    code = f"import torch; torch.cuda.is_available = lambda: True; import gpu_contract; print({name})"
     there = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     run = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, timeout=300)
     assert run.stdout.split()[-1:] == ["privateuseone"], run.stderr
