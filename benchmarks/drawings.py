@@ -25,6 +25,7 @@ BENCH = ROOT / "recipes" / "LibriSpeech" / "results" / "bench" / "intel-xeon-pro
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.csv"
 TUNED_ON = {"test-speechocean": "new speech: test-speechocean", "test-librispeech": "earlier speech: test-librispeech"}
+GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
 LOGS = ROOT / "recipes" / "MiniLibriSpeech" / "results" / "logs"
 
 THEMES = {
@@ -391,17 +392,24 @@ LEARNED = {
 
 
 def draw_learning():
-    """Draw the error rate on the validation set by steps, for each encoder trained on real speech."""
+    """Draw the error rates on the validation set of encoders trained on real speech: by steps on a CPU, by time on a GPU."""
     curves = {name: read_log(LOGS / f"{name}.txt", "steps") for name in LEARNED if (LOGS / f"{name}.txt").is_file()}
+    on_gpu = {}
+    for row in (row for row in read_csv(GPU) if row["set"] == "held-out"):
+        on_gpu.setdefault(row["architecture"], []).append((float(row["seconds"]), float(row["WER"])))
     for theme, colors in THEMES.items() if curves else ():
-        figure, axes = pyplot.subplots(figsize=(8.2, 4.0), layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.2, 4.0), layout="constrained", sharey=True)
         for name, curve in curves.items():
             label, color = LEARNED[name]
             *_, points = (points for key, points in curve.items() if "WER" in key)  # of a cascade, the second pass
-            axes.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5, label=label)
-        axes.set_ylim(40, 100)
-        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
-        paint(axes, colors, "steps of 60 s of speech", "WER on the validation set, %")
+            left.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5, label=label)
+        for name, points in on_gpu.items():
+            color = LEARNED["hyperconformer_5k" if name == "hyperconformer" else name][1]
+            right.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5)
+        left.set_ylim(40, 100)
+        left.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
+        paint(left, colors, "steps of 60 s of speech, on a CPU", "WER on the validation set, %")
+        paint(right, colors, "seconds, five at once on one GPU", "")
         save(figure, "learning", theme)
 
 

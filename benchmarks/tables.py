@@ -27,6 +27,7 @@ SEARCH = ROOT / "benchmarks" / "results" / "search.csv"
 TRAINING = ROOT / "benchmarks" / "results" / "training.csv"
 FINE_TUNING = ROOT / "benchmarks" / "results" / "fine_tuning.csv"
 GPU = ROOT / "benchmarks" / "results" / "gpu_training.csv"
+GPU_SEARCHES = ROOT / "benchmarks" / "results" / "gpu_searches.csv"
 MANIFESTS = ROOT / "benchmarks" / "results" / "manifests.csv"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.csv"
 PUBLISHED = ROOT / "benchmarks" / "results" / "published.csv"
@@ -46,7 +47,11 @@ HEAD_COLUMNS = {
     "rescored tokens.arpa": "rescored, token 4-gram",
 }
 """Columns of the error rates of all heads, by the kind of the search and its language models."""
+MODEL = "english"
+"""The model of the package."""
 TEST_SETS = "test-clean", "test-librispeech", "test-speechocean"
+RATE_COLUMNS = [f"{name}, WER %" for name in TEST_SETS]
+LM_COLUMNS = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
@@ -92,27 +97,64 @@ def options(row):
     return " ".join(Path(part).name if part.count("/") > 1 else part for part in text.split())
 
 
-def words():
-    """Error rates on real speech of the models that were trained on a few hours: of each run, and with language models."""
-    runs, lines, with_lm, rows = {}, [], {}, read(WORDS / "results.csv")
+def _words():
+    """Runs on a few hours of real speech: error rates of each, and with language models."""
+    runs, lines, rows = {}, [], read(WORDS / "results.csv")
     transducers = {row["experiment"] for row in rows if row["search"] == "transducer_beam"}
     for row in rows:
         if row["search"].endswith("transducer_beam" if row["experiment"] in transducers else "ctc_greedy"):
             runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
-    for row in read(WORDS / "searches.csv"):
-        if row["test_set"] == TEST_SETS[0] and not row.get("phrases") and not row.get("lodr"):
-            model = Path(row["model"]).parts[0]
-            with_lm[model, pass_in(row["search"]), row["lm"]] = _with_interval(row)
-    lms = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
-    lms = {lm: column for lm, column in lms.items() if any(lm in key for key in with_lm)}
+    with_lm = _rates(WORDS / "searches.csv")
+    lms = {lm: column for lm, column in LM_COLUMNS.items() if any((TEST_SETS[0], lm) in rates for rates in with_lm.values())}
     for (experiment, said), sets in sorted(runs.items(), key=lambda run: float(run[1][TEST_SETS[0]]["WER"])):
         row = next(iter(sets.values()))
         rates = [_with_interval(sets[test_set]) if test_set in sets else "" for test_set in TEST_SETS]
-        rates += [with_lm.get((experiment, said, lm), "") for lm in lms]
+        rates += [with_lm.get((experiment, said), {}).get((TEST_SETS[0], lm), "") for lm in lms]
         name = experiment + said + (", beam of 4" if experiment in transducers else "")
         lines.append([name, f"{int(row['parameters']):,}", row["steps"], *rates])
-    header = ["model", "parameters", "steps", *(f"{name}, WER %" for name in TEST_SETS)]
-    return table([*header, *lms.values()], lines)
+    return ["model", "parameters", "steps", *RATE_COLUMNS, *lms.values()], lines
+
+
+def words():
+    """Error rates on real speech of the models that were trained on a few hours."""
+    return table(*_words())
+
+
+def _gpu():
+    """Trainings of ``gpu.py``: the pace of each architecture, and its error rates, also with a language model."""
+    paces = {row["architecture"]: row for row in read(GPU) if row["set"] == "held-out"}  # of the end of the training
+    lines = []
+    found = sorted(_rates(GPU_SEARCHES).items(), key=lambda model: float(model[1][TEST_SETS[0], ""].split()[0]))
+    for (name, said), rates in found:
+        pace = [paces[name]["steps"], f"{float(paces[name]['epochs']):.0f}"]
+        pace += [f"{float(paces[name]['audio_seconds_per_second']):,.0f}x"]
+        rates = [rates.get(key, "") for key in (*((each, "") for each in TEST_SETS), (TEST_SETS[0], "tokens.arpa"))]
+        lines.append([name + said, f"{int(paces[name]['parameters']):,}", *pace, *rates])
+    return ["model", "parameters", "steps", "epochs", "audio / training time", *RATE_COLUMNS, LM_COLUMNS["tokens.arpa"]], lines
+
+
+def gpu():
+    """Trainings of ``gpu.py``."""
+    return table(*_gpu())
+
+
+def summary():
+    """Error rates of the model of the package, and of the architectures after equal time on a GPU."""
+    (header, runs), (on_gpu, others) = _words(), _gpu()
+    rows = [dict(zip(header, line, strict=True)) for line in runs if line[0].startswith(MODEL)]
+    rows += [dict(zip(on_gpu, line, strict=True)) for line in others]
+    shown = ["model", "parameters", *RATE_COLUMNS, LM_COLUMNS["tokens.arpa"]]
+    return table(shown, [[row[key] for key in shown] for row in rows])
+
+
+def _rates(path):
+    """Error rates of models in a file of ``evaluate``: by model and pass, then by test set and language model."""
+    found = {}
+    for row in read(path):
+        if not row.get("phrases") and not row.get("lodr"):
+            rates = found.setdefault((Path(row["model"]).parts[0], pass_in(row["search"])), {})
+            rates[row["test_set"], row.get("lm") or ""] = _with_interval(row)
+    return found
 
 
 def _with_interval(row):
@@ -282,8 +324,8 @@ def lm():
 
 def transducer_loss():
     """Time and memory of the transducer's losses."""
-    fields = ["loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
-    return columns(TRANSDUCER_LOSS, fields, ["loss", "tokens", "ms", "MiB", "times as fast", "share of the memory"])
+    fields = ["machine", "loss", "vocab", "ms", "mib", "times_as_fast", "share_of_memory"]
+    return columns(TRANSDUCER_LOSS, fields, ["on", "loss", "tokens", "ms", "MiB", "times as fast", "share of the memory"])
 
 
 def transducer_search():
@@ -346,24 +388,6 @@ def peers():
         rows.append([row["system"], row["package"], wer, parameters, *figures])
     header = ["system", "package", "WER %, 95 % interval", "parameters", "processor seconds per second of audio"]
     return table([*header, "real-time factor", "size, MiB", "peak memory, MiB"], rows)
-
-
-def gpu():
-    """Trainings of ``gpu.py``: each architecture's last row on held-out speech, and its error rates on test sets."""
-    rows, found = read(GPU), {}
-    for row in rows:
-        found.setdefault(row["architecture"], {})[row["set"], row["search"]] = row
-    lines = []
-    for name, ends in found.items():
-        held_out = next(row for (part, _), row in reversed(ends.items()) if part == "held-out")
-        answers = {search: row for (part, search), row in ends.items() if part != "held-out"}
-        lines.append(
-            [name, f"{int(held_out['parameters']):,}", held_out["steps"], held_out["epochs"]]
-            + [f"{float(held_out['audio_seconds_per_second']):,.0f}x", held_out["train_loss"], held_out["loss"], held_out["WER"]]
-            + [", ".join(f"{row['set']} {row['WER']}" + pass_in(search) for search, row in answers.items())]
-        )
-    header = ["encoder", "parameters", "steps", "epochs", "audio / training time", "loss", "loss held out", "WER % held out"]
-    return table([*header, "WER %, greedy CTC"], lines)
 
 
 def bench():
@@ -477,6 +501,7 @@ def fill(text):
     makers = [results, training, search, streaming, long_audio, hypermixing, squeezeformer, fusionformer, practical_conformer]
     makers += [
         words,
+        summary,
         fine_tuning,
         memory,
         gpu,

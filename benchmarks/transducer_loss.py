@@ -18,7 +18,7 @@ from torchaudio.functional import rnnt_loss
 
 from speechbrain_ext.lobes.transducer import Transducer
 from speechbrain_ext.lobes.transducer_loss import TransducerLoss
-from speechbrain_ext.utils.files import write_csv
+from speechbrain_ext.utils.files import read_csv, write_csv
 from speechbrain_ext.utils.machine import describe_machine
 from speechbrain_ext.utils.measure import alternate, peak_memory
 
@@ -114,6 +114,8 @@ def main():
         for row in measure(vocab, arguments):
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             rows.append(row)
+    before = read_csv(arguments.output) if arguments.output.exists() else []
+    rows = [row for row in before if row["machine"] != rows[0]["machine"]] + rows  # those of other machines stay
     write_csv(arguments.output, FIELDS, [row.values() for row in rows])
     if torch.device(arguments.device).type == "cuda":
         print(f"The host waits in the pruned loss, by seconds of audio: {count_waits(arguments.vocab[0], arguments)}")

@@ -318,14 +318,15 @@ def test_the_loss_of_a_transducer_begins_with_the_ctc_head(tmp_path):
         assert torch.equal(value, hparams["transducer_cost"].frame_scores.state_dict()[name])
 
 
-def test_a_new_transducer_without_a_warm_up_is_warned_of(train, tmp_path):
+@pytest.mark.parametrize("kind", ["pruned", "full"])
+def test_a_new_transducer_without_a_warm_up_is_warned_of(kind, train, tmp_path):
     make_model(tmp_path, 0, "conformer")
     (tmp_path / "mine.yaml").write_text(
         f"extends: [{ROOT}/hparams/conformer_transducer.yaml, {ROOT}/hparams/finetune.yaml]\nexperiment: mine\n"
     )
-    result = train(tmp_path / "mine.yaml", init_from="model", num_decoder_layers=0, **SMALL_TRANSDUCER)
+    result = train(tmp_path / "mine.yaml", init_from="model", num_decoder_layers=0, transducer_loss=kind, **SMALL_TRANSDUCER)
     log = (result.output / "log.txt").read_text()
-    assert "model has no transducer: a new one needs a warm-up; give --transducer_warmup 300." in log
+    assert ("model has no transducer: a new one needs a warm-up; give --transducer_warmup 300." in log) == (kind == "pruned")
 
 
 def test_special_tokens_move_and_no_other_changes():

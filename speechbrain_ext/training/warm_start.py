@@ -201,7 +201,8 @@ def begin_with(source, hparams, tokenizer_file):
     loss = hparams["transducer_cost"]
     if loss is not None:
         loss.start_from(hparams["ctc_lin"])  # its own weights are in no model folder
-        if loss.warmup is None and not any(name.startswith("transducer.") for name in source.weights):
+        is_new = not any(name.startswith("transducer.") for name in source.weights)
+        if is_new and loss.is_pruned and loss.warmup is None:
             logger.warning("%s has no transducer: a new one needs a warm-up; give --transducer_warmup 300.", source.name)
     normalize = hparams["normalize"]
     learned = normalize.glob_mean.numel() if normalize.norm_type == "global" else 0
