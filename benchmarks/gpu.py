@@ -34,7 +34,7 @@ PARTS = ("contract", "table", "train")
 SHARES = {"contract": 0.25, "table": 0.35}
 """Largest share of the remaining time for a part, if training follows."""
 RESERVE = 45
-"""Seconds at the end of training for averages, tests and model folders; at most a third of the time."""
+"""Seconds after the training for the last validation, tests and model folders; at most a third of the time."""
 LAST = 10
 """All processes end this number of seconds before the limit."""
 STEP = {"parts": ("training",), "inputs": ("front end",), "train_seconds": 15, "train_batch": 40}
@@ -174,6 +174,10 @@ def parse(argv):
         for folder in [*(arguments.data or ()), *(arguments.test or ()), *filter(None, [arguments.dev])]:
             if not Path(folder).is_dir():
                 parser.error(f"{folder} is not a folder; give one with speech in LibriSpeech layout")
+        if arguments.dev and not arguments.data:
+            parser.error("--dev is given without --data; give both, or none")
+        if arguments.dev and Path(arguments.dev).resolve() in {Path(folder).resolve() for folder in arguments.data}:
+            parser.error(f"{arguments.dev} is in --data and is --dev; give other speech for validation")
     arguments.parts = [part for part in PARTS if part in parts]
     if arguments.device is None:
         import torch

@@ -68,11 +68,10 @@ TINY = {
     "d_ffn": 32,
     "vocab_size": 32,
     "number_of_epochs": 2,
-    "average_checkpoints": 1,
     "train_batch_sampler": {"max_batch_length": 5},
 }
 HELD_OUT = 0.03
-"""Share of the training data for validation."""
+"""Share of the training data for validation, without ``--dev``."""
 VALIDATIONS = 12
 MERGED, DEV, FEATURES = "train+merged.csv", "train+held-out.csv", "features.pt"
 

@@ -122,7 +122,7 @@ def words():
 
 def _gpu():
     """Trainings of ``gpu.py``: the pace of each architecture, and its error rates, also with a language model."""
-    paces = {row["architecture"]: row for row in read(GPU) if row["set"] == "held-out"}  # of the end of the training
+    paces = {row["architecture"]: row for row in read(GPU)}  # the last rows are of the end of the training
     lines = []
     found = sorted(_rates(GPU_SEARCHES).items(), key=lambda model: float(model[1][TEST_SETS[0], ""].split()[0]))
     for (name, said), rates in found:
@@ -140,9 +140,9 @@ def gpu():
 
 def summary():
     """Error rates of the model of the package, and of the architectures after equal time on a GPU."""
-    (header, runs), (on_gpu, others) = _words(), _gpu()
+    (header, runs), (gpu_header, gpu_runs) = _words(), _gpu()
     rows = [dict(zip(header, line, strict=True)) for line in runs if line[0].startswith(MODEL)]
-    rows += [dict(zip(on_gpu, line, strict=True)) for line in others]
+    rows += [dict(zip(gpu_header, line, strict=True)) for line in gpu_runs]
     shown = ["model", "parameters", *RATE_COLUMNS, LM_COLUMNS["tokens.arpa"]]
     return table(shown, [[row[key] for key in shown] for row in rows])
 
@@ -151,7 +151,7 @@ def _rates(path):
     """Error rates of models in a file of ``evaluate``: by model and pass, then by test set and language model."""
     found = {}
     for row in read(path):
-        if not row.get("phrases") and not row.get("lodr"):
+        if not row.get("phrases") and not row.get("lodr") and (row.get("lm") or row["search"].endswith("ctc_greedy")):
             rates = found.setdefault((Path(row["model"]).parts[0], pass_in(row["search"])), {})
             rates[row["test_set"], row.get("lm") or ""] = _with_interval(row)
     return found

@@ -5,7 +5,8 @@
 
 Predictor and joint network of the recipes (512 each, random weights) on random encoder frames of 40 ms, forward and backward.
 Utterances have equal lengths. Memory is the peak of additional tensors; times are medians of alternating runs. ``full_sliced`` is
-the full loss within ``--memory`` MiB. On a GPU the script also counts how often the host waits.
+the full loss within ``--memory`` MiB. On a GPU the script also counts how often the host waits. The rows of other machines stay
+in the output.
 """
 
 import argparse

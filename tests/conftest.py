@@ -124,5 +124,5 @@ def real_english() -> Path:
 
 @pytest.fixture(name="pretend_gpu")
 def pretended_gpu():
-    """The module ``pretend_gpu``; the test is skipped where PyTorch cannot pretend."""
+    """The module ``pretend_gpu``; the test is skipped where PyTorch cannot pretend, or has a GPU."""
     return importlib.import_module("pretend_gpu")

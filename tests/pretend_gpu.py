@@ -25,7 +25,7 @@ except ImportError:  # PyTorch 2.9
     pytest.skip("this version of PyTorch takes no backend in Python", allow_module_level=True)
 
 if torch.cuda.is_available():  # PyTorch has one kind of accelerator at a time: CUDA's backward passes would fail beside this one
-    pytest.skip("a machine with a GPU needs no pretended one", allow_module_level=True)
+    pytest.skip("this machine has a GPU; CUDA_VISIBLE_DEVICES= hides it", allow_module_level=True)
 
 NAME = "pretend"
 CPU = torch.device("cpu")

@@ -135,6 +135,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
         ([], "training needs both --data and --test"),
         (["--tiny", "--data", "."], "training needs both --data and --test"),
         (["--data", "gone", "--test", "."], "gone is not a folder"),
+        (["--data", ".", "--test", ".", "--dev", "gone"], "gone is not a folder"),
+        (["--data", ".", "--test", ".", "--dev", "."], ". is in --data and is --dev; give other speech for validation"),
+        (["--tiny", "--dev", "."], "--dev is given without --data"),
         (["--parts", "table"], "PyTorch finds no GPU; give --tiny to try the script, or --device cpu"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Whole training runs on a device, with a budget for each optimizer step. They need no GPU: see tests/pretend_gpu.py."""
+"""Whole training runs on a device, with a budget for each optimizer step. The device is pretended: see
+tests/pretend_gpu.py."""
 
 import functools
 from pathlib import Path

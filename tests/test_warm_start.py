@@ -319,7 +319,7 @@ def test_the_loss_of_a_transducer_begins_with_the_ctc_head(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pruned", "full"])
-def test_a_new_transducer_without_a_warm_up_is_warned_of(kind, train, tmp_path):
+def test_the_pruned_loss_of_a_new_transducer_without_a_warm_up_is_warned_of(kind, train, tmp_path):
     make_model(tmp_path, 0, "conformer")
     (tmp_path / "mine.yaml").write_text(
         f"extends: [{ROOT}/hparams/conformer_transducer.yaml, {ROOT}/hparams/finetune.yaml]\nexperiment: mine\n"
