@@ -430,7 +430,7 @@ def draw_fine_tuning():
             (before,) = (float(row["WER"]) for row in mine if row["experiment"] == "before")
             axes.axhline(before, color=colors["quiet"], ls=":", lw=1.8, label="before fine-tuning")
             hours = sorted({float(row["train_hours"]) for row in mine if row["experiment"] in TUNED})
-            axes.set(xscale="log", ylim=(0, 105))
+            axes.set(xscale="log", ylim=(0, 110))
             axes.set_title(title, color=colors["ink"], fontsize=10)
             axes.set_xticks(hours, [f"{hour:.1f}" for hour in hours])
             axes.minorticks_off()

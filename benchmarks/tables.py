@@ -168,9 +168,8 @@ def fine_tuning():
     for row in read(FINE_TUNING):
         found.setdefault((row["experiment"], row["train_hours"], row["steps"]), {})[row["test_set"]] = row["WER"]
         sets[row["test_set"]] = None
-    lines = [
-        [name, f"{float(hours):.1f}", steps, *(rates[each] for each in sets)] for (name, hours, steps), rates in found.items()
-    ]
+    runs = sorted(found.items(), key=lambda run: (run[0][0] != "before", float(run[0][1]), run[0][0]))
+    lines = [[name, f"{float(hours):.1f}", steps, *(rates[each] for each in sets)] for (name, hours, steps), rates in runs]
     return table(["model", "hours", "steps", *(f"{name}, WER %" for name in sets)], lines)
 
 
