@@ -5,7 +5,7 @@
 
 MODEL is a model folder of recipes/MiniLibriSpeech, trained on other speech. For each number of hours, in one order of the
 utterances, this trains it further with hparams/finetune.yaml, with its tokenizer and with a new one. A third model of the same
-sizes begins with random weights, and sees the hours twice as often. Trainings that have rows in the output are left out, and
+sizes begins with random weights, and takes at least twice as many steps. Trainings that have rows in the output are left out, and
 interrupted ones continue. For MODEL itself:
 
     python train.py hparams/hyperconformer.yaml --corpus recipes/MiniLibriSpeech/fifteen_hours.yaml --data_folder FOLDER
