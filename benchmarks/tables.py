@@ -51,7 +51,7 @@ MODEL = "english"
 """The model of the package."""
 TEST_SETS = "test-clean", "test-librispeech", "test-speechocean"
 RATE_COLUMNS = [f"{name}, WER %" for name in TEST_SETS]
-LM_COLUMNS = {"tokens.arpa": "test-clean with a token 4-gram", "words.arpa": "test-clean with a word 3-gram"}
+WITH_LM, LM_COLUMN = (TEST_SETS[0], "tokens.arpa"), "test-clean with a token 4-gram"
 PEERS, PEERS_SET = ROOT / "benchmarks" / "results" / "peers.csv", "test-librispeech"
 PRACTICAL_CONFORMER = ROOT / "benchmarks" / "results" / "practical_conformer.csv"
 
@@ -105,14 +105,13 @@ def _words():
         if row["search"].endswith("transducer_beam" if row["experiment"] in transducers else "ctc_greedy"):
             runs.setdefault((row["experiment"], pass_in(row["search"])), {})[row["test_set"]] = row
     with_lm = _rates(WORDS / "searches.csv")
-    lms = {lm: column for lm, column in LM_COLUMNS.items() if any((TEST_SETS[0], lm) in rates for rates in with_lm.values())}
     for (experiment, said), sets in sorted(runs.items(), key=lambda run: float(run[1][TEST_SETS[0]]["WER"])):
         row = next(iter(sets.values()))
         rates = [_with_interval(sets[test_set]) if test_set in sets else "" for test_set in TEST_SETS]
-        rates += [with_lm.get((experiment, said), {}).get((TEST_SETS[0], lm), "") for lm in lms]
+        rates.append(with_lm.get((experiment, said), {}).get(WITH_LM, ""))
         name = experiment + said + (", beam of 4" if experiment in transducers else "")
         lines.append([name, f"{int(row['parameters']):,}", row["steps"], *rates])
-    return ["model", "parameters", "steps", *RATE_COLUMNS, *lms.values()], lines
+    return ["model", "parameters", "steps", *RATE_COLUMNS, LM_COLUMN], lines
 
 
 def words():
@@ -128,9 +127,9 @@ def _gpu():
     for (name, said), rates in found:
         pace = [paces[name]["steps"], f"{float(paces[name]['epochs']):.0f}"]
         pace += [f"{float(paces[name]['audio_seconds_per_second']):,.0f}x"]
-        rates = [rates.get(key, "") for key in (*((each, "") for each in TEST_SETS), (TEST_SETS[0], "tokens.arpa"))]
+        rates = [rates.get(key, "") for key in (*((each, "") for each in TEST_SETS), WITH_LM)]
         lines.append([name + said, f"{int(paces[name]['parameters']):,}", *pace, *rates])
-    return ["model", "parameters", "steps", "epochs", "audio / training time", *RATE_COLUMNS, LM_COLUMNS["tokens.arpa"]], lines
+    return ["model", "parameters", "steps", "epochs", "audio / training time", *RATE_COLUMNS, LM_COLUMN], lines
 
 
 def gpu():
@@ -143,7 +142,7 @@ def summary():
     (header, runs), (gpu_header, gpu_runs) = _words(), _gpu()
     rows = [dict(zip(header, line, strict=True)) for line in runs if line[0].startswith(MODEL)]
     rows += [dict(zip(gpu_header, line, strict=True)) for line in gpu_runs]
-    shown = ["model", "parameters", *RATE_COLUMNS, LM_COLUMNS["tokens.arpa"]]
+    shown = ["model", "parameters", *RATE_COLUMNS, LM_COLUMN]
     return table(shown, [[row[key] for key in shown] for row in rows])
 
 
