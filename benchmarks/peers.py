@@ -8,13 +8,14 @@ Peers are moonshine-voice, which includes its weights, and faster-whisper in int
 message. Folders of ``export --runtime sherpa-onnx`` also run without PyTorch. MANIFEST has any format that training takes, for
 example a LibriSpeech folder.
 
-Each system runs in a separate process, and transcribes one utterance at a time with greedy search. It may use one processor, but
-the runtime of moonshine-voice takes others too: its processor seconds are then more than its wall time. The audio is decoded
-before. References and texts are compared in upper case without punctuation, and without Whisper's normaliser. Digits for spelled
-numbers, or "Mr." for MISTER, are therefore errors, and rates are higher than normalised ones. ``real_time_factor`` is wall time;
-on a busy machine ``cpu_per_audio``, processor seconds per second of audio, is the better figure. Memory is the peak of the
-process, interpreter and audio included; the size is that of all files of a model. The peers were trained on 10,000 times the
-hours, so neither parameters nor hours of training are equal.
+Each system runs in a separate process, and transcribes one utterance at a time: peers and exported folders with greedy search,
+model folders with their own. It may use one processor, but the runtime of moonshine-voice takes others too: its processor
+seconds are then more than its wall time. The audio is decoded before. References and texts are compared in upper case without
+punctuation, and without Whisper's normaliser. Digits for spelled numbers, or "Mr." for MISTER, are therefore errors, and rates
+are higher than normalised ones. ``real_time_factor`` is wall time; on a busy machine ``cpu_per_audio``, processor seconds per
+second of audio, is the better figure. Memory is the peak of the process, interpreter and audio included; the size is that of
+all files of a model. The peers were trained on more than 10,000 times the hours, so neither parameters nor hours of training
+are equal.
 """
 
 import argparse

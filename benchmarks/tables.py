@@ -295,21 +295,27 @@ def heads():
 
 def phrases():
     """Error rates and recall with phrases, and without, on real speech and on the embedded corpus; without cascades."""
-    lines, found = [], [row for path in (WORDS / "searches.csv", HEADS) for row in read(path)]
+    lines, found = [], [row for path in (WORDS / "results.csv", WORDS / "searches.csv", HEADS) for row in read(path)]
+    without = {
+        (Path(row.get("model") or row["experiment"]).parts[0], row["test_set"], row["search"]): f"{float(row['WER']):.1f}"
+        for row in found
+        if not (row.get("phrases") or row.get("lm"))
+    }
     found = [row for row in found if row.get("phrases") and not row["lm"] and not pass_in(row["search"])]
     for row in sorted(found, key=lambda row: (row["test_set"], row["model"])):
-        is_greedy = "greedy" in row["search"]
+        name, is_greedy = Path(row["model"]).parts[0], "greedy" in row["search"]
         lines.append(
             [
-                Path(row["model"]).parts[0],
+                name,
                 row["test_set"],
                 row["search"],
                 "" if is_greedy else row.get("phrase_bonus", ""),
+                "" if is_greedy else without.get((name, row["test_set"], row["search"]), ""),
                 _with_interval(row),
                 f"{float(row['phrase_recall']):.0f} % of {row['phrases_said']}",
             ]
         )
-    return table(["model", "test set", "search", "bonus per token", "WER %", "phrases found"], lines)
+    return table(["model", "test set", "search", "bonus per token", "WER % without phrases", "WER %", "phrases found"], lines)
 
 
 def lm():
