@@ -368,13 +368,20 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
     assert texts[0] == texts[1] and len(texts[0]) > 5
     names = sorted(path.name for path in (tmp_path / "again").iterdir())
     assert names == [".talk.jsonl.from", "talk.jsonl", "talk.srt", "talk.vtt"]
-    # With another model, a finished file is refused, and an unfinished one is not continued
+    # With another model, a finished file is refused, and an unfinished one too; one without segments begins again
+    other = settings | {"model": "another"}
     with pytest.raises(ValueError, match="talk.jsonl is of other audio, another model or other settings"):
-        SegmentFile(tmp_path / "once", long_file, settings | {"model": "another"})
+        SegmentFile(tmp_path / "once", long_file, other)
     run(tmp_path / "other", stop=5)
-    file = SegmentFile(tmp_path / "other", long_file, settings | {"model": "another"})
+    partial = tmp_path / "other" / "talk.jsonl.partial"
+    content = partial.read_text()
+    with pytest.raises(ValueError, match="talk.jsonl.partial is of other audio, another model or other settings"):
+        SegmentFile(tmp_path / "other", long_file, other)
+    assert partial.read_text() == content
+    partial.write_text(content.splitlines()[0] + "\n")
+    file = SegmentFile(tmp_path / "other", long_file, other)
     with file.opened():
-        assert file.segments == []
+        assert file.segments == [] and len(partial.read_text().splitlines()) == 1
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import unicodedata
@@ -18,8 +19,8 @@ from speechbrain_ext.dataio.audio import count_samples
 from speechbrain_ext.decoders.alignment import Segment, Word
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference import transcribe as files_to_text
-from speechbrain_ext.inference.long_audio import SegmentFile
-from speechbrain_ext.inference.subtitles import MIN_SECONDS, SubtitleOptions, cues, subtitles
+from speechbrain_ext.inference.long_audio import SegmentFile, settings_of
+from speechbrain_ext.inference.subtitles import MIN_SECONDS, SubtitleOptions, _pieces, cues, subtitles
 from speechbrain_ext.inference.transcribe import transcribe_files
 from speechbrain_ext.utils.errors import UserError
 
@@ -276,6 +277,28 @@ def test_a_segment_without_words_is_divided_by_characters():
     assert "<" not in subtitles([segment], "vtt", SubtitleOptions(word_times=True))  # the times of these words are unknown
 
 
+@pytest.mark.parametrize(
+    "text, starts",
+    [
+        ("ONE TWO THREE FOUR", [0.0, 1.0, 2.0, 3.0]),
+        ("ONE 2 THREE FOUR", [0.0, 1.0, 2.0, 3.0]),
+        ("ONE TWOTHREE FOUR", [0.0, 1.0, 3.0]),
+        ("ONE TWO AND A THREE FOUR", [0.0, 1.0, 1.6, 1.85, 2.0, 3.0]),
+        ("SO ONE FOUR THEN", [0.0, 0.0, 3.0, 3.5]),
+        ("OTHER WORDS", [0.0, 1.75]),
+        ("", []),
+    ],
+)
+def test_a_text_that_was_corrected_by_hand(text, starts):
+    words = tuple(Word(word, start, start + 0.5, 1.0) for start, word in enumerate(("ONE", "TWO", "THREE", "FOUR")))
+    segment = Segment(0.0, 4.0, text, 1.0, words)
+    found = cues([segment], SubtitleOptions(1, 1, 1.0), 4.0)
+    assert " ".join(cue.text for cue in found) == text
+    assert " ".join(cue.text for cue in cues([segment])) == text
+    for piece, start in zip(_pieces(segment, DEFAULT), starts, strict=True):
+        assert piece.start == pytest.approx(start, abs=0.2)
+
+
 def test_what_is_no_text_makes_no_cue():
     assert cues([]) == [] and subtitles([], "srt") == "" and subtitles([], "vtt") == "WEBVTT\n"
     assert cues([Segment(0.0, 1.0, " \n", 0.0)]) == []
@@ -406,6 +429,49 @@ def test_a_segment_file_alone(tmp_path):
     file.finish([Segment(0.0, 5.0, "GO ON THEN", 1.0)], 4.0)
     assert [lines for *_, lines, _ in written(tmp_path / "out", "talk")[1]] == [["GO"], ["ON"], ["THEN"]]
     assert written(tmp_path / "out", "talk")[2][-1][1] == 4.0
+
+
+def test_texts_before_a_long_file_come_before_it_is_read(model, files, monkeypatch):
+    short, long = files
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    in_order = [transcript.file for transcript in transcribe_files(model, [short, long, short, "no.wav", long])]
+    assert in_order == [str(short), str(long), str(short), "no.wav", str(long)]
+    monkeypatch.setattr(files_to_text, "transcribe_long", stop)
+    found = transcribe_files(model, ["no.wav", short, short, long])
+    assert [next(found).file for _ in range(3)] == ["no.wav", str(short), str(short)]
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+
+
+def test_what_has_no_name_in_an_output_folder(model, files, tmp_path):
+    part = f"{files[0]}?offset=0&size={files[0].stat().st_size}"
+    assert next(transcribe_files(model, [part])).error is None
+    os.mkfifo(tmp_path / "pipe.wav")
+    for file in (part, tmp_path / "pipe.wav"):
+        with pytest.raises(UserError, match="is a pipe or a part of a file; copy it to a file, or give no output folder"):
+            transcribe_files(model, [file], tmp_path / "out")
+    long = tmp_path / f"{'日' * 78}.wav"
+    long.write_bytes(files[0].read_bytes())
+    with pytest.raises(UserError, match="日.wav is too long for the files beside its transcript; rename it"):
+        transcribe_files(model, [long], tmp_path / "out")
+    fits = long.rename(tmp_path / f"{'日' * 76}.wav")
+    assert next(transcribe_files(model, [fits], tmp_path / "out")).error is None
+
+
+def test_a_choice_that_changes_nothing_is_no_other_setting(model, files, tmp_path):
+    plain = settings_of(model)
+    with model.choosing():
+        model.choose_search(model.own_search)
+    assert settings_of(model) == plain
+    model.choose_search("ctc_beam")
+    with_beam = settings_of(model)
+    model.choose_beam(model.beam_of("ctc_beam"))
+    assert settings_of(model) == with_beam != plain
+    model.choose_beam(None)
+    model.choose_search(None)
 
 
 def test_options_without_a_folder(model, files):

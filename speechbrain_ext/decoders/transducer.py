@@ -167,19 +167,21 @@ class TransducerSearch(nn.Module):
     def _begin(self, batch, beam_size):
         """The state of beams without a token.
 
-        It is a tuple of scores (B, K), hashes (B, K), predictor states, graph states (B * K, G) and rewards in scores (B, K).
+        It is a tuple of scores (B, K), hashes (B, K), predictor states, graph states (B * K, G), rewards in scores (B, K) and the
+        graphs, so that a stream keeps those that it began with.
         """
+        graphs = list(self.graphs)
         state = self.transducer.predictor.begin(batch * beam_size)
         scores = state[0].new_full((batch, beam_size), -math.inf, dtype=torch.float32)
         scores[:, 0] = 0.0
-        graph = token_graph.begin(self.graphs, batch * beam_size, scores.device)
-        return scores, torch.zeros_like(scores, dtype=torch.long), state, graph, torch.zeros_like(scores)
+        graph = token_graph.begin(graphs, batch * beam_size, scores.device)
+        return scores, torch.zeros_like(scores, dtype=torch.long), state, graph, torch.zeros_like(scores), graphs
 
     def _scores(self, state):
         """Scores of each utterance's hypotheses, if they end here, and the rewards in them."""
-        scores, _, _, graph, rewards = state
-        scores = scores + token_graph.ends(self.graphs, graph).view_as(scores)
-        return scores.tolist(), (rewards + token_graph.ends(*token_graph.rewards(self.graphs, graph)).view_as(scores)).tolist()
+        scores, _, _, graph, rewards, graphs = state
+        scores = scores + token_graph.ends(graphs, graph).view_as(scores)
+        return scores.tolist(), (rewards + token_graph.ends(*token_graph.rewards(graphs, graph)).view_as(scores)).tolist()
 
     def _beam(self, frames, lengths, state):
         """Extend the hypotheses of ``state``; returns the new (token, frame) pairs of each hypothesis, and the next state.
@@ -188,12 +190,12 @@ class TransducerSearch(nn.Module):
         the best hypothesis changes only scores. Several such frames are processed at once, up to the next frame with a label.
         With a language model, special tokens are left out: it gives them no score, which is better than that of most tokens.
         """
-        scores, hashes, predictor, graph, rewards = state
+        scores, hashes, predictor, graph, rewards, graphs = state
         (batch, beam), blank, device = scores.shape, self.transducer.blank_index, scores.device
         rows, own = torch.arange(batch, device=device).unsqueeze(1), torch.arange(beam, device=device)
         window, order = torch.arange(WINDOW, device=device), torch.arange(2 * beam, device=device)
         at, steps, last = lengths.new_zeros(batch), [], max(0, frames.shape[1] - 1)
-        left_out = next((graph.special.clone() for graph in self.graphs if not graph.is_reward), None)
+        left_out = next((each.special.clone() for each in graphs if not each.is_reward), None)
         if left_out is not None:
             left_out[blank] = False
         for _ in _steps(at, lengths, frames.shape[1]):
@@ -202,8 +204,8 @@ class TransducerSearch(nn.Module):
             seen = frames[rows, places.clamp(max=last)].unsqueeze(1)
             predicted = self.transducer.predict(predictor).unflatten(0, (batch, beam)).unsqueeze(2)
             log_probs = self.transducer.join(seen, predicted).log_softmax(-1)  # (B, K, W, V)
-            if self.graphs:
-                log_probs = log_probs + token_graph.added(self.graphs, graph).view(batch, beam, 1, -1)
+            if graphs:
+                log_probs = log_probs + token_graph.added(graphs, graph).view(batch, beam, 1, -1)
             if left_out is not None:
                 log_probs = log_probs.masked_fill(left_out, -math.inf)
             blanks = log_probs[..., blank].masked_fill(~valid, 0.0)
@@ -215,7 +217,7 @@ class TransducerSearch(nn.Module):
             place = first.view(-1, 1, 1)
             here = log_probs.gather(2, place.unsqueeze(3).expand(-1, beam, 1, log_probs.shape[3])).squeeze(2)  # (B, K, V)
             before = (after - blanks).gather(2, place.expand(-1, beam, 1))
-            values, at_end = (before + here).flatten(1), token_graph.settled(self.graphs, graph)
+            values, at_end = (before + here).flatten(1), token_graph.settled(graphs, graph)
             at_end = None if at_end is None else at_end.view(batch, -1)
             candidates = choose(values, at_end, 2 * beam)
             values, at_end = values.gather(1, candidates), None if at_end is None else at_end.gather(1, candidates)
@@ -236,18 +238,18 @@ class TransducerSearch(nn.Module):
             hashes = torch.where(takes, keys.gather(1, kept), hashes)
             chosen = (rows * beam + parents).flatten()
             predictor, graph = tuple(part[chosen] for part in predictor), graph[chosen]
-            rewards, (rewarding, inside) = rewards.gather(1, parents), token_graph.rewards(self.graphs, graph)
+            rewards, (rewarding, inside) = rewards.gather(1, parents), token_graph.rewards(graphs, graph)
             if rewarding:
                 rewards = rewards + token_graph.added(rewarding, inside).gather(1, said.view(-1, 1)).view_as(rewards)
             following = self.transducer.predictor.advance(predictor, said.flatten())
             is_label = said.flatten() != blank
             predictor = tuple(_where(is_label, new, old) for new, old in zip(following, predictor, strict=True))
-            graph = _where(is_label, token_graph.advance(self.graphs, graph, said.flatten()), graph)
+            graph = _where(is_label, token_graph.advance(graphs, graph, said.flatten()), graph)
             steps.append(torch.cat((parents, said, (at + first).unsqueeze(1)), 1))
             at += torch.where(found, first + 1, WINDOW)
         steps = torch.stack(steps, 1).tolist() if steps else [[]] * batch  # (B, steps, 2 K + 1)
         texts = [[trace(each, place, beam, blank) for place in range(beam)] for each in steps]
-        return texts, (scores, hashes, predictor, graph, rewards)
+        return texts, (scores, hashes, predictor, graph, rewards, graphs)
 
 
 class TransducerStream:

@@ -84,9 +84,9 @@ class SearchChoices:
 
     @property
     def search_settings(self):
-        """Chosen settings of the search, for files that depend on them."""
-        chosen, lm = self.choices, self.choices.lm
-        settings = {"search": chosen.searches and chosen.searches[0], "beam": chosen.beam_size, "phrases": chosen.phrases}
+        """Settings of the search, chosen or not, for files that depend on them."""
+        search, phrases, lm = self.own_search, self.choices.phrases, self.choices.lm
+        settings = {"search": search, "beam": self.beam_of(search), "phrases": phrases}
         settings["lm"] = lm and [*(lm.digests or [lm.source]), *lm.settings.values()]
         return {name: value for name, value in settings.items() if value}
 

@@ -19,6 +19,7 @@ from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, Word
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_config, frame_samples
 from speechbrain_ext.inference.subtitles import subtitles
+from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError, is_number
 from speechbrain_ext.utils.files import locked, write_text
 
@@ -28,6 +29,8 @@ MARGIN = 100
 """Frames on either side of those, 4 s."""
 BATCH = 4
 """Windows per batch."""
+LONGEST_NAME = 255
+"""Bytes of the name of a file, on the file systems of Linux and macOS."""
 
 
 def window_frames(model, blocks, start=0):
@@ -130,7 +133,7 @@ class SegmentFile:
 
     ``NAME.jsonl.partial`` holds the segments of an unfinished file. A later run with the same audio, model and settings continues
     there, and its result is the same as that of one run. A finished file is not changed; ``.NAME.jsonl.from`` states its audio,
-    model and settings. Subtitles can be written again from the segments with other options.
+    model and settings. With other ones, both are refused. Subtitles can be written again from the segments with other options.
 
     Arguments
     ---------
@@ -148,8 +151,8 @@ class SegmentFile:
     OSError
         If the folder cannot be written to.
     UserError
-        If the finished file is of other audio, another model or other settings, if it is damaged, or if the folder holds
-        subtitles from elsewhere.
+        If there is a transcript of other audio, another model or other settings, if it is damaged, if the folder holds subtitles
+        from elsewhere, or if the name of the audio file is too long.
     """
 
     def __init__(self, folder, path, settings, subtitle_options=None):
@@ -160,6 +163,8 @@ class SegmentFile:
         if not os.access(self._final.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(self._final.parent))
         self._made_of = self._final.with_name(f".{self._final.name}.from")
+        if len(os.fsencode(self._made_of.name)) + len("..4194304.tmp") > LONGEST_NAME:  # while it is written
+            raise UserError(f"The name of {path} is too long for the files beside its transcript; rename it.")
         file = os.stat(path)
         self._header = json.dumps({"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns, **settings})
         self.segments = []
@@ -178,12 +183,22 @@ class SegmentFile:
         elif not self._made_of.exists() and not self._partial.exists():
             for path in filter(Path.exists, self._subtitles):
                 raise UserError(f"{path} exists, but this command did not write it; move it away, or give another folder.")
+        elif self._partial.exists():
+            self._known(self._partial.read_bytes())
 
     def _refuse_other(self):
-        if not self._made_of.exists() or self._made_of.read_text(encoding="utf-8") != self._header:
-            raise UserError(
-                f"{self._final} is of other audio, another model or other settings; delete it, or give another folder."
-            )
+        if not self._made_of.exists() or self._made_of.read_bytes() != self._header.encode():
+            raise _other(self._final)
+
+    def _known(self, content):
+        """The segments of an unfinished file, and the number of bytes up to their end, without a line that a stop has cut."""
+        header, *lines = content.split(b"\n")[:-1] or [b""]
+        segments = _parse(lines)
+        if header == self._header.encode():
+            return segments, sum(len(line) + 1 for line in (header, *lines[: len(segments)]))
+        if segments:
+            raise _other(self._partial)
+        return [], 0
 
     @property
     def _subtitles(self):
@@ -196,19 +211,16 @@ class SegmentFile:
         Raises
         ------
         UserError
-            If another process is writing the same file.
+            If another process is writing the same file, or has begun it with other settings.
         """
         taken = f"Another process is writing {self._partial}; wait for it, or give another folder."
         with locked(self._partial, taken):
             if not self.finished and self._final.exists():  # another process or call has finished it meanwhile
                 self._refuse_other()
             with open(self._partial, "r+b") as file:
-                header, *lines = file.read().split(b"\n")[:-1] or [b""]  # whole lines only
-                goes_on = header == self._header.encode()
-                self.segments = _parse(lines) if goes_on else []
-                # Drop a line that a stop has cut, and all lines if they are of other audio or settings.
-                file.truncate(sum(len(line) + 1 for line in (header, *lines[: len(self.segments)])) if goes_on else 0)
-            if not goes_on:
+                self.segments, length = self._known(file.read())
+                file.truncate(length)
+            if not length:
                 self._append(self._header)
             try:
                 yield
@@ -269,8 +281,13 @@ def settings_of(model, streaming=False):
         raise UserError("The model has no fingerprint, but an output folder needs one; load it with load_model.")
     config = chunk_config(model)
     chunks = (config.chunk_size, config.left_context_size)
-    settings = {"model": model.fingerprint, "pass": model.pass_name, "streaming": streaming, "chunks": chunks}
+    name = model.pass_name or passes_of(model.mods.encoder.transformer.encoder)[-1]
+    settings = {"model": model.fingerprint, "pass": name, "streaming": streaming, "chunks": chunks}
     return settings | model.search_settings
+
+
+def _other(path):
+    return UserError(f"{path} is of other audio, another model or other settings; delete it, or give another folder.")
 
 
 def _line(segment):

@@ -5,6 +5,7 @@ broadcasters do, a cue has up to two lines of 42 characters, and lasts 1 to 7 s.
 where the cues become about equal. Its lines are of similar length, the upper one the shorter.
 """
 
+import difflib
 import math
 import re
 import unicodedata
@@ -215,7 +216,23 @@ def _spaced(pieces):
 def _pieces(segment, options):
     if not segment.words:  # a search may find more words than can be aligned
         return _estimated(segment.text, segment.start, segment.end, options, is_timed=False)
-    return [piece for word in segment.words for piece in _estimated(word.text, word.start, word.end, options, is_timed=True)]
+    words, said, pieces = segment.words, segment.text.split(), []
+    if " ".join(word.text for word in words).split() == said:
+        return [piece for word in words for piece in _estimated(word.text, word.start, word.end, options, is_timed=True)]
+    # The text was corrected by hand: unchanged words keep their times
+    changes = difflib.SequenceMatcher(None, [word.text for word in words], said, autojunk=False).get_opcodes()
+    for _, first, last, start, end in changes:
+        if last - first == end - start:
+            for word, text in zip(words[first:last], said[start:end], strict=True):
+                pieces += _estimated(text, word.start, word.end, options, is_timed=True)
+        elif start < end:
+            if first < last:
+                begin, until = words[first].start, words[last - 1].end
+            else:  # between two words
+                begin = words[first - 1].end if first else segment.start
+                until = max(begin, words[first].start if first < len(words) else segment.end)
+            pieces += _estimated(" ".join(said[start:end]), begin, until, options, is_timed=False)
+    return pieces
 
 
 def _estimated(text, start, end, options, is_timed):

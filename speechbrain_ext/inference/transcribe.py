@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from speechbrain_ext.dataio.audio import count_samples, load_audio
+from speechbrain_ext.dataio.audio import count_samples, load_audio, split_location
 from speechbrain_ext.decoders.alignment import within
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of, transcribe_long
 from speechbrain_ext.inference.segments import split_at_pauses
@@ -70,8 +70,9 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
     Raises
     ------
     UserError
-        If two files would have the same name in the output folder, if the output folder holds a transcript of other audio or
-        settings, or if subtitle options are given without an output folder.
+        If two files would have the same name in the output folder, if a name is too long, if one is a pipe or a part of a file,
+        if the output folder holds a transcript of other audio or settings, or if subtitle options are given without an output
+        folder.
     OSError
         If the output folder cannot be created. A transcript that cannot be written, for example on a full disk, has an ``error``.
     """
@@ -87,8 +88,7 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
 def _transcripts(run, files):
     with tqdm(total=len(files), unit=" files", disable=not run.progress or len(files) < 2) as run.bar:
         for start in range(0, len(files), WINDOW):
-            window = files[start : start + WINDOW]
-            yield from map(run.transcripts(window).__getitem__, window)
+            yield from run.transcripts(files[start : start + WINDOW])
 
 
 @contextmanager
@@ -109,6 +109,8 @@ def _outputs(model, files, output, streaming, subtitle_options):
             raise UserError(
                 f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give each another output folder."
             )
+        if not os.path.isfile(file) and os.path.exists(split_location(file)[0]) and not os.path.isdir(file):
+            raise UserError(f"{file} is a pipe or a part of a file; copy it to a file, or give no output folder.")
         names[name] = file
     settings = settings_of(model, streaming)
     return {file: SegmentFile(output, file, settings, subtitle_options) for file in names.values() if os.path.isfile(file)}
@@ -122,9 +124,10 @@ class _Run:
         self.bar = None
 
     def transcripts(self, files):
-        """Transcripts by file."""
-        found, wavs = {}, {}
+        """Transcripts in the order of the files. Short files are collected, up to the next long one."""
+        found, wavs, waiting = {}, {}, []
         for file in files:
+            waiting.append(file)
             if file in found or file in wavs:
                 self.bar.update()
                 continue
@@ -134,6 +137,9 @@ class _Run:
                     self.outputs[file].write_subtitles(seconds)
                     found[file] = self._done(file, self.outputs[file].segments, is_from_before=True)
                 elif seconds > LONG_SECONDS or self.streaming:
+                    found |= self._short(wavs)
+                    yield from map(found.__getitem__, waiting[:-1])
+                    wavs, waiting = {}, [file]
                     found[file] = self._long(file, seconds)
                 else:
                     wavs[file] = load_audio(file, self.model.sample_rate)  # batches go to the device, not the whole window
@@ -141,9 +147,12 @@ class _Run:
                 found[file] = self._failed(file, error)
             except (RuntimeError, MemoryError) as error:
                 found[file] = self._failed(file, _of_memory(error))
-        for batch in self._batches(wavs):
-            found |= self._batch(batch, wavs)
-        return found
+        found |= self._short(wavs)
+        yield from map(found.__getitem__, waiting)
+
+    def _short(self, wavs):
+        """Transcripts of short files, from their samples, by file."""
+        return {file: transcript for batch in self._batches(wavs) for file, transcript in self._batch(batch, wavs).items()}
 
     def _batches(self, wavs):
         """Batches of about the same length, the longest first, because an error for lack of memory then occurs at once."""
