@@ -416,3 +416,11 @@ def test_readme_block(tmp_path):
     report.write_readme(tmp_path / "README.md", tmp_path / "results")
     text = (tmp_path / "README.md").read_text()
     assert "earlier text" not in text and "### box" in text and "](results/box_cost.png)" in text and text.endswith("after\n")
+
+
+@pytest.mark.parametrize("text, message", [(None, "There is no file"), ("# Mine\n", "has no place for the tables")])
+def test_a_readme_without_a_place_is_refused_before_the_measurement(text, message, tmp_path, capsys):
+    if text:
+        (tmp_path / "README.md").write_text(text)
+    assert cli.main(["bench", "--readme", str(tmp_path / "README.md"), "--output", str(tmp_path / "rows.csv")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "rows.csv").exists()

@@ -63,6 +63,23 @@ def test_the_current_folder_can_be_replaced(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_a_folder_is_never_lost(tmp_path, monkeypatch):
+    """Also if the program is stopped after the old folder has left and before the new one has come."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    replace = os.replace
+
+    def stop_at_the_second(source, target):
+        if Path(source).suffix == ".partial":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "folder") as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
+
+
 # -------------------- no empty success
 
 

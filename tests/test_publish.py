@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.model_folder.fetch import download
+from speechbrain_ext.utils.errors import UserError
 
 FILES = {"README.md", "asr.safetensors", "config.json", "hyperparams.yaml", "tokenizer.ckpt"}
 
@@ -156,3 +158,17 @@ def test_a_server_that_does_not_answer(world):
     publish, transcribe = client(folder / "nothing", "http://127.0.0.1:9", *commands, HF_TOKEN=TOKEN)
     sentence(publish, 1, "http://127.0.0.1:9 cannot be reached")
     sentence(transcribe, 2, "ann/speech", "cannot be reached")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "/cache/hub"), OSError(28, "No space left on device")]
+)
+def test_a_cache_that_cannot_be_written(error, monkeypatch):
+    """It is not said to be the network."""
+
+    def failing(*args, **keys):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
+    with pytest.raises(UserError, match=f"cannot be written: {error.strerror}; set HF_HOME to another folder"):
+        download("ann/speech", None, ["config.json"])

@@ -9,7 +9,7 @@ from speechbrain_ext.bench.audio import WORKERS
 from speechbrain_ext.bench.models import BASELINE
 from speechbrain_ext.bench.run import EQUAL, FIELDS
 from speechbrain_ext.utils.errors import UserError, UserImportError
-from speechbrain_ext.utils.files import read_csv
+from speechbrain_ext.utils.files import read_csv, write_text
 
 LEGEND = f"""\
 The real-time factor is seconds of computation per second of audio in the whole batch; lower is better. Times are medians.
@@ -35,6 +35,10 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
+"""The marks around a table of a Markdown file."""
+
+
 def fill(text, name, content):
     """Put content between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
@@ -43,7 +47,7 @@ def fill(text, name, content):
     >>> fill("<!-- x:begin -->\\nold\\n<!-- x:end -->", "x", "new")
     '<!-- x:begin -->\\n\\nnew\\n\\n<!-- x:end -->'
     """
-    block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    block = re.compile(BLOCK.format(name), re.DOTALL)
     return block.sub(lambda match: f"{match[1]}\n{content}\n\n{match[2]}", text)
 
 
@@ -418,6 +422,22 @@ def plot(source, wers=()):
         plot_wer(rows, list(wers), _folder(source) / f"{machine}_wer.png")
 
 
+def check_readme(readme):
+    """Refuse a Markdown file without the marks of :func:`write_readme`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    UserError
+        If it has no marks.
+    """
+    if not Path(readme).is_file():
+        raise FileNotFoundError(f"There is no file {readme} for the tables; give another --readme.")
+    if not re.search(BLOCK.format("bench"), Path(readme).read_text(encoding="utf-8"), re.DOTALL):
+        raise UserError(f"{readme} has no place for the tables; add the lines <!-- bench:begin --> and <!-- bench:end -->.")
+
+
 def write_readme(readme, source):
     """Put tables and existing plots between the marks of a Markdown file.
 
@@ -429,7 +449,7 @@ def write_readme(readme, source):
         The CSV file, or the folder with one file for each machine.
     """
     readme = Path(readme)
-    readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), readme.parent, source), encoding="utf-8")
+    write_text(readme, fill_readme(readme.read_text(encoding="utf-8"), readme.parent, source))
 
 
 def fill_readme(text, base, source):

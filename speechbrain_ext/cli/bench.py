@@ -76,6 +76,8 @@ def run(arguments):
         )
         try:
             check(settings)
+            if options["readme"]:
+                report.check_readme(options["readme"])
             path = Path(options["output"] or f"results/bench/{machine(settings)}{'-quick' * bool(options['quick'])}.csv")
             wers = report.read_wers(options["wer"], settings.dims) if options["wer"] else ()
             if options["report"]:

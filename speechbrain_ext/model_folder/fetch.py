@@ -1,11 +1,15 @@
 """Find a model that is no folder of the user's: that of the package, or one of Hugging Face."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
 from speechbrain_ext.utils.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Errors of a cache that cannot be written."""
 ENGLISH = "english"
 """Name of the small English model that comes with the package."""
 SHIPPED = Path(__file__).resolve().parents[1] / "models"
@@ -61,7 +65,7 @@ def download(
     FileNotFoundError
         If there is no such model or revision, or it is not in the cache and Hugging Face cannot be reached.
     UserError
-        If a revision is given for the model of the package.
+        If a revision is given for the model of the package, or the cache cannot be written.
 
     Example
     -------
@@ -74,7 +78,7 @@ def download(
             raise UserError(f"{source} comes with the package and has no revision {revision}; leave the revision out.")
         return SHIPPED / source
 
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -94,6 +98,9 @@ def download(
             f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if error.errno in NOT_WRITTEN:
+            place = error.filename or os.path.dirname(constants.HF_HUB_CACHE)
+            raise UserError(f"{place} cannot be written: {os.strerror(error.errno)}; set HF_HOME to another folder.") from error
         version = f"{source} at revision {revision}" if revision else source
         raise FileNotFoundError(
             f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "

@@ -165,6 +165,8 @@ def replacing_folder(folder):
         os.replace(partial, folder)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
+        if replaced.exists() and not folder.exists():  # stopped between the two
+            os.replace(replaced, folder)
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileExistsError):
             is_full = error.filename is None and error.errno in FULL
