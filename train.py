@@ -17,7 +17,6 @@ docs/hparams.md lists them. Needed most often:
 --logger tensorboard, --logger wandb                 losses and error rates in a browser
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,11 +25,10 @@ sys.path.insert(0, str(ROOT))  # corpus files name functions in recipes/
 
 import speechbrain as sb  # noqa: E402
 import torch  # noqa: E402
-from speechbrain.utils.distributed import ddp_init_group  # noqa: E402
 
 from speechbrain_ext.training.report import list_hparams, list_options, print_help  # noqa: E402
 from speechbrain_ext.training.run import run  # noqa: E402
-from speechbrain_ext.training.settings import REFUSED, take_paths  # noqa: E402
+from speechbrain_ext.training.settings import REFUSED, begin_processes, take_paths  # noqa: E402
 from speechbrain_ext.utils.errors import UsageError, UserError, one_line  # noqa: E402
 
 
@@ -45,12 +43,8 @@ def main(argv=None):
     if corpus:
         sys.path.insert(0, str(Path(corpus).resolve().parent))  # its functions may lie beside it
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    if run_opts.device == "cpu" or not torch.cuda.is_available():  # SpeechBrain's default, nccl, needs a GPU
-        run_opts = dataclasses.replace(
-            run_opts, distributed_backend="gloo", overridden_args={*run_opts.overridden_args, "distributed_backend"}
-        )
     try:
-        ddp_init_group(run_opts)
+        run_opts = begin_processes(run_opts)
         corpora = (ROOT / "recipes" / name / "corpus.yaml" for name in ("Synthetic", "Manifest"))
         run(hparams_file, run_opts, overrides, paths, corpus, *corpora)
     except (UserError, OSError) as error:

@@ -140,7 +140,7 @@ def test_the_command_prints_figures_and_adds_rows(folder, tmp_path, capsys):
     assert tuple(rows[0])[: len(FIELDS)] == FIELDS
     assert (
         rows[0]["architecture"] == "hyperconformer"
-        and rows[0]["hardware"].endswith(", 1 threads")
+        and rows[0]["hardware"].endswith(", 1 thread")
         and rows[0]["utterances"] == "2"
     )
     assert float(rows[0]["WER_low"]) <= float(rows[0]["WER"]) <= float(rows[0]["WER_high"]) and rows[0]["lm"] == ""

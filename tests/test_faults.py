@@ -157,6 +157,8 @@ def test_a_transducer_trains_on_more_tokens_than_frames(kind, kept, tmp_path):
     dataset = SimpleNamespace(data=data)
     drop_unfit(dataset, hparams, tmp_path / "unfit.csv", "train")
     assert "".join(dataset.data) == kept and (tmp_path / "unfit.csv").exists() == (kind != "full")
+    drop_unfit(dataset, hparams, tmp_path / "unfit.csv", "train")
+    assert not (tmp_path / "unfit.csv").exists()  # nothing is left out any more
 
 
 @pytest.mark.parametrize("name", ["hyperconformer_streaming", "squeezeformer"])

@@ -11,7 +11,7 @@ import ruamel.yaml
 import speechbrain as sb
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, SMALL, SMALL_TRANSDUCER, arguments, rows, train
+from tiny import ARCHITECTURES, CTC, SMALL, SMALL_TRANSDUCER, arguments, rows, train, train_here
 
 from speechbrain_ext.brains.asr import AsrBrain, check_heads
 from speechbrain_ext.hparams import merge_hparams
@@ -19,7 +19,8 @@ from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.model_folder import WEIGHTS
 from speechbrain_ext.model_folder.write import model_parts
-from speechbrain_ext.training.settings import choose_setting, take_paths
+from speechbrain_ext.training.settings import checked_options, choose_setting, take_paths
+from speechbrain_ext.utils.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFORMER = ROOT / "hparams" / "conformer.yaml"
@@ -228,7 +229,61 @@ def test_two_processes(name, tested, corpus, tmp_path):
         launcher=launcher,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert len(rows(tmp_path)) == tested
+    found = rows(tmp_path)
+    assert len(found) == tested and all(row["hardware"].startswith("2 x ") for row in found)
+    log = (tmp_path / "results" / name / "7775" / "train_log.txt").read_text()
+    assert re.search("epoch: 2, .*train padding %: [1-9]", log)  # of both processes: one of them has no padding
+
+
+def test_two_processes_in_debug_mode(corpus, tmp_path):
+    """They share the folder of checkpoints."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [CONFORMER, "--data_folder", corpus, "--device", "cpu", "--debug", *arguments(**CTC)]
+    run = train(tmp_path, *command, launcher=launcher)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert list((tmp_path / "results").glob("*/7775_debug/pretrained"))
+
+
+def test_options_of_the_brain_are_on_record():
+    """In the row of the results, and in hyperparams.yaml if the file has the key."""
+    given = "--grad_accumulation_factor 4 --max_grad_norm 1.0 --optimizer_step_limit 77 --eval_precision bf16"
+    file, run_opts, overrides = sb.parse_arguments([str(CONFORMER), *given.split(), "--ckpt_interval_steps", "50"])
+    setting = choose_setting(file, checked_options(run_opts), overrides, {}, None, None)
+    assert sorted(setting.asked.split(" --")) == sorted(given.split(" --"))
+    plain = setting.plain()
+    assert (plain["grad_accumulation_factor"], plain["max_grad_norm"], plain["ckpt_interval_minutes"]) == (4, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "in_file, given, message",
+    [
+        ("jit: True", [], "--jit is not supported: TorchScript supports none of these encoders"),
+        ("", ["--jit"], "--jit is not supported: TorchScript supports none of these encoders"),
+        ("", ["--normalize", "{update_until_epoch: 1}"], "the features would have no statistics; give at least 2"),
+        ("", ["--freeze", "[normalize]"], "the features would have no statistics; give at least 2, and do not freeze normalize"),
+        ("", ["--ckpt_interval_steps", "5", "--ckpt_interval_minutes", "5"], "exclude each other; give one"),
+    ],
+)
+def test_settings_that_would_fail_later(in_file, given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"extends: {CONFORMER}\n{in_file}\n")
+    with pytest.raises(UsageError, match=message):
+        train_here("mine.yaml", "--data_folder", "x", "--device", "cpu", *given)
+
+
+def test_debug_mode_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"extends: {CONFORMER}\ndebug: True\n")
+    setting = choose_setting(*sb.parse_arguments(["mine.yaml"]), {}, None, None)
+    assert setting.plain()["output_folder"] == "results/conformer/7775_debug"
+
+
+def test_the_padding_of_the_authors_weights_trains(corpus, tmp_path):
+    """As when they are fine-tuned; the number of frames then depends on the batch."""
+    keys = {**CTC, "subsampling": "{padding: right}", "encoder_kwargs": "{padding: right}"}
+    command = [ROOT / "hparams" / "squeezeformer.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys)]
+    run = train(tmp_path, *command)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_help_may_be_cut_short():

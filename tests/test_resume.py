@@ -1,6 +1,7 @@
 """A run that is interrupted and started again ends with exactly the weights of an uninterrupted run (on CPU)."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from tiny import CTC, SMALL, arguments, make_corpus, rows, train
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
 from speechbrain_ext.hparams import merge_hparams
+from speechbrain_ext.training import checkpoints
 from speechbrain_ext.training import run as training
-from speechbrain_ext.training.checkpoints import AtomicCheckpointer, DamagedCheckpoint
+from speechbrain_ext.training.checkpoints import AtomicCheckpointer, DamagedCheckpoint, RandomStates
 from speechbrain_ext.training.settings import UsageError, check_folder
 from speechbrain_ext.utils.errors import UserError
 
@@ -347,6 +349,16 @@ def test_an_epoch_that_another_number_of_processes_has_begun_begins_again(tmp_pa
     text = (within.path / "CKPT.yaml").read_text()
     (within.path / "CKPT.yaml").write_text(text.replace("processes: 1", "processes: 2"))
     assert checkpointer.recover_if_possible().path == first.path
+
+
+def test_a_process_that_the_run_did_not_have_draws_other_numbers(tmp_path, monkeypatch):
+    RandomStates().save(tmp_path / "states.ckpt")
+    drawn = []
+    for rank in (None, 1, 2, 1):
+        monkeypatch.setattr(checkpoints, "get_rank", lambda rank=rank: rank)
+        RandomStates().load(tmp_path / "states.ckpt", end_of_epoch=True)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[1] == drawn[3] and all(len(set(column)) == 3 for column in zip(*drawn, strict=True))
 
 
 def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from speechbrain_ext.lobes.augment import repeated
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, reestimate_statistics, statistics_of
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
 from speechbrain_ext.model_folder.write import check_normalization, model_parts
+from speechbrain_ext.utils.distributed import gather_from_processes
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 from speechbrain_ext.utils.machine import peak_memory_mib
 
@@ -225,6 +227,10 @@ class AsrBrain(Brain):
         self.frozen = Frozen(hparams["model"], self.parts, hparams["freeze"], hparams["freeze_steps"])
         check_scales(hparams["lr_scales"], self.parts)
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        if self.debug and self.distributed_launch and checkpointer is not None:  # each process has made a folder
+            place = [str(checkpointer.checkpoints_dir)]
+            torch.distributed.broadcast_object_list(place, device=torch.device(self.device))
+            checkpointer.checkpoints_dir = Path(place[0])
         if self.hparams.activation_checkpointing:
             self.hparams.speech_encoder.recompute_activations()
         # Totals of training, over all starts of the run
@@ -281,8 +287,10 @@ class AsrBrain(Brain):
 
     def count_frames(self, batch, length, augments):
         """Numbers of encoder frames (B,) of a batch of signals of this length. The host computes them, without waiting for the
-        device. None if augmentation may have changed the relative lengths."""
+        device. None if augmentation may have changed the relative lengths, or the batch decides."""
         hparams = self.hparams
+        if getattr(hparams.subsampling, "padding", "symmetric") != "symmetric":
+            return None
         augmentations = [hparams.wav_augment, hparams.fea_augment] if augments else []
         if not all(getattr(each, "keeps_lengths", False) for each in augmentations if each):
             return None
@@ -531,7 +539,7 @@ class AsrBrain(Brain):
                 f"{message}; this happened {self.nonfinite_count} times in the epoch, more often than nonfinite_patience allows: "
                 "check these utterances, lower lr, or use bf16 or fp32 in place of fp16."
             )
-        logger.warning("%s; the step is left out.", message)
+        logger.warning("%s; the step is left out.", message, main_process_only=False)
 
     def on_fit_batch_start(self, batch, should_step):
         """Unfreeze parts that were frozen for some steps."""
@@ -566,10 +574,13 @@ class AsrBrain(Brain):
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log; after validation save a checkpoint."""
         if stage == Stage.TRAIN:
-            self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(str(self.device)))
-            self.train_stats = {"loss": float(stage_loss)}
-            if self.padded_seconds:  # since the last start, of this process
-                self.train_stats["padding %"] = 100 * (1 - self.epoch_seconds / self.padded_seconds)
+            peak = max(self.peak_memory_mib, peak_memory_mib(str(self.device)))
+            measured = torch.tensor([stage_loss, self.epoch_seconds, self.padded_seconds, peak], dtype=torch.float64)
+            (of_all,) = gather_from_processes(measured.to(self.device) if self.distributed_launch else measured)
+            loss, seconds, padded, _ = of_all.mean(0).tolist()
+            self.train_stats, self.peak_memory_mib = {"loss": loss}, of_all[:, 3].max().item()
+            if padded:  # since the last start
+                self.train_stats["padding %"] = 100 * (1 - seconds / padded)
             return
         stats = {"loss": float(stage_loss)}
         stats |= {f"WER {search}": float(rate.summarize("error_rate")) for search, rate in self.error_rates.items()}

@@ -4,11 +4,13 @@ import copy
 import math
 import os
 import random
+from pathlib import Path
 
 import torch
 from speechbrain.dataio.batch import PaddedBatch, PaddedData
 from speechbrain.dataio.dataset import DynamicItemDataset, add_dynamic_item, set_output_keys
 from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ext.dataio.audio import load_audio
@@ -188,9 +190,10 @@ def drop_unfit(dataset, hparams, listed_in, name):
         if needed > frames and not (transducer_cost is not None and transducer_cost.fits(frames, len(ids))):
             unfit.append((key, needed, frames))
     if not unfit:
+        run_on_main(Path(listed_in).unlink, kwargs={"missing_ok": True})  # of an earlier start
         return
     total = len(dataset.data)
-    write_csv(listed_in, ("ID", "tokens", "frames"), unfit)
+    run_on_main(write_csv, [listed_in, ("ID", "tokens", "frames"), unfit])
     found = f"{len(unfit)} of {total} utterances have more tokens than frames, such as {unfit[0][0]}"
     if len(unfit) > math.ceil(hparams["max_skipped"] * total):
         raise UserError(

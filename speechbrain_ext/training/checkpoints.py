@@ -21,6 +21,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, get_rank, if_main_process
 from speechbrain.utils.logger import get_logger
+from speechbrain.utils.seed import seed_everything
 
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 
@@ -219,7 +220,7 @@ register_checkpoint_hooks(Origin)
 class RandomStates:
     """The states of all random number generators, for a Checkpointer to save and recover.
 
-    Each process of a distributed run has its own states. A process that the saved run did not have takes those of process 0.
+    Each process of a distributed run has its own states. A process that the saved run did not have draws others.
 
     Example
     -------
@@ -249,13 +250,16 @@ class RandomStates:
         """Restore the states from a file."""
         del end_of_epoch  # the same within an epoch and at its end
         own = self._of_this_process(path)
-        states = torch.load(own if own.exists() else path)
+        is_known = own.exists()
+        states = torch.load(own if is_known else path)
         torch.set_rng_state(states["torch"])
         if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(states["cuda"])
         name, keys, *rest = states["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         random.setstate(states["python"])
+        if not is_known:  # there are more processes now; each draws other numbers
+            seed_everything(int(torch.randint(2**31, ())) + get_rank(), verbose=False)
 
     @staticmethod
     def _of_this_process(path):

@@ -41,6 +41,7 @@ from speechbrain_ext.training.results import ResultRow, append_rows, check_table
 from speechbrain_ext.training.settings import check_folder, check_parts, checked_options, choose_setting, recorded
 from speechbrain_ext.training.sources import locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
+from speechbrain_ext.utils.distributed import is_distributed
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, UserRuntimeError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, write_bytes, write_text
@@ -134,7 +135,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
             return _run(hparams_file, run_opts, setting, hparams, source, tokenizer)
         except RuntimeError as error:
             # The process that has ended gives the reason
-            if not get_rank() or not (isinstance(error, torch.distributed.DistError) or "by peer" in str(error)):
+            if not is_distributed() or not (isinstance(error, torch.distributed.DistError) or "by peer" in str(error)):
                 raise
             raise UserRuntimeError("Another process of this training has ended.") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ruamel.yaml
 import torch
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process
 
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES
@@ -29,6 +29,7 @@ from speechbrain_ext.training.report import check_logger
 from speechbrain_ext.training.sources import architecture_of
 from speechbrain_ext.training.warm_start import ROLES
 from speechbrain_ext.utils.errors import UsageError, one_line, runs_foreign_code
+from speechbrain_ext.utils.prefixes import begins_with
 from speechbrain_ext.utils.text import listing
 
 WHOLE = "a whole number above 0"
@@ -92,6 +93,9 @@ TRAINING_OPTIONS = (
     "max_grad_norm",
     "nonfinite_patience",
     "skip_nonfinite_grads",
+    "optimizer_step_limit",
+    "remove_vector_weight_decay",
+    "eval_precision",
 )
 """Options of the Brain that change the training, and have no column in the results table."""
 
@@ -158,17 +162,59 @@ def take_paths(argv):
     return others, paths
 
 
+def begin_processes(run_opts):
+    """Join the other processes, if torchrun has started several.
+
+    Arguments
+    ---------
+    run_opts : speechbrain.utils.run_opts.RunOptions
+        Options of SpeechBrain's Brain.
+
+    Returns
+    -------
+    speechbrain.utils.run_opts.RunOptions
+        The options, with a way to exchange gradients that the device has.
+
+    Raises
+    ------
+    UsageError
+        If several processes would use one GPU.
+    """
+    device, local_rank = run_opts.device or "", get_local_rank()
+    if device == "cpu" or not torch.cuda.is_available():  # SpeechBrain's default, nccl, needs a GPU
+        run_opts = _with(run_opts, distributed_backend="gloo")
+    elif local_rank is not None:
+        if device.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise UsageError(f"--device is {device}, but several processes need a GPU each; leave it out.")
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"There are more processes than GPUs; give --nproc_per_node {torch.cuda.device_count()}.")
+    ddp_init_group(run_opts)
+    return run_opts
+
+
+def _with(run_opts, **options):
+    """The options of the Brain with further ones of the command line."""
+    return dataclasses.replace(run_opts, **options, overridden_args={*run_opts.overridden_args, *options})
+
+
 def checked_options(run_opts):
     """Refuse options of the Brain that would give a traceback or have no effect; read the one that SpeechBrain leaves as text."""
-    for option, remedy in REFUSED.items():
-        if getattr(run_opts, option):
-            raise UsageError(f"--{option} is not supported: {remedy}.")
-    limit = run_opts.optimizer_step_limit
-    if not isinstance(limit, str):
-        return run_opts
-    if not limit.isdecimal() or not int(limit):
-        raise UsageError(f"--optimizer_step_limit is {limit!r}; give {WHOLE}.")
-    return dataclasses.replace(run_opts, optimizer_step_limit=int(limit))
+    limit, given = run_opts.optimizer_step_limit, run_opts.overridden_args
+    if isinstance(limit, str):
+        if not limit.isdecimal() or not int(limit):
+            raise UsageError(f"--optimizer_step_limit is {limit!r}; give {WHOLE}.")
+        run_opts = dataclasses.replace(run_opts, optimizer_step_limit=int(limit))
+    if "ckpt_interval_steps" in given and run_opts.ckpt_interval_steps > 0:
+        if "ckpt_interval_minutes" in given and run_opts.ckpt_interval_minutes > 0:
+            raise UsageError("--ckpt_interval_minutes and --ckpt_interval_steps exclude each other; give one.")
+        run_opts = _with(run_opts, ckpt_interval_minutes=0)  # in place of that of the file
+    return run_opts
+
+
+def option(name, run_opts, plain):
+    """An option of the Brain: that of the command line, else that of the resolved hparams, else SpeechBrain's."""
+    value = getattr(run_opts, name)
+    return value if name in run_opts.overridden_args else plain.get(name, value)
 
 
 def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, of_manifests=None):
@@ -195,6 +241,7 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         if isinstance(file, str):
             check_own_keys(file, files[:number])
     before = resolve_hparams(files)
+    overrides |= {key: getattr(run_opts, key) for key in run_opts.overridden_args & before.keys()}
     given = not {*MANIFESTS}.isdisjoint(overrides)
     if of_manifests and given and MANIFESTS[0] not in before:
         files.insert(1, of_manifests)
@@ -229,7 +276,7 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         setting = dataclasses.replace(setting, files=files)
         plain = setting.plain()
     check_ranges(plain, run_opts)
-    if run_opts.debug:  # the result of a few batches must not be among real results
+    if option("debug", run_opts, plain):  # the result of a few batches must not be among real results
         folder = plain["output_folder"] + "_debug"
         setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
     return setting
@@ -250,9 +297,10 @@ def check_ranges(plain, run_opts):
     UsageError
         If a number is outside its range, a value is unknown or has the wrong type, or two special tokens have the same index.
     """
+    for name, remedy in REFUSED.items():
+        if option(name, run_opts, plain):
+            raise UsageError(f"--{name} is not supported: {remedy}.")
     given = dict(plain)
-    if "grad_accumulation_factor" in run_opts.overridden_args:
-        given["grad_accumulation_factor"] = run_opts.grad_accumulation_factor
     for whole in RANGES:
         key, _, inner = whole.partition(": ")
         if inner and isinstance(plain.get(key), dict) and inner in plain[key]:
@@ -265,7 +313,7 @@ def check_ranges(plain, run_opts):
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; give at least one.")
-    if run_opts.compile if "compile" in run_opts.overridden_args else plain.get("compile"):
+    if option("compile", run_opts, plain):
         if plain["activation_checkpointing"]:
             raise UsageError("--compile decides itself what to recompute; leave out activation_checkpointing: True.")
         if plain["chunk_sampler"] is not None:
@@ -310,8 +358,16 @@ def check_parts(hparams):
     Raises
     ------
     UsageError
-        If features or an optimizer cannot be made.
+        If features or an optimizer cannot be made, or features would get no statistics.
     """
+    normalize, frozen = hparams["normalize"], hparams["freeze"]
+    if hparams["init_from"] is None and normalize.norm_type == "global" and not normalize.glob_mean.numel():
+        until = normalize.update_until_epoch
+        if until <= 1 or any(begins_with("normalize", prefix) for prefix in frozen):
+            raise UsageError(
+                f"update_until_epoch of --normalize is {until}, and --freeze is {as_plain(frozen)}: the features would have no "
+                "statistics; give at least 2, and do not freeze normalize."
+            )
     parts = {
         "compute_features": lambda: hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])),
         "opt_class": lambda: hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))]),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from speechbrain_ext.utils.distributed import is_distributed
+
 
 def describe_machine(device):
     """The commit, hardware and date of a result.
@@ -22,12 +24,15 @@ def describe_machine(device):
     Returns
     -------
     dict
-        ``commit``, ``hardware`` and ``date`` (UTC).
+        ``commit``, ``hardware``, with the number of processes if there are several, and ``date`` (UTC).
     """
     if device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        hardware = f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
+    if is_distributed():
+        hardware = f"{torch.distributed.get_world_size()} x {hardware}"
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
     return {"commit": commit(), "hardware": hardware, "date": date}
 
