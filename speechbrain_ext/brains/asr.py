@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -422,6 +423,8 @@ class AsrBrain(Brain):
         if not self.distributed_launch:
             return
         devices = None if self.distributed_backend == "gloo" else [self.device]
+        # Of convolutions with one input channel, whose dimension of size 1 may have any stride
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with self.frozen.lifted():
             for name, module in self.modules.items():
                 if any(parameter.requires_grad for parameter in module.parameters()):
