@@ -244,7 +244,7 @@ def main():
     from speechbrain_ext.dataio.audio import load_audio
     from speechbrain_ext.dataio.manifests import named_manifests, read_entries, select
     from speechbrain_ext.dataio.preparation import check_utterances
-    from speechbrain_ext.utils.errors import UserError
+    from speechbrain_ext.utils.errors import UserError, one_line
     from speechbrain_ext.utils.files import read_csv, write_csv
 
     try:
@@ -254,18 +254,25 @@ def main():
             test_sets[test_set] = check_utterances(test_set, utterances[: arguments.limit])[0]
     except (UserError, OSError) as error:
         raise SystemExit(f"peers.py: {error}") from None
-    systems = list(choose_systems(arguments))
+    systems, failed = list(choose_systems(arguments)), []
     for test_set, rows in test_sets.items():
         with tempfile.TemporaryDirectory() as folder:
             for number, row in enumerate(rows):
                 wav = load_audio(row.wav, RATE, row.start or 0, row.stop, row.channel)
                 np.save(Path(folder, f"{number:06}.npy"), wav.numpy())
             for system in systems:
-                measured = measure(*system, test_set, rows, folder)
+                try:
+                    measured = measure(*system, test_set, rows, folder)
+                except (subprocess.CalledProcessError, OSError) as error:
+                    failed.append(system[1])
+                    print(f"peers.py: {system[1]} failed on {test_set}: {one_line(error)}", file=sys.stderr)
+                    continue
                 print(*measured.values(), sep="\t", flush=True)
                 before = read_csv(arguments.output) if arguments.output.exists() else []
                 kept = [row for row in before if (row["system"], row["test_set"]) != (measured["system"], test_set)]
                 write_csv(arguments.output, list(measured), [[row.get(key, "") for key in measured] for row in [*kept, measured]])
+    if failed:
+        raise SystemExit(f"peers.py: no rows of {', '.join(failed)}; the messages above say why.")
 
 
 if __name__ == "__main__":

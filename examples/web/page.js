@@ -144,7 +144,11 @@ async function record() {
     let turn = Promise.resolve(); // pieces are processed one by one
     let ended;
     const rest = new Promise((resolve) => (ended = resolve));
-    node.port.onmessage = ({data}) => (data ? (turn = turn.then(() => accept(data))) : ended());
+    node.port.onmessage = ({data}) => {
+      if (!data) return ended();
+      turn = turn.then(() => accept(data));
+      turn.catch(() => recording && stop()); // which says what was wrong
+    };
     recording = async () => {
       source.disconnect();
       node.port.postMessage('end');
@@ -174,6 +178,7 @@ async function stop() {
   const end = recording;
   recording = undefined;
   setBusy(true);
+  say('Finishing …');
   microphone.textContent = 'Microphone';
   microphone.setAttribute('aria-pressed', 'false');
   try {

@@ -16,6 +16,7 @@ from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
 from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.records import librispeech_records
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.export.onnx_transducer import MAX_SYMBOLS, InPyTorch, Search
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import encoder_passes
@@ -337,8 +338,9 @@ def edit_distance(reference, hypothesis):
 
 
 def _wer(references, texts):
-    stats = accumulatable_wer_stats([text.split() for text in references], [text.split() for text in texts])
-    return float(stats["WER"])
+    """The error rate in %, without regard to case; None without a word to say."""
+    stats = accumulatable_wer_stats(*([normal_form(text, "upper").split() for text in each] for each in (references, texts)))
+    return float(stats["WER"]) if stats["num_ref_tokens"] else None
 
 
 def synthetic(rate, seconds=SYNTHETIC_SECONDS):

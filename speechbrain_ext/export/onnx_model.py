@@ -121,7 +121,7 @@ def export_model(
     model = load_model(source, "cpu", pass_name, trust=trust)
     graphs = _graphs(model, chunk_config(model, chunk_size, left_context) if streaming else None)
     paths = {part: _place(path.with_stem(f"{path.stem}-{part}") if part else path) for part in graphs}
-    partials = {part: final.with_name(f".{final.name}.partial") for part, final in paths.items()}
+    partials = {part: final.with_name(f".{final.name}.{os.getpid()}.partial") for part, final in paths.items()}
     try:
         report = write_checked(model, graphs, path, partials, int8, audio, tolerance)
         for part, partial in partials.items():

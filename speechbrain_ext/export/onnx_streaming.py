@@ -307,12 +307,12 @@ class Streaming(nn.Module):
         name = type(self.encoder.transformer.encoder).__name__
         keys = encoder_passes(self.encoder.transformer.encoder, self.pass_name)
         context = self.encoder.transformer.make_streaming_context(self.config, keys)
-        held = [dict(_leaves(context.encoder_context, name))]
+        first = before = last = dict(_leaves(context.encoder_context, name))
         for _ in range(3 + (self.config.left_context_size or 0)):  # enough chunks for the final size of all but the growing axes
             features = torch.randn(batch, self.encoder.subsampling.factor * self.config.chunk_size, self.features.mels)
             self.encoder.transformer.encode_streaming(self.encoder.subsampling.stream(features)[0], context)
-            held.append(dict(_leaves(context.encoder_context, name)))
-        return context.encoder_context, held[0], held[-2], held[-1]
+            before, last = last, dict(_leaves(context.encoder_context, name))
+        return context.encoder_context, first, before, last
 
 
 def _state(name, before, tensor, wider):

@@ -72,9 +72,8 @@ def write_onnx(graph, path, int8, metadata):
     floating = _floating(proto.graph)
     _strip(proto)
     proto.ir_version = IR_VERSION
-    onnx.save(proto, path)
     if int8:
-        _quantise(path, floating)
+        _quantise(proto, path, floating)
         proto = onnx.load(path)
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
@@ -110,12 +109,12 @@ def _strip(proto):
         part.doc_string = ""
 
 
-def _quantise(path, floating):
+def _quantise(proto, path, floating):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
         quantize_dynamic(
-            path,
+            proto,
             path,
             op_types_to_quantize=["MatMul", "Gemm"],
             nodes_to_exclude=floating,

@@ -1,11 +1,12 @@
 """Find a model that is no folder of the user's: that of the package, or one of Hugging Face."""
 
+import contextlib
 import errno
 import os
 import re
 from pathlib import Path
 
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, one_line
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -82,6 +83,7 @@ def download(
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -89,20 +91,24 @@ def download(
 
     if not HUB_ID.fullmatch(source):
         raise FileNotFoundError(missing.format(source or "''"))
+    keys = {"revision": revision, "allow_patterns": list(files)}
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(source, **keys))
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"The model {source} has no revision {revision}; give a commit, tag or branch of it.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if error.errno in NOT_WRITTEN:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:  # a proxy's page is no JSON
+        if getattr(error, "errno", None) in NOT_WRITTEN:
             place = error.filename or os.path.dirname(constants.HF_HUB_CACHE)
             raise UserError(f"{place} cannot be written: {os.strerror(error.errno)}; set HF_HOME to another folder.") from error
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(source, **keys, local_files_only=True))
+        cause = "" if isinstance(error, LocalEntryNotFoundError) else f" ({one_line(error, 100)})"
         version = f"{source} at revision {revision}" if revision else source
         raise FileNotFoundError(
-            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached; load it once with a network "
-            "connection and without HF_HUB_OFFLINE."
+            f"{version} is neither a folder nor in the cache, and Hugging Face cannot be reached{cause}; load it once with a "
+            "network connection and without HF_HUB_OFFLINE."
         ) from error

@@ -77,7 +77,7 @@ def load_lm(source, tokenizer):
         load_tokenizer(theirs, folder / TOKENIZER)
         weights = _read_weights(folder / LM_WEIGHTS)
         text, special = _settings(read_bytes(folder / HYPERPARAMS, LARGEST_TEXT).decode("utf-8-sig"), theirs)
-        model = build(text, (sum(value.nbytes for value in weights.values()), len(weights)))["lm"]
+        model = build(text, ((folder / LM_WEIGHTS).stat().st_size, len(weights)))["lm"]
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -117,7 +117,8 @@ def _read_weights(path):
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling can raise any error, also for refused classes
         raise UserRuntimeError(f"{path.name} is damaged, or holds more than tensors, which could run code") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    tensors = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
+    if not tensors or not all(isinstance(name, str) for name in weights):
         raise UserRuntimeError(f"{path.name} holds no tensors by name")
     return weights
 
