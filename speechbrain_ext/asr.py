@@ -1,5 +1,7 @@
 """TransformerASR with an encoder from the registry."""
 
+import threading
+
 import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
 from speechbrain.lobes.models.transformer.TransformerASR import get_key_padding_mask, get_lookahead_mask
@@ -57,7 +59,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         Longest target sequence, in tokens.
     causal : bool, optional
         Whether every frame sees the past only: each frame (or each ``chunk_multiple`` frames) is a chunk, with unlimited left
-        context.
+        context. A chunk setting replaces it: frames then see their whole chunk, so stream with this smallest chunk.
     branchformer_activation, csgu_linear_units, gate_activation, use_linear_after_conv
         Accepted for compatibility; only SpeechBrain's Branchformer uses them.
     output_hidden_states, layerdrop_prob
@@ -170,7 +172,6 @@ class TransformerASR(SpeechBrainTransformerASR):
             table = self.positional_encoding_decoder
             table.register_buffer("pe", table.pe, persistent=False)
             for attention in self._decoder_attentions():
-                attention.gives_weights = False
                 attention.register_forward_pre_hook(_weights_if_wanted, with_kwargs=True)
 
     def forward(
@@ -295,14 +296,11 @@ class TransformerASR(SpeechBrainTransformerASR):
         tuple
             Decoder output (B, U, D), and the last layer's attention on the encoder frames.
         """
-        attentions = self._decoder_attentions()
+        _WANTED.weights = True
         try:
-            for attention in attentions:
-                attention.gives_weights = True
             return self._decode(tgt, encoder_out, enc_len)
         finally:
-            for attention in attentions:
-                attention.gives_weights = False
+            _WANTED.weights = False
 
     @torch.no_grad()
     def make_decoder_cache(self, encoder_out, enc_len=None, beam_size=1):
@@ -417,6 +415,10 @@ class TransformerASR(SpeechBrainTransformerASR):
         return mask
 
 
+_WANTED = threading.local()
+"""Whether this thread is in ``decode``."""
+
+
 def _weights_if_wanted(attention, args, kwargs):
     """Hook of the decoder's attention: only ``decode`` needs the weights; without them the attention is one fused kernel."""
-    return args, kwargs | {"need_weights": attention.gives_weights}
+    return args, kwargs | {"need_weights": getattr(_WANTED, "weights", False)}

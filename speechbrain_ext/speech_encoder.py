@@ -1,5 +1,6 @@
 """From waveforms to encoder frames: features, normalisation, subsampling, encoder."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.features import FeatureStream, clip_features, normalize_features, raw_features
 from speechbrain_ext.lobes.filter_banks import front_end
-from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
+from speechbrain_ext.lobes.masks import absolute_lengths, check_chunks, padding_mask, zero_padding
 from speechbrain_ext.lobes.precision import autocasts
 from speechbrain_ext.lobes.stack import Stack, recompute
 from speechbrain_ext.registry import loadable
@@ -252,7 +253,7 @@ class SpeechEncoder(nn.Module):
         frames = [self._stream(chunk, context) for chunk in context.features.accept(wavs)]
         if last:
             frames += [self._stream(chunk, context) for chunk in context.features.finish()]
-        x = torch.cat(frames, 1) if frames else wavs.new_zeros(len(wavs), 0, self.transformer.encoder.d_model)
+        x = torch.cat(frames, 1) if frames else self._as_weights(wavs.new_zeros(len(wavs), 0, self.transformer.encoder.d_model))
         return x if self.head is None else self.head(x), x
 
     def _stream(self, feats, context):
@@ -261,10 +262,11 @@ class SpeechEncoder(nn.Module):
 
     def _as_weights(self, feats):
         """Features, which have full precision, in the type of the weights."""
-        weight = next(self.subsampling.parameters(), feats)
+        weight = next(itertools.chain(self.subsampling.parameters(), self.transformer.parameters()))
         return feats if autocasts(feats) or not weight.is_floating_point() else feats.to(weight.dtype)
 
     def _feature_chunk(self, config):
+        check_chunks(config, getattr(self.transformer.encoder, "chunk_multiple", 1))
         return self.subsampling.factor * config.chunk_size
 
 

@@ -1,6 +1,7 @@
 """TransformerASR as a drop-in: SpeechBrain's searchers, wrapper and streaming context on top of every registered encoder."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -196,17 +197,80 @@ def test_weights_of_any_precision_take_samples(features, dtype, tolerance):
     """Whole and as a stream, with samples of the same type and of float32; the features have full precision."""
     torch.manual_seed(0)
     net = TransformerASR(20, 640, 16, 2, 2, 0, 32, encoder_module="hyperconformer")
-    encoder = SpeechEncoder(features(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net).eval()
+    parts = features(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net
+    encoder = SpeechEncoder(*parts, Linear(n_neurons=20, input_size=16)).eval()
     wavs, lens = 0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5])
     expected, twin = encoder(wavs, lens), copy.deepcopy(encoder).to(dtype)
     for given in (wavs, wavs.to(dtype)):
         found = twin(given, lens)
         assert found.dtype == dtype and (found.float() - expected).abs().mean() < tolerance
         context = twin.make_streaming_context(DynChunkTrainConfig(4))
-        parts = [
-            twin.encode_streaming(part, context, last)[0] for part, last in zip(given.split(4000, 1), (False, True), strict=True)
-        ]
-        assert parts[1].dtype == dtype
+        pieces = given.split([1000, 4000, 3000], 1)  # the first one completes no chunk
+        found = [twin.encode_streaming(piece, context, last) for piece, last in zip(pieces, (False, False, True), strict=True)]
+        assert {x.dtype for each in found for x in each} == {dtype} and found[0][0].shape == (2, 0, 20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", [Fbank, KaldiFbank])
+def test_a_caller_may_use_the_memory_of_a_piece_again(features):
+    net = TransformerASR(20, 640, 16, 2, 2, 0, 32, encoder_module="hyperconformer")
+    encoder = SpeechEncoder(features(n_mels=80), InputNormalization(norm_type="sentence"), ConvolutionSubsampling(), net).eval()
+    wavs, buffer = 0.1 * torch.randn(1, 16000), torch.empty(1, 160)
+    streams = []
+    for copied in (True, False):
+        context, found = encoder.make_streaming_context(DynChunkTrainConfig(4)), []
+        for piece in wavs.split(160, 1):
+            found.append(encoder.encode_streaming(piece.clone() if copied else buffer.copy_(piece), context)[0])
+        streams.append(torch.cat(found, 1))
+    assert torch.equal(*streams)
+    front, x, tail = ConvolutionSubsampling().eval(), torch.randn(1, 32, 80), None
+    wanted, _ = front(x)
+    for piece, expected in zip(x.split(16, 1), wanted.split(4, 1), strict=True):
+        buffer = piece.clone()
+        found, tail = front.stream(buffer, tail)
+        buffer.zero_()
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_what_a_front_end_cannot_do_is_said():
+    net, normalize = TransformerASR(20, 640, 16, 2, 2, 0, 32), InputNormalization(norm_type="sentence")
+    with pytest.raises(UserError, match="Features of the class Identity are not supported; give an Fbank, a KaldiFbank"):
+        SpeechEncoder(torch.nn.Identity(), normalize, ConvolutionSubsampling(), net)(torch.rand(1, 8000))
+    encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net)
+    for size in (0, -4):
+        with pytest.raises(UserError, match=f"The chunk size is {size} frames, but this encoder needs at least 1"):
+            encoder.encode(torch.rand(1, 8000), None, DynChunkTrainConfig(size))
+    encoder = SpeechEncoder(Fbank(n_mels=80), torch.nn.Identity(), ConvolutionSubsampling(), net)
+    with pytest.raises(UserError, match="Normalisation by Identity does not stream"):
+        encoder.make_streaming_context(DynChunkTrainConfig(4))
+
+
+@pytest.mark.parametrize("samples", [2**24 + 1, 2**24 + 3, 2**25 + 5])
+def test_lengths_beyond_those_that_float32_counts(samples):
+    assert absolute_lengths(torch.ones(1), samples).tolist() == [samples]
+
+
+@torch.no_grad()
+def test_two_threads_may_decode_at_once():
+    net = TransformerASR(20, 640, 16, 2, 2, 2, 32).eval()
+    frames, inside = torch.randn(1, 9, 16), threading.Event()
+
+    def decode():
+        net.decode(torch.tensor([[1, 2]]), frames)
+        inside.set()
+
+    def beside(*_):  # another thread begins and ends its decode in the middle of this one
+        if threading.current_thread() is owner and not inside.is_set():
+            thread = threading.Thread(target=decode)
+            thread.start()
+            thread.join()
+
+    owner = threading.current_thread()
+    hook = net.decoder.layers[0].register_forward_pre_hook(beside)
+    _, attention = net.decode(torch.tensor([[1, 2]]), frames)
+    hook.remove()
+    assert attention is not None and inside.is_set()
 
 
 @torch.no_grad()

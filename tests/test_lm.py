@@ -225,6 +225,9 @@ class Trap:
 def broken(place, tokenizer, weights):
     lower = [text.lower() for text in SENTENCES]
     yield TRANSFORMER, {"a": Trap()}, tokenizer, "holds more than tensors"
+    yield TRANSFORMER, {1: torch.ones(1)}, tokenizer, "holds no tensors by name"
+    large = {"a": torch.zeros(1).expand(10**7, 10**6)}  # as in a file of 2 kB
+    yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 900000"), large, tokenizer, "larger"
     yield TRANSFORMER, {**weights, "x": torch.ones(1)}, tokenizer, "lm.ckpt does not match hyperparams.yaml"
     yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 48"), weights, tokenizer, "size mismatch"
     yield TRANSFORMER.replace("d_ffn: 32", "d_ffn: 900000"), weights, tokenizer, "larger"

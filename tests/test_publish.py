@@ -1,14 +1,17 @@
 """Publishing models and loading them, with a local server in place of Hugging Face's."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from hub import TOKEN, Hub, client, sentence
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.publish import _card
 from speechbrain_ext.model_folder.fetch import download
 from speechbrain_ext.utils.errors import UserError
 
@@ -172,3 +175,42 @@ def test_a_cache_that_cannot_be_written(error, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     with pytest.raises(UserError, match=f"cannot be written: {error.strerror}; set HF_HOME to another folder"):
         download("ann/speech", None, ["config.json"])
+
+
+@pytest.mark.parametrize(
+    "broken", [errors.HTTPError("403 Forbidden"), json.JSONDecodeError("Expecting value", "<html>", 0), RuntimeError("closed")]
+)
+def test_a_broken_connection_uses_the_cache(broken, monkeypatch):
+    """Of any kind: a proxy that refuses, a page of a hotel, a server that hangs up."""
+    kept = []
+
+    def failing(source, local_files_only=False, **keys):
+        if local_files_only and kept:
+            return kept[0]
+        raise errors.LocalEntryNotFoundError("not in the cache") if local_files_only else broken
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor in the cache, and Hugging Face cannot be reached [(]"):
+        download("ann/speech", None, ["config.json"])
+    kept.append("/cache/commit")
+    assert str(download("ann/speech", None, ["config.json"])) == "/cache/commit"
+
+
+@pytest.mark.parametrize(
+    "card, expected",
+    [
+        ("---\nlicense:\n- mit\n- apache-2.0\nlanguage: en\n---\ntext\n", "---\nlicense: mit\nlanguage: en\n---\ntext\n"),
+        ("---\nlicense: other\nlicense_name: mine\nlicense_link: x\n---\ntext\n", "---\nlicense: mit\n---\ntext\n"),
+        ("text\n---\nmore\n", "---\nlicense: mit\n---\ntext\n---\nmore\n"),
+        ("---\nlicense: mit\ntext\n", "have no end; add a line with ---"),
+        (b"caf\xe9", "is not UTF-8"),
+    ],
+)
+def test_a_card_that_was_edited(card, expected, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_bytes(card if isinstance(card, bytes) else card.encode())
+    if expected.startswith("---"):
+        assert _card(path, "ann/speech", "mit") == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        _card(path, "ann/speech", "mit")

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from speechbrain_ext.dataio.audio import split_location
-from speechbrain_ext.dataio.manifests import manifest_name, named_manifests, read_entries, select
+from speechbrain_ext.dataio.manifests import as_paths, manifest_name, named_manifests, read_entries, select
 from speechbrain_ext.dataio.preparation import File, check_utterances, files_digest, write_manifests
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.text import listing
@@ -52,9 +52,9 @@ def prepare_manifests(
         The folder for the manifests; created if it is missing.
     tr_splits, dev_splits, te_splits : list of str
         Names of the training set and, if data is mixed in, of that set; of the validation set; and of the test sets.
-    train_manifest, valid_manifest : list of str
+    train_manifest, valid_manifest : str or list of str
         Files or folders. Several become one set; if two of them have the same id, the name of the file is added before it.
-    test_manifest : list of str
+    test_manifest : str or list of str
         ``name=path``, or a path; then the name is that of the file.
     mix_manifest : str or list of str, optional
         Manifests to mix into the training set.
@@ -88,10 +88,13 @@ def prepare_manifests(
     ('ID,duration,wav,start,stop,spk_id,wrd', 'talk-3.000-5.000,2.0,/talk.wav,48000,80000,unknown,The text')
     """
     tests = named_manifests(test_manifest)
-    mixed = mix_manifest if mix_manifest is None or isinstance(mix_manifest, list) else [mix_manifest]
-    mixed = None if mixed is None else [str(path) for path in mixed]
+    train_manifest, valid_manifest, mixed = map(as_paths, (train_manifest, valid_manifest, mix_manifest))
     if len(tr_splits) > 1 + bool(mixed):
         raise UserError(f"train_splits is {tr_splits}, but manifests make one training set; give all of them as train_manifest.")
+    if len(tr_splits) < 1 + bool(mixed):
+        raise UserError(f"train_splits is {tr_splits}; give a name for the training set and, with mix_manifest, for that set.")
+    if len(dev_splits) != 1:
+        raise UserError(f"dev_splits is {dev_splits}, but there is one validation set; give one name.")
     if unknown := [name for name in te_splits if name not in tests]:
         raise UserError(
             f"test_splits has {unknown[0]}, but no test manifest has this name; give it: --test_manifest {unknown[0]}=PATH."
@@ -138,7 +141,7 @@ def names_of_tests(test_manifest):
 
     Arguments
     ---------
-    test_manifest : list of str
+    test_manifest : str or list of str
         ``name=path``, or a path; then the name is that of the file.
 
     Returns

@@ -103,12 +103,24 @@ def manifest_name(path):
     return name if os.path.isdir(path) else os.path.splitext(name.removesuffix(".gz"))[0]
 
 
+def as_paths(given):
+    """Paths as a list of texts; one path alone may be given as it is.
+
+    Example
+    -------
+    >>> as_paths("a.csv"), as_paths(["a.csv", "b.csv"]), as_paths(None)
+    (['a.csv'], ['a.csv', 'b.csv'], [])
+    """
+    given = [given] if isinstance(given, str | os.PathLike) else given or ()
+    return [os.fspath(path) for path in given]
+
+
 def named_manifests(given):
     """Paths of manifests by name.
 
     Arguments
     ---------
-    given : list of str
+    given : str, os.PathLike, or list of them
         ``name=path``, or a path; then the name is that of the file.
 
     Returns
@@ -126,7 +138,7 @@ def named_manifests(given):
     {'near': 'my/near.jsonl', 'far': 'my/far.jsonl.gz'}
     """
     named = {}
-    for each in given:
+    for each in as_paths(given):
         name, equals, path = each.partition("=")
         if not equals or "/" in name or os.path.exists(each):
             name, path = manifest_name(each), each

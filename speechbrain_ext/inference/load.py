@@ -228,9 +228,10 @@ def _check_answer(source, model):
     """Refuse a model whose parts load but do not fit together."""
     encoder, rate = model.mods.encoder, model.sample_rate
     front = front_end(encoder.compute_features)
-    if not isinstance(rate, int) or front is None or front.sample_rate != rate:
-        stated = getattr(front, "sample_rate", None)
-        raise UserError(f"The model {source} has a sample_rate of {rate!r}, but its features have {stated}; train it again.")
+    if not isinstance(rate, int) or front.sample_rate != rate:
+        raise UserError(
+            f"The model {source} has a sample_rate of {rate!r}, but its features have {front.sample_rate}; train it again."
+        )
     step = encoder.subsampling.factor * front.framing.hop / rate
     if step != FRAME_SECONDS:
         raise UserError(f"The model {source} has a frame every {1000 * step:g} ms; train it with {1000 * FRAME_SECONDS:g} ms.")

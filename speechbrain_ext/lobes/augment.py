@@ -1,6 +1,6 @@
 """Augmentation of waveforms and features on their own device, without waiting for the device.
 
-Both classes take a batch and relative lengths, and return a batch and relative lengths.
+Both classes take a batch and relative lengths, and return a batch and relative lengths. SpeechBrain's Augmenter takes them too.
 """
 
 import torch
@@ -39,15 +39,15 @@ class SpeedPerturb(time_domain.SpeedPerturb):
             raise UserError(f"speeds is {speeds!r}; give a list of whole numbers of percent, such as [95, 100, 105].")
         super().__init__(orig_freq, list(speeds))
 
-    def forward(self, wavs, lens):
+    def forward(self, wavs, lengths=None):
         """(B, N) samples to (B, N'); the relative lengths (B,) stay."""
         self.device = wavs.device
         for resampler in self.resamplers:  # all in the first step, not when a speed is drawn for the first time
             resampler.resampler.to(wavs.device)
-        return super().forward(wavs), lens
+        return super().forward(wavs), lengths
 
 
-class SpecAugment:
+class SpecAugment(torch.nn.Module):
     """SpecAugment with time masks in proportion to each utterance's own length, and zeros in the masks.
 
     Use it on normalised features, whose mean is zero. The versions of torchaudio and SpeechBrain use only the length of the
@@ -98,6 +98,7 @@ class SpecAugment:
         time_warp: int = 0,
         frequency_warp: int = 0,
     ):
+        super().__init__()
         counts = {"time_masks": time_masks, "frequency_masks": frequency_masks}
         for name, count in (counts | {"time_warp": time_warp, "frequency_warp": frequency_warp}).items():
             if not is_whole(count, 0):
@@ -112,14 +113,14 @@ class SpecAugment:
         self.time_warp = time_warp
         self.frequency_warp = frequency_warp
 
-    def __call__(self, feats, lens, views=1):
+    def forward(self, feats, lengths, views=1):
         """Warp and mask.
 
         Arguments
         ---------
         feats : torch.Tensor
             (B, T, F).
-        lens : torch.Tensor
+        lengths : torch.Tensor
             (B,) relative lengths.
         views : int
             Number of versions of each utterance, with equal time warps: frame t is the same sound in all of them.
@@ -128,23 +129,23 @@ class SpecAugment:
         -------
         feats : torch.Tensor
             (views B, T, F), one version of the batch after the other.
-        lens : torch.Tensor
+        lengths : torch.Tensor
             (views B,) the same relative lengths.
         """
         if self.frequency_masks and self.frequency_mask_width[0] >= feats.shape[2]:
             raise UserError(
                 f"frequency_mask_width is {list(self.frequency_mask_width)}, which hides all {feats.shape[2]} bins; give less."
             )
-        frames = absolute_lengths(lens, feats.shape[1])
+        frames = absolute_lengths(lengths, feats.shape[1])
         if self.time_warp:
             feats = _warp(feats, frames, self.time_warp)
-        feats, lens, frames = (repeated(each, views) for each in (feats, lens, frames))
-        bins = torch.full_like(lens, feats.shape[2])
+        feats, lengths, frames = (repeated(each, views) for each in (feats, lengths, frames))
+        bins = torch.full_like(lengths, feats.shape[2])
         if self.frequency_warp:
             feats = _warp(feats.transpose(1, 2), bins, self.frequency_warp).transpose(1, 2)
         time = _masks(self.time_masks, self.time_mask_width, self.time_mask_ratio * frames, frames, feats.shape[1])
         frequency = _masks(self.frequency_masks, self.frequency_mask_width, bins, bins, feats.shape[2])
-        return feats.masked_fill(time.unsqueeze(2) | frequency.unsqueeze(1), 0.0), lens
+        return feats.masked_fill(time.unsqueeze(2) | frequency.unsqueeze(1), 0.0), lengths
 
 
 def repeated(batch, views):

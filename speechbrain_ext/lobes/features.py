@@ -470,7 +470,8 @@ class FeatureStream:
         """
         self._refuse_after_end()
         self._received += wavs.shape[1]
-        self._samples = wavs if self._samples is None else torch.cat((self._samples, wavs), 1)
+        # A copy: the caller may use the memory again
+        self._samples = wavs.clone() if self._samples is None else torch.cat((self._samples, wavs), 1)
         if self._lead and self._received >= self._lead:  # the samples to mirror have arrived
             self._extend(0)
         while self._samples.shape[1] >= self._framing.needs(self._chunk):
@@ -519,9 +520,10 @@ class FeatureStream:
 
 def _grows(normalize):
     """Whether the statistics change during an utterance, instead of being fixed before it."""
-    if normalize.norm_type not in ("global", "sentence"):
-        raise UserError(f"Normalisation by {normalize.norm_type} does not stream; give norm_type global or sentence.")
-    return normalize.norm_type == "sentence"
+    kind = getattr(normalize, "norm_type", type(normalize).__name__)
+    if kind not in ("global", "sentence"):
+        raise UserError(f"Normalisation by {kind} does not stream; give an InputNormalization with norm_type global or sentence.")
+    return kind == "sentence"
 
 
 def _chunked(x, chunk, fill=0):

@@ -213,7 +213,12 @@ def front_end(compute_features):
     Returns
     -------
     object
-        The feature extraction; None for any other module.
+        The feature extraction.
+
+    Raises
+    ------
+    UserError
+        If it is any other module.
 
     Example
     -------
@@ -222,7 +227,10 @@ def front_end(compute_features):
     """
     if hasattr(compute_features, "of_windows"):
         return compute_features
-    return _SpeechBrain(compute_features) if hasattr(compute_features, "compute_STFT") else None
+    if not hasattr(compute_features, "compute_STFT"):
+        name = type(compute_features).__name__
+        raise UserError(f"Features of the class {name} are not supported; give an Fbank, a KaldiFbank, or a subclass of one.")
+    return _SpeechBrain(compute_features)
 
 
 class _SpeechBrain:

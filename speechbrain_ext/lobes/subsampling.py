@@ -116,7 +116,7 @@ class _Subsampling(nn.Module):
             # no chunk follows a chunk of fewer than four frames.
             valid = torch.arange((x.shape[1] - 1) // self.factor + 1, device=x.device)
             return y[:, wrong + valid], F.pad(x, (0, 0, self.factor, 0))[:, x.shape[1] :]
-        return y[:, wrong:], x[:, -self.factor :]
+        return y[:, wrong:], x[:, -self.factor :].clone()  # the caller may use the memory again
 
     def _run(self, stage, x, frames):
         return stage(x)

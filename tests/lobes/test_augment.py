@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from speechbrain.augment.augmenter import Augmenter
 
 from speechbrain_ext.lobes.augment import SpecAugment, SpeedPerturb
 from speechbrain_ext.utils.errors import UserError
@@ -94,3 +95,11 @@ def test_speeds_change_the_number_of_samples_and_no_relative_length():
 def test_impossible_widths_are_refused(width):
     with pytest.raises(ValueError, match="frequency_mask_width is .*; give the limit of widths"):
         SpecAugment(1, frequency_mask_width=width)
+
+
+def test_both_work_in_speechbrains_augmenter():
+    lens = torch.tensor([1.0, 0.5])
+    for augment, batch in ((SpeedPerturb(16000, [90]), torch.randn(2, 16000)), (SpecAugment(5), torch.randn(2, 100, 80))):
+        augmenter = Augmenter(augmentations=[augment], min_augmentations=1, max_augmentations=1, concat_original=False)
+        found, lengths = augmenter(batch, lens)
+        assert torch.equal(lengths, lens) and not torch.equal(found[:, : batch.shape[1]], batch)
