@@ -580,6 +580,7 @@ def test_what_onnx_cannot_express_is_named(exported, monkeypatch, capsys):
         (["model", "x.onnx", "--left-context", "4"], "are for streams; add --streaming"),
         (["model", "x.onnx", "--hotwords"], "--hotwords is for sherpa-onnx; add --runtime sherpa-onnx"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "0"], "The chunk size is 0 frames"),
+        (["model", "x.onnx", "--streaming", "--left-context", "1000000"], "for an export give at most"),
         (["model", "x.onnx", "--streaming", "--chunk-size", "100000"], "The chunk size is 100000 frames of 0.04 s; give at most"),
         (["model", "x.onnx", "--audio", "gone.wav"], "There is no audio file or folder gone.wav"),
         (["model", "x.onnx", "--audio", "model"], r"holds no *.trans.txt"),

@@ -25,6 +25,9 @@ from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.registry import encoder_passes
 from speechbrain_ext.utils.errors import UserError
 
+LARGEST_LEFT = 15_000
+"""Most frames of a limited left context, ten minutes."""
+
 
 class StreamingFeatures(Features):
     """The features of a stream chunk by chunk, as :class:`speechbrain_ext.lobes.features.FeatureStream` computes them.
@@ -186,6 +189,12 @@ class Streaming(nn.Module):
 
     def __init__(self, encoder, head, config, pass_name=None, output="log_probs"):
         super().__init__()
+        size, left = config.chunk_size, config.left_context_size or 0
+        if size > 0 and size * left > LARGEST_LEFT:  # every chunk of it is computed, to find the size of the state
+            most = LARGEST_LEFT // size
+            raise UserError(
+                f"The left context is {left} chunks of {size} frames; for an export give at most {most}, or -1 for all."
+            )
         self.config, self.pass_name = config, pass_name
         self.features = StreamingFeatures(encoder.compute_features, encoder.normalize)
         self.encoder = without_features(encoder, head)
