@@ -161,7 +161,7 @@ def test_the_order_of_choices_does_not_matter(name, loaded, place):
             answer = texts(model)
         take_out(model)
     beams = {"ctc": "ctc_beam", "joint": "joint_beam", "transducer": "transducer_beam", "greedy": "transducer_beam"}
-    assert found == [(beams[name], 4, found[0][2])] * len(found) and found[0][2].keys() == {"beam", "phrases", "lm"}
+    assert found == [(beams[name], 4, found[0][2])] * len(found) and found[0][2].keys() == {"search", "beam", "phrases", "lm"}
     assert all("SAD DAY" in text for text in answer)
 
 
@@ -171,7 +171,8 @@ def take_out(model):
         model.choose_beam(None)
         model.choose_phrases(None)
         model.choose_lm(None)
-    assert model.choices == Choices() and not model.graphs and not model.search_settings
+    assert model.choices == Choices() and not model.graphs
+    assert model.search_settings == {"search": model.own_search, "beam": model.beam_of(model.own_search)}
 
 
 def test_a_choice_that_is_refused_changes_nothing(model_of, place):

@@ -283,7 +283,8 @@ def settings_of(model, streaming=False):
     chunks = (config.chunk_size, config.left_context_size)
     name = model.pass_name or passes_of(model.mods.encoder.transformer.encoder)[-1]
     settings = {"model": model.fingerprint, "pass": name, "streaming": streaming, "chunks": chunks}
-    return settings | model.search_settings
+    searched_again = {"ended": model.search_ended is not None} if streaming else {}  # when a segment ends
+    return settings | searched_again | model.search_settings
 
 
 def _other(path):

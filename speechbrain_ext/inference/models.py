@@ -288,7 +288,7 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
     @property
     def search_ended(self):
         """The model's search, if a setting of it was chosen; else None, and the stream's greedy CTC search is the result."""
-        return self.search_segment if self.search_settings and self.own_search != GREEDY else None
+        return self.search_segment if any(self.choices) and self.own_search != GREEDY else None
 
 
 class TransducerModel(JointModel):
