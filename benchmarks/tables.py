@@ -92,8 +92,9 @@ def results(page=None):
 
 
 def options(row):
-    """The options of a run that change its training, with the names of files in place of their paths."""
+    """The options of a run that change its training, with the names of files in place of their paths, and of runs for models."""
     text = re.sub(rf"--experiment {re.escape(row['experiment'])}|--weights_precision \S+", "", row["overrides"])
+    text = re.sub(r"\S+/(\S+/pretrained)", r"\1", text)
     return " ".join(Path(part).name if part.count("/") > 1 else part for part in text.split())
 
 
