@@ -264,15 +264,15 @@ def main():
                 try:
                     measured = measure(*system, test_set, rows, folder)
                 except (subprocess.CalledProcessError, OSError) as error:
-                    failed.append(system[1])
-                    print(f"peers.py: {system[1]} failed on {test_set}: {one_line(error)}", file=sys.stderr)
+                    failed.append(f"{system[1]} on {test_set}")
+                    print(f"peers.py: {failed[-1]}: {one_line(error)}", file=sys.stderr)
                     continue
                 print(*measured.values(), sep="\t", flush=True)
                 before = read_csv(arguments.output) if arguments.output.exists() else []
                 kept = [row for row in before if (row["system"], row["test_set"]) != (measured["system"], test_set)]
                 write_csv(arguments.output, list(measured), [[row.get(key, "") for key in measured] for row in [*kept, measured]])
     if failed:
-        raise SystemExit(f"peers.py: no rows of {', '.join(failed)}; the messages above say why.")
+        raise SystemExit(f"peers.py: not measured: {', '.join(failed)}; the messages above say why.")
 
 
 if __name__ == "__main__":

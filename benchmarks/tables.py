@@ -303,6 +303,8 @@ def phrases():
         if not (row.get("phrases") or row.get("lm"))
     }
     found = [row for row in found if row.get("phrases") and not row["lm"] and not pass_in(row["search"])]
+    # The last row of each, as everywhere
+    found = {tuple(row[key] for key in ("model", "test_set", "search", "phrase_bonus")): row for row in found}.values()
     for row in sorted(found, key=lambda row: (row["test_set"], row["model"])):
         name, is_greedy = Path(row["model"]).parts[0], "greedy" in row["search"]
         lines.append(

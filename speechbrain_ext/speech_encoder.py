@@ -133,14 +133,11 @@ class SpeechEncoder(nn.Module):
     def count_frames(self, length, is_features: bool = False):
         """Number of encoder frames for a number of samples, or of feature frames; also for a tensor of such numbers.
 
-        With the padding ``right`` an utterance may get one more in a batch.
+        With subsampling that ``is_cut``, an utterance may get one frame more in a batch.
         """
-        frames, factor = (
-            length if is_features else front_end(self.compute_features).framing.count(length),
-            self.subsampling.factor,
-        )
-        is_cut = getattr(self.subsampling, "padding", "symmetric") == "right"
-        return frames // factor if is_cut else -(-frames // factor)
+        frames = length if is_features else front_end(self.compute_features).framing.count(length)
+        factor = self.subsampling.factor
+        return frames // factor if getattr(self.subsampling, "is_cut", False) else -(-frames // factor)
 
     def normalized(self, feats, lens, dynchunktrain_config: DynChunkTrainConfig | None = None, **keys):
         """Clip and normalise features.

@@ -22,6 +22,7 @@ from speechbrain_ext.lobes.augment import SpecAugment
 from speechbrain_ext.lobes.features import KaldiFbank, clip_features, raw_features
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.training.settings import check_parts
 from speechbrain_ext.utils.errors import UserError
 
 
@@ -244,6 +245,12 @@ def test_what_a_front_end_cannot_do_is_said():
     encoder = SpeechEncoder(Fbank(n_mels=80), torch.nn.Identity(), ConvolutionSubsampling(), net)
     with pytest.raises(UserError, match="Normalisation by Identity does not stream"):
         encoder.make_streaming_context(DynChunkTrainConfig(4))
+
+
+def test_a_normalisation_of_ones_own_may_train(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hparams = load_hparams(ROOT / "hparams" / "conformer.yaml", {"data_folder": "x"})
+    check_parts(hparams | {"normalize": torch.nn.Identity()})
 
 
 @pytest.mark.parametrize("samples", [2**24 + 1, 2**24 + 3, 2**25 + 5])

@@ -78,6 +78,10 @@ def test_a_folder_is_never_lost(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "folder") as partial:
         (partial / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
+    (tmp_path / "folder").rename(tmp_path / ".folder.replaced")  # as after a kill
+    with pytest.raises(ValueError), replacing_folder(tmp_path / "folder"):
+        raise ValueError
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
 
 
 # -------------------- no empty success

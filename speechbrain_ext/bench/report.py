@@ -434,7 +434,11 @@ def check_readme(readme):
     """
     if not Path(readme).is_file():
         raise FileNotFoundError(f"There is no file {readme} for the tables; give another --readme.")
-    if not re.search(BLOCK.format("bench"), Path(readme).read_text(encoding="utf-8"), re.DOTALL):
+    try:
+        text = Path(readme).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{readme} is not UTF-8; save it as UTF-8.") from error
+    if not re.search(BLOCK.format("bench"), text, re.DOTALL):
         raise UserError(f"{readme} has no place for the tables; add the lines <!-- bench:begin --> and <!-- bench:end -->.")
 
 

@@ -290,7 +290,7 @@ class AsrBrain(Brain):
         """Numbers of encoder frames (B,) of a batch of signals of this length. The host computes them, without waiting for the
         device. None if augmentation may have changed the relative lengths, or the batch decides."""
         hparams = self.hparams
-        if getattr(hparams.subsampling, "padding", "symmetric") != "symmetric":
+        if getattr(hparams.subsampling, "is_cut", False):
             return None
         augmentations = [hparams.wav_augment, hparams.fea_augment] if augments else []
         if not all(getattr(each, "keeps_lengths", False) for each in augmentations if each):

@@ -168,7 +168,7 @@ class TransducerSearch(nn.Module):
         """The state of beams without a token.
 
         It is a tuple of scores (B, K), hashes (B, K), predictor states, graph states (B * K, G), rewards in scores (B, K) and the
-        graphs, so that a stream keeps those that it began with.
+        graphs, so that a stream keeps those of its first frames.
         """
         graphs = list(self.graphs)
         state = self.transducer.predictor.begin(batch * beam_size)

@@ -40,7 +40,7 @@ from speechbrain_ext.inference.streaming import chunk_config
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.registry import get_encoder, list_encoders, passes_of
 from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.files import check_replaceable, place_of
+from speechbrain_ext.utils.files import check_replaceable, locked, place_of
 
 
 def export_model(
@@ -121,14 +121,15 @@ def export_model(
     model = load_model(source, "cpu", pass_name, trust=trust)
     graphs = _graphs(model, chunk_config(model, chunk_size, left_context) if streaming else None)
     paths = {part: _place(path.with_stem(f"{path.stem}-{part}") if part else path) for part in graphs}
-    partials = {part: final.with_name(f".{final.name}.{os.getpid()}.partial") for part, final in paths.items()}
-    try:
-        report = write_checked(model, graphs, path, partials, int8, audio, tolerance)
-        for part, partial in partials.items():
-            os.replace(partial, paths[part])
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+    partials = {part: final.with_name(f".{final.name}.partial") for part, final in paths.items()}
+    with locked(next(iter(partials.values())), f"Another process is writing {path}; wait for it, or give another path."):
+        try:
+            report = write_checked(model, graphs, path, partials, int8, audio, tolerance)
+            for part, partial in partials.items():
+                os.replace(partial, paths[part])
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
     return report
 
 

@@ -226,11 +226,10 @@ def _pieces(segment, options):
             for word, text in zip(words[first:last], said[start:end], strict=True):
                 pieces += _estimated(text, word.start, word.end, options, is_timed=True)
         elif start < end:
-            if first < last:
-                begin, until = words[first].start, words[last - 1].end
-            else:  # between two words
-                begin = words[first - 1].end if first else segment.start
-                until = max(begin, words[first].start if first < len(words) else segment.end)
+            replaced = words[first:last] or words[max(0, first - 1) : first + 1]  # added words: their neighbours
+            begin, until = replaced[0].start, replaced[-1].end
+            if first == last and 0 < first < len(words) and words[first - 1].end < words[first].start:  # the gap between them
+                begin, until = words[first - 1].end, words[first].start
             pieces += _estimated(" ".join(said[start:end]), begin, until, options, is_timed=False)
     return pieces
 

@@ -110,7 +110,7 @@ def _outputs(model, files, output, streaming, subtitle_options):
                 f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give each another output folder."
             )
         if not os.path.isfile(file) and os.path.exists(split_location(file)[0]) and not os.path.isdir(file):
-            raise UserError(f"{file} is a pipe or a part of a file; copy it to a file, or give no output folder.")
+            raise UserError(f"{file} is not a whole file; copy it to a file, or give no output folder.")
         names[name] = file
     settings = settings_of(model, streaming)
     return {file: SegmentFile(output, file, settings, subtitle_options) for file in names.values() if os.path.isfile(file)}
@@ -131,24 +131,32 @@ class _Run:
             if file in found or file in wavs:
                 self.bar.update()
                 continue
-            try:
+            with self._keeping_errors(file, found):
                 seconds = count_samples(file, self.model.sample_rate) / self.model.sample_rate
                 if file in self.outputs and self.outputs[file].finished:
                     self.outputs[file].write_subtitles(seconds)
                     found[file] = self._done(file, self.outputs[file].segments, is_from_before=True)
-                elif seconds > LONG_SECONDS or self.streaming:
-                    found |= self._short(wavs)
-                    yield from map(found.__getitem__, waiting[:-1])
-                    wavs, waiting = {}, [file]
-                    found[file] = self._long(file, seconds)
-                else:
+                elif seconds <= LONG_SECONDS and not self.streaming:
                     wavs[file] = load_audio(file, self.model.sample_rate)  # batches go to the device, not the whole window
-            except (UserError, OSError) as error:  # from reading the audio or writing the results
-                found[file] = self._failed(file, error)
-            except (RuntimeError, MemoryError) as error:
-                found[file] = self._failed(file, _of_memory(error))
+            if file in found or file in wavs:
+                continue
+            found |= self._short(wavs)
+            yield from map(found.__getitem__, waiting[:-1])
+            wavs, waiting = {}, [file]
+            with self._keeping_errors(file, found):
+                found[file] = self._long(file, seconds)
         found |= self._short(wavs)
         yield from map(found.__getitem__, waiting)
+
+    @contextmanager
+    def _keeping_errors(self, file, found):
+        """A context in which an error of the audio, of the output folder or of the memory becomes the file's transcript."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            found[file] = self._failed(file, error)
+        except (RuntimeError, MemoryError) as error:
+            found[file] = self._failed(file, _of_memory(error))
 
     def _short(self, wavs):
         """Transcripts of short files, from their samples, by file."""

@@ -45,6 +45,8 @@ class _Subsampling(nn.Module):
     """Two halvings, with lengths; subclasses build ``stages`` of layers on (B, T, F, C)."""
 
     factor = 4
+    is_cut = False
+    """Whether up to three feature frames at the end of the batch give no frame."""
 
     def forward(self, x, lengths=None):
         """Subsample.
@@ -269,7 +271,7 @@ class DepthwiseSubsampling(_Subsampling):
         super().__init__()
         if padding not in ("symmetric", "right"):
             raise UserError(f"The padding is '{padding}'; the known ones are: symmetric, right.")
-        self.padding = padding
+        self.padding, self.is_cut = padding, padding == "right"
         self.stages = nn.ModuleList(
             [
                 nn.Sequential(_Halving(1, channels, padding=padding), ReLU()),

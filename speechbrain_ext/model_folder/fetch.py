@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -81,7 +82,6 @@ def download(
 
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
@@ -100,11 +100,12 @@ def download(
         raise FileNotFoundError(
             f"{source} is neither a folder nor a model on Hugging Face that you may read; if it is private, run hf auth login."
         ) from error
-    except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:  # a proxy's page is no JSON
+    # A proxy's page is no JSON, and an interrupted download may be a RuntimeError
+    except (HTTPError, OSError, json.JSONDecodeError, RuntimeError) as error:
         if getattr(error, "errno", None) in NOT_WRITTEN:
             place = error.filename or os.path.dirname(constants.HF_HUB_CACHE)
             raise UserError(f"{place} cannot be written: {os.strerror(error.errno)}; set HF_HOME to another folder.") from error
-        with contextlib.suppress(LocalEntryNotFoundError):
+        with contextlib.suppress(OSError):  # also if the model is not in the cache
             return Path(snapshot_download(source, **keys, local_files_only=True))
         cause = "" if isinstance(error, LocalEntryNotFoundError) else f" ({one_line(error, 100)})"
         version = f"{source} at revision {revision}" if revision else source

@@ -24,6 +24,7 @@ from speechbrain_ext.hparams import (
     resolve_hparams,
     tag_of,
 )
+from speechbrain_ext.lobes.features import InputNormalization
 from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.training.report import check_logger
 from speechbrain_ext.training.sources import architecture_of
@@ -361,7 +362,8 @@ def check_parts(hparams):
         If features or an optimizer cannot be made, or features would get no statistics.
     """
     normalize, frozen = hparams["normalize"], hparams["freeze"]
-    if hparams["init_from"] is None and normalize.norm_type == "global" and not normalize.glob_mean.numel():
+    is_global = isinstance(normalize, InputNormalization) and normalize.norm_type == "global"
+    if hparams["init_from"] is None and is_global and not normalize.glob_mean.numel():
         until = normalize.update_until_epoch
         if until <= 1 or any(begins_with("normalize", prefix) for prefix in frozen):
             raise UsageError(

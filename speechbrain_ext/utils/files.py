@@ -154,7 +154,9 @@ def replacing_folder(folder):
         If the folder cannot be written; the error names it.
     """
     folder = Path(os.path.realpath(folder))  # "." has no name, and a link stays a link
-    partial, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{state}") for state in ("partial", "replaced"))
+    partial, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
+    if replaced.exists() and not folder.exists():  # an earlier run was killed between the two
+        os.replace(replaced, folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
