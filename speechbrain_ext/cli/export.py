@@ -45,7 +45,7 @@ def add(commands):
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="allowed difference of log-probabilities (1e-3); with --int8, token error rate (0.05, or 0.2 without --audio)",
+        help="allowed difference of log-probabilities (1e-3); with --int8, token error rate (0.05, or 0.5 without --audio)",
     )
     parser.set_defaults(run=run)
 

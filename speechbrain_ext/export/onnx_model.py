@@ -30,7 +30,7 @@ import os
 from pathlib import Path
 
 from speechbrain_ext import __version__
-from speechbrain_ext.export.check import Report, check, files_of
+from speechbrain_ext.export.check import MOST_WRONG, MOST_WRONG_SYNTHETIC, Report, check, files_of
 from speechbrain_ext.export.onnx_streaming import Streaming
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
 from speechbrain_ext.export.onnx_whole import FullContext
@@ -81,7 +81,7 @@ def export_model(
         signals.
     tolerance : float, optional
         For float32 the largest accepted difference of a log-probability (default 1e-3). For int8 the largest token error rate
-        against the float32 model with greedy search (default 0.05; 0.2 on synthetic signals, on which no model is certain).
+        against the float32 model with greedy search (default 0.05; 0.5 on synthetic signals, on which no model is certain).
     streaming : bool
         Whether to export for streams.
     chunk_size : int, optional
@@ -250,7 +250,7 @@ def _check(model, graphs, paths, metadata, audio, feed):
 
 
 def _refuse(report: Report, int8, tolerance):
-    usual = (0.2 if report.synthetic else 0.05) if int8 else 1e-3
+    usual = (MOST_WRONG_SYNTHETIC if report.synthetic else MOST_WRONG) if int8 else 1e-3
     limit = usual if tolerance is None else tolerance
     found = report.token_error if int8 and math.isfinite(report.max_difference) else report.max_difference
     if found <= limit:  # refuses NaN

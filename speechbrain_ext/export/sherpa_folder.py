@@ -23,7 +23,7 @@ from pathlib import Path
 
 from speechbrain.lobes.features import Fbank
 
-from speechbrain_ext.export.check import Report, files_of
+from speechbrain_ext.export.check import MOST_WRONG, MOST_WRONG_SYNTHETIC, Report, files_of
 from speechbrain_ext.export.ctc_transducer import CtcDecoder, CtcJoiner, Pairs
 from speechbrain_ext.export.onnx_model import refuse_tolerance, write_checked, written_by
 from speechbrain_ext.export.onnx_transducer import Decoder, Joiner, head_of, transducer_of
@@ -323,7 +323,7 @@ def _refuse_place(folder):
 
 
 def _refuse_texts(texts, report, int8, tolerance, notes):
-    limit = 0.2 if report.synthetic else 0.05
+    limit = MOST_WRONG_SYNTHETIC if report.synthetic else MOST_WRONG
     if int8 and tolerance is not None:
         limit = tolerance
     if texts is None or texts.error <= limit:
