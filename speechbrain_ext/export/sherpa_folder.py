@@ -323,7 +323,7 @@ def _refuse_place(folder):
 
 
 def _refuse_texts(texts, report, int8, tolerance, notes):
-    limit = MOST_WRONG_SYNTHETIC if report.synthetic else MOST_WRONG
+    limit = (MOST_WRONG_SYNTHETIC if int8 else 0.2) if report.synthetic else MOST_WRONG
     if int8 and tolerance is not None:
         limit = tolerance
     if texts is None or texts.error <= limit:
