@@ -104,7 +104,7 @@ def manifest_name(path):
 
 
 def as_paths(given):
-    """Paths as a list of texts; one path alone may be given as it is.
+    """Paths as a list of texts; a single path may be given without a list.
 
     Example
     -------

@@ -25,7 +25,7 @@ from speechbrain_ext.utils.measure import medians
 
 BATCH = 4
 MOST_WRONG, MOST_WRONG_SYNTHETIC = 0.05, 0.5
-"""Allowed share of tokens that 8 bits decode differently: on speech, and on synthetic signals, of which no model is sure."""
+"""Largest share of tokens that may differ in 8 bits: on speech, and on synthetic signals, where every model is uncertain."""
 SYNTHETIC_SECONDS = (0.02, 0.31, 1.0, 2.345, 5.0, 7.77)
 SPEED_SECONDS = 10
 SPEED_REPETITIONS = 7

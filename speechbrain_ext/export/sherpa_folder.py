@@ -323,6 +323,7 @@ def _refuse_place(folder):
 
 
 def _refuse_texts(texts, report, int8, tolerance, notes):
+    # In float32, only features that differ give more than 0.2
     limit = (MOST_WRONG_SYNTHETIC if int8 else 0.2) if report.synthetic else MOST_WRONG
     if int8 and tolerance is not None:
         limit = tolerance
