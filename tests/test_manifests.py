@@ -442,6 +442,7 @@ def test_sets_that_no_manifest_makes_are_refused(audio, valid, tmp_path):
         ((["a", "b"], ["valid"], []), {}, "train_splits is .*, but manifests make one training set"),
         ((["train"], ["valid"], ["x"]), {}, "test_splits has x, but no test manifest has this name"),
         ((["train", "mixed"], ["valid"], []), {"mix_manifest": 2024}, "There is no manifest .*2024"),
+        ((["train", "mixed"], ["valid"], []), {"mix_manifest": [2024, 2025]}, "There is no manifest .*2024"),
     ):
         with pytest.raises((UserError, FileNotFoundError), match=message):
             prepare_manifests(None, tmp_path / "save", *splits, **given, **more)

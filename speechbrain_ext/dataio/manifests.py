@@ -111,8 +111,10 @@ def as_paths(given):
     >>> as_paths("a.csv"), as_paths(["a.csv", "b.csv"]), as_paths(None)
     (['a.csv'], ['a.csv', 'b.csv'], [])
     """
-    given = [given] if isinstance(given, str | os.PathLike) else given or ()
-    return [os.fspath(path) for path in given]
+    if given is None:
+        return []
+    # YAML reads a folder's name such as 2024 as a number.
+    return [str(path) for path in (given if isinstance(given, list | tuple) else [given])]
 
 
 def named_manifests(given):

@@ -70,7 +70,7 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
     Raises
     ------
     UserError
-        If two files would have the same name in the output folder, if a name is too long, if one is a pipe or a part of a file,
+        If two files would have the same name in the output folder, if a name is too long, if one names a part of a file,
         if the output folder holds a transcript of other audio or settings, or if subtitle options are given without an output
         folder.
     OSError
@@ -109,7 +109,7 @@ def _outputs(model, files, output, streaming, subtitle_options):
             raise UserError(
                 f"{names[name]} and {file} would both be written to {output}/{name}.jsonl; give each another output folder."
             )
-        if not os.path.isfile(file) and os.path.exists(split_location(file)[0]) and not os.path.isdir(file):
+        if split_location(file)[1] is not None:
             raise UserError(f"{file} is not a whole file; copy it to a file, or give no output folder.")
         names[name] = file
     settings = settings_of(model, streaming)
