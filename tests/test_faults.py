@@ -84,6 +84,20 @@ def test_a_folder_is_never_lost(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
 
 
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    """The second does not disturb the first; what a killed one left is removed."""
+    left = tmp_path / ".folder.partial" / "part"
+    left.mkdir(parents=True)
+    with replacing_folder(tmp_path / "folder") as partial:
+        (partial / "new").touch()
+        with (
+            pytest.raises(UserError, match="Another process is writing .*folder; wait for it"),
+            replacing_folder(tmp_path / "folder"),
+        ):
+            raise AssertionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
+
+
 # -------------------- no empty success
 
 

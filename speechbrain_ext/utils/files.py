@@ -150,30 +150,40 @@ def replacing_folder(folder):
 
     Raises
     ------
+    UserError
+        If another process is writing it.
     OSError
         If the folder cannot be written; the error names it.
     """
     folder = Path(os.path.realpath(folder))  # "." has no name, and a link stays a link
     partial, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
-    if replaced.exists() and not folder.exists():  # an earlier run was killed between the two
-        os.replace(replaced, folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        if replaced.exists() and not folder.exists():  # stopped between the two
+
+    def restore():
+        if replaced.exists() and not folder.exists():  # this run or an earlier one was stopped between the two steps
             os.replace(replaced, folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-            is_full = error.filename is None and error.errno in FULL
-            if is_full or error.filename and Path(error.filename).is_relative_to(partial):  # name the folder that the user knows
-                error.filename = str(folder)
+
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial, f"Another process is writing {folder}; wait for it, or give another folder."):
+            try:
+                restore()
+                for left in partial.iterdir():
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                yield partial
+                shutil.rmtree(replaced, ignore_errors=True)
+                if folder.exists():
+                    os.replace(folder, replaced)
+                os.replace(partial, folder)
+                shutil.rmtree(replaced, ignore_errors=True)
+            except BaseException:
+                restore()
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        is_full = error.filename is None and error.errno in FULL
+        inside = error.filename is not None and Path(error.filename).is_relative_to(partial)
+        if is_full or inside and not isinstance(error, FileExistsError):  # name the folder that the user knows
+            error.filename = str(folder)
         raise
 
 
