@@ -12,8 +12,9 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from speechbrain.decoders.ctc import ctc_greedy_decode
 
+from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
-from speechbrain_ext.decoders.word_lm import UNKNOWN_WORD
+from speechbrain_ext.decoders.word_lm import UNKNOWN_WORD, arpa_words, flashlight_lm
 from speechbrain_ext.utils.errors import UserError
 
 BACKENDS = {"flashlight": ["flashlight"], "speechbrain": []}
@@ -230,6 +231,25 @@ def test_no_text_is_better_with_a_language_model(backend, weight, tmp_path):
 
 
 @each_lm_backend
+def test_an_unknown_word_costs_the_same_without_unk(backend, tmp_path):
+    """KenLM puts log10 -100 for a missing <unk>, and SRILM writes -99 for 0."""
+    tokenizer, scores = make_tokenizer(["THE CAT SAT"]), []
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size())]
+    text = write_arpa(tmp_path / "lm.arpa", {"THE": -1.0, "CAT": -1.0}).read_text()
+    for line in ("0\t<unk>\t0\n", "-99\t<unk>\t0\n", ""):
+        changed = text.replace("-3.0\t<unk>\t0\n", line).replace("ngram 1=5", f"ngram 1={5 if line else 4}")
+        (tmp_path / "lm.arpa").write_text(changed)
+        lm = flashlight_lm(str(tmp_path / "lm.arpa"), arpa_words(tmp_path / "lm.arpa"), pieces, 1.0, 0.0)
+        lm.forget()
+        state, total = lm.start(False), 0.0
+        for token in tokenizer.encode_as_ids("THE SAT"):
+            state, score = lm.score(state, token)
+            total += score
+        scores.append(total + lm.finish(state)[1])
+    assert scores == pytest.approx([math.log(10) * (-1.0 + UNKNOWN_WORD - 0.5)] * 3)
+
+
+@each_lm_backend
 def test_a_language_model_in_the_other_case_is_refused(backend, tokenizer, tmp_path):
     search = CtcBeamSearch(tokenizer, backend=backend, lm_file=write_arpa(tmp_path / "lm.arpa", {"see": -1.0, "the": -1.0}))
     with pytest.raises(ValueError, match="cannot write most words of the language model .*, such as see; give one"):
@@ -321,6 +341,15 @@ def test_what_fails_in_a_search_shows_in_the_check(backend, letters, monkeypatch
     monkeypatch.setattr(search, f"_{backend}", lambda _: lambda _: 1 / 0)
     with pytest.raises(UserError, match="^ctc_search cannot search: division by zero; change its setting."):
         search.check()
+
+
+def test_texts_of_a_model_that_has_diverged_are_an_error():
+    """Also where the most probable token would be the blank; padding may hold anything."""
+    log_probs = torch.zeros(2, 3, 6)
+    log_probs[1, 2] = math.nan
+    assert greedy_tokens(log_probs, torch.tensor([1.0, 0.67])) == [[], []]
+    with pytest.raises(UserError, match="hold NaN or infinity; take an earlier checkpoint"):
+        greedy_tokens(log_probs, torch.ones(2))
 
 
 @each_backend

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
+from speechbrain.utils.metric_stats import ErrorRateStats
 from tiny import SENTENCES, SMALL_TRANSDUCER, make_corpus, make_model, needs_flashlight
 
 from speechbrain_ext import cli
@@ -19,8 +20,17 @@ from speechbrain_ext.decoders.ngram import write_arpa
 from speechbrain_ext.inference import evaluate as evaluation
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.training.results import FIELDS
-from speechbrain_ext.utils.error_rates import bootstrap_interval
+from speechbrain_ext.utils.error_rates import bootstrap_interval, error_figures
 from speechbrain_ext.utils.errors import UserError
+
+
+def test_a_set_without_words_has_no_error_rate():
+    error_rate = ErrorRateStats()
+    with pytest.raises(UserError, match="There are no utterances to compare"):
+        error_figures(error_rate)
+    error_rate.append(["a"], [["X"]], [[]])
+    figures = error_figures(error_rate)
+    assert math.isnan(figures["WER"]) and (figures["insertions"], figures["words"]) == (1, 0)
 
 
 def test_the_interval_is_that_of_the_normal_approximation():
@@ -43,6 +53,9 @@ def test_the_interval_is_that_of_the_normal_approximation():
 def test_intervals_of_few_utterances():
     assert bootstrap_interval([2], [10]) == (20, 20) and bootstrap_interval([0, 0], [5, 3]) == (0, 0)
     assert all(map(math.isnan, bootstrap_interval([1], [0]))) and all(map(math.isnan, bootstrap_interval([], [])))
+    for given in (([1, 2], [4]), ([1], [4], 95), ([1], [4], 0.95, 0)):
+        with pytest.raises(UserError, match="; give"):
+            bootstrap_interval(*given)
     low, high = bootstrap_interval([1, 0, 3], [0, 0, 4])  # samples of only empty references have no rate
     assert 0 <= low < high
 
@@ -174,6 +187,7 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
         (["lower.csv", "--threads", "0"], "--threads is 0"),
         (["lower.csv", "--output", "lower.csv/rows.csv"], "lower.csv/rows.csv cannot be used"),
         (["lower.csv", "--output", "notes.txt"], "notes.txt is not a results table, because it has no column WER"),
+        (["lower.csv", "--output", ""], "The results table has no name"),
         (["lower.csv", "--output", "pipe"], "pipe is a pipe or device, not a file"),
         (["gone.csv", "--output", "new.csv"], "There is no manifest"),
         ([], "MANIFEST"),

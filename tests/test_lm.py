@@ -334,16 +334,20 @@ def flawed(text):
     yield (
         "no context",
         joined([ones, [line for line in twos if f"\t{prefix}\t" not in line], threes]),
-        "of a 3-gram are not a 2-gram",
+        "of its 3-gram number .* are not a 2-gram",
     )
     word = twos[-1].split("\t")[1].split(" ")
     for place, name in ((0, "first"), (1, "last")):
         fewer = [line for line in ones if line.split("\t")[1] != word[place]]
-        yield f"no {name} word", joined([fewer, twos, threes]), "which is not one of the 1-grams|of a 2-gram are not a 1-gram"
+        yield (
+            f"no {name} word",
+            joined([fewer, twos, threes]),
+            "which is not one of the 1-grams|of its 2-gram number .* are not a 1-gram",
+        )
     yield "no 1-grams", joined([[], twos, threes]), "all orders are needed"
     yield "no 1-grams stated", head.replace("ngram 1=", "ngram 9=") + text[len(head) :], "all orders are needed"
     yield "only 1-grams", joined([ones]), "has only single words"
-    yield "no 2-grams", joined([ones, [], threes]), "of a 3-gram are not a 2-gram"
+    yield "no 2-grams", joined([ones, [], threes]), "of its 3-gram number .* are not a 2-gram"
     yield "no numbers", head.split("ngram")[0] + text[len(head) :], "all orders are needed"
     for order, lines in enumerate((ones, twos, threes), 1):
         number, _, rest = lines[1].partition("\t")
@@ -357,7 +361,7 @@ def flawed(text):
                 orders = [*[ones, twos, threes][: order - 1], damaged, *[ones, twos, threes][order:]]
                 yield f"backoff {value} of order {order}", joined(orders), "has a number that is no logarithm"
         orders = [*[ones, twos, threes][: order - 1], [*lines, lines[-1]], *[ones, twos, threes][order:]]
-        yield f"an {order}-gram twice", joined(orders), f"a {order}-gram occurs twice"
+        yield f"an {order}-gram twice", joined(orders), f"its {order}-grams number .* are the same"
         orders = [*[ones, twos, threes][: order - 1], [*lines, "-1.0"], *[ones, twos, threes][order:]]
         yield f"a short line of order {order}", joined(orders), "has 1 field in place of"
         orders = [*[ones, twos, threes][: order - 1], [*lines, lines[0] + "\t0\t0"], *[ones, twos, threes][order:]]
@@ -380,6 +384,11 @@ def flawed(text):
             "in place of",
         )
         yield f"cut in order {order}", text[: text.index(lines[-1])], "has no end|cannot be read"
+    yield (
+        "other text than UTF-8",
+        text.replace(twos[0], twos[0].replace(twos[0].split("\t")[1], "F\ufffdR")),
+        "text that is not UTF-8",
+    )
     yield "no end", text.replace("\\end\\", ""), "has no end"
     yield "a byte order mark", "\ufeff" + text, "begins with a byte order mark"
     yield "no head", text.replace("\\data\\", ""), "is not in ARPA format"

@@ -18,7 +18,8 @@ from speechbrain_ext.dataio.texts import read_sentences
 from speechbrain_ext.decoders import ngram
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.ngram import BEGIN, END, FALLBACK, UNKNOWN, write_arpa
-from speechbrain_ext.decoders.word_lm import check_arpa
+from speechbrain_ext.decoders.word_lm import arpa_words, check_arpa
+from speechbrain_ext.utils.errors import UserError
 
 GENERATOR = random.Random(0)
 WORDS = [f"W{number}" for number in range(30)]
@@ -67,6 +68,31 @@ def read(path):
     check_arpa(path)  # the search also checks it
     with open(path, encoding="utf-8") as file:
         return read_arpa(file)
+
+
+@pytest.mark.parametrize(
+    "sentences, keys, message",
+    [
+        (["THE CAT"], {}, "There is the sentence 'THE CAT'; give the list of its words"),
+        ([["NEW YORK"]], {}, "There is the word 'NEW YORK'; give words without white space"),
+        ([["", "A"]], {}, "There is the word ''; give"),
+        (SHORT, {"vocabulary": "5"}, "vocabulary size is '5'; give a whole number"),
+        (SHORT, {"prune": ["1"]}, r"counts to prune are \['1'\]; give up to 2 whole numbers"),
+    ],
+)
+def test_what_would_make_a_broken_file_is_refused(sentences, keys, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        write_arpa(sentences, tmp_path / "lm.arpa", **keys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_tool_may_have_other_spaces_in_words_and_a_last_back_off_of_zero(tmp_path):
+    text = "\\data\\\nngram 1=3\nngram 2=1\n\n\\1-grams:\n-1\tC\u00a0AT\t-0.1\n-1 <s> 0\n-1\t</s>\n\n"
+    (tmp_path / "lm.arpa").write_text(text + "\\2-grams:\n-0.5\t<s> C\u00a0AT\t0\n\n\\end\\\n")
+    assert arpa_words(tmp_path / "lm.arpa") == ["C\u00a0AT"]
+    (tmp_path / "lm.arpa").write_text(text + "\\2-grams:\n-0.5\t<s> C\u00a0AT\t-1\n\n\\end\\\n")
+    with pytest.raises(UserError, match="has a number that is no logarithm"):
+        check_arpa(tmp_path / "lm.arpa")
 
 
 @pytest.mark.parametrize(

@@ -429,6 +429,13 @@ def test_phrases_that_cannot_be_are_refused(content, message, tokenizer, tmp_pat
         phrase_graph(read_phrases(tmp_path / "phrases.txt"), tokenizer)
 
 
+def test_too_many_phrases_are_refused_before_they_fill_the_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr("speechbrain_ext.decoders.phrases.MOST_TOKENS", 5)
+    texts = dict.fromkeys(("CAT", "HAT", "TEA"))
+    with pytest.raises(UserError, match="The 3 phrases have more than 5 tokens; give fewer."):
+        phrase_graph(texts, tokenizer)
+
+
 @pytest.mark.parametrize(
     "phrases, message",
     [

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole, one_line
 from speechbrain_ext.utils.files import replacing
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -105,7 +105,7 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
     Raises
     ------
     UserError
-        If there are no words, or an argument is out of range.
+        If there are no words, a word is empty or has white space, or an argument is out of range.
     OSError
         If the file cannot be written; the error comes before counting.
 
@@ -118,16 +118,16 @@ def write_arpa(sentences, path, order=3, prune=(0,), vocabulary=None, progress=F
     >>> open(path).read().split()[:4]
     ['\\\\data\\\\', 'ngram', '1=6', 'ngram']
     """
-    if not isinstance(order, int) or not 2 <= order <= HIGHEST_ORDER:
+    if not is_whole(order, 2, HIGHEST_ORDER):
         raise UserError(f"The order is {order}; give 2 to {HIGHEST_ORDER} words, mostly 3 or 4.")
     prune = list(prune)
-    if not prune or len(prune) >= order or min(prune) < 0 or prune != sorted(prune):
+    if not prune or len(prune) >= order or not all(is_whole(count, 0) for count in prune) or prune != sorted(prune):
         raise UserError(
-            f"The counts to prune are {prune}; give up to {order - 1} numbers, for bigrams, trigrams and so on, none of them "
-            "negative or smaller than the one before."
+            f"The counts to prune are {prune}; give up to {order - 1} whole numbers, for bigrams, trigrams and so on, none of "
+            "them negative or smaller than the one before."
         )
-    if vocabulary is not None and vocabulary < 1:
-        raise UserError(f"The vocabulary size is {vocabulary}; give 1 or more.")
+    if vocabulary is not None and not is_whole(vocabulary, 1):
+        raise UserError(f"The vocabulary size is {vocabulary!r}; give a whole number of 1 or more.")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file.")
     if os.fspath(path).endswith(".gz"):
@@ -164,6 +164,8 @@ def _read(sentences):
     """The ids of all sentences in one array, and the ids by word."""
     known, ids = _Ids(), array("i")
     for sentence in sentences:
+        if isinstance(sentence, str):
+            raise UserError(f"There is the sentence {one_line(repr(sentence), 40)}; give the list of its words.")
         ids.append(0)
         ids.extend(map(known.__getitem__, sentence))
         ids.append(1)
@@ -175,6 +177,8 @@ def _number(ids, known, vocabulary):
     words = sorted(known.keys() - {BEGIN, END, UNKNOWN, UNKNOWN.upper()})
     if not words:
         raise UserError("The text holds no words; give another text.")
+    if flawed := [word for word in words if word.split() != [word]]:
+        raise UserError(f"There is the word {one_line(repr(flawed[0]), 40)}; give words without white space.")
     if vocabulary is not None and vocabulary < len(words):
         counts = np.bincount(ids)
         words = sorted(

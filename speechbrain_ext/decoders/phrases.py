@@ -21,7 +21,7 @@ BONUS = 2.0
 """Bonus per token of a phrase without a bonus. It is WeNet's value, which lowers its errors on phrases by a quarter."""
 LARGEST_BONUS = 1000
 MOST_TOKENS = 1_000_000
-"""Most tokens of all phrases; their graph is built in 1 GB."""
+"""Most tokens of all phrases, common beginnings counted once; their graph is built in 1 GB."""
 
 
 def read_phrases(path, tokenizer=None, per_token=None):
@@ -60,6 +60,8 @@ def read_phrases(path, tokenizer=None, per_token=None):
     """
     if per_token is not None and not is_number(per_token, 0, LARGEST_BONUS):
         raise UserError(f"The bonus per token of the phrases is {per_token!r}; give a number from 0 to {LARGEST_BONUS}.")
+    if per_token is not None and tokenizer is None:
+        raise UserError(f"The bonus per token of the phrases is {per_token!r}, but there is no tokenizer; give the model's.")
     phrases, unknown = {}, []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -158,15 +160,15 @@ def phrase_graph(phrases, tokenizer):
         If the tokenizer cannot write a phrase, a bonus is no number from 0 to 1000, or there are too many phrases.
     """
     phrases = normal_phrases(phrases)
-    spelled = {text: tokenizer.encode_as_ids(text) for text in phrases}
     if unknown := [text for text in phrases if not _can_write(tokenizer, text)]:
         raise _unwritable(
             tokenizer, unknown, f"{len(unknown)} of the {len(phrases)} phrases, such as {listing(map(repr, unknown), 3)}"
         )
     # For each node: the bonus of the phrase that ends here, and the largest partial bonus of a longer one
     children, own, ahead = [{}], [0.0], [0.0]
-    for text, ids in spelled.items():
-        bonus, node = BONUS * len(ids) if phrases[text] is None else float(phrases[text]), 0
+    for text, bonus in phrases.items():
+        ids, node = tokenizer.encode_as_ids(text), 0
+        bonus = BONUS * len(ids) if bonus is None else float(bonus)
         for depth, token in enumerate(ids, 1):
             if token not in children[node]:
                 children[node][token] = len(children)
@@ -176,8 +178,8 @@ def phrase_graph(phrases, tokenizer):
             if depth < len(ids):
                 ahead[node] = max(ahead[node], bonus * depth / len(ids))
         own[node] += bonus
-    if len(children) > MOST_TOKENS:
-        raise UserError(f"The phrases have {len(children)} tokens; give phrases with at most {MOST_TOKENS}.")
+        if len(children) > MOST_TOKENS:  # before the graph fills the memory
+            raise UserError(f"The {len(phrases)} phrases have more than {MOST_TOKENS} tokens; give fewer.")
     return _graph(children, own, ahead, tokenizer)
 
 

@@ -15,6 +15,10 @@ from speechbrain_ext.utils.errors import UserError, one_line
 
 # SpeechBrain's default, for both searches: log10, added to the language model's score of <unk>.
 UNKNOWN_WORD = -10.0
+IMPOSSIBLE = -99.0
+"""A score of <unk> up to this says nothing of unknown words. SRILM writes -99 for log 0; KenLM puts -100 for a missing <unk>."""
+WHITE = re.compile(r"[ \t\v\f]+")
+"""What separates fields. Other spaces of Unicode are part of a word."""
 LONGEST_HEAD = 10_000
 """Lines in which the n-grams' numbers must begin."""
 LARGEST_BACKOFF = 99.0
@@ -37,7 +41,8 @@ def check_arpa(path):
 def read_arpa(path):
     """Read the n-grams of a language model, and refuse a file that is not complete and correct.
 
-    Text before ``\\data\\`` and after ``\\end\\`` is ignored.
+    Text before ``\\data\\`` and after ``\\end\\`` is ignored, and spaces may stand for tabs. (KenLM, which the search by words
+    uses, reads neither.)
 
     Arguments
     ---------
@@ -66,7 +71,7 @@ def read_arpa(path):
             if file.read(1) == "\ufeff":
                 raise UserError(f"The language model {path} begins with a byte order mark; write it without one.")
             file.seek(0)
-            lines = ((number, line) for number, line in enumerate(map(str.strip, file), 1) if line)
+            lines = ((number, line) for number, line in enumerate((line.strip(" \t\v\f\n") for line in file), 1) if line)
             stated, line = _head(path, lines)
             vocabulary, shorter = set(), None
             for order in stated:
@@ -116,20 +121,22 @@ class _Section:
     def read(self, lines):
         """Yield the n-grams; returns the line after them."""
         order, vocabulary = self.order, self.vocabulary
-        sizes = (order + 1,) if self.is_last else (order + 1, order + 2)
+        sizes = (order + 1, order + 2)
         for number, line in lines:
             if line.startswith("\\"):
                 return line
-            fields = line.split()
+            fields = line.split() if line.isascii() else WHITE.split(line)
+            if "\ufffd" in line:
+                raise self._flaw(number, "text that is not UTF-8")
             if len(fields) not in sizes:
                 found = f"{len(fields)} field{'s' * (len(fields) != 1)}"
-                raise self._flaw(number, f"{found} in place of {' or '.join(map(str, sizes))}")
+                raise self._flaw(number, f"{found} in place of {' or '.join(map(str, sizes[: 2 - self.is_last]))}")
             words = fields[1 : order + 1]
             try:
                 probability, backoff = float(fields[0]), float(fields[-1]) if len(fields) > order + 1 else 0.0
             except ValueError:
                 probability = backoff = math.nan
-            if not (probability <= 0 and backoff <= LARGEST_BACKOFF):
+            if not (probability <= 0 and backoff <= LARGEST_BACKOFF) or self.is_last and backoff:
                 raise self._flaw(number, "a number that is no logarithm of a probability or of a back-off weight")
             if order == 1:
                 vocabulary.add(words[0])
@@ -147,11 +154,17 @@ class _Section:
         """Compare with the stated number, and with the n-grams of the order below."""
         if len(self.hashes) != stated:
             raise _damaged(self.path, f"it states {stated} {self.order}-grams, but holds {len(self.hashes)}")
-        self.hashes = np.sort(np.frombuffer(self.hashes, np.int64)) if stated else np.zeros(0, np.int64)
-        if (self.hashes[1:] == self.hashes[:-1]).any():
-            raise _damaged(self.path, f"a {self.order}-gram occurs twice")
-        if shorter is not None and stated and not np.isin(np.unique(np.frombuffer(self.contexts, np.int64)), shorter).all():
-            raise _damaged(self.path, f"the first words of a {self.order}-gram are not a {self.order - 1}-gram")
+        if not stated:
+            self.hashes = np.zeros(0, np.int64)
+            return
+        hashes, contexts = (np.frombuffer(each, np.int64) for each in (self.hashes, self.contexts))
+        self.hashes = np.sort(hashes)
+        if (twice := self.hashes[1:][self.hashes[1:] == self.hashes[:-1]]).size:
+            first, second = np.flatnonzero(hashes == twice[0])[:2] + 1
+            raise _damaged(self.path, f"its {self.order}-grams number {first} and {second} are the same")
+        if shorter is not None and not (known := np.isin(np.unique(contexts), shorter)).all():
+            number = np.flatnonzero(contexts == np.unique(contexts)[~known][0])[0] + 1
+            raise _damaged(self.path, f"the first words of its {self.order}-gram number {number} are not a {self.order - 1}-gram")
 
 
 def arpa_words(path):
@@ -209,6 +222,8 @@ def flashlight_lm(path, words, pieces, weight, word_score):
     weight = weight * math.log(10)  # KenLM's scores are log10
     unknown = weight * UNKNOWN_WORD
     kenlm = KenLM(path, Dictionary([*words, "<unk>"]))
+    stated = kenlm.score(kenlm.start(True), len(words))[1]
+    surplus = stated if stated <= IMPOSSIBLE else 0.0
 
     class WordLm(CTCDecoderLM):
         def forget(self):
@@ -246,7 +261,7 @@ def flashlight_lm(path, words, pieces, weight, word_score):
             place = bisect.bisect_left(words, word)
             if place == len(words) or words[place] != word:
                 history, score = kenlm.score(history, len(words))
-                return history, weight * score + word_score + unknown - paid
+                return history, weight * (score - surplus) + word_score + unknown - paid
             history, score = kenlm.score(history, place)
             return history, weight * score + word_score - paid
 

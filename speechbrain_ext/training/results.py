@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def check_table(path):
     Traceback (most recent call last):
     speechbrain_ext.utils.errors.UserError: ... is not a results table, because it has no column WER; give another file.
     """
+    if not os.fspath(path):
+        raise UserError("The results table has no name; give the name of a file.")
     path = Path(path)
     if path.is_dir():
         raise UserError(f"The results table {path} is a folder; give the name of a file.")

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from speechbrain_ext.utils.errors import UserError, is_number, is_whole
+
 RESAMPLES = 10_000
 BLOCK = 2**22
 """Numbers to draw at a time; they take 32 MiB."""
@@ -34,6 +36,11 @@ def bootstrap_interval(errors, words, level=0.95, resamples=RESAMPLES, seed=0):
     low, high : float
         In %; both are NaN if there are no words.
 
+    Raises
+    ------
+    UserError
+        If the two sequences have different lengths, or a level or number of sets is impossible.
+
     Example
     -------
     >>> low, high = bootstrap_interval([0, 1, 2, 1] * 25, [10] * 100)
@@ -41,6 +48,12 @@ def bootstrap_interval(errors, words, level=0.95, resamples=RESAMPLES, seed=0):
     (8.6, 11.4)
     """
     errors, words = (np.asarray(values, dtype=np.float64) for values in (errors, words))
+    if errors.shape != words.shape or errors.ndim != 1:
+        raise UserError(f"Errors and words have the shapes {errors.shape} and {words.shape}; give one of each per utterance.")
+    if not is_number(level, 0, 1) or not is_whole(resamples, 1):
+        raise UserError(
+            f"level is {level!r} and resamples {resamples!r}; give a share from 0 to 1, and a whole number of 1 or more."
+        )
     if not words.sum():
         return float("nan"), float("nan")
     generator, rates, block = np.random.default_rng(seed), [], max(1, BLOCK // len(words))
@@ -64,7 +77,7 @@ def error_figures(error_rate):
     -------
     dict
         ``WER`` in %, its 95 % interval from ``WER_low`` to ``WER_high``, ``insertions``, ``deletions``, ``substitutions`` and
-        ``words``.
+        ``words``. The first three are NaN if there are no words.
 
     Example
     -------
@@ -74,12 +87,14 @@ def error_figures(error_rate):
     >>> error_figures(error_rate)
     {'WER': 25.0, 'WER_low': 0.0, 'WER_high': 50.0, 'insertions': 0, 'deletions': 1, 'substitutions': 0, 'words': 4}
     """
+    if not error_rate.scores:
+        raise UserError("There are no utterances to compare; append some first.")
     summary = error_rate.summarize()
     scores = sorted(error_rate.scores, key=lambda score: score["key"])  # the interval depends on the order
     counts = {kind: [score[kind] for score in scores] for kind in ("num_edits", "num_ref_tokens")}
     low, high = bootstrap_interval(*counts.values())
     return {
-        "WER": round(summary["WER"], 2),
+        "WER": round(summary["WER"], 2) if summary["num_scored_tokens"] else float("nan"),
         "WER_low": round(low, 2),
         "WER_high": round(high, 2),
         **{kind: summary[kind] for kind in ("insertions", "deletions", "substitutions")},
