@@ -61,7 +61,7 @@ class Recogniser:
         """Transcribe an audio file; returns its text."""
         try:
             samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
-        except (OSError, soundfile.SoundFileError) as error:
+        except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: raw samples, which state no rate
             raise ValueError(
                 f"{path} cannot be read as audio ({error}); check the path, and give a WAV, FLAC or Ogg file."
             ) from error

@@ -443,6 +443,9 @@ def test_the_example_refuses_what_is_no_speech(exported, tmp_path):
     example = runpy.run_path(str(ROOT / "examples" / "transcribe_onnx.py"), run_name="example")
     recogniser = example["Recogniser"](str(exported[0] / "model.onnx"))
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    (tmp_path / "a.raw").write_bytes(bytes(2000))
+    with pytest.raises(ValueError, match="a.raw cannot be read as audio"):
+        recogniser.transcribe(str(tmp_path / "a.raw"))
     for name, message in (("nan", "holds samples that are no numbers"), ("gone", "cannot be read as audio.*check the path")):
         with pytest.raises(ValueError, match=f"{name}.wav {message}"):
             recogniser.transcribe(str(tmp_path / f"{name}.wav"))

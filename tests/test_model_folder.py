@@ -113,15 +113,26 @@ def test_a_damaged_folder_is_named(name, content, trained, tmp_path):
         load_model(folder, "cpu")
 
 
-def test_what_is_no_model_is_refused_in_one_sentence(trained, tmp_path):
+def test_what_is_no_model_is_refused_in_one_sentence(trained, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no model folder .*gone"):
         load_model(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="has no hyperparams.yaml"):
         load_model(tmp_path)
+    monkeypatch.setattr("speechbrain_ext.inference.load.download", lambda *_: tmp_path)  # a part of a model in the cache
+    with pytest.raises(
+        FileNotFoundError, match="ann/speech .* has no hyperparams.yaml; if its download was interrupted, load it"
+    ):
+        load_model("ann/speech")
     folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"speechbrain_interface": "Tacotron2"}))
     with pytest.raises(ValueError, match="Tacotron2"):
         load_model(folder)
+    (folder / "config.json").write_text("")
+    with pytest.raises(UserError, match=r"is not JSON \(.*\); copy the model again"):
+        load_model(folder)
+    folder.rename(tmp_path / "pretrained")
+    with pytest.raises(FileNotFoundError, match=f"has no hyperparams.yaml; give {tmp_path}/pretrained"):
+        load_model(tmp_path)
 
 
 def test_shared_and_strided_weights_are_kept_by_every_name(tmp_path):
@@ -445,8 +456,9 @@ def test_a_folder_of_a_later_format_is_refused(trained, tmp_path):
     folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     for version in (FORMAT_VERSION + 1, 0, None, "1"):
+        remedy = "update the package" if version == FORMAT_VERSION + 1 else "copy the model again"
         (folder / "config.json").write_text(json.dumps({**config, "format_version": version}))
-        with pytest.raises(UserError, match=f"format version {version!r}, but this speechbrain_ext reads 1 to"):
+        with pytest.raises(UserError, match=f"format version {version!r}, but this speechbrain_ext reads 1 to .*; {remedy}"):
             load_model(folder, "cpu")
 
 
@@ -517,7 +529,7 @@ def test_a_transducer_of_no_numbers_is_refused(tmp_path):
     weights = load((folder / "asr.safetensors").read_bytes())  # the file is written over
     weights["transducer.out.weight"][3] = torch.nan
     save_file(weights, folder / "asr.safetensors")
-    assert "gives NaN" in refused(folder)
+    assert "hold NaN or infinity; take an earlier checkpoint" in refused(folder)
 
 
 VALUES = ["x", "[8]", "{a: 1}", "1.5", "-1", "!name:torch.nn.ReLU", "!!int abc", "!!float x", "!!bool x", "9" * 5000]

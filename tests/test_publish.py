@@ -201,6 +201,8 @@ def test_a_broken_connection_uses_the_cache(broken, monkeypatch):
     [
         ("---\nlicense:\n- mit\n- apache-2.0\nlanguage: en\n---\ntext\n", "---\nlicense: mit\nlanguage: en\n---\ntext\n"),
         ("---\nlicense: other\nlicense_name: mine\nlicense_link: x\n---\ntext\n", "---\nlicense: mit\n---\ntext\n"),
+        ("---\nlicense: >\n  mit\n\n  x\ntags: [a]\n---\ntext\n", "---\nlicense: mit\ntags: [a]\n---\ntext\n"),
+        ("\ufeff\n--- \nlanguage: en\n---\ntext\n", "---\nlicense: mit\nlanguage: en\n---\ntext\n"),
         ("text\n---\nmore\n", "---\nlicense: mit\n---\ntext\n---\nmore\n"),
         ("---\nlicense: mit\ntext\n", "have no end; add a line with ---"),
         (b"caf\xe9", "is not UTF-8"),

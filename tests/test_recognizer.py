@@ -24,6 +24,7 @@ from speechbrain_ext.inference.models import TransducerModel
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.inference.subtitles import subtitles
+from speechbrain_ext.utils.errors import UserError
 
 PIECES = ["<unk>", "▁", "▁THE", "▁CAT", "S", "▁A", "T"]
 
@@ -219,6 +220,14 @@ def test_a_beam_streams_as_greedy_search_does(model):
 
 
 @pytest.mark.parametrize("folder", ["transducer"], indirect=True)
+def test_a_stream_that_begins_anew_uses_the_search_of_now(model):
+    wav, recognizer = speech(50_000), StreamingRecognizer(model)
+    model.choose_search("ctc_beam")
+    recognizer.reset()
+    assert said(recognizer.accept(wav) + recognizer.finish()) == said(recognize(model, wav, (50_000,)))
+
+
+@pytest.mark.parametrize("folder", ["transducer"], indirect=True)
 def test_words_of_a_transducer_are_those_of_its_segment(model):
     """CTC places the words, no later than the transducer emits them; none is lost if a segment ends without a pause."""
     segments = recognize(model, speech(160_000), (1600,), chunk_size=8, endpoint=30, longest=1.0)
@@ -284,6 +293,8 @@ def test_bad_samples_are_refused_and_nothing_is_taken_in(model):
         ({"chunk_size": "16"}, "chunk_size is '16'"),
         ({"chunk_size": 0}, "chunk size is 0"),
         ({"endpoint": -1}, "endpoint is -1"),
+        ({"longest": None}, "longest is None; give a number"),
+        ({"start": "0"}, "start is '0'; give a number"),
     ):
         with pytest.raises(ValueError, match=message):
             StreamingRecognizer(model, **keys)
@@ -452,6 +463,8 @@ def test_words_of_a_given_text(model):
     assert all(a.end <= b.start for a, b in zip(words, words[1:], strict=False)) and words[-1].end <= 2.04
     with pytest.raises(ValueError, match="give a shorter text"):
         model.align(wav[:3000], "THE CAT SAT")
+    with pytest.raises(UserError, match="give a shorter text"):
+        model.align(wav[:0], "A")
 
 
 def test_times_of_the_mini_tokenizer(folder):

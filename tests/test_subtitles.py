@@ -21,7 +21,7 @@ from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference import transcribe as files_to_text
 from speechbrain_ext.inference.long_audio import SegmentFile, settings_of
 from speechbrain_ext.inference.subtitles import MIN_SECONDS, SubtitleOptions, _pieces, cues, subtitles
-from speechbrain_ext.inference.transcribe import transcribe_files
+from speechbrain_ext.inference.transcribe import Transcript, transcribe_files
 from speechbrain_ext.utils.errors import UserError
 
 DEFAULT = SubtitleOptions()
@@ -290,6 +290,7 @@ def test_a_segment_without_words_is_divided_by_characters():
     ],
 )
 def test_a_text_that_was_corrected_by_hand(text, starts):
+    assert Transcript("a.wav", [Segment(0.0, 4.0, f" {text}\n\tEND", 1.0, ())]).text == f"{text} END".strip()
     words = tuple(Word(word, start, start + 0.5, 1.0) for start, word in enumerate(("ONE", "TWO", "THREE", "FOUR")))
     segment = Segment(0.0, 4.0, text, 1.0, words)
     found = cues([segment], SubtitleOptions(1, 1, 1.0), 4.0)

@@ -3,9 +3,11 @@
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -13,6 +15,7 @@ from test_streaming import speech
 
 from speechbrain_ext import cli
 from speechbrain_ext.dataio.audio import AudioError
+from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.decoders import alignment
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.transcribe import transcribe_files
@@ -176,4 +179,10 @@ def test_importing_does_no_work():
 def test_samples_of_any_batch_are_those_of_the_file(files):
     model = load_model(FOLDERS / "joint-v1", "cpu")
     wav = model.load_audio(files[0])
-    assert model.transcribe_batch(wav.unsqueeze(0), torch.ones(1))[0][0] == model.transcribe_file(files[0])
+    text = model.transcribe_file(files[0])
+    for lengths in (torch.ones(1), np.ones(1), [1], torch.ones(1).double()):
+        assert model.transcribe_batch(wav.unsqueeze(0), lengths)[0][0] == text
+        assert len(model.transcribe_segments(wav.unsqueeze(0), lengths)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_samples(np.frombuffer(b"\0\1" * 100, "<i2"))

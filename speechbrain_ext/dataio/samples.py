@@ -34,7 +34,9 @@ def as_samples(wav):
     if isinstance(wav, np.ndarray):
         kind = wav.dtype.newbyteorder("=")
         known = kind.kind == "f" or kind in (np.int16, np.int32)
-        wav = torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32 if kind.kind == "f" else kind)) if known else wav
+        if known:
+            wav = np.ascontiguousarray(wav, dtype=np.float32 if kind.kind == "f" else kind)
+            wav = torch.from_numpy(wav if wav.flags.writeable else wav.copy())  # PyTorch warns of a buffer of bytes
     if isinstance(wav, torch.Tensor) and wav.is_floating_point():
         return wav.float()
     if isinstance(wav, torch.Tensor) and wav.dtype in FULL_SCALE:

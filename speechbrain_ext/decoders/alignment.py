@@ -195,7 +195,7 @@ def group_words(tokens, spans, tokenizer, offset=0):
         groups[-1].append((token, span))
     words = []
     for group in groups:
-        text = tokenizer.decode_ids([token for token, _ in group]).strip()
+        text = " ".join(tokenizer.decode_ids([token for token, _ in group]).split())
         if not text:  # a word boundary alone
             continue
         # The frame of a separate boundary is not that of its word

@@ -97,7 +97,7 @@ def transcribe_long(model, path, streaming=False, start=0.0, progress=None):
     start : float
         Seconds to leave out at the start: ``resume`` of the last known segment.
     progress : callable, optional
-        Called with the seconds of audio that have been read since the last call.
+        Called with the seconds of audio after ``start`` that have been read since the last call.
 
     Returns
     -------
@@ -111,9 +111,12 @@ def transcribe_long(model, path, streaming=False, start=0.0, progress=None):
     frame = round(start / FRAME_SECONDS)
 
     def read(first):
+        end = FRAME_SECONDS * first  # a window begins before its first segment
         for block in read_blocks(path, start=first * frame_samples(model), sample_rate=model.sample_rate):
+            seconds = len(block) / model.sample_rate
+            end += seconds
             if progress is not None:
-                progress(len(block) / model.sample_rate)
+                progress(min(seconds, max(0.0, end - start)))
             yield block
 
     if streaming:

@@ -116,6 +116,7 @@ class _ExactLengths(SearchChoices):
     @torch.no_grad()
     def transcribe_segments(self, wavs, wav_lens):
         """Transcribe as :meth:`transcribe_batch`; returns a :class:`Segment` with word times for each, None without words."""
+        wav_lens = torch.as_tensor(wav_lens)
         enc, lens = self._encode(wavs, wav_lens)
         seconds = (absolute_lengths(wav_lens, wavs.shape[1]) / self.sample_rate).tolist()
         segments = [
@@ -154,9 +155,9 @@ class _ExactLengths(SearchChoices):
             raise UserError(
                 f"The model has no token for {', '.join(unknown[:3])[:40]!r} of the text; write it as in its transcripts."
             )
-        enc, _ = self._encode(wav.unsqueeze(0), torch.ones(1))
-        tokens = self.tokenizer.encode_as_ids(text)
-        words = group_words(tokens, align(self._log_probs(enc)[0], tokens, self.blank), self.tokenizer)
+        enc, lens = self._encode(wav.unsqueeze(0), torch.ones(1))
+        (log_probs,), tokens = self._valid(self._log_probs(enc), lens), self.tokenizer.encode_as_ids(text)
+        words = group_words(tokens, align(log_probs, tokens, self.blank), self.tokenizer)
         return tuple(within(word, len(wav) / self.sample_rate) for word in words)
 
     def encode_batch(self, wavs, wav_lens):
@@ -190,7 +191,7 @@ class _ExactLengths(SearchChoices):
     """The search that rewrites a stream's segment when it has ended, with the arguments of ``search_segment``; or None."""
 
     def _encode(self, wavs, wav_lens):
-        wavs = as_samples(wavs)
+        wavs, wav_lens = as_samples(wavs), torch.as_tensor(wav_lens)
         if wavs.dim() != 2 or not len(wavs) or wav_lens.shape != wavs.shape[:1]:
             shapes = f"{tuple(wavs.shape)} and {tuple(wav_lens.shape)}"
             raise UserError(f"Waveforms and relative lengths have the shapes {shapes}; give (B, N) and (B,), B > 0.")

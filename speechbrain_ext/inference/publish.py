@@ -125,19 +125,19 @@ def _check_repository(info, private):
 def _card(path, repo_id, license):
     """The model card with the repository's name in its commands and, if given, the licence."""
     try:
-        text = path.read_text(encoding="utf-8").replace(HERE, repo_id)
+        text = path.read_text(encoding="utf-8-sig").replace(HERE, repo_id)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({one_line(error, 100)}); save it as UTF-8.") from error
     if license is None:
         return text
     head, rest = "", text
-    if text.startswith("---\n"):
-        metadata = re.match(r"---\n(.*?)^---[ \t]*(?:\n|\Z)(.*)", text, re.DOTALL | re.MULTILINE)
+    if re.match(r"\s*---[ \t]*\n", text):
+        metadata = re.match(r"\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)(.*)", text, re.DOTALL | re.MULTILINE)
         if metadata is None:
             raise UserError(f"The metadata at the start of {path} have no end; add a line with ---.")
         head, rest = metadata.groups()
     # A key with the lines of its value, if that is a list or text of several lines
-    head = re.sub(r"^license(_name|_link)?:.*\n([ -].*\n)*", "", head, flags=re.MULTILINE)
+    head = re.sub(r"^license(_name|_link)?:.*\n(\n*[ -].*\n)*", "", head, flags=re.MULTILINE)
     return f"---\nlicense: {license}\n{head}---\n{rest}"
 
 

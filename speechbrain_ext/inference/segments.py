@@ -5,13 +5,12 @@ of blanks. Greedy search never changes earlier tokens, so all words but the last
 where both the transducer and CTC predict only blanks. CTC then gives the times of words, because a transducer emits them late.
 """
 
-import math
 from dataclasses import replace
 
 import torch
 
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, Segment, align, collapse, confidence_of, make_segment
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number
 
 
 class Segmenter:
@@ -50,8 +49,8 @@ class Segmenter:
 
     def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0, search_stream=None):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
-            if not 0 < value < math.inf:
-                raise UserError(f"{name} is {value}; give a number of seconds above 0.")
+            if not is_number(value, 0) or not value:
+                raise UserError(f"{name} is {value!r}; give a number of seconds above 0.")
         self._tokenizer, self._blank, self._search = tokenizer, blank, search
         self._pause = max(1, round(endpoint / FRAME_SECONDS))
         self._longest = max(2, round(longest / FRAME_SECONDS))

@@ -12,7 +12,7 @@ from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse, within
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.registry import passes_of
-from speechbrain_ext.utils.errors import UserError, is_whole
+from speechbrain_ext.utils.errors import UserError, is_number, is_whole
 
 CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models without a chunk size."""
@@ -75,10 +75,9 @@ class StreamingRecognizer:
         self._cascade = encoder if len(passes) > 1 and model.pass_name in (None, passes[-1]) else None
         self._pass = passes[0] if len(passes) > 1 else None
         self._samples = frame_samples(model)
-        search = model.search_ended if self._cascade is None else self._second_pass
-        self._segmenting = (model.tokenizer, model.blank, endpoint, longest, search)
-        self._patience = longest / FRAME_SECONDS
+        self._segmenting = (model.tokenizer, model.blank, endpoint, longest)
         self.reset(start)
+        self._patience = longest / FRAME_SECONDS
 
     @property
     def sample_rate(self):
@@ -157,17 +156,18 @@ class StreamingRecognizer:
         return [within(segment, self._start + self._received / self._model.sample_rate) for segment in segments]
 
     def reset(self, start=0.0):
-        """Begin a new stream with the same settings.
+        """Begin a new stream with the same settings, and with the search that the model uses now.
 
         Arguments
         ---------
         start : float
             Time of its first sample in seconds.
         """
-        if not 0 <= start < math.inf:
-            raise UserError(f"start is {start}; give a number of seconds, 0 or more.")
+        if not is_number(start, 0):
+            raise UserError(f"start is {start!r}; give a number of seconds, 0 or more.")
+        search = self._model.search_ended if self._cascade is None else self._second_pass
         keys = {"restarts": True, "start": round(start / FRAME_SECONDS), "search_stream": self._model.search_stream}
-        self._segmenter = Segmenter(*self._segmenting, **keys)
+        self._segmenter = Segmenter(*self._segmenting, search, **keys)
         self._small, self._small_samples = [], 0
         self._audio = torch.zeros(1, 0, device=self._model.device)
         self._audio_start = self._segmenter.start

@@ -36,7 +36,7 @@ class Transcript:
     @property
     def text(self):
         """The text of all segments, on one line."""
-        return " ".join(segment.text for segment in self.segments)
+        return " ".join(word for segment in self.segments for word in segment.text.split())  # edited texts may have lines
 
 
 def transcribe_files(model, files, output=None, streaming=False, progress=False, subtitle_options=None):
@@ -78,7 +78,7 @@ def transcribe_files(model, files, output=None, streaming=False, progress=False,
     """
     if isinstance(files, str | bytes | os.PathLike):
         raise UserError(f"files is {one_line(repr(files), 60)}; give a list of files.")
-    files = [os.fspath(file) for file in files]
+    files = [os.fsdecode(file) for file in files]
     if output is None and subtitle_options is not None:
         raise UserError("subtitle_options need an output folder; give output, or leave out subtitle_options.")
     outputs = _outputs(model, files, output, streaming, subtitle_options) if output is not None else {}
