@@ -350,6 +350,28 @@ def test_ids_that_no_manifest_states(tmp_path):
     assert ids == [f"{tmp_path}/{row['audio_filepath']}" for row in rows[:4]] + stems
 
 
+@pytest.mark.parametrize(
+    "given, segment",
+    [
+        ({"start": 1.5, "end": 3.0, "stop": None}, (1.5, 3.0, False, None)),
+        ({"start": 24000, "stop": 48000, "end": None}, (24000, 48000, True, None)),
+        ({"start": 24000.0, "stop": None}, (24000, None, True, None)),
+        ({"stop": 48000}, (None, 48000, True, None)),
+        ({"start": 1.5, "end": None}, (1.5, None, False, None)),
+        ({"start": "", "end": "", "stop": ""}, (None, None, False, None)),
+        ({"offset": 1.5, "duration": 1.5, "start": 1.5, "end": 3.001}, (1.5, 3.0, False, 1.5)),
+        ({"begin_time": 941.5, "end_time": 943.0}, (None, None, False, 1.5)),
+        ({"start_time": 0, "end_time": 48000, "duration": 3.0}, (None, None, False, 3.0)),
+        ({"start_time": "9:30", "end_time": ["x"]}, (None, None, False, None)),
+    ],
+)
+def test_a_segment_counts_if_its_columns_have_values(given, segment, tmp_path):
+    """Columns may be empty, agree, or have other meanings: beside the last names, audio is often cut already."""
+    ((entry,), _) = read_entries(json_lines(tmp_path / "m.jsonl", [{"wav": "a.wav", "text": "A", **given}]))
+    found = entry.utterance
+    assert (found.start, found.stop, found.in_samples, found.duration) == segment and not entry.flaw
+
+
 def test_several_manifests_become_one_set(audio, tmp_path):
     rows = utterances(audio)[0]
     first, second = wenet(tmp_path / "first", rows[:5]), kaldi(tmp_path / "second", rows[4:])
@@ -407,6 +429,17 @@ def broken(**values):
         (broken(start=3, stop=2), "segment outside of its audio"),
         (broken(offset=0, duration=0.05), "shorter than 0.1 s"),
         (broken(start=3), "start without end or stop"),
+        (broken(start=3, end=None, stop=None), "start without end or stop"),
+        (broken(end=3), "end without start"),
+        (broken(begin=1, end=3), "end without start"),
+        (broken(start=1.5, stop=48000), "unclear segment"),
+        (broken(start=1, stop=48000, end=3), "unclear segment"),
+        (broken(offset=1, duration=..., end=2), "unclear segment"),
+        (broken(offset=0, duration=1, start=2, end=3), "unclear segment"),
+        (broken(offset=0, duration=1, stop=16000), "unclear segment"),
+        (broken(start_time=1.5, end_time=3), "wrong duration"),
+        (broken(begin_time="1.5", end_time="3.0", duration=...), "wrong duration"),
+        (broken(start_ms=1500, end_ms=3000, duration=...), "wrong duration"),
         (broken(channel=1), "no such channel"),
         (broken(channel=-1), "no such channel"),
         (broken(channel=0.5), "not a number"),

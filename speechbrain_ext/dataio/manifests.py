@@ -14,6 +14,7 @@ These formats are known:
 The format is recognised by content. Text files may be compressed with gzip. Relative paths start at the manifest.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -21,11 +22,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_ext.dataio.preparation import Skipped, Utterance
+from speechbrain_ext.dataio.preparation import SLACK_SECONDS, Skipped, Utterance
 from speechbrain_ext.dataio.records import COLUMNS, Unusable, read_records
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.text import is_utf8, listing
+
+OTHER_TIMES = (("start_time", "end_time", 1), ("begin_time", "end_time", 1), ("start_ms", "end_ms", 1000))
+"""Names of times, with parts of a second. They only state the length of the audio."""
 
 
 class Entry(NamedTuple):
@@ -240,19 +244,38 @@ def _segment(values):
     """Start, stop, channel and duration of an utterance, as keys of an Utterance."""
     names = ("offset", "start", "end", "stop", "channel", *COLUMNS["duration"])
     numbers = {name: _number(name, values[name]) for name in names if values.get(name) not in (None, "")}
-    keys = {"duration": next((numbers[name] for name in COLUMNS["duration"] if name in numbers), None)}
-    if "channel" in numbers:
-        keys["channel"] = int(numbers["channel"])
-    if "offset" in numbers:
-        start = numbers["offset"]
-        return keys | {"start": start, "stop": None if keys["duration"] is None else start + keys["duration"]}
-    if "stop" in values and not numbers.keys().isdisjoint(("start", "stop")):
-        return keys | {"start": numbers.get("start"), "stop": numbers.get("stop"), "in_samples": True}
-    if "end" in values:
-        return keys | {"start": numbers.get("start"), "stop": numbers.get("end")}
-    if "start" in numbers:
+    offset, start, end, stop = map(numbers.get, names[:4])
+    duration = next((numbers[name] for name in COLUMNS["duration"] if name in numbers), None)
+    in_samples, clear = False, True
+    if offset is not None:
+        last = None if duration is None else offset + duration
+        same = ((other, value) for other, value in ((start, offset), (end, last)) if other is not None)
+        clear = stop is None and all(value is not None and abs(other - value) <= SLACK_SECONDS for other, value in same)
+        start, stop = offset, last
+    elif stop is not None or start is not None and "stop" in values and "end" not in values:
+        in_samples, clear = True, end is None and (start or 0) % 1 == 0
+    elif start is not None and (end is not None or "end" in values and "stop" not in values):
+        stop = end
+    elif start is not None:
         raise Unusable("start without end or stop", "end is in seconds, stop in samples")
-    return keys
+    elif end is not None:
+        raise Unusable("end without start", "give both, with these names")
+    else:
+        duration = min((length for length in (duration, *_lengths(values)) if length is not None), default=None)
+    if not clear:
+        given = ", ".join(f"{name} {numbers[name]:g}" for name in names[:4] if name in numbers)
+        raise Unusable("unclear segment", f"{given}: give start and end in seconds, or start and stop in samples")
+    channel = int(numbers["channel"]) if "channel" in numbers else None
+    return {"start": start, "stop": stop, "in_samples": in_samples, "channel": channel, "duration": duration}
+
+
+def _lengths(values):
+    """Lengths by names that are not read as a segment, because audio beside them is often cut already."""
+    for begin, end, unit in OTHER_TIMES:
+        with contextlib.suppress(Unusable):  # such as the time of a day
+            length = (_number(end, values.get(end)) - _number(begin, values.get(begin))) / unit
+            if length > 0:
+                yield length
 
 
 def _number(name, value):

@@ -154,7 +154,8 @@ def _row(utterance, info):
     duration = (stop - start) / rate
     stated = utterance.duration
     if stated is not None and not any(abs(stated - is_) <= SLACK_SECONDS + SLACK * is_ for is_ in (duration, info.duration)):
-        return _Flaw("wrong duration", f"{stated:g} s are stated, but the audio has {duration:g} s")
+        remedy = "; a segment needs start and end" if utterance.start is None and stated < duration else ""
+        return _Flaw("wrong duration", f"{stated:g} s are stated, but the audio has {duration:g} s{remedy}")
     if utterance.channel is not None and not 0 <= utterance.channel < info.channels:
         return _Flaw("no such channel", f"{utterance.channel} of {info.channels}, counted from 0")
     if duration < MIN_SECONDS:
