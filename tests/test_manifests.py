@@ -31,6 +31,7 @@ from speechbrain_ext.dataio.audio import load_audio
 from speechbrain_ext.dataio.datasets import make_datasets, read_manifest
 from speechbrain_ext.dataio.manifests import read_entries, select
 from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.texts import read_sentences
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank
@@ -409,7 +410,9 @@ def broken(**values):
         (broken(audio_filepath="gone.wav"), "missing"),
         (broken(audio_filepath=...), "no audio path"),
         (broken(audio_filepath=5), "no audio path"),
-        (broken(audio_filepath="a\0.wav"), "unreadable"),
+        (broken(audio_filepath="a\0.wav"), "not UTF-8"),
+        (broken(id="a\0"), "not UTF-8"),
+        (broken(speaker="a\0"), "not UTF-8"),
         (broken(audio_filepath="text.wav"), "unreadable"),
         (broken(audio_filepath="cut.flac"), "truncated or damaged"),
         (broken(text=...), "no transcript"),
@@ -494,11 +497,23 @@ def test_a_folder_of_librispeech_s_layout_loses_nothing(tmp_path):
     write_wav(tmp_path / "1" / "3" / "1-3-0.wav")
     (chapter / "1-2.trans.txt").write_bytes(b"1-2-0 ONE\r1-2-1 TWO\r1-2-9 NINE\r")
     write_wav(tmp_path / "4" / "1-4-0.wav")
-    (tmp_path / "4" / "1-4.trans.txt").write_text("1-4-0 FOUR\n1-4-0 FIVE\n")
+    (tmp_path / "4" / "1-4.trans.txt").write_text("1-4-0 FOUR\n1-4-0 FIVE\n1-4-1 FIVE\n1-4-1  FIVE\n")
+    write_wav(tmp_path / "4" / "1-4-1.wav")
     (chapter / "._1-2.trans.txt").write_bytes(b"\0\5\x16\7")
     reasons = {"1-2-1": "several audio files with one name", "1-2-9": "transcript without audio"}
-    reasons |= {"1-2-2": "no transcript", "1-3-0": "no transcript", "1-4-0": "duplicate id"}
-    assert read(tmp_path) == ({"1-2-0": "ONE", "1-4-0": "FOUR"}, reasons)
+    reasons |= {"1-2-2": "no transcript", "1-3-0": "no transcript", "1-4-0": "two different transcripts"}
+    assert read(tmp_path) == ({"1-2-0": "ONE", "1-4-1": "FIVE"}, reasons)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """In LibriSpeech layout, and by the language model; a link to a parent does not cause a loop."""
+    write_wav(tmp_path / "elsewhere" / "1-2-0.wav")
+    (tmp_path / "elsewhere" / "1-2.trans.txt").write_text("1-2-0 ONE\n")
+    (tmp_path / "corpus" / "1").mkdir(parents=True)
+    (tmp_path / "corpus" / "1" / "2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "1" / "loop").symlink_to(tmp_path / "corpus")
+    assert read(tmp_path / "corpus") == ({"1-2-0": "ONE"}, {})
+    assert list(read_sentences([tmp_path / "corpus"])) == [["ONE"]]
 
 
 def test_links_and_tar_files_in_a_tar_file(tmp_path):
@@ -530,6 +545,14 @@ def test_text_with_zeros_is_not_text(zeros, tmp_path):
     json_lines(tmp_path / "n.jsonl", [{"id": "a", "audio_filepath": "a.wav", "text": "ONE\0"}])
     for name in ("m.jsonl", "t.tar", "n.jsonl"):
         assert read(tmp_path / name) == ({}, {"a": "not UTF-8"})
+    ((_, skipped),) = [select("x", read_entries(tmp_path / "n.jsonl")[0], "none")]
+    assert skipped[0].detail == "transcript: 'ONE\\x00'"
+
+
+@pytest.mark.parametrize("hidden", [{"words": [{"w": "x"}]}, {"wrd": ""}, {"text_filepath": "gone.txt"}])
+def test_the_first_transcript_with_text_counts(hidden, tmp_path):
+    path = json_lines(tmp_path / "m.jsonl", [{"id": "a", "audio_filepath": "a.wav", "text": "ONE", **hidden}])
+    assert read(path) == ({"a": "ONE"}, {}) and list(read_sentences([path])) == [["ONE"]]
 
 
 @pytest.mark.parametrize("begin", ["", "\ufeff", "  \n"])

@@ -183,19 +183,23 @@ def test_the_beam_search_prefers_what_the_text_says(tmp_path):
 def test_all_kinds_of_files_give_the_same(tmp_path):
     (tmp_path / "plain.txt").write_text("the cat\n\nthe  hat\r\n", encoding="utf-8")
     (tmp_path / "plain.txt.gz").write_bytes(gzip.compress("\ufeffThe cat\nThe hat".encode()))
-    (tmp_path / "1-2.trans.txt").write_text("1-2-0000 THE CAT\n1-2-0001 THE HAT\n")
+    (tmp_path / "1-2.trans.txt").write_text("1-2-0000\tTHE CAT\n 1-2-0001 THE HAT\n")
     (tmp_path / "run.csv").write_text("ID,duration,wav,spk_id,wrd\na,1,a.wav,s,THE CAT\nb,1,b.wav,s,the hat\n")
     (tmp_path / "nemo.jsonl").write_text(
         '{"audio_filepath": "a.wav", "text": "the cat"}\n{"audio_filepath": "b", "text": "the hat"}\n'
     )
-    files = sorted(tmp_path.iterdir())
+    (tmp_path / "texts").mkdir()
+    for name in ("the cat", "the hat"):
+        (tmp_path / "texts" / name).write_text(name)
+    (tmp_path / "files.csv").write_text("wav,text_filepath\na.wav,texts/the cat\nb.wav,texts/the hat\n")
+    files = sorted(file for file in tmp_path.iterdir() if file.is_file())
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "audio.flac").write_bytes(b"\xff")
     expected = [["THE", "CAT"], ["THE", "HAT"]]
-    assert [list(read_sentences([file], "upper")) for file in files] == 5 * [expected]
+    assert [list(read_sentences([file], "upper")) for file in files] == 6 * [expected]
     assert list(read_sentences([tmp_path], "upper")) == expected  # other texts in a folder with transcripts are ignored
     (tmp_path / "1-2.trans.txt").unlink()
-    assert list(read_sentences([tmp_path], "upper")) == 4 * expected
+    assert list(read_sentences([tmp_path], "upper")) == 5 * expected
     (tmp_path / "book.txt").write_text("“Don’t,” she said -- twice!\n...\n", encoding="utf-8")
     assert list(read_sentences([tmp_path / "book.txt"], "lower", only_words=True)) == [["don't", "she", "said", "twice"]]
 
@@ -237,7 +241,10 @@ def test_text_may_come_through_a_pipe_and_the_output_be_a_link(tmp_path, capsys)
         (["lm.txt"], "lm.txt is a language model in ARPA format, not text"),
         (["a.txt", "--out", "a.txt"], "a.txt is one of the texts, which would be lost; give another file"),
         (["folder/..", "--out", "a.txt"], "a.txt is one of the texts"),
-        (["table.csv"], "has no transcript"),
+        (["table.csv"], "table.csv, line 2: no transcript; mend or remove this line, or give a manifest with the column wrd"),
+        (["more.csv"], "more.csv, line 3: wrong number of columns (4 instead of 3); mend"),
+        (["flawed.jsonl"], "flawed.jsonl, line 2: not valid JSON"),
+        (["latin.csv"], "latin.csv, line 2: not UTF-8 (transcript: 'caf"),
         (["folder"], "folder holds no text"),
         (
             ["a.txt", "--tokens", "a.txt"],
@@ -267,6 +274,9 @@ def test_what_the_user_can_mend_is_one_sentence(tmp_path, capsys, monkeypatch, a
     (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
     (tmp_path / "lm.txt").write_text("\n\\data\\\nngram 1=1\n")
     (tmp_path / "table.csv").write_text("ID,wav\na,a.wav\n")
+    (tmp_path / "more.csv").write_text("ID,wav,wrd\na,a.wav,the\nb,b.wav,cat, sat\n")
+    (tmp_path / "flawed.jsonl").write_text('{"wav": "a.wav", "text": "the"}\n{"wav": "b.wav"\n')
+    (tmp_path / "latin.csv").write_bytes("ID,wav,wrd\na,a.wav,caf\xe9\n".encode("latin-1"))
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from speechbrain_ext.dataio.preparation import (
 )
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.files import files_inside
 from speechbrain_ext.utils.text import is_utf8, listing
 
 logger = logging.getLogger(__name__)
@@ -207,36 +208,19 @@ def first_there(data_folder, *splits):
 
 
 def list_files(folder):
-    """All files in a folder and its subfolders, in the order of their paths, without hidden files.
-
-    Links are followed, but each folder is visited only once.
+    """All files in a folder, see :func:`~speechbrain_ext.utils.files.files_inside`.
 
     Returns
     -------
     list of File
     """
-    files, seen = [], set()
-
-    def visit(place):
-        stat = os.stat(place)
-        if (stat.st_dev, stat.st_ino) in seen:  # a loop of links
-            return
-        seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(place) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.name.startswith("."):  # .DS_Store, and ._1-2-3.flac that macOS puts beside 1-2-3.flac
-                continue
-            if entry.is_dir():
-                visit(entry.path)
-                continue
-            try:
-                stat = entry.stat()
-                files.append(File(entry.path, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a broken link; the check of its audio reports it
-                files.append(File(entry.path, 0, 0))
-
-    visit(folder)
+    files = []
+    for path in files_inside(folder):
+        try:
+            stat = os.stat(path)
+            files.append(File(path, stat.st_size, stat.st_mtime_ns))
+        except OSError:  # a broken link; the check of its audio reports it
+            files.append(File(path, 0, 0))
     return files
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_ext.dataio.preparation import SLACK_SECONDS, Skipped, Utterance
-from speechbrain_ext.dataio.records import COLUMNS, Unusable, read_records
+from speechbrain_ext.dataio.records import COLUMNS, Unusable, check_utf8, read_records, read_transcript
 from speechbrain_ext.dataio.text import normal_form
-from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.text import is_utf8, listing
+from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.text import listing
 
 OTHER_TIMES = (("start_time", "end_time", 1), ("begin_time", "end_time", 1), ("start_ms", "end_ms", 1000))
 """Names of times, with parts of a second. They only state the length of the audio."""
@@ -189,8 +189,8 @@ def select(split, entries, case):
 def _entry(record, base, data_folder, files):
     """The entry of a record; its id is empty if the record states none."""
     values = {
-        field: next((record.values[name] for name in names if record.values.get(name) is not None), None)
-        for field, names in COLUMNS.items()
+        field: next((record.values[name] for name in COLUMNS[field] if record.values.get(name) is not None), None)
+        for field in ("ID", "wav", "spk_id")
     }
     if isinstance(values["wav"], dict):  # from SpeechBrain, with start and stop, or from Hugging Face
         record = record._replace(values=record.values | values["wav"])
@@ -201,11 +201,10 @@ def _entry(record, base, data_folder, files):
         try:
             wav = _audio_path(values["wav"], base, data_folder, record.place)
             speaker = str(values["spk_id"]) if values["spk_id"] not in (None, "") else "unknown"
-            text = _text(record.values, values["wrd"], base, files)
+            text = read_transcript(record.values, base, files)
             utterance = Utterance(name, wav, speaker, text, **_segment(record.values))
-            stated = "".join((name, wav, speaker, text))
-            if not is_utf8(stated) or "\0" in text:  # zeros are those of UTF-16
-                raise Unusable("not UTF-8")
+            for field, value in {"id": name, "path": wav, "speaker": speaker}.items():
+                check_utf8(field, value)
         except Unusable as error:
             flaw, detail = error.reason, error.detail
     return Entry(utterance, record.place, bool(name), flaw, detail)
@@ -223,21 +222,6 @@ def _audio_path(value, base, data_folder, place):
             f"{place}: the audio path begins with the placeholder {placeholder[0]}; give its folder as --data_folder."
         )
     return path
-
-
-def _text(values, text, base, files):
-    if text is None:
-        raise Unusable("no transcript")
-    if not isinstance(text, str):
-        raise Unusable("transcript is not text", f"{text!r:.60}")
-    if text != values.get("text_filepath"):
-        return text
-    path = os.path.join(base, text)
-    files.append(path)
-    try:
-        return Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except (OSError, ValueError) as error:
-        raise Unusable("no transcript", one_line(error)) from error
 
 
 def _segment(values):

@@ -9,12 +9,15 @@ import re
 import tarfile
 import zlib
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_ext.dataio.preparation import SLACK_SECONDS
 from speechbrain_ext.dataio.saved_datasets import read_rows
+from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError, one_line
-from speechbrain_ext.utils.text import listing
+from speechbrain_ext.utils.files import files_inside
+from speechbrain_ext.utils.text import is_utf8, listing
 
 COLUMNS = {
     "ID": ("ID", "id", "key", "utt_id"),
@@ -23,8 +26,9 @@ COLUMNS = {
     "wrd": ("wrd", "words", "text", "txt", "transcript", "transcription", "sentence", "text_filepath", "normalized_text"),
     "duration": ("duration", "length"),
 }
-"""Names of each column; the first one with a value counts. Further columns are ``channel``, counted from 0, and for a segment
-``offset`` (seconds) with ``duration``, ``start`` and ``end`` (seconds), or ``start`` and ``stop`` (samples)."""
+"""Names of each column; the first one with a value counts, and for a transcript the first one with text. Further columns are
+``channel``, counted from 0, and for a segment ``offset`` (seconds) with ``duration``, ``start`` and ``end`` (seconds), or
+``start`` and ``stop`` (samples)."""
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".sph", ".w64")
 """Suffixes of audio files in tar files and in folders of LibriSpeech layout."""
 LINE_END = re.compile("\r\n|\n|\r")
@@ -86,6 +90,56 @@ def read_records(path, files):
         yield from _file_records(path, files)
     else:
         raise UserError(f"The manifest {path} is a pipe or device, which cannot be read twice; write it to a file first.")
+
+
+def read_transcript(values, base, files):
+    """The transcript in the values of a record.
+
+    Arguments
+    ---------
+    values : dict
+        Values by column.
+    base : str or os.PathLike
+        The folder at which relative paths start.
+    files : list
+        Receives the file that is read if the transcript lies in one.
+
+    Returns
+    -------
+    str
+        It may be empty.
+
+    Raises
+    ------
+    Unusable
+        If there is no transcript, or it is not text in UTF-8.
+    """
+    given = [(name, values[name]) for name in COLUMNS["wrd"] if values.get(name) is not None]
+    if not given:
+        raise Unusable("no transcript")
+    name, text = next(((name, value) for name, value in given if value and isinstance(value, str)), given[0])
+    if not isinstance(text, str):
+        raise Unusable("transcript is not text", f"{text!r:.60}")
+    if name == "text_filepath":
+        files.append(os.path.join(base, text))
+        try:
+            text = Path(files[-1]).read_text(encoding="utf-8-sig", errors="surrogateescape")
+        except (OSError, ValueError) as error:
+            raise Unusable("no transcript", one_line(error)) from error
+    return check_utf8("transcript", text)
+
+
+def check_utf8(field, text):
+    """Return a text of a record.
+
+    Raises
+    ------
+    Unusable
+        If it is not UTF-8; zeros are those of UTF-16.
+    """
+    if not is_utf8(text) or "\0" in text:
+        raise Unusable("not UTF-8", f"{field}: {text!r:.60}")
+    return text
 
 
 # -------------------- files
@@ -332,7 +386,7 @@ def _folder_records(path, files):
         yield from (Record(place, values, name=name) for place, values, name in read_rows(path, files))
     elif "dataset_dict.json" in names:
         raise UserError(f"{path} holds several saved datasets; give the folder of one of them.")
-    elif any(path.rglob("*.trans.txt")):
+    elif any(file.endswith(".trans.txt") for file in files_inside(path)):
         yield from librispeech_records(path, files)
     else:
         raise UserError(f"{path} is not a known kind of manifest: this folder holds {listing(sorted(names))}; give {FORMATS}.")
@@ -353,20 +407,23 @@ def librispeech_records(folder, files):
     Record
     """
     tables, audio, said = {}, {}, set()
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
+    for path in map(Path, files_inside(folder)):
         if path.name.endswith(".trans.txt"):
             tables.setdefault(path.parent, []).append(path)
         elif path.suffix.lower() in AUDIO_SUFFIXES:
             audio.setdefault((path.parent, path.stem), []).append(str(path))
     for inside, paths in tables.items():
+        rows, different = {}, set()
         for name, (text, place) in (row for path in paths for row in _table(path, files)):
+            first, _ = rows.setdefault(name, (text, place))  # a repeated line is allowed
+            if first != text and normal_form(first) != normal_form(text):
+                different.add(name)
+        for name, (text, place) in rows.items():
             said.add((inside, name))
             found, *others = audio.get((inside, name), (None,))
             values = {"ID": name, "wav": found, "speaker": name.partition("-")[0], "wrd": text}
             flaw = "transcript without audio" if found is None else "several audio files with one name" if others else None
-            yield Record(place, values, *filter(None, [flaw]))
+            yield Record(place, values, *filter(None, ["two different transcripts" if name in different else flaw]))
     for place, paths in audio.items():
         if place not in said:
             yield Record(paths[0], {"ID": place[1], "wav": paths[0], "wrd": None}, "no transcript")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from speechbrain_ext.dataio.text import normal_form, words_only
 from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.files import files_inside
 from speechbrain_ext.utils.text import listing
 
 MANIFESTS = (".csv", ".json", ".jsonl")
@@ -85,8 +86,7 @@ def _files(path):
         raise FileNotFoundError(f"There is no text {path}; check the path.")
     if not path.is_dir():
         return [path]
-    inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    inside = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    inside = [file for file in map(Path, files_inside(path)) if file.is_file()]
     files = [file for file in inside if _kind(file) in SUFFIXES]
     if not files:
         kinds = listing(sorted({file.suffix or "no suffix" for file in inside}))
@@ -106,13 +106,17 @@ def _lines(path, bar):
     try:
         if _kind(path) in MANIFESTS:
             # Imported here because it imports all code for audio, 300 MB, which other texts do not need
-            from speechbrain_ext.dataio.records import COLUMNS, read_records
+            from speechbrain_ext.dataio.records import Unusable, read_records, read_transcript
 
             for record in read_records(path, []):
-                text = next((record.values[name] for name in COLUMNS["wrd"] if isinstance(record.values.get(name), str)), None)
-                if text is None:
-                    raise UserError(f"{record.place} has no transcript; give a manifest with the column wrd, or a text file.")
-                yield text
+                try:
+                    yield read_transcript(record.values, path.parent, [])
+                except Unusable as error:
+                    reason, detail = (record.flaw, record.detail) if record.flaw else (error.reason, error.detail)
+                    raise UserError(
+                        f"{record.place}: {reason}{detail and f' ({detail})'}; mend or remove this line, or give a manifest with "
+                        "the column wrd."
+                    ) from error
             bar.update(path.stat().st_size)
             return
         with open(path, "rb") as file, _opened(file) as lines:
@@ -120,7 +124,7 @@ def _lines(path, bar):
             for number, line in enumerate(lines):
                 if line.strip() == ARPA_BEGIN:
                     raise UserError(f"{path} is a language model in ARPA format, not text; leave it out.")
-                yield line.partition(" ")[2] if _has_ids(path) else line
+                yield "".join(line.split(maxsplit=1)[1:]) if _has_ids(path) else line
                 if seeks and number % SHOWN == 0:
                     bar.update(file.tell() - read)
                     read = file.tell()

@@ -214,6 +214,50 @@ def locked(path, taken=None):
         os.close(handle)
 
 
+def files_inside(folder):
+    """All files in a folder and its subfolders, in the order of their paths, without hidden ones.
+
+    Links are followed, but each folder is visited only once.
+
+    Arguments
+    ---------
+    folder : str or os.PathLike
+        The folder.
+
+    Yields
+    ------
+    str
+        A path; that of a broken link too.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "a").mkdir()
+    >>> _ = (folder / "a" / "b.txt").write_text("1 2 3")
+    >>> [os.path.relpath(path, folder) for path in files_inside(folder)]
+    ['a/b.txt']
+    """
+    seen = set()
+
+    def visit(place):
+        stat = os.stat(place)
+        if (stat.st_dev, stat.st_ino) in seen:  # a loop of links
+            return
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(place) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.startswith("."):  # .DS_Store, and ._1-2-3.flac that macOS puts beside 1-2-3.flac
+                continue
+            if entry.is_dir():
+                yield from visit(entry.path)
+            else:
+                yield entry.path
+
+    yield from visit(os.fspath(folder))
+
+
 def read_bytes(path, most):
     """The content of a file from an untrusted source, up to a size.
 
