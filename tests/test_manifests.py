@@ -28,7 +28,7 @@ from recipes.Manifest.prepare import names_of_tests, prepare_manifests, read_spl
 from speechbrain_ext.brains.asr import AsrBrain
 from speechbrain_ext.dataio import preparation
 from speechbrain_ext.dataio.audio import load_audio
-from speechbrain_ext.dataio.datasets import make_datasets, read_manifest
+from speechbrain_ext.dataio.datasets import MANIFEST_FIELDS, make_datasets, read_manifest, write_manifest
 from speechbrain_ext.dataio.manifests import read_entries, select
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.dataio.texts import read_sentences
@@ -983,7 +983,9 @@ def datasets_of(path):
     ],
 )
 def test_a_manifest_with_other_values_is_refused(rows, message, tmp_path):
-    (tmp_path / "m.csv").write_text("ID,duration,wav,spk_id,wrd,start,channel\n" + rows)
+    rows = "".join(f"{row}{(row.count(',') == 6) * ','}\n" for row in rows.splitlines())
+    text = "ID,duration,wav,spk_id,wrd,start,channel,stop\n" + rows
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=re.escape(message)):
         datasets_of(tmp_path / "m.csv")
 
@@ -1015,6 +1017,13 @@ def train_here(tmp_path, monkeypatch):
 
     return train_here
 
+        ("a,0,a.wav,s,A,,\n", "has the duration '0' for a; give seconds above 0"),
+        ("a,1,a.wav,s, \u200b,,\n", "has an empty transcript for a; leave this line out"),
+        ("a,1,a.wav,s,A,8,,8\n", "has the stop 8 for a; give a number above its start, 8"),
+        ("a,1,a.wav,s,A,,\nb,1,b.wav,s,HELLO, WORLD,,,\n", "m.csv, line 3, has more values than columns; put a value"),
+        ("a,1,a.wav,s,A,,\nb,1,b.wav,s\n", "has a line with too few values, which begins with 'b'; the corpus's prepare"),
+        ('a,1,a.wav,s,"A" B,,\n', "m.csv, line 2, is not valid CSV: ',' expected after '\"'; fix it"),
+        ("a,1,a.wav,s,caf\udce9,,\n", "m.csv is not text in UTF-8; write it in UTF-8"),
 
 def weights(result):
     return load_file(result.folders["pretrained"] / "asr.safetensors")
@@ -1023,6 +1032,14 @@ def weights(result):
 def assert_same(left, right):
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
+def test_a_manifest_may_hold_anything_in_a_name(tmp_path):
+    rows = [dict(zip(MANIFEST_FIELDS, ("a\rb", "1", 'a,"\r\n.wav', "s\n", "A"), strict=True))]
+    write_manifest(tmp_path / "m.csv", rows)
+    assert read_manifest(tmp_path / "m.csv") == rows and (tmp_path / "m.csv").read_bytes().startswith(
+        b"ID,duration,wav,spk_id,wrd\n"
+    )
+
+
 
 
 def test_every_format_gives_the_same_training(audio, train_here, tmp_path):

@@ -80,15 +80,19 @@ def read_manifest(path):
     Raises
     ------
     UserError
-        If the file is missing, or lacks a column.
+        If the file is missing, is not CSV in UTF-8, or lacks a column, or if a line has too many or too few values.
     """
     expected = f"the corpus's prepare function writes it, with the columns {', '.join(MANIFEST_FIELDS)}."
     if not os.path.isfile(path):
         raise UserError(f"There is no manifest {path}; {expected}")
     rows = read_csv(path)
-    missing = [field for field in MANIFEST_FIELDS if rows and rows[0].get(field) is None]
+    missing = [field for field in MANIFEST_FIELDS if rows and field not in rows[0]]
     if missing:
         raise UserError(f"The manifest {path} has no column {', '.join(missing)}; {expected}")
+    for row in rows:
+        if None in row.values():
+            begin = next(iter(row.values()))
+            raise UserError(f"The manifest {path} has a line with too few values, which begins with {begin!r:.60}; {expected}")
     return rows
 
 
@@ -111,8 +115,8 @@ def make_datasets(hparams, manifests):
     Raises
     ------
     UserError
-        If both ``wav_augment`` and ``cache_features`` are set, or a manifest has no utterances, an id twice, or a value that is
-        not a number.
+        If both ``wav_augment`` and ``cache_features`` are set, or a manifest has no utterances, an id twice, an empty transcript,
+        a segment without samples, or a value that is not a number.
     """
     if hparams["cache_features"] and hparams["wav_augment"]:
         raise UserError("cache_features is True, but wav_augment changes the waveforms in each epoch; switch one of them off.")
@@ -138,6 +142,12 @@ def _items(path):
         item["duration"] = _number(float, row, "duration", path)
         item["start"] = _number(int, row, "start", path) or 0
         item |= {field: _number(int, row, field, path) for field in ("stop", "channel")}
+        if not item["wrd"]:
+            raise UserError(f"The manifest {path} has an empty transcript for {key}; leave this line out.")
+        if item["stop"] is not None and item["stop"] <= item["start"]:
+            raise UserError(
+                f"The manifest {path} has the stop {item['stop']} for {key}; give a number above its start, {item['start']}."
+            )
         items[key] = item
     if not items:
         raise UserError(f"The manifest {path} has no utterances; see skipped.csv.")
@@ -150,8 +160,8 @@ def _number(kind, row, field, path):
         value = kind(row[field]) if row.get(field) or kind is float else None
     except ValueError:
         value = math.nan
-    if value is not None and not 0 <= value < math.inf:  # also catches NaN
-        wanted = "seconds" if kind is float else "a whole number, 0 or more"
+    if value is not None and not (0 <= value < math.inf and (value or kind is int)):  # also catches NaN
+        wanted = "seconds above 0" if kind is float else "a whole number, 0 or more"
         raise UserError(f"The manifest {path} has the {field} {row[field]!r} for {row['ID']}; give {wanted}.")
     return value
 

@@ -8,8 +8,9 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without space, which name no file."""
@@ -131,7 +132,9 @@ def write_csv(path, fields, rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # A file name may not be valid UTF-8
     with replacing(path, newline="", errors="backslashreplace") as file:
-        csv.writer(file, lineterminator="\n").writerows([fields, *rows])
+        # Only with its own line end does csv put every value with a line end in quotation marks
+        lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        csv.writer(lines).writerows([fields, *rows])
 
 
 @contextlib.contextmanager
@@ -297,9 +300,27 @@ def file_digest(path):
 
 
 def read_csv(path, fields=None):
-    """Rows of a CSV file as dictionaries. Raises UserError if its columns are not ``fields``."""
+    """Rows of a CSV file as dictionaries. A row with too few values has None for the rest.
+
+    Raises
+    ------
+    UserError
+        If its columns are not ``fields``, a line has more values than columns, or it is not CSV in UTF-8.
+    """
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
-            raise UserError(f"{path} has the columns of another kind of file or of another version; give another file.")
-        return list(reader)
+        reader, rows = csv.DictReader(file, strict=True), []
+        try:
+            if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
+                raise UserError(f"{path} has the columns of another kind of file or of another version; give another file.")
+            for row in reader:
+                if None in row:
+                    raise UserError(
+                        f"{path}, line {reader.line_num}, has more values than columns; put a value that holds a comma in "
+                        "quotation marks."
+                    )
+                rows.append(row)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not text in UTF-8; write it in UTF-8.") from error
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.reader.line_num}, is not valid CSV: {one_line(error)}; fix it.") from error
+    return rows
