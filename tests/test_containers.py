@@ -495,6 +495,10 @@ def test_chunks_and_tags_around_the_samples_are_left_out(tmp_path):
             assert outcome(path, expected) == ("whole", None), form
     path.write_bytes(encode("WAV") + chunks)
     assert outcome(path, expected) == ("whole", None)
+    odd = encode("WAV", 23999, subtype="PCM_U8")
+    for data in (odd[:-1], odd):  # an odd number of bytes, without and with its padding
+        path.write_bytes(data + chunks)
+        assert outcome(path, expected[:23999]) == ("whole", None)
     path.write_bytes((id3 + encode("WAV"))[:-200])
     assert outcome(path, expected)[1].reason == "truncated or damaged"
     for form in ("MP3", "WAV", "FLAC"):

@@ -283,7 +283,9 @@ def _chunk_parts(style, name, to_end=False):
         else:
             _compare(file, data + style.lead, stated - style.lead, size, style)
             end = data + stated
-            _check_trailer(file, end + -stated % style.align, size, stated - style.lead, style)
+            pad = -stated % style.align
+            if not pad or not _is_trailer(file, end, size, style):  # some programs leave out the padding
+                _check_trailer(file, end + pad, size, stated - style.lead, style)
         if tag == 0x55:  # MP3 frames
             return _mpeg_parts(file, data, end)
         return [Part(begin, end if to_end else size)]
