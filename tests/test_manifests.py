@@ -21,6 +21,7 @@ import speechbrain as sb
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 from tiny import SENTENCES, SMALL, arguments, train
 
 from recipes.LibriSpeech.prepare import first_there
@@ -32,6 +33,7 @@ from speechbrain_ext.dataio.datasets import MANIFEST_FIELDS, make_datasets, read
 from speechbrain_ext.dataio.manifests import read_entries, select
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.dataio.texts import read_sentences
+from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
 from speechbrain_ext.hparams import load_hparams, resolve_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import KaldiFbank
@@ -1183,6 +1185,13 @@ def test_a_corpus_of_manifests_may_be_a_file(audio, train_here, tmp_path):
     """Its settings apply to manifests in the file and on the command line."""
     train, valid = (wenet(tmp_path / f"{name} #1", part) for name, part in zip("tv", utterances(audio), strict=True))
     (tmp_path / "own.yaml").write_text(
+def test_a_character_that_sentencepiece_keeps_for_itself_is_unknown(tmp_path):
+    (tmp_path / "m.csv").write_text("ID,wrd\n" + 9 * "a,THE▅CAT\n", encoding="utf-8")
+    train_tokenizer(tmp_path / "m.csv", tmp_path / "t.model", 20, "unigram", 0, 1, 2, 3)
+    tokenizer = SentencePieceProcessor(str(tmp_path / "t.model"))
+    assert unknown_characters(tokenizer, ["THE▅CAT", "CAT"]) == {"▅": 1}
+
+
         f"extends: [{CONFORMER}, {OF_MANIFESTS}]\ncorpus: Mine\ntext_normalization: lower\ntrain_manifest: ['{train}']\n"
         f"valid_manifest: ['{valid}']\ntest_manifest: ['2024={valid}']\n"
     )

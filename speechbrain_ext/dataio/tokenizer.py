@@ -60,7 +60,8 @@ def train_tokenizer(manifest, path, vocab_size, token_type, blank_index, bos_ind
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(transcripts),
+            # SentencePiece leaves out sentences with this character, its own mark for unknown ones
+            sentence_iterator=(text.replace("▅", " ") for text in transcripts),
             model_writer=model,
             model_type=token_type,
             vocab_size=vocab_size,
