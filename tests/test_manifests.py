@@ -173,7 +173,7 @@ def tar(folder, rows):
     return folder / "shards.list"
 
 
-def saved_dataset(folder, rows, inside=True):
+def saved_dataset(folder, rows, inside=True, options=None):
     """Write a dataset as save_to_disk does."""
     arrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
@@ -187,7 +187,7 @@ def saved_dataset(folder, rows, inside=True):
         ]
         columns = {"text": [row["text"] for row in chosen], "speaker_id": [row["speaker"] for row in chosen]}
         whole = arrow.table({"audio": arrow.array(audio, kind), **columns})
-        with arrow.OSFile(str(folder / name), "wb") as file, arrow.ipc.new_stream(file, whole.schema) as stream:
+        with arrow.OSFile(str(folder / name), "wb") as file, arrow.ipc.new_stream(file, whole.schema, options=options) as stream:
             stream.write_table(whole, max_chunksize=2)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     (folder / "dataset_info.json").write_text("{}")
@@ -753,6 +753,14 @@ def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
+def test_an_arrow_file_that_is_compressed_is_refused(audio, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    options = arrow.ipc.IpcWriteOptions(compression="zstd")
+    folder = saved_dataset(tmp_path / "t", utterances(audio)[0], options=options)
+    with pytest.raises(UserError, match="data-00000-of-00002.arrow is compressed; save it again without compression"):
+        read_entries(folder)
+
+
         ({"m.csv": "ID,wav,wrd,wrd\na,1.wav,ONE,TWO\n"}, "has two columns wrd"),
         ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text occurs twice"),
         ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: an earlier line has another value for a"),

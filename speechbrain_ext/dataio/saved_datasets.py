@@ -59,7 +59,7 @@ def read_rows(folder, files):
                 batch.validate(full=True)  # pyarrow would read outside the file of a damaged batch
                 audio = [field.name for field in batch.schema if _is_audio(field.type)]
                 others = batch.select([name for name in batch.schema.names if name not in audio]).to_pylist()
-                places = _places(batch.column(audio[0]), files[-1], whole.address) if audio else [(None, "")] * len(others)
+                places = _places(batch.column(audio[0]), files[-1], whole) if audio else [(None, "")] * len(others)
                 for values, (wav, name) in zip(others, places, strict=True):
                     row += 1
                     yield f"{files[-1]}, row {row}", values | ({"wav": wav} if audio else {}), name
@@ -74,14 +74,16 @@ def _is_audio(kind):
     return str(kind).startswith("struct") and {field.name for field in kind} == {"bytes", "path"}
 
 
-def _places(column, file, begin):
-    """Yield the place of each audio, and its name if it lies inside the file, which is mapped to memory at ``begin``."""
+def _places(column, file, whole):
+    """Yield the place of each audio, and its name if it lies inside the file, which is mapped to memory as ``whole``."""
     content, paths = column.field("bytes"), column.field("path").to_pylist()
     _, ends, data = content.buffers()
     ends = np.frombuffer(ends, np.int64 if str(content.type) == "large_binary" else np.int32)[content.offset :] if paths else ()
     for index, (path, inside) in enumerate(zip(paths, content.is_valid().to_pylist(), strict=True)):
         if inside:
-            offset, size = data.address - begin + int(ends[index]), int(ends[index + 1] - ends[index])
+            offset, size = data.address - whole.address + int(ends[index]), int(ends[index + 1] - ends[index])
+            if not 0 <= offset <= whole.size - size:  # pyarrow has decompressed it to another place
+                raise UserError(f"{file} is compressed; save it again without compression.")
             yield f"{file}?offset={offset}&size={size}", path or ""
         else:
             yield path, ""
