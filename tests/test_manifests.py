@@ -384,6 +384,27 @@ def test_several_manifests_become_one_set(audio, tmp_path):
     assert ids == ["utt0", "utt1", "utt2", "utt3", "data-utt4", "second-utt4", "utt5", "utt6", "utt7", "utt8"]
 
 
+def test_ids_that_are_made_are_not_those_of_others(tmp_path):
+    for name, ids in {"a": ("x", "a-x", "x"), "b": ("x",), "b-a": ("a-x",)}.items():
+        json_lines(tmp_path / f"{name}.jsonl", [{"id": key, "wav": "1.wav", "text": "A"} for key in ids])
+    entries, *_ = read_split([tmp_path / f"{name}.jsonl" for name in ("a", "b", "b-a")])
+    assert [entry.utterance.ID for entry in entries] == ["a-a-x", "a-a-a-x", "a-a-x", "b-x", "b-a-a-x"]
+    (tmp_path / "m.csv").write_text("ID,wav,wrd\nb,a.wav,A\n,b.wav,B\n")
+    assert [entry.utterance.ID for entry in read_entries(tmp_path / "m.csv")[0]] == ["b", f"{tmp_path}/b.wav"]
+
+
+def test_a_path_through_a_linked_folder_is_that_of_the_system(tmp_path):
+    write_wav(tmp_path / "disk" / "a.wav")
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "sets").symlink_to(tmp_path / "disk" / "sets")
+    rows = [{"wav": "../a.wav", "text": "A"}, {"wav": "$root/../a.wav", "text": "A"}, {"wav": "a:1", "text": "A"}]
+    json_lines(tmp_path / "disk" / "sets" / "m.jsonl", rows)
+    (tmp_path / "disk" / "sets" / "a:1").touch()  # a path may look like something else
+    entries, _ = read_entries(tmp_path / "my" / "sets" / "m.jsonl", tmp_path / "my" / "sets")
+    paths = [f"{tmp_path}/disk/a.wav", f"{tmp_path}/disk/a.wav", f"{tmp_path}/my/sets/a:1"]
+    assert [entry.utterance.wav for entry in entries] == paths
+
+
 @pytest.mark.parametrize("case, text", [("none", "Größe, ПРИВЕТ!"), ("upper", "GRÖSSE, ПРИВЕТ!"), ("lower", "größe, привет!")])
 def test_the_case_of_transcripts_is_a_choice(case, text, audio, tmp_path):
     rows = [[part[0] | {"text": "Größe,\u00a0ПРИВЕТ!"}] for part in utterances(audio)]
@@ -417,6 +438,10 @@ def broken(**values):
         (broken(speaker="a\0"), "not UTF-8"),
         (broken(audio_filepath="text.wav"), "unreadable"),
         (broken(audio_filepath="cut.flac"), "truncated or damaged"),
+        (broken(audio_filepath="https://example.org/a.wav"), "address instead of a path"),
+        (broken(audio_filepath="file:///a.wav"), "address instead of a path"),
+        (broken(audio_filepath="~/a.wav"), "path with ~"),
+        (broken(audio_filepath="x.ark:1234"), "offset into an archive"),
         (broken(text=...), "no transcript"),
         (broken(text=None, text_filepath="gone.txt"), "no transcript"),
         (broken(text=" \u200b\n"), "empty transcript"),
@@ -728,6 +753,14 @@ def test_an_arrow_file_that_was_cut_between_two_batches_is_refused(audio, tmp_pa
         read_entries(folder)
 
 
+def test_an_arrow_file_that_is_compressed_is_refused(audio, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    options = arrow.ipc.IpcWriteOptions(compression="zstd")
+    folder = saved_dataset(tmp_path / "t", utterances(audio)[0], options=options)
+    with pytest.raises(UserError, match="data-00000-of-00002.arrow is compressed; save it again without compression"):
+        read_entries(folder)
+
+
 def test_files_of_a_kaldi_folder_may_be_compressed(tmp_path):
     (tmp_path / "wav.scp").write_text("utt0 a.wav\n")
     (tmp_path / "text").write_bytes(gzip.compress("utt0 Größe\n".encode()))
@@ -753,14 +786,6 @@ def test_a_quotation_mark_takes_in_no_lines(columns, after, tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-def test_an_arrow_file_that_is_compressed_is_refused(audio, tmp_path):
-    arrow = pytest.importorskip("pyarrow")
-    options = arrow.ipc.IpcWriteOptions(compression="zstd")
-    folder = saved_dataset(tmp_path / "t", utterances(audio)[0], options=options)
-    with pytest.raises(UserError, match="data-00000-of-00002.arrow is compressed; save it again without compression"):
-        read_entries(folder)
-
-
         ({"m.csv": "ID,wav,wrd,wrd\na,1.wav,ONE,TWO\n"}, "has two columns wrd"),
         ({"m.jsonl": '{"wav": "1.wav", "text": "ONE", "text": "TWO"}\n'}, "the key text occurs twice"),
         ({"wav.scp": "a 1.wav\n", "text": "a ONE\na TWO\n"}, "text, line 2: an earlier line has another value for a"),
@@ -990,6 +1015,13 @@ def datasets_of(path):
         ("a,,a.wav,s,A,,\n", "has the duration '' for a; give seconds"),
         ("a,1,a.wav,s,A,1.5,\n", "has the start '1.5' for a; give a whole number, 0 or more"),
         ("a,1,a.wav,s,A,,-1\n", "has the channel '-1' for a; give a whole number"),
+        ("a,0,a.wav,s,A,,\n", "has the duration '0' for a; give seconds above 0"),
+        ("a,1,a.wav,s, \u200b,,\n", "has an empty transcript for a; leave this line out"),
+        ("a,1,a.wav,s,A,8,,8\n", "has the stop 8 for a; give a number above its start, 8"),
+        ("a,1,a.wav,s,A,,\nb,1,b.wav,s,HELLO, WORLD,,,\n", "m.csv, line 3, has more values than columns; put a value"),
+        ("a,1,a.wav,s,A,,\nb,1,b.wav,s\n", "has a line with too few values, which begins with 'b'; the corpus's prepare"),
+        ('a,1,a.wav,s,"A" B,,\n', "m.csv, line 2, is not valid CSV: ',' expected after '\"'; fix it"),
+        ("a,1,a.wav,s,caf\udce9,,\n", "m.csv is not text in UTF-8; write it in UTF-8"),
     ],
 )
 def test_a_manifest_with_other_values_is_refused(rows, message, tmp_path):
@@ -998,6 +1030,14 @@ def test_a_manifest_with_other_values_is_refused(rows, message, tmp_path):
     (tmp_path / "m.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=re.escape(message)):
         datasets_of(tmp_path / "m.csv")
+
+
+def test_a_manifest_may_hold_anything_in_a_name(tmp_path):
+    rows = [dict(zip(MANIFEST_FIELDS, ("a\rb", "1", 'a,"\r\n.wav', "s\n", "A"), strict=True))]
+    write_manifest(tmp_path / "m.csv", rows)
+    assert read_manifest(tmp_path / "m.csv") == rows and (tmp_path / "m.csv").read_bytes().startswith(
+        b"ID,duration,wav,spk_id,wrd\n"
+    )
 
 
 def test_a_manifest_may_hold_anything_in_a_transcript(audio, tmp_path):
@@ -1027,13 +1067,6 @@ def train_here(tmp_path, monkeypatch):
 
     return train_here
 
-        ("a,0,a.wav,s,A,,\n", "has the duration '0' for a; give seconds above 0"),
-        ("a,1,a.wav,s, \u200b,,\n", "has an empty transcript for a; leave this line out"),
-        ("a,1,a.wav,s,A,8,,8\n", "has the stop 8 for a; give a number above its start, 8"),
-        ("a,1,a.wav,s,A,,\nb,1,b.wav,s,HELLO, WORLD,,,\n", "m.csv, line 3, has more values than columns; put a value"),
-        ("a,1,a.wav,s,A,,\nb,1,b.wav,s\n", "has a line with too few values, which begins with 'b'; the corpus's prepare"),
-        ('a,1,a.wav,s,"A" B,,\n', "m.csv, line 2, is not valid CSV: ',' expected after '\"'; fix it"),
-        ("a,1,a.wav,s,caf\udce9,,\n", "m.csv is not text in UTF-8; write it in UTF-8"),
 
 def weights(result):
     return load_file(result.folders["pretrained"] / "asr.safetensors")
@@ -1042,14 +1075,6 @@ def weights(result):
 def assert_same(left, right):
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
-def test_a_manifest_may_hold_anything_in_a_name(tmp_path):
-    rows = [dict(zip(MANIFEST_FIELDS, ("a\rb", "1", 'a,"\r\n.wav', "s\n", "A"), strict=True))]
-    write_manifest(tmp_path / "m.csv", rows)
-    assert read_manifest(tmp_path / "m.csv") == rows and (tmp_path / "m.csv").read_bytes().startswith(
-        b"ID,duration,wav,spk_id,wrd\n"
-    )
-
-
 
 
 def test_every_format_gives_the_same_training(audio, train_here, tmp_path):
@@ -1160,6 +1185,13 @@ def test_any_script_comes_back_as_it_was_written(train_here, tmp_path):
     assert [model.transcribe_file(tmp_path / f"{index}.wav") for index in range(len(SPOKEN))] == list(map(normal_form, SPOKEN))
 
 
+def test_a_character_that_sentencepiece_keeps_for_itself_is_unknown(tmp_path):
+    (tmp_path / "m.csv").write_text("ID,wrd\n" + 9 * "a,THE▅CAT\n", encoding="utf-8")
+    train_tokenizer(tmp_path / "m.csv", tmp_path / "t.model", 20, "unigram", 0, 1, 2, 3)
+    tokenizer = SentencePieceProcessor(str(tmp_path / "t.model"))
+    assert unknown_characters(tokenizer, ["THE▅CAT", "CAT"]) == {"▅": 1}
+
+
 def test_characters_that_the_tokenizer_lacks_are_told(audio, train_here, tmp_path):
     train, valid = utterances(audio)
     train = [row | {"text": text} for row, text in zip(train, 2 * SENTENCES, strict=False)]
@@ -1193,13 +1225,6 @@ def test_a_corpus_of_manifests_may_be_a_file(audio, train_here, tmp_path):
     """Its settings apply to manifests in the file and on the command line."""
     train, valid = (wenet(tmp_path / f"{name} #1", part) for name, part in zip("tv", utterances(audio), strict=True))
     (tmp_path / "own.yaml").write_text(
-def test_a_character_that_sentencepiece_keeps_for_itself_is_unknown(tmp_path):
-    (tmp_path / "m.csv").write_text("ID,wrd\n" + 9 * "a,THE▅CAT\n", encoding="utf-8")
-    train_tokenizer(tmp_path / "m.csv", tmp_path / "t.model", 20, "unigram", 0, 1, 2, 3)
-    tokenizer = SentencePieceProcessor(str(tmp_path / "t.model"))
-    assert unknown_characters(tokenizer, ["THE▅CAT", "CAT"]) == {"▅": 1}
-
-
         f"extends: [{CONFORMER}, {OF_MANIFESTS}]\ncorpus: Mine\ntext_normalization: lower\ntrain_manifest: ['{train}']\n"
         f"valid_manifest: ['{valid}']\ntest_manifest: ['2024={valid}']\n"
     )

@@ -192,11 +192,18 @@ def read_split(paths, data_folder=None):
     counts = Counter(name for entries in parts for name in {entry.utterance.ID for entry in entries})
     names = [manifest_name(path) for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    merged = []
+    merged, taken = [], set(counts)
     for name, entries in zip(names, parts, strict=True):
+        renamed = {}
         for entry in entries:
-            if counts[entry.utterance.ID] > 1 and entry.utterance.ID:
-                entry = entry._replace(utterance=entry.utterance._replace(ID=f"{name}-{entry.utterance.ID}"))
+            given = entry.utterance.ID
+            if counts[given] > 1 and given:
+                if given not in renamed:
+                    renamed[given] = f"{name}-{given}"
+                    while renamed[given] in taken:
+                        renamed[given] = f"{name}-{renamed[given]}"
+                    taken.add(renamed[given])
+                entry = entry._replace(utterance=entry.utterance._replace(ID=renamed[given]))
             merged.append(entry)
     return merged, files, ids
 

@@ -30,6 +30,12 @@ from speechbrain_ext.utils.text import listing
 
 OTHER_TIMES = (("start_time", "end_time", 1), ("begin_time", "end_time", 1), ("start_ms", "end_ms", 1000))
 """Names of times, with parts of a second. They only state the length of the audio."""
+NO_PATHS = (
+    (r"[a-zA-Z][\w+.-]*://", "address instead of a path", "give a file on this machine by its path"),
+    (r"~", "path with ~", "write the folder that it stands for"),
+    (r".*:\d+$", "offset into an archive", "write the audio to files"),
+)
+"""Patterns of what other tools read as audio: the pattern, the reason to leave it out, the remedy."""
 
 
 class Entry(NamedTuple):
@@ -203,8 +209,8 @@ def _entry(record, base, data_folder, files):
             speaker = str(values["spk_id"]) if values["spk_id"] not in (None, "") else "unknown"
             text = read_transcript(record.values, base, files)
             utterance = Utterance(name, wav, speaker, text, **_segment(record.values))
-            for field, value in {"id": name, "path": wav, "speaker": speaker}.items():
-                check_utf8(field, value)
+            check_utf8("id", name)
+            check_utf8("speaker", speaker)
         except Unusable as error:
             flaw, detail = error.reason, error.detail
     return Entry(utterance, record.place, bool(name), flaw, detail)
@@ -213,15 +219,27 @@ def _entry(record, base, data_folder, files):
 def _audio_path(value, base, data_folder, place):
     if not isinstance(value, str) or not value:
         raise Unusable("no audio path", "" if value in (None, "") else f"{value!r:.60}")
+    check_utf8("path", value)
     placeholder = re.match(r"\$\w+|\{\w+\}", value)
     if placeholder and data_folder:
-        return os.path.abspath(str(data_folder) + value[placeholder.end() :])
-    path = os.path.abspath(os.path.join(base, value))
+        return _absolute(str(data_folder) + value[placeholder.end() :])
+    path = _absolute(os.path.join(base, value))
     if placeholder and not os.path.exists(path):
         raise UserError(
             f"{place}: the audio path begins with the placeholder {placeholder[0]}; give its folder as --data_folder."
         )
+    for pattern, reason, remedy in NO_PATHS:
+        if re.match(pattern, value) and not os.path.exists(path):
+            raise Unusable(reason, f"{value:.60}; {remedy}")
     return path
+
+
+def _absolute(path):
+    """The absolute path; links before ".." are followed, as the system does."""
+    if ".." not in Path(path).parts:
+        return os.path.abspath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _segment(values):
@@ -284,7 +302,7 @@ def _with_ids(entries, names):
 
     paths = [name or entry.utterance.wav for name, entry in zip(names, entries, strict=True)]
     stems = ["" if entry.given else named(entry, Path(path).stem) for path, entry in zip(paths, entries, strict=True)]
-    counts, whole = Counter(stems), []
+    counts, whole = Counter(stem or entry.utterance.ID for stem, entry in zip(stems, entries, strict=True)), []
     for path, stem, entry in zip(paths, stems, entries, strict=True):
         if stem:
             name = stem if counts[stem] == 1 else named(entry, path)
