@@ -433,7 +433,7 @@ def broken(**values):
         (broken(audio_filepath="gone.wav"), "missing"),
         (broken(audio_filepath=...), "no audio path"),
         (broken(audio_filepath=5), "no audio path"),
-        (broken(audio_filepath="a\0.wav"), "not UTF-8"),
+        (broken(audio_filepath="../a\0/a.wav"), "not UTF-8"),
         (broken(id="a\0"), "not UTF-8"),
         (broken(speaker="a\0"), "not UTF-8"),
         (broken(audio_filepath="text.wav"), "unreadable"),
@@ -539,6 +539,7 @@ def test_linked_folders_are_read_once(tmp_path):
     (tmp_path / "corpus" / "1").mkdir(parents=True)
     (tmp_path / "corpus" / "1" / "2").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "1" / "loop").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "itself").symlink_to("itself")
     assert read(tmp_path / "corpus") == ({"1-2-0": "ONE"}, {})
     assert list(read_sentences([tmp_path / "corpus"])) == [["ONE"]]
 

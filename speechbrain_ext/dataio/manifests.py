@@ -219,11 +219,10 @@ def _entry(record, base, data_folder, files):
 def _audio_path(value, base, data_folder, place):
     if not isinstance(value, str) or not value:
         raise Unusable("no audio path", "" if value in (None, "") else f"{value!r:.60}")
-    check_utf8("path", value)
     placeholder = re.match(r"\$\w+|\{\w+\}", value)
     if placeholder and data_folder:
-        return _absolute(str(data_folder) + value[placeholder.end() :])
-    path = _absolute(os.path.join(base, value))
+        return _absolute(check_utf8("path", str(data_folder) + value[placeholder.end() :]))
+    path = _absolute(check_utf8("path", os.path.join(base, value)))
     if placeholder and not os.path.exists(path):
         raise UserError(
             f"{place}: the audio path begins with the placeholder {placeholder[0]}; give its folder as --data_folder."

@@ -253,7 +253,7 @@ def files_inside(folder):
         for entry in entries:
             if entry.name.startswith("."):  # .DS_Store, and ._1-2-3.flac that macOS puts beside 1-2-3.flac
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry):  # False for a link to itself
                 yield from visit(entry.path)
             else:
                 yield entry.path
