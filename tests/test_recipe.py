@@ -16,6 +16,7 @@ from tiny import ARCHITECTURES, CTC, SMALL, SMALL_TRANSDUCER, arguments, rows, t
 from speechbrain_ext.brains.asr import AsrBrain, check_heads
 from speechbrain_ext.hparams import merge_hparams
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.inference.models import CtcModel
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.model_folder import WEIGHTS
 from speechbrain_ext.model_folder.write import model_parts
@@ -31,6 +32,13 @@ def test_null_clears_the_keys_of_an_encoder(run):
     """Also of one that is written fused at the end."""
     result = run(hparams=ROOT / "hparams" / "fusionformer.yaml", encoder_kwargs="null")
     assert load_model(result.folders["pretrained"], "cpu").mods.encoder
+
+
+def test_a_decoder_without_a_search_only_helps_the_training(run):
+    result = run(num_decoder_layers=1, test_search="null")
+    assert [row.search for row in result.rows] == ["ctc_greedy"]
+    model = load_model(result.folders["pretrained"], "cpu")
+    assert isinstance(model, CtcModel) and "seq_lin" in model.hparams.asr_model
 
 
 def test_half_precision_is_tested_as_it_is_written(run, monkeypatch):

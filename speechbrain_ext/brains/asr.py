@@ -350,7 +350,7 @@ class AsrBrain(Brain):
         texts = {GREEDY: self.decode(greedy_tokens(ctc_log_probs, prediction.lengths, hparams.blank_index))}
         if stage == Stage.TEST and hparams.ctc_search:
             texts[BEAM] = hparams.ctc_search(ctc_log_probs, prediction.lengths)
-        if stage == Stage.TEST and prediction.seq_logits is not None:
+        if stage == Stage.TEST and prediction.seq_logits is not None and hparams.test_search:
             texts[JOINT] = self.decode(hparams.test_search(prediction.frames.float(), prediction.lengths)[0])
         if hparams.transducer is not None:
             beams = {TRANSDUCER_GREEDY: 1}

@@ -47,10 +47,12 @@ speech_encoder:
 decoding_function: !name:speechbrain.decoders.ctc.ctc_greedy_decode
     blank_id: !ref <blank_index>
 """
-_WITH_DECODER = """
+_DECODER = """
 asr_model:
     modules:
         seq_lin: !ref <seq_lin>
+"""
+_JOINT_SEARCH = """
 modules:
     decoder: !ref <test_search>
 """
@@ -117,13 +119,13 @@ def check_normalization(normalize):
 
 def interface(tree):
     """The class of SpeechBrain that loads the model of parsed training hparams."""
-    return "EncoderASR" if _head(tree) is _CTC_ONLY else "EncoderDecoderASR"
+    return "EncoderASR" if _CTC_ONLY in _head(tree) else "EncoderDecoderASR"
 
 
 def _head(tree):
     """The part of the folder's hparams for the head of the model."""
     if tree["num_decoder_layers"]:
-        return _WITH_DECODER
+        return _DECODER + (_CTC_ONLY if tree["test_search"] is None else _JOINT_SEARCH)
     return _CTC_ONLY if tree.get("transducer") is None else _WITH_TRANSDUCER
 
 
