@@ -196,6 +196,9 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
     assert cli.main(["export", "--model", str(folder), str(tmp_path / "model.onnx"), "--audio", str(file), *more]) == 0
 
 
+KALDI, SCHEDULES = "speechbrain_ext.lobes.features.KaldiFbank", "speechbrain.nnet.schedulers"
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
@@ -237,6 +240,21 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
         ({"normalize": "{update_until_epoch: x}"}, "update_until_epoch is 'x'; give a number"),
         ({"compute_features": "{n_fft: 100}"}, "--compute_features cannot be used"),
         ({"opt_class": "{weight_decay: -1}"}, "--opt_class cannot be used: Invalid weight_decay"),
+        ({"opt_class": "!name:torch.optim.LBFGS {}"}, "--opt_class cannot be used: LBFGS.step() missing 1 required"),
+        (
+            {"compute_features": f"!new:{KALDI} {{n_mels: 40}}"},
+            "gives 40 bins, but subsampling takes 80; give --n_mels 40",
+        ),
+        *(
+            ({"lr_annealing": f"!new:{SCHEDULES}.{settings}"}, f"{settings.split()[0]}, which does not follow")
+            for settings in (
+                "NewBobScheduler {initial_value: 1.0}",
+                "LinearScheduler {initial_value: 1.0, final_value: 0.1, epoch_count: 3}",
+                "StepScheduler {initial_value: 1.0}",
+                "ReduceLROnPlateau {}",
+                "CyclicLRScheduler {}",
+            )
+        ),
         ({"consistency": "-1"}, "--consistency is -1; give a weight"),
         ({"augment_warmup": "-1"}, "--augment_warmup is -1; give a number of steps"),
         ({"encoder_kwargs": "{kernel: 3}"}, "kernel"),

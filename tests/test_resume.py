@@ -278,11 +278,25 @@ def test_a_continued_run_follows_its_new_settings(run):
 
 
 def test_counters_of_a_schedule_survive_a_stop_and_settings_follow_the_hparams(run):
-    name = "speechbrain.nnet.schedulers.LinearWarmupScheduler"
-    for limit, total, rate in ((2, 5, 2 / 3), (5, 9, 4 / 6)):
-        schedule = f"!new:{name} {{initial_value: 1.0, num_warmup_steps: 3, num_training_steps: {total}}}"
-        result = run("--optimizer_step_limit", limit, number_of_epochs=9, lr_annealing=schedule)
-        assert last_group(result.output)["lr"] == pytest.approx(rate)
+    linear = "LinearWarmupScheduler {{initial_value: 1.0, num_warmup_steps: 3, num_training_steps: {}}}"
+    root = "InverseSquareRootScheduler {{warmup_steps: {}}}"
+    for schedule, limit, setting, rate in (
+        (linear, 2, 5, 2 / 3),
+        (linear, 5, 9, 4 / 6),
+        (root, 2, 3, 3**-0.5),
+        (root, 5, 4, 5**-0.5),  # more than the warm-up's, because the steps before the stop count
+    ):
+        keys = {"number_of_epochs": 9, "output_folder": schedule[:6]}
+        keys["lr_annealing"] = f"!new:speechbrain.nnet.schedulers.{schedule.format(setting)}"
+        assert last_group(run("--optimizer_step_limit", limit, **keys).output)["lr"] == pytest.approx(rate)
+
+
+def test_a_part_without_a_loader_is_no_reason_to_delete_checkpoints(tmp_path):
+    checkpointer = AtomicCheckpointer(tmp_path, {"part": object()}, custom_save_hooks={"part": lambda _, path: path.touch()})
+    checkpointer.save_checkpoint()
+    with pytest.raises(RuntimeError, match="Don't know how to load") as raised:
+        checkpointer.recover_if_possible()
+    assert not isinstance(raised.value, UserError)
 
 
 def test_gradients_without_a_limit_are_not_clipped(run):

@@ -165,6 +165,7 @@ class ConvolutionSubsampling(_Subsampling):
             stages.append(nn.Sequential(_Halving(previous, width), norm, nn.LeakyReLU(inplace=True), Dropout(dropout)))
             previous = width
         self.stages = nn.ModuleList(stages)
+        self.input_size = input_size
         self.output_size = size * previous
 
 
@@ -213,6 +214,7 @@ class FusibleSubsampling(_Subsampling):
             )
             previous = width
         self.stages = nn.ModuleList(stages)
+        self.input_size = input_size
         self.output_size = size * previous
         if fused:
             self.fuse_()
@@ -282,6 +284,7 @@ class DepthwiseSubsampling(_Subsampling):
                 ),
             ]
         )
+        self.input_size = input_size
         self.output_size = channels * (input_size // 2 // 2 if padding == "right" else (input_size + 3) // 4)
 
     def stream(self, x, before=None):

@@ -10,7 +10,9 @@ import shutil
 import numpy as np
 import torch
 import yaml
+from speechbrain.nnet.schedulers import InverseSquareRootScheduler
 from speechbrain.utils.checkpoints import (
+    DEFAULT_LOAD_HOOKS,
     METAFNAME,
     Checkpoint,
     Checkpointer,
@@ -122,6 +124,8 @@ class AtomicCheckpointer(Checkpointer):
             cause = one_line(error)
             if "Weights only load failed" in cause:  # torch's message advises to run the code in the file
                 cause = "one of its files is not a checkpoint, or holds code"
+            if cause.startswith("Don't know how to load"):
+                raise  # a class without a loader; the checkpoint is sound
             if "loading state_dict" in cause or "parameter group" in cause:
                 raise UserRuntimeError(
                     f"The checkpoint {checkpoint.path} belongs to another model or optimizer; continue with the code and the "
@@ -215,6 +219,15 @@ class Origin:
 
 
 register_checkpoint_hooks(Origin)
+
+
+def _load_steps(schedule, path, end_of_epoch):
+    """Load what InverseSquareRootScheduler saves; SpeechBrain has no loader for it."""
+    del end_of_epoch  # the same within an epoch and at its end
+    schedule.n_steps = torch.load(path)["n_steps"]
+
+
+DEFAULT_LOAD_HOOKS.setdefault(InverseSquareRootScheduler, _load_steps)
 
 
 class RandomStates:

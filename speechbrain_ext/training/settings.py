@@ -1,12 +1,16 @@
 """The settings of a training run, from hparams files and the command line, checked before anything is done."""
 
+import copy
 import dataclasses
+import inspect
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import ruamel.yaml
 import torch
+from speechbrain.utils.checkpoints import DEFAULT_LOAD_HOOKS, DEFAULT_SAVE_HOOKS, get_default_hook
 from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process
 
 from speechbrain_ext.dataio.text import CASES
@@ -354,12 +358,13 @@ def check_ranges(plain, run_opts):
 
 
 def check_parts(hparams):
-    """Refuse settings of features and optimizer that fail only in the first step.
+    """Refuse settings of features, optimizer and schedule that fail only in the first step, or when the run continues.
 
     Raises
     ------
     UsageError
-        If features or an optimizer cannot be made, or features would get no statistics.
+        If features cannot be made, have another number of bins than subsampling takes, or would get no statistics; if the
+        optimizer cannot make a step; or if the schedule does not follow steps, or checkpoints cannot keep it.
     """
     normalize, frozen = hparams["normalize"], hparams["freeze"]
     is_global = isinstance(normalize, InputNormalization) and normalize.norm_type == "global"
@@ -370,18 +375,49 @@ def check_parts(hparams):
                 f"update_until_epoch of --normalize is {until}, and --freeze is {as_plain(frozen)}: the features would have no "
                 "statistics; give at least 2, and do not freeze normalize."
             )
+    weight, made = torch.nn.Parameter(torch.zeros(1)), {}
+    weight.grad = torch.zeros(1)
+
+    def make_step():
+        optimizer = hparams["opt_class"]([weight])
+        optimizer.step()
+        return optimizer
+
     parts = {
         "compute_features": lambda: hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])),
-        "opt_class": lambda: hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))]),
+        "opt_class": make_step,
     }
     for key, make in parts.items():
         try:
             with torch.no_grad():
-                make()
+                made[key] = make()
         except (TypeError, ValueError, RuntimeError) as error:
             if runs_foreign_code(error):
                 raise  # a bug in a class of the user
             raise UsageError(f"--{key} cannot be used: {one_line(error)}") from error
+    bins = made["compute_features"].shape[-1]
+    if (taken := getattr(hparams["subsampling"], "input_size", bins)) != bins:
+        raise UsageError(f"compute_features gives {bins} bins, but subsampling takes {taken}; give --n_mels {bins}.")
+    _check_schedule(hparams["lr_annealing"], made["opt_class"])
+
+
+def _check_schedule(schedule, optimizer):
+    """Refuse a schedule that does not follow optimizer steps, or that checkpoints cannot keep."""
+    trial = copy.deepcopy(schedule)
+    try:
+        trial(optimizer, *([1] if "num_updates" in inspect.signature(trial).parameters else []))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "lr_annealing"
+            get_default_hook(trial, DEFAULT_SAVE_HOOKS)(trial, path)
+            if path.exists():  # only the main process writes
+                get_default_hook(trial, DEFAULT_LOAD_HOOKS)(trial, path, True)
+    except Exception as error:  # unpickling can raise any error
+        if runs_foreign_code(error):
+            raise  # a bug in a class of the user
+        raise UsageError(
+            f"lr_annealing is {type(schedule).__name__}, which does not follow optimizer steps or cannot be saved; give "
+            "for example NoamScheduler or WarmCoolDecayLRSchedule."
+        ) from error
 
 
 def check_own_keys(file, before):
