@@ -444,7 +444,7 @@ def loader_options(dataset, batch_sampler, num_workers):
         raise UserError("There is no utterance left for training or testing; see the lists of skipped utterances.")
     try:
         sampler = batch_sampler(dataset)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
         if runs_foreign_code(error):
             raise  # a bug in the user's sampler
         raise UserError(f"The batch sampler refuses its settings: {one_line(error)}.") from error
