@@ -64,14 +64,45 @@ def merge_hparams(paths, overrides=""):
     tree = merged_tree(paths)
     if isinstance(overrides, str):
         overrides = parse_overrides(overrides)
-    for key in overrides:
-        if key not in tree:
-            near = near_key(key, tree)
-            hint = f"did you mean '{near}'?" if near else f"the keys are: {', '.join(map(str, tree))}."
-            raise UserError(f"Unknown key '{key}' for {Path(paths[0]).name}; {hint}")
+    check_known(overrides, tree, Path(paths[0]).name)
     text = StringIO()
     ruamel.yaml.YAML().dump(_override(tree, overrides), text)
     return text.getvalue()
+
+
+def check_known(overrides, tree, name, options=()):
+    """Refuse overrides of keys that do not exist, with the most similar name.
+
+    Arguments
+    ---------
+    overrides : dict
+        Values by key.
+    tree : dict
+        The keys that exist.
+    name : str
+        The name of the hparams file.
+    options : sequence of str
+        Names of other options of the command line.
+
+    Raises
+    ------
+    UserError
+        If a key does not exist.
+
+    Example
+    -------
+    >>> check_known({"sise": 1}, {"batches": {"size": 2}}, "a.yaml")
+    Traceback (most recent call last):
+    speechbrain_ext.utils.errors.UserError: Unknown key 'sise' for a.yaml; did you mean 'batches: {size: 1}'?
+    """
+    inner = {part: key for key, node in [*tree.items()][::-1] if isinstance(node, dict) for part in node}
+    for key, value in overrides.items():
+        if key not in tree:
+            near = near_key(key, [*tree, *(option for option in options if option != key)])
+            if not near and (part := near_key(key, inner, 0.85)):
+                near = f"{inner[part]}: {{{part}: {as_plain(value)}}}"
+            hint = f"did you mean '{near}'?" if near else "docs/hparams.md lists the keys."
+            raise UserError(f"Unknown key '{key}' for {name}; {hint}")
 
 
 def merged_tree(paths):
@@ -160,8 +191,9 @@ def _explained():
         said = ": ".join(one_line(part) for part in error.args) or one_line(error)
         if isinstance(error, ruamel.yaml.YAMLError):
             problem, line = yaml_problem(error)
-            itself = "a reference leads to itself, such as lr: !ref <lr>"  # HyperPyYAML does not resolve it
-            said = f"The hparams are not valid: {itself if repr('!ref') in problem else problem + line}."
+            # HyperPyYAML does not resolve them
+            left = "a reference leads to itself, such as lr: !ref <lr>, or to a reference below it; give a value in its place"
+            said = f"The hparams are not valid: {left if repr('!ref') in problem else problem + line}."
         raise UserError(said) from error
 
 
@@ -329,7 +361,7 @@ def pop_extended(own, path):
     return [path.parent / base for base in bases]
 
 
-def near_key(key, keys, cutoff=0.5):
+def near_key(key, keys, cutoff=0.7):
     """The most similar one of some keys; empty if none is similar."""
     return next(iter(difflib.get_close_matches(str(key), map(str, keys), n=1, cutoff=cutoff)), "")
 

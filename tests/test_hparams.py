@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import speechbrain as sb
 from ruamel.yaml import YAML
 from speechbrain.utils.run_opts import RunOptions
 from tiny import ARCHITECTURES
 
 from speechbrain_ext.hparams import load_hparams, merge_hparams
+from speechbrain_ext.training.settings import choose_setting, take_paths
+from speechbrain_ext.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = ROOT / "recipes" / "Synthetic" / "corpus.yaml"
@@ -65,8 +68,27 @@ def test_a_bad_file_is_refused_in_one_sentence(write, text, message):
 def test_an_unknown_override_is_refused_with_the_nearest_key():
     with pytest.raises(ValueError, match="Unknown key 'number_of_epoch' for .*; did you mean 'number_of_epochs'?"):
         merge_hparams(CONFORMER, "number_of_epoch: 3")
-    with pytest.raises(ValueError, match="Unknown key 'zzzz' .*; the keys are: seed"):
+    with pytest.raises(ValueError, match="Unknown key 'zzzz' .*; docs/hparams.md lists the keys"):
         merge_hparams(CONFORMER, {"zzzz": 1})
+
+
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        ("--precison bf16", "did you mean 'precision'?"),
+        ("--devise cpu", "did you mean 'device'?"),
+        ("--noprogresbar", "did you mean 'noprogressbar'?"),
+        ("--optimiser_step_limit 3", "did you mean 'optimizer_step_limit'?"),
+        ("--train_manifst x y", "did you mean 'train_manifest'?"),
+        ("--max_batch_length 100", "did you mean 'train_batch_sampler: {max_batch_length: 100}'?"),
+        ("--resume", "docs/hparams.md lists the keys."),
+        ("--batch_size 8", "docs/hparams.md lists the keys."),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_option_of_any_kind(given, hint):
+    argv, paths = take_paths([str(CONFORMER), "--data_folder", "x", *given.split()])
+    with pytest.raises(UserError, match=re.escape(hint)):
+        choose_setting(*sb.parse_arguments(argv), paths, None, None)
 
 
 PARAMETERS = {
