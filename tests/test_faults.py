@@ -197,6 +197,7 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
 
 
 KALDI, SCHEDULES = "speechbrain_ext.lobes.features.KaldiFbank", "speechbrain.nnet.schedulers"
+DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,21 @@ KALDI, SCHEDULES = "speechbrain_ext.lobes.features.KaldiFbank", "speechbrain.nne
                 "CyclicLRScheduler {}",
             )
         ),
+        ({"eval_batch_sampler": "{num_buckets: 0}"}, "num_buckets is 0; give a whole number of 1 or more"),
+        ({"eval_batch_sampler": "{max_batch_ex: 0}"}, "max_batch_ex is 0; give a whole number of 1 or more"),
+        (
+            {"eval_batch_sampler": f"!name:{DYNAMIC} {{max_batch_length: 9, num_buckets: 0}}"},
+            "The batch sampler refuses its settings",
+        ),
+        *(
+            ({key: "null"}, f"--{key} is null, but it needs a value")
+            for key in ("test_splits", "ctc_weight", "brain", "seed", "lr", "warmup_steps", "experiment")
+        ),
+        ({"freeze": "[1]"}, "--freeze has the item 1; give texts, with numbers in quotes"),
+        ({"test_splits": "[test-tiny, test-tiny]"}, "The test set test-tiny is named twice; name it once"),
+        ({"test_splits": "[train-tiny]"}, "train-tiny is a training set, and a validation or test set too"),
+        ({"dev_split": "train-tiny"}, "train-tiny is a training set, and a validation or test set too"),
+        ({"log_config": "log.yaml"}, "--log_config is not supported: the messages of a run are in log.txt"),
         ({"consistency": "-1"}, "--consistency is -1; give a weight"),
         ({"augment_warmup": "-1"}, "--augment_warmup is -1; give a number of steps"),
         ({"encoder_kwargs": "{kernel: 3}"}, "kernel"),
@@ -281,6 +297,10 @@ def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message,
         ("num_encoder_layers: 2.5", "num_encoder_layers is 2.5; give a whole number"),
         ("fea_augment: {time_masks: many}", "fea_augment: time_masks is 'many'; give a number"),
         ("lr: !ref <lr>", "a reference leads to itself, such as lr: !ref <lr>"),
+        ("dropout: !ref <beacon>\nbeacon: !ref <lr>", "or to a reference below it; give a value in its place"),
+        ("lr: null", "mine.yaml: lr is null, but it needs a value"),
+        ("precison: bf16", "has the key precison, which nothing uses; did you mean precision?"),
+        ("ckpt_interval_steps: many", "ckpt_interval_steps is 'many'; give a whole number"),
         ("lr: !foo 3", "foo"),
         ("seed: 1 # \xe9", "mine.yaml is not text in UTF-8; save it in UTF-8"),
     ],

@@ -262,6 +262,14 @@ def test_options_of_the_brain_are_on_record():
     assert (plain["grad_accumulation_factor"], plain["max_grad_norm"], plain["ckpt_interval_minutes"]) == (4, 1.0, 0)
 
 
+@pytest.mark.parametrize("given, minutes, steps", [([], 0, 7), (["--ckpt_interval_minutes", "5"], 5, 0)])
+def test_the_steps_between_checkpoints_may_be_in_a_file(given, minutes, steps, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"extends: {CONFORMER}\nckpt_interval_steps: 7\n")
+    argv = [str(tmp_path / "mine.yaml"), "--data_folder", "x", *given]
+    plain = choose_setting(*sb.parse_arguments(argv), {}, None, None).plain()
+    assert (plain["ckpt_interval_minutes"], plain["ckpt_interval_steps"]) == (minutes, steps)
+
+
 @pytest.mark.parametrize(
     "in_file, given, message",
     [

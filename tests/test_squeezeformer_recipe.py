@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import speechbrain as sb
 import torch
 
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.lobes.augment import SpecAugment
+from speechbrain_ext.training.settings import choose_setting
+from speechbrain_ext.utils.errors import UsageError
 
 FILE = Path(__file__).resolve().parents[1] / "hparams" / "squeezeformer.yaml"
 
@@ -23,6 +26,20 @@ def test_the_size_selects_all_that_was_published(size, parameters, lr, masks):
     assert hparams["lr"] == hparams["lr_annealing"].lr_initial == lr
     assert hparams["fea_augment"].time_masks == masks
     assert hparams["output_folder"].startswith(f"results/squeezeformer_{size}/")
+
+
+@pytest.mark.parametrize("corpus", ["Synthetic", "MiniLibriSpeech"])
+def test_a_size_that_the_corpus_replaces_is_refused(corpus):
+    def choose(*more, file=FILE.parents[1] / "recipes" / corpus / "corpus.yaml"):
+        return choose_setting(
+            *sb.parse_arguments([str(FILE), "--data_folder", "x", "--size", "m", *more]), {}, file, None
+        ).plain()
+
+    with pytest.raises(UsageError, match=f"--size m has no effect on d_model, .*, because the settings of {corpus} replace them"):
+        choose()
+    sizes = ("--d_model", "324", "--nhead", "4", "--num_encoder_layers", "20", "--d_ffn", "1296")
+    assert choose(*sizes)["d_model"] == 324
+    assert choose(file=None)["experiment"] == "squeezeformer_m"
 
 
 def test_an_unknown_size_is_refused_with_those_that_exist():

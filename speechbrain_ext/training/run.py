@@ -115,6 +115,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         check_parts(hparams)
         output = Path(hparams["output_folder"])
         changed = check_folder(output, setting.text(), hparams["data_moved"])
+        check_splits(hparams)
         source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
         tokenizer = chosen_tokenizer(hparams, source)
         check_table(hparams["results_file"])
@@ -228,6 +229,20 @@ def sets_of_training(hparams):
     """Names of the training splits; if one is mixed in, it is the last."""
     mixed = mixed_split(hparams)
     return [*hparams["train_splits"], *([mixed] if mixed else [])]
+
+
+def check_splits(hparams):
+    """Refuse a test set that is named twice, and a training set that is a validation or test set too."""
+    tests = hparams["test_splits"]
+    for name in tests:
+        if tests.count(name) > 1:
+            raise UsageError(f"The test set {name} is named twice; name it once.")
+    for name in sets_of_training(hparams):
+        if name in (hparams["dev_split"], *tests):
+            raise UsageError(
+                f"{name} is a training set, and a validation or test set too, so its error rate would be too low for new speech; "
+                "give different sets."
+            )
 
 
 def ids_of_mixed(hparams):

@@ -12,11 +12,13 @@ import ruamel.yaml
 import torch
 from speechbrain.utils.checkpoints import DEFAULT_LOAD_HOOKS, DEFAULT_SAVE_HOOKS, get_default_hook
 from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process
+from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from speechbrain_ext.dataio.text import CASES
 from speechbrain_ext.dataio.tokenizer import TOKEN_TYPES
 from speechbrain_ext.hparams import (
     as_plain,
+    check_known,
     load_hparams,
     merge_hparams,
     merged_tree,
@@ -33,7 +35,7 @@ from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.training.report import check_logger
 from speechbrain_ext.training.sources import architecture_of
 from speechbrain_ext.training.warm_start import ROLES
-from speechbrain_ext.utils.errors import UsageError, one_line, runs_foreign_code
+from speechbrain_ext.utils.errors import UsageError, is_number, one_line, runs_foreign_code
 from speechbrain_ext.utils.prefixes import begins_with
 from speechbrain_ext.utils.text import listing
 
@@ -82,12 +84,35 @@ PATHS = ("data_folder", "output_folder", "results_file", "init_from", "tokenizer
 """Keys whose values are taken literally: they are not read as YAML, and nothing is expanded."""
 MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind with several values."""
+TEXTS = ("train_splits", "test_splits", "init_include", "init_exclude", "freeze")
+"""Keys whose values are lists of text."""
+NULLABLE = ("optimizer_step_limit", "streaming_chunk_size", "streaming_left_context", "max_duration")
+"""Keys of :data:`RANGES` that may be null."""
+NEEDED = (
+    *(key for key in RANGES if key not in NULLABLE),
+    *("experiment", "corpus", "prepare", "dev_split", "brain", "train_batch_sampler", "eval_batch_sampler", "mix", "lr_scales"),
+    *("compute_features", "normalize", "encoder", "subsampling", "Transformer", "ctc_lin", "seq_lin", "speech_encoder", "model"),
+    *(
+        "modules",
+        "ctc_cost",
+        "seq_cost",
+        "opt_class",
+        "lr_annealing",
+        "epoch_counter",
+        "checkpointer",
+        "tokenizer",
+        "train_logger",
+    ),
+    *TEXTS,
+)
+"""Keys that may not be null."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of the warm start; a continued run must have the same values."""
 REFUSED = {
     "jit": "TorchScript supports none of these encoders; leave it out, or try --compile",
     "jit_module_keys": "TorchScript supports none of these encoders; leave it out, or try --compile",
     "compile_module_keys": "--compile compiles front end and encoder, and compiling other parts gains nothing",
+    "log_config": "the messages of a run are in log.txt of its output folder; leave it out",
     "data_parallel_backend": "start several processes with torchrun instead",
 }
 """Options of SpeechBrain's Brain that are not supported, with the remedy."""
@@ -204,15 +229,13 @@ def _with(run_opts, **options):
 
 def checked_options(run_opts):
     """Refuse options of the Brain that would give a traceback or have no effect; read the one that SpeechBrain leaves as text."""
-    limit, given = run_opts.optimizer_step_limit, run_opts.overridden_args
+    limit = run_opts.optimizer_step_limit
     if isinstance(limit, str):
         if not limit.isdecimal() or not int(limit):
             raise UsageError(f"--optimizer_step_limit is {limit!r}; give {WHOLE}.")
         run_opts = dataclasses.replace(run_opts, optimizer_step_limit=int(limit))
-    if "ckpt_interval_steps" in given and run_opts.ckpt_interval_steps > 0:
-        if "ckpt_interval_minutes" in given and run_opts.ckpt_interval_minutes > 0:
-            raise UsageError("--ckpt_interval_minutes and --ckpt_interval_steps exclude each other; give one.")
-        run_opts = _with(run_opts, ckpt_interval_minutes=0)  # in place of that of the file
+    if run_opts.ckpt_interval_steps > 0 and run_opts.ckpt_interval_minutes > 0:
+        raise UsageError("--ckpt_interval_minutes and --ckpt_interval_steps exclude each other; give one.")
     return run_opts
 
 
@@ -263,6 +286,8 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
             raise UsageError(
                 f"There is no data_folder for {corpus}; give --data_folder, or set it in that file (null = none is needed)."
             )
+    options = [name for name in HELP_TEXTS if name not in REFUSED]
+    check_known(overrides, before, Path(hparams_file).name, [*options, *PATHS, *MANIFESTS, "corpus"])
     setting = Setting(files, overrides, asked)
     plain = setting.plain()
     taken = plain["prepare"] if isinstance(plain["prepare"], dict) else ()
@@ -280,11 +305,42 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         files = [files[0], fallback, *files[1:]] if architecture else [*files, fallback]
         setting = dataclasses.replace(setting, files=files)
         plain = setting.plain()
+    if "size" in overrides:
+        check_size(merged_tree([hparams_file]), parse_overrides(setting.text()), overrides)
     check_ranges(plain, run_opts)
+    if is_number(option("ckpt_interval_steps", run_opts, plain), 1):  # minutes are given in the files of all trainings
+        other = "steps" if run_opts.ckpt_interval_minutes > 0 else "minutes"
+        setting = setting.replace(**{f"ckpt_interval_{other}": 0})
     if option("debug", run_opts, plain):  # the result of a few batches must not be among real results
         folder = plain["output_folder"] + "_debug"
         setting = setting.replace(output_folder=folder, results_file=f"{folder}/results.csv")
     return setting
+
+
+def check_size(stated, merged, overrides):
+    """Refuse the size of an encoder if other files replace the keys that it sets.
+
+    Arguments
+    ---------
+    stated : dict
+        Keys of the hparams file, with references unresolved.
+    merged : dict
+        The same keys in the whole setting.
+    overrides : dict
+        Values of the command line.
+
+    Raises
+    ------
+    UsageError
+        If another file replaces such a key, and the command line does not.
+    """
+    sized = [key for key in needed_keys(stated, stated.get("Transformer")) if "size" in needed_keys(stated, stated[key])]
+    lost = [key for key in stated if key in sized and key not in overrides and as_plain(stated[key]) != as_plain(merged[key])]
+    if lost:
+        raise UsageError(
+            f"--size {overrides['size']} has no effect on {listing(lost)}, because the settings of {merged['corpus']} replace "
+            "them; leave it out, or give these keys too."
+        )
 
 
 def check_ranges(plain, run_opts):
@@ -438,7 +494,7 @@ def check_own_keys(file, before):
     own = own_keys(file)
     if not (known := [*before, *pop_extended(own, Path(file).resolve())]):
         return
-    old = merged_tree(known)
+    old = RunOptions().as_dict() | merged_tree(known)
     for key in own.keys() - old.keys():
         near = near_key(key, old, 0.85)
         if near and key not in needed_keys({}, [*merged_tree([*before, file]).values()]):
@@ -466,7 +522,7 @@ def check_types(overrides, before, where="--"):
     Raises
     ------
     UsageError
-        If a value has another type.
+        If a value has another type, or is null where the training needs one.
     """
     checked = {}
     for key, value in overrides.items():
@@ -480,6 +536,12 @@ def check_types(overrides, before, where="--"):
         elif isinstance(old, list) and not tag_of(old) and isinstance(value, (str, int, float)):
             value = [value]
         checked[key] = value
+        if value is None and key in NEEDED:
+            raise UsageError(f"{where}{key} is null, but it needs a value; give one, or leave it out.")
+        if key in TEXTS and isinstance(value, list):
+            for item in value:
+                if not isinstance(item, str) and not tag_of(item):
+                    raise UsageError(f"{where}{key} has the item {as_plain(item)!r}; give texts, with numbers in quotes.")
         if key not in before or key in (*PATHS, *MANIFESTS) or value is None or tag_of(value):
             continue  # unknown keys are refused when files and overrides are merged
         if old is None and isinstance(value, dict):
