@@ -91,9 +91,9 @@ def check_known(overrides, tree, name, options=()):
 
     Example
     -------
-    >>> check_known({"sise": 1}, {"batches": {"size": 2}}, "a.yaml")
+    >>> check_known({"size": 1}, {"batches": {"size": 2}}, "a.yaml")
     Traceback (most recent call last):
-    speechbrain_ext.utils.errors.UserError: Unknown key 'sise' for a.yaml; did you mean 'batches: {size: 1}'?
+    speechbrain_ext.utils.errors.UserError: Unknown key 'size' for a.yaml; did you mean 'batches: {size: 1}'?
     """
     inner = {part: key for key, node in [*tree.items()][::-1] if isinstance(node, dict) for part in node}
     for key, value in overrides.items():
