@@ -268,8 +268,7 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
         ),
         ({"freeze": "[1]"}, "--freeze has the item 1; give texts, with numbers in quotes"),
         ({"test_splits": "[test-tiny, test-tiny]"}, "The test set test-tiny is named twice; name it once"),
-        ({"test_splits": "[train-tiny]"}, "train-tiny is a training set, and a validation or test set too"),
-        ({"dev_split": "train-tiny"}, "train-tiny is a training set, and a validation or test set too"),
+        ({"test_splits": "[train-tiny]"}, "train-tiny is a test set and a training set too; remove it from one of the two"),
         ({"log_config": "log.yaml"}, "--log_config is not supported: the messages of a run are in log.txt"),
         ({"consistency": "-1"}, "--consistency is -1; give a weight"),
         ({"augment_warmup": "-1"}, "--augment_warmup is -1; give a number of steps"),
@@ -316,6 +315,11 @@ def test_a_file_of_ones_own_is_checked_like_the_command_line(text, message, is_c
         else:
             run(hparams=file)
     assert isinstance(refused.value, training.UsageError)
+
+
+def test_a_validation_set_that_is_trained_on_is_warned_about(run):
+    result = run(dev_split="train-tiny")
+    assert "train-tiny chooses the checkpoints and is a training set too" in (result.output / "log.txt").read_text()
 
 
 def test_keys_of_ones_own_are_kept(run, tmp_path):

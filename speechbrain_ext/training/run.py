@@ -148,6 +148,9 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     if hparams["dev_split"] in hparams["test_splits"]:
         told = "%s chooses the checkpoints and is a test set too, so its error rate is too low for new speech; add a test set."
         logger.warning(told, hparams["dev_split"])
+    if hparams["dev_split"] in sets_of_training(hparams):
+        told = "%s chooses the checkpoints and is a training set too, so its error rate is too low; give another --dev_split."
+        logger.warning(told, hparams["dev_split"])
     tokenizer_file, tokens = prepare_tokenizer(hparams, manifests[TRAIN], tokenizer)
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
@@ -232,17 +235,13 @@ def sets_of_training(hparams):
 
 
 def check_splits(hparams):
-    """Refuse a test set that is named twice, and a training set that is a validation or test set too."""
-    tests = hparams["test_splits"]
+    """Refuse a test set that is named twice, or that is a training set too."""
+    tests, trained = hparams["test_splits"], sets_of_training(hparams)
     for name in tests:
         if tests.count(name) > 1:
             raise UsageError(f"The test set {name} is named twice; name it once.")
-    for name in sets_of_training(hparams):
-        if name in (hparams["dev_split"], *tests):
-            raise UsageError(
-                f"{name} is a training set, and a validation or test set too, so its error rate would be too low for new speech; "
-                "give different sets."
-            )
+        if name in trained:
+            raise UsageError(f"{name} is a test set and a training set too; remove it from one of the two.")
 
 
 def ids_of_mixed(hparams):
