@@ -88,23 +88,12 @@ TEXTS = ("train_splits", "test_splits", "init_include", "init_exclude", "freeze"
 """Keys whose values are lists of text."""
 NULLABLE = ("optimizer_step_limit", "streaming_chunk_size", "streaming_left_context", "max_duration")
 """Keys of :data:`RANGES` that may be null."""
-NEEDED = (
-    *(key for key in RANGES if key not in NULLABLE),
-    *("experiment", "corpus", "prepare", "dev_split", "brain", "train_batch_sampler", "eval_batch_sampler", "mix", "lr_scales"),
-    *("compute_features", "normalize", "encoder", "subsampling", "Transformer", "ctc_lin", "seq_lin", "speech_encoder", "model"),
-    *(
-        "modules",
-        "ctc_cost",
-        "seq_cost",
-        "opt_class",
-        "lr_annealing",
-        "epoch_counter",
-        "checkpointer",
-        "tokenizer",
-        "train_logger",
-    ),
-    *TEXTS,
-)
+PARTS = """
+    experiment corpus prepare dev_split brain train_batch_sampler eval_batch_sampler mix lr_scales compute_features
+    normalize encoder subsampling Transformer ctc_lin seq_lin speech_encoder model modules ctc_cost seq_cost opt_class
+    lr_annealing epoch_counter checkpointer tokenizer train_logger
+"""
+NEEDED = {*RANGES, *TEXTS, *PARTS.split()} - {*NULLABLE}
 """Keys that may not be null."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of the warm start; a continued run must have the same values."""
