@@ -10,7 +10,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.attention import ATTENTIONS, any_length
 from speechbrain_ext.lobes.decoder_cache import DecoderCache
-from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask, zero_padding
+from speechbrain_ext.lobes.masks import absolute_lengths, check_lengths, padding_mask, zero_padding
 from speechbrain_ext.lobes.stack import begin_as_identity
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, loadable
 from speechbrain_ext.speech_encoder import SpeechEncoder
@@ -263,13 +263,16 @@ class TransformerASR(SpeechBrainTransformerASR):
         Raises
         ------
         UserError
-            If the encoder has no such pass, or the chunk setting is impossible.
+            If the encoder has no such pass, or the lengths or the chunk setting are impossible.
         """
         if dynchunktrain_config is None and self.causal:
             dynchunktrain_config = DynChunkTrainConfig(self.encoder.chunk_multiple)
         src = self._flat(src)
         frames = src.shape[1]
-        mask = None if wav_len is None else padding_mask(absolute_lengths(wav_len, frames), frames)
+        mask = None
+        if wav_len is not None:
+            check_lengths(wav_len, src.shape[0])
+            mask = padding_mask(absolute_lengths(wav_len, frames), frames)
         encoder_out, _ = self.encoder(
             self.custom_src_module(zero_padding(src, mask)),
             src_key_padding_mask=mask,

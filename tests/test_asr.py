@@ -21,7 +21,7 @@ from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.lobes.augment import SpecAugment
 from speechbrain_ext.lobes.features import KaldiFbank, clip_features, raw_features
 from speechbrain_ext.lobes.masks import absolute_lengths
-from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
+from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling, DepthwiseSubsampling
 from speechbrain_ext.training.settings import check_parts
 from speechbrain_ext.utils.errors import UserError
 
@@ -240,7 +240,7 @@ def test_what_a_front_end_cannot_do_is_said():
         SpeechEncoder(torch.nn.Identity(), normalize, ConvolutionSubsampling(), net)(torch.rand(1, 8000))
     encoder = SpeechEncoder(Fbank(n_mels=80), normalize, ConvolutionSubsampling(), net)
     for size in (0, -4):
-        with pytest.raises(UserError, match=f"The chunk size is {size} frames, but this encoder needs at least 1"):
+        with pytest.raises(UserError, match=f"The chunk size is {size} frames, but this encoder needs a whole number of at"):
             encoder.encode(torch.rand(1, 8000), None, DynChunkTrainConfig(size))
     encoder = SpeechEncoder(Fbank(n_mels=80), torch.nn.Identity(), ConvolutionSubsampling(), net)
     with pytest.raises(UserError, match="Normalisation by Identity does not stream"):
@@ -256,6 +256,38 @@ def test_a_normalisation_of_ones_own_may_train(monkeypatch, tmp_path):
 @pytest.mark.parametrize("samples", [2**24 + 1, 2**24 + 3, 2**25 + 5])
 def test_lengths_beyond_those_that_float32_counts(samples):
     assert absolute_lengths(torch.ones(1), samples).tolist() == [samples]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("samples", [2049, 160001, 2**24 + 3])
+def test_lengths_of_any_precision_are_counted_exactly(samples, dtype):
+    assert absolute_lengths(torch.tensor([1.0, 0.5], dtype=dtype), samples).tolist() == [samples, round(samples / 2)]
+
+
+def test_lengths_are_at_most_the_frames():
+    assert absolute_lengths(torch.tensor([1.0005]), 10000).tolist() == [10000]
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        (torch.tensor([60, 30]), "are 60, 30; give numbers from 0 to 1, such as frames / 60"),
+        (torch.tensor([1.0, -1.0]), "are 1, -1; give numbers"),
+        (torch.tensor([1.0, torch.nan]), "are 1, nan; give numbers"),
+        (torch.ones(1), r"have the shape \(1,\); give a tensor \(2,\)"),
+        (torch.ones(2, 1), r"have the shape \(2, 1\); give a tensor \(2,\)"),
+        ([1.0, 0.5], r"are \[1.0, 0.5\]; give a tensor \(2,\)"),
+    ],
+)
+def test_impossible_lengths_are_refused(lengths, message):
+    for entrance in (
+        lambda x: small(("conformer", {}), 0).encode(x.repeat(1, 1, 8), lengths),
+        lambda x: raw_features(Fbank(), x.flatten(1), lengths),
+        lambda x: ConvolutionSubsampling()(x, lengths),
+        lambda x: DepthwiseSubsampling(padding="right")(x, lengths),
+    ):
+        with pytest.raises(UserError, match=message.replace("/ 60", r"/ (60|4800)")):
+            entrance(torch.randn(2, 60, 80))
 
 
 @torch.no_grad()

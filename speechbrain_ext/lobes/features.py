@@ -13,7 +13,7 @@ from speechbrain.processing.features import InputNormalization as SpeechBrainInp
 from speechbrain.processing.features import make_padding_mask
 
 from speechbrain_ext.lobes.filter_banks import Framing, front_end, kaldi_filters, kaldi_frames, povey_window
-from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.lobes.masks import absolute_lengths, check_lengths, padding_mask
 from speechbrain_ext.lobes.precision import full_precision, widest
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.distributed import sum_over_processes
@@ -188,6 +188,11 @@ def raw_features(compute_features, wavs, wav_lens):
     tuple
         Features (B, T, F), and the relative lengths (B,) of these frames.
 
+    Raises
+    ------
+    UserError
+        If the features are not supported, or the lengths are impossible.
+
     Example
     -------
     >>> from speechbrain.lobes.features import Fbank
@@ -195,6 +200,7 @@ def raw_features(compute_features, wavs, wav_lens):
     >>> feats.shape, torch.round(lens * 11)
     (torch.Size([2, 11, 40]), tensor([11.,  5.]))
     """
+    check_lengths(wav_lens, wavs.shape[0])
     samples = absolute_lengths(wav_lens, wavs.shape[1])
     wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
     front = front_end(compute_features)

@@ -7,11 +7,14 @@ SpeechBrain's relative lengths, chosen so that ``round(relative * frames)`` is e
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.lobes.precision import widest
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.lobes.precision import at_least_float32, widest
+from speechbrain_ext.utils.errors import UserError, is_whole
+from speechbrain_ext.utils.text import listing
 
 EXACT = 2**24
 """Whole numbers up to here are exact in float32: 17 minutes of samples at 16 kHz."""
+MOST = 1 + 1e-3
+"""Greatest relative length; above 1 by no more than rounding."""
 
 
 def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
@@ -20,23 +23,62 @@ def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
     Arguments
     ---------
     relative : torch.Tensor
-        (B,) lengths in (0, 1].
+        (B,) lengths from 0 to 1.
     frames : int
         The padded length T that they refer to.
 
     Returns
     -------
     torch.Tensor
-        (B,) int64.
+        (B,) int64, at most T.
+
+    Raises
+    ------
+    UserError
+        If a length on a CPU is not from 0 to 1. Other devices are not asked: the host would wait for them.
 
     Example
     -------
     >>> absolute_lengths(torch.tensor([1.0, 0.5]), 9)
     tensor([9, 4])
     """
-    if not torch.compiler.is_compiling() and frames > EXACT:
-        return torch.round(widest(relative) * frames).long().clamp(max=frames)
-    return torch.round(relative * frames).long()
+    relative, compiling = at_least_float32(relative), torch.compiler.is_compiling()
+    if not compiling:
+        if relative.device.type == "cpu" and not all(0 <= length <= MOST for length in relative.flatten().tolist()):
+            shown = listing([f"{length:g}" for length in relative.flatten().tolist()])
+            raise UserError(f"The relative lengths are {shown}; give numbers from 0 to 1, such as frames / {frames}.")
+        if frames > EXACT:
+            relative = widest(relative)
+    return torch.round(relative * frames).long().clamp(max=frames)
+
+
+def check_lengths(relative: torch.Tensor, batch: int) -> None:
+    """Refuse relative lengths that are not one number for each utterance.
+
+    Arguments
+    ---------
+    relative : torch.Tensor
+        The lengths.
+    batch : int
+        Number of utterances B.
+
+    Raises
+    ------
+    UserError
+        If they are no tensor (B,).
+
+    Example
+    -------
+    >>> check_lengths(torch.ones(1), 2)
+    Traceback (most recent call last):
+    speechbrain_ext.utils.errors.UserError: The relative lengths have the shape (1,); give a tensor (2,), one for each utterance.
+    """
+    if torch.compiler.is_compiling():
+        return
+    shape = tuple(relative.shape) if isinstance(relative, torch.Tensor) else None
+    if shape != (batch,):
+        found = f"are {relative!r}" if shape is None else f"have the shape {shape}"
+        raise UserError(f"The relative lengths {found}; give a tensor ({batch},), one for each utterance.")
 
 
 def padding_mask(lengths: torch.Tensor, frames: int) -> torch.Tensor:
@@ -158,7 +200,7 @@ def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
     Raises
     ------
     ValueError
-        If the chunk size is not a positive multiple, or the left context is negative.
+        If it is no such setting, the chunk size is not a positive multiple, or the left context is negative.
 
     Example
     -------
@@ -166,8 +208,11 @@ def check_chunks(config: DynChunkTrainConfig, multiple: int = 1) -> None:
     Traceback (most recent call last):
     speechbrain_ext.utils.errors.UserError: The chunk size is 3 frames, but this encoder needs a positive multiple of 2.
     """
-    if config.chunk_size < 1 or config.chunk_size % multiple:
-        needs = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
-        raise UserError(f"The chunk size is {config.chunk_size} frames, but this encoder needs {needs}.")
-    if config.left_context_size is not None and config.left_context_size < 0:
-        raise UserError(f"The left context is {config.left_context_size} chunks; give 0 or more, or None for all.")
+    if not isinstance(config, DynChunkTrainConfig):
+        raise UserError(f"The chunk setting is {config!r}; give a DynChunkTrainConfig.")
+    size, left = config.chunk_size, config.left_context_size
+    if not is_whole(size, 1) or size % multiple:
+        needs = "a whole number of at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
+        raise UserError(f"The chunk size is {size!r} frames, but this encoder needs {needs}.")
+    if left is not None and not is_whole(left, 0):
+        raise UserError(f"The left context is {left!r} chunks; give a whole number of at least 0, or None for all.")

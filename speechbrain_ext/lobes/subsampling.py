@@ -15,7 +15,7 @@ from speechbrain_ext.lobes.activations import ReLU
 from speechbrain_ext.lobes.convolution import channels_last_conv
 from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
-from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
+from speechbrain_ext.lobes.masks import absolute_lengths, check_lengths, padding_mask
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserError, is_whole
 
@@ -62,11 +62,24 @@ class _Subsampling(nn.Module):
         -------
         tuple
             (B, ceil(T / 4), ``output_size``), bin by bin, and the relative lengths of these frames.
+
+        Raises
+        ------
+        UserError
+            If the lengths are impossible.
         """
-        frames = None if lengths is None else absolute_lengths(lengths, x.shape[1])
+        frames = self._count(lengths, x)
         pieces = [self._subsample(*piece) for piece in self._pieces(x, frames)]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return y, None if frames is None else (frames + self.factor - 1) // self.factor / y.shape[1]
+
+    @staticmethod
+    def _count(lengths, x):
+        """Relative lengths as numbers of frames; None stays."""
+        if lengths is None:
+            return None
+        check_lengths(lengths, x.shape[0])
+        return absolute_lengths(lengths, x.shape[1])
 
     def _pieces(self, x, frames):
         """Pieces: input (B, T', F), valid frames (B,) or None, and number of output frames to leave out."""
@@ -299,7 +312,7 @@ class DepthwiseSubsampling(_Subsampling):
             return super().forward(x, lengths)
         if x.shape[1] < 4:
             raise UserError(f"Padding 'right' gives no frame for {x.shape[1]} feature frames; give at least 4.")
-        frames = None if lengths is None else absolute_lengths(lengths, x.shape[1])
+        frames = self._count(lengths, x)
         x = x.unsqueeze(-1)
         for stage in self.stages:  # no masks, as in the authors' code
             x = stage(x)

@@ -117,10 +117,12 @@ def test_streaming_refuses_wrong_chunks(streaming_encoder):
     encoder.forward_streaming(torch.randn(1, 1, encoder.d_model), context)
     with pytest.raises(ValueError, match="ended this stream"):
         encoder.forward_streaming(torch.randn(1, size, encoder.d_model), context)
-    for bad in (DynChunkTrainConfig(0, 1), DynChunkTrainConfig(size, -1)):
-        with pytest.raises(ValueError, match="0 frames|-1 chunks"):
+    sizes = [DynChunkTrainConfig(wrong, 1) for wrong in (0, float(size), str(size), True)]
+    lefts = [DynChunkTrainConfig(size, wrong) for wrong in (-1, 1.5, "1")]
+    for bad in (*sizes, *lefts, size):
+        with pytest.raises(ValueError, match="The (chunk size|left context|chunk setting) is .*(needs|give) a"):
             encoder.make_streaming_context(bad)
-        with pytest.raises(ValueError, match="0 frames|-1 chunks"):
+        with pytest.raises(ValueError, match="The (chunk size|left context|chunk setting) is .*(needs|give) a"):
             encoder(torch.randn(1, 9, encoder.d_model), dynchunktrain_config=bad)
 
 
