@@ -79,6 +79,38 @@ def check_sizes(**sizes):
             raise UserError(f"{key} is {value!r}; give a whole number of at least 1.")
 
 
+def check_input(src: torch.Tensor, mask: torch.Tensor | None, width: int) -> None:
+    """Refuse whole utterances, or their padding mask, that no encoder takes; a compiled or exported graph cannot raise.
+
+    Arguments
+    ---------
+    src : torch.Tensor
+        (B, T, D), at least one frame.
+    mask : torch.Tensor, optional
+        (B, T) bool, True = padding.
+    width : int
+        The encoder's width D.
+
+    Raises
+    ------
+    ValueError
+        If a shape is another one, or the mask is not bool.
+
+    Example
+    -------
+    >>> check_input(torch.ones(2, 9, 16), torch.zeros(1, 9), 16)
+    Traceback (most recent call last):
+    speechbrain_ext.utils.errors.UserError: The padding mask is torch.float32 (1, 9); give torch.bool (2, 9), True = padding.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if src.dim() != 3 or src.shape[2] != width or not src.shape[1]:
+        raise UserError(f"The encoder's input has the shape {tuple(src.shape)}; give (B, T, {width}) with at least one frame.")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != src.shape[:2]):
+        shape, wanted = tuple(mask.shape), tuple(src.shape[:2])
+        raise UserError(f"The padding mask is {mask.dtype} {shape}; give torch.bool {wanted}, True = padding.")
+
+
 @dataclass
 class LayerState:
     """State of one block between chunks."""
@@ -156,8 +188,9 @@ class Encoder(nn.Module):
         Raises
         ------
         ValueError
-            If the chunk setting is impossible.
+            If a shape, the type of the mask, or the chunk setting is impossible.
         """
+        check_input(src, src_key_padding_mask, self.d_model)
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self.chunk_multiple)
         with statistics_of(self):
@@ -205,9 +238,12 @@ class Encoder(nn.Module):
         Raises
         ------
         ValueError
-            If the chunk is too long, or follows a shorter one.
+            If the chunk is too long or of another shape, or follows a shorter one, or the context is another encoder's.
         """
-        context.accept(src)
+        if len(context.layers) != len(self.layers):
+            made = f"{len(context.layers)} layers, and the encoder {len(self.layers)}"
+            raise UserError(f"The streaming context has {made}; make it with make_streaming_context of this encoder.")
+        context.accept(src, self.d_model)
         x = self.layers.stream(self.before_layers(src), context.layers)
         return self.after_layers(x), []
 

@@ -1,6 +1,6 @@
 """The context that holds all state of a streaming encoder between chunks."""
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class StreamingContext:
     dynchunktrain_config: DynChunkTrainConfig
     layers: list
     ended: bool = False
+    batch = None
+    """Number of streams, known from the first chunk on. It is no field: exports carry all fields as state."""
+
+    def __copy__(self):
+        return replace(self)  # without the number of streams: an export's copies take any number
 
     def state_bytes(self) -> int:
         """Size of the state held now, in bytes, over all layers.
@@ -43,29 +48,37 @@ class StreamingContext:
         """
         return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.layers))
 
-    def accept(self, chunk: torch.Tensor) -> None:
-        """Check the size of the next chunk: all have the configured size, only the last may be shorter.
+    def accept(self, chunk: torch.Tensor, width: int) -> None:
+        """Check the shape of the next chunk: all have the configured size, only the last may be shorter.
 
         Arguments
         ---------
         chunk : torch.Tensor
             (B, C, D).
+        width : int
+            The encoder's width D.
 
         Raises
         ------
         ValueError
-            If the chunk is empty or too long, or a shorter chunk has already ended the stream.
+            If the chunk is empty or too long, has another width or other streams, or a shorter chunk has already ended the
+            stream. The chunk is then not taken.
         """
         if torch.compiler.is_exporting():
             return  # a graph cannot raise; its caller must give chunks of the right size
-        frames, size = chunk.shape[1], self.dynchunktrain_config.chunk_size
+        size = self.dynchunktrain_config.chunk_size
+        if chunk.dim() != 3 or chunk.shape[2] != width:
+            raise UserError(f"The chunk has the shape {tuple(chunk.shape)}; give (streams, frames, {width}).")
+        batch, frames, _ = chunk.shape
         if not 1 <= frames <= size:
             raise UserError(f"The chunk has {frames} frames, but this streaming context takes chunks of {size}.")
         if self.ended:
             raise UserError(
                 f"A chunk shorter than {size} frames has ended this stream; make a new streaming context for the next one."
             )
-        self.ended = frames < size
+        if self.batch not in (None, batch):
+            raise UserError(f"The chunk has {batch} streams, but this streaming context has {self.batch}; make a new one.")
+        self.batch, self.ended = batch, frames < size
 
 
 def _tensors(value: Any):

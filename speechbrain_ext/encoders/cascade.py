@@ -10,7 +10,7 @@ import math
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
-from speechbrain_ext.encoders._base import check_sizes
+from speechbrain_ext.encoders._base import check_input, check_sizes
 from speechbrain_ext.encoders._streaming import StreamingContext
 from speechbrain_ext.lobes.masks import check_chunks, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, register_encoder
@@ -152,8 +152,9 @@ class CascadedEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the chunk setting is impossible, or there is no such pass.
+            If a shape, the type of the mask, or the chunk setting is impossible, or there is no such pass.
         """
+        check_input(src, src_key_padding_mask, self.d_model)
         both = len(self._stages(pass_name)) > 1
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self._chunk_multiple(pass_name))
@@ -227,9 +228,9 @@ class CascadedEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the chunk is too long, or follows a shorter one.
+            If the chunk is too long or of another shape, or follows a shorter one.
         """
-        context.accept(src)
+        context.accept(src, self.d_model)
         first, *second = context.layers
         x, _ = self.first.forward_streaming(src, first)
         if second:

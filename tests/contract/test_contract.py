@@ -114,7 +114,15 @@ def test_streaming_refuses_wrong_chunks(streaming_encoder):
     context = encoder.make_streaming_context(setting)
     with pytest.raises(ValueError, match=f"{size + 1} frames"):
         encoder.forward_streaming(torch.randn(1, size + 1, encoder.d_model), context)
-    encoder.forward_streaming(torch.randn(1, 1, encoder.d_model), context)
+    encoder.forward_streaming(torch.randn(1, size, encoder.d_model), context)
+    for shape, message in (
+        ((2, 1, encoder.d_model), "has 2 streams, but this streaming context has 1"),
+        ((1, 1, encoder.d_model + 1), rf"\(1, 1, {encoder.d_model + 1}\); give \(streams, frames, {encoder.d_model}\)"),
+        ((1, encoder.d_model), r"give \(streams, frames, "),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder.forward_streaming(torch.randn(shape), context)
+    encoder.forward_streaming(torch.randn(1, 1, encoder.d_model), context)  # those have not ended it
     with pytest.raises(ValueError, match="ended this stream"):
         encoder.forward_streaming(torch.randn(1, size, encoder.d_model), context)
     sizes = [DynChunkTrainConfig(wrong, 1) for wrong in (0, float(size), str(size), True)]
@@ -124,6 +132,24 @@ def test_streaming_refuses_wrong_chunks(streaming_encoder):
             encoder.make_streaming_context(bad)
         with pytest.raises(ValueError, match="The (chunk size|left context|chunk setting) is .*(needs|give) a"):
             encoder(torch.randn(1, 9, encoder.d_model), dynchunktrain_config=bad)
+
+
+@torch.no_grad()
+def test_wrong_inputs_are_refused(encoder):
+    x, mask = torch.randn(2, 9, encoder.d_model), padding((9, 5), 9)
+    for wrong in (x[0], x[:, :0], x[..., 1:], x.unsqueeze(1)):
+        with pytest.raises(UserError, match=rf"input has the shape \(.*; give \(B, T, {encoder.d_model}\) with at least one"):
+            encoder(wrong)
+    for wrong in (mask.float(), mask.byte(), mask[:, :8], mask[:, :1], mask[:1], mask[0]):
+        with pytest.raises(UserError, match=r"mask is torch\..* \(.*\); give torch.bool \(2, 9\), True = padding"):
+            encoder(x, src_key_padding_mask=wrong)
+
+
+@torch.no_grad()
+def test_the_context_of_another_encoder_is_refused():
+    small, large = (build_encoder("conformer", d_model=8, nhead=2, num_layers=layers, d_ffn=16).eval() for layers in (1, 2))
+    with pytest.raises(UserError, match="has 1 layers, and the encoder 2; make it with make_streaming_context"):
+        large.forward_streaming(torch.randn(1, 4, 8), small.make_streaming_context(DynChunkTrainConfig(4)))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 15_000])  # 15,000 frames of 40 ms: ten minutes
