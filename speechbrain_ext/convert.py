@@ -5,7 +5,7 @@ import re
 import torch
 
 from speechbrain_ext.lobes.temporal_unet import block_names
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 # SpeechBrain's name inside an encoder block -> ours; the rest of the key stays.
 _SPEECHBRAIN_BLOCK = {
@@ -55,7 +55,8 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
     Raises
     ------
     ValueError
-        If there is no SpeechBrain Conformer inside, or one with weights that have no counterpart here.
+        If there is no SpeechBrain Conformer inside, one with another number of heads, or one with weights that have no
+        counterpart here.
 
     Example
     -------
@@ -70,6 +71,7 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
     prefix = next((key[: -len(mark)] for key in state_dict if key.endswith(mark)), None)
     if prefix is None:
         raise UserError("These weights hold no SpeechBrain Conformer encoder: no key ends in " + mark + ".")
+    _check_heads(state_dict, prefix, nhead)
     rotary = not any(key.endswith("mha_layer.pos_bias_u") for key in state_dict)
     converted = {}
     for key, tensor in state_dict.items():
@@ -88,6 +90,10 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
             elif old.endswith("in_proj_weight"):
                 # Rows lie head by head there (query, key, value of head 0, then of head 1), projection by projection here.
                 width = tensor.shape[1]
+                if width % nhead:
+                    raise UserError(
+                        f"nhead is {nhead}, which does not divide the width {width} of these weights; give their number."
+                    )
                 tensor = tensor.reshape(nhead, 3, width // nhead, width).transpose(0, 1)
                 if rotary:  # rotated pairs of channels are neighbours there, half a head apart here
                     pairs = tensor[:2].unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
@@ -99,6 +105,18 @@ def convert_speechbrain(state_dict: dict[str, torch.Tensor], nhead: int) -> dict
             key = prefix + key[len(prefix) + len("norm.") :]
         converted[key] = tensor
     return converted
+
+
+def _check_heads(state_dict, prefix, nhead):
+    """Refuse another number of heads than the weights show, which would load and give wrong answers; rotary ones show none."""
+    if not is_whole(nhead, 1):
+        raise UserError(f"nhead is {nhead!r}; give the number of heads of these weights.")
+    for name, axis in (("pos_bias_u", 1), ("hyper.w1_gen.fc1_weights", 0)):
+        tensor = state_dict.get(f"{prefix}layers.0.mha_layer.{name}")
+        if tensor is not None and tensor.shape[axis] != nhead:
+            raise UserError(
+                f"nhead is {nhead}, but these weights have {tensor.shape[axis]} heads; give nhead={tensor.shape[axis]}."
+            )
 
 
 # NeMo's name inside a Squeezeformer block -> ours; the rest of the key stays.

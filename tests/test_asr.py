@@ -152,6 +152,13 @@ def test_speechbrain_weights_convert(attention):
     ours.encoder.load_state_dict(convert_speechbrain(theirs.encoder.state_dict(), nhead=4), strict=True)
     with pytest.raises(ValueError, match="no SpeechBrain Conformer"):
         convert_speechbrain(ours.state_dict(), nhead=4)
+    shown = {"RoPEMHA": (3, "3, which does not divide the width 64")}
+    wrong, message = shown.get(attention, (2, "2, but these weights have 4 heads; give nhead=4"))
+    with pytest.raises(UserError, match=f"nhead is {message}"):
+        convert_speechbrain(saved, nhead=wrong)
+    for wrong in (0, None, "4", 4.0):
+        with pytest.raises(UserError, match=f"nhead is {wrong!r}; give the number of heads"):
+            convert_speechbrain(saved, nhead=wrong)
 
 
 @pytest.mark.parametrize(

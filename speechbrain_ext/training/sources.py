@@ -378,9 +378,6 @@ def _load_statistics(name, path):
 def _of_speechbrain(name, weights, nhead):
     """Change the names of SpeechBrain's recipes (a list of front end, Transformer and two heads, or a part) to ours."""
     weights, found = {key.removeprefix("module."): value for key, value in weights.items()}, {}
-    for key, value in weights.items():
-        if key.endswith("mha_layer.pos_bias_u") and value.dim() == 2:
-            _check_heads(name, value.shape[1], nhead)
     whole = any(key.partition(".")[0] in _SPEECHBRAIN_PARTS for key in weights)
     alone = "transformer." if any(key.startswith("encoder.") for key in weights) else "transformer.encoder."
     with _converting(name):
