@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, widest, widest_dtype
 from speechbrain_ext.utils.distributed import gather_from_processes, is_distributed, sum_over_processes
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_number
 
 
 def fuse_(module: nn.Module) -> None:
@@ -213,8 +213,10 @@ class MaskedBatchNorm(nn.Module):
 
     def __init__(self, size: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
-        if not 0 < momentum <= 1 or eps <= 0:
-            raise UserError(f"A BatchNorm has momentum {momentum} and eps {eps}; give a momentum in (0, 1] and an eps above 0.")
+        if not (is_number(momentum, 0, 1) and momentum and is_number(eps, 0) and eps):
+            raise UserError(
+                f"A BatchNorm has momentum {momentum!r} and eps {eps!r}; give a momentum in (0, 1] and an eps above 0."
+            )
         self.momentum = momentum
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
@@ -259,7 +261,8 @@ class MaskedBatchNorm(nn.Module):
             Its weight has the outputs on the first axis. It gets a bias if it has none.
         """
         if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(self.bias), requires_grad=layer.weight.requires_grad)
+            with torch.inference_mode(False):  # a bias made in inference mode could never be changed
+                layer.bias = nn.Parameter(torch.zeros_like(self.bias), requires_grad=layer.weight.requires_grad)
         scale, shift = self._affine(widest_dtype(layer.weight.device))
         layer.weight.copy_(widest(layer.weight) * scale.view(-1, *[1] * (layer.weight.dim() - 1)))
         layer.bias.copy_(torch.addcmul(shift, widest(layer.bias), scale))

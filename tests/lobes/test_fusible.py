@@ -153,6 +153,15 @@ def test_it_folds_into_the_layer_before(layer):
     torch.testing.assert_close(run(folded), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_fused_in_inference_mode_the_weights_may_still_change():
+    layer = NormLinear(5, 6).eval()
+    with torch.inference_mode():
+        fuse_(torch.nn.ModuleList([layer]))
+    layer(torch.ones(1, 1, 5)).sum().backward()
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert not layer.linear.bias.is_inference() and len(list(layer.parameters())) == 2
+
+
 def test_scaled_linear_is_scale_then_linear():
     layer = ScaledLinear(5, 7)
     with torch.no_grad():
@@ -316,7 +325,7 @@ def test_statistics_survive_a_pass_that_fails():
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("keys", [{"momentum": 0}, {"momentum": 5}, {"eps": 0.0}])
+@pytest.mark.parametrize("keys", [{"momentum": 0}, {"momentum": 5}, {"momentum": None}, {"eps": 0.0}, {"eps": "1"}])
 def test_impossible_settings_are_refused(keys):
     with pytest.raises(ValueError, match="momentum .* eps"):
         MaskedBatchNorm(2, **keys)
