@@ -14,7 +14,7 @@ from speechbrain_ext.lobes.masks import absolute_lengths, check_lengths, padding
 from speechbrain_ext.lobes.stack import begin_as_identity
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, loadable
 from speechbrain_ext.speech_encoder import SpeechEncoder
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 __all__ = ["SpeechEncoder", "TransformerASR"]
 
@@ -114,6 +114,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         encoder_kwargs: dict | None = None,
         identity_init: bool = False,
     ):
+        if not is_whole(num_decoder_layers, 0):
+            raise UserError(f"num_decoder_layers is {num_decoder_layers!r}; give a whole number of at least 0, 0 for none.")
         if output_hidden_states or layerdrop_prob:
             raise UserError("The encoders here support neither output_hidden_states nor layerdrop_prob; leave both out.")
         if attention_type not in (None, *_SPEECHBRAIN_ATTENTIONS):
@@ -226,6 +228,11 @@ class TransformerASR(SpeechBrainTransformerASR):
         -------
         torch.Tensor or None
             (B, U, D); None if there is no target or no decoder.
+
+        Raises
+        ------
+        ValueError
+            If a target has more than ``max_length`` tokens.
         """
         if tgt is None or not hasattr(self, "decoder"):
             return None
@@ -298,7 +305,13 @@ class TransformerASR(SpeechBrainTransformerASR):
         -------
         tuple
             Decoder output (B, U, D), and the last layer's attention on the encoder frames.
+
+        Raises
+        ------
+        ValueError
+            If there is no decoder, or a prefix has more than ``max_length`` tokens.
         """
+        self._need_decoder()
         _WANTED.weights = True
         try:
             return self._decode(tgt, encoder_out, enc_len)
@@ -321,9 +334,13 @@ class TransformerASR(SpeechBrainTransformerASR):
         Returns
         -------
         DecoderCache
+
+        Raises
+        ------
+        ValueError
+            If there is no decoder.
         """
-        if not hasattr(self, "decoder"):
-            raise UserError("There is no decoder to search with: num_decoder_layers is 0; give at least 1, or search by CTC.")
+        self._need_decoder()
         return DecoderCache(self.decoder, encoder_out, self._memory_mask(encoder_out, enc_len), beam_size)
 
     @torch.no_grad()
@@ -345,7 +362,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         Raises
         ------
         ValueError
-            If the hypotheses already have ``max_length`` tokens.
+            If there is no decoder, or the hypotheses already have ``max_length`` tokens.
 
         Example
         -------
@@ -358,11 +375,10 @@ class TransformerASR(SpeechBrainTransformerASR):
         >>> torch.allclose(out, net.decode(prefix, encoder_out)[0][:, -1], atol=1e-5)
         True
         """
-        table = self.positional_encoding_decoder.pe[0]
-        if cache.length == len(table):
-            raise UserError(f"A hypothesis has {cache.length} tokens; build TransformerASR with a larger max_length.")
+        self._need_decoder()
+        self._need_positions(cache.length + 1)
         embedded = self.custom_tgt_module(tokens)
-        return cache.step(embedded + table[cache.length].to(embedded.dtype))
+        return cache.step(embedded + self.positional_encoding_decoder.pe[0, cache.length].to(embedded.dtype))
 
     def encode_streaming(self, src, context):
         """Encode one chunk.
@@ -393,11 +409,21 @@ class TransformerASR(SpeechBrainTransformerASR):
     def _flat(src):
         return src.flatten(2) if src.dim() == 4 else src
 
+    def _need_decoder(self):
+        if not hasattr(self, "decoder"):
+            raise UserError("There is no decoder to search with: num_decoder_layers is 0; give at least 1, or search by CTC.")
+
+    def _need_positions(self, tokens):
+        longest = self.positional_encoding_decoder.pe.shape[1]
+        if tokens > longest:
+            raise UserError(f"A text has more than {longest} tokens; build TransformerASR with a larger max_length.")
+
     def _decoder_attentions(self):
         return [attention.att for layer in self.decoder.layers for attention in (layer.self_attn, layer.multihead_attn)]
 
     def _decode(self, tgt, encoder_out, lengths, tgt_padding=None):
         """Decoder output, and the last layer's attention on the encoder frames or None."""
+        self._need_positions(tgt.shape[1])
         embedded = self.custom_tgt_module(tgt)
         with any_length(embedded):
             out, _, attention = self.decoder(

@@ -171,6 +171,7 @@ def test_speechbrain_weights_convert(attention):
         ({"layerdrop_prob": 0.1}, ValueError, "layerdrop_prob"),
         ({"encoder_kwargs": {"kernel": 3}}, TypeError, "no key 'kernel'"),
         ({"d_model": 30}, ValueError, "30"),
+        ({"num_decoder_layers": -1}, ValueError, "num_decoder_layers is -1; give a whole number"),
     ],
 )
 def test_mistakes_fail_at_construction(keys, error, message):
@@ -295,6 +296,20 @@ def test_impossible_lengths_are_refused(lengths, message):
     ):
         with pytest.raises(UserError, match=message.replace("/ 60", r"/ (60|4800)")):
             entrance(torch.randn(2, 60, 80))
+
+
+def test_what_a_decoder_cannot_do_is_said():
+    net = TransformerASR(20, 8, 16, 2, 1, 1, 32, max_length=2).eval()
+    x, tokens = torch.randn(1, 9, 8), torch.ones(1, 3, dtype=torch.long)
+    frames, _ = net(x, tokens[:, :2])
+    for use in (lambda: net(x, tokens), lambda: net.decode(tokens, frames)):
+        with pytest.raises(UserError, match="A text has more than 2 tokens; build TransformerASR with a larger max_length"):
+            use()
+    cache = net.make_decoder_cache(frames)
+    net = TransformerASR(20, 8, 16, 2, 1, 0, 32).eval()
+    for use in (lambda: net.decode(tokens, frames), lambda: net.decode_step(tokens[0], cache)):
+        with pytest.raises(UserError, match="There is no decoder to search with"):
+            use()
 
 
 @torch.no_grad()
