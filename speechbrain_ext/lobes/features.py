@@ -342,7 +342,15 @@ class InputNormalization(SpeechBrainInputNormalization):
             self.register_buffer("frames", torch.as_tensor(value))
 
     def forward(self, x, lengths=None, epoch=None):
-        """Normalise (B, T, F). Training updates the statistics before the epoch ``update_until_epoch``."""
+        """Normalise (B, T, F). Training updates the statistics before the epoch ``update_until_epoch``.
+
+        Raises
+        ------
+        UserError
+            If it needs statistics and has none yet.
+        """
+        if self.norm_type == "global" and not self.glob_mean.numel() and not self._should_update(epoch):
+            raise UserError("The normalisation has no statistics yet; train it, or load a checkpoint.")
         if self.norm_type == "sentence":
             mask = make_padding_mask(x, lengths, length_dim=1)
             if self.prior_frames and self._should_update(epoch):

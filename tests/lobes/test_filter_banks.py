@@ -10,6 +10,7 @@ from speechbrain_ext.export.onnx_whole import Features
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.features import Fbank, FeatureStream, InputNormalization, KaldiFbank, clip_features, raw_features
 from speechbrain_ext.lobes.filter_banks import Framing
+from speechbrain_ext.utils.errors import UserError
 
 LENGTHS = [16000, 15999, 8000, 4961, 640, 400, 240, 239, 130, 100, 79, 10, 1, 0]
 
@@ -67,6 +68,14 @@ def test_a_stream_has_the_features_of_the_whole(pieces, rate):
                 start += size
         chunks += stream.finish()
         torch.testing.assert_close(torch.cat(chunks, 1), fbank(wavs), atol=2e-6, rtol=0)
+
+
+def test_a_normalisation_without_statistics_says_so():
+    normalize, x = InputNormalization(update_until_epoch=1), torch.randn(2, 9, 4)
+    for epoch, training in ((None, False), (1, True)):
+        with pytest.raises(UserError, match="has no statistics yet; train it, or load a checkpoint"):
+            normalize.train(training)(x, torch.ones(2), epoch)
+    assert normalize(x, torch.ones(2), 0).isfinite().all() and normalize.eval()(x).isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 50])
