@@ -15,6 +15,8 @@ import inspect
 import pkgutil
 from importlib.metadata import entry_points
 
+import numpy
+
 from speechbrain_ext.utils.errors import UserError, UserTypeError
 
 SHIPPED = "speechbrain_ext.encoders"
@@ -41,7 +43,7 @@ def register_encoder(name: str):
     Raises
     ------
     ValueError
-        If another class already has this name.
+        If the name is no text, or another class already has it.
 
     Example
     -------
@@ -54,6 +56,9 @@ def register_encoder(name: str):
     >>> build_encoder("identity", d_model=4)                            # doctest: +SKIP
     Identity()
     """
+
+    if not isinstance(name, str):
+        raise UserError(f'The name of an encoder is {name!r}; give a text: @register_encoder("name").')
 
     def decorate(cls):
         known = _ENCODERS.get(name)
@@ -114,7 +119,7 @@ def get_encoder(name: str) -> type:
     'ConformerEncoder'
     """
     _import_shipped()
-    if name not in _ENCODERS:
+    if not isinstance(name, str) or name not in _ENCODERS:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             if point.name == name:
                 _ENCODERS[name] = point.load()
@@ -258,7 +263,7 @@ def encoder_size(name: str, size: str):
     144
     """
     sizes = encoder_sizes(name)
-    if size not in sizes:
+    if size not in list(sizes):
         known = f"the sizes are: {', '.join(sizes)}." if sizes else "it has no named sizes."
         raise UserError(f"There is no {name} of size '{size}'; {known}")
     return sizes[size]
@@ -342,4 +347,5 @@ def build_encoder(name: str, **kwargs):
     for key in kwargs:
         if key not in keys:
             raise UserTypeError(f"The encoder '{name}' has no key '{key}'; its keys are: {', '.join(keys)}.")
-    return cls(**kwargs)
+    # A compiler would take numpy's numbers for tensors
+    return cls(**{key: value.item() if isinstance(value, numpy.generic) else value for key, value in kwargs.items()})

@@ -3,15 +3,18 @@
 import sys
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
 import torch
 
 from speechbrain_ext import registry
+from speechbrain_ext.utils.errors import UserError
 
 
 class Passing(torch.nn.Module):
     def __init__(self, d_model=8):
         super().__init__()
+        self.d_model = d_model
 
 
 @pytest.fixture
@@ -27,6 +30,19 @@ def test_decorator(clean_registry):
     registry.register_encoder("passing")(Passing)  # a module that is imported twice is no conflict
     with pytest.raises(ValueError, match="'passing' is taken by .*Passing"):
         registry.register_encoder("passing")(torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", [Passing, 3, None])
+def test_a_name_is_a_text(clean_registry, name):
+    with pytest.raises(UserError, match=r'The name of an encoder is .*; give a text: @register_encoder\("name"\)'):
+        registry.register_encoder(name)
+    with pytest.raises(UserError, match="Unknown encoder '.*'; the known ones are: .*conformer"):
+        registry.build_encoder([name])
+
+
+def test_numbers_of_numpy_become_plain_ones(clean_registry):
+    registry.register_encoder("passing")(Passing)
+    assert type(registry.build_encoder("passing", d_model=np.int64(4)).d_model) is int
 
 
 def test_constructor_that_hands_on_its_keys(clean_registry):

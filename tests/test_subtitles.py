@@ -9,6 +9,7 @@ import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 from test_streaming import speech
@@ -426,10 +427,12 @@ def test_subtitles_are_written_again_with_other_options(model, files, tmp_path, 
 
 def test_a_segment_file_alone(tmp_path):
     (tmp_path / "talk.wav").write_bytes(b"audio")
-    file = SegmentFile(tmp_path / "out", tmp_path / "talk.wav", {}, SubtitleOptions(max_lines=1, max_line_length=4))
+    beam, options = np.int64(4), SubtitleOptions(max_lines=1, max_line_length=4)
+    file = SegmentFile(tmp_path / "out", tmp_path / "talk.wav", {"beam_size": beam}, options)
     file.finish([Segment(0.0, 5.0, "GO ON THEN", 1.0)], 4.0)
     assert [lines for *_, lines, _ in written(tmp_path / "out", "talk")[1]] == [["GO"], ["ON"], ["THEN"]]
     assert written(tmp_path / "out", "talk")[2][-1][1] == 4.0
+    assert SegmentFile(tmp_path / "out", tmp_path / "talk.wav", {"beam_size": 4}).finished
 
 
 def test_texts_before_a_long_file_come_before_it_is_read(model, files, monkeypatch):

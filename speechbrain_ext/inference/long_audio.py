@@ -169,7 +169,8 @@ class SegmentFile:
         if len(os.fsencode(self._made_of.name)) + len("..4194304.tmp") > LONGEST_NAME:  # while it is written
             raise UserError(f"The name of {path} is too long for the files beside its transcript; rename it.")
         file = os.stat(path)
-        self._header = json.dumps({"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns, **settings})
+        origin = {"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns}
+        self._header = json.dumps(origin | settings, default=lambda number: number.item())  # settings may be numbers of numpy
         self.segments = []
         """All segments so far."""
         self.finished = self._final.exists()

@@ -5,6 +5,7 @@ exception is a bug in this package or in the user's code, and keeps its tracebac
 """
 
 import math
+import numbers
 import os
 import sys
 from pathlib import Path
@@ -127,10 +128,10 @@ def forget_output():
 
 
 def is_whole(value, least, most=math.inf):
-    """Whether a setting is a whole number from ``least`` to ``most``; booleans do not count."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    """Whether a setting is a whole number from ``least`` to ``most``; booleans do not count, numpy's numbers do."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value, least=-1e30, most=1e30):
     """Whether a setting is a number from ``least`` to ``most``; text, booleans, NaN and infinity do not count."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= value <= most
