@@ -46,7 +46,7 @@ def choose_size(architecture: str, sizes: dict, size: str | None, usual: str, gi
     >>> choose_size("Squeezeformer", SIZES, None, "xs", {"d_model": 32, "nhead": None})
     [32, 4]
     """
-    if size is not None and size not in sizes:
+    if size is not None and size not in list(sizes):
         raise UserError(f"There is no {architecture} of size '{size}'; the sizes are: {', '.join(sizes)}.")
     row, chosen = sizes[usual if size is None else size], []
     for key, value in given.items():

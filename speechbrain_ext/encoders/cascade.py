@@ -14,7 +14,7 @@ from speechbrain_ext.encoders._base import check_input, check_sizes
 from speechbrain_ext.encoders._streaming import StreamingContext
 from speechbrain_ext.lobes.masks import check_chunks, zero_padding
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_passes, register_encoder
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 PASSES = ("first", "second")
 
@@ -35,7 +35,8 @@ class CascadedEncoder(nn.Module):
     nhead : int
         Number of heads of both, likewise.
     num_layers : int
-        Number of blocks of both together, at least one each. The second stage has a third, or the number in ``second``.
+        Number of blocks of both together: the second stage has a third of them, or the number in ``second``, and the first stage
+        the rest; each at least one.
     d_ffn : int
         Width of the feed-forward modules' hidden layer of both, likewise.
     dropout : float
@@ -265,6 +266,6 @@ def _build(stage, asked, usual):
 def _chunks(key, size):
     if size is None:
         return None
-    if not isinstance(size, int):
+    if not is_whole(size, -math.inf):
         raise UserError(f"{key} is {size!r}; give a whole number of frames, or null.")
     return DynChunkTrainConfig(size)

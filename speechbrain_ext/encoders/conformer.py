@@ -15,6 +15,7 @@ from speechbrain_ext.lobes.convolution import ConvolutionModule
 from speechbrain_ext.lobes.feedforward import FeedForward
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
+from speechbrain_ext.utils.errors import UserError
 
 
 class ConformerLayer(nn.Module):
@@ -162,8 +163,11 @@ class ConformerEncoder(Encoder):
         mixers = [build_attention(attention_type, d_model, nhead, dropout, speechbrain_scores) for _ in range(num_layers)]
         self._build(mixers, d_model, d_ffn, dropout, kernel_size, activation, bias)
 
-    def _build(self, mixers, d_model, *layer_args):
-        super().__init__(d_model, Stack(ConformerLayer(mixer, d_model, *layer_args) for mixer in mixers))
+    def _build(self, mixers, d_model, d_ffn, dropout, kernel_size, activation, bias):
+        if not callable(activation) or isinstance(activation, nn.Module):
+            raise UserError(f"activation is {activation!r}; give its class, such as torch.nn.ReLU.")
+        layer_args = d_model, d_ffn, dropout, kernel_size, activation, bias
+        super().__init__(d_model, Stack(ConformerLayer(mixer, *layer_args) for mixer in mixers))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
 
     def after_layers(self, x, mask=None):

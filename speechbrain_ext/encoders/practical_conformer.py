@@ -23,7 +23,7 @@ from speechbrain_ext.lobes.attention import ATTENTIONS, build_attention
 from speechbrain_ext.lobes.performer import PerformerAttention
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class PracticalConformerEncoder(Encoder):
         d_model, nhead, num_layers, d_ffn = choose_size("Practical Conformer", SIZES, size, "s", given)
         if convolution_layers is None:
             convolution_layers = num_layers // 3
-        if not isinstance(convolution_layers, int) or not 0 <= convolution_layers <= num_layers:
+        if not is_whole(convolution_layers, 0, num_layers):
             raise UserError(f"convolution_layers is {convolution_layers!r}; give 0 to num_layers ({num_layers}).")
         known = ("Performer", *ATTENTIONS)
         if attention_type not in known:

@@ -5,7 +5,6 @@ a LayerNorm after it. The middle blocks run at half the frame rate, in a Tempora
 subsampling is :class:`speechbrain_ext.lobes.subsampling.DepthwiseSubsampling`.
 """
 
-import operator
 from dataclasses import dataclass
 
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
@@ -195,4 +194,4 @@ class SqueezeformerEncoder(Encoder):
 
 
 def _indices(value):
-    return [] if value is None else [operator.index(value)] if hasattr(value, "__index__") else list(map(operator.index, value))
+    return [] if value is None else list(value) if hasattr(value, "__iter__") else [value]

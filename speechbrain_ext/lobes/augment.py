@@ -156,8 +156,7 @@ def repeated(batch, views):
 def _width(name, value):
     """The narrowest width, and the limit below which all widths lie."""
     low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (0, value)
-    numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (low, high))
-    if not numbers or not 0 <= low < high:
+    if not is_number(low, 0) or not is_number(high) or low >= high:
         raise UserError(f"{name} is {value!r}; give the limit of widths, or the narrowest width and the limit: [15, 25].")
     return low, high
 

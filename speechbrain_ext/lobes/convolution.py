@@ -10,7 +10,7 @@ from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm, ScaledLinear, Unchanged
 from speechbrain_ext.lobes.masks import chunk_length, zero_padding
 from speechbrain_ext.lobes.precision import at_least_float32, autocasts, full_precision
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 SMALL = 2**16
 """With fewer products than this, a depthwise convolution on a CPU is faster as one multiplication and one sum: half the time at a
@@ -183,8 +183,8 @@ class DepthwiseModule(nn.Module):
 
     def __init__(self, kernel_size: int, causal: bool = False):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise UserError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size}.")
+        if not is_whole(kernel_size, 1) or kernel_size % 2 == 0:
+            raise UserError(f"The kernel size of the depthwise convolution must be positive and odd, not {kernel_size!r}.")
         self.look_ahead = 0 if causal else kernel_size // 2
         self.context = kernel_size - 1 - self.look_ahead
 

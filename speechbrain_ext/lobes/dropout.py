@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from speechbrain_ext.utils.errors import UserError, is_number
+
 
 class Dropout(nn.Dropout):
     """Dropout.
@@ -18,6 +20,11 @@ class Dropout(nn.Dropout):
     ---------
     p : float
         Probability with which an element is zeroed.
+
+    Raises
+    ------
+    UserError
+        If it is not a number from 0 to 1.
 
     Example
     -------
@@ -28,6 +35,8 @@ class Dropout(nn.Dropout):
     """
 
     def __init__(self, p: float = 0.5):
+        if not is_number(p, 0, 1):
+            raise UserError(f"The dropout is {p!r}; give a number from 0 to 1.")
         super().__init__(p)
 
     def forward(self, x):

@@ -40,7 +40,7 @@ from speechbrain_ext.lobes.chunk_sums import ChunkSums
 from speechbrain_ext.lobes.dropout import Dropout
 from speechbrain_ext.lobes.fusible import PlainLinear
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 BLOCK = 64
 """Frames per block of the causal form."""
@@ -73,9 +73,9 @@ def orthogonal_gaussian(rows: int, size: int, generator: torch.Generator | None 
     True
     """
     blocks = -(-rows // size)
-    directions, triangle = torch.linalg.qr(torch.randn(blocks, size, size, generator=generator))
+    directions, triangle = torch.linalg.qr(torch.randn(blocks, size, size, generator=generator, dtype=torch.float32))
     directions = directions * triangle.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)  # QR alone prefers some directions
-    norms = torch.randn(blocks * size, size, generator=generator).norm(dim=1, keepdim=True)
+    norms = torch.randn(blocks * size, size, generator=generator, dtype=torch.float32).norm(dim=1, keepdim=True)
     return (directions.transpose(1, 2).flatten(0, 1) * norms)[:rows]
 
 
@@ -140,13 +140,13 @@ class RandomFeatures(nn.Module):
                 f"The head size (d_model / nhead) is {head_size}; softmax features exceed float32's range above 128: "
                 "give more heads, or the relu kernel."
             )
-        if not isinstance(features, int) or features < 0 or (kernel == "softmax" and not features):
-            raise UserError(
-                f"features is {features!r}; the {kernel} kernel needs a whole number of at least {int(kernel == 'softmax')}."
-            )
+        least = int(kernel == "softmax")
+        if not is_whole(features, least):
+            raise UserError(f"features is {features!r}; the {kernel} kernel needs a whole number of at least {least}.")
         self.kernel = kernel
         self.size = features or head_size
-        self.register_buffer("projection", orthogonal_gaussian(features, head_size) if features else None)
+        projection = orthogonal_gaussian(features, head_size).to(torch.get_default_dtype()) if features else None
+        self.register_buffer("projection", projection)
         self.register_buffer("training_projection", None, persistent=False)
 
     def forward(self, query, key):

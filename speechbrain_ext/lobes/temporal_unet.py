@@ -13,7 +13,7 @@ from torch import nn
 from speechbrain_ext.lobes.convolution import depthwise_conv
 from speechbrain_ext.lobes.masks import zero_padding
 from speechbrain_ext.lobes.stack import Stack
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, is_whole
 
 KERNEL = 5
 """Kernel of the reduction, in frames: 5 in the authors' code and checkpoints (3 in the paper's text)."""
@@ -194,8 +194,8 @@ def nest(layers, d_model: int, reduce_before=(), recover_before=(), padding: str
     layers, reduce_before, recover_before = list(layers), list(reduce_before), list(recover_before)
     known = f"reduce_before {reduce_before} and recover_before {recover_before} of {len(layers)} blocks"
     for index in (*reduce_before, *recover_before):
-        if not 0 <= index <= len(layers):
-            raise UserError(f"There is no block {index}: {known}; give indices from 0 to {len(layers)}.")
+        if not is_whole(index, 0, len(layers)):
+            raise UserError(f"There is no block {index!r}: {known}; give indices from 0 to {len(layers)}.")
     open_spans = [[]]
     for index in range(len(layers) + 1):
         for _ in range(recover_before.count(index)):

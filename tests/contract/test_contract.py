@@ -7,13 +7,14 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import PAGE_ENCODERS
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.lobes.stack import Stack, begin_as_identity
-from speechbrain_ext.registry import build_encoder, list_encoders
+from speechbrain_ext.registry import build_encoder, encoder_keys, list_encoders
 from speechbrain_ext.utils.errors import UserError
 
 CHUNKS = [(16, 2), (16, None), (4, 0), (2, 5), (6, 1)]
@@ -371,6 +372,41 @@ def test_impossible_sizes_are_refused(key, size):
         if name not in PAGE_ENCODERS:
             with pytest.raises(ValueError, match=rf"{key}.* is {size!r}; give a"):
                 build_encoder(name, **{"d_model": 16, "nhead": 2, "num_layers": 2, "d_ffn": 32, key: size})
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        *(({"dropout": wrong}, f"The dropout is {wrong!r}; give a number") for wrong in ("0.1", 1.5, float("nan"))),
+        ({"kernel_size": 3.0}, "kernel.* 3.0"),
+        ({"kernel_size": "3"}, "kernel.* '3'"),
+        ({"activation": "relu"}, "activation is 'relu'; give its class"),
+        ({"reduce_before": 1.0, "recover_before": 2}, "There is no block 1.0"),
+        ({"eps": "x"}, "eps 'x'"),
+        ({"momentum": None}, "momentum None"),
+        ({"size": ["xs"]}, r"of size '\['xs'\]'"),
+    ],
+)
+def test_impossible_keys_are_refused(keys, message):
+    names = [name for name in list_encoders() if name not in PAGE_ENCODERS and set(keys) <= set(encoder_keys(name))]
+    assert names
+    for name in names:
+        sizes = {} if "size" in keys else {"d_model": 16, "nhead": 2, "num_layers": 3, "d_ffn": 64}
+        with pytest.raises(UserError, match=message):
+            build_encoder(name, **sizes, **keys)
+
+
+@torch.no_grad()
+def test_sizes_may_be_numbers_of_numpy(encoder_case):
+    name, keys = encoder_case
+    sizes = {"d_model": 16, "nhead": 2, "num_layers": 4, "d_ffn": 32}
+    answers = []
+    for kind, number in ((int, float), (np.int64, np.float32)):
+        torch.manual_seed(0)
+        encoder = build_encoder(name, **{key: kind(size) for key, size in sizes.items()}, dropout=number(0.1), **keys).eval()
+        x, context = torch.randn(1, 9, 16), encoder.make_streaming_context(DynChunkTrainConfig(kind(4), kind(1)))
+        answers.append([encoder(x)[0], *(encoder.forward_streaming(chunk, context)[0] for chunk in x.split(4, 1))])
+    assert all(torch.equal(*pair) and pair[1].dtype == torch.float32 for pair in zip(*answers, strict=True))
 
 
 def test_sensible_defaults(encoder_case):

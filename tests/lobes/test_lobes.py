@@ -104,9 +104,10 @@ def test_depthwise_layout_changes_nothing(kernel):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_convolution_needs_an_odd_kernel():
-    with pytest.raises(ValueError, match="odd, not 4"):
-        ConvolutionModule(8, 4)
+@pytest.mark.parametrize("size", [4, 3.0, "3", True, None])
+def test_convolution_needs_an_odd_kernel(size):
+    with pytest.raises(UserError, match=f"odd, not {size!r}"):
+        ConvolutionModule(8, size)
 
 
 @pytest.mark.parametrize("net", [ConvolutionSubsampling(80), DepthwiseSubsampling(80, 12), ConvolutionSubsampling(23, (4, 3))])

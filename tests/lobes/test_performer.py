@@ -326,6 +326,18 @@ def test_the_same_number_gives_the_same_features(kernel):
     assert not torch.equal(nets[1][0].features.training_projection, nets[1][1].features.training_projection)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_softmax_kernel_is_built_under_any_default_type(dtype):
+    torch.manual_seed(0)
+    expected = RandomFeatures(8, "softmax", 32).projection.to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        assert torch.equal(RandomFeatures(8, "softmax", 32).projection, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_without_random_features_there_is_nothing_to_redraw():
     attention = build("relu", 0)
     redraw_features(attention, 1)

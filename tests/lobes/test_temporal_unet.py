@@ -78,6 +78,7 @@ def test_any_encoder_in_any_nesting(name):
         ([1, 2], [3], "Not every reduction is recovered"),
         ([-1], [2], "no block -1"),
         ([1], [5], "no block 5"),
+        ([1.0], [2], "no block 1.0"),
     ],
 )
 def test_impossible_nesting_is_refused(reduce_before, recover_before, message):
