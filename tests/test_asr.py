@@ -250,6 +250,16 @@ def test_what_a_front_end_cannot_do_is_said():
     for size in (0, -4):
         with pytest.raises(UserError, match=f"The chunk size is {size} frames, but this encoder needs a whole number of at"):
             encoder.encode(torch.rand(1, 8000), None, DynChunkTrainConfig(size))
+    for wavs in (torch.rand(8000), torch.rand(1, 1, 8000)):
+        with pytest.raises(UserError, match=r"The samples have the shape \(.*\); give \(B, N\)"):
+            encoder(wavs)
+    context = encoder.make_streaming_context(DynChunkTrainConfig(4))
+    encoder.encode_streaming(torch.rand(2, 100), context)
+    with pytest.raises(UserError, match=r"The samples have the shape \(1, 100\); give \(2, N\)"):
+        encoder.encode_streaming(torch.rand(1, 100), context)
+    encoder.encode_streaming(torch.rand(2, 100), context)
+    with pytest.raises(UserError, match="There is no normalisation; give a module"):
+        SpeechEncoder(Fbank(n_mels=80), None, ConvolutionSubsampling(), net)(torch.rand(1, 8000))
     encoder = SpeechEncoder(Fbank(n_mels=80), torch.nn.Identity(), ConvolutionSubsampling(), net)
     with pytest.raises(UserError, match="Normalisation by Identity does not stream"):
         encoder.make_streaming_context(DynChunkTrainConfig(4))
@@ -270,6 +280,11 @@ def test_lengths_beyond_those_that_float32_counts(samples):
 @pytest.mark.parametrize("samples", [2049, 160001, 2**24 + 3])
 def test_lengths_of_any_precision_are_counted_exactly(samples, dtype):
     assert absolute_lengths(torch.tensor([1.0, 0.5], dtype=dtype), samples).tolist() == [samples, round(samples / 2)]
+
+
+def test_lengths_are_counted_inside_vmap():
+    lengths = torch.tensor([[1.0, 0.5], [0.2, 1.0]])
+    assert torch.func.vmap(lambda one: absolute_lengths(one, 10))(lengths).tolist() == [[10, 5], [2, 10]]
 
 
 def test_lengths_are_at_most_the_frames():

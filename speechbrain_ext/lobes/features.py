@@ -191,7 +191,7 @@ def raw_features(compute_features, wavs, wav_lens):
     Raises
     ------
     UserError
-        If the features are not supported, or the lengths are impossible.
+        If the features are not supported, or the samples are no (B, N), or the lengths impossible.
 
     Example
     -------
@@ -200,6 +200,7 @@ def raw_features(compute_features, wavs, wav_lens):
     >>> feats.shape, torch.round(lens * 11)
     (torch.Size([2, 11, 40]), tensor([11.,  5.]))
     """
+    _check_samples(wavs)
     check_lengths(wav_lens, wavs.shape[0])
     samples = absolute_lengths(wav_lens, wavs.shape[1])
     wavs = wavs.masked_fill(padding_mask(samples, wavs.shape[1]), 0.0)
@@ -276,7 +277,7 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     Raises
     ------
     ValueError
-        If the normalisation needs more than one utterance.
+        If there is no normalisation, or it needs more than one utterance.
 
     Example
     -------
@@ -286,6 +287,8 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     >>> torch.allclose(y[:, :3].mean(1), torch.zeros(4), atol=1e-5)
     True
     """
+    if normalize is None:
+        raise UserError("There is no normalisation; give a module, such as InputNormalization, or normalised features.")
     if chunk is None or not _grows(normalize):
         return normalize(feats, lens, **kwargs)
     if normalize.training:
@@ -481,8 +484,14 @@ class FeatureStream:
         -------
         iterator
             Over the chunks (B, chunk, F) that are now complete.
+
+        Raises
+        ------
+        UserError
+            If the stream has ended, or the samples are no (B, N) with the B of the first ones.
         """
         self._refuse_after_end()
+        _check_samples(wavs, "B" if self._samples is None else len(self._samples))
         self._received += wavs.shape[1]
         # A copy: the caller may use the memory again
         self._samples = wavs.clone() if self._samples is None else torch.cat((self._samples, wavs), 1)
@@ -538,6 +547,11 @@ def _grows(normalize):
     if kind not in ("global", "sentence"):
         raise UserError(f"Normalisation by {kind} does not stream; give an InputNormalization with norm_type global or sentence.")
     return kind == "sentence"
+
+
+def _check_samples(wavs, streams="B"):
+    if wavs.dim() != 2 or streams not in ("B", len(wavs)):
+        raise UserError(f"The samples have the shape {tuple(wavs.shape)}; give ({streams}, N).")
 
 
 def _chunked(x, chunk, fill=0):

@@ -44,12 +44,21 @@ def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
     """
     relative, compiling = at_least_float32(relative), torch.compiler.is_compiling()
     if not compiling:
-        if relative.device.type == "cpu" and not all(0 <= length <= MOST for length in relative.flatten().tolist()):
-            shown = listing([f"{length:g}" for length in relative.flatten().tolist()])
+        lengths = _values(relative)
+        if not all(0 <= length <= MOST for length in lengths):
+            shown = listing(f"{length:g}" for length in lengths)
             raise UserError(f"The relative lengths are {shown}; give numbers from 0 to 1, such as frames / {frames}.")
         if frames > EXACT:
             relative = widest(relative)
     return torch.round(relative * frames).long().clamp(max=frames)
+
+
+def _values(tensor):
+    """The values of a tensor on a CPU, none of those that the host would wait for or cannot see."""
+    try:
+        return tensor.flatten().tolist() if tensor.device.type == "cpu" else []
+    except RuntimeError:  # inside torch.func.vmap
+        return []
 
 
 def check_lengths(relative: torch.Tensor, batch: int) -> None:

@@ -86,7 +86,7 @@ class _Subsampling(nn.Module):
         size = x.shape[1]
         whole = torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu"
         if not whole and not any(module.training for module in self.modules()):  # training needs statistics of whole batches
-            size = max(MIN_PIECE, PIECE // len(x) // self.factor * self.factor)
+            size = max(MIN_PIECE, PIECE // max(1, len(x)) // self.factor * self.factor)
         if size >= x.shape[1]:
             return [(x, frames, 0)]
         pieces = []

@@ -110,6 +110,11 @@ def test_convolution_needs_an_odd_kernel(size):
         ConvolutionModule(8, size)
 
 
+@torch.no_grad()
+def test_a_batch_of_no_utterance_gives_none():
+    assert ConvolutionSubsampling().eval()(torch.randn(0, 10, 80))[0].shape == (0, 3, 640)
+
+
 @pytest.mark.parametrize("net", [ConvolutionSubsampling(80), DepthwiseSubsampling(80, 12), ConvolutionSubsampling(23, (4, 3))])
 @torch.no_grad()
 def test_subsampling_is_padding_exact(net):
