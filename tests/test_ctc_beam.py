@@ -12,7 +12,6 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from speechbrain.decoders.ctc import ctc_greedy_decode
 
-from speechbrain_ext.decoders.alignment import greedy_tokens
 from speechbrain_ext.decoders.ctc_beam import CtcBeamSearch
 from speechbrain_ext.decoders.word_lm import UNKNOWN_WORD, arpa_words, flashlight_lm
 from speechbrain_ext.utils.errors import UserError
@@ -341,15 +340,6 @@ def test_what_fails_in_a_search_shows_in_the_check(backend, letters, monkeypatch
     monkeypatch.setattr(search, f"_{backend}", lambda _: lambda _: 1 / 0)
     with pytest.raises(UserError, match="^ctc_search cannot search: division by zero; change its setting."):
         search.check()
-
-
-def test_texts_of_a_model_that_has_diverged_are_an_error():
-    """Also where the most probable token would be the blank; padding may hold anything."""
-    log_probs = torch.zeros(2, 3, 6)
-    log_probs[1, 2] = math.nan
-    assert greedy_tokens(log_probs, torch.tensor([1.0, 0.67])) == [[], []]
-    with pytest.raises(UserError, match="hold NaN or infinity; take an earlier checkpoint"):
-        greedy_tokens(log_probs, torch.ones(2))
 
 
 @each_backend

@@ -529,7 +529,7 @@ def test_a_transducer_of_no_numbers_is_refused(tmp_path):
     weights = load((folder / "asr.safetensors").read_bytes())  # the file is written over
     weights["transducer.out.weight"][3] = torch.nan
     save_file(weights, folder / "asr.safetensors")
-    assert "hold NaN or infinity; take an earlier checkpoint" in refused(folder)
+    assert "gives NaN" in refused(folder)
 
 
 VALUES = ["x", "[8]", "{a: 1}", "1.5", "-1", "!name:torch.nn.ReLU", "!!int abc", "!!float x", "!!bool x", "9" * 5000]

@@ -160,14 +160,6 @@ def test_no_frames_say_nothing(net):
         assert search(torch.randn(2, 9, D), torch.zeros(2))[0] == [[], []]
 
 
-@pytest.mark.parametrize("beam_size", [1, 4])
-def test_a_model_that_has_diverged_is_an_error(net, beam_size):
-    frames, lens = frames_of(12, 5)
-    frames[1, 2] = float("nan")
-    with pytest.raises(UserError, match="hold NaN or infinity; take an earlier checkpoint"):
-        TransducerSearch(net, beam_size)(frames, lens)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(net, dtype):
     search, (frames, lens) = TransducerSearch(net), frames_of(40)

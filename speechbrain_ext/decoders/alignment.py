@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torchaudio.functional import forced_align, merge_tokens
 
-from speechbrain_ext.decoders.beams import not_finite
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.utils.errors import UserError
 
@@ -110,24 +109,15 @@ def greedy_tokens(log_probs, lens, blank=0):
     list of list of int
         Tokens of each utterance.
 
-    Raises
-    ------
-    UserError
-        If a frame of an utterance holds NaN.
-
     Example
     -------
     >>> best = torch.tensor([[1, 1, 0, 2], [2, 0, 2, 2]])
     >>> greedy_tokens(torch.eye(3)[best], torch.tensor([1.0, 0.5]))
     [[1, 2], [2]]
     """
-    (values, best), frames = log_probs.max(-1), absolute_lengths(lens, log_probs.shape[1])
-    best = best.masked_fill(values.isnan(), -1)
+    best, frames = log_probs.argmax(-1), absolute_lengths(lens, log_probs.shape[1])
     rows = torch.cat((frames.to(best.device).unsqueeze(1), best), dim=1).tolist()
-    rows = [row[1 : 1 + row[0]] for row in rows]
-    if any(-1 in row for row in rows):
-        raise not_finite()
-    return [[token for token, _ in collapse(row, blank)] for row in rows]
+    return [[token for token, _ in collapse(row[1 : 1 + row[0]], blank)] for row in rows]
 
 
 def align(log_probs, tokens, blank=0):

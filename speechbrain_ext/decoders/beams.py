@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from speechbrain_ext.utils.errors import UserError
-
 HASH = 6364136223846793005
 """Odd multiplier of a text's hash, modulo 2^64 (Knuth's for linear congruences)."""
 
@@ -19,11 +17,6 @@ class Hypothesis(NamedTuple):
     """The frame of each token."""
     score: float
     """Log-probability, summed over alignments, plus the scores of token graphs."""
-
-
-def not_finite():
-    """The error for scores that are no numbers; the texts of such a model would be empty."""
-    return UserError("The log-probabilities hold NaN or infinity; take an earlier checkpoint of the model.")
 
 
 def choose(ranked, at_end, beam):

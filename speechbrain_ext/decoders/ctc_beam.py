@@ -24,7 +24,6 @@ from sentencepiece import SentencePieceProcessor
 from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from speechbrain_ext.dataio.tokenizer import is_special
-from speechbrain_ext.decoders.beams import not_finite
 from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_WEIGHT
 from speechbrain_ext.decoders.word_lm import (
     arpa_words,
@@ -223,7 +222,7 @@ class CtcBeamSearch:
             return "", []
         log_probs = log_probs.float().cpu()
         if not (log_probs < math.inf).all():
-            raise not_finite()
+            raise UserError("The log-probabilities hold NaN or infinity; take an earlier checkpoint of the model.")
         log_probs = log_probs[:, self._kept].clamp(min=LOG_ZERO).contiguous()
         nothing = log_probs.amax(1) <= LOG_ZERO  # only excluded tokens are probable: unknown, begin, end
         log_probs[nothing, self._kept.index(self.blank_index)] = 0.0

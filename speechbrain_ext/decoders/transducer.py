@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from speechbrain_ext.decoders import token_graph
-from speechbrain_ext.decoders.beams import HASH, Hypothesis, best_of, choose, not_finite, trace
+from speechbrain_ext.decoders.beams import HASH, Hypothesis, best_of, choose, trace
 from speechbrain_ext.decoders.searchers import CHECKED_FRAMES, LARGEST_BEAM
 from speechbrain_ext.lobes.masks import absolute_lengths
 from speechbrain_ext.lobes.transducer import Transducer
@@ -107,13 +107,10 @@ class TransducerSearch(nn.Module):
             projected = self.transducer.project_frames(frames.float())
             if (beam_size or self.beam_size) == 1:
                 said, times, scores, _ = self._greedy(projected, lengths)
-                _check(scores)
                 return [Hypothesis(*texts, score) for *texts, score in zip(said, times, scores, strict=True)]
             state = self._begin(len(frames), beam_size or self.beam_size)
             texts, state = self._beam(projected, lengths, state)
             scores = self._scores(state)
-        for each in scores[0]:
-            _check(each)
         return [_best(*each) for each in zip(texts, *scores, strict=True)]
 
     def stream(self, beam_size=None):
@@ -329,11 +326,6 @@ def _steps(at, lengths, most):
 def _where(condition, new, old):
     """The rows (N, ...) of ``new`` where the condition (N,) holds, else of ``old``."""
     return torch.where(condition.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-def _check(scores):
-    if any(map(math.isnan, scores)):
-        raise not_finite()
 
 
 def _best_of(texts, scores, rewards):

@@ -329,6 +329,9 @@ def _check_transducer(source, model, search, tokens):
         raise _damaged(
             source, f"its max_symbols is {search.max_symbols}; searches have at most {LARGEST_RATIO} tokens in a frame"
         )
+    frames = model.mods.encoder(torch.zeros(1, model.sample_rate // 10, device=model.device))
+    if not search(frames, torch.ones(1, device=model.device))[2].isfinite().all():
+        raise UserError(f"The transducer of {source} gives NaN, because of its weights; take an earlier checkpoint.")
 
 
 def _damaged(source, error):
