@@ -89,11 +89,12 @@ TEXTS = ("train_splits", "test_splits", "init_include", "init_exclude", "freeze"
 NULLABLE = ("optimizer_step_limit", "streaming_chunk_size", "streaming_left_context", "max_duration")
 """Keys of :data:`RANGES` that may be null."""
 PARTS = """
-    experiment corpus prepare dev_split brain train_batch_sampler eval_batch_sampler mix lr_scales compute_features
-    normalize encoder subsampling Transformer ctc_lin seq_lin speech_encoder model modules ctc_cost seq_cost opt_class
-    lr_annealing epoch_counter checkpointer tokenizer train_logger
+    experiment corpus prepare dev_split train_splits test_splits brain train_batch_sampler eval_batch_sampler mix
+    compute_features normalize encoder subsampling Transformer ctc_lin seq_lin speech_encoder model modules ctc_cost
+    seq_cost opt_class lr_annealing epoch_counter checkpointer tokenizer train_logger
 """
-NEEDED = {*RANGES, *TEXTS, *PARTS.split()} - {*NULLABLE}
+"""Keys without which there is no training."""
+NEEDED = {*RANGES, *PARTS.split()} - {*NULLABLE}
 """Keys that may not be null."""
 WARM_START = ("init_from", "tokenizer_from", "init_include", "init_exclude", "freeze", "freeze_steps", "lr_scales", "mix")
 """Keys of the warm start; a continued run must have the same values."""
