@@ -241,7 +241,7 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
         ({"normalize": "{update_until_epoch: x}"}, "update_until_epoch is 'x'; give a number"),
         ({"compute_features": "{n_fft: 100}"}, "--compute_features cannot be used"),
         ({"opt_class": "{weight_decay: -1}"}, "--opt_class cannot be used: Invalid weight_decay"),
-        ({"opt_class": "!name:torch.optim.LBFGS {}"}, "--opt_class cannot be used: LBFGS.step() missing 1 required"),
+        ({"opt_class": "!name:torch.optim.LBFGS {}"}, "--opt_class cannot be used: its step needs a closure"),
         (
             {"compute_features": f"!new:{KALDI} {{n_mels: 40}}"},
             "gives 40 bins, but subsampling takes 80; give --n_mels 40",

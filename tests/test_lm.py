@@ -386,7 +386,7 @@ def flawed(text):
         yield f"cut in order {order}", text[: text.index(lines[-1])], "has no end|cannot be read"
     yield (
         "other text than UTF-8",
-        text.replace(twos[0], twos[0].replace(twos[0].split("\t")[1], "F\ufffdR")),
+        text.replace(twos[0], twos[0].replace(twos[0].split("\t")[1], "F\udcffR")),
         "text that is not UTF-8",
     )
     yield "no end", text.replace("\\end\\", ""), "has no end"
@@ -403,7 +403,7 @@ def test_every_damage_of_an_arpa_file_is_an_error_of_one_sentence(arpa, tmp_path
     for name, read in searches.items():
         for number, (flaw, text, message) in enumerate(flawed((arpa / f"{name}.arpa").read_text())):
             path = tmp_path / f"{name}{number}.arpa"
-            path.write_text(text)
+            path.write_text(text, errors="surrogateescape")
             with pytest.raises(UserError) as caught:
                 read(path)
             assert re.search(message, str(caught.value)) and str(path) in str(caught.value), (name, flaw, caught.value)

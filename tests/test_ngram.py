@@ -87,10 +87,10 @@ def test_what_would_make_a_broken_file_is_refused(sentences, keys, message, tmp_
 
 
 def test_a_file_of_another_tool_may_have_other_spaces_in_words_and_a_last_back_off_of_zero(tmp_path):
-    text = "\\data\\\nngram 1=3\nngram 2=1\n\n\\1-grams:\n-1\tC\u00a0AT\t-0.1\n-1 <s> 0\n-1\t</s>\n\n"
-    (tmp_path / "lm.arpa").write_text(text + "\\2-grams:\n-0.5\t<s> C\u00a0AT\t0\n\n\\end\\\n")
-    assert arpa_words(tmp_path / "lm.arpa") == ["C\u00a0AT"]
-    (tmp_path / "lm.arpa").write_text(text + "\\2-grams:\n-0.5\t<s> C\u00a0AT\t-1\n\n\\end\\\n")
+    text = "\\data\\\nngram 1=3\nngram 2=1\n\n\\1-grams:\n-1\tC\u00a0A\ufffdT\t-0.1\n-1 <s> 0\n-1\t</s>\n\n"
+    (tmp_path / "lm.arpa").write_text(text + "\\2-grams:\n-0.5\t<s> C\u00a0A\ufffdT\t0\n\n\\end\\\n")
+    assert arpa_words(tmp_path / "lm.arpa") == ["C\u00a0A\ufffdT"]
+    (tmp_path / "lm.arpa").write_text(text + "\\2-grams:\n-0.5\t<s> C\u00a0A\ufffdT\t-1\n\n\\end\\\n")
     with pytest.raises(UserError, match="has a number that is no logarithm"):
         check_arpa(tmp_path / "lm.arpa")
 

@@ -22,12 +22,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_ext.dataio.preparation import SLACK_SECONDS, Skipped, Utterance
+from speechbrain_ext.dataio.preparation import Skipped, Utterance
 from speechbrain_ext.dataio.records import COLUMNS, Unusable, check_utf8, read_records, read_transcript
 from speechbrain_ext.dataio.text import normal_form
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.text import listing
 
+ROUNDED = 0.1
+"""Seconds by which two statements of one time may differ."""
 OTHER_TIMES = (("start_time", "end_time", 1), ("begin_time", "end_time", 1), ("start_ms", "end_ms", 1000))
 """Names of times, with parts of a second. They only state the length of the audio."""
 NO_PATHS = (
@@ -251,7 +253,7 @@ def _segment(values):
     if offset is not None:
         last = None if duration is None else offset + duration
         same = ((other, value) for other, value in ((start, offset), (end, last)) if other is not None)
-        clear = stop is None and all(value is not None and abs(other - value) <= SLACK_SECONDS for other, value in same)
+        clear = stop is None and all(value is not None and abs(other - value) <= ROUNDED for other, value in same)
         start, stop = offset, last
     elif stop is not None or start is not None and "stop" in values and "end" not in values:
         in_samples, clear = True, end is None and (start or 0) % 1 == 0
@@ -261,11 +263,11 @@ def _segment(values):
         raise Unusable("start without end or stop", "end is in seconds, stop in samples")
     elif end is not None:
         raise Unusable("end without start", "give both, with these names")
-    else:
-        duration = min((length for length in (duration, *_lengths(values)) if length is not None), default=None)
+    elif duration is None:
+        duration = next(_lengths(values), None)
     if not clear:
         given = ", ".join(f"{name} {numbers[name]:g}" for name in names[:4] if name in numbers)
-        raise Unusable("unclear segment", f"{given}: give start and end in seconds, or start and stop in samples")
+        raise Unusable("unclear segment", f"{given}: give either start and end in seconds, or start and stop in samples")
     channel = int(numbers["channel"]) if "channel" in numbers else None
     return {"start": start, "stop": stop, "in_samples": in_samples, "channel": channel, "duration": duration}
 

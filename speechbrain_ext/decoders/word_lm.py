@@ -12,6 +12,7 @@ from array import array
 import numpy as np
 
 from speechbrain_ext.utils.errors import UserError, one_line
+from speechbrain_ext.utils.text import is_utf8
 
 # SpeechBrain's default, for both searches: log10, added to the language model's score of <unk>.
 UNKNOWN_WORD = -10.0
@@ -29,7 +30,7 @@ def open_arpa(path):
     """Open an ARPA file as text, gzipped or not."""
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
-    return (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", errors="replace")
+    return (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", errors="surrogateescape")
 
 
 def check_arpa(path):
@@ -126,7 +127,7 @@ class _Section:
             if line.startswith("\\"):
                 return line
             fields = line.split() if line.isascii() else WHITE.split(line)
-            if "\ufffd" in line:
+            if not is_utf8(line):
                 raise self._flaw(number, "text that is not UTF-8")
             if len(fields) not in sizes:
                 found = f"{len(fields)} field{'s' * (len(fields) != 1)}"

@@ -48,15 +48,15 @@ class StreamingContext:
         """
         return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.layers))
 
-    def accept(self, chunk: torch.Tensor, width: int) -> None:
+    def accept(self, chunk: torch.Tensor, width: int | None = None) -> None:
         """Check the shape of the next chunk: all have the configured size, only the last may be shorter.
 
         Arguments
         ---------
         chunk : torch.Tensor
             (B, C, D).
-        width : int
-            The encoder's width D.
+        width : int, optional
+            The encoder's width D, to check that of the chunk.
 
         Raises
         ------
@@ -67,8 +67,8 @@ class StreamingContext:
         if torch.compiler.is_exporting():
             return  # a graph cannot raise; its caller must give chunks of the right size
         size = self.dynchunktrain_config.chunk_size
-        if chunk.dim() != 3 or chunk.shape[2] != width:
-            raise UserError(f"The chunk has the shape {tuple(chunk.shape)}; give (streams, frames, {width}).")
+        if chunk.dim() != 3 or width not in (None, chunk.shape[2]):
+            raise UserError(f"The chunk has the shape {tuple(chunk.shape)}; give (streams, frames, {width or 'D'}).")
         batch, frames, _ = chunk.shape
         if not 1 <= frames <= size:
             raise UserError(f"The chunk has {frames} frames, but this streaming context takes chunks of {size}.")

@@ -56,8 +56,8 @@ def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
 def _values(tensor):
     """The values of a tensor on a CPU, none of those that the host would wait for or cannot see."""
     try:
-        return tensor.flatten().tolist() if tensor.device.type == "cpu" else []
-    except RuntimeError:  # inside torch.func.vmap
+        return [float(value) for value in tensor.flatten().tolist()] if tensor.device.type == "cpu" else []
+    except RuntimeError:  # inside torch.func.vmap, and where tensors are traced without values
         return []
 
 

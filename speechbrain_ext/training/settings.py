@@ -421,36 +421,36 @@ def check_parts(hparams):
                 f"update_until_epoch of --normalize is {until}, and --freeze is {as_plain(frozen)}: the features would have no "
                 "statistics; give at least 2, and do not freeze normalize."
             )
-    weight, made = torch.nn.Parameter(torch.zeros(1)), {}
-    weight.grad = torch.zeros(1)
 
-    def make_step():
-        optimizer = hparams["opt_class"]([weight])
-        optimizer.step()
+    def make_features():
+        bins = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]
+        taken = getattr(hparams["subsampling"], "input_size", bins)
+        if taken != bins:
+            raise ValueError(f"it gives {bins} bins, but subsampling takes {taken}; give --n_mels {bins}.")
+
+    def make_optimizer():
+        optimizer = hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))])
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:  # as of LBFGS
+            raise TypeError("its step needs a closure, and here it gets none; give another optimizer.")
         return optimizer
 
-    parts = {
-        "compute_features": lambda: hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])),
-        "opt_class": make_step,
-    }
+    parts, made = {"compute_features": make_features, "opt_class": make_optimizer}, {}
     for key, make in parts.items():
         try:
             with torch.no_grad():
                 made[key] = make()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             if runs_foreign_code(error):
                 raise  # a bug in a class of the user
             raise UsageError(f"--{key} cannot be used: {one_line(error)}") from error
-    bins = made["compute_features"].shape[-1]
-    if (taken := getattr(hparams["subsampling"], "input_size", bins)) != bins:
-        raise UsageError(f"compute_features gives {bins} bins, but subsampling takes {taken}; give --n_mels {bins}.")
     _check_schedule(hparams["lr_annealing"], made["opt_class"])
 
 
 def _check_schedule(schedule, optimizer):
     """Refuse a schedule that does not follow optimizer steps, or that checkpoints cannot keep."""
-    trial = copy.deepcopy(schedule)
     try:
+        trial = copy.deepcopy(schedule)
         trial(optimizer, *([1] if "num_updates" in inspect.signature(trial).parameters else []))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "lr_annealing"

@@ -167,7 +167,10 @@ def replacing_folder(folder):
 
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial, f"Another process is writing {folder}; wait for it, or give another folder."):
+        taken = f"Another process is writing {folder}; wait for it, or give another folder."
+        with locked(partial, taken):
+            if not partial.exists():  # the other one has finished just now
+                raise UserError(taken)
             try:
                 restore()
                 for left in partial.iterdir():
