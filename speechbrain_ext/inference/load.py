@@ -142,7 +142,7 @@ def _interface(source, folder):
     version, interface = config.get("format_version"), config.get("speechbrain_interface")
     if not isinstance(interface, str) or interface not in CLASSES:
         raise UserError(
-            f"The {CONFIG} of {source} names the interface {one_line(repr(interface), 100)}; give a model with one of these: "
+            f"The {CONFIG} of {source} is for SpeechBrain's {one_line(interface, 100)}; give a model for one of these: "
             f"{', '.join(CLASSES)}."
         )
     if not is_whole(version, 1, FORMAT_VERSION):

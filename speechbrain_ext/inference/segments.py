@@ -5,6 +5,7 @@ of blanks. Greedy search never changes earlier tokens, so all words but the last
 where both the transducer and CTC predict only blanks. CTC then gives the times of words, because a transducer emits them late.
 """
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -49,7 +50,7 @@ class Segmenter:
 
     def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0, search_stream=None):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
-            if not is_number(value, 0) or not value:
+            if not is_number(value, 0, sys.float_info.max) or not value:
                 raise UserError(f"{name} is {value!r}; give a number of seconds above 0.")
         self._tokenizer, self._blank, self._search = tokenizer, blank, search
         self._pause = max(1, round(endpoint / FRAME_SECONDS))

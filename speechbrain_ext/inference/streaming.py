@@ -1,6 +1,7 @@
 """Speech recognition of a stream, with bounded latency and memory."""
 
 import math
+import sys
 import time
 from collections import deque
 
@@ -163,7 +164,7 @@ class StreamingRecognizer:
         start : float
             Time of its first sample in seconds.
         """
-        if not is_number(start, 0):
+        if not is_number(start, 0, sys.float_info.max):
             raise UserError(f"start is {start!r}; give a number of seconds, 0 or more.")
         search = self._model.search_ended if self._cascade is None else self._second_pass
         keys = {"restarts": True, "start": round(start / FRAME_SECONDS), "search_stream": self._model.search_stream}

@@ -42,14 +42,17 @@ def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
     >>> absolute_lengths(torch.tensor([1.0, 0.5]), 9)
     tensor([9, 4])
     """
-    relative, compiling = at_least_float32(relative), torch.compiler.is_compiling()
-    if not compiling:
-        lengths = _values(relative)
-        if not all(0 <= length <= MOST for length in lengths):
-            shown = listing(f"{length:g}" for length in lengths)
-            raise UserError(f"The relative lengths are {shown}; give numbers from 0 to 1, such as frames / {frames}.")
-        if frames > EXACT:
-            relative = widest(relative)
+    relative = at_least_float32(relative)
+    if torch.compiler.is_compiling():
+        return torch.round(relative * frames).long()
+    values = _values(relative)
+    if not all(0 <= value <= MOST for value in values):
+        shown = listing(f"{value:g}" for value in values)
+        raise UserError(f"The relative lengths are {shown}; give numbers from 0 to 1, such as frames / {frames}.")
+    if frames > EXACT:
+        relative = widest(relative)
+    elif not values:  # rounding cannot exceed this number of frames, so a device need not clamp
+        return torch.round(relative * frames).long()
     return torch.round(relative * frames).long().clamp(max=frames)
 
 
