@@ -126,8 +126,11 @@ class _Section:
         for number, line in lines:
             if line.startswith("\\"):
                 return line
-            fields = line.split() if line.isascii() else WHITE.split(line)
-            if not is_utf8(line):
+            if line.isascii():
+                fields = line.split()
+            elif is_utf8(line):
+                fields = WHITE.split(line)
+            else:
                 raise self._flaw(number, "text that is not UTF-8")
             if len(fields) not in sizes:
                 found = f"{len(fields)} field{'s' * (len(fields) != 1)}"

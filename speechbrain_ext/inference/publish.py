@@ -131,8 +131,9 @@ def _card(path, repo_id, license):
     if license is None:
         return text
     head, rest = "", text
-    if re.match(r"\s*---[ \t]*\n", text):
-        metadata = re.match(r"\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)(.*)", text, re.DOTALL | re.MULTILINE)
+    begin = r"\s*---[ \t]*\n"
+    if re.match(begin, text):
+        metadata = re.match(begin + r"(.*?)^---[ \t]*(?:\n|\Z)(.*)", text, re.DOTALL | re.MULTILINE)
         if metadata is None:
             raise UserError(f"The metadata at the start of {path} have no end; add a line with ---.")
         head, rest = metadata.groups()

@@ -43,21 +43,20 @@ def absolute_lengths(relative: torch.Tensor, frames: int) -> torch.Tensor:
     tensor([9, 4])
     """
     relative = at_least_float32(relative)
-    if torch.compiler.is_compiling():
-        return torch.round(relative * frames).long()
     values = _values(relative)
     if not all(0 <= value <= MOST for value in values):
         shown = listing(f"{value:g}" for value in values)
         raise UserError(f"The relative lengths are {shown}; give numbers from 0 to 1, such as frames / {frames}.")
-    if frames > EXACT:
-        relative = widest(relative)
-    elif not values:  # rounding cannot exceed this number of frames, so a device need not clamp
-        return torch.round(relative * frames).long()
-    return torch.round(relative * frames).long().clamp(max=frames)
+    is_long = not torch.compiler.is_compiling() and frames > EXACT
+    lengths = torch.round((widest(relative) if is_long else relative) * frames).long()
+    # Rounding exceeds no number of frames up to EXACT, so a device need not clamp
+    return lengths.clamp(max=frames) if values or is_long else lengths
 
 
 def _values(tensor):
     """The values of a tensor on a CPU, none of those that the host would wait for or cannot see."""
+    if torch.compiler.is_compiling():
+        return []
     try:
         return [float(value) for value in tensor.flatten().tolist()] if tensor.device.type == "cpu" else []
     except RuntimeError:  # inside torch.func.vmap, and where tensors are traced without values
