@@ -365,6 +365,7 @@ def test_ids_that_no_manifest_states(tmp_path):
         ({"offset": 1.5, "duration": 1.5, "start": 1.5, "end": 3.001}, (1.5, 3.0, False, 1.5)),
         ({"begin_time": 941.5, "end_time": 943.0}, (None, None, False, 1.5)),
         ({"start_time": 0, "end_time": 48000, "duration": 3.0}, (None, None, False, 3.0)),
+        ({"start_time": 1.5, "end_time": 3, "duration": 20.0}, (None, None, False, 20.0)),
         ({"start_time": "9:30", "end_time": ["x"]}, (None, None, False, None)),
     ],
 )
@@ -467,7 +468,7 @@ def broken(**values):
         (broken(offset=1, duration=..., end=2), "unclear segment"),
         (broken(offset=0, duration=1, start=2, end=3), "unclear segment"),
         (broken(offset=0, duration=1, stop=16000), "unclear segment"),
-        (broken(start_time=1.5, end_time=3), "wrong duration"),
+        (broken(start_time=1.5, end_time=3, duration=...), "wrong duration"),
         (broken(begin_time="1.5", end_time="3.0", duration=...), "wrong duration"),
         (broken(start_ms=1500, end_ms=3000, duration=...), "wrong duration"),
         (broken(channel=1), "no such channel"),
