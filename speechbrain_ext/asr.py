@@ -150,13 +150,15 @@ class TransformerASR(SpeechBrainTransformerASR):
             begin_as_identity(encoder)
         if encoder.d_model != d_model:
             raise UserError(f"The encoder has d_model {encoder.d_model}, and TransformerASR {d_model}; make them equal.")
+        if num_decoder_layers and (d_model % 2 or d_model % nhead):
+            raise UserError(f"A decoder needs an even d_model that nhead divides, but d_model is {d_model}, and nhead {nhead}.")
         # SpeechBrain's constructor builds the input layer and the decoder. "RoPEMHA" is its value for encoders that need no
         # positions. It must build an encoder or a decoder: without a decoder it builds a small encoder, which ours replaces.
         super().__init__(
             tgt_vocab,
             input_size,
             d_model=d_model,
-            nhead=nhead,
+            nhead=nhead if num_decoder_layers else 1,
             num_encoder_layers=0 if num_decoder_layers else 1,
             num_decoder_layers=num_decoder_layers,
             d_ffn=d_ffn if num_decoder_layers else 1,

@@ -114,9 +114,7 @@ def _check_heads(state_dict, prefix, nhead):
     for name, axis in (("pos_bias_u", 1), ("hyper.w1_gen.fc1_weights", 0)):
         tensor = state_dict.get(f"{prefix}layers.0.mha_layer.{name}")
         if tensor is not None and tensor.shape[axis] != nhead:
-            raise UserError(
-                f"nhead is {nhead}, but these weights have {tensor.shape[axis]} heads; give nhead={tensor.shape[axis]}."
-            )
+            raise UserError(f"nhead is {nhead}, but these weights have {tensor.shape[axis]} heads; give {tensor.shape[axis]}.")
 
 
 # NeMo's name inside a Squeezeformer block -> ours; the rest of the key stays.

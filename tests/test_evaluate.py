@@ -163,6 +163,20 @@ def test_the_command_prints_figures_and_adds_rows(folder, tmp_path, capsys):
     assert table.read_text().count("joint_beam") == 1
 
 
+def test_a_few_transcripts_with_punctuation_are_told(folder, tmp_path, capsys):
+    rows = rows_of(folder / "corpus" / "test-tiny") + rows_of(folder / "corpus" / "dev-tiny")
+    plain, marked = tmp_path / "plain.csv", tmp_path / "marked.csv"
+    for path, mark in ((plain, ""), (marked, ".")):
+        lines = [f"{row.ID},{row.wav},{row.wrd}{mark if row is rows[0] else ''}\n" for row in rows]
+        path.write_text("ID,wav,wrd\n" + "".join(lines))
+    (_, expected, silent), (_, _, told), (_, without, quiet) = (
+        run(capsys, folder, *given) for given in ((plain,), (marked,), (f"plain={marked}", "--words-only"))
+    )
+    assert without.split(", real-time")[0] == expected.split(", real-time")[0]
+    assert "1 or more transcripts" in told and "(.), which count as errors; leave out punctuation with --words-only" in told
+    assert "does not write" not in silent + quiet
+
+
 def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
     shutil.copytree(folder / "corpus" / "train-tiny", tmp_path / "broken")
     first, second, *_ = sorted(tmp_path.rglob("*.flac"))
@@ -177,7 +191,9 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
     "arguments, message",
     [
         (["gone.csv"], "There is no manifest"),
-        (["lower.csv"], "characters that the model does not write"),
+        (["lower.csv"], "that the model does not write (a c e h t); give the case of its training transcripts as"),
+        (["marks.csv"], "that the model does not write (,); leave out punctuation with --words-only"),
+        (["digits.csv"], "that the model does not write (7); write numbers as words"),
         (["bad.csv"], "no utterance that can be used (missing"),
         (["a=lower.csv", "a=bad.csv"], "has no name, or the name of another one"),
         (["lower.csv", "--text-normalization", "title"], "text_normalization is 'title'"),
@@ -197,6 +213,8 @@ def test_wrong_usage(folder, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     wav = rows_of(folder / "corpus" / "test-tiny")[0].wav
     (tmp_path / "lower.csv").write_text(f"ID,wav,wrd\na,{wav},the cat\n")
+    (tmp_path / "marks.csv").write_text(f'ID,wav,wrd\na,{wav},"THE, CAT"\n')
+    (tmp_path / "digits.csv").write_text(f"ID,wav,wrd\na,{wav},7 CATS\n")
     (tmp_path / "bad.csv").write_text("ID,wav,wrd\na,gone.wav,THE CAT\n")
     (tmp_path / "notes.txt").write_text("One line, two parts\nand another\n")
     os.mkfifo(tmp_path / "pipe")

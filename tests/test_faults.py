@@ -35,7 +35,7 @@ from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.results import append_rows
-from speechbrain_ext.training.settings import check_own_keys, choose_setting
+from speechbrain_ext.training.settings import OF_DECODER, check_own_keys, choose_setting
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.files import locked, replacing_folder
 from train import take_paths
@@ -244,7 +244,7 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
         ({"opt_class": "!name:torch.optim.LBFGS {}"}, "--opt_class cannot be used: its step needs a closure"),
         (
             {"compute_features": f"!new:{KALDI} {{n_mels: 40}}"},
-            "gives 40 bins, but subsampling takes 80; give --n_mels 40",
+            "gives 40 bins, but subsampling takes 80; give --subsampling '{input_size: 40}'",
         ),
         *(
             ({"lr_annealing": f"!new:{SCHEDULES}.{settings}"}, f"{settings.split()[0]}, which does not follow")
@@ -266,7 +266,9 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
             ({key: "null"}, f"--{key} is null, but it needs a value")
             for key in ("test_splits", "ctc_weight", "brain", "seed", "lr", "warmup_steps", "experiment")
         ),
-        ({"freeze": "[1]"}, "--freeze has the item 1; give texts, with numbers in quotes"),
+        *(({key: "null", "num_decoder_layers": 1}, f"{key} is null, but a decoder needs it") for key in OF_DECODER),
+        ({"freeze": "[[]]"}, "--freeze has the item []; give texts"),
+        ({"freeze": "[1]"}, "freeze has '1', which no weight begins with"),
         ({"test_splits": "[test-tiny, test-tiny]"}, "The test set test-tiny is named twice; name it once"),
         ({"test_splits": "[train-tiny]"}, "train-tiny is a test set and a training set too; remove it from one of the two"),
         ({"log_config": "log.yaml"}, "--log_config is not supported: the messages of a run are in log.txt"),
@@ -298,6 +300,8 @@ def test_an_override_of_the_wrong_kind_is_refused_before_training(keys, message,
         ("lr: !ref <lr>", "a reference leads to itself, such as lr: !ref <lr>"),
         ("dropout: !ref <beacon>\nbeacon: !ref <lr>", "or to a reference below it; give a value in its place"),
         ("lr: null", "mine.yaml: lr is null, but it needs a value"),
+        ("test_splits: test-tiny", "mine.yaml: test_splits is 'test-tiny'; give ['test-tiny']"),
+        ("train_splits: [2024]", "mine.yaml: train_splits is [2024]; give ['2024']"),
         ("precison: bf16", "has the key precison, which nothing uses; did you mean precision?"),
         ("ckpt_interval_steps: many", "ckpt_interval_steps is 'many'; give a whole number"),
         ("lr: !foo 3", "foo"),

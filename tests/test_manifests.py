@@ -363,7 +363,8 @@ def test_ids_that_no_manifest_states(tmp_path):
         ({"start": 1.5, "end": None}, (1.5, None, False, None)),
         ({"start": "", "end": "", "stop": ""}, (None, None, False, None)),
         ({"offset": 1.5, "duration": 1.5, "start": 1.5, "end": 3.001}, (1.5, 3.0, False, 1.5)),
-        ({"begin_time": 941.5, "end_time": 943.0}, (None, None, False, 1.5)),
+        ({"start": 0, "end": None, "stop": None}, (0, None, False, None)),
+        ({"begin_time": 941.5, "end_time": 943.0}, (None, None, False, None)),
         ({"start_time": 0, "end_time": 48000, "duration": 3.0}, (None, None, False, 3.0)),
         ({"start_time": 1.5, "end_time": 3, "duration": 20.0}, (None, None, False, 20.0)),
         ({"start_time": "9:30", "end_time": ["x"]}, (None, None, False, None)),
@@ -406,18 +407,34 @@ def test_a_path_through_a_linked_folder_is_that_of_the_system(tmp_path):
     assert [entry.utterance.wav for entry in entries] == paths
 
 
-@pytest.mark.parametrize("case, text", [("none", "Größe, ПРИВЕТ!"), ("upper", "GRÖSSE, ПРИВЕТ!"), ("lower", "größe, привет!")])
-def test_the_case_of_transcripts_is_a_choice(case, text, audio, tmp_path):
+@pytest.mark.parametrize(
+    "case, only_words, text",
+    [
+        ("none", False, "Größe, ПРИВЕТ!"),
+        ("upper", False, "GRÖSSE, ПРИВЕТ!"),
+        ("lower", False, "größe, привет!"),
+        ("lower", True, "größe привет"),
+    ],
+)
+def test_case_and_punctuation_of_transcripts_are_a_choice(case, only_words, text, audio, tmp_path):
     rows = [[part[0] | {"text": "Größe,\u00a0ПРИВЕТ!"}] for part in utterances(audio)]
-    prepare(
-        tmp_path / "save", *(wenet(tmp_path / name, part) for name, part in zip("tv", rows, strict=True)), text_normalization=case
-    )
+    written = [wenet(tmp_path / name, part) for name, part in zip("tv", rows, strict=True)]
+    prepare(tmp_path / "save", *written, text_normalization=case, words_only=only_words)
     assert [row["wrd"] for row in read_csv(tmp_path / "save" / "train.csv")] == [text]
 
 
 @pytest.fixture
 def valid(audio, tmp_path):
     return wenet(tmp_path / "valid", utterances(audio)[1])
+
+
+def test_audio_that_was_cut_already_is_used_whole(valid, tmp_path):
+    """Times beside it are of the recording it comes from, of the speech in it, or in a unit that is not known."""
+    times = [{"start_time": 941.5, "end_time": 943}, {"start_time": 0.25, "end_time": 1.75}, {"start_time": 0, "end_time": 2000}]
+    for index, row in enumerate(times):
+        row |= {"wav": str(write_wav(tmp_path / f"{index}.wav", 2.0)), "text": "A"}
+    prepare(tmp_path / "save", json_lines(tmp_path / "train.jsonl", times), valid)
+    assert [row["duration"] for row in read_csv(tmp_path / "save" / "train.csv")] == 3 * ["2.0"]
 
 
 # -------------------- utterances that are left out
@@ -468,9 +485,9 @@ def broken(**values):
         (broken(offset=1, duration=..., end=2), "unclear segment"),
         (broken(offset=0, duration=1, start=2, end=3), "unclear segment"),
         (broken(offset=0, duration=1, stop=16000), "unclear segment"),
-        (broken(start_time=1.5, end_time=3, duration=...), "wrong duration"),
-        (broken(begin_time="1.5", end_time="3.0", duration=...), "wrong duration"),
-        (broken(start_ms=1500, end_ms=3000, duration=...), "wrong duration"),
+        (broken(start_time=1.5, end_time=3, duration=...), "unclear segment"),
+        (broken(begin_time="0", end_time="18.9", duration=...), "unclear segment"),
+        (broken(start_ms=1500, end_ms=20000, duration=...), "unclear segment"),
         (broken(channel=1), "no such channel"),
         (broken(channel=-1), "no such channel"),
         (broken(channel=0.5), "not a number"),
@@ -543,6 +560,26 @@ def test_linked_folders_are_read_once(tmp_path):
     (tmp_path / "corpus" / "itself").symlink_to("itself")
     assert read(tmp_path / "corpus") == ({"1-2-0": "ONE"}, {})
     assert list(read_sentences([tmp_path / "corpus"])) == [["ONE"]]
+
+
+def test_folders_that_may_not_be_read_are_passed_over(monkeypatch, caplog, tmp_path):
+    """Such as lost+found of a disk. Root may read all, so the refusal is made here."""
+    write_wav(tmp_path / "1" / "1-2-0.wav")
+    (tmp_path / "1" / "1-2.trans.txt").write_text("1-2-0 ONE\n")
+    (tmp_path / "lost+found").mkdir()
+    scan, refused = os.scandir, [str(tmp_path / "lost+found")]
+
+    def scandir(place):
+        if place in refused:
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert read(tmp_path) == ({"1-2-0": "ONE"}, {})
+    assert f"{tmp_path}/lost+found may not be read" in caplog.text
+    refused.append(str(tmp_path))
+    with pytest.raises(PermissionError, match="Permission denied"):
+        read_entries(tmp_path)
 
 
 def test_links_and_tar_files_in_a_tar_file(tmp_path):
@@ -905,6 +942,12 @@ def test_without_pyarrow_a_sentence_says_how_to_install_it(tmp_path, monkeypatch
 def test_names_of_test_sets_are_free_and_differ(given, message, tmp_path):
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "save", "t.csv", "v.csv", given)
+
+
+def test_a_test_set_of_other_data_may_not_be_called_train(audio, train_here, tmp_path):
+    train, valid = (wenet(tmp_path / name, rows) for name, rows in zip("tv", utterances(audio), strict=True))
+    with pytest.raises(UserError, match="The sets have the names train, valid, train; give each test set a different name"):
+        train_here("--train_manifest", train, "--valid_manifest", valid, "--test_manifest", f"train={valid}")
 
 
 def test_the_name_of_a_test_set_may_come_from_its_file(tmp_path):

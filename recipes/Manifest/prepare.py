@@ -34,6 +34,7 @@ def prepare_manifests(
     test_manifest=(),
     mix_manifest=None,
     text_normalization="none",
+    words_only=False,
     max_duration=40,
     max_skipped=0.05,
 ):
@@ -60,6 +61,8 @@ def prepare_manifests(
         Manifests to mix into the training set.
     text_normalization : str
         Case of the transcripts: "none" (unchanged), "upper" or "lower".
+    words_only : bool
+        Whether to leave out punctuation and symbols of the transcripts.
     max_duration : float, optional
         Seconds; longer utterances are left out of training.
     max_skipped : float
@@ -118,6 +121,7 @@ def prepare_manifests(
         "given": {split: [os.path.abspath(path) for path in paths] for split, paths in given.items()},
         "data_folder": str(data_folder),
         "text_normalization": text_normalization,
+        "words_only": words_only,
         "max_duration": max_duration,
         "max_skipped": max_skipped,
         "corpus": {split: files_digest(_files(entries[split], sources[split], status)) for split in given},
@@ -125,7 +129,7 @@ def prepare_manifests(
     rows = {}
 
     def make(split):
-        utterances, flawed = select(split, entries[split], text_normalization)
+        utterances, flawed = select(split, entries[split], text_normalization, words_only)
         longest = math.inf if split in others or max_duration is None else max_duration
         rows[split], skipped = check_utterances(split, utterances, longest)
         if split in tr_splits:

@@ -41,6 +41,7 @@ def add(commands):
         default="none",
         help="case of the transcripts: none, upper or lower, as in training (none)",
     )
+    parser.add_argument("--words-only", action="store_true", help="leave out punctuation and symbols of the transcripts")
     parser.add_argument(
         "--data-folder", metavar="FOLDER", help="the folder that replaces a placeholder at the start of audio paths"
     )
@@ -110,20 +111,33 @@ def _read(arguments, model):
     sets = {}
     for name, path in named_manifests(arguments.manifests).items():
         entries, _ = read_entries(path, arguments.data_folder)
-        utterances, flawed = select(name, entries, arguments.text_normalization)
+        utterances, flawed = select(name, entries, arguments.text_normalization, arguments.words_only)
         rows, skipped = check_utterances(name, utterances)
         if not rows:
             first = (flawed + skipped)[0]
             raise UsageError(f"{path} has no utterance that can be used ({first.reason}: {first.detail or first.file}); fix it.")
         unknown = unknown_characters(model.tokenizer, [row.wrd for row in rows])
-        if unknown and 2 * max(unknown.values()) > len(rows):
-            shown = " ".join(character for character, _ in unknown.most_common(5))
-            raise UsageError(
-                f"Most transcripts of {path} have characters that the model does not write ({shown}); give the case of its "
-                "training transcripts as --text-normalization upper or lower."
-            )
+        if unknown:
+            most = max(unknown.values())
+            shown = " ".join(sorted(unknown, key=lambda character: (-unknown[character], character))[:5])
+            fault = f"transcripts of {path} have characters that the model does not write ({shown})"
+            remedy = _remedy(unknown, model.tokenizer)
+            if 2 * most > len(rows):
+                raise UsageError(f"Most {fault}; {remedy}.")
+            say(f"{most} or more {fault}, which count as errors; {remedy}.")
         sets[name] = rows, flawed + skipped
     return sets
+
+
+def _remedy(characters, tokenizer):
+    """What to do about characters that a tokenizer lacks."""
+    from speechbrain_ext.dataio.text import words_only
+    from speechbrain_ext.dataio.tokenizer import unknown_characters
+
+    letters = words_only(" ".join(characters))
+    if len(unknown_characters(tokenizer, letters.swapcase().split())) < len(letters.split()):
+        return "give the case of its training transcripts as --text-normalization upper or lower"
+    return "write numbers as words, and names without foreign letters" if letters else "leave out punctuation with --words-only"
 
 
 def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds):

@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 from speechbrain_ext.dataio.preparation import Skipped, Utterance
 from speechbrain_ext.dataio.records import COLUMNS, Unusable, check_utf8, read_records, read_transcript
-from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.text import normal_form, words_only
 from speechbrain_ext.utils.errors import UserError
 from speechbrain_ext.utils.text import listing
 
 ROUNDED = 0.1
 """Seconds by which two statements of one time may differ."""
 OTHER_TIMES = (("start_time", "end_time", 1), ("begin_time", "end_time", 1), ("start_ms", "end_ms", 1000))
-"""Names of times, with parts of a second. They only state the length of the audio."""
+"""Names of times, with parts of a second. They are not read as a segment, because audio beside them is often cut already."""
 NO_PATHS = (
     (r"[a-zA-Z][\w+.-]*://", "address instead of a path", "give a file on this machine by its path"),
     (r"~", "path with ~", "write the folder that it stands for"),
@@ -162,7 +162,7 @@ def named_manifests(given):
     return named
 
 
-def select(split, entries, case):
+def select(split, entries, case, only_words=False):
     """Leave out utterances with a fault, without a transcript, or with an id that another one has.
 
     Arguments
@@ -172,6 +172,8 @@ def select(split, entries, case):
     entries : list of Entry
     case : str
         Case of the transcripts: "none" (unchanged), "upper" or "lower".
+    only_words : bool
+        Whether to leave out punctuation and symbols, see :func:`speechbrain_ext.dataio.text.words_only`.
 
     Returns
     -------
@@ -182,6 +184,7 @@ def select(split, entries, case):
     utterances, skipped, taken = [], [], {}
     for utterance, place, _, flaw, detail in entries:
         text = "" if flaw else normal_form(utterance.wrd, case)
+        text = words_only(text) if only_words else text
         if not flaw and not text:
             flaw = "empty transcript"
         elif not flaw and utterance.ID in taken:
@@ -249,7 +252,7 @@ def _segment(values):
     numbers = {name: _number(name, values[name]) for name in names if values.get(name) not in (None, "")}
     offset, start, end, stop = map(numbers.get, names[:4])
     duration = next((numbers[name] for name in COLUMNS["duration"] if name in numbers), None)
-    in_samples, clear = False, True
+    in_samples, clear, times = False, True, None
     if offset is not None:
         last = None if duration is None else offset + duration
         same = ((other, value) for other, value in ((start, offset), (end, last)) if other is not None)
@@ -259,26 +262,26 @@ def _segment(values):
         in_samples, clear = True, end is None and (start or 0) % 1 == 0
     elif start is not None and (end is not None or "end" in values and "stop" not in values):
         stop = end
-    elif start is not None:
+    elif start:  # 0 is the same in both
         raise Unusable("start without end or stop", "end is in seconds, stop in samples")
     elif end is not None:
         raise Unusable("end without start", "give both, with these names")
     elif duration is None:
-        duration = next(_lengths(values), None)
+        times = next(_other_times(values), None)
     if not clear:
         given = ", ".join(f"{name} {numbers[name]:g}" for name in names[:4] if name in numbers)
         raise Unusable("unclear segment", f"{given}: give either start and end in seconds, or start and stop in samples")
     channel = int(numbers["channel"]) if "channel" in numbers else None
-    return {"start": start, "stop": stop, "in_samples": in_samples, "channel": channel, "duration": duration}
+    return {"start": start, "stop": stop, "in_samples": in_samples, "channel": channel, "duration": duration, "times": times}
 
 
-def _lengths(values):
-    """Lengths by names that are not read as a segment, because audio beside them is often cut already."""
-    for begin, end, unit in OTHER_TIMES:
+def _other_times(values):
+    """Starts and ends in seconds, by :data:`OTHER_TIMES`."""
+    for *names, unit in OTHER_TIMES:
         with contextlib.suppress(Unusable):  # such as the time of a day
-            length = (_number(end, values.get(end)) - _number(begin, values.get(begin))) / unit
-            if length > 0:
-                yield length
+            begin, end = (_number(name, values.get(name)) / unit for name in names)
+            if 0 <= begin < end:
+                yield begin, end
 
 
 def _number(name, value):

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MIN_SECONDS = 0.1  # no word is shorter; such a file is an error of segmentation
 SLACK_SECONDS, SLACK = 0.02, 0.01  # allowed deviation of a stated duration, added: durations are rounded, and codecs pad
+MARGIN_SECONDS = 1  # speech that was cut out may have this much around it
 
 SKIPPED_FILE = "skipped.csv"
 MARKER_FILE = "prepared.json"
@@ -53,6 +54,8 @@ class Utterance(NamedTuple):
     channel: int | None = None
     duration: float | None = None
     """The stated duration in seconds, of the utterance or of the whole file."""
+    times: tuple[float, float] | None = None
+    """Start and end in seconds that may be those of a segment, or of speech that was cut out already."""
 
 
 class Skipped(NamedTuple):
@@ -156,6 +159,10 @@ def _row(utterance, info):
     if stated is not None and not any(abs(stated - is_) <= SLACK_SECONDS + SLACK * is_ for is_ in (duration, info.duration)):
         remedy = "; a segment needs start and end" if utterance.start is None and stated < duration else ""
         return _Flaw("wrong duration", f"{stated:g} s are stated, but the audio has {duration:g} s{remedy}")
+    begin, end = utterance.times or (0, info.duration)
+    if end <= info.duration and end - begin < info.duration - MARGIN_SECONDS:
+        remedy = "name these times start and end for a segment, or state the duration if all of the audio counts"
+        return _Flaw("unclear segment", f"{begin:g} to {end:g} s of {info.duration:g} s; {remedy}")
     if utterance.channel is not None and not 0 <= utterance.channel < info.channels:
         return _Flaw("no such channel", f"{utterance.channel} of {info.channels}, counted from 0")
     if duration < MIN_SECONDS:

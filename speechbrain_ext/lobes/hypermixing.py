@@ -47,7 +47,7 @@ from speechbrain_ext.lobes.activations import gelu
 from speechbrain_ext.lobes.chunk_sums import ChunkSums, window_sum
 from speechbrain_ext.lobes.masks import chunk_length, zero_padding
 from speechbrain_ext.lobes.positions import sinusoids, stream_positions
-from speechbrain_ext.lobes.precision import at_least_float32, full_precision
+from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest_dtype
 from speechbrain_ext.utils.errors import UserError
 
 
@@ -202,7 +202,7 @@ class HyperMixing(nn.Module):
         -------
         tuple
         """
-        return sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2]).unsqueeze(0), mask, config
+        return self._table(0, x), mask, config
 
     def mix(self, x, shared):
         """Mix a whole utterance.
@@ -269,7 +269,11 @@ class HyperMixing(nn.Module):
         torch.Tensor
             (1, C, D), or (B, C, D) if the streams have different ages.
         """
-        table = sinusoids(stream_positions(state.frames, x.shape[1], x.device), x.shape[2])
+        return self._table(state.frames, x)
+
+    def _table(self, before, x):
+        positions = stream_positions(before, x.shape[1], x.device, widest_dtype(x.device))
+        table = sinusoids(positions, x.shape[2]).float()
         return table if table.dim() == 3 else table.unsqueeze(0)
 
     def stream(self, x, state: HyperMixingState, shared):

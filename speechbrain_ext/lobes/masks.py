@@ -11,8 +11,8 @@ from speechbrain_ext.lobes.precision import at_least_float32, widest
 from speechbrain_ext.utils.errors import UserError, is_whole
 from speechbrain_ext.utils.text import listing
 
-EXACT = 2**24
-"""Whole numbers up to here are exact in float32: 17 minutes of samples at 16 kHz."""
+EXACT = 2**22
+"""Up to this number of frames, relative lengths in float32 are exact: 4 minutes of samples at 16 kHz."""
 MOST = 1 + 1e-3
 """Greatest relative length; above 1 by no more than rounding."""
 

@@ -385,12 +385,13 @@ def _attend_in_blocks(query, key, value, config, causal):
         seen = seen if alone else later(seen, 1)
     else:
         # The visible frames begin inside a block: each block is summed in two parts
-        blocks, cut_off = divmod((left + 1) * size, block)
+        visible = (left + 1) * size
+        blocks, cut_off = visible // block, visible % block  # torch.compile does not know divmod of symbolic numbers
         first = sums(0, block - cut_off)
         running = (first + sums(block - cut_off, block) if cut_off else first).cumsum(2)
         seen = (running if alone else later(running, 1)) - later(running, blocks + 1) - later(first, blocks)
         if not alone:
-            old_keys, old_values = (cut(tensor, (left + 1) * size) for tensor in (key, value))
+            old_keys, old_values = (cut(tensor, visible) for tensor in (key, value))
     y = torch.bmm(queries, seen.to(query.dtype).flatten(0, 2))
     if not alone:
         future, gone = inside()

@@ -157,7 +157,17 @@ def _metadata(encoder, rows, corpus):
 
 def _values(tree):
     """The hparams for the card, with resolved references."""
-    said = ("encoder", "sample_rate", "vocab_size", "token_type", "text_normalization", "card", *_SIZES, *_TRANSDUCER)
+    said = (
+        "encoder",
+        "sample_rate",
+        "vocab_size",
+        "token_type",
+        "text_normalization",
+        "words_only",
+        "card",
+        *_SIZES,
+        *_TRANSDUCER,
+    )
     keys = [key for key in said if key in tree]
     needed = {*keys, *needed_keys(tree, [tree[key] for key in keys])}
     text = StringIO()
@@ -174,6 +184,8 @@ def _training(values, rows, provenance):
     lines["tokens"] = f"{values['vocab_size']} {values['token_type']}" if trained else values["vocab_size"]
     if "text_normalization" in values:
         lines["case of transcripts"] = values["text_normalization"].replace("none", "as they are")
+    if values.get("words_only"):
+        lines["punctuation"] = "none"
     if rows:
         lines |= {name: rows[0][key] for name, key in _RUN.items()}
     lines |= {name: _plain(provenance[key]) for name, key in _ORIGIN.items() if key in provenance}

@@ -86,12 +86,14 @@ MANIFESTS = ("train_manifest", "valid_manifest", "test_manifest")
 """Keys of the same kind with several values."""
 TEXTS = ("train_splits", "test_splits", "init_include", "init_exclude", "freeze")
 """Keys whose values are lists of text."""
-NULLABLE = ("optimizer_step_limit", "streaming_chunk_size", "streaming_left_context", "max_duration")
+OF_DECODER = ("seq_lin", "seq_cost", "label_smoothing")
+"""Keys without which a decoder cannot be trained."""
+NULLABLE = ("optimizer_step_limit", "streaming_chunk_size", "streaming_left_context", "max_duration", "label_smoothing")
 """Keys of :data:`RANGES` that may be null."""
 PARTS = """
     experiment corpus prepare dev_split train_splits test_splits brain train_batch_sampler eval_batch_sampler mix
-    compute_features normalize encoder subsampling Transformer ctc_lin seq_lin speech_encoder model modules ctc_cost
-    seq_cost opt_class lr_annealing epoch_counter checkpointer tokenizer train_logger
+    compute_features normalize encoder subsampling Transformer ctc_lin speech_encoder model modules ctc_cost
+    opt_class lr_annealing epoch_counter checkpointer tokenizer train_logger
 """
 """Keys without which there is no training."""
 NEEDED = {*RANGES, *PARTS.split()} - {*NULLABLE}
@@ -346,7 +348,8 @@ def check_ranges(plain, run_opts):
     Raises
     ------
     UsageError
-        If a number is outside its range, a value is unknown or has the wrong type, or two special tokens have the same index.
+        If a number is outside its range, a value is unknown or has the wrong type, two special tokens have the same index, or a
+        decoder lacks a part.
     """
     for name, remedy in REFUSED.items():
         if option(name, run_opts, plain):
@@ -364,6 +367,9 @@ def check_ranges(plain, run_opts):
     for key in ("train_splits", "dev_split", *MANIFESTS[:2]):
         if not plain.get(key, True):
             raise UsageError(f"--{key} is empty; give at least one.")
+    for key in OF_DECODER if plain["num_decoder_layers"] else ():
+        if plain.get(key, True) is None:
+            raise UsageError(f"--{key} is null, but a decoder needs it; give a value, or --num_decoder_layers 0.")
     if option("compile", run_opts, plain):
         if plain["activation_checkpointing"]:
             raise UsageError("--compile decides itself what to recompute; leave out activation_checkpointing: True.")
@@ -426,7 +432,7 @@ def check_parts(hparams):
         bins = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]
         taken = getattr(hparams["subsampling"], "input_size", bins)
         if taken != bins:
-            raise ValueError(f"it gives {bins} bins, but subsampling takes {taken}; give --n_mels {bins}.")
+            raise ValueError(f"it gives {bins} bins, but subsampling takes {taken}; give --subsampling '{{input_size: {bins}}}'.")
 
     def make_optimizer():
         optimizer = hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))])
@@ -457,12 +463,14 @@ def _check_schedule(schedule, optimizer):
             get_default_hook(trial, DEFAULT_SAVE_HOOKS)(trial, path)
             if path.exists():  # only the main process writes
                 get_default_hook(trial, DEFAULT_LOAD_HOOKS)(trial, path, True)
+    except OSError:
+        raise  # such as of a full disk
     except Exception as error:  # unpickling can raise any error
         if runs_foreign_code(error):
             raise  # a bug in a class of the user
         raise UsageError(
             f"lr_annealing is {type(schedule).__name__}, which does not follow optimizer steps or cannot be saved; give "
-            "for example NoamScheduler or WarmCoolDecayLRSchedule."
+            f"for example NoamScheduler or WarmCoolDecayLRSchedule. The reason: {one_line(error)}"
         ) from error
 
 
@@ -479,7 +487,8 @@ def check_own_keys(file, before):
     Raises
     ------
     UsageError
-        If a value has another type, or a key looks like a misspelled one: no other has its name, and nothing refers to it.
+        If a value has another type, a list is needed, or a key looks like a misspelled one: no other has its name, and nothing
+        refers to it.
     """
     own = own_keys(file)
     if not (known := [*before, *pop_extended(own, Path(file).resolve())]):
@@ -489,7 +498,10 @@ def check_own_keys(file, before):
         near = near_key(key, old, 0.85)
         if near and key not in needed_keys({}, [*merged_tree([*before, file]).values()]):
             raise UsageError(f"{file} has the key {key}, which nothing uses; did you mean {near}?")
-    check_types({key: value for key, value in own.items() if key not in (*PATHS, *MANIFESTS)}, old, f"{file}: ")
+    checked = check_types({key: value for key, value in own.items() if key not in (*PATHS, *MANIFESTS)}, old, f"{file}: ")
+    for key, value in checked.items():
+        if isinstance(value, list) and value != own[key]:  # a file is read as it stands
+            raise UsageError(f"{file}: {key} is {as_plain(own[key])!r}; give {as_plain(value)!r}.")
 
 
 def check_types(overrides, before, where="--"):
@@ -529,9 +541,10 @@ def check_types(overrides, before, where="--"):
         if value is None and key in NEEDED:
             raise UsageError(f"{where}{key} is null, but it needs a value; give one, or leave it out.")
         if key in TEXTS and isinstance(value, list):
+            value = checked[key] = [str(item) if is_number(item) else item for item in value]
             for item in value:
                 if not isinstance(item, str) and not tag_of(item):
-                    raise UsageError(f"{where}{key} has the item {as_plain(item)!r}; give texts, with numbers in quotes.")
+                    raise UsageError(f"{where}{key} has the item {as_plain(item)!r}; give texts.")
         if key not in before or key in (*PATHS, *MANIFESTS) or value is None or tag_of(value):
             continue  # unknown keys are refused when files and overrides are merged
         if old is None and isinstance(value, dict):

@@ -5,12 +5,15 @@ import csv
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 from speechbrain_ext.utils.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without space, which name no file."""
@@ -168,7 +171,7 @@ def replacing_folder(folder):
     try:
         partial.mkdir(parents=True, exist_ok=True)
         taken = f"Another process is writing {folder}; wait for it, or give another folder."
-        with locked(partial, taken):
+        with locked(f"{partial}/", taken):  # with the slash, no file is made if the other one has just moved the folder
             if not partial.exists():  # the other one has finished just now
                 raise UserError(taken)
             try:
@@ -223,7 +226,7 @@ def locked(path, taken=None):
 def files_inside(folder):
     """All files in a folder and its subfolders, in the order of their paths, without hidden ones.
 
-    Links are followed, but each folder is visited only once.
+    Links are followed, but each folder is visited only once. A subfolder that may not be read is passed over, with a warning.
 
     Arguments
     ---------
@@ -244,15 +247,21 @@ def files_inside(folder):
     >>> [os.path.relpath(path, folder) for path in files_inside(folder)]
     ['a/b.txt']
     """
-    seen = set()
+    seen, root = set(), os.fspath(folder)
 
     def visit(place):
         stat = os.stat(place)
         if (stat.st_dev, stat.st_ino) in seen:  # a loop of links
             return
         seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(place) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
+        try:
+            with os.scandir(place) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError:  # such as lost+found of a disk
+            if place == root:
+                raise
+            logger.warning("%s may not be read, and is passed over.", place)
+            return
         for entry in entries:
             if entry.name.startswith("."):  # .DS_Store, and ._1-2-3.flac that macOS puts beside 1-2-3.flac
                 continue
@@ -261,7 +270,7 @@ def files_inside(folder):
             else:
                 yield entry.path
 
-    yield from visit(os.fspath(folder))
+    yield from visit(root)
 
 
 def read_bytes(path, most):
@@ -316,7 +325,7 @@ def read_csv(path, fields=None):
             if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
                 raise UserError(f"{path} has the columns of another kind of file or of another version; give another file.")
             for row in reader:
-                if None in row:
+                if any(row.pop(None, ())):  # a comma at the end of a line does no harm
                     raise UserError(
                         f"{path}, line {reader.line_num}, has more values than columns; put a value that holds a comma in "
                         "quotation marks."

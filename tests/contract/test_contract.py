@@ -292,6 +292,9 @@ def test_compiles_without_graph_break(encoder):
     for setting in (None, config(encoder, 4, 1)):
         explained = torch._dynamo.explain(encoder)(x, src_key_padding_mask=mask, dynchunktrain_config=setting)
         assert explained.graph_count == 1 and explained.graph_break_count == 0, explained.break_reasons
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    for setting in (config(encoder, 4, 1), config(encoder, 8, 2), config(encoder, 12, 1)):  # from the second on, symbolic
+        compiled(x, src_key_padding_mask=mask, dynchunktrain_config=setting)
 
 
 @torch.no_grad()
