@@ -293,7 +293,7 @@ class JointModel(_ExactLengths, EncoderDecoderASR):
 
 
 class TransducerModel(JointModel):
-    """A model with a transducer, which finds the words; its CTC head finds their times."""
+    """A model with a transducer, which finds the words; its CTC head finds their times, and whether there is speech."""
 
     searches = GREEDY, BEAM, TRANSDUCER_GREEDY, TRANSDUCER_BEAM
     neural_lm = _ExactLengths.neural_lm
@@ -309,7 +309,10 @@ class TransducerModel(JointModel):
         name = name or self.own_search
         if name in (GREEDY, BEAM):
             return super().search(enc, lens, name)
-        return [best.tokens for best in self.mods.decoder.hypotheses(enc, lens, self.beam_of(name))]
+        found = self.mods.decoder.hypotheses(enc, lens, self.beam_of(name))
+        # In silence a transducer invents words, but CTC predicts only blanks
+        spoken = greedy_tokens(self._log_probs(enc), lens, self.blank)
+        return [best.tokens if tokens else [] for best, tokens in zip(found, spoken, strict=True)]
 
     @property
     def search_ended(self):

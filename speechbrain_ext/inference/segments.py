@@ -3,6 +3,7 @@
 A CTC model predicts blanks in pauses. :class:`Segmenter` takes its probabilities in pieces, and ends a segment after a long run
 of blanks. Greedy search never changes earlier tokens, so all words but the last are final at once. With a transducer, a pause is
 where both the transducer and CTC predict only blanks. CTC then gives the times of words, because a transducer emits them late.
+Where CTC predicts only blanks, a transducer's words are dropped, because it invents some in long silence.
 """
 
 import sys
@@ -68,7 +69,7 @@ class Segmenter:
     def tokens(self):
         """(token, frame) of the current segment; the frames count from its start."""
         if self._stream is not None:
-            return self._stream.tokens
+            return self._stream.tokens if any(token != self._blank for token in self._best) else []
         return collapse(self._best, self._blank, self._previous)
 
     @property
@@ -158,7 +159,7 @@ class Segmenter:
     def _spoken(self):
         """The frames with a token other than blank."""
         frames = {frame for frame, token in enumerate(self._best) if token != self._blank}
-        return sorted(frames if self._stream is None else frames.union(frame for _, frame in self._stream.tokens))
+        return sorted(frames if self._stream is None else frames.union(frame for _, frame in self.tokens))
 
     def _placed(self):
         """The tokens with their frames; those of a transducer at CTC's times, but no later than the transducer emitted them."""
