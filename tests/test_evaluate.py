@@ -118,6 +118,7 @@ def test_segments_and_long_utterances(folder, tmp_path, monkeypatch):
     "name, names, beam, message",
     [
         ("ctc", ["joint_beam"], {}, "no search joint_beam; it has ctc_greedy, ctc_beam"),
+        ("ctc", [["ctc_beam"]], {}, r"no search \['ctc_beam'\]; it has ctc_greedy"),
         ("joint", ["greedy"], {}, "no search greedy; it has ctc_greedy, ctc_beam, joint_beam"),
         ("ctc", ["ctc_beam"], {"beam_size": 0}, "The beam size is 0"),
         ("ctc", ["ctc_greedy"], {"beam_size": 4}, "The beam size is 4, but the model uses ctc_greedy"),

@@ -678,7 +678,7 @@ def test_a_transcript_is_tied_to_the_search(tmp_path, capsys):
     text = hyperparams.read_text()
     hyperparams.write_text(re.sub(r"beam_size: \d+", "beam_size: 1", text))
     assert hyperparams.read_text() != text and cli.main(arguments) == 2
-    assert "is of other audio, another model or other settings" in capsys.readouterr().err
+    assert "a.jsonl is of another model; move it away, or give another folder" in capsys.readouterr().err
 
 
 def test_a_results_file_of_something_else(run, tmp_path):

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -381,18 +383,29 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
     assert names == [".talk.jsonl.from", "talk.jsonl", "talk.srt", "talk.vtt"]
     # With another model, a finished file is refused, and an unfinished one too; one without segments begins again
     other = settings | {"model": "another"}
-    with pytest.raises(ValueError, match="talk.jsonl is of other audio, another model or other settings"):
+    with pytest.raises(ValueError, match="talk.jsonl is of another model; move it away, or give another folder"):
         SegmentFile(tmp_path / "once", long_file, other)
     run(tmp_path / "other", stop=5)
     partial = tmp_path / "other" / "talk.jsonl.partial"
     content = partial.read_text()
-    with pytest.raises(ValueError, match="talk.jsonl.partial is of other audio, another model or other settings"):
+    with pytest.raises(ValueError, match="talk.jsonl.partial is of another model; move it away"):
         SegmentFile(tmp_path / "other", long_file, other)
     assert partial.read_text() == content
     partial.write_text(content.splitlines()[0] + "\n")
     file = SegmentFile(tmp_path / "other", long_file, other)
     with file.opened():
         assert file.segments == [] and len(partial.read_text().splitlines()) == 1
+    # The same audio may be in another place, and be of another time; other audio is refused
+    copy = tmp_path / "copied" / long_file.name
+    copy.parent.mkdir()
+    copy.write_bytes(long_file.read_bytes())
+    os.utime(copy, (0, 0))
+    assert SegmentFile(tmp_path / "once", copy, settings).finished
+    with pytest.raises(ValueError, match=r"talk.jsonl is of other settings \(beam_size None, now 3\); move it away"):
+        SegmentFile(tmp_path / "once", copy, settings | {"beam_size": 3})
+    soundfile.write(copy, np.ones(1000), 16000)
+    with pytest.raises(ValueError, match="talk.jsonl is of other audio; move it away"):
+        SegmentFile(tmp_path / "once", copy, settings)
 
 
 @torch.no_grad()
@@ -439,6 +452,20 @@ def test_stream_prints_segments_and_figures(capsys, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(raw)))
     assert cli.main(["stream", "--model", str(folder / "model"), "-", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("folder", ["ctc"], indirect=True)
+def test_a_stream_that_the_system_stops_prints_its_last_segment(capsys, folder, monkeypatch):
+    arguments = ["stream", "--model", str(folder / "model"), "-", "--device", "cpu"]
+    samples, _ = soundfile.read(folder / "long.flac", dtype="int16")
+    printed = []
+    for ends in (lambda: b"", lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        parts = [samples.astype("<i2").tobytes()]
+        pipe = SimpleNamespace(read1=lambda _, parts=parts, ends=ends: parts.pop() if parts else ends())
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
+        status = cli.main(arguments)
+        printed.append((status, capsys.readouterr().out))
+    assert printed[0][1] and printed == [(0, printed[0][1]), (128 + signal.SIGTERM, printed[0][1])]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import tomllib
 
 import pytest
 import soundfile
+import torch
 from speechbrain.utils.metric_stats import ErrorRateStats
 from tiny import ROOT
 
@@ -11,6 +12,8 @@ from speechbrain_ext import cli
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.inference.streaming import StreamingRecognizer
 from speechbrain_ext.model_folder.fetch import ENGLISH, SHIPPED
+from speechbrain_ext.model_folder.weights import read_tokenizer
+from speechbrain_ext.training.sources import locate
 
 FOLDER = SHIPPED / ENGLISH
 RECORDING = ROOT / "examples" / "speech.flac"
@@ -48,6 +51,29 @@ def test_also_in_a_stream(model):
     samples, _ = soundfile.read(RECORDING, dtype="float32")
     segments = [segment for first in range(0, len(samples), 1600) for segment in recognizer.accept(samples[first : first + 1600])]
     assert error_rate(" ".join(segment.text for segment in [*segments, *recognizer.finish()])) < 60
+
+
+@pytest.mark.parametrize("seconds", [0.5, 6, 20, 65])
+def test_silence_has_no_words(seconds, model, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", torch.zeros(round(16000 * seconds)).numpy(), 16000)
+    for keys in ({}, {"streaming": True}):
+        assert model.transcribe_file(tmp_path / "silence.wav", **keys) == ""
+    model.choose_beam(1)
+    try:
+        assert model.transcribe_file(tmp_path / "silence.wav") == ""
+    finally:
+        model.choose_beam(None)
+
+
+def test_a_folder_of_its_name_does_not_hide_it(model, tmp_path, monkeypatch):
+    (tmp_path / ENGLISH).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_model(device="cpu").fingerprint == model.fingerprint == load_model(FOLDER, "cpu").fingerprint
+    assert read_tokenizer(ENGLISH).vocab_size() == model.tokenizer.vocab_size()
+    assert locate(ENGLISH) == (ENGLISH, FOLDER)
+    (tmp_path / ENGLISH / "hyperparams.yaml").touch()  # a model folder
+    with pytest.raises(FileNotFoundError, match="english is no model folder because it has no config.json; copy the model again"):
+        load_model(device="cpu")
 
 
 def test_an_installed_package_has_it():

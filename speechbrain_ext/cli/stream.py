@@ -67,8 +67,8 @@ def run(arguments):
     try:
         for wav in _pieces(arguments, model.sample_rate):
             show(timer.accept(wav))
-    except KeyboardInterrupt:  # the text so far is still printed
-        status = 130
+    except (KeyboardInterrupt, SystemExit) as stop:  # the text so far is still printed
+        status = getattr(stop, "code", 130)
     except AudioError as error:
         say(error)
         status = 1

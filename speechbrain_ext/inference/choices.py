@@ -145,10 +145,10 @@ class SearchChoices:
         UserError
             If the model has no such search; or if none of the searches takes the phrases, the language model or the beam size.
         """
-        names = tuple(dict.fromkeys((name, *others))) if name is not None else ()
+        names = (name, *others) if name is not None else ()
         if unknown := [each for each in names if each not in self.searches]:
             raise UserError(f"The model has no search {unknown[0]}; it has {', '.join(self.searches)}.")
-        self._choose(searches=names)
+        self._choose(searches=tuple(dict.fromkeys(names)))
 
     def choose_beam(self, beam_size):
         """Choose the number of hypotheses of the beams; None = that of the model.

@@ -25,7 +25,7 @@ from speechbrain_ext.inference.streaming import LARGEST_CHUNK
 from speechbrain_ext.lobes.filter_banks import front_end
 from speechbrain_ext.model_folder import CONFIG, FILES, FORMAT_VERSION, HYPERPARAMS, TOKENIZER, WEIGHTS
 from speechbrain_ext.model_folder.build import LARGEST_TEXT, Refused, build
-from speechbrain_ext.model_folder.fetch import ENGLISH, download
+from speechbrain_ext.model_folder.fetch import ENGLISH, download, is_shipped
 from speechbrain_ext.model_folder.weights import load_tokenizer, load_weights, weights_size
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, is_known, is_number, is_whole, one_line, runs_foreign_code
 from speechbrain_ext.utils.files import file_digest, read_bytes
@@ -47,8 +47,8 @@ def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust
     Arguments
     ---------
     source : str
-        A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``. If there is
-        no folder of that name, ``english`` is the small model that comes with the package.
+        A folder that training wrote, or the name of a Hugging Face repository with the same files, ``user/model``. If no model
+        folder has that name, ``english`` is the small model that comes with the package.
     device : str or torch.device, optional
         For example ``cpu`` or ``cuda:0``; by default an accelerator if there is one.
     pass_name : str, optional
@@ -80,7 +80,7 @@ def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust
     """
     source = os.fspath(source)
     folder = Path(source)
-    is_local = bool(source) and folder.is_dir()
+    is_local = bool(source) and folder.is_dir() and not is_shipped(source)
     device = _device_name(device)
     if not is_local:
         folder = download(source, revision, FILES)
@@ -90,6 +90,8 @@ def load_model(source=ENGLISH, device=None, pass_name=None, revision=None, trust
         remedy = "give a folder 'pretrained' that training wrote"
         if is_local and (folder / "pretrained").is_dir():
             remedy = f"give {folder / 'pretrained'}"
+        elif is_local and (folder / HYPERPARAMS).is_file():
+            remedy = "copy the model again"
         elif not is_local:  # offline, the cache may hold a part
             remedy = "if its download was interrupted, load it once with a connection"
         raise FileNotFoundError(f"{source} is no model folder because it has no {missing[0]}; {remedy}.")

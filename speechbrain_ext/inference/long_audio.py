@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import json
 import os
+import stat
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from speechbrain_ext.inference.streaming import StreamingRecognizer, chunk_confi
 from speechbrain_ext.inference.subtitles import subtitles
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError, is_number
-from speechbrain_ext.utils.files import locked, write_text
+from speechbrain_ext.utils.files import file_digest, locked, write_text
 
 CORE = 550
 """Frames of a window that are kept, 22 s."""
@@ -168,8 +169,8 @@ class SegmentFile:
         self._made_of = self._final.with_name(f".{self._final.name}.from")
         if len(os.fsencode(self._made_of.name)) + len("..4194304.tmp") > LONGEST_NAME:  # while it is written
             raise UserError(f"The name of {path} is too long for the files beside its transcript; rename it.")
-        file = os.stat(path)
-        origin = {"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns}
+        is_file = stat.S_ISREG(os.stat(path).st_mode)  # a pipe must not be read here
+        origin = {"audio": file_digest(path) if is_file else None}
         self._header = json.dumps(origin | settings, default=lambda number: number.item())  # settings may be numbers of numpy
         self.segments = []
         """All segments so far."""
@@ -192,7 +193,18 @@ class SegmentFile:
 
     def _refuse_other(self):
         if not self._made_of.exists() or self._made_of.read_bytes() != self._header.encode():
-            raise _other(self._final)
+            raise self._other(self._final, self._made_of.read_bytes() if self._made_of.exists() else b"")
+
+    def _other(self, path, header):
+        """The error for a file of which this is the header."""
+        now, kinds = json.loads(self._header), {"audio": "other audio", "model": "another model"}
+        try:
+            before = json.loads(header)
+            key = next(key for key in now | before if before.get(key) != now.get(key))
+        except (ValueError, AttributeError, StopIteration):  # not written by this version
+            key = "audio"
+        what = kinds.get(key) or f"other settings ({key} {before.get(key)}, now {now.get(key)})"
+        return UserError(f"{path} is of {what}; move it away, or give another folder.")
 
     def _known(self, content):
         """The segments of an unfinished file, and the number of bytes up to their end, without a line that a stop has cut."""
@@ -201,7 +213,7 @@ class SegmentFile:
         if header == self._header.encode():
             return segments, sum(len(line) + 1 for line in (header, *lines[: len(segments)]))
         if segments:
-            raise _other(self._partial)
+            raise self._other(self._partial, header)
         return [], 0
 
     @property
@@ -289,10 +301,6 @@ def settings_of(model, streaming=False):
     settings = {"model": model.fingerprint, "pass": name, "streaming": streaming, "chunks": chunks}
     searched_again = {"ended": model.search_ended is not None} if streaming else {}  # when a segment ends
     return settings | searched_again | model.search_settings
-
-
-def _other(path):
-    return UserError(f"{path} is of other audio, another model or other settings; delete it, or give another folder.")
 
 
 def _line(segment):

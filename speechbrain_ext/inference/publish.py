@@ -76,9 +76,8 @@ def publish(folder, repo_id, private=False, revision=None, message=None, license
     folder = Path(folder)
     for name in (*FILES, CARD):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is no complete model folder because it has no {name}; run its training command again to write it."
-            )
+            remedy = "run its training command again to write it" if folder.is_dir() else "give the folder of a model"
+            raise FileNotFoundError(f"{folder} is no complete model folder because it has no {name}; {remedy}.")
     load_model(folder, "cpu", trust=trust)
     if trust:
         try:

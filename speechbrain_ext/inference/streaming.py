@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from speechbrain_ext.dataio.audio import sample_flaw
+from speechbrain_ext.dataio.audio import AudioError, sample_flaw
 from speechbrain_ext.dataio.samples import as_samples
 from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse, within
 from speechbrain_ext.inference.segments import Segmenter
@@ -23,6 +23,8 @@ LARGEST_CHUNK = 1500
 """Most frames per chunk, a minute."""
 PIECE = 0.01
 """Seconds of audio to collect before any computation."""
+UNSCALED = 100
+"""Larger samples are integers that were not scaled. The statistics of a whole file remove the level; those of a stream cannot."""
 
 
 class StreamingRecognizer:
@@ -127,7 +129,7 @@ class StreamingRecognizer:
         Raises
         ------
         UserError
-            If the stream has ended, the samples have another shape, or a value is not finite or far too large for audio.
+            If the stream has ended, the samples have another shape, or a value is not finite or far above 1.
         """
         if self.finished:
             raise UserError("This stream has ended; call reset() to start the next one.")
@@ -135,7 +137,10 @@ class StreamingRecognizer:
         if wav.dim() != 1:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         if flaw := sample_flaw(wav):
-            raise UserError(f"The samples hold {flaw}; none of them was processed; repair the audio, or leave it out.")
+            raise AudioError(f"The piece holds {flaw}; none of it was processed; repair the audio, or leave it out.")
+        if flaw := sample_flaw(wav, UNSCALED):
+            remedy = "give integers as int16 or int32, or divide them by their full scale"
+            raise AudioError(f"The piece holds {flaw}; none of it was processed; {remedy}.", "huge samples")
         self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # the caller may reuse the buffer
         self._small_samples += len(wav)
         self._received += len(wav)

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from speechbrain_ext.model_folder import HYPERPARAMS
 from speechbrain_ext.utils.errors import UserError, one_line
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -19,14 +20,14 @@ SHIPPED = Path(__file__).resolve().parents[1] / "models"
 
 
 def is_shipped(source):
-    """Whether a name is that of the package's model.
+    """Whether a name is that of the package's model, and no model folder of the user has it.
 
     Example
     -------
     >>> is_shipped("english"), is_shipped("ann/english")
     (True, False)
     """
-    return source == ENGLISH
+    return source == ENGLISH and not (Path(source) / HYPERPARAMS).is_file()
 
 
 def split_revision(source):

@@ -9,7 +9,7 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_ext.model_folder import TOKENIZER, WEIGHTS
-from speechbrain_ext.model_folder.fetch import download, split_revision
+from speechbrain_ext.model_folder.fetch import download, is_shipped, split_revision
 from speechbrain_ext.model_folder.tokenizer_file import LARGEST_FILE, check_tokenizer
 from speechbrain_ext.registry import loadable
 from speechbrain_ext.utils.errors import UserRuntimeError, UserTypeError, one_line
@@ -179,9 +179,11 @@ def read_tokenizer(source):
         If the tokenizer is damaged.
     """
     path, tokenizer = Path(source), SentencePieceProcessor()
-    if not path.is_file():
+    if not path.is_file() or is_shipped(source):
         missing = f"There is no model or tokenizer {{}}; {TOKENIZERS}."
-        path = (path if path.is_dir() else download(*split_revision(str(source)), (TOKENIZER,), missing)) / TOKENIZER
+        path = (
+            path if path.is_dir() and not is_shipped(source) else download(*split_revision(str(source)), (TOKENIZER,), missing)
+        ) / TOKENIZER
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {TOKENIZER}; {TOKENIZERS}.")
     try:

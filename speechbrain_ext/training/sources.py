@@ -81,10 +81,10 @@ def locate(given, before=None):
     True
     """
     repository, revision = split_revision(given)
-    if Path(given).exists():
-        return given, Path(given)
     if is_shipped(given):
         return given, download(given, None, FETCHED)
+    if Path(given).exists():
+        return given, Path(given)
     if not HUB_ID.fullmatch(repository):
         raise FileNotFoundError(f"There is no model {given}; give a folder or file, or user/model of Hugging Face.")
     if before and (before == given or not revision and split_revision(before)[0] == repository):
