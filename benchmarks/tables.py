@@ -196,29 +196,38 @@ def streams(page):
 def hypermixing():
     """Time and memory of HyperMixing here and in SpeechBrain."""
     fields = ["frames", "ours_ms", "speechbrain_ms", "time_ratio", "ours_mib", "speechbrain_mib", "memory_ratio"]
-    header = ["frames", "ours, ms", "SpeechBrain, ms", "time ratio", "ours, MiB", "SpeechBrain, MiB", "memory ratio"]
+    header = ["frames", "ours, ms", "SpeechBrain, ms", "times as fast as SpeechBrain"]
+    header += ["ours, MiB", "SpeechBrain, MiB", "SpeechBrain's memory / ours"]
     return columns(HYPERMIXING, fields, header)
 
 
 def squeezeformer():
     """Time of the Squeezeformer and of the Conformer."""
-    header = ["size", "task", "audio, s", "Conformer, ms", "Squeezeformer, ms", "ratio", "fused, ms", "ratio", "MAC ratio"]
+    faster = "times as fast as the Conformer"
+    header = ["size", "task", "audio, s", "Conformer, ms", "Squeezeformer, ms", faster, "fused, ms", f"fused, {faster}"]
+    header.append("multiply-accumulates / the Conformer's")
     rows = []
     for row in read(SQUEEZEFORMER):
         task = f"{row['task']}, {'encoder alone' if row['part'] == 'encoder' else 'with front end'}"
-        fields = ("conformer_ms", "squeezeformer_ms", "ratio", "fused_ms", "fused_ratio", "mac_ratio")
-        rows.append([row["size"].upper(), task, row["seconds"], *(row[field] for field in fields)])
+        times = [row["squeezeformer_ms"], _inverse(row["ratio"]), row["fused_ms"], _inverse(row["fused_ratio"])]
+        rows.append([row["size"].upper(), task, row["seconds"], row["conformer_ms"], *times, row["mac_ratio"]])
     return table(header, rows)
+
+
+def _inverse(ratio):
+    """How many times as fast something is that takes this share of another's time; empty if it was not measured."""
+    return f"{1 / float(ratio):.2f}" if ratio else ""
 
 
 def fusionformer():
     """Time of the FusionFormer, fused and not, and of the Conformer."""
-    header = ["audio, s", "threads", "mode", "Conformer, ms", "unfused, ms", "ratio", "fused, ms", "ratio"]
+    faster = "times as fast as the Conformer"
+    header = ["audio, s", "threads", "mode", "Conformer, ms", "unfused, ms", faster, "fused, ms", f"fused, {faster}"]
     rows = []
     for row in read(FUSIONFORMER):
         task = f"chunk of {row['seconds']}" if row["task"] == "stream" else row["seconds"]
-        fields = ("threads", "mode", "conformer_ms", "unfused_ms", "unfused_ratio", "fused_ms", "fused_ratio")
-        rows.append([task, *(row[field] for field in fields)])
+        times = [row["unfused_ms"], f"{float(row['unfused_ratio']):.2f}", row["fused_ms"], f"{float(row['fused_ratio']):.2f}"]
+        rows.append([task, row["threads"], row["mode"], row["conformer_ms"], *times])
     return table(header, rows)
 
 
@@ -229,7 +238,8 @@ def practical_conformer():
         streams.setdefault((row["encoder"], row["left_context"], row["chunk_ms"]), []).append(row)
     times = [f"{float(row['after_seconds']):g} s" for row in next(iter(streams.values()))]
     header = ["encoder", "left context", "chunk, ms", *(f"ms after {time}" for time in times)]
-    header += [f"ratio after {time}" for time in times] + [f"state after {time}, kB" for time in (times[0], times[-1])]
+    header += [f"times as fast as `conformer_large` after {time}" for time in times]
+    header += [f"state after {time}, kB" for time in (times[0], times[-1])]
     return table(
         header,
         [
@@ -441,6 +451,22 @@ def keys_of(path):
     ]
 
 
+def arguments_of(path):
+    """The arguments of the classes in an hparams file, as (argument, value, explanation) by key.
+
+    References to other keys, and what is further inside, are left out; so is the card, which is text.
+    """
+    found, key = {}, ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if top := re.match(r"(\w+):", line):
+            key = top[1]
+        elif inner := re.match(r" {4}(\w+): ((?:[^#]|#(?! ))+)(?:#\s(.*))?$", line):
+            argument, value, said = inner[1], inner[2].strip(), inner[3] or ""
+            if key != "card" and "!" not in value:
+                found.setdefault(key, []).append((argument, value, said))
+    return found
+
+
 def hparams():
     """Every key of every hparams file: its default, its explanation, and the files that set it."""
     base = [entry for entry in keys_of(BASE) if not entry[1].startswith("__")]
@@ -449,19 +475,28 @@ def hparams():
     for path in OTHERS:
         for _, key, *_ in keys_of(path):
             set_in.setdefault(key, []).append(path)
+        for key, found in arguments_of(path).items():
+            for argument, *_ in found:
+                set_in.setdefault((key, argument), []).append(path)
+    arguments = arguments_of(BASE)
     parts, sections = [], {}
     for section, key, value, said in base:
         rows = sections.setdefault(section or "Seed", [])
         rows.append([f"`{key}`", _value(value), _explained(BASE, key, said), _names(set_in.get(key, []))])
+        for argument, inner, said in arguments.get(key, []) if _is_cut(value) else []:
+            names = _names(set_in.get((key, argument), []))
+            rows.append([f"`{key}: {argument}`", _value(inner), _cell(said), names])
     for section, rows in sections.items():
         parts += [f"### {section}", table(["key", "default", "what", "also set in"], rows)]
     parts.append("## Keys and values of single files")
     for path in OTHERS:
-        rows = []
+        rows, arguments = [], arguments_of(path)
         for _, key, value, said in keys_of(path):
             if key != "extends":
                 said = said if key in known else _explained(path, key, said)
                 rows.append([f"`{key}`", _value(value), _cell(said)])
+                inner = arguments.get(key, []) if _is_cut(value) else []
+                rows += [[f"`{key}: {name}`", _value(value), _cell(said)] for name, value, said in inner]
         extends = [Path(name) for _, key, value, _ in keys_of(path) if key == "extends" for name in re.findall(r"[\w./]+", value)]
         parts += [f"### {_names([path])}", f"{_about(path)} It extends {_names(extends)}." if extends else _about(path)]
         parts.append(table(["key", "value", "what"], rows))
@@ -491,10 +526,15 @@ def _names(paths):
     return ", ".join(f"`{path.parent.name}/{path.name}`" if path.name == "corpus.yaml" else f"`{path.name}`" for path in paths)
 
 
+def _is_cut(text):
+    """Whether a value is too long for a cell; its arguments have rows of their own then."""
+    return len(text) > 64
+
+
 def _value(text):
     """A value for a cell; long values are cut after the first word, such as a class or a key."""
     text = text.replace("!PLACEHOLDER", "") if text.startswith("!PLACEHOLDER") else text
-    if len(text) > 64:
+    if _is_cut(text):
         text = text.split(" ")[0].rstrip(",") + " ..." + "]" * text.startswith("[")
     return f"`{_cell(text)}`" if text else ""
 

@@ -137,6 +137,8 @@ def test_a_key_without_an_explanation_is_no_reference(tmp_path):
     assert tables["keys_of"](path) == [("", "a", "1", "above"), ("", "b", "2", "above"), ("", "c", "'#no'", "behind")] + [
         ("", "d", "e: 1", "")
     ]
+    path.write_text("d: !new:x.Y\n    e: 1  # inner\n    f: !ref <a>\n    g:\n        h: 1\ncard:\n    i: 1\n")
+    assert tables["arguments_of"](path) == {"d": [("e", "1", "inner")]}
     with pytest.raises(ValueError, match="the key d has no explanation"):
         tables["_explained"](ROOT / "file.yaml", "d", "")
 
