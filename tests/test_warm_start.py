@@ -598,7 +598,7 @@ def broken_sources(folder):
         "tagged": "hyperparams.yaml of .* describes no model of this package .!apply:os.system.",
         "strange": "hyperparams.yaml of .* describes no model of this package .it has no Transformer.",
         "heads": "heads has 4 attention heads, but nhead is 2; give --nhead 4",
-        "bias.ckpt": "bias.ckpt cannot be loaded: nhead is 2, but these weights have 4 heads; give nhead=4",
+        "bias.ckpt": "bias.ckpt cannot be loaded: nhead is 2, but these weights have 4 heads; give 4",
         "statistics": "normalizer.ckpt of .* holds no statistics of features; remove it from the folder",
     }
 

@@ -1,5 +1,6 @@
 """Speech recognition of a stream, with bounded latency and memory."""
 
+import logging
 import math
 import sys
 import time
@@ -14,6 +15,8 @@ from speechbrain_ext.decoders.alignment import FRAME_SECONDS, collapse, within
 from speechbrain_ext.inference.segments import Segmenter
 from speechbrain_ext.registry import passes_of
 from speechbrain_ext.utils.errors import UserError, is_number, is_whole
+
+logger = logging.getLogger(__name__)
 
 CHUNK_SIZE = 16
 """Encoder frames per chunk (640 ms) of models without a chunk size."""
@@ -129,7 +132,7 @@ class StreamingRecognizer:
         Raises
         ------
         UserError
-            If the stream has ended, the samples have another shape, or a value is not finite or far above 1.
+            If the stream has ended, the samples have another shape, or a value is not finite or far too large for audio.
         """
         if self.finished:
             raise UserError("This stream has ended; call reset() to start the next one.")
@@ -138,9 +141,13 @@ class StreamingRecognizer:
             raise UserError(f"The samples have the shape {tuple(wav.shape)}; give one channel, (N,).")
         if flaw := sample_flaw(wav):
             raise AudioError(f"The piece holds {flaw}; none of it was processed; repair the audio, or leave it out.")
-        if flaw := sample_flaw(wav, UNSCALED):
-            remedy = "give integers as int16 or int32, or divide them by their full scale"
-            raise AudioError(f"The piece holds {flaw}; none of it was processed; {remedy}.", "huge samples")
+        if not self._loud and (flaw := sample_flaw(wav, UNSCALED)):
+            self._loud = True
+            logger.warning(
+                "The stream holds %s, so its words will be wrong; give integers as int16 or int32, or divide them by their "
+                "full scale.",
+                flaw,
+            )
         self._small.append(wav.to(self._model.device, copy=True).unsqueeze(0))  # the caller may reuse the buffer
         self._small_samples += len(wav)
         self._received += len(wav)
@@ -179,6 +186,7 @@ class StreamingRecognizer:
         self._audio_start = self._segmenter.start
         self._start, self._received = FRAME_SECONDS * self._segmenter.start, 0
         self._context = self._new_context()
+        self._loud = False
         self.finished = False
         """Whether the stream has ended."""
 
