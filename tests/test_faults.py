@@ -21,6 +21,7 @@ import speechbrain as sb
 import torch
 from conftest import ROOT
 from sentencepiece import SentencePieceProcessor
+from speechbrain.inference.ASR import EncoderASR
 from tiny import CTC, SENTENCES, arguments, make_corpus
 
 from speechbrain_ext import cli
@@ -181,7 +182,7 @@ def test_a_transducer_trains_on_more_tokens_than_frames(kind, kept, tmp_path):
 
 @pytest.mark.parametrize("name", ["hyperconformer_streaming", "squeezeformer"])
 def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
-    """8 kHz: training, model folder, files, streams and both ONNX graphs."""
+    """8 kHz: training, model folder, files, streams, both ONNX graphs, and SpeechBrain's own class."""
     corpus = make_corpus(tmp_path / "corpus", rate=8000)
     folder = run(hparams=ROOT / "hparams" / f"{name}.yaml", data=corpus, sample_rate=8000).folders["pretrained"]
     model = load_model(folder, "cpu")
@@ -190,6 +191,9 @@ def test_telephone_speech_works_end_to_end(name, run, tmp_path, capsys):
     samples, _ = soundfile.read(file, dtype="float32")
     assert len(model.load_audio(file)) == len(samples)
     assert model.transcribe_batch(torch.from_numpy(samples)[None], torch.ones(1))[0][0] == model.transcribe_file(file)
+    theirs = EncoderASR.from_hparams(source=str(folder), run_opts={"device": "cpu"})
+    torch.testing.assert_close(theirs.load_audio(str(file)), torch.from_numpy(samples))
+    assert theirs.transcribe_file(str(file)).split() == model.transcribe_file(file).split()
     capsys.readouterr()
     assert cli.main(["stream", "--model", str(folder), str(file), "--device", "cpu"]) == 0
     more = ["--streaming"] if "streaming" in name else []  # each graph only once, because exporting is slow

@@ -13,6 +13,7 @@ PACKAGE = "speechbrain_ext"
 
 CLASSES = {
     "sentencepiece.SentencePieceProcessor",
+    "speechbrain.dataio.preprocess.AudioNormalizer",
     "speechbrain.decoders.S2STransformerBeamSearcher",
     "speechbrain.decoders.scorer.CTCScorer",
     "speechbrain.decoders.scorer.ScorerBuilder",

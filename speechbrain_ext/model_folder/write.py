@@ -40,6 +40,8 @@ modules:
     encoder: !ref <speech_encoder>
 blank_index: !ref <blank_index>
 sample_rate: !ref <sample_rate>
+audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
+    sample_rate: !ref <sample_rate>
 """
 _CTC_ONLY = """
 speech_encoder:
