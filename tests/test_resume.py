@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
+from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from tiny import CTC, SMALL, arguments, make_corpus, rows, train
 
 from speechbrain_ext.dataio.datasets import BatchesOfProcess
@@ -289,6 +290,34 @@ def test_counters_of_a_schedule_survive_a_stop_and_settings_follow_the_hparams(r
         keys = {"number_of_epochs": 9, "output_folder": schedule[:6]}
         keys["lr_annealing"] = f"!new:speechbrain.nnet.schedulers.{schedule.format(setting)}"
         assert last_group(run("--optimizer_step_limit", limit, **keys).output)["lr"] == pytest.approx(rate)
+
+
+@register_checkpoint_hooks
+class CountingSchedule:
+    """A schedule of a user: it is told the step, and also counts its calls."""
+
+    def __init__(self, lr):
+        self.lr, self.calls = lr, 0
+
+    def __call__(self, opt, num_updates):
+        self.calls += 1
+        for group in opt.param_groups:
+            group["lr"] = self.lr / self.calls
+
+    @mark_as_saver
+    def save(self, path):
+        path.write_text(f"{self.lr} {self.calls}")
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=False):
+        lr, calls = path.read_text().split()
+        self.lr, self.calls = float(lr), int(calls)
+
+
+def test_the_state_of_a_schedule_of_ones_own_survives_a_stop(run):
+    for limit, lr in ((2, 0.01), (5, 0.02)):
+        keys = {"number_of_epochs": 9, "lr_annealing": f"!new:{__name__}.CountingSchedule {{lr: {lr}}}"}
+        assert last_group(run("--optimizer_step_limit", limit, **keys).output)["lr"] == pytest.approx(lr / limit)
 
 
 def test_a_part_without_a_loader_is_no_reason_to_delete_checkpoints(tmp_path):

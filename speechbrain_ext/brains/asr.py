@@ -9,11 +9,19 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import speechbrain.nnet.schedulers
 import torch
 import torch.nn.functional as F
 import yaml
 from speechbrain import Brain, Stage
-from speechbrain.utils.checkpoints import average_checkpoints, mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.checkpoints import (
+    DEFAULT_LOAD_HOOKS,
+    average_checkpoints,
+    get_default_hook,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.metric_stats import ErrorRateStats
@@ -463,7 +471,10 @@ class AsrBrain(Brain):
         """
         schedule = self.hparams.lr_annealing
         names = inspect.signature(type(schedule)).parameters
-        settings = {name: value for name, value in vars(schedule).items() if self.tells_step or name in names}
+        # SpeechBrain's schedules that are told the step have no state: all that they load is made from their arguments
+        loader = get_default_hook(schedule, DEFAULT_LOAD_HOOKS)
+        is_stateless = self.tells_step and getattr(loader, "__module__", "") == speechbrain.nnet.schedulers.__name__
+        settings = {name: value for name, value in vars(schedule).items() if is_stateless or name in names}
         super().on_fit_start()
         vars(schedule).update(settings)
         for group, settings in zip(self.optimizer.param_groups, self.optimizer_settings, strict=True):
