@@ -621,7 +621,7 @@ def test_the_statistics_of_another_model(change, message, copy):
         ("\nmodules:", "\nothers:", "has no modules, which EncoderASR needs"),
         ("\ntokenizer: !new", "\nothers: !new", "refers to <tokenizer>"),
         ("speech_encoder: ", "others: ", "refers to <speech_encoder>"),
-        ("SpeechEncoder", "Nothing", "has !new:speechbrain_ext.speech_encoder.Nothing, which training does not write"),
+        ("SpeechEncoder", "Nothing", "has !new:speechbrain_ext.speech_encoder.Nothing, which no shipped recipe writes"),
         ("    ctc_lin: !ref <ctc_lin>\n", "", "Unexpected key(s)"),
         ("\nctc_lin: !new", "\nothers: !new", "refers to <ctc_lin>"),
         ("encoder_kwargs: {}", "encoder_kwargs: {", "line "),

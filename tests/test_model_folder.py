@@ -373,7 +373,7 @@ def test_a_folder_is_refused_in_one_sentence_that_says_what_to_do(trained, tmp_p
     folder = shutil.copytree(trained[0] / "model", tmp_path / "model")
     with open(folder / "hyperparams.yaml", "a") as file:
         file.write(f"trap: !apply:os.mkdir [{tmp_path / 'executed'}]\n")
-    with pytest.raises(UserError, match="has !apply:os.mkdir, which training does not write.*loadable.*trust=True"):
+    with pytest.raises(UserError, match="has !apply:os.mkdir, which no shipped recipe writes.*loadable.*trust=True"):
         load_model(folder, "cpu")
     assert not (tmp_path / "executed").exists()
     load_model(folder, "cpu", trust=True)
@@ -702,7 +702,7 @@ def test_a_table_that_leads_out_of_itself_is_refused(copied):
 def test_what_a_terminal_would_obey_is_shown_as_escapes(copied, tmp_path, capsys):
     (copied / "hyperparams.yaml").write_text("a: !x%1b%5b2J 1")
     assert cli.main(["transcribe", "--model", str(copied), str(tmp_path / "a\x1b[2J.wav")]) == 2
-    assert r"has !x\x1b[2J, which training does not write" in capsys.readouterr().err
+    assert r"has !x\x1b[2J, which no shipped recipe writes" in capsys.readouterr().err
     folder = ROOT / "tests" / "data" / "model_folders" / "ctc-v1"
     assert cli.main(["transcribe", "--model", str(folder), "--device", "cpu", str(tmp_path / "a\x1b[2J.wav")]) == 1
     error = capsys.readouterr().err

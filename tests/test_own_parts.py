@@ -14,7 +14,8 @@ from speechbrain_ext import registry
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.registry import register_encoder
-from speechbrain_ext.training.run import run
+from speechbrain_ext.training import run as training
+from speechbrain_ext.utils.errors import UserError
 
 PAGES = "\n".join((ROOT / "docs" / f"extend-{name}.md").read_text(encoding="utf-8") for name in ("encoder", "corpus"))
 
@@ -28,7 +29,7 @@ def train_here(hparams, corpus, **keys):
     """A training run in this process, where the user's encoder has been imported."""
     asked = arguments(**{**SMALL, "num_decoder_layers": 0, **keys})
     path, run_opts, overrides = sb.parse_arguments([str(hparams), "--data_folder", str(corpus), "--device", "cpu", *asked])
-    return run(path, run_opts, overrides)
+    return training.run(path, run_opts, overrides)
 
 
 def test_the_page_has_an_encoder_of_one_s_own():
@@ -60,6 +61,30 @@ def test_a_bug_in_an_encoder_of_one_s_own_shows_where_it_is(tmp_path, monkeypatc
         with pytest.raises(TypeError) as caught:
             train_here(ROOT / "hparams" / "conformer.yaml", corpus, **keys)
         assert Path(caught.traceback[-1].path).name == Path(__file__).name
+
+
+class Head(torch.nn.Linear):
+    """A head of a user, which is not marked."""
+
+
+def test_a_training_warns_first_if_its_model_will_need_trust(run, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    for head, refused in (("torch.nn.Linear", ""), (f"{__name__}.Head", f"!new:{__name__}.Head")):
+        lines = f"ctc_lin: !new:{head}\n    in_features: !ref <d_model>\n    out_features: !ref <vocab_size>\n"
+        lines += "Transformer:\n    conformer_activation: !name:speechbrain.nnet.activations.Swish\n"
+        file.write_text(f"extends: {ROOT}/hparams/conformer.yaml\n{lines}")
+        result = run(hparams=file, output_folder=refused[:4] or "x")
+        log, printed = (result.output / "log.txt").read_text(), capsys.readouterr().out
+        assert (f"The model folder will have {refused}, which loads only with trust=True" in log) == bool(refused)
+        assert printed.count(f"{result.folders['pretrained']} --trust") == 3 * bool(refused)
+        if refused:
+            with pytest.raises(UserError, match=f"has {refused}, which no shipped recipe writes"):
+                load_model(result.folders["pretrained"], "cpu")
+        model = load_model(result.folders["pretrained"], "cpu", trust=bool(refused))
+        assert type(model.hparams.ctc_lin).__name__ == head.rpartition(".")[2]
+    monkeypatch.setitem(registry._LOADABLE, f"{__name__}.Head", Head)  # as the decorator does, but undone after the test
+    result = run(hparams=file, output_folder="marked")
+    assert "trust" not in (result.output / "log.txt").read_text() + capsys.readouterr().out
 
 
 def test_a_corpus_of_one_s_own_trains_with_one_command(tmp_path):

@@ -167,7 +167,7 @@ def _build(source, folder, trust):
         return load_hyperpyyaml(text) if trust else build(text, weights)
     except Refused as error:
         raise UserError(
-            f"The {HYPERPARAMS} of {source} has {error}, which training does not write and which could run any code. If it is "
+            f"The {HYPERPARAMS} of {source} has {error}, which no shipped recipe writes and which could run any code. If it is "
             "your own class, mark it with speechbrain_ext.registry.loadable and import its module; else read the file "
             f"({folder / HYPERPARAMS}), and if you trust it, load it with trust=True (--trust)."
         ) from error

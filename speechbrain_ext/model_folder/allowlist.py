@@ -22,6 +22,7 @@ CLASSES = {
     "speechbrain.lobes.models.transformer.TransformerLM.TransformerLM",
     "speechbrain.nnet.linear.Linear",
     "speechbrain.processing.features.InputNormalization",
+    "torch.nn.Linear",
     "torch.nn.ModuleDict",
     "torch.nn.ModuleList",
 }
@@ -31,6 +32,7 @@ NAMES = {
     "speechbrain.decoders.ctc.ctc_greedy_decode",
     "speechbrain.nnet.RNN.GRU",
     "speechbrain.nnet.RNN.LSTM",
+    "speechbrain.nnet.activations.Swish",
     "torch.nn.GELU",
     "torch.nn.LeakyReLU",
     "torch.nn.ReLU",

@@ -32,6 +32,8 @@ from speechbrain_ext.dataio.datasets import (
 from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
 from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import as_plain, tag_of
+from speechbrain_ext.model_folder import HYPERPARAMS
+from speechbrain_ext.model_folder.build import parse
 from speechbrain_ext.model_folder.lm import load_lm
 from speechbrain_ext.model_folder.weights import round_weights
 from speechbrain_ext.model_folder.write import inference_hparams, write_model_folder
@@ -115,6 +117,7 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
         check_parts(hparams)
         output = Path(hparams["output_folder"])
         changed = check_folder(output, setting.text(), hparams["data_moved"])
+        refused = refusal(inference_hparams(ruamel.yaml.YAML().load(setting.text()), hparams))
         check_splits(hparams)
         source = read_source(hparams["init_from"], model, hparams["nhead"]) if model else None
         tokenizer = chosen_tokenizer(hparams, source)
@@ -130,6 +133,9 @@ def run(hparams_file, run_opts, overrides, paths=None, corpus=None, fallback=Non
     run_on_main(sb.create_experiment_directory, [str(output)])
     if changed:
         logger.warning("The run in %s continues with other settings than it began with: %s.", output, ", ".join(changed))
+    if refused:
+        told = "The model folder will have %s, which loads only with trust=True (--trust); give a class that loads, or mark your "
+        logger.warning(f"{told}own with speechbrain_ext.registry.loadable.", refused)
     taken = f"Another run writes to {output}; wait for it, or give another --output_folder."
     with locked(output / ".lock", taken) if if_main_process() else nullcontext():
         try:
@@ -254,6 +260,15 @@ def ids_of_mixed(hparams):
     mixed = mixed_split(hparams)
     path = Path(hparams["output_folder"]) / f"{mixed}.csv"
     return {MIXED + row["ID"] for row in read_manifest(path)} if mixed else set()
+
+
+def refusal(text):
+    """What is in the hyperparams.yaml of a model folder that loading refuses; empty if there is nothing."""
+    try:
+        parse(text)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def prepare_corpus(hparams):
@@ -452,6 +467,7 @@ def keep(brain, setting, models, tokenizer_file, rows, shown, origin):
         curve = f", the learning curve {output}/curve.png" * drawn
         print(f"Alignments are in {output}/wer_*.txt, the results table is {hparams.results_file}{curve}.\n\nNext:")
         command, model = f"{python_command()} -m speechbrain_ext", f"--model {folders['pretrained']}"
+        model += " --trust" * bool(refusal((folders["pretrained"] / HYPERPARAMS).read_text(encoding="utf-8")))
         print(f"{command} transcribe {model} FILE...")
         print(f"{command} stream {model} FILE")
         print(f"{command} export {model} model.onnx")
