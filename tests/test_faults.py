@@ -242,6 +242,12 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
         ({"fea_augment": "{time_mask_ratio: 5}"}, "time_mask_ratio is 5; give a share"),
         ({"wav_augment": "{speeds: [0]}"}, "speeds is [0]; give a list of whole numbers"),
         ({"wav_augment": "{speeds: []}"}, "speeds is []; give a list"),
+        (
+            {"wav_augment": "!new:speechbrain.augment.time_domain.DropFreq"},
+            "--wav_augment is DropFreq, but an augmentation must take a batch",
+        ),
+        ({"fea_augment": "!new:speechbrain.augment.freq_domain.Warping"}, "--fea_augment is Warping, but an augmentation must"),
+        ({"fea_augment": "{frequency_mask_width: [80, 100]}"}, "which hides all 80 bins; give less"),
         ({"normalize": "{update_until_epoch: x}"}, "update_until_epoch is 'x'; give a number"),
         ({"compute_features": "{n_fft: 100}"}, "--compute_features cannot be used"),
         ({"opt_class": "{weight_decay: -1}"}, "--opt_class cannot be used: Invalid weight_decay"),

@@ -1,20 +1,27 @@
 """Parts of a user: an encoder and a corpus, as in the documentation, in files outside of the package."""
 
+import random
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
 import speechbrain as sb
 import torch
 from conftest import PAGE_ENCODERS, ROOT
-from tiny import SENTENCES, SMALL, arguments, make_corpus, rows, train
+from tiny import SENTENCES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus, rows, train
 
 from speechbrain_ext import registry
+from speechbrain_ext.dataio.datasets import drop_unfit
+from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.inference import load_model
+from speechbrain_ext.lobes.augment import repeated
 from speechbrain_ext.lobes.fusible import MaskedBatchNorm
 from speechbrain_ext.registry import register_encoder
 from speechbrain_ext.training import run as training
+from speechbrain_ext.training.settings import check_parts
 from speechbrain_ext.utils.errors import UserError
 
 PAGES = "\n".join((ROOT / "docs" / f"extend-{name}.md").read_text(encoding="utf-8") for name in ("encoder", "corpus"))
@@ -85,6 +92,70 @@ def test_a_training_warns_first_if_its_model_will_need_trust(run, tmp_path, caps
     monkeypatch.setitem(registry._LOADABLE, f"{__name__}.Head", Head)  # as the decorator does, but undone after the test
     result = run(hparams=file, output_folder="marked")
     assert "trust" not in (result.output / "log.txt").read_text() + capsys.readouterr().out
+
+
+class Several(torch.nn.Module):
+    """Augmentations of a user in a list; returns copies of the batch."""
+
+    def __init__(self, copies=1, speeds=(110,)):
+        super().__init__()
+        self.copies, self.device = copies, "cpu"
+        self.augmentations = [SimpleNamespace(speeds=speeds)]
+
+    def forward(self, wavs, lens):
+        if self.device != wavs.device.type:
+            raise RuntimeError("other device")
+        return repeated(wavs + torch.rand(()) + random.random(), self.copies), repeated(lens, self.copies)
+
+
+class Alone(Several):
+    def forward(self, wavs, lens):
+        return super().forward(wavs, lens)[0]
+
+
+class Longer(Several):
+    def forward(self, wavs, lens):
+        return torch.cat((wavs, wavs[:1])), torch.cat((lens, lens[:1]))
+
+
+def test_an_augmentation_of_one_s_own_is_tried_before_the_training():
+    path, keys = ROOT / "hparams" / "conformer.yaml", {"d_model": 16, "nhead": 2, "num_encoder_layers": 1}
+    hparams = load_hparams(path, keys)
+    elsewhere = Several()
+    elsewhere.device = "cuda"  # what a class of the user raises shows in the first step
+    for augment, wrong in (
+        (Several(), None),
+        (Several(3), None),
+        (elsewhere, None),
+        (lambda wavs, lens: [wavs, lens], None),
+        (Alone(), "--wav_augment is Alone, .*: it returns only a tensor"),
+        (Longer(), r"it makes the shapes \(4, 16000\) and \(4,\) of \(3, 16000\) and \(3,\)"),
+    ):
+        states = torch.get_rng_state(), random.getstate()
+        with pytest.raises(UserError, match=wrong) if wrong else nullcontext():
+            check_parts({**hparams, "wav_augment": augment})
+        assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+
+
+@pytest.mark.parametrize("name", ["conformer", "conformer_transducer"])
+def test_an_augmentation_that_adds_copies_of_the_batch_trains(name, run, tmp_path):
+    keys = SMALL_TRANSDUCER if "transducer" in name else {"num_decoder_layers": 1}
+    result = run(hparams=ROOT / "hparams" / f"{name}.yaml", wav_augment=f"!new:{__name__}.Several {{copies: 2}}", **keys)
+    assert result.rows[0].steps
+
+
+def test_the_speeds_of_augmentations_of_one_s_own_reduce_the_frames(tmp_path):
+    hparams = {
+        "speech_encoder": SimpleNamespace(count_frames=lambda samples: samples // 1000),
+        "tokenizer": SimpleNamespace(encode_as_ids=lambda text: list(range(int(text)))),
+        "transducer_cost": None,
+        "wav_augment": Several(speeds=(200,)),
+        "sample_rate": 16000,
+        "max_skipped": 1.0,
+    }
+    dataset = SimpleNamespace(data={key: {"wrd": tokens, "duration": "1"} for key, tokens in {"a": "8", "b": "9"}.items()})
+    drop_unfit(dataset, hparams, tmp_path / "unfit.csv", "train")
+    assert list(dataset.data) == ["a"]
 
 
 def test_a_corpus_of_one_s_own_trains_with_one_command(tmp_path):

@@ -169,8 +169,8 @@ class AsrModel(torch.nn.Module):
         passes : tuple of str
             The encoder's passes to run; None for the default.
         augment : callable, optional
-            Turns normalised features and their lengths into augmented ones. If it has a true ``makes_views``, it takes the
-            number of views too, as :class:`~speechbrain_ext.lobes.augment.SpecAugment` does.
+            Turns normalised features and their lengths into augmented ones; it may add copies of the batch after it. If it has a
+            true ``makes_views``, it takes the number of views too, as :class:`~speechbrain_ext.lobes.augment.SpecAugment` does.
         views : int
             Number of augmented views of the batch. The predictions are those of all views, one after the other.
         pad_index : int
@@ -195,7 +195,8 @@ class AsrModel(torch.nn.Module):
                 feats, lens = repeated(feats, views), repeated(lens, views)
                 if augment is not None:
                     feats, lens = augment(feats, lens)
-            targets, target_lens = repeated(targets, views), repeated(target_lens, views)
+            if targets is not None:  # augmentations may have added copies of the batch too
+                targets, target_lens = (repeated(each, len(feats) // len(targets)) for each in (targets, target_lens))
             predictions = []
             for pass_name in passes:
                 frames, frame_lens = encoder.encode_features(feats, lens, chunks, pass_name)
@@ -340,7 +341,7 @@ class AsrBrain(Brain):
         lengths = prediction.lengths if self.frames is None else repeated(self.frames / frames, views)
         tokens, token_lengths = (repeated(each, views) for each in (batch.tokens.data, batch.host_lengths["tokens"]))
         loss = hparams.ctc_cost(ctc_log_probs, tokens, lengths, token_lengths)
-        if views > 1:
+        if views > 1 and hparams.consistency:
             ramp = min(1.0, (self.optimizer_step - hparams.augment_warmup) / max(1, hparams.consistency_warmup))
             loss = loss + ramp * hparams.consistency * disagreement(ctc_log_probs, prediction.lengths)
         if prediction.transducer_loss is not None:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -190,7 +191,9 @@ def drop_unfit(dataset, hparams, listed_in, name):
     """
     speech_encoder, tokenizer, transducer_cost = (hparams[key] for key in ("speech_encoder", "tokenizer", "transducer_cost"))
     augment = hparams["wav_augment"]
-    augments = augment, *getattr(augment, "augmentations", {}).values()  # SpeechBrain's Augmenter holds several
+    held = getattr(augment, "augmentations", ())  # SpeechBrain's Augmenter holds several
+    held = held.values() if isinstance(held, (Mapping, torch.nn.ModuleDict)) else held
+    augments = augment, *(held if isinstance(held, Iterable) else ())
     fastest = max([100, *(speed for each in augments for speed in getattr(each, "speeds", ()))]) / 100
     unfit = []
     for key, item in dataset.data.items():

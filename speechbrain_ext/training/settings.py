@@ -32,10 +32,11 @@ from speechbrain_ext.hparams import (
 )
 from speechbrain_ext.lobes.features import InputNormalization
 from speechbrain_ext.model_folder.weights import PRECISIONS
+from speechbrain_ext.training.checkpoints import RandomStates
 from speechbrain_ext.training.report import check_logger
 from speechbrain_ext.training.sources import architecture_of
 from speechbrain_ext.training.warm_start import ROLES
-from speechbrain_ext.utils.errors import UsageError, is_number, one_line, runs_foreign_code
+from speechbrain_ext.utils.errors import UsageError, UserError, is_number, one_line, runs_foreign_code
 from speechbrain_ext.utils.prefixes import begins_with
 from speechbrain_ext.utils.text import listing
 
@@ -416,7 +417,8 @@ def check_parts(hparams):
     ------
     UsageError
         If features cannot be made, have another number of bins than subsampling takes, or would get no statistics; if the
-        optimizer cannot make a step; or if the schedule does not follow steps, or checkpoints cannot keep it.
+        optimizer cannot make a step; if an augmentation does not return a batch and its lengths; or if the schedule does not
+        follow steps, or checkpoints cannot keep it.
     """
     normalize, frozen = hparams["normalize"], hparams["freeze"]
     is_global = isinstance(normalize, InputNormalization) and normalize.norm_type == "global"
@@ -429,10 +431,12 @@ def check_parts(hparams):
             )
 
     def make_features():
-        bins = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]
+        feats = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"]))
+        bins = feats.shape[-1]
         taken = getattr(hparams["subsampling"], "input_size", bins)
         if taken != bins:
             raise ValueError(f"it gives {bins} bins, but subsampling takes {taken}; give --subsampling '{{input_size: {bins}}}'.")
+        return feats
 
     def make_optimizer():
         optimizer = hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))])
@@ -451,6 +455,52 @@ def check_parts(hparams):
                 raise  # a bug in a class of the user
             raise UsageError(f"--{key} cannot be used: {one_line(error)}") from error
     _check_schedule(hparams["lr_annealing"], made["opt_class"])
+    waves = torch.arange(float(hparams["sample_rate"])).sin()[None]
+    _check_augmentation("wav_augment", hparams, waves)
+    _check_augmentation("fea_augment", hparams, torch.ones_like(made["compute_features"]))
+
+
+def _check_augmentation(key, hparams, example):
+    """Refuse an augmentation that does not return a batch and relative lengths, tried with a batch of copies of an example."""
+    augment, lens = hparams[key], torch.tensor([1.0, 0.9, 0.8])
+    if not augment:
+        return
+    batch = example.repeat(len(lens), *[1] * (example.dim() - 1))
+    views = [2] if key == "fea_augment" and hparams["consistency"] and getattr(augment, "makes_views", False) else []
+    try:
+        trial = copy.deepcopy(augment)  # a class may keep tensors of its first call, on the device of that call
+    except Exception:  # what cannot be copied shows in the first step whether it works
+        return
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        RandomStates().save(Path(folder) / "random")
+        try:
+            found = trial(batch, lens, *views)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            if runs_foreign_code(error):
+                return  # it may need more than this batch; a bug in a class of the user shows in the first step
+            wrong = one_line(error)
+        else:
+            wrong = _flaw_of_augmented(found, batch)
+        finally:
+            RandomStates().load(Path(folder) / "random", True)
+    if wrong:
+        raise UsageError(
+            f"--{key} is {type(augment).__name__}, but an augmentation must take a batch and its relative lengths, and return "
+            f"both, or several copies of both: {wrong}; SpeechBrain's augmentations need its Augmenter around them."
+        )
+
+
+def _flaw_of_augmented(found, batch):
+    """What is wrong with that which an augmentation made of a batch; None if nothing is."""
+    if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(isinstance(each, torch.Tensor) for each in found):
+        return f"it returns {'only a tensor' if isinstance(found, torch.Tensor) else f'a {type(found).__name__}'}"
+    (samples, lens), count = found, len(batch)
+    is_whole_copies = len(samples) > 0 and len(samples) % count == 0 and samples.shape[2:] == batch.shape[2:]
+    if samples.dim() != batch.dim() or not is_whole_copies or lens.shape != samples.shape[:1]:
+        return f"it makes the shapes {tuple(samples.shape)} and {tuple(lens.shape)} of {tuple(batch.shape)} and ({count},)"
+    return None
 
 
 def _check_schedule(schedule, optimizer):
