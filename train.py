@@ -43,6 +43,7 @@ def main(argv=None):
     if corpus:
         sys.path.insert(0, str(Path(corpus).resolve().parent))  # its functions may lie beside it
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    sys.path.append(str(Path(hparams_file).resolve().parent))  # your own classes may lie beside it, and hide no package
     try:
         run_opts = begin_processes(run_opts)
         corpora = (ROOT / "recipes" / name / "corpus.yaml" for name in ("Synthetic", "Manifest"))

@@ -189,6 +189,8 @@ def _explained():
         if is_plain or not (isinstance(error, UserError) or raised_in(error, "hyperpyyaml", "yaml", "ruamel", "speechbrain")):
             raise
         said = ": ".join(one_line(part) for part in error.args) or one_line(error)
+        if isinstance(error, ImportError) and said.startswith("There is no such"):
+            said += "; check the name; a module of your own is found beside the hparams file, or if its package is installed."
         if isinstance(error, ruamel.yaml.YAMLError):
             problem, line = yaml_problem(error)
             # HyperPyYAML does not resolve them

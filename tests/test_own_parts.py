@@ -70,6 +70,20 @@ def test_a_bug_in_an_encoder_of_one_s_own_shows_where_it_is(tmp_path, monkeypatc
         assert Path(caught.traceback[-1].path).name == Path(__file__).name
 
 
+def test_a_brain_of_one_s_own_lies_beside_its_file(corpus, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "soundfile.py").write_text("raise ImportError('this hides an installed package')")
+    (tmp_path / "own" / "mine.yaml").write_text(f"extends: {ROOT}/hparams/conformer.yaml\nbrain: !name:my_brain.MyBrain\n")
+    keys = {**SMALL, "num_decoder_layers": 0}
+    command = [tmp_path / "own" / "mine.yaml", "--data_folder", corpus, "--device", "cpu", *arguments(**keys)]
+    finished = train(tmp_path, *command)
+    assert finished.returncode == 2 and "my_brain.MyBrain; check the name; a module of your own is found" in finished.stderr
+    brain = "from speechbrain_ext.brains.asr import AsrBrain\n\n\nclass MyBrain(AsrBrain):\n    pass\n"
+    (tmp_path / "own" / "my_brain.py").write_text(brain)
+    finished = train(tmp_path, *command)
+    assert finished.returncode == 0 and len(rows(tmp_path)) == 1, finished.stderr
+
+
 class Head(torch.nn.Linear):
     """A head of a user, which is not marked."""
 
