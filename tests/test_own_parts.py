@@ -80,8 +80,11 @@ def test_a_brain_of_one_s_own_lies_beside_its_file(corpus, tmp_path):
     assert finished.returncode == 2 and "my_brain.MyBrain; check the name; a module of your own is found" in finished.stderr
     brain = "from speechbrain_ext.brains.asr import AsrBrain\n\n\nclass MyBrain(AsrBrain):\n    pass\n"
     (tmp_path / "own" / "my_brain.py").write_text(brain)
+    with (tmp_path / "own" / "mine.yaml").open("a") as file:
+        file.write("my_weight: 0.5  # for the Brain\n")
     finished = train(tmp_path, *command)
     assert finished.returncode == 0 and len(rows(tmp_path)) == 1, finished.stderr
+    assert "the key my_weight, which only your own Brain can use; did you mean lm_weight?" in finished.stdout + finished.stderr
 
 
 class Head(torch.nn.Linear):

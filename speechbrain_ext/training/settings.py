@@ -12,6 +12,7 @@ import ruamel.yaml
 import torch
 from speechbrain.utils.checkpoints import DEFAULT_LOAD_HOOKS, DEFAULT_SAVE_HOOKS, get_default_hook
 from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process
+from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from speechbrain_ext.dataio.text import CASES
@@ -31,6 +32,7 @@ from speechbrain_ext.hparams import (
     tag_of,
 )
 from speechbrain_ext.lobes.features import InputNormalization
+from speechbrain_ext.model_folder.allowlist import PACKAGE
 from speechbrain_ext.model_folder.weights import PRECISIONS
 from speechbrain_ext.training.checkpoints import RandomStates
 from speechbrain_ext.training.report import check_logger
@@ -39,6 +41,8 @@ from speechbrain_ext.training.warm_start import ROLES
 from speechbrain_ext.utils.errors import UsageError, UserError, is_number, one_line, runs_foreign_code
 from speechbrain_ext.utils.prefixes import begins_with
 from speechbrain_ext.utils.text import listing
+
+logger = get_logger(__name__)
 
 WHOLE = "a whole number above 0"
 RANGES = {
@@ -258,9 +262,10 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     architecture = architecture_of(hparams_file, paths.get("init_from"))
     files = [*architecture, hparams_file, *([corpus] if corpus else [])]
+    brain = tag_of(overrides["brain"] if "brain" in overrides else merged_tree(files).get("brain"))
     for number, file in enumerate(files):
         if isinstance(file, str):
-            check_own_keys(file, files[:number])
+            check_own_keys(file, files[:number], bool(brain) and not brain.startswith(f"!name:{PACKAGE}."))
     before = resolve_hparams(files)
     overrides |= {key: getattr(run_opts, key) for key in run_opts.overridden_args & before.keys()}
     given = not {*MANIFESTS}.isdisjoint(overrides)
@@ -524,7 +529,7 @@ def _check_schedule(schedule, optimizer):
         ) from error
 
 
-def check_own_keys(file, before):
+def check_own_keys(file, before, has_own_brain=False):
     """Check the values that a file states itself against those that it overrides.
 
     Arguments
@@ -533,6 +538,8 @@ def check_own_keys(file, before):
         An hparams file.
     before : list
         Files that it overrides, besides those that it extends.
+    has_own_brain : bool
+        Whether the Brain is a class of the user, which may use any key; what looks like a misspelling is then only warned about.
 
     Raises
     ------
@@ -547,7 +554,9 @@ def check_own_keys(file, before):
     for key in own.keys() - old.keys():
         near = near_key(key, old, 0.85)
         if near and key not in needed_keys({}, [*merged_tree([*before, file]).values()]):
-            raise UsageError(f"{file} has the key {key}, which nothing uses; did you mean {near}?")
+            if not has_own_brain:
+                raise UsageError(f"{file} has the key {key}, which nothing uses; did you mean {near}?")
+            logger.warning("%s has the key %s, which only your own Brain can use; did you mean %s?", file, key, near)
     checked = check_types({key: value for key, value in own.items() if key not in (*PATHS, *MANIFESTS)}, old, f"{file}: ")
     for key, value in checked.items():
         if isinstance(value, list) and value != own[key]:  # a file is read as it stands
