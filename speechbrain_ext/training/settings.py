@@ -436,6 +436,13 @@ def check_parts(hparams):
             )
 
     def make_features():
+        stft = getattr(hparams["compute_features"], "compute_STFT", None)
+        if stft is not None and stft.n_fft < stft.win_length:  # as with rates above 16 kHz
+            larger = 1 << (stft.win_length - 1).bit_length()
+            raise ValueError(
+                f"its windows have {stft.win_length} samples, more than n_fft {stft.n_fft}; give --compute_features "
+                f"'{{n_fft: {larger}}}'."
+            )
         feats = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"]))
         bins = feats.shape[-1]
         taken = getattr(hparams["subsampling"], "input_size", bins)
