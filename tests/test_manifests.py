@@ -516,6 +516,27 @@ def test_a_line_that_is_no_good_is_named(change, reason, audio, valid, tmp_path)
     assert len(read_csv(tmp_path / "save" / "train.csv")) == len(rows)
 
 
+def test_long_utterances_are_left_out_by_choice_unless_none_is_left(audio, valid, tmp_path, caplog):
+    write_wav(tmp_path / "long.wav", 3)
+    long = [{"id": f"long{index}", "audio_filepath": "long.wav", "text": "A"} for index in range(3)]
+    short = {"audio_filepath": str(audio / "utt0.flac"), "text": "A"}
+    missing = [{"id": f"missing{index}", "audio_filepath": f"{index}.wav", "text": "A"} for index in range(2)]
+    json_lines(tmp_path / "train.jsonl", [*long, short])
+    prepare(tmp_path / "save", tmp_path / "train.jsonl", valid, max_skipped=0, max_duration=2.5)
+    assert len(read_csv(tmp_path / "save" / "train.csv")) == 1 and len(read_csv(tmp_path / "save" / "skipped.csv")) == 3
+    assert "utterances longer than 2.5 s (--max_duration) are left out; they have 0.00 hours" in caplog.text
+    for rows, message in (
+        (long, r"3 of 3 utterances in train cannot be used, .* 'longer than 2.5 s' \(3\); .*: raise --max_duration\.$"),
+        (
+            [*long, *missing, short],
+            r"2 of 6 .*, more than the allowed 0%, .* 'missing' \(2\); .*: fix the corpus, or raise max_s",
+        ),
+    ):
+        json_lines(tmp_path / "train.jsonl", rows)
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path / "save", tmp_path / "train.jsonl", valid, max_skipped=0, max_duration=2.5)
+
+
 def test_sets_that_no_manifest_makes_are_refused(audio, valid, tmp_path):
     train = json_lines(tmp_path / "train.jsonl", [{"audio_filepath": str(audio / "utt0.flac"), "text": "A"}])
     given = {"train_manifest": [train], "valid_manifest": [valid]}

@@ -66,7 +66,7 @@ def prepare_manifests(
     max_duration : float, optional
         Seconds; longer utterances are left out of training.
     max_skipped : float
-        The largest share of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+        The largest share of a split that may be left out for other reasons, from 0 to 1, rounded up to whole utterances.
 
     Raises
     ------

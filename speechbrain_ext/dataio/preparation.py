@@ -26,6 +26,8 @@ MIN_SECONDS = 0.1  # no word is shorter; such a file is an error of segmentation
 SLACK_SECONDS, SLACK = 0.02, 0.01  # allowed deviation of a stated duration, added: durations are rounded, and codecs pad
 MARGIN_SECONDS = 1  # speech that was cut out may have this much around it
 
+TOO_LONG = "longer than"
+"""The beginning of the reason of utterances that are left out only for their length: it is a choice, not a flaw."""
 SKIPPED_FILE = "skipped.csv"
 MARKER_FILE = "prepared.json"
 
@@ -118,13 +120,14 @@ def check_utterances(split, utterances, max_seconds=math.inf):
         row = _row(utterance, found[utterance.wav])
         if isinstance(row, Row) and row.duration > max_seconds:
             seconds += row.duration
-            row = _Flaw(f"longer than {max_seconds:g} s", f"{row.duration:.1f} s")
+            row = _Flaw(f"{TOO_LONG} {max_seconds:g} s", f"{row.duration:.1f} s")
         if isinstance(row, Row):
             rows.append(row)
         else:
             skipped.append(Skipped(split, utterance.ID, utterance.wav, *row))
     if seconds:
-        logger.warning("%s: utterances longer than %g s have %.2f hours together", split, max_seconds, seconds / 3600)
+        said = "%s: utterances longer than %g s (--max_duration) are left out; they have %.2f hours together"
+        logger.warning(said, split, max_seconds, seconds / 3600)
     return rows, skipped
 
 
@@ -186,7 +189,8 @@ def write_manifests(save_folder, splits, make, state, max_skipped, merged=None):
     state : dict
         All that the manifests depend on, in values that JSON can hold.
     max_skipped : float
-        The largest share of a split that may be left out, from 0 to 1, rounded up to whole utterances.
+        The largest share of a split that may be left out, from 0 to 1, rounded up to whole utterances; without those that are
+        only too long.
     merged : dict, optional
         Further manifests: lists of splits by file name.
 
@@ -259,9 +263,12 @@ def _report(split, rows, skipped, total, listed_in, max_skipped):
     reasons = Counter(skip.reason for skip in skipped).most_common()
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
     logger.warning("%s: %d of %d utterances skipped: %s; listed in %s", split, len(skipped), total, counts, listed_in)
-    if not rows or len(skipped) > math.ceil(max_skipped * total):
-        allowed = f", more than the allowed {max_skipped:.0%}" if rows else ""
+    flawed = [each for each in reasons if not each[0].startswith(TOO_LONG)] if rows else reasons
+    count = sum(number for _, number in flawed)
+    if not rows or count > math.ceil(max_skipped * total):
+        allowed, (reason, often) = f", more than the allowed {max_skipped:.0%}" if rows else "", flawed[0]
+        remedy = "raise --max_duration" if reason.startswith(TOO_LONG) else "fix the corpus"
         raise UserRuntimeError(
-            f"{len(skipped)} of {total} utterances in {split} cannot be used{allowed}, most often because of '{reasons[0][0]}' "
-            f"({reasons[0][1]}); they are listed in {listed_in}: fix the corpus{', or raise max_skipped' if rows else ''}."
+            f"{count} of {total} utterances in {split} cannot be used{allowed}, most often because of '{reason}' ({often}); they "
+            f"are listed in {listed_in}: {remedy}{', or raise max_skipped' if rows else ''}."
         )
