@@ -15,6 +15,7 @@ from tiny import SENTENCES, SMALL, SMALL_TRANSDUCER, arguments, make_corpus, row
 
 from speechbrain_ext import registry
 from speechbrain_ext.dataio.datasets import drop_unfit
+from speechbrain_ext.encoders import StreamingContext
 from speechbrain_ext.hparams import load_hparams
 from speechbrain_ext.inference import load_model
 from speechbrain_ext.lobes.augment import repeated
@@ -52,6 +53,11 @@ def test_an_encoder_of_one_s_own_trains_and_loads(tmp_path, monkeypatch):
     assert [(row.architecture, row.experiment) for row in result.rows] == [("mine", "mine")]
     model = load_model(result.folders["pretrained"], "cpu")
     assert type(model.mods.encoder.transformer.encoder).__name__ == "MineEncoder"
+
+
+def test_a_streaming_state_of_one_s_own_may_be_a_dict():
+    state = {"left": torch.zeros(2), "more": [torch.zeros(3), {"count": 1}]}
+    assert StreamingContext(None, [state, None]).state_bytes() == 20
 
 
 def test_a_bug_in_an_encoder_of_one_s_own_shows_where_it_is(tmp_path, monkeypatch):

@@ -84,8 +84,8 @@ class StreamingContext:
 def _tensors(value: Any):
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
     elif is_dataclass(value):
         for field in fields(value):

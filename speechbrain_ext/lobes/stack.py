@@ -5,7 +5,8 @@
 ``forward(x, shared, mask, config)``
     (B, T, D) to (B, T, D); ``mask`` is (B, T) bool or None, True = padding; ``config`` is the chunk setting or None.
 ``initial_state(config)``, ``prepare_stream(x, state)``, ``stream(x, state, shared)``
-    The same chunk by chunk; the state is updated in place.
+    The same chunk by chunk; the state is updated in place. It is a dataclass, dict, list or tuple of tensors, plain values or
+    more of these; nothing else is counted in its size, or exported.
 ``chunk_multiple`` (optional attribute)
     A chunk length must be a multiple of it.
 
