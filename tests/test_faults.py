@@ -250,6 +250,13 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
         ({"fea_augment": "{frequency_mask_width: [80, 100]}"}, "which hides all 80 bins; give less"),
         ({"normalize": "{update_until_epoch: x}"}, "update_until_epoch is 'x'; give a number"),
         ({"compute_features": "{n_fft: 100}"}, "--compute_features cannot be used"),
+        (
+            {
+                "subsampling": "!new:speechbrain.lobes.models.convolution.ConvolutionFrontEnd {input_shape: [8, 10, 80]}",
+                "Transformer": "{input_size: 640}",
+            },
+            "--subsampling is ConvolutionFrontEnd, which has no factor",
+        ),
         ({"sample_rate": "44100"}, "its windows have 1102 samples, more than n_fft 400; give --compute_features '{n_fft: 2048}'"),
         ({"opt_class": "{weight_decay: -1}"}, "--opt_class cannot be used: Invalid weight_decay"),
         ({"opt_class": "!name:torch.optim.LBFGS {}"}, "--opt_class cannot be used: its step needs a closure"),

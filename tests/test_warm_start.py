@@ -318,6 +318,16 @@ def test_the_loss_of_a_transducer_begins_with_the_ctc_head(tmp_path):
         assert torch.equal(value, hparams["transducer_cost"].frame_scores.state_dict()[name])
 
 
+def test_a_normalization_of_ones_own_needs_no_statistics(tmp_path):
+    tokenizer = arrange_tokenizer(make_tokenizer(), 0, 1, 2, 3)
+    keys = {"vocab_size": pieces(tokenizer).vocab_size(), "num_decoder_layers": 0}
+    theirs, (hparams, mine) = (small(tmp_path, "conformer", **keys, seed=seed) for seed in (1, 2))
+    (tmp_path / "tokens.model").write_bytes(tokenizer)
+    source = Source("source", "", theirs[1].state_dict(), "", tokenizer, 0)
+    begin_with(source, hparams | {"normalize": torch.nn.Identity()}, tmp_path / "tokens.model")
+    assert torch.equal(theirs[1]["ctc_lin"].w.weight, mine["ctc_lin"].w.weight)
+
+
 @pytest.mark.parametrize("kind", ["pruned", "full"])
 def test_the_pruned_loss_of_a_new_transducer_without_a_warm_up_is_warned_of(kind, train, tmp_path):
     make_model(tmp_path, 0, "conformer")

@@ -421,9 +421,9 @@ def check_parts(hparams):
     Raises
     ------
     UsageError
-        If features cannot be made, have another number of bins than subsampling takes, or would get no statistics; if the
-        optimizer cannot make a step; if an augmentation does not return a batch and its lengths; or if the schedule does not
-        follow steps, or checkpoints cannot keep it.
+        If subsampling does not state its factor; if features cannot be made, have another number of bins than subsampling takes,
+        or would get no statistics; if the optimizer cannot make a step; if an augmentation does not return a batch and its
+        lengths; or if the schedule does not follow steps, or checkpoints cannot keep it.
     """
     normalize, frozen = hparams["normalize"], hparams["freeze"]
     is_global = isinstance(normalize, InputNormalization) and normalize.norm_type == "global"
@@ -434,6 +434,12 @@ def check_parts(hparams):
                 f"update_until_epoch of --normalize is {until}, and --freeze is {as_plain(frozen)}: the features would have no "
                 "statistics; give at least 2, and do not freeze normalize."
             )
+
+    if not hasattr(hparams["subsampling"], "factor"):
+        raise UsageError(
+            f"--subsampling is {type(hparams['subsampling']).__name__}, which has no factor, the number of feature frames in an "
+            "encoder frame; give a class of speechbrain_ext.lobes.subsampling, or one that takes and returns what these do."
+        )
 
     def make_features():
         stft = getattr(hparams["compute_features"], "compute_STFT", None)

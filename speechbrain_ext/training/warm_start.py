@@ -205,14 +205,15 @@ def begin_with(source, hparams, tokenizer_file):
         if is_new and loss.is_pruned and loss.warmup is None:
             logger.warning("%s has no transducer: a new one needs a warm-up; give --transducer_warmup 300.", source.name)
     normalize = hparams["normalize"]
-    learned = normalize.glob_mean.numel() if normalize.norm_type == "global" else 0
+    is_global = getattr(normalize, "norm_type", None) == "global"  # a class of the user may have no such statistics
+    learned = normalize.glob_mean.numel() if is_global else 0
     wanted = hparams["compute_features"](torch.zeros(1, hparams["sample_rate"])).shape[-1]
     if learned and learned != wanted:
         raise UserError(
             f"{source.name} has statistics of {learned} features, but this model has {wanted}; give the features of that model, "
             "or leave the statistics out, --init_exclude '[normalize]'."
         )
-    if normalize.norm_type == "global" and not learned and normalize.update_until_epoch <= 1:
+    if is_global and not learned and normalize.update_until_epoch <= 1:
         raise UserError(
             f"{source.name} has no statistics of features, and update_until_epoch is too small to compute them; raise it: "
             "--normalize '{update_until_epoch: 4}'."
