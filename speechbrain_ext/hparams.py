@@ -65,8 +65,9 @@ def merge_hparams(paths, overrides=""):
     if isinstance(overrides, str):
         overrides = parse_overrides(overrides)
     check_known(overrides, tree, Path(paths[0]).name)
-    text = StringIO()
-    ruamel.yaml.YAML().dump(_override(tree, overrides), text)
+    text, tree = StringIO(), _override(tree, overrides)
+    _as_block(tree)
+    ruamel.yaml.YAML().dump(tree, text)
     return text.getvalue()
 
 
@@ -387,6 +388,18 @@ def _override(tree, overrides):
         else:
             recursive_update(tree, {key: value})
     return tree
+
+
+def _as_block(node):
+    """Write lists of objects, and all around them, one item a line; returns whether there are any.
+
+    Of ``[!new:A {b: 1}]`` ruamel.yaml writes ``[!new:A b: 1]``, here and in HyperPyYAML, and reads another thing from that.
+    """
+    parts = [*node.values()] if isinstance(node, dict) else node if isinstance(node, list) else []
+    found = any([_as_block(part) for part in parts]) or isinstance(node, list) and any(map(_is_tagged, node))
+    if found and hasattr(node, "fa"):
+        node.fa.set_block_style()
+    return found
 
 
 def _is_tagged(value):

@@ -42,6 +42,21 @@ def test_a_tagged_mapping_replaces_and_a_plain_one_merges(write):
     assert load_hparams(top) == {"a": {"y": 2}, "b": {"x": 1, "y": 2}}
 
 
+@pytest.mark.parametrize(
+    "value, built",
+    [
+        ("[NEW {a: 1}, NEW {a: 2, b: 3}, 4]", "[Counter({'a': 1}), Counter({'b': 3, 'a': 2}), 4]"),
+        ("{b: [[NEW {a: 1}], 2]}", "{'b': [[Counter({'a': 1})], 2]}"),
+        ("NEW {b: [NEW {}, NEW {a: [NEW {a: 1}]}]}", "Counter({'b': [Counter(), Counter({'a': [Counter({'a': 1})]})]})"),
+    ],
+)
+def test_objects_in_lists_keep_their_keys(value, built, write):
+    """HyperPyYAML loses the braces of these."""
+    value = value.replace("NEW", "!new:collections.Counter")
+    assert repr(load_hparams(write("a.yaml", f"x: {value}\n"))["x"]) == built
+    assert repr(load_hparams(write("b.yaml", "x: null\n"), f"x: {value}")["x"]) == built
+
+
 def test_several_files_override_one_another(write):
     base, more = write("base.yaml", "a: 1\nb: null\n"), write("more.yaml", "b: {c: !ref <a>}\n")
     assert load_hparams([base, more]) == {"a": 1, "b": {"c": 1}}
