@@ -274,6 +274,10 @@ DYNAMIC = "speechbrain.dataio.sampler.DynamicBatchSampler"
                 "CyclicLRScheduler {}",
             )
         ),
+        (
+            {"lr_annealing": f"!new:{SCHEDULES}.CyclicLRScheduler {{}}"},
+            "is called with (optimizer) or (optimizer, num_updates), and has SpeechBrain's register_checkpoint_hooks",
+        ),
         ({"eval_batch_sampler": "{num_buckets: 0}"}, "num_buckets is 0; give a whole number of 1 or more"),
         ({"eval_batch_sampler": "{max_batch_ex: 0}"}, "max_batch_ex is 0; give a whole number of 1 or more"),
         (

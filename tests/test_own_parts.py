@@ -152,6 +152,7 @@ def test_an_augmentation_of_one_s_own_is_tried_before_the_training():
         (elsewhere, None),
         (lambda wavs, lens: [wavs, lens], None),
         (Alone(), "--wav_augment is Alone, .*: it returns only a tensor"),
+        (lambda wavs, lens: (wavs.mean(), lens), r"it makes the shapes \(\) and \(3,\)"),
         (Longer(), r"it makes the shapes \(4, 16000\) and \(4,\) of \(3, 16000\) and \(3,\)"),
     ):
         states = torch.get_rng_state(), random.getstate()

@@ -515,8 +515,8 @@ def _flaw_of_augmented(found, batch):
     if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(isinstance(each, torch.Tensor) for each in found):
         return f"it returns {'only a tensor' if isinstance(found, torch.Tensor) else f'a {type(found).__name__}'}"
     (samples, lens), count = found, len(batch)
-    is_whole_copies = len(samples) > 0 and len(samples) % count == 0 and samples.shape[2:] == batch.shape[2:]
-    if samples.dim() != batch.dim() or not is_whole_copies or lens.shape != samples.shape[:1]:
+    fits = samples.dim() == batch.dim() and samples.shape[2:] == batch.shape[2:] and lens.shape == samples.shape[:1]
+    if not fits or not len(samples) or len(samples) % count:
         return f"it makes the shapes {tuple(samples.shape)} and {tuple(lens.shape)} of {tuple(batch.shape)} and ({count},)"
     return None
 
@@ -537,8 +537,10 @@ def _check_schedule(schedule, optimizer):
         if runs_foreign_code(error):
             raise  # a bug in a class of the user
         raise UsageError(
-            f"lr_annealing is {type(schedule).__name__}, which does not follow optimizer steps or cannot be saved; give "
-            f"for example NoamScheduler or WarmCoolDecayLRSchedule. The reason: {one_line(error)}"
+            f"lr_annealing is {type(schedule).__name__}, which does not follow optimizer steps or cannot be saved: "
+            f"{one_line(error)}; give for example NoamScheduler or WarmCoolDecayLRSchedule, or a class of your own that is "
+            "called with (optimizer) or (optimizer, num_updates), and has SpeechBrain's register_checkpoint_hooks, mark_as_saver and "
+            "mark_as_loader."
         ) from error
 
 
