@@ -539,8 +539,8 @@ def _check_schedule(schedule, optimizer):
         raise UsageError(
             f"lr_annealing is {type(schedule).__name__}, which does not follow optimizer steps or cannot be saved: "
             f"{one_line(error)}; give for example NoamScheduler or WarmCoolDecayLRSchedule, or a class of your own that is "
-            "called with (optimizer) or (optimizer, num_updates), and has SpeechBrain's register_checkpoint_hooks, mark_as_saver and "
-            "mark_as_loader."
+            "called with (optimizer) or (optimizer, num_updates), and has SpeechBrain's register_checkpoint_hooks, "
+            "mark_as_saver and mark_as_loader."
         ) from error
 
 
