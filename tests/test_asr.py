@@ -153,7 +153,7 @@ def test_speechbrain_weights_convert(attention):
     with pytest.raises(ValueError, match="no SpeechBrain Conformer"):
         convert_speechbrain(ours.state_dict(), nhead=4)
     shown = {"RoPEMHA": (3, "3, which does not divide the width 64")}
-    wrong, message = shown.get(attention, (2, "2, but these weights have 4 heads; give nhead=4"))
+    wrong, message = shown.get(attention, (2, "2, but these weights have 4 heads; give 4"))
     with pytest.raises(UserError, match=f"nhead is {message}"):
         convert_speechbrain(saved, nhead=wrong)
     for wrong in (0, None, "4", 4.0):

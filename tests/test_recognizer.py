@@ -395,17 +395,21 @@ def test_an_interrupted_run_goes_on_with_the_same_segments(model, long_file, tmp
     file = SegmentFile(tmp_path / "other", long_file, other)
     with file.opened():
         assert file.segments == [] and len(partial.read_text().splitlines()) == 1
-    # The same audio may be in another place, and be of another time; other audio is refused
-    copy = tmp_path / "copied" / long_file.name
-    copy.parent.mkdir()
-    copy.write_bytes(long_file.read_bytes())
-    os.utime(copy, (0, 0))
-    assert SegmentFile(tmp_path / "once", copy, settings).finished
-    with pytest.raises(ValueError, match=r"talk.jsonl is of other settings \(beam_size None, now 3\); move it away"):
-        SegmentFile(tmp_path / "once", copy, settings | {"beam_size": 3})
-    soundfile.write(copy, np.ones(1000), 16000)
+    # The same audio may have another time, and another place if it has left the first one; other audio is refused
+    os.utime(long_file, (0, 0))
+    assert SegmentFile(tmp_path / "once", long_file, settings).finished
+    moved = tmp_path / "moved" / long_file.name
+    moved.parent.mkdir()
+    shutil.copy(long_file, moved)
     with pytest.raises(ValueError, match="talk.jsonl is of other audio; move it away"):
-        SegmentFile(tmp_path / "once", copy, settings)
+        SegmentFile(tmp_path / "once", moved, settings)
+    long_file.unlink()
+    assert SegmentFile(tmp_path / "once", moved, settings).finished
+    with pytest.raises(ValueError, match=r"talk.jsonl is of other settings \(beam_size None, now 3\); move it away"):
+        SegmentFile(tmp_path / "once", moved, settings | {"beam_size": 3})
+    soundfile.write(moved, np.ones(1000), 16000)
+    with pytest.raises(ValueError, match="talk.jsonl is of other audio; move it away"):
+        SegmentFile(tmp_path / "once", moved, settings)
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ class SegmentFile:
         if len(os.fsencode(self._made_of.name)) + len("..4194304.tmp") > LONGEST_NAME:  # while it is written
             raise UserError(f"The name of {path} is too long for the files beside its transcript; rename it.")
         is_file = stat.S_ISREG(os.stat(path).st_mode)  # a pipe must not be read here
-        origin = {"audio": file_digest(path) if is_file else None}
+        origin = {"audio": os.path.abspath(path), "sha256": file_digest(path) if is_file else None}
         self._header = json.dumps(origin | settings, default=lambda number: number.item())  # settings may be numbers of numpy
         self.segments = []
         """All segments so far."""
@@ -192,28 +192,31 @@ class SegmentFile:
             self._known(self._partial.read_bytes())
 
     def _refuse_other(self):
-        if not self._made_of.exists() or self._made_of.read_bytes() != self._header.encode():
-            raise self._other(self._final, self._made_of.read_bytes() if self._made_of.exists() else b"")
+        if other := self._other(self._made_of.read_bytes() if self._made_of.exists() else b""):
+            raise UserError(f"{self._final} is of {other}; move it away, or give another folder.")
 
-    def _other(self, path, header):
-        """The error for a file of which this is the header."""
-        now, kinds = json.loads(self._header), {"audio": "other audio", "model": "another model"}
+    def _other(self, header):
+        """What a file with this header is made of, if it is other audio, another model or other settings; else empty."""
+        now = json.loads(self._header)
         try:
             before = json.loads(header)
-            key = next(key for key in now | before if before.get(key) != now.get(key))
-        except (ValueError, AttributeError, StopIteration):  # not written by this version
-            key = "audio"
-        what = kinds.get(key) or f"other settings ({key} {before.get(key)}, now {now.get(key)})"
-        return UserError(f"{path} is of {what}; move it away, or give another folder.")
+            if before["sha256"] == now["sha256"] and not os.path.exists(before["audio"]):
+                before["audio"] = now["audio"]  # it was moved
+            changed = next((key for key in now | before if before.get(key) != now.get(key)), None)
+        except (ValueError, KeyError, TypeError):  # not written by this version
+            changed = "audio"
+        kinds = {None: "", "audio": "other audio", "sha256": "other audio", "model": "another model"}
+        return kinds[changed] if changed in kinds else f"other settings ({changed} {before.get(changed)}, now {now.get(changed)})"
 
     def _known(self, content):
         """The segments of an unfinished file, and the number of bytes up to their end, without a line that a stop has cut."""
         header, *lines = content.split(b"\n")[:-1] or [b""]
         segments = _parse(lines)
-        if header == self._header.encode():
+        other = self._other(header)
+        if not other:
             return segments, sum(len(line) + 1 for line in (header, *lines[: len(segments)]))
         if segments:
-            raise self._other(self._partial, header)
+            raise UserError(f"{self._partial} is of {other}; move it away, or give another folder.")
         return [], 0
 
     @property

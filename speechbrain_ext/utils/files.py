@@ -325,7 +325,7 @@ def read_csv(path, fields=None):
             if fields is not None and tuple(reader.fieldnames or ()) != tuple(fields):
                 raise UserError(f"{path} has the columns of another kind of file or of another version; give another file.")
             for row in reader:
-                if any(row.pop(None, ())):  # a comma at the end of a line does no harm
+                if None in row:
                     raise UserError(
                         f"{path}, line {reader.line_num}, has more values than columns; put a value that holds a comma in "
                         "quotation marks."
