@@ -50,6 +50,9 @@ from speechbrain_ext.lobes.positions import sinusoids, stream_positions
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest_dtype
 from speechbrain_ext.utils.errors import UserError
 
+ROUNDED = 3000
+"""Length of the table of sinusoids in SpeechBrain's class, from positions in float32. Rounded ones add noise in long streams."""
+
 
 class _Generator(nn.Module):
     """One two-layer MLP per head, from a frame to k weights; it only holds parameters, see :class:`HyperMixing`."""
@@ -272,8 +275,13 @@ class HyperMixing(nn.Module):
         return self._table(state.frames, x)
 
     def _table(self, before, x):
-        positions = stream_positions(before, x.shape[1], x.device, widest_dtype(x.device))
-        table = sinusoids(positions, x.shape[2]).float()
+        """Sinusoids of a piece: of the first positions rounded as in SpeechBrain's table, and exact of later ones."""
+        frames, width = x.shape[1:]
+        positions = stream_positions(before, frames, x.device)
+        table = sinusoids(positions, width)
+        if isinstance(before, torch.Tensor) or before + frames > ROUNDED:
+            exact = sinusoids(positions.to(widest_dtype(x.device)), width).float()
+            table = torch.where((positions < ROUNDED).unsqueeze(-1), table, exact)
         return table if table.dim() == 3 else table.unsqueeze(0)
 
     def stream(self, x, state: HyperMixingState, shared):

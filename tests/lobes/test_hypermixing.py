@@ -6,6 +6,7 @@ from speechbrain.nnet.hypermixing import HyperMixing as SpeechBrainHyperMixing
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from speechbrain_ext.lobes.hypermixing import HyperMixing
+from speechbrain_ext.lobes.positions import sinusoids
 
 SIZES = [(144, 576, 8, False), (144, 576, 1, False), (64, 128, 4, True), (64, 256, 16, False), (36, 36, 3, True)]
 
@@ -29,6 +30,20 @@ def test_equals_speechbrain(width, hidden, heads, tied, fix):
         for padding in (None, mask):
             expected, _ = reference(x, x, x, key_padding_mask=padding)
             torch.testing.assert_close(ours(x, x, x, key_padding_mask=padding)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_positions_of_long_streams_are_exact():
+    """The first ones are those of SpeechBrain's table. Whole inputs, streams, and streams of different ages agree."""
+    mixing, x, week = HyperMixing(36, 36, 3), torch.zeros(2, 3100, 36), 7 * 24 * 3600 * 25
+    state = mixing.initial_state(DynChunkTrainConfig(4, None))
+    whole = mixing.prepare(x, None, None)[0]
+    assert torch.equal(whole[0, :3000], sinusoids(torch.arange(3000), 36))
+    for age in (0, 2996, 3000, 3050, week):
+        exact = sinusoids(age + torch.arange(4, dtype=torch.float64), 36)
+        for state.frames in (age, torch.tensor([age, 0]), torch.tensor(age)):
+            table = mixing.prepare_stream(x[:, :4], state)
+            torch.testing.assert_close(table[0].double(), exact, atol=1e-3 if age < 3000 else 1e-6, rtol=0)
+            assert table.dtype == torch.float32 and (age > 3096 or torch.equal(table[0], whole[0, age : age + 4]))
 
 
 def test_gradients_equal_speechbrain():
