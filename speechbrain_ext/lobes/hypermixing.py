@@ -279,7 +279,8 @@ class HyperMixing(nn.Module):
         frames, width = x.shape[1:]
         positions = stream_positions(before, frames, x.device)
         table = sinusoids(positions, width)
-        if isinstance(before, torch.Tensor) or before + frames > ROUNDED:
+        # Both in graphs, which are for all lengths
+        if torch.compiler.is_compiling() or isinstance(before, torch.Tensor) or before + frames > ROUNDED:
             exact = sinusoids(positions.to(widest_dtype(x.device)), width).float()
             table = torch.where((positions < ROUNDED).unsqueeze(-1), table, exact)
         return table if table.dim() == 3 else table.unsqueeze(0)
