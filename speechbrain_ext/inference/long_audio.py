@@ -7,9 +7,9 @@ of audio on both sides. Joined, they are close to the frames of the whole file a
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
-import stat
 from pathlib import Path
 
 import torch
@@ -169,9 +169,9 @@ class SegmentFile:
         self._made_of = self._final.with_name(f".{self._final.name}.from")
         if len(os.fsencode(self._made_of.name)) + len("..4194304.tmp") > LONGEST_NAME:  # while it is written
             raise UserError(f"The name of {path} is too long for the files beside its transcript; rename it.")
-        is_file = stat.S_ISREG(os.stat(path).st_mode)  # a pipe must not be read here
-        origin = {"audio": os.path.abspath(path), "sha256": file_digest(path) if is_file else None}
-        self._header = json.dumps(origin | settings, default=lambda number: number.item())  # settings may be numbers of numpy
+        file = os.stat(path)
+        self._audio = {"audio": os.path.abspath(path), "bytes": file.st_size, "time": file.st_mtime_ns}
+        self._settings = json.loads(json.dumps(settings, default=lambda number: number.item()))  # they may be numbers of numpy
         self.segments = []
         """All segments so far."""
         self.finished = self._final.exists()
@@ -195,18 +195,31 @@ class SegmentFile:
         if other := self._other(self._made_of.read_bytes() if self._made_of.exists() else b""):
             raise UserError(f"{self._final} is of {other}; move it away, or give another folder.")
 
+    @functools.cached_property
+    def _sha256(self):
+        """The digest of the audio; None for a pipe, and for a file that may not be read, whose own error comes later."""
+        path = self._audio["audio"]
+        return file_digest(path) if os.path.isfile(path) and os.access(path, os.R_OK) else None
+
+    @property
+    def _header(self):
+        return json.dumps(self._audio | {"sha256": self._sha256} | self._settings)
+
     def _other(self, header):
         """What a file with this header is made of, if it is other audio, another model or other settings; else empty."""
-        now = json.loads(self._header)
         try:
             before = json.loads(header)
-            if before["sha256"] == now["sha256"] and not os.path.exists(before["audio"]):
-                before["audio"] = now["audio"]  # it was moved
-            changed = next((key for key in now | before if before.get(key) != now.get(key)), None)
-        except (ValueError, KeyError, TypeError):  # not written by this version
-            changed = "audio"
-        kinds = {None: "", "audio": "other audio", "sha256": "other audio", "model": "another model"}
-        return kinds[changed] if changed in kinds else f"other settings ({changed} {before.get(changed)}, now {now.get(changed)})"
+            audio, digest = ({key: before.pop(key) for key in self._audio}, before.pop("sha256"))
+            is_another = audio["audio"] != self._audio["audio"] and os.path.exists(audio["audio"])  # it was not moved
+        except (ValueError, KeyError, TypeError, AttributeError):  # not written by this version
+            return "other audio"
+        if audio != self._audio and (is_another or digest != self._sha256):
+            return "other audio"
+        for key in self._settings | before:
+            old, new = before.get(key), self._settings.get(key)
+            if old != new:
+                return "another model" if key == "model" else f"other settings ({key} {old}, now {new})"
+        return ""
 
     def _known(self, content):
         """The segments of an unfinished file, and the number of bytes up to their end, without a line that a stop has cut."""
