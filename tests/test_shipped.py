@@ -1,6 +1,8 @@
 """The model that comes with the package: it loads by name, is small, and knows the words of a recording of a book."""
 
+import shutil
 import tomllib
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -74,6 +76,9 @@ def test_a_folder_of_its_name_does_not_hide_it(model, tmp_path, monkeypatch):
     (tmp_path / ENGLISH / "hyperparams.yaml").touch()  # a model folder
     with pytest.raises(FileNotFoundError, match="english is no model folder because it has no config.json; copy the model again"):
         load_model(device="cpu")
+    shutil.rmtree(tmp_path / ENGLISH)
+    shutil.copy(FOLDER / "tokenizer.ckpt", tmp_path / ENGLISH)  # a file of that name is the user's
+    assert locate(ENGLISH) == (ENGLISH, Path(ENGLISH)) and read_tokenizer(ENGLISH).vocab_size() == model.tokenizer.vocab_size()
 
 
 def test_an_installed_package_has_it():

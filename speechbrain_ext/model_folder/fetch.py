@@ -20,14 +20,14 @@ SHIPPED = Path(__file__).resolve().parents[1] / "models"
 
 
 def is_shipped(source):
-    """Whether a name is that of the package's model, and no model folder of the user has it.
+    """Whether a name is that of the package's model, and no file or model folder of the user has it.
 
     Example
     -------
     >>> is_shipped("english"), is_shipped("ann/english")
     (True, False)
     """
-    return source == ENGLISH and not (Path(source) / HYPERPARAMS).is_file()
+    return source == ENGLISH and not any(path.is_file() for path in (Path(source), Path(source) / HYPERPARAMS))
 
 
 def split_revision(source):

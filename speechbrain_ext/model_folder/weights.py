@@ -179,7 +179,7 @@ def read_tokenizer(source):
         If the tokenizer is damaged.
     """
     path, tokenizer = Path(source), SentencePieceProcessor()
-    if not path.is_file() or is_shipped(source):
+    if not path.is_file():
         missing = f"There is no model or tokenizer {{}}; {TOKENIZERS}."
         path = (
             path if path.is_dir() and not is_shipped(source) else download(*split_revision(str(source)), (TOKENIZER,), missing)
