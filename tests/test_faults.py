@@ -1,6 +1,8 @@
 """Faults that are common in other toolkits: empty success, values with two meanings, and races."""
 
 import csv
+import errno
+import fcntl
 import os
 import re
 import resource
@@ -23,6 +25,7 @@ from conftest import ROOT
 from sentencepiece import SentencePieceProcessor
 from speechbrain.inference.ASR import EncoderASR
 from tiny import CTC, SENTENCES, arguments, make_corpus
+from torch._utils import ExceptionWrapper
 
 from speechbrain_ext import cli
 from speechbrain_ext.brains.asr import AsrBrain
@@ -37,7 +40,7 @@ from speechbrain_ext.lobes.transducer_loss import TransducerLoss
 from speechbrain_ext.training import run as training
 from speechbrain_ext.training.results import append_rows
 from speechbrain_ext.training.settings import OF_DECODER, check_own_keys, choose_setting
-from speechbrain_ext.utils.errors import UserError
+from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import locked, replacing_folder
 from train import take_paths
 
@@ -501,6 +504,27 @@ def test_a_lock_waits_or_says_so(tmp_path):
     with locked(tmp_path / "x"):
         assert time.perf_counter() - began > 0.5
     holder.wait()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_told(number, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "x", "taken"):
+        assert f"The disk of {tmp_path / 'x'} has no locks" in caplog.text
+
+
+def test_the_error_of_a_process_that_loads_data_is_its_sentence():
+    try:
+        raise UserError("a/1.flac is cut: 3 s of 4 s; get it again.")
+    except UserError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError) as caught:
+        wrapped.reraise()
+    assert one_line(caught.value) == "a/1.flac is cut: 3 s of 4 s; get it again."
+    assert one_line("Caught a cold: stay in bed") == "Caught a cold: stay in bed"
 
 
 # -------------------- samples of any kind

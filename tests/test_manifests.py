@@ -1041,6 +1041,14 @@ def test_audio_of_the_training_set_to_validate_with_is_told(audio, tmp_path, cap
     assert "valid: 3 speakers are also in the training set: s0, s1, s2" in caplog.text
 
 
+def test_audio_of_the_validation_set_to_test_with_is_told(audio, tmp_path, caplog):
+    train, valid = utterances(audio)
+    train, valid = wenet(tmp_path / "t", train), wenet(tmp_path / "v", valid)
+    with caplog.at_level(logging.WARNING):
+        prepare(tmp_path / "save", train, valid, [f"test={valid}"])
+    assert "test: 3 utterances have the same audio as the validation set, which chooses the checkpoints: " in caplog.text
+
+
 # -------------------- again
 
 

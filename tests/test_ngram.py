@@ -200,6 +200,18 @@ def test_all_kinds_of_files_give_the_same(tmp_path):
     assert list(read_sentences([tmp_path], "upper")) == expected  # other texts in a folder with transcripts are ignored
     (tmp_path / "1-2.trans.txt").unlink()
     assert list(read_sentences([tmp_path], "upper")) == 5 * expected
+    wenet = '{"key": "a", "wav": "a.wav", "txt": "the cat"}\n{"key": "b", "wav": "b.wav", "txt": "the hat"}\n'
+    array = '[\n  {"wav": "a.wav", "text": "the cat"},\n  {"wav": "b.wav", "text": "the hat"}\n]\n'
+    for content in (wenet, array):  # known by its content
+        (tmp_path / "data.list").write_text(content)
+        assert list(read_sentences([tmp_path / "data.list"], "upper")) == expected
+    (tmp_path / "kaldi").mkdir()
+    (tmp_path / "kaldi" / "wav.scp").write_text("a a.wav\nb b.wav\n")
+    (tmp_path / "kaldi" / "text").write_text("a the cat\nb the hat\n")
+    for path in (tmp_path / "kaldi" / "text", tmp_path / "kaldi", tmp_path):
+        assert list(read_sentences([path], "upper")) == expected
+    (tmp_path / "chat.txt").write_text("[laughter] the cat\n{uh} the hat\n")
+    assert [*map(" ".join, read_sentences([tmp_path / "chat.txt"]))] == ["[laughter] the cat", "{uh} the hat"]
     (tmp_path / "book.txt").write_text("“Don’t,” she said -- twice!\n...\n", encoding="utf-8")
     assert list(read_sentences([tmp_path / "book.txt"], "lower", only_words=True)) == [["don't", "she", "said", "twice"]]
 

@@ -52,6 +52,15 @@ def test_losses_go_to_wandb_too(tmp_path, monkeypatch):
     assert [keys for _, keys in logged] == [{"step": 1}, {"step": 2}]
 
 
+def test_wandb_that_does_not_start_is_an_error_of_the_user(tmp_path, monkeypatch):
+    def init(**keys):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"W&B does not start \(api_key not configured \(no-tty\)\); log in with: wandb login"):
+        with_logger(FileTrainLogger(str(tmp_path / "log.txt")), "wandb", tmp_path, "mine")
+
+
 def test_a_list_of_files_is_all_that_is_printed_without_arguments():
     run = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True, text=True, check=True)
     assert run.stdout and not run.stderr

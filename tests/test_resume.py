@@ -397,11 +397,19 @@ def test_an_epoch_that_another_number_of_processes_has_begun_begins_again(tmp_pa
 def test_a_process_that_the_run_did_not_have_draws_other_numbers(tmp_path, monkeypatch):
     RandomStates().save(tmp_path / "states.ckpt")
     drawn = []
-    for rank in (None, 1, 2, 1):
-        monkeypatch.setattr(checkpoints, "get_rank", lambda rank=rank: rank)
+    for rank in (0, 1, 2, 1):
+        monkeypatch.setattr(checkpoints, "process_number", lambda rank=rank: rank)
         RandomStates().load(tmp_path / "states.ckpt", end_of_epoch=True)
         drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert drawn[1] == drawn[3] and all(len(set(column)) == 3 for column in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "JSM_NAMESPACE_RANK", "RANK"])
+def test_the_number_of_a_job_is_not_that_of_a_process(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    RandomStates().save(tmp_path / "states.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["states.ckpt"]
+    RandomStates().load(tmp_path / "states.ckpt", end_of_epoch=True)
 
 
 def test_two_processes_with_one_batch_and_then_one_process(corpus, tmp_path):

@@ -113,9 +113,14 @@ def test_compiling_is_done_once_for_all_lengths(monkeypatch, tmp_path):
     assert not any("_orig_mod" in name for name in brain.modules.model.state_dict())  # checkpoints are those of eager training
 
 
-def test_too_little_memory_is_said_with_what_to_do(corpus, tmp_path, monkeypatch, capsys):
-    def forward(*arguments, **keys):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+@pytest.mark.parametrize("in_training, sampler", [(True, "train_batch_sampler"), (False, "eval_batch_sampler")])
+def test_too_little_memory_is_said_with_what_to_do(in_training, sampler, corpus, tmp_path, monkeypatch, capsys):
+    computed = AsrModel.forward
+
+    def forward(self, *arguments, **keys):
+        if self.training == in_training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return computed(self, *arguments, **keys)
 
     monkeypatch.setattr(AsrModel, "forward", forward)
     monkeypatch.chdir(tiny.ROOT)
@@ -123,7 +128,9 @@ def test_too_little_memory_is_said_with_what_to_do(corpus, tmp_path, monkeypatch
     keys = {**tiny.SMALL, **files, "device": "cpu", "train_batch_sampler": "{max_batch_length: 9, shuffle: False}"}
     assert train.main(["hparams/hyperconformer.yaml", *tiny.arguments(**keys)]) == 1
     said = capsys.readouterr().err
-    assert "too little memory on cpu for a batch of" in said and "2 GiB" in said and "lower max_batch_length" in said
+    assert (
+        "too little memory on cpu for a batch of" in said and "2 GiB" in said and f"lower max_batch_length of {sampler}" in said
+    )
 
 
 @pytest.mark.parametrize(

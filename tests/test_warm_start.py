@@ -27,7 +27,7 @@ from speechbrain_ext.inference import load_model
 from speechbrain_ext.model_folder.write import model_parts
 from speechbrain_ext.training import sources
 from speechbrain_ext.training.run import UsageError, run
-from speechbrain_ext.training.settings import take_paths
+from speechbrain_ext.training.settings import choose_setting, take_paths
 from speechbrain_ext.training.sources import Source, read_source
 from speechbrain_ext.training.warm_start import begin_with, warm_start
 from speechbrain_ext.utils.errors import UserError
@@ -443,6 +443,29 @@ def test_an_interrupted_fine_tuning_ends_in_the_same_weights(train, tmp_path, mo
     assert not torch.equal(states[-1][encoder[0]], states[0][encoder[0]])
     with pytest.raises(UserError, match="holds a run with init_from .*; give another --output_folder"):
         train("finetune", output_folder="interrupted", **{**keys, "init_from": straight.folders["pretrained"]})
+
+
+def test_fine_tuning_on_a_corpus_keeps_its_settings_and_the_sizes_of_the_model(train, tmp_path):
+    make_model(tmp_path, 0, "hyperconformer")
+    argv, paths = take_paths(
+        [str(ROOT / "hparams" / "finetune.yaml"), "--init_from", str(tmp_path / "model"), "--data_folder", "x"]
+    )
+    mini, model = str(ROOT / "recipes" / "MiniLibriSpeech" / "corpus.yaml"), numbers(SMALL)
+    plain = choose_setting(*sb.parse_arguments(argv), paths, mini, None).plain()
+    assert plain["corpus"] == "MiniLibriSpeech" and plain["lr"] == 0.00022 and plain["number_of_epochs"] == 20
+    assert plain["warmup_steps"] == 100 and plain["num_encoder_layers"] == model["num_encoder_layers"]
+
+
+def test_transcripts_that_the_tokenizer_of_the_model_cannot_write_are_refused(train, corpus, tmp_path):
+    make_model(tmp_path, 0, "hyperconformer")
+    paths = sorted((corpus / "train-tiny").glob("*/*/*.flac"))
+    lines = [json.dumps({"audio_filepath": str(path), "text": f"ß{number}"}) for number, path in enumerate(paths)]
+    for name, some in (("train", lines[1:]), ("dev", lines[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+    keys = {**OF_THE_MODEL, "dev_split": None, "train_splits": None, "test_splits": None, "init_from": "model"}
+    told = "Most transcripts of the set .* have characters that the given tokenizer lacks .*ß.*--tokenizer_from new"
+    with pytest.raises(UserError, match=told):
+        train("finetune", data=["--train_manifest", "train.jsonl", "--valid_manifest", "dev.jsonl"], **keys)
 
 
 # ------------------------------------------------------------------ whole runs

@@ -229,6 +229,8 @@ class AsrBrain(Brain):
 
     passes = (None,)
     """The encoder's passes to validate and test; their names precede those of searches."""
+    test_set = ""
+    """The name of the test set, for the log."""
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])
@@ -410,13 +412,33 @@ class AsrBrain(Brain):
             self.unread.append((loss.detach(), self.step, batch.id))
             read = self.optimizers_step() if should_step else []
         except torch.OutOfMemoryError as error:
-            raise UserRuntimeError(
-                f"There is too little memory on {self.device} for a batch of {len(batch.id)} utterances and "
-                f"{float(batch.duration.sum()):.0f} s ({one_line(error, 100)}); lower max_batch_length of train_batch_sampler, "
-                "set activation_checkpointing to True, or give --precision bf16."
-            ) from error
+            remedy = (
+                "lower max_batch_length of train_batch_sampler, set activation_checkpointing to True, or give --precision bf16"
+            )
+            raise self.too_little_memory(batch, error, remedy) from error
         self.on_fit_batch_end(batch, outputs, loss, should_step)
         return read
+
+    def evaluate_batch(self, batch, stage):
+        """As in SpeechBrain.
+
+        Raises
+        ------
+        UserRuntimeError
+            If a GPU has too little memory.
+        """
+        try:
+            return super().evaluate_batch(batch, stage)
+        except torch.OutOfMemoryError as error:
+            remedy = "lower max_batch_length of eval_batch_sampler, and run the same command again, which continues from here"
+            raise self.too_little_memory(batch, error, remedy) from error
+
+    def too_little_memory(self, batch, error, remedy):
+        """The error for a batch that does not fit into the memory of the device."""
+        return UserRuntimeError(
+            f"There is too little memory on {self.device} for a batch of {len(batch.id)} utterances and "
+            f"{float(batch.duration.sum()):.0f} s ({one_line(error, 100)}); {remedy}."
+        )
 
     def update_average(self, loss, avg_loss):
         """As in SpeechBrain, but training uses the losses that :meth:`fit_batch` has read, as (loss, step)."""
@@ -609,6 +631,8 @@ class AsrBrain(Brain):
                 num_to_keep=self.hparams.average_checkpoints,
             )
         else:
+            if self.test_set:  # loggers such as W&B keep one value of each name
+                stats = {f"{name} of {self.test_set}": value for name, value in stats.items()}
             self.hparams.train_logger.log_stats({"epoch": self.hparams.epoch_counter.current}, test_stats=stats)
 
     def on_evaluate_start(self, max_key=None, min_key=None):

@@ -106,7 +106,7 @@ def _read(arguments, model):
     """The utterances of each test set, and those that cannot be used."""
     from speechbrain_ext.dataio.manifests import named_manifests, read_entries, select
     from speechbrain_ext.dataio.preparation import check_utterances
-    from speechbrain_ext.dataio.tokenizer import unknown_characters
+    from speechbrain_ext.dataio.tokenizer import most_frequent, remedy_for, unknown_characters
 
     sets = {}
     for name, path in named_manifests(arguments.manifests).items():
@@ -119,25 +119,13 @@ def _read(arguments, model):
         unknown = unknown_characters(model.tokenizer, [row.wrd for row in rows])
         if unknown:
             most = max(unknown.values())
-            shown = " ".join(sorted(unknown, key=lambda character: (-unknown[character], character))[:5])
-            fault = f"transcripts of {path} have characters that the model does not write ({shown})"
-            remedy = _remedy(unknown, model.tokenizer)
+            fault = f"transcripts of {path} have characters that the model does not write ({most_frequent(unknown)})"
+            remedy = remedy_for(unknown, model.tokenizer, "--text-normalization", "--words-only")
             if 2 * most > len(rows):
                 raise UsageError(f"Most {fault}; {remedy}.")
             say(f"{most} or more {fault}, which count as errors; {remedy}.")
         sets[name] = rows, flawed + skipped
     return sets
-
-
-def _remedy(characters, tokenizer):
-    """What to do about characters that a tokenizer lacks."""
-    from speechbrain_ext.dataio.text import words_only
-    from speechbrain_ext.dataio.tokenizer import unknown_characters
-
-    letters = words_only(" ".join(characters))
-    if len(unknown_characters(tokenizer, letters.swapcase().split())) < len(letters.split()):
-        return "give the case of its training transcripts as --text-normalization upper or lower"
-    return "write numbers as words, and names without foreign letters" if letters else "leave out punctuation with --words-only"
 
 
 def _row(arguments, model, unknown, test_set, rows, search, error_rate, seconds):

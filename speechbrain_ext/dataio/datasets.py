@@ -323,7 +323,7 @@ class MixedBatches:
     mixed : set of str
         Ids of the utterances to draw from; all others are in every epoch.
     share : float
-        Share of drawn utterances in an epoch. If there are too few, some are drawn more than once.
+        Share of drawn utterances in an epoch, not of their seconds. If there are too few, some are drawn more than once.
     seed : int
         Seed of the draws.
 

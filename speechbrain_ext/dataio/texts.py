@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -22,6 +23,8 @@ SUFFIXES = (".txt", *MANIFESTS)
 """Suffixes of the files that are read from a folder; .gz may follow each."""
 ARPA_BEGIN = "\\data\\"
 """The line before the n-grams in an ARPA file."""
+JSON_BEGIN = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')
+"""The beginning of objects in JSON, which no sentence has."""
 SHOWN = 1000
 """Number of lines between updates of the progress bar."""
 
@@ -32,9 +35,9 @@ def read_sentences(paths, case="none", only_words=False, progress=False, output=
     Arguments
     ---------
     paths : list of str or os.PathLike
-        Text files with a sentence per line, transcripts in LibriSpeech layout (``.trans.txt``), manifests in CSV or JSON (see
-        :mod:`speechbrain_ext.dataio.manifests`), and folders of such files. If a folder has ``.trans.txt`` files, only these are
-        read. Files may be compressed with gzip.
+        Text files with a sentence per line, transcripts of LibriSpeech (``.trans.txt``) and Kaldi (``text`` beside ``wav.scp``),
+        manifests in CSV or JSON (see :mod:`speechbrain_ext.dataio.manifests`), and folders of such files. If a folder has
+        transcripts of LibriSpeech or Kaldi, only these are read. Files may be compressed with gzip.
     case : str
         "none" (unchanged), "upper" or "lower", as ``text_normalization`` in training.
     only_words : bool
@@ -87,7 +90,7 @@ def _files(path):
     if not path.is_dir():
         return [path]
     inside = [file for file in map(Path, files_inside(path)) if file.is_file()]
-    files = [file for file in inside if _kind(file) in SUFFIXES]
+    files = [file for file in inside if _kind(file) in SUFFIXES or _has_ids(file)]
     if not files:
         kinds = listing(sorted({file.suffix or "no suffix" for file in inside}))
         raise UserError(f"{path} holds no text ({', '.join(SUFFIXES)}), only files of the kinds {kinds}; give another path.")
@@ -95,7 +98,16 @@ def _files(path):
 
 
 def _has_ids(path):
-    return path.name.removesuffix(".gz").endswith(TRANSCRIPTS)
+    is_kaldi = path.name == "text" and (path.parent / "wav.scp").exists()
+    return is_kaldi or path.name.removesuffix(".gz").endswith(TRANSCRIPTS)
+
+
+def _is_manifest(path):
+    """Whether a file is a manifest by its suffix, or holds JSON."""
+    if _kind(path) in MANIFESTS or not path.is_file():
+        return _kind(path) in MANIFESTS
+    with open(path, "rb") as file, _opened(file) as lines:
+        return bool(JSON_BEGIN.match(lines.read(SHOWN)))
 
 
 def _kind(path):
@@ -104,7 +116,7 @@ def _kind(path):
 
 def _lines(path, bar):
     try:
-        if _kind(path) in MANIFESTS:
+        if _is_manifest(path):
             # Imported here because it imports all code for audio, 300 MB, which other texts do not need
             from speechbrain_ext.dataio.records import Unusable, read_records, read_transcript
 

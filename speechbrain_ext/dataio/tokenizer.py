@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from speechbrain_ext.dataio.text import normal_form
+from speechbrain_ext.dataio.text import normal_form, words_only
 from speechbrain_ext.utils.errors import UserError, one_line
 from speechbrain_ext.utils.files import file_digest, replacing, write_text
 
@@ -121,6 +121,35 @@ def unknown_characters(tokenizer, transcripts):
             pieces = tokenizer.encode_as_immutable_proto(text).pieces
             counts.update({character for piece in pieces if piece.id == unknown for character in piece.surface})
     return counts
+
+
+def most_frequent(characters, number=5):
+    """The most frequent characters of a Counter, with spaces between them."""
+    return " ".join(sorted(characters, key=lambda character: (-characters[character], character))[:number])
+
+
+def remedy_for(characters, tokenizer, case_option, words_option):
+    """What to do about characters that a tokenizer lacks, as part of a sentence.
+
+    Arguments
+    ---------
+    characters : iterable of str
+        The characters.
+    tokenizer : sentencepiece.SentencePieceProcessor
+        The tokenizer.
+    case_option, words_option : str
+        Options of the command that change the case, and that leave out punctuation.
+
+    Returns
+    -------
+    str
+    """
+    letters = words_only(" ".join(characters))
+    if len(unknown_characters(tokenizer, letters.swapcase().split())) < len(letters.split()):
+        return f"give the case of its training transcripts as {case_option} upper or lower"
+    return (
+        "write numbers as words, and names without foreign letters" if letters else f"leave out punctuation with {words_option}"
+    )
 
 
 # Numbers of fields in SentencePiece's file format (sentencepiece_model.proto)

@@ -21,10 +21,11 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import ddp_barrier, get_rank, if_main_process
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
+from speechbrain_ext.utils.distributed import process_number
 from speechbrain_ext.utils.errors import UserError, UserRuntimeError, one_line
 
 logger = get_logger(__name__)
@@ -272,11 +273,11 @@ class RandomStates:
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         random.setstate(states["python"])
         if not is_known:  # there are more processes now; each draws other numbers
-            seed_everything(int(torch.randint(2**31, ())) + get_rank(), verbose=False)
+            seed_everything(int(torch.randint(2**31, ())) + process_number(), verbose=False)
 
     @staticmethod
     def _of_this_process(path):
-        rank = get_rank() or 0
+        rank = process_number()
         # with another suffix, a Checkpointer does not treat the file as a recoverable
         return path.with_suffix(f".rank{rank}") if rank else path
 

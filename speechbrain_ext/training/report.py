@@ -5,9 +5,10 @@ import textwrap
 import uuid
 from pathlib import Path
 
+from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.run_opts import HELP_TEXTS
 
-from speechbrain_ext.utils.errors import UsageError, UserImportError, forget_output
+from speechbrain_ext.utils.errors import UsageError, UserImportError, UserRuntimeError, forget_output, one_line
 from speechbrain_ext.utils.files import write_text
 
 LOGGERS = ("tensorboard", "wandb")
@@ -155,6 +156,8 @@ def with_logger(file_logger, name, folder, experiment):
     ------
     UserImportError
         If its package is not installed.
+    UserRuntimeError
+        If W&B does not start.
     """
     check_logger(name)
     if name is None:
@@ -168,13 +171,20 @@ def with_logger(file_logger, name, folder, experiment):
     except ImportError as error:
         raise UserImportError(f"--logger {name} needs the package {name}; install it with: pip install {name}") from error
 
-    def begin(**keys):  # a restarted training continues the W&B run that its folder names
-        known = Path(folder) / "wandb_id"
+    begun = None
+    if if_main_process():
+        known = Path(folder) / "wandb_id"  # a restarted training continues the W&B run that its folder names
         if not known.exists():
             write_text(known, uuid.uuid4().hex)
-        return wandb.init(dir=str(folder), id=known.read_text(encoding="utf-8"), resume="allow", **keys)
+        keys = {"dir": str(folder), "id": known.read_text(encoding="utf-8"), "project": "speechbrain_ext", "name": experiment}
+        try:
+            begun = wandb.init(resume="allow", **keys)
+        except Exception as error:  # here, because SpeechBrain's logger would fail at its own message
+            raise UserRuntimeError(
+                f"--logger wandb: W&B does not start ({one_line(error)}); log in with: wandb login, or set WANDB_MODE=offline."
+            ) from error
 
-    return Loggers([file_logger, WandBLogger(begin, project="speechbrain_ext", name=experiment)])
+    return Loggers([file_logger, WandBLogger(lambda: begun)])
 
 
 def read_log(path, by="epoch"):

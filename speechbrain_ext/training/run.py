@@ -16,7 +16,7 @@ import ruamel.yaml
 import sentencepiece
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import get_rank, if_main_process, run_on_main
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.seed import seed_everything
 
@@ -29,7 +29,7 @@ from speechbrain_ext.dataio.datasets import (
     merge_manifests,
     read_manifest,
 )
-from speechbrain_ext.dataio.tokenizer import train_tokenizer, unknown_characters
+from speechbrain_ext.dataio.tokenizer import most_frequent, remedy_for, train_tokenizer, unknown_characters
 from speechbrain_ext.decoders.lm import make_scorer
 from speechbrain_ext.hparams import as_plain, tag_of
 from speechbrain_ext.model_folder import HYPERPARAMS
@@ -43,7 +43,7 @@ from speechbrain_ext.training.results import ResultRow, append_rows, check_table
 from speechbrain_ext.training.settings import check_folder, check_parts, checked_options, choose_setting, recorded
 from speechbrain_ext.training.sources import locate, read_architecture, read_source
 from speechbrain_ext.training.warm_start import ROLES, begin_with, chosen_tokenizer
-from speechbrain_ext.utils.distributed import is_distributed
+from speechbrain_ext.utils.distributed import is_distributed, process_number
 from speechbrain_ext.utils.error_rates import error_figures, error_sentence
 from speechbrain_ext.utils.errors import UsageError, UserError, UserRuntimeError, one_line, raised_in
 from speechbrain_ext.utils.files import file_digest, locked, write_bytes, write_text
@@ -161,7 +161,9 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
     setting, hparams = with_tokenizer(setting, hparams, tokenizer_file, tokens)
     datasets = make_datasets(hparams, manifests)
     for key, dataset in datasets.items():
-        report_unknown(dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key))
+        report_unknown(
+            dataset, hparams["tokenizer"], {TRAIN: "train", VALID: "valid"}.get(key, key), is_given=tokenizer is not None
+        )
     for key, name in ((TRAIN, "train"), (VALID, "valid")):
         drop_unfit(datasets[key], hparams, output / f"unfit_{name}.csv", name)
     origin = {"utterances": digest_of(datasets[TRAIN]), "validation utterances": digest_of(datasets[VALID])}
@@ -180,7 +182,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
             hparams[search].check()  # raises its errors before the training
 
     # A restarted run skips completed steps, which draw random numbers; from here on both draw the same
-    seed_everything(hparams["seed"] + (get_rank() or 0), verbose=False)
+    seed_everything(hparams["seed"] + process_number(), verbose=False)
     if source is not None and begun is None:
         report_differences(source, setting, hparams)
         begin_with(source, hparams, tokenizer_file)
@@ -206,6 +208,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         round_weights(weights, hparams["weights_precision"])  # what is tested is what is written
     rows, shown = [], ""
     for split in hparams["test_splits"]:
+        brain.test_set = split
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])
         shown = shown or examples(next(reversed(brain.error_rates.values())).scores)
         rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
@@ -332,9 +335,15 @@ def with_tokenizer(setting, hparams, path, tokens):
     return setting, hparams
 
 
-def report_unknown(dataset, tokenizer, name):
-    """Log the characters of a dataset that no token has."""
+def report_unknown(dataset, tokenizer, name, is_given):
+    """Log the characters of a dataset that no token has; refuse one that most transcripts have, if the tokenizer was given."""
     unknown = unknown_characters(tokenizer, [item["wrd"] for item in dataset.data.values()])
+    if is_given and 2 * max(unknown.values(), default=0) > len(dataset.data):
+        remedy = remedy_for(unknown, tokenizer, "--text_normalization", "--words_only True")
+        raise UserError(
+            f"Most transcripts of the set {name} have characters that the given tokenizer lacks ({most_frequent(unknown)}); "
+            f"{remedy}, or train another tokenizer with --tokenizer_from new."
+        )
     if unknown:
         shown = listing([f"{character} ({count})" for character, count in unknown.most_common()])
         logger.warning("%s: transcripts hold characters that the tokenizer lacks (number of transcripts): %s", name, shown)

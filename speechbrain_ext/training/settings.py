@@ -261,7 +261,9 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
     if "data_folder" in overrides and overrides["data_folder"] in (None, ""):
         raise UsageError("--data_folder has no value; leave it out to run on the embedded mini corpus.")
     architecture = architecture_of(hparams_file, paths.get("init_from"))
-    files = [*architecture, hparams_file, *([corpus] if corpus else [])]
+    files, chosen = [*architecture, hparams_file], [corpus] if corpus else []
+    # The sizes of an initial model, and the settings of fine-tuning, replace those of the corpus
+    files = [files[0], *chosen, *files[1:]] if architecture else [*files, *chosen]
     brain = tag_of(overrides["brain"] if "brain" in overrides else merged_tree(files).get("brain"))
     for number, file in enumerate(files):
         if isinstance(file, str):
@@ -299,7 +301,6 @@ def choose_setting(hparams_file, run_opts, overrides, paths, corpus, fallback, o
                 f"To train on real speech: python train.py {hparams_file} --data_folder /path/to/{plain['corpus']}",
                 flush=True,
             )
-        # The sizes of an initial model override those of the fallback
         files = [files[0], fallback, *files[1:]] if architecture else [*files, fallback]
         setting = dataclasses.replace(setting, files=files)
         plain = setting.plain()

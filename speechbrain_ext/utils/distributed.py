@@ -8,6 +8,11 @@ def is_distributed():
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def process_number():
+    """The number of this process in a distributed training; 0 without one, also if SLURM numbers its processes."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
 def sum_over_processes(*tensors):
     """Sum vectors over the processes of distributed training, in one message. One process alone returns them unchanged.
 

@@ -7,6 +7,7 @@ exception is a bug in this package or in the user's code, and keeps its tracebac
 import math
 import numbers
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def one_line(error, limit=300):
     >>> one_line(KeyboardInterrupt())
     'KeyboardInterrupt'
     """
-    return printable(" ".join(str(error).split()))[:limit] or type(error).__name__
+    text = str(error)
+    if text.startswith("Caught ") and (cause := re.search(r".*^[\w.]+: (.+)", text, re.DOTALL | re.MULTILINE)):
+        text = cause[1]  # of a process that loads data; PyTorch's message holds the whole traceback
+    return printable(" ".join(text.split()))[:limit] or type(error).__name__
 
 
 def yaml_problem(error):

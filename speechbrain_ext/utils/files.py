@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without space, which name no file."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of a disk without locks, such as some network disks."""
 csv.field_size_limit(2**31 - 1)  # by default 128 kB, less than the transcript of a recording of some hours
 
 
@@ -200,6 +202,8 @@ def replacing_folder(folder):
 def locked(path, taken=None):
     """Hold a lock on a folder or file inside the context. The system frees it even if the process is killed.
 
+    On a disk without locks, it only warns.
+
     Arguments
     ---------
     path : str or os.PathLike
@@ -218,6 +222,10 @@ def locked(path, taken=None):
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if taken is None else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(taken) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("The disk of %s has no locks; make sure that no other process writes there.", path)
         yield
     finally:
         os.close(handle)
