@@ -6,6 +6,7 @@ import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR as SpeechBrainTransformerASR
 from speechbrain.lobes.models.transformer.TransformerASR import get_key_padding_mask, get_lookahead_mask
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from speechbrain.utils.logger import get_logger
 from torch import nn
 
 from speechbrain_ext.lobes.attention import ATTENTIONS, any_length
@@ -17,6 +18,8 @@ from speechbrain_ext.speech_encoder import SpeechEncoder
 from speechbrain_ext.utils.errors import UserError, is_whole
 
 __all__ = ["SpeechEncoder", "TransformerASR"]
+
+logger = get_logger(__name__)
 
 _SPEECHBRAIN_ATTENTIONS = (*ATTENTIONS, "hypermixing")
 
@@ -118,13 +121,17 @@ class TransformerASR(SpeechBrainTransformerASR):
             raise UserError(f"num_decoder_layers is {num_decoder_layers!r}; give a whole number of at least 0, 0 for none.")
         if output_hidden_states or layerdrop_prob:
             raise UserError("The encoders here support neither output_hidden_states nor layerdrop_prob; leave both out.")
-        if attention_type not in (None, *_SPEECHBRAIN_ATTENTIONS):
-            raise UserError(
-                f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(_SPEECHBRAIN_ATTENTIONS)}."
-            )
         if encoder_module == "conformer" and attention_type == "hypermixing":
             encoder_module = "hyperconformer"
         keys = encoder_keys(encoder_module)
+        if attention_type is not None and "attention_type" not in keys:
+            if attention_type not in _SPEECHBRAIN_ATTENTIONS:
+                raise UserError(
+                    f"Unknown attention_type '{attention_type}'; the known ones are: {', '.join(_SPEECHBRAIN_ATTENTIONS)}."
+                )
+            if (encoder_module, attention_type) != ("hyperconformer", "hypermixing"):
+                told = "attention_type %s has no effect on %s, which has no such key; leave it out, or give encoder_kwargs."
+                logger.warning(told, attention_type, encoder_module)
         encoder = build_encoder(
             encoder_module,
             **{

@@ -219,6 +219,8 @@ class SpeechEncoder(nn.Module):
     def encode_streaming(self, wavs, context, last: bool = False):
         """Encode the next samples. As soon as a chunk is complete, it gives the output of :meth:`encode` with the same setting.
 
+        Call it under ``torch.no_grad()``: otherwise the state keeps what gradients need of the whole stream.
+
         Arguments
         ---------
         wavs : torch.Tensor

@@ -179,6 +179,17 @@ def test_mistakes_fail_at_construction(keys, error, message):
         TransformerASR(20, 640, **{"d_model": 32, "nhead": 4, "d_ffn": 64, "num_encoder_layers": 1, **keys})
 
 
+def test_an_attention_that_an_encoder_does_not_take_is_told(caplog):
+    sizes = {"d_model": 32, "nhead": 4, "d_ffn": 64, "num_encoder_layers": 3, "num_decoder_layers": 0}
+    for name, attention in (("cascade", "RoPEMHA"), ("squeezeformer", "RelPosMHAXL")):
+        TransformerASR(20, 640, **sizes, encoder_module=name, attention_type=attention)
+        assert f"attention_type {attention} has no effect on {name}" in caplog.text
+    caplog.clear()
+    for name, attention in (("practical_conformer", "Performer"), ("hyperconformer", "hypermixing"), ("conformer", "RoPEMHA")):
+        TransformerASR(20, 640, **sizes, encoder_module=name, attention_type=attention)
+    assert not caplog.text
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("norm_type", ["global", "sentence"])
 def test_waveforms_to_frames_in_a_batch_and_alone(encoder_case, norm_type):

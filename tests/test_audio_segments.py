@@ -124,6 +124,17 @@ def test_one_channel_of_several(tmp_path):
             load_audio(tmp_path / "a.wav", channel=channel)
 
 
+def test_channels_that_cancel_each_other_out_are_told(tmp_path, caplog):
+    left = noise(1, 1)
+    for name, right in (("same", left), ("other", noise(1, 2)), ("silent", 0 * left), ("inverted", -left)):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([left, right], axis=1), RATE)
+        load_audio(tmp_path / f"{name}.wav")
+        assert (f"The channels of {tmp_path / name}.wav cancel each other out" in caplog.text) == (name == "inverted")
+    caplog.clear()
+    load_audio(tmp_path / "inverted.wav", channel=0)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("start, stop", [(0, 16_001), (16_000, 16_000), (500, 400), (20_000, 30_000)])
 def test_a_segment_that_is_not_in_the_file_is_refused(start, stop, tmp_path):
     write(tmp_path / "a.flac", ("FLAC", "PCM_16"), 1)

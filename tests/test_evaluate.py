@@ -193,6 +193,10 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
     [
         (["gone.csv"], "There is no manifest"),
         (["lower.csv"], "that the model does not write (a c e h t); give the case of its training transcripts as"),
+        (
+            ["both.csv"],
+            "give the case of its training transcripts as --text-normalization upper or lower, and leave out punctuation",
+        ),
         (["marks.csv"], "that the model does not write (,); leave out punctuation with --words-only"),
         (["digits.csv"], "that the model does not write (7); write numbers as words"),
         (["bad.csv"], "no utterance that can be used (missing"),
@@ -214,6 +218,7 @@ def test_wrong_usage(folder, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     wav = rows_of(folder / "corpus" / "test-tiny")[0].wav
     (tmp_path / "lower.csv").write_text(f"ID,wav,wrd\na,{wav},the cat\n")
+    (tmp_path / "both.csv").write_text(f"ID,wav,wrd\na,{wav},the cat.\n")
     (tmp_path / "marks.csv").write_text(f'ID,wav,wrd\na,{wav},"THE, CAT"\n')
     (tmp_path / "digits.csv").write_text(f"ID,wav,wrd\na,{wav},7 CATS\n")
     (tmp_path / "bad.csv").write_text("ID,wav,wrd\na,gone.wav,THE CAT\n")

@@ -115,6 +115,23 @@ def test_a_second_search_has_the_last_word():
     assert seen[0].flatten().tolist() == list(range(27))  # only frames of this segment
 
 
+def test_a_word_after_a_forced_cut_is_written_once():
+    """The frames before the cut show the search the word after it."""
+
+    def search(frames, log_probs):
+        path = [int(frame) for frame in frames[:, 0]]
+        early = [] if path[-1] or ended else [A]  # only the cut in the middle ends with a blank
+        ended.append(path)
+        best = [token for token, before in zip(path, [0, *path], strict=False) if token not in (0, before)]
+        return best + early, log_probs_of(path[:-1] + (early or path[-1:]))
+
+    path, ended = ([THE, CAT] * 12 + [0] * 4 + [A, S] * 15)[:50] + PAUSE, []
+    segmenter = Segmenter(Tokenizer, longest=1.2, search=search)
+    segments = segmenter.accept(log_probs_of(path), torch.tensor(path).unsqueeze(1).float()) + segmenter.finish()
+    texts = [segment.text.split() for segment in segments]
+    assert len(texts) > 1 and ended[0][-1] == 0 and texts[0][-1] == "CAT" and texts[1][0] == "AS"
+
+
 def test_alignment_needs_enough_frames():
     log_probs = log_probs_of([0, THE, THE, 0, S, S])
     assert [(start, end) for start, end, _ in align(log_probs, [THE, S])] == [(1, 3), (4, 6)]

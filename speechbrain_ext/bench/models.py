@@ -26,7 +26,7 @@ from torch import nn
 
 from speechbrain_ext.convert import convert_speechbrain
 from speechbrain_ext.encoders import StreamingContext
-from speechbrain_ext.lobes.fusible import PlainLinear, ScaledLinear
+from speechbrain_ext.lobes.fusible import ScaledLinear
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
 from speechbrain_ext.lobes.subsampling import ConvolutionSubsampling
 from speechbrain_ext.registry import build_encoder, encoder_keys, encoder_sizes, get_encoder
@@ -465,20 +465,10 @@ def in_int8(model):
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, PlainLinear | ScaledLinear) and getattr(child, "scale", None) is None:
-                setattr(module, name, _Maskless(child))
+            if isinstance(child, ScaledLinear) and child.scale is None:  # fused; PyTorch quantises only its own class
+                linear = nn.Linear(child.in_features, child.out_features)
+                linear.load_state_dict(child.state_dict())
+                setattr(module, name, linear)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a warning that another package will replace it
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
-
-
-class _Maskless(nn.Module):
-    """Replaces a linear layer that is called with a mask; it contains a plain linear layer for quantisation."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        self.linear.load_state_dict(layer.state_dict())
-
-    def forward(self, x, mask=None):
-        return self.linear(x)

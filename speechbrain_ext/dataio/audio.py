@@ -17,6 +17,7 @@ file. It is read like a file.
 """
 
 import io
+import logging
 import math
 import os
 import re
@@ -32,8 +33,12 @@ from speechbrain_ext.dataio.containers import ContainerError, Part, find_parts
 from speechbrain_ext.dataio.resampling import SAMPLE_RATE, Resampler, ratio, resample
 from speechbrain_ext.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
 """Range of valid sample rates. Other rates come from damaged headers; resampling them can take gigabytes."""
+CANCELLED = 1e-3
+"""Power of the mean of all channels, as a share of that of the loudest one, below which they cancel each other out."""
 LOUDEST = 1e12
 """Largest valid sample. Full scale is 1, or 2 ** 31 for integers that were not scaled. Power spectra overflow float32 from
 1e17 on."""
@@ -417,6 +422,7 @@ class _Recording:
         if stop is not None and not first < stop <= self.frames:
             raise AudioError(f"{self.path} has {self.frames} samples, and none from {first} up to {stop}; check the segment.")
         count, skipped, left = 0, first, math.inf if stop is None else stop
+        powers = np.zeros(2)  # of the mean of all channels, and of the loudest one
         for part, length in zip(self._parts, self._lengths, strict=True):
             if skipped and skipped >= length:
                 skipped -= length
@@ -424,13 +430,18 @@ class _Recording:
                 continue
             for samples in self._decode(part, length, frames, skipped, left):
                 count += len(samples)
-                yield samples.mean(axis=1) if channel is None else samples[:, channel]
+                chosen = samples.mean(axis=1) if channel is None else samples[:, channel]
+                if channel is None and samples.shape[1] > 1:
+                    powers += np.square(chosen).sum(), np.square(samples).sum(axis=0).max()
+                yield chosen
             skipped = 0
             left -= length
             if left <= 0:
                 break
         if not count and not first:
             raise _empty(self.path)
+        if powers[0] < CANCELLED * powers[1]:
+            logger.warning("The channels of %s cancel each other out; write one of them to a file of its own.", self.path)
 
     def _find_parts(self, walk):
         path = self.path

@@ -144,12 +144,14 @@ def remedy_for(characters, tokenizer, case_option, words_option):
     -------
     str
     """
-    letters = words_only(" ".join(characters))
-    if len(unknown_characters(tokenizer, letters.swapcase().split())) < len(letters.split()):
-        return f"give the case of its training transcripts as {case_option} upper or lower"
-    return (
-        "write numbers as words, and names without foreign letters" if letters else f"leave out punctuation with {words_option}"
-    )
+    letters, remedies = words_only(" ".join(characters)).split(), []
+    if len(unknown_characters(tokenizer, [letter.swapcase() for letter in letters])) < len(letters):
+        remedies.append(f"give the case of its training transcripts as {case_option} upper or lower")
+    elif letters:
+        remedies.append("write numbers as words, and names without foreign letters")
+    if not all(map(words_only, characters)):
+        remedies.append(f"leave out punctuation with {words_option}")
+    return ", and ".join(remedies)
 
 
 # Numbers of fields in SentencePiece's file format (sentencepiece_model.proto)

@@ -1,10 +1,11 @@
 """Encoders, one architecture per file.
 
-The contract, which SpeechBrain's TransformerASR, EncoderWrapper, searchers and inference classes rely on:
+The contract, which :class:`speechbrain_ext.asr.TransformerASR` and SpeechBrain's EncoderWrapper, searchers and inference classes
+rely on:
 
 ``forward(src, src_mask=None, src_key_padding_mask=None, pos_embs=None, dynchunktrain_config=None)``
     (B, T, D) to ``(out (B, T, D), [])``; the mask is (B, T) bool, True = padding. An encoder makes its own positions and chunk
-    masks: ``pos_embs`` and ``src_mask`` are accepted and ignored.
+    masks: ``pos_embs`` is ignored, and so is ``src_mask`` beside a chunk setting; without one it is refused.
 ``make_streaming_context(dynchunktrain_config)``, ``forward_streaming(src, context, pos_embs=None)``
     One chunk in, ``(its frames, [])`` out; the context holds all state and reports its size.
 ``passes``

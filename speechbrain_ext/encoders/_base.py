@@ -79,8 +79,8 @@ def check_sizes(**sizes):
             raise UserError(f"{key} is {value!r}; give a whole number of at least 1.")
 
 
-def check_input(src: torch.Tensor, mask: torch.Tensor | None, width: int) -> None:
-    """Refuse whole utterances, or their padding mask, that no encoder takes; a compiled or exported graph cannot raise.
+def check_input(src: torch.Tensor, mask: torch.Tensor | None, width: int, src_mask=None, chunks=None) -> None:
+    """Refuse whole utterances, or their masks, that no encoder takes; a compiled or exported graph cannot raise.
 
     Arguments
     ---------
@@ -90,11 +90,16 @@ def check_input(src: torch.Tensor, mask: torch.Tensor | None, width: int) -> Non
         (B, T) bool, True = padding.
     width : int
         The encoder's width D.
+    src_mask : torch.Tensor, optional
+        A mask of frames by frames, which no encoder takes. SpeechBrain's TransformerASR makes one from a chunk setting; it is
+        accepted beside that.
+    chunks : DynChunkTrainConfig, optional
+        The chunk setting.
 
     Raises
     ------
     ValueError
-        If a shape is another one, or the mask is not bool.
+        If a shape is another one, the padding mask is not bool, or there is a mask of frames by frames without a chunk setting.
 
     Example
     -------
@@ -109,6 +114,11 @@ def check_input(src: torch.Tensor, mask: torch.Tensor | None, width: int) -> Non
     if mask is not None and (mask.dtype != torch.bool or mask.shape != src.shape[:2]):
         shape, wanted = tuple(mask.shape), tuple(src.shape[:2])
         raise UserError(f"The padding mask is {mask.dtype} {shape}; give torch.bool {wanted}, True = padding.")
+    if src_mask is not None and chunks is None:
+        raise UserError(
+            "src_mask is given, which the encoders here do not take; give the padding as src_key_padding_mask, and chunks as "
+            "dynchunktrain_config."
+        )
 
 
 @dataclass
@@ -174,7 +184,8 @@ class Encoder(nn.Module):
         src : torch.Tensor
             (B, T, D).
         src_mask, pos_embs
-            Not needed: the encoder makes its own positions and, from ``dynchunktrain_config``, its own chunk mask.
+            Not needed: the encoder makes its own positions and, from ``dynchunktrain_config``, its own chunk mask. Without such
+            a setting, ``src_mask`` must be None.
         src_key_padding_mask : torch.Tensor, optional
             (B, T) bool, True = padding.
         dynchunktrain_config : DynChunkTrainConfig, optional
@@ -190,7 +201,7 @@ class Encoder(nn.Module):
         ValueError
             If a shape, the type of the mask, or the chunk setting is impossible.
         """
-        check_input(src, src_key_padding_mask, self.d_model)
+        check_input(src, src_key_padding_mask, self.d_model, src_mask, dynchunktrain_config)
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self.chunk_multiple)
         with statistics_of(self):
@@ -220,6 +231,8 @@ class Encoder(nn.Module):
 
     def forward_streaming(self, src, context: StreamingContext, pos_embs=None):
         """Encode one chunk.
+
+        Call it under ``torch.no_grad()``: otherwise the state keeps what gradients need of the whole stream.
 
         Arguments
         ---------

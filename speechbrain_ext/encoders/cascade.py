@@ -137,7 +137,7 @@ class CascadedEncoder(nn.Module):
         src : torch.Tensor
             (B, T, D).
         src_mask, pos_embs
-            Not needed.
+            Not needed. Without a chunk setting, ``src_mask`` must be None.
         src_key_padding_mask : torch.Tensor, optional
             (B, T) bool, True = padding.
         dynchunktrain_config : DynChunkTrainConfig, optional
@@ -155,7 +155,7 @@ class CascadedEncoder(nn.Module):
         ValueError
             If a shape, the type of the mask, or the chunk setting is impossible, or there is no such pass.
         """
-        check_input(src, src_key_padding_mask, self.d_model)
+        check_input(src, src_key_padding_mask, self.d_model, src_mask, dynchunktrain_config)
         both = len(self._stages(pass_name)) > 1
         if dynchunktrain_config is not None:
             check_chunks(dynchunktrain_config, self._chunk_multiple(pass_name))

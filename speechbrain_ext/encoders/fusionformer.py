@@ -23,7 +23,7 @@ from speechbrain_ext.lobes.activations import ReLU, Swish
 from speechbrain_ext.lobes.attention import build_attention
 from speechbrain_ext.lobes.convolution import DepthwiseModule
 from speechbrain_ext.lobes.dropout import Dropout
-from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, PlainLinear, Unchanged
+from speechbrain_ext.lobes.fusible import MaskedBatchNorm, NormLinear, Unchanged, project
 from speechbrain_ext.lobes.precision import autocasts
 from speechbrain_ext.lobes.stack import Stack
 from speechbrain_ext.registry import register_encoder
@@ -72,7 +72,7 @@ class _Parts:
         """A linear layer, with a BatchNorm if the variant has one; ``last`` = the last one of its residual branch."""
         if self.variant.behind:
             return self.norm_linear(inputs, outputs, zero_init=last)
-        return PlainLinear(inputs, outputs)
+        return nn.Linear(inputs, outputs)
 
     def activation(self):
         """The activation of feed-forward and convolution modules."""
@@ -97,8 +97,8 @@ class FusionFeedForward(nn.Module):
 
     def forward(self, x, mask=None):
         """(B, T, D) to (B, T, D)."""
-        x = self.dropout(self.activation(self.linear1(self.norm(x, mask), mask)))
-        return self.dropout(self.linear2(x, mask))
+        x = self.dropout(self.activation(project(self.linear1, self.norm(x, mask), mask)))
+        return self.dropout(project(self.linear2, x, mask))
 
 
 class FusionConvolution(DepthwiseModule):
@@ -117,11 +117,11 @@ class FusionConvolution(DepthwiseModule):
         self.dropout = Dropout(dropout)
 
     def _before(self, x, mask):
-        return self.gate(self.pointwise1(self.norm(x, mask), mask))
+        return self.gate(project(self.pointwise1, self.norm(x, mask), mask))
 
     def _after(self, x, mask):
         x = self.activation(self.depthwise_norm(x, mask))
-        return self.dropout(self.pointwise2(x, mask))
+        return self.dropout(project(self.pointwise2, x, mask))
 
 
 class FusionFormerLayer(nn.Module):

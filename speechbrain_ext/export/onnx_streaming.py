@@ -12,7 +12,6 @@ import copy
 import json
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from types import SimpleNamespace
 
 import torch
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASRStreamingContext
@@ -98,9 +97,8 @@ class StreamingFeatures(Features):
         if not self.per_sentence:
             return (features - self.mean) / self.std, *following
         moments = state.pop(0) + moments_of(features, torch.ones_like(features[..., :1], dtype=torch.bool), 1)
-        # The prior is already part of the moments
-        settings = SimpleNamespace(prior_frames=0, std_norm=self.std_norm, epsilon=self.epsilon)
-        return standardized(settings, features, (moments + self.prior).unsqueeze(2)), *following, moments
+        moments_of_all = (moments + self.prior).unsqueeze(2)
+        return standardized(features, moments_of_all, self.std_norm, self.least_std.double()), *following, moments
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from speechbrain_ext.lobes.features import FLOOR, KaldiFbank
+from speechbrain_ext.lobes.features import FLOOR, KaldiFbank, least_std
 from speechbrain_ext.lobes.filter_banks import centred, front_end, kaldi_frames
 from speechbrain_ext.lobes.fusible import fuse_
 from speechbrain_ext.lobes.masks import absolute_lengths, padding_mask
@@ -73,11 +73,12 @@ class Features(nn.Module):
         self.register_buffer("outer", outer.float())
         self.register_buffer("filters", torch.where(bins.unsqueeze(1) < 0, 0.0, matrix[bins]))
         self.per_sentence = normalize.norm_type == "sentence"
-        self.std_norm, self.epsilon = normalize.std_norm, normalize.epsilon
+        self.std_norm = normalize.std_norm
+        self.register_buffer("least_std", torch.as_tensor(least_std(normalize)).clone())
         if not self.per_sentence:
             std = normalize.glob_std if self.std_norm else torch.ones_like(normalize.glob_mean)
             self.register_buffer("mean", normalize.glob_mean.clone())
-            self.register_buffer("std", std.clamp(min=self.epsilon))
+            self.register_buffer("std", std.clamp(min=normalize.epsilon))
 
     def forward(self, waveform, lengths):
         """Map samples (B, N) and their numbers (B,) to features (B, T, F), zero in padded frames, and numbers of frames (B,)."""
@@ -123,7 +124,7 @@ class Features(nn.Module):
         if not self.std_norm:
             return centred
         std = (centred.masked_fill(padding, 0.0).square().sum(1, keepdim=True) / frames).sqrt()
-        return centred / std.clamp(min=self.epsilon)
+        return centred / std.maximum(self.least_std)
 
 
 def _two_stages(size):

@@ -48,6 +48,8 @@ class Segmenter:
 
     margin = 12
     """Frames of silence around a segment's words that ``search`` also gets."""
+    shown = 3
+    """Frames before a cut in which ``search`` may already write the word after it."""
 
     def __init__(self, tokenizer, blank=0, endpoint=0.8, longest=30.0, search=None, restarts=False, start=0, search_stream=None):
         for name, value in (("endpoint", endpoint), ("longest", longest)):
@@ -198,6 +200,15 @@ class Segmenter:
         _, end, count = pauses[-1] if self._restarts else max(pauses)
         return end, True, count
 
+    def _without_early(self, tokens, log_probs):
+        """Tokens without a last word in the last frames before a cut: they show a word after it, which the next segment has."""
+        begin = max((i for i, token in enumerate(tokens) if self._tokenizer.id_to_piece(token).startswith("▁")), default=0)
+        try:
+            spans = align(log_probs, tokens, self._blank)
+        except ValueError:  # more tokens than CTC can align
+            return tokens
+        return tokens[:begin] if spans and spans[begin][0] >= len(log_probs) - self.shown else tokens
+
     def _cut(self, end, count=None):
         """End the segment before frame ``end``, with its first ``count`` tokens, or all tokens before that frame."""
         tokens = [(token, frame) for token, frame in self.tokens if frame < end] if count is None else self.tokens[:count]
@@ -209,6 +220,8 @@ class Segmenter:
             scores, said = log_probs[first:end], [token for token, _ in tokens]
             if self._search is not None:
                 said, scores = self._search(frames[first:end], scores)
+                if count is not None:
+                    said = self._without_early(said, scores)
             segment = make_segment(scores, said, self._tokenizer, self._blank, self.start + first)
         if end > 0:
             self._previous = self._best[end - 1]

@@ -15,7 +15,7 @@ from torch import library, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speechbrain_ext.lobes.dropout import dropout, shares_draws
-from speechbrain_ext.lobes.fusible import PlainLinear
+from speechbrain_ext.lobes.fusible import project
 from speechbrain_ext.lobes.masks import chunk_mask
 from speechbrain_ext.lobes.positions import sinusoids, stream_positions
 from speechbrain_ext.lobes.precision import widest_dtype
@@ -80,8 +80,8 @@ class SelfAttention(nn.Module):
         self.speechbrain_scores = speechbrain_scores
         self.causal = causal
         self.scale = (d_model if speechbrain_scores else d_model // nhead) ** -0.5
-        self.qkv = PlainLinear(d_model, 3 * d_model, bias=False)
-        self.out = PlainLinear(d_model, d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model)
         for projection in self.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(projection)
 
@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
             (B, T, D).
         """
         table, blocked, mask = shared
-        return self.out(self._attend(*self._project(x, table, mask), table, blocked), mask)
+        return project(self.out, self._attend(*self._project(x, table, mask), table, blocked), mask)
 
     def initial_state(self, config: DynChunkTrainConfig) -> AttentionState:
         """The state before the first chunk.
@@ -201,7 +201,7 @@ class SelfAttention(nn.Module):
         return self._project_all(x, mask).unbind(0)
 
     def _project_all(self, x, mask):
-        return self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4)
+        return project(self.qkv, x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4)
 
     def _table(self, frames: int, cached: int, before: int, x):
         """Positions of ``frames`` frames. ``before`` frames precede them, ``cached`` of these are in the cache."""

@@ -297,7 +297,7 @@ def normalize_features(normalize, feats, lens, chunk: int | None = None, **kwarg
     valid = ~padding_mask(absolute_lengths(lens, frames), frames)
     feats, valid = _chunked(feats, chunk), _chunked(valid.unsqueeze(-1), chunk)
     moments = moments_of(feats, valid, 2).cumsum(2)
-    return standardized(normalize, feats, moments.unsqueeze(3)).flatten(1, 2)[:, :frames]
+    return _standardized(normalize, feats, moments.unsqueeze(3)).flatten(1, 2)[:, :frames]
 
 
 @loadable
@@ -313,6 +313,8 @@ class InputNormalization(SpeechBrainInputNormalization):
     prior_frames : int
         For "sentence" in chunks: this number of frames with the training set's statistics counts as if they preceded the
         utterance. Training then collects these statistics as for "global".
+    least_deviation : float
+        For "sentence" with these statistics: the least deviation that a bin is divided by, as a share of the training set's.
     **kwargs
         Keys of SpeechBrain's class.
 
@@ -324,9 +326,17 @@ class InputNormalization(SpeechBrainInputNormalization):
     (['frames', 'glob_mean', 'glob_std'], 100)
     """
 
-    def __init__(self, norm_type: str = "global", update_until_epoch: int = 2, prior_frames: int = 0, **kwargs):
+    def __init__(
+        self,
+        norm_type: str = "global",
+        update_until_epoch: int = 2,
+        prior_frames: int = 0,
+        least_deviation: float = 0.0,
+        **kwargs,
+    ):
         super().__init__(norm_type=norm_type, update_until_epoch=update_until_epoch, **kwargs)
         self.prior_frames = prior_frames
+        self.least_deviation = least_deviation
         for name in ("glob_mean", "glob_std"):
             value = getattr(self, name)
             delattr(self, name)
@@ -364,6 +374,10 @@ class InputNormalization(SpeechBrainInputNormalization):
             x = x - (mean * mask if self.avoid_padding_norm else mean)
         return super().forward(x, lengths, epoch)
 
+    def _compute_current_stats(self, x, mask, dim):
+        mean, std = super()._compute_current_stats(x, mask, dim)
+        return mean, std.clamp(min=least_std(self))
+
     @torch.no_grad()
     def _update_global_stats(self, x, mask):
         """As in SpeechBrain, without waiting for the device; over all processes of a distributed run."""
@@ -392,17 +406,22 @@ class InputNormalization(SpeechBrainInputNormalization):
 
 @loadable
 class SentenceNormalization(InputNormalization):
-    """ "Sentence" normalisation that begins a stream with the statistics of the training set.
+    """ "Sentence" normalisation that knows the statistics of the training set.
 
     Whole utterances are normalised by their own mean and deviation, as in SpeechBrain. In chunks the statistics are those of the
     audio so far, preceded by half a second with the mean and deviation of the training set: statistics of a silent beginning
-    alone do not fit speech.
+    alone do not fit speech. Both are divided by no less than a share of the training set's deviation: otherwise steady noise
+    would be scaled up until it looks like speech.
 
     Arguments
     ---------
     prior_frames : int
         Frames that count as if they preceded the utterance. With 0, 50, 100, 200 and 400 the WER is 17.4, 8.2, 13.7, 19.1 and
         26.2 %, against 6.1 % for whole utterances (Practical Conformer on the embedded mini corpus, chunks of 160 ms).
+    least_deviation : float
+        The least deviation that a bin is divided by, as a share of the training set's. In 30 s of noise of five steady kinds
+        `english` then writes nothing, and with 0 four to 37 words. In speech with pink noise 10 dB below, 0, 0.5, 0.6 and 0.7
+        give 51.3, 49.0, 49.0 and 52.7 % of errors, in clean speech 35.5, 35.5, 35.2 and 35.3 % (part of dev-speechocean).
     **kwargs
         Keys of :class:`InputNormalization`, such as ``update_until_epoch``.
 
@@ -416,8 +435,8 @@ class SentenceNormalization(InputNormalization):
     torch.Size([4])
     """
 
-    def __init__(self, prior_frames: int = 50, **kwargs):
-        super().__init__(**{"norm_type": "sentence", **kwargs}, prior_frames=prior_frames)
+    def __init__(self, prior_frames: int = 50, least_deviation: float = 0.5, **kwargs):
+        super().__init__(**{"norm_type": "sentence", **kwargs}, prior_frames=prior_frames, least_deviation=least_deviation)
 
 
 def keeps_statistics(normalize):
@@ -538,7 +557,7 @@ class FeatureStream:
             return self._normalize(feats, torch.ones(len(feats), device=feats.device))
         moments = moments_of(feats, torch.ones_like(feats[..., :1], dtype=torch.bool), 1)
         self._moments = moments if self._moments is None else self._moments + moments
-        return standardized(self._normalize, feats, self._moments.unsqueeze(2))
+        return _standardized(self._normalize, feats, self._moments.unsqueeze(2))
 
 
 def _grows(normalize):
@@ -575,9 +594,21 @@ def prior_of(normalize, moments):
     return prior.view(3, *[1] * (moments.dim() - 2), -1)
 
 
-def standardized(normalize, feats, moments):
-    """Normalise as SpeechBrain normalises a sentence, with the given moments."""
-    count, total, squares = moments + prior_of(normalize, moments)
+def _standardized(normalize, feats, moments):
+    return standardized(feats, moments + prior_of(normalize, moments), normalize.std_norm, least_std(normalize))
+
+
+def least_std(normalize):
+    """The least deviation that an utterance's bins are divided by: a number, or a tensor (F,)."""
+    share = getattr(normalize, "least_deviation", 0.0)
+    if not share or not normalize.glob_std.numel():
+        return normalize.epsilon
+    return (share * normalize.glob_std).clamp(min=normalize.epsilon)
+
+
+def standardized(feats, moments, std_norm, least):
+    """Normalise as SpeechBrain normalises a sentence, with the given moments and the least deviation."""
+    count, total, squares = moments
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt() if normalize.std_norm else torch.ones_like(mean)
-    return ((feats - mean) / std.clamp(min=normalize.epsilon)).to(feats.dtype)
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=least) if std_norm else torch.ones_like(mean)
+    return ((feats - mean) / std).to(feats.dtype)

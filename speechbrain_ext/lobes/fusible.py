@@ -108,20 +108,6 @@ def reestimate_statistics(module: nn.Module, batches, forward, frozen=()) -> Non
         norm.running_var.copy_(variance / used)
 
 
-class PlainLinear(nn.Linear):
-    """Linear layer that ignores the mask, in the place of one with a normalisation.
-
-    Example
-    -------
-    >>> PlainLinear(4, 8)(torch.rand(2, 5, 4), None).shape
-    torch.Size([2, 5, 8])
-    """
-
-    def forward(self, x, mask=None):
-        """(..., in_features) to (..., out_features)."""
-        return super().forward(x)
-
-
 class Unchanged(nn.Module):
     """Identity in the place of a normalisation: there was none, or it is fused.
 
@@ -164,7 +150,7 @@ class ScaledLinear(nn.Linear):
         self.scale = nn.Parameter(torch.ones(in_features))
         self.shift = nn.Parameter(torch.zeros(in_features))
 
-    def forward(self, x, mask=None):
+    def forward(self, x):
         """(..., in_features) to (..., out_features)."""
         if self.scale is None:
             return super().forward(x)
@@ -311,6 +297,31 @@ class NormLinear(nn.Module):
         if self.norm is not None:
             self.norm.fold_into_(self.linear)
             self.norm = None
+
+
+def project(layer, x, mask):
+    """Call a linear layer. Only :class:`NormLinear` takes the mask; any other may be replaced by an adapter, such as LoRA.
+
+    Arguments
+    ---------
+    layer : torch.nn.Module
+        The layer.
+    x : torch.Tensor
+        (B, T, D).
+    mask : torch.Tensor, optional
+        (B, T) bool, True = padding.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T, width of the layer).
+
+    Example
+    -------
+    >>> project(nn.Linear(4, 8), torch.rand(2, 5, 4), None).shape
+    torch.Size([2, 5, 8])
+    """
+    return layer(x, mask) if isinstance(layer, NormLinear) else layer(x)
 
 
 class _Frames(NamedTuple):

@@ -38,7 +38,7 @@ from torch import nn
 
 from speechbrain_ext.lobes.chunk_sums import ChunkSums
 from speechbrain_ext.lobes.dropout import Dropout
-from speechbrain_ext.lobes.fusible import PlainLinear
+from speechbrain_ext.lobes.fusible import project
 from speechbrain_ext.lobes.precision import at_least_float32, full_precision, widest
 from speechbrain_ext.utils.errors import UserError, is_whole
 
@@ -222,9 +222,9 @@ class PerformerAttention(nn.Module):
             features = 2 * head_size if kernel == "softmax" else 0
         self.nhead = nhead
         self.causal = causal
-        self.qkv = PlainLinear(d_model, 3 * d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model)
         self.features = RandomFeatures(head_size, kernel, features)
-        self.out = PlainLinear(d_model, d_model)
+        self.out = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
         for projection in self.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(projection)
@@ -302,7 +302,7 @@ class PerformerAttention(nn.Module):
 
     def _project(self, x, mask):
         """Query and key (B, heads, T, e), and value with a one appended (B, heads, T, e + 1)."""
-        query, key, value = self.qkv(x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = project(self.qkv, x, mask).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, F.pad(at_least_float32(value), (0, 1), value=1.0)
 
     def _attend_to_past(self, query, key, value):
@@ -318,7 +318,7 @@ class PerformerAttention(nn.Module):
         # Both are zero for a frame that sees only padding, and for one whose keys all underflow in float32.
         total = y[..., -1:]
         y = y[..., :-1] / total.masked_fill(total < 1e-30, float("inf"))
-        return self.dropout(self.out(y.transpose(1, 2).flatten(2).to(dtype), mask))
+        return self.dropout(project(self.out, y.transpose(1, 2).flatten(2).to(dtype), mask))
 
 
 def _attend_inside(query, key, value, blocked):

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import PAGE_ENCODERS
+from speechbrain.nnet.adapters import AdaptedModel, LoRA
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
+from speechbrain_ext.asr import TransformerASR
 from speechbrain_ext.lobes.stack import Stack, begin_as_identity
 from speechbrain_ext.registry import build_encoder, encoder_keys, list_encoders
 from speechbrain_ext.utils.errors import UserError
@@ -144,6 +146,23 @@ def test_wrong_inputs_are_refused(encoder):
     for wrong in (mask.float(), mask.byte(), mask[:, :8], mask[:, :1], mask[:1], mask[0]):
         with pytest.raises(UserError, match=r"mask is torch\..* \(.*\); give torch.bool \(2, 9\), True = padding"):
             encoder(x, src_key_padding_mask=wrong)
+    with pytest.raises(UserError, match="src_mask is given, which .*; give the padding as src_key_padding_mask"):
+        encoder(x, mask)  # the padding mask in the wrong place
+    chunks = DynChunkTrainConfig(encoder.chunk_multiple, None)  # SpeechBrain makes a mask from it
+    assert torch.equal(encoder(x, torch.ones(9, 9), mask, None, chunks)[0], encoder(x, None, mask, None, chunks)[0])
+
+
+def test_adapters_of_speechbrain_train_every_linear_layer(encoder_case):
+    name, keys = encoder_case
+    torch.manual_seed(0)
+    model = TransformerASR(9, 20, 16, 2, 4, 0, 32, encoder_module=name, encoder_kwargs=keys).eval()
+    x = torch.randn(2, 30, 20)
+    expected = model.encode(x).detach()
+    adapted = AdaptedModel(model, adapter_class=LoRA, all_linear=True, adapter_kwargs={"rank": 2})
+    torch.testing.assert_close(adapted.encode(x), expected)  # they begin with no effect
+    adapted.encode(x).square().sum().backward()
+    trained = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(trained) > 10 and all(gradient is not None and gradient.isfinite().all() for gradient in trained)
 
 
 @torch.no_grad()

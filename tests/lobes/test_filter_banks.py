@@ -8,7 +8,16 @@ from tiny import make_model
 
 from speechbrain_ext.export.onnx_whole import Features
 from speechbrain_ext.inference import load_model
-from speechbrain_ext.lobes.features import Fbank, FeatureStream, InputNormalization, KaldiFbank, clip_features, raw_features
+from speechbrain_ext.lobes.features import (
+    Fbank,
+    FeatureStream,
+    InputNormalization,
+    KaldiFbank,
+    SentenceNormalization,
+    clip_features,
+    normalize_features,
+    raw_features,
+)
 from speechbrain_ext.lobes.filter_banks import Framing
 from speechbrain_ext.utils.errors import UserError
 
@@ -108,6 +117,32 @@ def test_fbank_without_the_mean_of_the_utterance():
     for call in (lambda: FeatureStream(fbank, normalize, 16), lambda: clip_features(fbank, feats, lens, 16)):
         with pytest.raises(ValueError, match="remove_dc looks at the whole utterance and does not stream; leave remove_dc out"):
             call()
+
+
+@torch.no_grad()
+def test_steady_noise_is_not_scaled_up_to_speech():
+    """Alone, in a batch, in chunks and in a graph; where deviations are larger, nothing changes."""
+    torch.manual_seed(0)
+    fbank, normalize = KaldiFbank(), SentenceNormalization(least_deviation=0.5)
+    speech = torch.randn(16000) * torch.rand(40).pow(4).repeat_interleave(400)
+    normalize(fbank(speech.unsqueeze(0)), torch.ones(1), epoch=0)
+    normalize.eval()
+    noise = 1e-3 * torch.randn(8000)
+    wavs = torch.stack((speech, torch.cat((noise, torch.zeros(8000)))))
+    feats, lens = raw_features(fbank, wavs, torch.tensor([1.0, 0.5]))
+    frames = round(lens[1].item() * feats.shape[1])
+    both, alone = normalize(feats, lens), normalize(feats[1:, :frames], torch.ones(1))
+    torch.testing.assert_close(both[1, :frames], alone[0], atol=1e-5, rtol=0)
+    raw = feats[1, :frames]
+    torch.testing.assert_close(alone[0], (raw - raw.mean(0)) / (0.5 * normalize.glob_std), atol=1e-4, rtol=0)
+    assert alone.std(1).max() < 0.8
+    usual = InputNormalization("sentence").eval()
+    torch.testing.assert_close(both[0], usual(feats[:1], torch.ones(1))[0], atol=1e-5, rtol=0)
+    graph, number = Features(fbank, normalize)(wavs, torch.tensor([16000, 8000]))
+    torch.testing.assert_close(graph[1, : number[1]], alone[0], atol=1e-3, rtol=0)
+    stream = FeatureStream(fbank, normalize, 8)
+    pieces = torch.cat([*stream.accept(wavs[:1]), *stream.finish()], 1)
+    torch.testing.assert_close(pieces, normalize_features(normalize, feats[:1], torch.ones(1), 8), atol=1e-4, rtol=0)
 
 
 def test_half_precision_and_gradients():
