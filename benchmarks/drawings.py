@@ -413,6 +413,36 @@ def draw_learning():
         save(figure, "learning", theme)
 
 
+CHAIN = ("hyperconformer", "hyperconformer_transducer", "hyperconformer_streaming_transducer", "english_before")
+CHAIN += ("english_second", "english")
+"""The runs that made ``english``, each from the weights of the one before."""
+
+
+def draw_chain():
+    """Draw the error rates on the validation set of the runs that made ``english``, over the steps of all of them."""
+    kinds = {"ctc_greedy": ("CTC", "#9cc3ea"), "transducer_greedy": ("transducer", "#2f7fd1")}
+    curves, begins, steps = {kind: [] for kind in kinds}, [], 0
+    for name in CHAIN:
+        found = read_log(LOGS / f"{name}.txt", "steps")
+        begins.append(steps)
+        for kind in kinds:
+            curves[kind].append([(steps + step, rate) for step, rate in found.get(f"valid WER {kind}", [])])
+        steps = max(points[-1][0] for run in curves.values() if (points := run[-1]))
+    for theme, colors in THEMES.items():
+        figure, axes = pyplot.subplots(figsize=(8.2, 3.4), layout="constrained")
+        for kind, (label, color) in kinds.items():
+            for points in filter(None, curves[kind]):
+                axes.plot(*zip(*points, strict=True), color=color, lw=2.4, marker="o", markersize=3.5, label=label)
+                label = None
+        for number, begin in enumerate(begins):
+            axes.axvline(begin, color=colors["quiet"], ls=":", lw=1.2)
+            axes.text(begin + 150, 71, f"{number + 1}", color=colors["quiet"], va="top", fontsize=9)
+        axes.set(ylim=(32, 72), xlim=(0, steps + 400))
+        axes.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
+        paint(axes, colors, "steps of all runs, on a CPU", "WER on the validation set, %")
+        save(figure, "english", theme)
+
+
 TUNED = {"fine-tuned": ("#2f7fd1", "-"), "fine-tuned, new tokens": ("#2f8f83", "-"), "from nothing": ("#b8860b", "--")}
 """Models of benchmarks/fine_tuning.py -> colour and line style."""
 
@@ -460,6 +490,7 @@ def main():
     draw_cost()
     draw_peers()
     draw_learning()
+    draw_chain()
     draw_fine_tuning()
     draw_blocks()
     plot_cost(read_csv(BENCH), IMAGES / "cost_all.png")

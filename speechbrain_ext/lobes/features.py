@@ -419,9 +419,10 @@ class SentenceNormalization(InputNormalization):
         Frames that count as if they preceded the utterance. With 0, 50, 100, 200 and 400 the WER is 17.4, 8.2, 13.7, 19.1 and
         26.2 %, against 6.1 % for whole utterances (Practical Conformer on the embedded mini corpus, chunks of 160 ms).
     least_deviation : float
-        The least deviation that a bin is divided by, as a share of the training set's. In 30 s of noise of five steady kinds
-        `english` then writes nothing, and with 0 four to 37 words. In speech with pink noise 10 dB below, 0, 0.5, 0.6 and 0.7
-        give 51.3, 49.0, 49.0 and 52.7 % of errors, in clean speech 35.5, 35.5, 35.2 and 35.3 % (part of dev-speechocean).
+        The least deviation that a bin is divided by, as a share of the training set's. In 30 s of noise of seven steady kinds
+        the model ``english`` then writes nothing, and with 0 eight to 27 words. With 0, 0.5, 0.6 and 0.7, an earlier ``english``
+        made 51.3, 49.0, 49.0 and 52.7 % of errors in speech with pink noise 10 dB below it, and 35.5, 35.5, 35.2 and 35.3 % in
+        speech without (part of dev-speechocean).
     **kwargs
         Keys of :class:`InputNormalization`, such as ``update_until_epoch``.
 
