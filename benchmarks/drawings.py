@@ -46,7 +46,6 @@ PARTS = {
     "_LayerNorm": "LayerNorm",
     "MaskedBatchNorm": "BatchNorm",
     "Linear": "Linear",
-    "PlainLinear": "Linear",
     "ScaledLinear": "Scale, Linear",
     "Swish": "Swish",
     "ReLU": "ReLU",

@@ -132,6 +132,23 @@ def test_a_word_after_a_forced_cut_is_written_once():
     assert len(texts) > 1 and ended[0][-1] == 0 and texts[0][-1] == "CAT" and texts[1][0] == "AS"
 
 
+@pytest.mark.parametrize("gap", range(6))
+def test_a_short_word_before_a_forced_cut_is_kept(gap):
+    """A search that writes what greedy search writes loses and doubles nothing, wherever the cut lies."""
+    path = ([THE, CAT] * 10 + [A] + [0] * gap + [THE, CAT] * 10) * 3 + PAUSE
+
+    def search(frames, log_probs):
+        best = log_probs.argmax(-1).tolist()
+        return [token for token, before in zip(best, [0, *best], strict=False) if token not in (0, before)], log_probs
+
+    found = []
+    for keys in ({}, {"search": search}):
+        segmenter = Segmenter(Tokenizer, longest=1.2, **keys)
+        segments = segmenter.accept(log_probs_of(path), torch.zeros(len(path), 1)) + segmenter.finish()
+        found.append([segment.text for segment in segments])
+    assert found[0] == found[1] and len(found[0]) > 2
+
+
 def test_alignment_needs_enough_frames():
     log_probs = log_probs_of([0, THE, THE, 0, S, S])
     assert [(start, end) for start, end, _ in align(log_probs, [THE, S])] == [(1, 3), (4, 6)]

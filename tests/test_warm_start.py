@@ -454,6 +454,8 @@ def test_fine_tuning_on_a_corpus_keeps_its_settings_and_the_sizes_of_the_model(t
     plain = choose_setting(*sb.parse_arguments(argv), paths, mini, None).plain()
     assert plain["corpus"] == "MiniLibriSpeech" and plain["lr"] == 0.00022 and plain["number_of_epochs"] == 20
     assert plain["warmup_steps"] == 100 and plain["num_encoder_layers"] == model["num_encoder_layers"]
+    assert plain["augment_warmup"] == 0 and plain["optimizer_step_limit"] is None
+    assert plain["train_batch_sampler"]["sorted_epochs"] == 0 and plain["train_batch_sampler"]["max_batch_length"] == 120
 
 
 def test_transcripts_that_the_tokenizer_of_the_model_cannot_write_are_refused(train, corpus, tmp_path):

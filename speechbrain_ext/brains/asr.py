@@ -430,7 +430,7 @@ class AsrBrain(Brain):
         try:
             return super().evaluate_batch(batch, stage)
         except torch.OutOfMemoryError as error:
-            remedy = "lower max_batch_length of eval_batch_sampler, and run the same command again, which continues from here"
+            remedy = "lower max_batch_length of eval_batch_sampler; the run then continues from its last checkpoint"
             raise self.too_little_memory(batch, error, remedy) from error
 
     def too_little_memory(self, batch, error, remedy):

@@ -16,7 +16,8 @@ def add(commands):
         "texts",
         metavar="TEXT",
         nargs="+",
-        help="a file with a sentence per line, a .trans.txt of LibriSpeech, a CSV or JSON manifest, or a folder; also as .gz",
+        help="a file with a sentence per line, a .trans.txt of LibriSpeech, a folder of Kaldi, a manifest in CSV or JSON, "
+        "or a folder of such files; also as .gz",
     )
     parser.add_argument("--out", metavar="LM.arpa", required=True, help="the file to write")
     parser.add_argument("--order", type=int, metavar="N", default=3, help="words of the longest n-grams (3)")

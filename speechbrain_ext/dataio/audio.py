@@ -289,6 +289,13 @@ def _empty(path):
     return AudioError(f"The audio file {path} is empty: it holds no samples.", "empty")
 
 
+@lru_cache(4096)
+def _tell_cancelled(path):
+    """Warn once of each file, and not in processes that load data for training: its preparation has read the file."""
+    if torch.utils.data.get_worker_info() is None:
+        logger.warning("The channels of %s cancel each other out; write one of them to a file of its own.", path)
+
+
 def _damaged(path, flaw):
     return AudioError(f"The audio file {path} is truncated or damaged: {flaw}.", "truncated or damaged")
 
@@ -441,7 +448,7 @@ class _Recording:
         if not count and not first:
             raise _empty(self.path)
         if powers[0] < CANCELLED * powers[1]:
-            logger.warning("The channels of %s cancel each other out; write one of them to a file of its own.", self.path)
+            _tell_cancelled(str(self.path))
 
     def _find_parts(self, walk):
         path = self.path

@@ -132,11 +132,11 @@ def _lines(path, bar):
             bar.update(path.stat().st_size)
             return
         with open(path, "rb") as file, _opened(file) as lines:
-            read, seeks = 0, file.seekable()  # a pipe has no position
+            read, seeks, has_ids = 0, file.seekable(), _has_ids(path)  # a pipe has no position
             for number, line in enumerate(lines):
                 if line.strip() == ARPA_BEGIN:
                     raise UserError(f"{path} is a language model in ARPA format, not text; leave it out.")
-                yield "".join(line.split(maxsplit=1)[1:]) if _has_ids(path) else line
+                yield "".join(line.split(maxsplit=1)[1:]) if has_ids else line
                 if seeks and number % SHOWN == 0:
                     bar.update(file.tell() - read)
                     read = file.tell()

@@ -200,14 +200,15 @@ class Segmenter:
         _, end, count = pauses[-1] if self._restarts else max(pauses)
         return end, True, count
 
-    def _without_early(self, tokens, log_probs):
-        """Tokens without a last word in the last frames before a cut: they show a word after it, which the next segment has."""
+    def _without_early(self, tokens, log_probs, last):
+        """Tokens without a last word that begins in the last frames before a cut, and after CTC's ``last`` frame with a token: it
+        is the word after the cut, which the next segment has."""
         begin = max((i for i, token in enumerate(tokens) if self._tokenizer.id_to_piece(token).startswith("▁")), default=0)
         try:
             spans = align(log_probs, tokens, self._blank)
         except ValueError:  # more tokens than CTC can align
             return tokens
-        return tokens[:begin] if spans and spans[begin][0] >= len(log_probs) - self.shown else tokens
+        return tokens[:begin] if spans and spans[begin][0] >= max(last + 1, len(log_probs) - self.shown) else tokens
 
     def _cut(self, end, count=None):
         """End the segment before frame ``end``, with its first ``count`` tokens, or all tokens before that frame."""
@@ -221,7 +222,7 @@ class Segmenter:
             if self._search is not None:
                 said, scores = self._search(frames[first:end], scores)
                 if count is not None:
-                    said = self._without_early(said, scores)
+                    said = self._without_early(said, scores, tokens[-1][1] - first)
             segment = make_segment(scores, said, self._tokenizer, self._blank, self.start + first)
         if end > 0:
             self._previous = self._best[end - 1]

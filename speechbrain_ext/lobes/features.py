@@ -314,7 +314,7 @@ class InputNormalization(SpeechBrainInputNormalization):
         For "sentence" in chunks: this number of frames with the training set's statistics counts as if they preceded the
         utterance. Training then collects these statistics as for "global".
     least_deviation : float
-        For "sentence" with these statistics: the least deviation that a bin is divided by, as a share of the training set's.
+        For "sentence": the least deviation that a bin is divided by, as a share of the training set's, which training collects.
     **kwargs
         Keys of SpeechBrain's class.
 
@@ -366,7 +366,7 @@ class InputNormalization(SpeechBrainInputNormalization):
             raise UserError("The normalisation has no statistics yet; train it, or load a checkpoint.")
         if self.norm_type == "sentence":
             mask = make_padding_mask(x, lengths, length_dim=1)
-            if self.prior_frames and self._should_update(epoch):
+            if (self.prior_frames or self.least_deviation) and self._should_update(epoch):
                 self._update_global_stats(x, mask)
             # The second mean removes the rounding error of the first: a bin that never changes, as in digital silence, must be 0,
             # and not its error divided by a deviation that is itself an error.

@@ -293,8 +293,16 @@ class NormLinear(nn.Module):
         return x if self.norm is None else self.norm(x, mask)
 
     def fuse_(self):
-        """Fold the BatchNorm into the linear layer, in place."""
+        """Fold the BatchNorm into the linear layer, in place.
+
+        Raises
+        ------
+        UserError
+            If an adapter, such as LoRA, has replaced the linear layer.
+        """
         if self.norm is not None:
+            if not isinstance(self.linear, nn.Linear):
+                raise UserError(f"{type(self.linear).__name__} is in the place of a linear layer; merge adapters before fusing.")
             self.norm.fold_into_(self.linear)
             self.norm = None
 

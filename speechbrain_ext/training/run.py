@@ -339,7 +339,7 @@ def report_unknown(dataset, tokenizer, name, is_given):
     """Log the characters of a dataset that no token has; refuse one that most transcripts have, if the tokenizer was given."""
     unknown = unknown_characters(tokenizer, [item["wrd"] for item in dataset.data.values()])
     if is_given and 2 * max(unknown.values(), default=0) > len(dataset.data):
-        remedy = remedy_for(unknown, tokenizer, "--text_normalization", "--words_only True")
+        remedy = remedy_for(unknown, tokenizer, "text_normalization", "words_only, if the corpus has this key")
         raise UserError(
             f"Most transcripts of the set {name} have characters that the given tokenizer lacks ({most_frequent(unknown)}); "
             f"{remedy}, or train another tokenizer with --tokenizer_from new."

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from speechbrain.nnet.adapters import LoRA
 
 from speechbrain_ext.lobes import fusible
 from speechbrain_ext.lobes.fusible import (
@@ -17,6 +18,7 @@ from speechbrain_ext.lobes.fusible import (
     fuse_,
     reestimate_statistics,
 )
+from speechbrain_ext.utils.errors import UserError
 
 LENGTHS = (9, 4, 1)
 
@@ -160,6 +162,13 @@ def test_fused_in_inference_mode_the_weights_may_still_change():
     layer(torch.ones(1, 1, 5)).sum().backward()
     torch.optim.SGD(layer.parameters(), 0.1).step()
     assert not layer.linear.bias.is_inference() and len(list(layer.parameters())) == 2
+
+
+def test_adapters_have_to_be_merged_before_fusing():
+    layer = NormLinear(4, 4)
+    layer.linear = LoRA(layer.linear, 2)
+    with pytest.raises(UserError, match="LoRA is in the place of a linear layer; merge adapters before fusing"):
+        layer.fuse_()
 
 
 def test_scaled_linear_is_scale_then_linear():
