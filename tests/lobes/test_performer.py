@@ -32,7 +32,7 @@ def build(kernel="relu", features=None, causal=False, d_model=24, nhead=3, seed=
 
 def split(attention, x):
     """Query, key and value, each (B, heads, T, e)."""
-    return attention.qkv(x, None).unflatten(-1, (3, attention.nhead, -1)).permute(2, 0, 3, 1, 4)
+    return attention.qkv(x).unflatten(-1, (3, attention.nhead, -1)).permute(2, 0, 3, 1, 4)
 
 
 def textbook(attention, x):
@@ -56,7 +56,7 @@ def quadratic(attention, x, mask=None, setting=None):
     if mask is not None:
         weights = weights.masked_fill(mask[:, None, None], 0.0)
     y = weights / weights.sum(-1, keepdim=True) @ split(attention, x)[2]
-    return attention.out(y.transpose(1, 2).flatten(2), None)
+    return attention.out(y.transpose(1, 2).flatten(2))
 
 
 def mix(attention, x, mask=None, setting=None):
@@ -230,7 +230,7 @@ def test_the_layer_itself_approximates_softmax_attention():
     attention = build("softmax", 16384)
     x = 0.5 * torch.randn(2, 50, 24, dtype=torch.float64)
     y = torch.nn.functional.scaled_dot_product_attention(*split(attention, x))
-    expected = attention.out(y.transpose(1, 2).flatten(2), None)
+    expected = attention.out(y.transpose(1, 2).flatten(2))
     assert (mix(attention, x) - expected).norm() < 0.03 * expected.norm()
 
 
@@ -272,7 +272,7 @@ def test_a_frame_that_sees_one_frame_answers_with_its_value(size, loudness):
     """Even if the weight of this frame would be small beside others."""
     attention = build("softmax", d_model=size, nhead=1, causal=True, dtype=torch.float32)
     x = loudness * torch.randn(50, 1, size)
-    expected = attention.out(split(attention, x)[2].transpose(1, 2).flatten(2), None)
+    expected = attention.out(split(attention, x)[2].transpose(1, 2).flatten(2))
     torch.testing.assert_close(mix(attention, x), expected, atol=1e-4, rtol=0)
 
 
