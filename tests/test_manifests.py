@@ -1331,9 +1331,10 @@ def test_names_of_manifests_are_literal(name, audio, train_here, tmp_path):
 def test_a_corpus_file_may_state_the_rest(audio, train_here, tmp_path):
     (tmp_path / "corpus.yaml").write_text("corpus: Mine\ntext_normalization: upper\n")
     train, valid = (wenet(tmp_path / name, part) for name, part in zip("tv", utterances(audio), strict=True))
-    finished = train_here(
-        "--train_manifest", train, "--valid_manifest", valid, "--test_manifest", valid, corpus=tmp_path / "corpus.yaml"
-    )
+    tests = ["--test_manifest", valid, f"again={valid}"]
+    finished = train_here("--train_manifest", train, "--valid_manifest", valid, *tests, corpus=tmp_path / "corpus.yaml")
+    log = (finished.output / "train_log.txt").read_text()
+    assert {row.test_set for row in finished.rows} == set(re.findall(r"test loss of (\S+):", log)) and "again" in log
     assert finished.rows[0].corpus == "Mine" and read_csv(finished.output / "train.csv")[0]["wrd"] == "THE CAT SAT."
     card = (finished.folders["pretrained"] / "README.md").read_text()
     assert "| case of transcripts | upper |" in card

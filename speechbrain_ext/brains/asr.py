@@ -230,7 +230,7 @@ class AsrBrain(Brain):
     passes = (None,)
     """The encoder's passes to validate and test; their names precede those of searches."""
     test_set = ""
-    """The name of the test set, for the log."""
+    """The name of the test set for the log, if there are several."""
 
     def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
         check_normalization(hparams["normalize"])

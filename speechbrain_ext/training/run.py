@@ -208,7 +208,7 @@ def _run(hparams_file, run_opts, setting, hparams, source, tokenizer):
         round_weights(weights, hparams["weights_precision"])  # what is tested is what is written
     rows, shown = [], ""
     for split in hparams["test_splits"]:
-        brain.test_set = split
+        brain.test_set = split if len(hparams["test_splits"]) > 1 else ""
         brain.evaluate(datasets[split], test_loader_kwargs=options[split])
         shown = shown or examples(next(reversed(brain.error_rates.values())).scores)
         rows += make_rows(brain, split, hparams_file, setting, seconds_of(datasets[TRAIN], mixed))
