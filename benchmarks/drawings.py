@@ -412,8 +412,14 @@ def draw_learning():
         save(figure, "learning", theme)
 
 
-CHAIN = ("hyperconformer", "hyperconformer_transducer", "hyperconformer_streaming_transducer", "english_before")
-CHAIN += ("english_second", "english")
+CHAIN = (
+    "hyperconformer",
+    "hyperconformer_transducer",
+    "hyperconformer_streaming_transducer",
+    "english_before",
+    "english_second",
+    "english",
+)
 """The runs that made ``english``, each from the weights of the one before."""
 
 

@@ -135,8 +135,8 @@ def prepare_manifests(
         if split in tr_splits:
             for other in others:
                 _compare(rows[split], rows[other], other, status, refuse=other in te_splits)
-        for test in te_splits if split == tr_splits[0] else ():  # made last
-            if shared := sorted(_common(rows[dev_splits[0]], rows[test], status)):
+        for test in te_splits if split in dev_splits else ():  # made before it
+            if shared := sorted(_common(rows[split], rows[test], status)):
                 told = "%s: %d utterances have the same audio as the validation set, which chooses the checkpoints: %s"
                 logger.warning(told, test, len(shared), listing(shared, 3))
         return rows[split], flawed + skipped, len(entries[split])
